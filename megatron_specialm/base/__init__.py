@@ -1,0 +1,1 @@
+"""What every other part stands on: errors, durable files, logs, the process environment. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Which windows are alike: sentence encoders, k-means, cluster histograms and importance weights."""

@@ -1,0 +1,1 @@
+"""From documents to batches: readers, windows, the token store, the importance stream."""

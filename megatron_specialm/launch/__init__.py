@@ -1,0 +1,1 @@
+"""Which tasks are missing, where they run, and what came out."""

@@ -1,0 +1,1 @@
+"""The one model definition: Megatron-Core GPTModel by layer spec, on CPU and GPU."""

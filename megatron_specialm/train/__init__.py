@@ -1,0 +1,1 @@
+"""The training engine, its loop, and checkpoints that verify themselves."""
