@@ -1,0 +1,94 @@
+"""Artifacts: one folder per task, complete when its marker is there.
+
+    <root>/<stage>/<key>/            what the task made; task.json names the digest it is being made for
+    <root>/<stage>/done/<key>.json   the marker, written last: digest, report, cost, versions
+
+A reader asks for an artifact by its digest, so work that is stale (made from other settings, text or inputs) is never
+taken for what is wanted, and equal work is never done twice.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task cost. `tokens`: trained on (or read, for other stages); `flops`: of the model's or algorithm's own
+    arithmetic; `device_seconds`: wall seconds times processes, a process on CPU counting as one device."""
+
+    tokens: int
+    flops: int
+    wall_seconds: float
+    device_seconds: float
+    device: str
+    processes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a stage function returns: its cost's parts that only it knows, and values worth telling."""
+
+    tokens: int = 0
+    flops: int = 0
+    values: dict[str, Any] = field(default_factory=dict)
+    wall_seconds: float | None = None  # over all attempts, where the stage resumes; default: of this attempt
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The content of a completion marker."""
+
+    digest: str
+    cost: Cost
+    values: dict[str, Any]
+    versions: dict[str, str]
+
+
+def artifact_folder(root: Path, stage: str, key: str) -> Path:
+    """Where a task's files stand."""
+    return root / stage / key
+
+
+def marker_path(root: Path, stage: str, key: str) -> Path:
+    """Where a task's completion marker stands."""
+    return root / stage / "done" / f"{key}.json"
+
+
+def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
+    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume."""
+    folder = artifact_folder(root, stage, key)
+    marker_path(root, stage, key).unlink(missing_ok=True)
+    label = folder / "task.json"
+    if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(label, {"digest": digest})
+    return folder
+
+
+def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
+    """Declare an artifact complete."""
+    write_json(marker_path(root, stage, key), asdict(marker))
+
+
+def read_marker(root: Path, stage: str, key: str) -> Marker | None:
+    """The completion marker, or None where the task has not finished."""
+    path = marker_path(root, stage, key)
+    if not path.exists():
+        return None
+    try:
+        value = read_json(path)
+        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+
+
+def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:
+    """Whether the artifact is there, finished, and made for this digest."""
+    marker = read_marker(root, stage, key)
+    return marker is not None and marker.digest == digest and artifact_folder(root, stage, key).is_dir()

@@ -1,0 +1,106 @@
+"""Who this process is among its fellows: rank, world size and meeting point, from whatever launched it.
+
+`specialm run` (our own spawning), torchrun, srun and mpirun each leave their own variables; this is the one place that
+reads them. Nothing here imports torch.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_specialm.base.errors import MachineError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of world_size; local_rank picks the device on this node; init_method is torch.distributed's address."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    init_method: str
+    launcher: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+ALONE = World(rank=0, world_size=1, local_rank=0, init_method="", launcher="none")
+
+
+def discover_world(environ: Mapping[str, str] = os.environ) -> World:
+    """Read the launcher's variables.
+
+    Raises:
+        MachineError: variables that contradict each other, or MPI without mpi4py.
+    """
+    if "SPECIALM_RENDEZVOUS" in environ:
+        rank = _integer(environ, "RANK")
+        return World(rank, _integer(environ, "WORLD_SIZE"), rank, environ["SPECIALM_RENDEZVOUS"], "specialm")
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+        local = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
+        return _checked(World(rank, size, local, _tcp(environ), "torchrun"))
+    if "OMPI_COMM_WORLD_SIZE" in environ or "PMIX_RANK" in environ:
+        return _mpi_world(environ)
+    if environ.get("SLURM_STEP_ID", "") not in ("", "4294967291") and "SLURM_PROCID" in environ:
+        return _slurm_world(environ)
+    return ALONE
+
+
+def _checked(world: World) -> World:
+    if not 0 <= world.rank < world.world_size:
+        raise MachineError(f"RANK {world.rank} is not below WORLD_SIZE {world.world_size}: check the launcher's variables")
+    return world
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise MachineError(f"{name}={environ.get(name)!r}: must be a whole number; it is set by the launcher") from None
+
+
+def _tcp(environ: Mapping[str, str]) -> str:
+    if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
+        raise MachineError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: launch with torchrun")
+    return "env://"
+
+
+def _slurm_world(environ: Mapping[str, str]) -> World:
+    """Ranks of an `srun`. The meeting point is the first node and a port that follows from the job's id."""
+    size = _integer(environ, "SLURM_NTASKS")
+    host = environ.get("MASTER_ADDR") or first_slurm_host(environ["SLURM_STEP_NODELIST"])
+    port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
+    return _checked(
+        World(_integer(environ, "SLURM_PROCID"), size, _integer(environ, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun")
+    )
+
+
+def first_slurm_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", nodelist)
+    if match is None:
+        raise MachineError(f"SLURM_STEP_NODELIST={nodelist!r}: not a node list")
+    return match.group(1) + (match.group(2) or "")
+
+
+def _mpi_world(environ: Mapping[str, str]) -> World:
+    """Ranks of an `mpirun`. Rank 0 opens the meeting point and tells the others by MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise MachineError(f"started by mpirun, but mpi4py cannot be used ({error}): pip install 'megatron_specialm[mpi]'") from None
+    import socket
+
+    communicator = MPI.COMM_WORLD
+    address = None
+    if communicator.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = f"tcp://{environ.get('MASTER_ADDR') or socket.gethostname()}:{probe.getsockname()[1]}"
+    local = communicator.Split_type(MPI.COMM_TYPE_SHARED).rank
+    return World(communicator.rank, communicator.size, local, communicator.bcast(address), "mpirun")

@@ -1,0 +1,210 @@
+"""From a YAML page to a validated `Pipeline`.
+
+In this order: `extends` (the page is laid over another one), dotted overrides from the command line, `defaults` by stage
+kind, model presets by name, validation. What comes out is resolved: writing it down and loading it again gives the same.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+import megatron_specialm
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config import schema
+from megatron_specialm.config.schema import Pipeline
+
+PACKAGE = Path(megatron_specialm.__file__).parent
+KINDS: dict[str, type[BaseModel]] = {
+    cls.model_fields["kind"].annotation.__args__[0]: cls  # type: ignore[union-attr]
+    for cls in get_args(get_args(schema.Stage)[0])
+}
+
+
+def configs_folder() -> Path:
+    """The folder of shipped pages: inside the package in a wheel, at the top of the repository in a checkout."""
+    packaged = PACKAGE / "configs"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Load, resolve and validate a pipeline page.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` settings, values read as YAML.
+
+    Raises:
+        ConfigError: naming the file, the dotted key, the value and the fix.
+    """
+    page = _read_page(path)
+    for override in overrides:
+        _apply_override(page, override)
+    defaults = page.pop("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: defaults: must map stage kinds to settings")
+    stages = page.get("stages")
+    if isinstance(stages, dict):
+        _check_names(f"{path}: defaults", defaults, list(KINDS))
+        page["stages"] = {name: _resolve_stage(path, name, stage, defaults) for name, stage in stages.items()}
+    try:
+        return Pipeline.model_validate(page)
+    except ValidationError as error:
+        raise ConfigError(_explain(path, page, error)) from None
+
+
+def dump_pipeline(pipeline: Pipeline) -> str:
+    """The resolved page as YAML: what a run folder keeps and its tasks run from."""
+    return yaml.safe_dump(pipeline.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a page and lay it over the page it extends (a path relative to its own folder)."""
+    if path.resolve() in seen:
+        chain = " -> ".join(str(item) for item in (*seen, path.resolve()))
+        raise ConfigError(f"{path}: extends itself: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{_nearest(path.name, siblings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        page = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(page, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(page).__name__}")
+    base = page.pop("extends", None)
+    if base is None:
+        return page
+    return _merge(_read_page(path.parent / str(base), (*seen, path.resolve())), page)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake. `1e-4` is a float."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index] and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """Lay one mapping over another; anything but two mappings is replaced."""
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {key: _merge(base.get(key), over[key]) if key in over else base[key] for key in [*base, *(k for k in over if k not in base)]}
+
+
+def _apply_override(page: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    place = page
+    for depth, part in enumerate(parents):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a mapping")
+    place[last] = value
+
+
+def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any]) -> Any:
+    if not isinstance(stage, dict):
+        raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
+    kind = stage.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{_nearest(str(kind), list(KINDS))}")
+    own = _without_inherited_shape(defaults.get(str(kind), {}), stage)
+    stage = _merge(own, stage)
+    if isinstance(stage.get("model"), str):
+        stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
+    return stage
+
+
+def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """A default `model` is for stages that start from random weights: one with `init` takes its shape from there."""
+    return {key: value for key, value in defaults.items() if not (key == "model" and "init" in stage)}
+
+
+def _preset(where: str, page: Path, name: str) -> Any:
+    folders = [page.parent, page.parent.parent / "models", configs_folder() / "models"]
+    for folder in folders:
+        candidate = folder / f"{name}.yaml"
+        if candidate.is_file():
+            return {"name": name, **_read_page(candidate)}
+    known = sorted({entry.stem for folder in folders[1:] for entry in folder.glob("*.yaml")})
+    raise ConfigError(f"{where}: no preset {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _check_names(where: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ConfigError(f"{where}.{key}: unknown{_nearest(str(key), known)}; known: {', '.join(known)}")
+
+
+def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str:
+    """One line per mistake: dotted key, what is wrong, the value, and for unknown keys the nearest valid one."""
+    lines = []
+    for item in error.errors():
+        tags = set(KINDS) | {"tfidf", "static", "sentence-bert"}
+        location = [str(part) for index, part in enumerate(item["loc"]) if not (index and part in tags and index == _tag_index(item["loc"], index))]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            known = _valid_keys(item["loc"])
+            lines.append(f"{key}: unknown key{_nearest(location[-1], known)}; valid keys: {', '.join(sorted(known))}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: required, and missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{key}: {message}{value}" if key else f"{message}{value}")
+    return "\n".join(f"{path}: {line}" for line in lines)
+
+
+def _tag_index(location: tuple[int | str, ...], index: int) -> int:
+    """pydantic puts a union's tag into the location, right behind the stage's name or `encoder`: it is no key of the page."""
+    behind_stage = index == 2 and location[0] == "stages"
+    behind_encoder = location[index - 1] == "encoder"
+    return index if behind_stage or behind_encoder else -1
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the mapping around a location's last part takes."""
+    current: type[BaseModel] | None = Pipeline
+    for part in location[:-1]:
+        if part in KINDS and current is Pipeline:
+            current = KINDS[str(part)]
+            continue
+        if current is None or part not in current.model_fields:
+            continue
+        found = _settings_class(current.model_fields[str(part)].annotation)
+        current = found or (None if part == "encoder" else current)
+    if "encoder" in location[:-1]:
+        tag = str(location[list(location).index("encoder") + 1])
+        current = {"tfidf": schema.TfidfEncoder, "static": schema.StaticEncoder}.get(tag, schema.SentenceBertEncoder)
+    elif "domains" in location[:-1] or location[:2] == ("text", "generic"):
+        current = schema.TextSet
+    return list(current.model_fields) if current else []
+
+
+def _settings_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((arg for arg in get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)

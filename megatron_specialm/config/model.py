@@ -1,0 +1,87 @@
+"""Model shapes, and what they cost: parameters and floating-point operations by arithmetic, without torch.
+
+Legend: L layers, H hidden size, F feed-forward size, A attention heads, G query groups, D = H / A head size,
+V vocabulary, T context length.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_specialm.config.base import Settings
+
+
+class ModelConfig(Settings):
+    """A decoder-only transformer. The families differ in norm, activation and biases only.
+
+    `neox`: LayerNorm, GELU, biases, exported as GPT-NeoX (the paper's models). `llama`: RMSNorm, SwiGLU, no biases,
+    grouped queries allowed, exported as Llama. Both use rotary positions and pre-norm blocks.
+    """
+
+    name: str = Field(default="custom", description="shown in tables and model cards")
+    family: Literal["neox", "llama"] = "neox"
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    attention_heads: PositiveInt
+    query_groups: PositiveInt | None = Field(default=None, description="key/value heads; default: one per head")
+    tie_embeddings: bool = True
+    rotary_base: PositiveInt = 10_000
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % self.attention_heads or (self.hidden_size // self.attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over attention_heads {self.attention_heads} must give an even whole "
+                "head size (rotary positions turn pairs)"
+            )
+        if self.attention_heads % self.kv_heads:
+            raise ValueError(
+                f"attention_heads {self.attention_heads} must be a multiple of query_groups {self.kv_heads}"
+            )
+        if self.family == "neox" and self.kv_heads != self.attention_heads:
+            raise ValueError("family neox has no grouped queries (GPT-NeoX cannot hold them): use family llama")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """G: the number of key/value heads."""
+        return self.query_groups or self.attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.hidden_size // self.attention_heads
+
+    def linear_parameters(self) -> int:
+        """Weights of the linears of all layers, biases and norms left out: 2 FLOPs each per token and forward pass."""
+        attention = self.hidden_size * self.head_size * (2 * self.attention_heads + 2 * self.kv_heads)
+        feed_forward = self.hidden_size * self.ffn_hidden_size * (3 if self.family == "llama" else 2)
+        return self.layers * (attention + feed_forward)
+
+    def parameters(self, vocabulary_size: int) -> int:
+        """All parameters, as exported: no vocabulary padding, tied embeddings counted once."""
+        embeddings = vocabulary_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        if self.family == "llama":
+            small = (2 * self.layers + 1) * self.hidden_size
+        else:
+            qkv_bias = self.head_size * (self.attention_heads + 2 * self.kv_heads)
+            per_layer = qkv_bias + self.hidden_size + self.ffn_hidden_size + self.hidden_size + 4 * self.hidden_size
+            small = self.layers * per_layer + 2 * self.hidden_size
+        return self.linear_parameters() + embeddings + small
+
+    def forward_flops(self, vocabulary_size: int, context_length: int) -> int:
+        """FLOPs of one token's forward pass, a multiply-add being 2.
+
+        Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
+        that a causal mask leaves on average. Norms, activations and softmax are not counted, nor is recomputation, so
+        utilisation computed from it is of the model's own work (and below what counts the masked half would give).
+        """
+        linears = 2 * (self.linear_parameters() + vocabulary_size * self.hidden_size)
+        return linears + 2 * self.layers * self.hidden_size * context_length
+
+    def training_flops(self, vocabulary_size: int, context_length: int) -> int:
+        """FLOPs of one token's forward and backward pass: three forward passes."""
+        return 3 * self.forward_flops(vocabulary_size, context_length)

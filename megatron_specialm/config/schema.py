@@ -1,0 +1,284 @@
+"""The schema of a pipeline's YAML page. Each class is one mapping of the page; the field's description is its manual.
+
+A stage names the stages it reads in its own fields (`tokens: tokens`, `init: slm`), and the graph follows from them
+(`config/graph.py`). What a stage is *for* (one run for everybody, or one per domain) follows from its `data`.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from megatron_specialm.config.base import Settings
+from megatron_specialm.config.model import ModelConfig
+
+GENERIC = "generic"  # the key of the generic set, and of tasks that serve every domain
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+class TextSet(Settings):
+    """The files of one set. Entries are paths, globs, or `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset."""
+
+    train: list[str] = Field(min_length=1)
+    test: list[str] = Field(min_length=1)
+    validation: list[str] = Field(default=[], description="default: a share of the training documents is held out")
+    text_field: str = Field(default="text", description="the key or column that holds a document's text")
+
+    @field_validator("train", "test", "validation", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class Text(Settings):
+    """The large generic set and the small domain sets."""
+
+    generic: TextSet
+    domains: dict[str, TextSet] = Field(min_length=1)
+
+    @field_validator("domains")
+    @classmethod
+    def _names(cls, value: dict[str, TextSet]) -> dict[str, TextSet]:
+        for name in value:
+            if name == GENERIC or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+                raise ValueError(
+                    f"domain name {name!r}: use small letters, digits, '_' and '-'; '{GENERIC}' is taken by the generic set"
+                )
+        return value
+
+
+# --- preparing text ---------------------------------------------------------------------------------------------------
+
+
+class TokenizerStage(Settings):
+    """Train a SentencePiece model on the generic set, or take an existing tokenizer."""
+
+    kind: Literal["tokenizer"]
+    path: str | None = Field(default=None, description="a SentencePiece .model or a Hugging Face tokenizer folder")
+    vocabulary_size: PositiveInt = 32_000
+    algorithm: Literal["unigram", "bpe"] = "bpe"
+    sample_characters: PositiveInt = Field(default=20_000_000, description="training text, spread over the set")
+
+
+class TokenizeStage(Settings):
+    """Documents -> windows of at most `context_length` tokens -> token store, per set."""
+
+    kind: Literal["tokenize"]
+    tokenizer: str
+    context_length: PositiveInt = 1024
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents")
+    workers: PositiveInt | None = Field(default=None, description="processes; default: this task's cores")
+
+
+class TfidfEncoder(Settings):
+    """TF-IDF of the window's words, projected to `dimensions` by truncated SVD. Fitted on the generic set."""
+
+    kind: Literal["tfidf"]
+    dimensions: PositiveInt = 64
+    vocabulary_size: PositiveInt = 20_000
+    sample: PositiveInt = Field(default=50_000, description="windows to fit on")
+
+
+class StaticEncoder(Settings):
+    """Mean of static word-piece embeddings (the package wordllama ships its weights)."""
+
+    kind: Literal["static"]
+    dimensions: PositiveInt = 256
+
+
+class SentenceBertEncoder(Settings):
+    """A Sentence-BERT model through sentence-transformers, as in the paper."""
+
+    kind: Literal["sentence-bert"]
+    model: str = Field(description="a folder, an installed package that carries one (`package:NAME`), or a hub name")
+    batch_size: PositiveInt = 64
+    chunk_words: PositiveInt = Field(
+        default=180, description="the model truncates long text: windows are cut so and their embeddings averaged"
+    )
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+Encoder = Annotated[TfidfEncoder | StaticEncoder | SentenceBertEncoder, Field(discriminator="kind")]
+
+
+class EmbedStage(Settings):
+    """Windows -> one vector each, per set."""
+
+    kind: Literal["embed"]
+    tokens: str
+    encoder: Encoder
+
+
+class ClusterStage(Settings):
+    """k-means on the generic set's vectors."""
+
+    kind: Literal["cluster"]
+    vectors: str
+    k: PositiveInt
+    iterations: PositiveInt = 20
+    sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, drawn without replacement")
+
+
+class AssignStage(Settings):
+    """Each window's nearest centroid, and each set's cluster histogram."""
+
+    kind: Literal["assign"]
+    clusters: str
+    vectors: str
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Optimizer(Settings):
+    """Adam with the paper's settings as defaults (Table 7: lr 1e-4, clip 5.0)."""
+
+    learning_rate: PositiveFloat = 1e-4
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: PositiveFloat = Field(default=5.0, description="global gradient norm")
+
+
+class Schedule(Settings):
+    """Learning rate over steps: linear warm-up, then constant, cosine, or WSD (warm-up, stable, linear decay)."""
+
+    kind: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: NonNegativeInt = 1_000
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="of the peak rate, at the last step")
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: share of the steps that decay")
+
+
+class Parallel(Settings):
+    """How many processes share the work. It does not change what is computed, so it is no part of an artifact's digest."""
+
+    data_parallel: PositiveInt = 1
+
+
+class CheckpointPolicy(Settings):
+    """When to save and how many `step_N` folders to keep (the newest; the best is kept beside them)."""
+
+    every: PositiveInt = 500
+    keep: PositiveInt = 2
+
+
+class EarlyStopping(Settings):
+    """Stop when the validation loss has not improved for `patience` evaluations in a row; the best checkpoint counts."""
+
+    evaluate_every: PositiveInt
+    patience: PositiveInt = 3
+
+
+class TrainStage(Settings):
+    """Pretraining and specialization: the same stage with other data and other first weights.
+
+    `data` decides for whom: `generic` trains once for all domains; `importance` (SLM-is: the generic set resampled to
+    the domain's cluster histogram) and `domain` (the domain's own text) train once per domain.
+    """
+
+    kind: Literal["train"]
+    tokens: str
+    data: Literal["generic", "importance", "domain"]
+    model: ModelConfig | None = Field(default=None, description="a preset's name (configs/models) or a shape")
+    assignment: str | None = Field(default=None, description="the assign stage; with `data: importance` only")
+    init: str | None = Field(default=None, description="the train stage whose final weights are the first ones here")
+    method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
+    steps: PositiveInt
+    global_batch_size: PositiveInt = Field(description="windows per step")
+    micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: Parallel = Parallel()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    early_stopping: EarlyStopping | None = None
+    log_every: PositiveInt = 10
+    max_skipped_steps: NonNegativeInt = Field(
+        default=5, description="steps in a row with a loss or gradient norm that is not finite, before training stops"
+    )
+    spike_factor: PositiveFloat = Field(
+        default=5.0, description="a gradient norm above this many times its recent median is counted as a spike"
+    )
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.model is None) == (self.init is None):
+            raise ValueError("give either `model` (start from random weights) or `init` (start from another stage's), not both")
+        if (self.data == "importance") != (self.assignment is not None):
+            raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
+        shard = self.micro_batch_size * self.parallel.data_parallel
+        if self.global_batch_size % shard:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x data_parallel {self.parallel.data_parallel} = {shard}; "
+                f"the next that fits is {-(-self.global_batch_size // shard) * shard}"
+            )
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
+        return self
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+class EvaluateStage(Settings):
+    """Perplexity on held-out documents: of shared models on every set, of a domain's models on that domain."""
+
+    kind: Literal["evaluate"]
+    tokens: str
+    models: list[str] = Field(min_length=1)
+    batch_size: PositiveInt = 32
+    max_windows: PositiveInt | None = Field(default=None, description="per set, evenly spread; default: all")
+
+
+class ExportStage(Settings):
+    """A Hugging Face folder per model, its logits compared with ours before it counts."""
+
+    kind: Literal["export"]
+    tokens: str
+    models: list[str] = Field(min_length=1)
+    tolerance: PositiveFloat = Field(default=1e-3, description="largest absolute difference of logits, fp32")
+
+
+Stage = Annotated[
+    TokenizerStage
+    | TokenizeStage
+    | EmbedStage
+    | ClusterStage
+    | AssignStage
+    | TrainStage
+    | EvaluateStage
+    | ExportStage,
+    Field(discriminator="kind"),
+]
+
+
+class Local(Settings):
+    """How `specialm run` uses this machine. No part of any digest."""
+
+    parallel_tasks: PositiveInt | None = Field(default=None, description="tasks at a time; default: cores / threads")
+    threads: PositiveInt = Field(default=1, description="CPU threads per process")
+
+
+class Pipeline(Settings):
+    """One YAML page: which text, which stages, in which folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    root: str = Field(description="the run folder, relative to the working directory")
+    seed: NonNegativeInt = 0
+    text: Text
+    stages: dict[str, Stage] = Field(min_length=1)
+    local: Local = Local()
+
+    @field_validator("stages")
+    @classmethod
+    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "jobs":
+                raise ValueError(f"stage name {name!r}: use small letters, digits, '_' and '-' ('jobs' is taken)")
+        return value

@@ -1,0 +1,39 @@
+"""What a stage function is given beside its own settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.config.graph import Task, TaskId
+from megatron_specialm.config.schema import Pipeline
+
+
+@dataclass(frozen=True)
+class Context:
+    """The task to do: where to write (`folder`), what it may read (`artifact`), and who this process is (`world`)."""
+
+    pipeline: Pipeline
+    task: Task
+    root: Path
+    folder: Path
+    world: World
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """`generic`, a domain's name, or `STAGE.KEY` of the model to evaluate or export."""
+        return self.task.id.key
+
+    def artifact(self, stage: str, key: str) -> Path:
+        """The folder of an input. Only inputs that the graph declared can be read, so digests cannot miss one."""
+        assert TaskId(stage, key) in self.task.inputs, f"{self.task.id} reads {stage}/{key} without declaring it"
+        return artifact_folder(self.root, stage, key)
+
+    def marker(self, stage: str, key: str) -> Marker:
+        """An input's completion marker: its report values and cost."""
+        marker = read_marker(self.root, stage, key)
+        if marker is None:
+            raise ArtifactError(f"{artifact_folder(self.root, stage, key)}: not complete: run the stage {stage!r} first")
+        return marker
