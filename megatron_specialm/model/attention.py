@@ -1,0 +1,47 @@
+"""Core attention without Transformer Engine: PyTorch's fused kernel.
+
+Legend: T positions, B sequences, A attention heads, G key/value heads, D head size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+
+class FusedCoreAttention(torch.nn.Module):
+    """Causal attention by `scaled_dot_product_attention`, in the place of Megatron-Core's unfused one.
+
+    Sequences are padded at their end only, so causality alone keeps padding out of every real position.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self", "causal self-attention only"
+        assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
+
+    def forward(
+        self,
+        query_TBAD: torch.Tensor,
+        key_TBGD: torch.Tensor,
+        value_TBGD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D)."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        context_BATD = functional.scaled_dot_product_attention(
+            query_TBAD.permute(1, 2, 0, 3),
+            key_TBGD.permute(1, 2, 0, 3),
+            value_TBGD.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=query_TBAD.shape[2] != key_TBGD.shape[2],
+        )
+        return context_BATD.permute(2, 0, 1, 3).flatten(2)

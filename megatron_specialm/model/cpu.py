@@ -1,0 +1,88 @@
+"""Megatron-Core on a CPU: a view of torch in which "cuda" means this device.
+
+A handful of Megatron-Core modules allocate small tensors on a literal "cuda" or ask for CUDA streams. In those modules
+alone, and only on a machine without a GPU, the name `torch` is bound to the view below. torch itself is left as it is,
+so nothing outside these modules can be surprised, and no operation pays for it.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+_MODULES = (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.models.common.embeddings.rotary_pos_embedding",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.utils",
+)
+
+
+class _TorchOnCpu(ModuleType):
+    """Everything torch has, with tensors made on the CPU and a `cuda` of no-ops."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in ("zeros", "ones", "empty", "full", "tensor"):
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.cuda = SimpleNamespace(
+            current_device=lambda: torch.device("cpu"),
+            current_stream=lambda *_: stream,
+            default_stream=lambda *_: stream,
+            empty_cache=lambda: None,
+            is_available=lambda: False,
+            stream=lambda _: contextlib.nullcontext(),
+            synchronize=lambda *_: None,
+            Stream=lambda **_: stream,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(make)
+    def made_on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return made_on_cpu
+
+
+@functools.cache
+def install() -> None:
+    """Bind the view in the modules that need it. Does nothing where there is a GPU; safe to call often."""
+    if torch.cuda.is_available():
+        return
+    view = _TorchOnCpu()
+    for name in _MODULES:
+        importlib.import_module(name).torch = view  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """While Megatron-Core builds a mixed-precision optimizer, CPU tensors answer to the CUDA type names it sorts by."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = named  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]

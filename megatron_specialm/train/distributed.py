@@ -1,0 +1,64 @@
+"""The process group of a run, from its opening to its closing."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.model import cpu
+
+
+def device_of(world: World) -> torch.device:
+    """The device of this process: its node's GPU of its local rank, or the CPU."""
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(world: World) -> str:
+    """The name of this process's device, as its maker gives it."""
+    return torch.cuda.get_device_name(device_of(world)) if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def process_group(world: World, *, threads: int = 1, timeout_seconds: float = 600) -> Iterator[None]:
+    """Join the other processes (gloo on CPU, NCCL on GPU) and lay out data parallelism; leave on the way out.
+
+    Raises:
+        MachineError: the meeting point cannot be reached or its port is taken.
+    """
+    cpu.install()
+    torch.set_num_threads(threads)
+    device = device_of(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    meeting: dict = {"init_method": world.init_method} if world.world_size > 1 else {"store": dist.HashStore()}
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+            **meeting,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
+        address = world.init_method if world.init_method != "env://" else _torchrun_address()
+        raise MachineError(
+            f"rank {world.rank} of {world.world_size} cannot meet the others at {address}: {error}. "
+            "If the port is in use, choose another (torchrun --master-port, or MASTER_PORT)"
+        ) from None
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _torchrun_address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

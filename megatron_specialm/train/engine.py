@@ -1,0 +1,47 @@
+"""What the loop asks of an engine, so that Megatron and DeepSpeed can serve it alike."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from megatron_specialm.data.store import Batch
+
+
+class LossSum(NamedTuple):
+    """A sum of negative log-likelihoods in nats and the number of tokens in it. Sums, never means: they add exactly."""
+
+    total: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.total / self.count
+
+
+class StepStats(NamedTuple):
+    """One optimizer step, over the global batch. `skipped`: loss or gradient was not finite, weights are unchanged."""
+
+    loss: LossSum
+    gradient_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model with its optimizer, spread over the processes of a run."""
+
+    def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
+        """One optimizer step on this process's share of the global batch; gradient accumulation inside."""
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSum:
+        """The loss over all processes' batches."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Canonical fp32 weights, on the CPU."""
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors under canonical names, on the CPU."""
+
+    def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
+        """Take weights, and the optimizer's state where training goes on from it."""

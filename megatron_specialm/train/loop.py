@@ -1,0 +1,235 @@
+"""The training loop: steps, records, validation, checkpoints, and when to stop.
+
+All that the loop knows beside the weights is in `Progress`, which every checkpoint carries; the data stream is a pure
+function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.store import Batch
+from megatron_specialm.train.checkpoint import (
+    declare_final,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from megatron_specialm.train.engine import Engine, StepStats
+from megatron_specialm.train.metrics import Metrics
+from megatron_specialm.train.schedule import learning_rate
+from megatron_specialm.train.throughput import utilisation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after `step` optimizer steps. Losses are nats per token."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_without_gain: int = 0
+
+    def after(self, stats: StepStats, *, spike: bool) -> "Progress":
+        """The progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + (0 if stats.skipped else stats.loss.count),
+            skipped_steps=self.skipped_steps + stats.skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
+            spikes=self.spikes + spike,
+        )
+
+    def evaluated(self, loss: float) -> "Progress":
+        """The progress after a validation."""
+        if self.best_loss is None or loss < self.best_loss:
+            return replace(self, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
+        return replace(self, evaluations_without_gain=self.evaluations_without_gain + 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training needs beside its engine. `validation` gives this process's batches anew at every call."""
+
+    folder: Path
+    settings: TrainStage
+    batches: TrainingBatches
+    validation: Callable[[], Iterable[Batch]]
+    description: dict[str, Any]  # written into every checkpoint: the model's shape, tokenizer, seed, versions
+    flops_per_step: int
+    device_name: str
+    processes: int
+    is_first: bool
+    barrier: Callable[[], None]
+
+
+def train(engine: Engine, run: Run) -> Progress:
+    """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
+
+    Raises:
+        TrainingError: too many steps in a row whose loss or gradient is not finite.
+    """
+    progress = _resume(engine, run)
+    metrics = _open_metrics(run, progress)
+    norms: deque[float] = deque(maxlen=100)
+    clock = _Clock()
+    while not _is_over(progress, run.settings):
+        rate = learning_rate(
+            progress.step,
+            peak=run.settings.optimizer.learning_rate,
+            steps=run.settings.steps,
+            schedule=run.settings.schedule,
+        )
+        stats = engine.train_step(run.batches.local(progress.step), learning_rate=rate)
+        spike = len(norms) >= 20 and stats.gradient_norm > run.settings.spike_factor * statistics.median(norms)
+        progress = progress.after(stats, spike=spike)
+        if math.isfinite(stats.gradient_norm):
+            norms.append(stats.gradient_norm)
+        _record_step(metrics, run, progress, stats, rate, spike=spike, clock=clock)
+        _stop_if_poisoned(progress, run, stats)
+        progress = _evaluate(engine, run, progress, metrics)
+        if _is_time_to_save(progress, run.settings):
+            _save(engine, run, progress)
+    final = progress.step if progress.best_step is None else progress.best_step
+    if run.is_first:
+        declare_final(run.folder, step=final)
+    if metrics:
+        metrics.write(event="end", step=progress.step, final_step=final)
+        metrics.close()
+    return progress
+
+
+class _Clock:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.steps = 0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def _resume(engine: Engine, run: Run) -> Progress:
+    checkpoint, passed_over = newest_checkpoint(run.folder)
+    for reason in passed_over:
+        logger.warning("resuming: passed over %s", reason)
+    if checkpoint is None:
+        return Progress()
+    engine.load(checkpoint.weights, checkpoint.optimizer_state)
+    logger.info("resuming from %s", checkpoint.folder)
+    return Progress(**checkpoint.state["progress"])
+
+
+def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
+    """Only the first process writes the record."""
+    settings = run.settings
+    if not run.is_first:
+        return None
+    return Metrics(
+        run.folder, step=progress.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project
+    )
+
+
+def _is_over(progress: Progress, settings: TrainStage) -> bool:
+    stopping = settings.early_stopping
+    stalled = stopping is not None and progress.evaluations_without_gain >= stopping.patience
+    return stalled or progress.step >= settings.steps
+
+
+def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
+    return progress.step % settings.checkpoint.every == 0 or progress.best_step == progress.step or _is_over(progress, settings)
+
+
+def _save(engine: Engine, run: Run, progress: Progress) -> None:
+    """Every process holds all of the state under data parallelism, so the first one writes and the others wait."""
+    if run.is_first:
+        save_checkpoint(
+            run.folder,
+            step=progress.step,
+            weights=engine.weights(),
+            optimizer_state=engine.optimizer_state(),
+            state={"progress": asdict(progress), **run.description},
+        )
+        prune_checkpoints(run.folder, keep=run.settings.checkpoint.keep, best=progress.best_step)
+    run.barrier()
+
+
+def _evaluate(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
+    stopping = run.settings.early_stopping
+    if stopping is None or (progress.step % stopping.evaluate_every and progress.step < run.settings.steps):
+        return progress
+    loss = engine.evaluate(run.validation()).mean
+    if metrics:
+        metrics.write(event="validation", step=progress.step, validation_loss=loss)
+    return progress.evaluated(loss)
+
+
+def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:
+    if progress.skipped_in_a_row <= run.settings.max_skipped_steps:
+        return
+    checkpoint, _ = newest_checkpoint(run.folder)
+    where = f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint was written yet"
+    raise TrainingError(
+        f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
+        f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {run.settings.max_skipped_steps}); {where}. "
+        f"Lower optimizer.learning_rate (now {run.settings.optimizer.learning_rate}) or look at the data of these steps"
+    )
+
+
+def _record_step(
+    metrics: Metrics | None,
+    run: Run,
+    progress: Progress,
+    stats: StepStats,
+    rate: float,
+    *,
+    spike: bool,
+    clock: _Clock,
+) -> None:
+    """A record every `log_every` steps, and at once where a step was skipped or spiked."""
+    clock.steps += 1
+    settings = run.settings
+    if stats.skipped or spike:
+        what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
+        logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
+    elif progress.step % settings.log_every and progress.step < settings.steps:
+        return
+    if metrics is None:
+        return
+    steps, seconds = clock.steps, clock.lap()
+    clock.steps = 0
+    per_step = seconds / steps
+    metrics.write(
+        step=progress.step,
+        steps=settings.steps,
+        loss=stats.loss.mean if math.isfinite(stats.loss.mean) else None,
+        gradient_norm=stats.gradient_norm if math.isfinite(stats.gradient_norm) else None,
+        learning_rate=rate,
+        tokens=progress.tokens,
+        tokens_per_second=stats.loss.count / per_step,
+        mfu=utilisation(
+            flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name
+        ),
+        eta_seconds=per_step * (settings.steps - progress.step),
+        skipped_steps=progress.skipped_steps,
+        spikes=progress.spikes,
+    )

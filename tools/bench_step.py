@@ -1,0 +1,98 @@
+"""One training step of ours beside Transformers' GPT-NeoX: same shape, weights' count, batch and Adam, in turns.
+
+    python tools/bench_step.py [--layers 4 --hidden 128 ...] [--steps 20] [--rounds 7] [--threads 2]
+
+Prints tokens per second (median over rounds) and the ratio per round. Both accumulate over the same micro-batches, clip
+by the global norm and use torch's AdamW.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+from transformers import GPTNeoXForCausalLM
+
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.convert.huggingface import huggingface_config
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model import gpt
+from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"layers": 4, "hidden": 128, "heads": 4, "vocabulary": 4096, "context": 128, "batch": 64,
+                        "micro-batch": 16, "steps": 10, "rounds": 7, "threads": 2}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    shape = ModelConfig(
+        layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
+    )
+    windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
+    with process_group(ALONE, threads=args.threads):
+        contenders = {"megatron_specialm": _ours(shape, args, batch), "transformers GPT-NeoX": _theirs(shape, args, batch)}
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for step in contenders.values():  # warm up
+            step()
+        for _ in range(args.rounds):
+            for name, step in contenders.items():
+                start = time.perf_counter()
+                for _ in range(args.steps):
+                    step()
+                rates[name].append(args.steps * batch.tokens.size / (time.perf_counter() - start))
+    _print(rates)
+
+
+def _ours(shape: ModelConfig, args: argparse.Namespace, batch: Batch) -> Callable[[], object]:
+    model = gpt.build_model(shape, vocabulary_size=args.vocabulary, context_length=args.context)
+    gpt.initialize(model, shape, vocabulary_size=args.vocabulary, seed=0)
+    engine = MegatronEngine(
+        model, optimizer=Optimizer(), vocabulary_size=args.vocabulary, micro_batch_size=args.micro_batch
+    )
+    return lambda: engine.train_step(batch, learning_rate=1e-4)
+
+
+def _theirs(shape: ModelConfig, args: argparse.Namespace, batch: Batch) -> Callable[[], object]:
+    config = huggingface_config(shape, vocabulary_size=args.vocabulary, context_length=args.context, eod=0)
+    model = GPTNeoXForCausalLM(config)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for start in range(0, len(tokens), args.micro_batch):
+            rows = slice(start, start + args.micro_batch)
+            logits = model(tokens[rows]).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum")
+            (loss / tokens.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+
+    return step
+
+
+def _print(rates: dict[str, list[float]]) -> None:
+    ours, theirs = rates.values()
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    table = Table("", "tokens/s, median", "min", "max")
+    for name, values in rates.items():
+        table.add_row(name, *(f"{value:,.0f}" for value in (statistics.median(values), min(values), max(values))))
+    console = Console()
+    console.print(table)
+    console.print(f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()

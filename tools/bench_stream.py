@@ -1,0 +1,69 @@
+"""Time of one global batch at the size of a real run: `python tools/bench_stream.py`.
+
+Prints, for several shapes of weights, milliseconds per global batch (at steps far apart, so that nothing is warm by
+luck) and what the process grew by: anonymous memory, which is ours, and mapped pages of the order's file, which the
+kernel may take back. The file is sparse: its pages are made on the fly and no disk is measured.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
+
+
+def resident_mib() -> tuple[float, float]:
+    """Resident memory of this process in MiB: anonymous, file-backed."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(fields[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+
+
+def weight_shapes(k: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        "uniform": np.ones(k),
+        "Dirichlet 0.05": random.dirichlet(np.full(k, 0.05)),
+        "Zipf 1.2": random.permutation(1.0 / np.arange(1, k + 1) ** 1.2),
+        "geometric": 0.5 ** np.arange(k),
+        "one cluster": np.eye(k)[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=300_000_000)
+    parser.add_argument("--clusters", type=int, default=1024)
+    parser.add_argument("--global-batch-size", type=int, default=512)
+    parser.add_argument("--batches", type=int, default=1000)
+    args = parser.parse_args()
+
+    random = np.random.default_rng(1)
+    sizes = 1 + random.multinomial(args.windows - args.clusters, random.dirichlet(np.ones(args.clusters)))
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    steps = random.integers(0, 1_000_000, size=args.batches)
+    print(f"{args.windows:,} windows, {args.clusters:,} clusters, batches of {args.global_batch_size}")
+    print(f"{'weights':16s}{'setup ms':>10s}{'median ms':>11s}{'95% ms':>9s}{'own MiB':>9s}{'mapped MiB':>12s}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "order.npy"
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(args.windows,)).flush()
+        for name, weights in weight_shapes(args.clusters).items():
+            index = ClusterIndex(order=np.load(path, mmap_mode="r"), offsets=offsets)
+            own, mapped = resident_mib()
+            start = time.perf_counter()
+            stream = ImportanceStream(index, weights, global_batch_size=args.global_batch_size, seed=0)
+            setup = time.perf_counter() - start
+            times = []
+            for step in steps:
+                start = time.perf_counter()
+                stream.global_batch(int(step))
+                times.append(time.perf_counter() - start)
+            median, tail = 1e3 * np.quantile(times, [0.5, 0.95])
+            own, mapped = (after - before for after, before in zip(resident_mib(), (own, mapped), strict=True))
+            print(f"{name:16s}{1e3 * setup:10.1f}{median:11.3f}{tail:9.3f}{own:9.1f}{mapped:12.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
