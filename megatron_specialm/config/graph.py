@@ -215,10 +215,13 @@ def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iter
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:
-    # A domain's vectors come from the encoder that the generic task fitted (TF-IDF) or loaded.
+    # A window's text is what its tokens decode to. A domain's encoder is the one the generic task fitted or loaded.
+    tokenize = pipeline.stages[stage.tokens]
+    assert isinstance(tokenize, TokenizeStage)
+    tokenizer = TaskId(tokenize.tokenizer, GENERIC)
     for source in sources(pipeline):
         fitted = () if source == GENERIC else (TaskId(name, GENERIC),)
-        yield Task(TaskId(name, source), (TaskId(stage.tokens, source), *fitted), (), _domain(source))
+        yield Task(TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), (), _domain(source))
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:

@@ -24,6 +24,7 @@ class FusedCoreAttention(torch.nn.Module):
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self", "causal self-attention only"
         assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
+        self.attn_mask_type = attn_mask_type
 
     def forward(
         self,

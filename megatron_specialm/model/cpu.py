@@ -6,6 +6,7 @@ so nothing outside these modules can be surprised, and no operation pays for it.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 from collections.abc import Callable, Iterator
@@ -64,9 +65,23 @@ def install() -> None:
     """Bind the view in the modules that need it. Does nothing where there is a GPU; safe to call often."""
     if torch.cuda.is_available():
         return
+    _keep_freed_memory()
     view = _TorchOnCpu()
     for name in _MODULES:
         importlib.import_module(name).torch = view  # type: ignore[attr-defined]
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep large freed blocks instead of returning them to the kernel.
+
+    A step frees and allocates the same tens of megabytes of logits again and again; fresh pages for each made the
+    softmax of a small model six times slower, and a whole training step a fifth (docs/benchmarks.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mmap_max, trim_threshold = -4, -1
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextlib.contextmanager

@@ -89,12 +89,24 @@ def padded_vocabulary(vocabulary_size: int) -> int:
     return math.ceil(vocabulary_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+class LogitsModel(GPTModel):
+    """A GPTModel that hands out its logits as they lie in memory, positions first.
+
+    Asked for logits, Megatron-Core copies them to sequences first, and their gradient back: at a small model's size a
+    fifth of a training step. Asked for a loss, it passes them to this method as they are.
+    """
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(T, B, V) -> the same."""
+        return logits
+
+
 def build_model(
     config: ModelConfig, *, vocabulary_size: int, context_length: int, precision: str = "fp32"
 ) -> GPTModel:
     """A model on this process's device, its weights not yet meaningful (`initialize` or `load_weights` follows)."""
     cpu.install()
-    model = GPTModel(
+    model = LogitsModel(
         config=transformer_config(config, precision=precision),
         transformer_layer_spec=layer_spec(config),
         vocab_size=padded_vocabulary(vocabulary_size),
@@ -108,10 +120,13 @@ def build_model(
 
 
 def logits(model: torch.nn.Module, tokens_BT: torch.Tensor, *, vocabulary_size: int) -> torch.Tensor:
-    """(B, T) token ids -> (B, T, V) logits over the real vocabulary: padding is cut off here, for all that follows."""
+    """(B, T) token ids -> (B, T, V) logits over the real vocabulary: padding is cut off here, for all that follows.
+
+    The result is a view with positions first in memory: reduce it in that order, or pay for a copy.
+    """
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    logits_BTV = model(tokens_BT, positions_BT, None)
-    return logits_BTV[..., :vocabulary_size] if logits_BTV.shape[-1] != vocabulary_size else logits_BTV
+    logits_TBV = model(tokens_BT, positions_BT, None, labels=tokens_BT)
+    return logits_TBV[..., :vocabulary_size].transpose(0, 1)
 
 
 def canonical_name(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError
@@ -54,6 +55,8 @@ def process_group(world: World, *, threads: int = 1, timeout_seconds: float = 60
         ) from None
     try:
         parallel_state.initialize_model_parallel()
+        if device.type == "cuda":
+            model_parallel_cuda_manual_seed(0)  # Transformer Engine asks for the tracker; nothing is drawn from it
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -16,5 +16,6 @@ class DeviceBatch(NamedTuple):
 
 def cross_entropy(logits_BTV: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
     """The summed next-token negative log-likelihood in nats, a scalar in fp32. Padding (mask 0) does not count."""
-    losses = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
-    return torch.dot(losses, batch.mask.flatten())
+    # Positions first, as the model's logits lie in memory: flattening is free.
+    logits, targets, mask = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (logits_BTV, batch.targets, batch.mask))
+    return torch.dot(functional.cross_entropy(logits.float(), targets, reduction="none"), mask)

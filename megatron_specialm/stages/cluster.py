@@ -1,0 +1,35 @@
+"""k-means on the generic set's vectors.
+
+centroids.npy   (K, E) float32
+clusters.json   how the fit went: k, vectors fitted on, inertia, empty clusters, smallest and largest size
+"""
+
+import faiss
+import numpy as np
+
+from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.files import atomic_path, write_json
+from megatron_specialm.clustering import kmeans
+from megatron_specialm.config.schema import GENERIC, ClusterStage
+from megatron_specialm.stages.context import Context
+
+
+def run(stage: ClusterStage, context: Context) -> Report:
+    """Find k centroids. flops: 2 k E per vector, for each iteration and the count at the end. It reads no tokens."""
+    faiss.omp_set_num_threads(context.threads)
+    vectors = np.load(context.artifact(stage.vectors, GENERIC) / "train.npy", mmap_mode="r", allow_pickle=False)
+    result = kmeans.fit(
+        vectors, k=stage.k, iterations=stage.iterations, seed=context.pipeline.seed, sample=stage.sample
+    )
+    with atomic_path(context.folder / "centroids.npy") as path, path.open("wb") as file:
+        np.save(file, result.centroids, allow_pickle=False)
+    values = {
+        "k": stage.k,
+        "vectors": int(result.sizes.sum()),
+        "inertia": result.inertia,
+        "empty_clusters": result.empty,
+        "smallest_cluster": int(result.sizes.min()),
+        "largest_cluster": int(result.sizes.max()),
+    }
+    write_json(context.folder / "clusters.json", values)
+    return Report(flops=2 * result.centroids.size * values["vectors"] * (stage.iterations + 1), values=values)

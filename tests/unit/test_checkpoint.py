@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.train.checkpoint import (
+    declare_final,
+    find_final,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_model,
+    save_checkpoint,
+    step_folder,
+)
+
+
+def _save(folder: Path, step: int) -> None:
+    save_checkpoint(
+        folder,
+        step=step,
+        weights={"w": torch.full((4,), float(step))},
+        optimizer_state={"exp_avg/w": torch.zeros(4)},
+        state={"progress": {"step": step}},
+    )
+
+
+def test_resume_takes_the_newest_that_verifies_and_says_what_it_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    path = step_folder(tmp_path, 3) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (step_folder(tmp_path, 2) / "optimizer.safetensors").unlink()
+    (tmp_path / ".step_0000004.tmp").mkdir()  # what a kill in the middle of a save leaves
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.state["progress"]["step"] == 1
+    assert ["step_0000003" in passed_over[0], "changed" in passed_over[0]] == [True, True]
+    assert ["step_0000002" in passed_over[1], "missing" in passed_over[1]] == [True, True]
+
+
+def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "absent") == (None, [])
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        _save(tmp_path, step)
+    prune_checkpoints(tmp_path, keep=2, best=3)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_0000003", "step_0000005", "step_0000006"]
+
+
+def test_the_outcome_is_named(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    declare_final(tmp_path, step=5)
+    assert read_model(find_final(tmp_path))["w"].tolist() == [5.0] * 4
+
+
+def test_no_outcome_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError):
+        find_final(tmp_path)

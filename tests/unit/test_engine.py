@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model import gpt
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+VOCABULARY, CONTEXT = 100, 16
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def _engine(shape: ModelConfig, *, micro_batch_size: int = 4, precision: str = "fp32", **optimizer) -> MegatronEngine:
+    model = gpt.build_model(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision=precision)
+    gpt.initialize(model, shape, vocabulary_size=VOCABULARY, seed=0)
+    return MegatronEngine(
+        model, optimizer=Optimizer(**optimizer), vocabulary_size=VOCABULARY, micro_batch_size=micro_batch_size
+    )
+
+
+def _batch(seed: int = 0, rows: int = 8) -> Batch:
+    """Windows of uneven length, as real text has them."""
+    generator = np.random.default_rng(seed)
+    windows = generator.integers(0, VOCABULARY, (rows, CONTEXT + 1))
+    lengths = generator.integers(1, CONTEXT + 1, rows)
+    mask = (np.arange(CONTEXT) < lengths[:, None]).astype(np.float32)
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask)
+
+
+def _train(engine: MegatronEngine, steps: int = 3, start: int = 0) -> dict[str, torch.Tensor]:
+    for step in range(start, start + steps):
+        engine.train_step(_batch(step), learning_rate=1e-2)
+    return engine.weights()
+
+
+def test_one_step_is_plain_pytorch(neox: ModelConfig) -> None:
+    """The oracle: torch's own loss, clipping and AdamW on the same model."""
+    engine = _engine(neox, clip_grad=0.1)
+    model = gpt.build_model(neox, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    gpt.initialize(model, neox, vocabulary_size=VOCABULARY, seed=0)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        batch = _batch(step)
+        stats = engine.train_step(batch, learning_rate=1e-2)
+        logits = gpt.logits(model, torch.from_numpy(batch.tokens), vocabulary_size=VOCABULARY)
+        targets = torch.from_numpy(np.where(batch.mask > 0, batch.targets, -100))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        adam.step()
+        assert stats.loss.mean == pytest.approx(loss.item(), rel=1e-5)
+        assert stats.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
+    expected = dict(gpt.named_weights(model))
+    for name, tensor in engine.weights().items():
+        torch.testing.assert_close(
+            tensor, gpt.unpad(name, expected[name].detach(), vocabulary_size=VOCABULARY), rtol=1e-3, atol=2e-5
+        )
+
+
+def test_accumulation_over_micro_batches_changes_nothing(neox: ModelConfig) -> None:
+    whole, parts = _train(_engine(neox, micro_batch_size=8)), _train(_engine(neox, micro_batch_size=1))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_going_on_from_saved_state_is_exact(neox: ModelConfig, precision: str) -> None:
+    engine = _engine(neox, precision=precision)
+    _train(engine, 2)
+    weights, state = engine.weights(), engine.optimizer_state()
+    restored = _engine(neox, precision=precision)
+    restored.load(weights, state)
+    straight, resumed = _train(engine, 2, start=2), _train(restored, 2, start=2)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights(neox: ModelConfig) -> None:
+    engine = _engine(neox)
+    _train(engine, 1)
+    weights = engine.weights()
+    poisoned = {**weights, "decoder.final_layernorm.weight": weights["decoder.final_layernorm.weight"] * float("nan")}
+    engine.load(poisoned, engine.optimizer_state())
+    stats = engine.train_step(_batch(), learning_rate=1e-2)
+    assert stats.skipped
+    after = engine.weights()
+    assert all(torch.equal(after[name], weights[name]) for name in weights if name != "decoder.final_layernorm.weight")
+
+
+def test_bf16_follows_fp32(neox: ModelConfig) -> None:
+    full, half = _engine(neox), _engine(neox, precision="bf16")
+    for step in range(5):
+        a, b = (engine.train_step(_batch(step), learning_rate=1e-2) for engine in (full, half))
+        assert b.loss.mean == pytest.approx(a.loss.mean, rel=1e-2)
+
+
+def test_evaluation_counts_every_real_token_once(neox: ModelConfig) -> None:
+    engine, batch = _engine(neox), _batch()
+    whole = engine.evaluate([batch])
+    rows = [Batch(*(part[row : row + 1] for part in batch)) for row in range(len(batch.tokens))]
+    assert whole.count == int(batch.mask.sum())
+    assert engine.evaluate(rows).total == pytest.approx(whole.total, rel=1e-6)
