@@ -1,0 +1,84 @@
+"""A small training that tests share: random windows in memory, the real stream, engine and loop."""
+
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
+from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model import gpt
+from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.loop import Progress, Run, train
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+VOCABULARY, CONTEXT = 100, 16
+SHAPE = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=64, attention_heads=4)
+
+
+class MemoryStore:
+    """Windows of a learnable sequence (each token follows from the one before), of uneven length."""
+
+    folder = Path("memory")
+
+    def __init__(self, windows: int, *, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        first = generator.integers(0, VOCABULARY, (windows, 1))
+        self._tokens = (first * 3 ** np.arange(CONTEXT + 1) + np.arange(CONTEXT + 1)) % VOCABULARY
+        self._lengths = generator.integers(CONTEXT // 2, CONTEXT + 1, windows)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        mask = (np.arange(CONTEXT) < self._lengths[ids][:, None]).astype(np.float32)
+        return Batch(self._tokens[ids, :-1], self._tokens[ids, 1:], mask)
+
+
+def stage(**settings) -> TrainStage:
+    """A train stage's settings with the defaults of these tests."""
+    defaults = {
+        "kind": "train", "tokens": "tokens", "data": "generic", "model": SHAPE, "steps": 12, "global_batch_size": 8,
+        "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-2}, "schedule": {"warmup_steps": 0},
+        "checkpoint": {"every": 4}, "log_every": 1,
+    }  # fmt: skip
+    return TrainStage.model_validate({**defaults, **settings})
+
+
+def run_training(folder: Path, world: World, settings: TrainStage, *, windows: int = 64) -> Progress:
+    """Train in a process group of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store, held_out = MemoryStore(windows), MemoryStore(16, seed=1)
+    stream = ImportanceStream(
+        ClusterIndex.single(windows), np.ones(1), global_batch_size=settings.global_batch_size, seed=0
+    )
+    with process_group(world):
+        model = gpt.build_model(SHAPE, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+        gpt.initialize(model, SHAPE, vocabulary_size=VOCABULARY, seed=0)
+        engine = MegatronEngine(
+            model,
+            optimizer=settings.optimizer,
+            vocabulary_size=VOCABULARY,
+            micro_batch_size=settings.micro_batch_size,
+        )
+        return train(
+            engine,
+            Run(
+                folder=folder,
+                settings=settings,
+                batches=TrainingBatches(store, stream, rank=world.rank, processes=world.world_size),
+                validation=lambda: evaluation_batches(
+                    held_out, batch_size=4, rank=world.rank, processes=world.world_size
+                ),
+                description={},
+                flops_per_step=1,
+                device_name="cpu",
+                processes=world.world_size,
+                is_first=world.is_first,
+                barrier=dist.barrier,
+            ),
+        )

@@ -1,0 +1,76 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training import run_training, stage
+
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.train.metrics import Metrics, read_metrics, seconds_of_all_attempts
+
+
+def _final(folder: Path) -> dict[str, torch.Tensor]:
+    return read_model(find_final(folder))
+
+
+def test_training_learns_and_records(tmp_path: Path) -> None:
+    progress = run_training(tmp_path, ALONE, stage(steps=40))
+    losses = [record["loss"] for record in read_metrics(tmp_path) if "loss" in record]
+    assert progress.step == 40 and len(losses) == 40
+    assert losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "latest").read_text().strip() == "step_0000040"
+
+
+def test_resumed_from_any_checkpoint_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    run_training(tmp_path / "straight", ALONE, stage(checkpoint={"every": 4, "keep": 10}))
+    for lost in (4, 8, 12):
+        broken = tmp_path / f"broken{lost}"
+        shutil.copytree(tmp_path / "straight", broken)
+        (broken / "result.json").unlink()
+        for step in range(lost, 13, 4):
+            shutil.rmtree(broken / f"step_{step:07d}")
+        run_training(broken, ALONE, stage())
+        straight, resumed = _final(tmp_path / "straight"), _final(broken)
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    settings = stage(
+        steps=400, optimizer={"learning_rate": 3e-2}, early_stopping={"evaluate_every": 4, "patience": 2}
+    )
+    progress = run_training(tmp_path, ALONE, settings, windows=8)
+    losses = {r["step"]: r["validation_loss"] for r in read_metrics(tmp_path) if "validation_loss" in r}
+    assert progress.step < 400, "eight windows must be learnt by heart long before"
+    assert progress.best_step == min(losses, key=losses.get)
+    assert progress.step == progress.best_step + 2 * 4
+    assert find_final(tmp_path).name == f"step_{progress.best_step:07d}"
+
+
+def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_specialm.train import megatron_engine
+
+    healthy, calls = megatron_engine.cross_entropy, iter(range(10_000))
+
+    def poisoned(logits: torch.Tensor, batch: object) -> torch.Tensor:
+        return healthy(logits, batch) * (float("nan") if next(calls) >= 12 else 1.0)
+
+    monkeypatch.setattr(megatron_engine, "cross_entropy", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps.*step_0000004.*learning_rate"):
+        run_training(tmp_path, ALONE, stage(max_skipped_steps=2))
+    skipped = [record for record in read_metrics(tmp_path) if record.get("skipped_steps")]
+    assert [record["loss"] for record in skipped] == [None] * 3
+
+
+def test_seconds_count_every_attempt(tmp_path: Path) -> None:
+    records = [{"event": "start", "time": 10.0}, {"time": 14.0}, {"event": "start", "time": 100.0}, {"time": 101.0}]
+    assert seconds_of_all_attempts(records) == 5.0
+
+
+def test_a_torn_record_does_not_swallow_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"time": 1.0, "event": "start"}\n{"time": 2.0, "st')
+    Metrics(tmp_path, step=3).close()
+    assert [record.get("step") for record in read_metrics(tmp_path)] == [None, 3]
