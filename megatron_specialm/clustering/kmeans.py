@@ -27,7 +27,7 @@ class KMeansResult:
 
 
 def fit(vectors: np.ndarray, *, k: int, iterations: int, seed: int, sample: int) -> KMeansResult:
-    """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement (4 E bytes of memory each).
+    """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement (all in memory).
 
     A cluster that runs empty takes half of a large one (faiss). Some stay empty when there are fewer distinct vectors
     than clusters. The same seed and vectors give the same centroids on any number of threads, up to the order in which
@@ -52,9 +52,11 @@ def fit(vectors: np.ndarray, *, k: int, iterations: int, seed: int, sample: int)
     limits = {"max_points_per_centroid": drawn, "min_points_per_centroid": 1}
     kmeans = faiss.Kmeans(dimensions, k, niter=iterations, seed=seed % 2**31, **limits)
     kmeans.train(points)
-    distances, nearest = _index(kmeans.centroids).search(points, 1)
+    centroids = kmeans.centroids
+    assert centroids is not None  # None before training only
+    distances, nearest = _index(centroids).search(points, 1)
     sizes = np.bincount(nearest[:, 0], minlength=k)
-    return KMeansResult(kmeans.centroids, sizes, float(distances.mean(dtype=np.float64)), int((sizes == 0).sum()))
+    return KMeansResult(centroids, sizes, float(distances.mean(dtype=np.float64)), int((sizes == 0).sum()))
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, *, batch: int = 16_384) -> np.ndarray:

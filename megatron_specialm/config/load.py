@@ -97,10 +97,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """Lay one mapping over another; anything but two mappings is replaced."""
+    """Lay one mapping over another; anything but two mappings is replaced. A null takes a key out."""
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
         return over
-    return {key: _merge(base.get(key), over[key]) if key in over else base[key] for key in [*base, *(k for k in over if k not in base)]}
+    merged = {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+    return {key: value for key, value in merged.items() if not (value is None and key in base)}
 
 
 def _apply_override(page: dict[str, Any], override: str) -> None:
@@ -139,12 +140,12 @@ def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, An
 
 
 def _preset(where: str, page: Path, name: str) -> Any:
-    folders = [page.parent, page.parent.parent / "models", configs_folder() / "models"]
+    folders = [page.parent / "models", page.parent.parent / "models", configs_folder() / "models"]
     for folder in folders:
         candidate = folder / f"{name}.yaml"
         if candidate.is_file():
             return {"name": name, **_read_page(candidate)}
-    known = sorted({entry.stem for folder in folders[1:] for entry in folder.glob("*.yaml")})
+    known = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
     raise ConfigError(f"{where}: no preset {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
 
 

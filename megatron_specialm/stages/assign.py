@@ -28,6 +28,7 @@ def run(stage: AssignStage, context: Context) -> Report:
     k = len(centroids)
     clusters = kmeans.assign(vectors, centroids)
     index = ClusterIndex.from_assignment(clusters, k=k)
+    assert index.order is not None  # None for a single cluster that nobody assigned only
     frequencies = histogram(clusters, k=k)
     arrays = {"clusters": clusters, "histogram": frequencies, "order": index.order, "offsets": index.offsets}
     for name, array in arrays.items():

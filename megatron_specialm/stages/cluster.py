@@ -23,13 +23,14 @@ def run(stage: ClusterStage, context: Context) -> Report:
     )
     with atomic_path(context.folder / "centroids.npy") as path, path.open("wb") as file:
         np.save(file, result.centroids, allow_pickle=False)
+    fitted = int(result.sizes.sum())
     values = {
         "k": stage.k,
-        "vectors": int(result.sizes.sum()),
+        "vectors": fitted,
         "inertia": result.inertia,
         "empty_clusters": result.empty,
         "smallest_cluster": int(result.sizes.min()),
         "largest_cluster": int(result.sizes.max()),
     }
     write_json(context.folder / "clusters.json", values)
-    return Report(flops=2 * result.centroids.size * values["vectors"] * (stage.iterations + 1), values=values)
+    return Report(flops=2 * result.centroids.size * fitted * (stage.iterations + 1), values=values)

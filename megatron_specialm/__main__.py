@@ -1,0 +1,5 @@
+"""`python -m megatron_specialm` is `specialm`: what torchrun starts."""
+
+from megatron_specialm.cli import main
+
+main()

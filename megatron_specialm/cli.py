@@ -1,0 +1,143 @@
+"""The command line. Nothing here imports torch; the settings' schema is imported when a command runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_specialm import __version__
+from megatron_specialm.base.errors import SpecialmError
+
+if TYPE_CHECKING:
+    from megatron_specialm.config.schema import Pipeline
+
+app = typer.Typer(
+    help="Small specialized language models from one page of YAML.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Page = Annotated[Path, typer.Argument(help="A pipeline's YAML page.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values of the page to replace: dotted.key=value.", show_default=False)
+]
+
+
+def main() -> None:
+    """Run the command line. Errors of ours are printed in one line, without a traceback."""
+    try:
+        app()
+    except SpecialmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is lost; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def check(page: Page, overrides: Overrides = None) -> None:
+    """Find every mistake in a page before anything runs, and say what it would train."""
+    from rich.console import Console
+
+    from megatron_specialm.config.graph import build_graph
+    from megatron_specialm.data.documents import resolve_files
+    from megatron_specialm.launch.summary import training_table
+
+    pipeline = _load(page, overrides)
+    graph = build_graph(pipeline)
+    for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
+        if not Path(entry).is_dir():
+            resolve_files([entry])
+    Console().print(training_table(pipeline))
+    typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+
+
+@app.command()
+def plan(page: Page, overrides: Overrides = None) -> None:
+    """List the tasks of a page in order, and which of them are done, stale or still to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_specialm.launch.plan import make_plan
+
+    pipeline = _load(page, overrides)
+    table = Table("task", "state", "cost is", "reads")
+    for name, planned in make_plan(pipeline, Path(pipeline.root)).items():
+        reads = ", ".join(str(other) for other in planned.task.inputs)
+        table.add_row(str(name), planned.state, planned.task.domain or "generic", reads)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    page: Page,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
+    until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
+) -> None:
+    """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
+    from rich.console import Console
+
+    from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.launch.inline import fit_to_world, run_inline
+    from megatron_specialm.launch.local import run_local
+    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.progress import Progress
+    from megatron_specialm.launch.results import results_table, write_results
+
+    world = discover_world()
+    pipeline = _load(page, overrides)
+    root = Path(pipeline.root)
+    if world.launcher != "none":
+        pipeline = fit_to_world(pipeline, world)
+    chosen = select(make_plan(pipeline, root), only=only, until=until)
+    if world.is_first:
+        write_resolved(pipeline, root)
+    console = Console()
+    if world.launcher != "none":
+        run_inline(pipeline, chosen, root, world)
+    else:
+        missing = sum(planned.state != "done" for planned in chosen.values())
+        console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
+        with Progress(missing, console=console) as progress:
+            run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
+    if world.is_first:
+        outcome = write_results(pipeline, root)
+        if outcome["rows"]:
+            console.print(results_table(outcome))
+        console.print(f"results: {root / 'results.json'}", highlight=False)
+
+
+@app.command()
+def results(
+    page: Page,
+    overrides: Overrides = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+) -> None:
+    """Print the table of a page's run folder again."""
+    from rich.console import Console
+
+    from megatron_specialm.launch.results import results_table, to_markdown, write_results
+
+    pipeline = _load(page, overrides)
+    outcome = write_results(pipeline, Path(pipeline.root))
+    if markdown:
+        typer.echo(to_markdown(outcome))
+    else:
+        Console().print(results_table(outcome))
+
+
+def _load(page: Path, overrides: list[str] | None) -> "Pipeline":
+    from megatron_specialm.config.load import load_pipeline
+
+    return load_pipeline(page, overrides or ())

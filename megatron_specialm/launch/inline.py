@@ -1,0 +1,53 @@
+"""Run a plan inside the ranks that torchrun, srun or mpirun has started.
+
+Every rank walks the plan in order. All of them train together; other stages are the first rank's work, while the others
+wait for its marker.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import is_complete
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.launch.plan import PlannedTask
+
+POLL_SECONDS = 0.2
+
+
+def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
+    """Train stages spread over all ranks.
+
+    Raises:
+        ConfigError: a stage's global batch cannot be dealt out over them.
+    """
+    stages = dict(pipeline.stages)
+    for name, stage in stages.items():
+        if not isinstance(stage, TrainStage):
+            continue
+        shard = stage.micro_batch_size * world.world_size
+        if stage.global_batch_size % shard:
+            raise ConfigError(
+                f"stages.{name}: global_batch_size {stage.global_batch_size} is not divisible by micro_batch_size "
+                f"{stage.micro_batch_size} x {world.world_size} ranks ({world.launcher}) = {shard}: change one of them"
+            )
+        parallel = stage.parallel.model_copy(update={"data_parallel": world.world_size})
+        stages[name] = stage.model_copy(update={"parallel": parallel})
+    return pipeline.model_copy(update={"stages": stages})
+
+
+def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
+    """Do what a plan still lacks, in this process and with the other ranks."""
+    from megatron_specialm.stages.worker import execute, limit_threads
+
+    limit_threads(pipeline.local.threads)
+    for name, planned in plan.items():
+        if planned.state == "done":
+            continue
+        if world.is_first or isinstance(pipeline.stages[name.stage], TrainStage):
+            execute(pipeline, root, planned.task, planned.digest, world)
+        while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,217 @@
+"""Run a plan on this machine: as many tasks at a time as there are cores for, each in worker processes of its own.
+
+A task starts when its inputs are done. When one fails, what does not depend on it goes on; the failures are reported
+together at the end. Workers die with the launcher, however it ends.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import artifact_folder, is_complete
+from megatron_specialm.base.errors import ArtifactError, MachineError, SpecialmError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.progress import Progress
+
+TERMINATION_SECONDS = 20
+POLL_SECONDS = 0.2
+
+
+class TaskFailure(SpecialmError):
+    """One or more tasks ended with an error."""
+
+    exit_code = 1
+
+
+@dataclass
+class _Running:
+    """A task's worker processes, one per rank."""
+
+    planned: PlannedTask
+    processes: list[subprocess.Popen[bytes]]
+    started: float = field(default_factory=time.monotonic)
+
+
+def run_local(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, jobs: int | None, progress: Progress
+) -> None:
+    """Do what a plan still lacks.
+
+    Raises:
+        TaskFailure: with each failed task's error and log.
+        MachineError: another run is at work in this folder.
+    """
+    (root / "jobs").mkdir(parents=True, exist_ok=True)
+    slots = jobs or pipeline.local.parallel_tasks or max(1, _cores() // pipeline.local.threads)
+    waiting = {name: planned for name, planned in plan.items() if planned.state != "done"}
+    running: dict[TaskId, _Running] = {}
+    failures: dict[TaskId, str] = {}
+    with _only_one(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
+        try:
+            while waiting or running:
+                for name in _startable(pipeline, waiting, running, failures, slots):
+                    running[name] = _start(pipeline, waiting.pop(name), root, Path(meeting))
+                    progress.started(name)
+                if not running:
+                    break  # everything that is left rests on a failure
+                time.sleep(POLL_SECONDS)
+                for name in [name for name, task in running.items() if _has_ended(task)]:
+                    task = running.pop(name)
+                    error = _error_of(root, task)
+                    progress.finished(name, seconds=time.monotonic() - task.started, error=error)
+                    if error:
+                        failures[name] = error
+                progress.update({name: artifact_folder(root, *name) for name in running})
+        finally:
+            _end(running)
+    if failures:
+        raise TaskFailure("\n".join(f"{name}: {message}" for name, message in failures.items()))
+
+
+def _startable(
+    pipeline: Pipeline,
+    waiting: Mapping[TaskId, PlannedTask],
+    running: Mapping[TaskId, _Running],
+    failures: Mapping[TaskId, str],
+    slots: int,
+) -> Iterator[TaskId]:
+    """Tasks whose inputs are done, as many as there are free slots for; a lone task may take more than there are."""
+    unfinished = {*waiting, *running, *failures}
+    free = slots - sum(len(task.processes) for task in running.values())
+    idle = not running
+    for name, planned in list(waiting.items()):
+        needed = _ranks(pipeline, name)
+        if unfinished.isdisjoint(planned.task.inputs) and (needed <= free or idle):
+            yield name
+            free -= needed
+            idle = False
+
+
+def _ranks(pipeline: Pipeline, name: TaskId) -> int:
+    stage = pipeline.stages[name.stage]
+    return stage.parallel.data_parallel if isinstance(stage, TrainStage) else 1
+
+
+def _start(pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
+    """Start a task's ranks. They meet at a file, so no port is needed."""
+    name = planned.task.id
+    ranks = _ranks(pipeline, name)
+    rendezvous = meeting / f"{name.stage}.{name.key}"
+    rendezvous.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "megatron_specialm.stages.worker", str(root), *name, planned.digest]
+    processes = []
+    with _log_path(root, name).open("ab") as log:
+        for rank in range(ranks):
+            world = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "SPECIALM_RENDEZVOUS": f"file://{rendezvous}",
+            }
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **world},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for the launcher: it ends its workers in good order
+                    preexec_fn=_die_with_parent,
+                )
+            )
+    return _Running(planned, processes)
+
+
+def _die_with_parent() -> None:
+    """In the worker, before it runs: the kernel kills it when the launcher dies, even by `kill -9` (Linux)."""
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _has_ended(task: _Running) -> bool:
+    """Whether all ranks are gone. When one has failed, the others, who would wait for it in vain, are ended."""
+    codes = [process.poll() for process in task.processes]
+    if any(code not in (0, None) for code in codes):
+        _end({task.planned.task.id: task})
+        return True
+    return None not in codes
+
+
+def _error_of(root: Path, task: _Running) -> str | None:
+    """Why a task failed, or None. An exit code of 0 counts for nothing without the marker."""
+    name = task.planned.task.id
+    log = _log_path(root, name)
+    codes = [process.returncode for process in task.processes]
+    if not any(codes):
+        done = is_complete(root, *name, digest=task.planned.digest)
+        return None if done else f"ended without finishing its artifact; see {log}"
+    try:
+        return f"{read_json(root / 'jobs' / f'{name.stage}.{name.key}.error')['message']}\n  log: {log}"
+    except ArtifactError:
+        worst = next(code for code in codes if code)
+        how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
+        return f"ended with {how}; see {log}"
+
+
+def _log_path(root: Path, name: TaskId) -> Path:
+    return root / "jobs" / f"{name.stage}.{name.key}.log"
+
+
+def _end(running: Mapping[TaskId, _Running]) -> None:
+    """Ask all workers to end, and after a while make them."""
+    processes = [process for task in running.values() for process in task.processes if process.poll() is None]
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + TERMINATION_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """SIGTERM ends the launcher as Ctrl-C does: workers first."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Hold the run folder. The kernel lets go of the lock when its holder dies."""
+    with (root / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise MachineError(f"{root}: another run (pid {lock.read().strip()}) is at work here: wait or end it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,104 @@
+"""Which tasks of a pipeline are done, which are not, and what each one's digest is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from megatron_specialm.base.artifacts import is_complete, read_marker
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.files import read_json, write_json, write_text
+from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
+from megatron_specialm.config.load import dump_pipeline
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.data.documents import hash_entries, resolve_files
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task with the digest its artifact must carry. `stale`: finished once, from other settings, text or inputs."""
+
+    task: Task
+    digest: str
+    state: Literal["done", "stale", "to do"]
+
+
+def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
+    """All tasks in the graph's order. Reads the text's content (cached by size and time) and writes nothing else.
+
+    Raises:
+        ConfigError: the graph does not hold together.
+        DataError: text that a task needs is missing.
+    """
+    graph = build_graph(pipeline)
+    hashes = _hash_files(graph, root)
+    plan: dict[TaskId, PlannedTask] = {}
+    for task in graph.values():
+        inputs = {name: plan[name].digest for name in task.inputs}
+        wanted = digest(pipeline, task, inputs=inputs, file_hashes=hashes)
+        plan[task.id] = PlannedTask(task, wanted, _state(root, task.id, wanted))
+    return plan
+
+
+def select(plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str | None) -> dict[TaskId, PlannedTask]:
+    """The part of a plan that a run is about: one stage, or a stage with all it rests on; default: everything.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    for stage in (only, until):
+        if stage is not None and stage not in {task_id.stage for task_id in plan}:
+            raise ConfigError(f"no stage {stage!r}; there are {', '.join(dict.fromkeys(name.stage for name in plan))}")
+    if only is not None:
+        return {name: planned for name, planned in plan.items() if name.stage == only}
+    if until is None:
+        return dict(plan)
+    wanted = {name for name in plan if name.stage == until}
+    for name in reversed(list(plan)):
+        if name in wanted:
+            wanted.update(plan[name].task.inputs)
+    return {name: planned for name, planned in plan.items() if name in wanted}
+
+
+def write_resolved(pipeline: Pipeline, root: Path) -> None:
+    """Leave the resolved page in the run folder: tasks run from this copy.
+
+    Raises:
+        ConfigError: the folder belongs to a pipeline of another name.
+    """
+    path = root / "pipeline.yaml"
+    if path.exists():
+        name = yaml.safe_load(path.read_text(encoding="utf-8")).get("name")
+        if name != pipeline.name:
+            raise ConfigError(
+                f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"
+            )
+    write_text(path, dump_pipeline(pipeline))
+
+
+def _state(root: Path, task: TaskId, wanted: str) -> Literal["done", "stale", "to do"]:
+    if is_complete(root, *task, digest=wanted):
+        return "done"
+    return "stale" if read_marker(root, *task) else "to do"
+
+
+def _hash_files(graph: Mapping[TaskId, Task], root: Path) -> dict[str, str]:
+    """SHA-256 of what stands behind each entry. A file is read again only when its size or time has changed."""
+    cache_path = root / "file_hashes.json"
+    old = read_json(cache_path) if cache_path.exists() else {}
+    new: dict[str, dict[str, str]] = {}
+    for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
+        stamp = _stamp(entry)
+        known = old.get(entry)
+        new[entry] = known if known and known["stamp"] == stamp else {"stamp": stamp, "sha256": hash_entries(entry)}
+    if new != old:
+        write_json(cache_path, new)
+    return {entry: value["sha256"] for entry, value in new.items()}
+
+
+def _stamp(entry: str) -> str:
+    files = [Path(entry)] if Path(entry).is_dir() else resolve_files([entry])
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file for file in files]
+    return repr(stats)

@@ -1,0 +1,82 @@
+"""What a run shows while it works: a live bar per training on a terminal, plain lines elsewhere."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn
+
+from megatron_specialm.config.graph import TaskId
+
+PLAIN_SECONDS = 15.0  # between two lines about one training where there is no terminal
+
+
+class Progress:
+    """Told by a launcher what starts, goes on and ends. `total` tasks are to be done."""
+
+    def __init__(self, total: int, *, console: Console) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._bars = Bars(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._rows: dict[TaskId, TaskID] = {}
+        self._told: dict[TaskId, float] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, name: TaskId) -> None:
+        """A task's workers have been started."""
+        self._rows[name] = self._bars.add_task(str(name), total=None, state="")
+        self._told[name] = time.monotonic()
+
+    def finished(self, name: TaskId, *, seconds: float, error: str | None) -> None:
+        """A task has ended."""
+        self._bars.remove_task(self._rows.pop(name))
+        self._done += error is None
+        outcome = f"[red]failed[/red] after {seconds:.0f} s" if error else f"done in {seconds:.0f} s"
+        self._console.print(f"[{self._done:>3}/{self._total}] {name}: {outcome}", highlight=False)
+
+    def update(self, folders: Mapping[TaskId, Path]) -> None:
+        """Read how far the running trainings are from their records."""
+        for name, folder in folders.items():
+            record = _last_record(folder / "metrics.jsonl")
+            if record is None:
+                continue
+            state = _describe(record)
+            self._bars.update(self._rows[name], total=record["steps"], completed=record["step"], state=state)
+            if not self._console.is_terminal and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
+                self._told[name] = time.monotonic()
+                self._console.print(f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False)
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    minutes, seconds = divmod(round(record["eta_seconds"]), 60)
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+    mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.0%}"
+    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes}:{seconds:02d} left"
+
+
+def _last_record(path: Path) -> dict[str, Any] | None:
+    """The newest whole record of a step near the file's end."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "tokens_per_second" in record:
+            return record
+    return None

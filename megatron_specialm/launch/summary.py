@@ -1,0 +1,31 @@
+"""What a page would train, by arithmetic."""
+
+from rich.table import Table
+
+from megatron_specialm.config.graph import model_of, train_keys
+from megatron_specialm.config.schema import Pipeline, TokenizerStage, TokenizeStage, TrainStage
+
+
+def training_table(pipeline: Pipeline) -> Table:
+    """A row per train stage: for whom, its model, windows and tokens per run, and FLOPs of all its runs.
+
+    Tokens are at most these: windows shorter than the context hold fewer. Parameters are for the vocabulary asked for,
+    which an existing tokenizer decides itself.
+    """
+    table = Table("train stage", "runs", "parameters", "steps", "tokens per run, at most", "FLOPs per token", "FLOPs")
+    for name, stage in pipeline.stages.items():
+        if not isinstance(stage, TrainStage):
+            continue
+        tokenize = pipeline.stages[stage.tokens]
+        assert isinstance(tokenize, TokenizeStage)
+        tokenizer = pipeline.stages[tokenize.tokenizer]
+        assert isinstance(tokenizer, TokenizerStage)
+        shape, runs = model_of(pipeline, name), len(train_keys(pipeline, name))
+        tokens = stage.steps * stage.global_batch_size * tokenize.context_length
+        per_token = shape.training_flops(tokenizer.vocabulary_size, tokenize.context_length)
+        parameters = shape.parameters(tokenizer.vocabulary_size)
+        table.add_row(
+            name, str(runs), f"{parameters / 1e6:.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
+            f"{per_token:.2e}", f"{runs * tokens * per_token:.2e}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,143 @@
+"""One task in one process: `python -m megatron_specialm.stages.worker ROOT STAGE KEY DIGEST`.
+
+The launcher starts it, once per rank. It checks that the inputs are there, runs the stage's function, and writes the
+completion marker last.
+"""
+
+import contextlib
+import errno
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_specialm import __version__
+from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_folder, begin_artifact, finish_artifact
+from megatron_specialm.base.environment import World, discover_world
+from megatron_specialm.base.errors import ArtifactError, MachineError, SpecialmError
+from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.config.graph import Task, TaskId, build_graph
+from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.stages.context import Context
+
+BEGIN_TIMEOUT_SECONDS = 60
+
+
+def main() -> int:
+    """Run the task that the arguments name; the exit code says what kind of error it was."""
+    root, stage, key, digest = Path(sys.argv[1]), *sys.argv[2:5]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    error_file = error_path(root, TaskId(stage, key))
+    try:
+        pipeline = load_pipeline(root / "pipeline.yaml")
+        limit_threads(pipeline.local.threads)
+        execute(pipeline, root, build_graph(pipeline)[TaskId(stage, key)], digest, discover_world())
+    except SpecialmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the disk may be full: the log has it as well
+            write_json(error_file, {"message": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    error_file.unlink(missing_ok=True)
+    return 0
+
+
+def error_path(root: Path, task: TaskId) -> Path:
+    """Where a worker leaves the message of the error that ended it."""
+    return root / "jobs" / f"{task.stage}.{task.key}.error"
+
+
+def limit_threads(threads: int) -> None:
+    """Tell every numeric library, before it is imported, how many threads this process may use."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin on the cores of other tasks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World) -> None:
+    """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
+
+    Raises:
+        SpecialmError: what the stage found wrong with its input or the machine.
+    """
+    stage = pipeline.stages[task.id.stage]
+    with _machine_errors(artifact_folder(root, *task.id)):
+        folder = _begin(root, task, digest, world)
+        context = Context(pipeline, task, root, folder, world, pipeline.local.threads)
+        for name in task.inputs:
+            context.marker(*name)
+        start = time.perf_counter()
+        report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
+        if world.is_first:
+            seconds = report.wall_seconds if report.wall_seconds is not None else time.perf_counter() - start
+            cost = Cost(
+                report.tokens, report.flops, seconds, seconds * world.world_size, _device_name(), world.world_size
+            )
+            finish_artifact(root, *task.id, Marker(digest, cost, report.values, _versions()))
+
+
+def _begin(root: Path, task: Task, digest: str, world: World) -> Path:
+    """The first rank makes the folder; the others wait until it is labelled with the digest."""
+    if world.is_first:
+        return begin_artifact(root, *task.id, digest=digest)
+    folder = artifact_folder(root, *task.id)
+    deadline = time.monotonic() + BEGIN_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        label = folder / "task.json"
+        if label.exists() and read_json(label)["digest"] == digest:
+            return folder
+        time.sleep(0.1)
+    raise ArtifactError(
+        f"{folder}: rank {world.rank} waited {BEGIN_TIMEOUT_SECONDS} s for rank 0 to make it: "
+        "is the run folder on a filesystem that all nodes share?"
+    )
+
+
+@contextlib.contextmanager
+def _machine_errors(folder: Path) -> Iterator[None]:
+    """The operating system's refusals, said in terms of what to do."""
+    try:
+        yield
+    except SpecialmError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"{folder}: the disk is full ({error}): free space or choose another root; the same command goes on"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise MachineError(f"{folder}: no permission to write ({error}): choose another root") from None
+        raise
+
+
+def _device_name() -> str:
+    torch = sys.modules.get("torch")  # a stage that has not imported it has used no GPU
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"cpu: {line.partition(':')[2].strip()}"
+    return f"cpu: {platform.machine()}"
+
+
+def _versions() -> dict[str, str]:
+    def version(package: str) -> Any:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+        return None
+
+    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
+    ours = {"megatron_specialm": __version__, "python": platform.python_version()}
+    return {**ours, **{name: value for name, value in packages.items() if value}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The smoke pipeline, end to end on real text, through the command line: its table, its exports, kill and resume."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_specialm", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment(), timeout=500)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which the smoke pipeline has run to its end."""
+    folder = tmp_path_factory.mktemp("smoke")
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "smoke_corpus.py")], cwd=folder, check=True, env=_environment()
+    )
+    done = _specialm(folder, "run", str(PAGE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def _results(folder: Path) -> dict:
+    return json.loads((folder / "runs/smoke/results.json").read_text())
+
+
+def test_every_method_domain_and_state_has_a_row(finished: Path) -> None:
+    rows = {(row["method"], row["domain"], row["finetuned"]): row for row in _results(finished)["rows"]}
+    domains = ["scipy", "sklearn", "torch"]
+    expected = {("slm", "generic", False)}
+    for domain in domains:
+        expected |= {("slm", domain, False), ("slm", domain, True), ("slm-nopt", domain, True)}
+        expected |= {("slm-is", domain, False), ("slm-is", domain, True)}
+    assert set(rows) == expected
+    assert all(row["perplexity"] == pytest.approx(math.exp(row["nll"])) for row in rows.values())
+    for domain in domains:
+        assert rows["slm", domain, True]["nll"] < rows["slm", domain, False]["nll"]
+        # SLM pretrains for everybody, SLM-is for the domain, on equally many windows; SLM-nopt for nobody.
+        slm, slm_is, nopt = (rows[method, domain, True] for method in ("slm", "slm-is", "slm-nopt"))
+        assert slm["generic_tokens"] > 0 and slm_is["generic_tokens"] == nopt["generic_tokens"] == 0
+        assert slm_is["specialization_tokens"] > slm["specialization_tokens"] > 0
+        assert slm_is["generic_device_seconds"] > nopt["generic_device_seconds"] > 0
+
+
+def test_macro_is_the_mean_of_domains_log_likelihoods(finished: Path) -> None:
+    results = _results(finished)
+    for macro in results["macro"]:
+        own = [
+            row["nll"]
+            for row in results["rows"]
+            if row["domain"] != "generic" and (row["method"], row["finetuned"]) == (macro["method"], macro["finetuned"])
+        ]
+        assert len(own) == 3
+        assert macro["perplexity"] == pytest.approx(math.exp(sum(own) / 3))
+
+
+def test_the_table_is_printed(finished: Path) -> None:
+    table = (finished / "stdout").read_text()
+    for word in ("slm-is", "slm-nopt", "scipy", "macro"):
+        assert word in table
+
+
+def test_transformers_gives_our_perplexity(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from megatron_specialm.data.store import TokenStore
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "runs/smoke/export/slm-tuned.torch").eval()
+    store = TokenStore.open(finished / "runs/smoke/tokens/torch", "test")
+    total, count = 0.0, 0
+    for start in range(0, len(store), 32):
+        batch = store.batch(np.arange(start, min(start + 32, len(store))))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(batch.tokens)).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), reduction="none"
+        )
+        total += float((losses.double() * torch.from_numpy(batch.mask).flatten()).sum())
+        count += int(batch.mask.sum())
+    row = next(
+        row
+        for row in _results(finished)["rows"]
+        if (row["method"], row["domain"], row["finetuned"]) == ("slm", "torch", True)
+    )
+    assert row["tokens_evaluated"] == count
+    assert math.exp(total / count) == pytest.approx(row["perplexity"], rel=1e-3)
+
+
+def test_a_second_run_does_nothing_again(finished: Path) -> None:
+    marker = finished / "runs/smoke/slm/done/generic.json"
+    before = marker.stat().st_mtime_ns
+    start = time.perf_counter()
+    assert _specialm(finished, "run", str(PAGE)).returncode == 0
+    assert marker.stat().st_mtime_ns == before
+    assert time.perf_counter() - start < 60
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """`kill -9` of everything, three times, at whatever moment 3, 5 and 4 seconds of pretraining happen to be."""
+    (tmp_path / "data").symlink_to(finished / "data")
+    command = [sys.executable, "-m", "megatron_specialm", "run", str(PAGE), "--until", "slm"]
+    for seconds in (3.0, 5.0, 4.0):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=_environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        metrics = tmp_path / "runs/smoke/slm/generic/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _wait_for_workers_to_die(tmp_path)
+    assert subprocess.run(command, cwd=tmp_path, env=_environment(), timeout=300).returncode == 0
+    straight, resumed = (
+        folder / "runs/smoke/slm/generic" / "step_0000040/model.safetensors" for folder in (finished, tmp_path)
+    )
+    assert straight.read_bytes() == resumed.read_bytes()
+
+
+def _wait_for_workers_to_die(folder: Path) -> None:
+    """Workers of a coordinator that was killed end by themselves; a second run must not meet them."""
+    import psutil
+
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        alive = [p for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(folder)]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still alive: {[p.info['cmdline'] for p in alive]}")

@@ -1,0 +1,241 @@
+"""Each encoder gives unit vectors, gives them again after saving and loading, and says what is missing."""
+
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
+from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.clustering.encoders import (
+    Encoder,
+    fit_encoder,
+    load_encoder,
+    sentence_bert_folder,
+    split_words,
+    unit_rows,
+)
+from megatron_specialm.config.schema import Encoder as EncoderSettings
+from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
+
+TEXTS = [
+    f"{animal} {verb} in the {place}"
+    for animal in ("cat", "dog")
+    for verb in ("sits", "runs")
+    for place in ("sun", "rain")
+]
+TFIDF = TfidfEncoder(kind="tfidf", dimensions=3)
+
+
+def fitted(settings: EncoderSettings, *, seed: int = 0) -> Encoder:
+    return fit_encoder(settings, lambda count: TEXTS[:count], seed=seed, threads=1)
+
+
+def check_contract(encoder: Encoder, settings: EncoderSettings, folder: Path) -> None:
+    """What the protocol promises of every encoder."""
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (len(TEXTS), encoder.dimensions)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert not encoder.encode([""]).any()
+    assert encoder.flops_per_token > 0
+
+    encoder.save(folder)
+    assert np.array_equal(load_encoder(settings, folder, threads=1).encode(TEXTS), vectors)
+    assert not {".pkl", ".pickle", ".bin", ".joblib"} & {path.suffix for path in folder.rglob("*")}
+
+
+def test_unit_rows_keeps_zeros() -> None:
+    assert unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist() == [[np.float32(0.6), np.float32(0.8)], [0.0, 0.0]]
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_tfidf_keeps_the_contract(tmp_path: Path) -> None:
+    check_contract(fitted(TFIDF), TFIDF, tmp_path)
+
+
+def test_tfidf_same_seed_same_vectors() -> None:
+    assert np.array_equal(fitted(TFIDF).encode(TEXTS), fitted(TFIDF).encode(TEXTS))
+
+
+def test_tfidf_is_the_projected_matrix_of_scikit_learn() -> None:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    matrix = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit_transform(TEXTS)
+    expected = unit_rows(TruncatedSVD(3, random_state=0).fit(matrix).transform(matrix))
+    np.testing.assert_allclose(fitted(TFIDF).encode(TEXTS), expected, atol=1e-5)
+
+
+def test_tfidf_fits_on_the_sample_only() -> None:
+    encoder = fitted(TfidfEncoder(kind="tfidf", dimensions=2, sample=4))
+    assert not encoder.encode(["dog dog dog"]).any()  # the first four texts are about the cat
+
+
+def test_tfidf_needs_more_text_than_dimensions() -> None:
+    with pytest.raises(DataError, match=r"dimensions 64 .* 8 windows with 8 words"):
+        fitted(TfidfEncoder(kind="tfidf"))
+    with pytest.raises(DataError, match="no words"):
+        fit_encoder(TFIDF, lambda count: ["", "?"], seed=0, threads=1)
+
+
+def test_tfidf_names_the_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"tfidf\.npz: missing"):
+        load_encoder(TFIDF, tmp_path, threads=1)
+
+
+# --- word pieces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [64, 256])
+def test_static_keeps_the_contract(dimensions: int, tmp_path: Path) -> None:
+    pytest.importorskip("wordllama")
+    settings = StaticEncoder(kind="static", dimensions=dimensions)
+    check_contract(fitted(settings), settings, tmp_path)
+
+
+def test_static_knows_that_cats_are_animals() -> None:
+    pytest.importorskip("wordllama")
+    cat, dog, law = fitted(StaticEncoder(kind="static")).encode(
+        ["the cat purrs", "a dog barks", "liability of the licensor"]
+    )
+    assert cat @ dog > cat @ law
+
+
+def test_static_refuses_other_dimensions() -> None:
+    with pytest.raises(ConfigError, match=r"300.*64, 128 or 256"):
+        fitted(StaticEncoder(kind="static", dimensions=300))
+
+
+def test_static_refuses_vectors_of_another_version(tmp_path: Path) -> None:
+    pytest.importorskip("wordllama")
+    settings = StaticEncoder(kind="static")
+    fitted(settings).save(tmp_path)
+    write_json(tmp_path / "static.json", {**read_json(tmp_path / "static.json"), "wordllama": "0.0.1"})
+    with pytest.raises(ArtifactError, match=r"pip install wordllama==0\.0\.1"):
+        load_encoder(settings, tmp_path, threads=1)
+
+
+def test_static_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    with pytest.raises(MachineError, match="pip install wordllama"):
+        fitted(StaticEncoder(kind="static"))
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder with random weights: the files and code of a real one, without a download."""
+    modules = pytest.importorskip("sentence_transformers.models")
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted({word for text in TEXTS for word in text.split()})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(pieces))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=16, **shape)).save_pretrained(folder)
+    transformer = modules.Transformer(str(folder), max_seq_length=16)
+    model = SentenceTransformer(modules=[transformer, modules.Pooling(32)], device="cpu")
+    model.save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+def sentence_bert(model: Path | str, **settings: object) -> SentenceBertEncoder:
+    return SentenceBertEncoder(kind="sentence-bert", model=str(model), **settings)  # type: ignore[arg-type]
+
+
+def test_sentence_bert_keeps_the_contract(tiny_bert: Path, tmp_path: Path) -> None:
+    settings = sentence_bert(tiny_bert)
+    check_contract(fitted(settings), settings, tmp_path)
+
+
+def test_sentence_bert_is_sentence_transformers_on_short_text(tiny_bert: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    expected = unit_rows(SentenceTransformer(str(tiny_bert)).encode(TEXTS))
+    np.testing.assert_allclose(fitted(sentence_bert(tiny_bert)).encode(TEXTS), expected, atol=1e-5)
+
+
+def test_sentence_bert_averages_the_chunks_of_long_text(tiny_bert: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(tiny_bert))
+    first, last = model.encode(["cat sits in the sun", "dog runs"])
+    encoder = fitted(sentence_bert(tiny_bert, chunk_words=5))
+    long, short = encoder.encode(["cat sits in the sun dog runs", "dog runs"])
+    np.testing.assert_allclose(long, unit_rows((5 * first + 2 * last)[None])[0], atol=1e-5)
+    np.testing.assert_allclose(short, unit_rows(last[None])[0], atol=1e-5)
+
+
+def test_sentence_bert_in_bf16_is_nearly_the_same(tiny_bert: Path) -> None:
+    full = fitted(sentence_bert(tiny_bert)).encode(TEXTS)
+    half = fitted(sentence_bert(tiny_bert, precision="bf16")).encode(TEXTS)
+    assert half.dtype == np.float32
+    assert (full * half).sum(axis=1).min() > 0.999
+    assert not np.array_equal(full, half)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_sentence_bert_of_an_installed_package(
+    zipped: bool, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = install(tmp_path, tiny_bert, zipped=zipped)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expected = fitted(sentence_bert(tiny_bert)).encode(TEXTS)
+    assert np.array_equal(fitted(sentence_bert("package:tiny-bert")).encode(TEXTS), expected)
+    assert package not in sys.modules
+
+
+def install(site: Path, model: Path, *, zipped: bool) -> str:
+    """What pip leaves behind of a package with a model in it. Importing it fails; that is not how to find a model."""
+    shutil.copytree(model, site / "tiny_bert" / "model")
+    if zipped:
+        archive = shutil.make_archive(str(site / "tiny_bert" / "weights"), "zip", site / "tiny_bert" / "model")
+        shutil.rmtree(site / "tiny_bert" / "model")
+        assert "modules.json" in zipfile.ZipFile(archive).namelist()
+    (site / "tiny_bert" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    record = [path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()]
+    info = site / "tiny_bert-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-bert\nVersion: 1.0\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in record))
+    return "tiny_bert"
+
+
+def test_sentence_bert_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(MachineError, match="pip install no-such-package"),
+        sentence_bert_folder("package:no-such-package"),
+    ):
+        pass
+    with (
+        pytest.raises(MachineError, match=r"no folder or zip file with a modules\.json"),
+        sentence_bert_folder("package:numpy"),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(MachineError, match=r"pip install 'megatron_specialm\[bert\]'"):
+        fitted(sentence_bert(tmp_path))
+
+
+def test_sentence_bert_without_a_model() -> None:
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(MachineError, match=r"/no/such/folder.*give a local folder"):
+        fitted(sentence_bert("/no/such/folder"))
+
+
+def test_split_words() -> None:
+    assert split_words("a b  c\nd e", size=2) == ["a b", "c d", "e"]
+    assert split_words("", size=2) == [""]
