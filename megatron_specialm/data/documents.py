@@ -89,7 +89,7 @@ def hash_entries(entry: str) -> str:
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
-    """Cut a text in pieces of at most `size` characters whose concatenation it is, before a space where there is one."""
+    """Cut a text in pieces of at most `size` characters, before a space where there is one; nothing is lost."""
     start = 0
     while len(text) - start > size:
         space = text.rfind(" ", start + 1, start + size + 1)
@@ -151,7 +151,9 @@ def _text_of_line(line: bytes, where: str, text_field: str) -> str:
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}): write one JSON object a line") from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON {type(value).__name__}: write one JSON object a line, {{{text_field!r}: ...}}")
+        raise DataError(
+            f"{where}: a JSON {type(value).__name__}: write one JSON object a line, {{{text_field!r}: ...}}"
+        )
     return _text_field(value, where, text_field)
 
 
@@ -163,7 +165,9 @@ def _text_field(record: dict[str, Any], where: str, text_field: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise DataError(f"{where}: {text_field!r} is {kind}, not text; the keys are {keys}: correct it or set text_field")
+        raise DataError(
+            f"{where}: {text_field!r} is {kind}, not text; the keys are {keys}: correct it or set text_field"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character, as in "\ud83d"
@@ -243,7 +247,7 @@ def _read_hub(entry: str, text_field: str) -> Iterator[str]:
 
 
 def _hub_examples(entry: str) -> Iterator[dict[str, Any]]:
-    name, config, split = (entry.removeprefix(HUB).split(":", 2) + ["", ""])[:3]
+    name, config, split = [*entry.removeprefix(HUB).split(":", 2), "", ""][:3]
     try:
         import datasets
     except ImportError as error:
@@ -252,6 +256,6 @@ def _hub_examples(entry: str) -> Iterator[dict[str, Any]]:
         yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the hub's client raises those of whichever HTTP library is below it
         raise MachineError(
-            f"{entry}: the Hugging Face hub cannot be reached or has no such dataset ({type(error).__name__}: {error}): "
+            f"{entry}: the hub cannot be reached or has no such dataset ({type(error).__name__}: {error}): "
             "check the name and the network, or download it and name its files"
         ) from None

@@ -4,28 +4,29 @@
     sentencepiece.model   where it is a SentencePiece model, the model it was converted from
     settings.json         {"library": which of the two encodes, "eod": the end-of-document token}
 
-A SentencePiece BPE model encodes with SentencePiece, which is faster, and converts exactly. A unigram model encodes with
-`tokenizers`: SentencePiece adds up log-probabilities in 32 bits, so on long documents it picks between nearly equal
-segmentations by rounding, which nothing else can repeat.
+A SentencePiece BPE model encodes with SentencePiece, which is faster, and converts exactly. A unigram model encodes
+with `tokenizers`: SentencePiece adds up log-probabilities in 32 bits, so on long documents it picks between nearly
+equal segmentations by rounding, which nothing else can repeat.
 
 Trained models neither normalize nor add anything, and spell unknown characters in bytes, so decode(encode(x)) == x; the
 one exception is U+2581, SentencePiece's sign for a space, which becomes one. Text never encodes to the end-of-document
 token, not even where it spells it out.
 """
 
+import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import ArtifactError, DataError, MachineError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
@@ -34,17 +35,19 @@ from megatron_specialm.data.documents import cut_text
 JSON, MODEL, SETTINGS = "tokenizer.json", "sentencepiece.model", "settings.json"
 EOD = "</s>"
 SENTENCE = 10_000  # characters of a training sentence; a longer document is several
-PIECE = 1_000_000  # characters encoded at a time: bounds the memory a long document takes
+PIECE = 1_000_000  # characters encoded at once: bounds the memory that a long document takes
+CHUNK = 250_000  # characters sent to a worker at least: enough that sending costs little
+Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
 
 
 class Tokenizer:
     """Text to token ids and back. Immutable; cheap to load (no torch)."""
 
     def __init__(
-        self, library: "_SentencePiece | _Tokenizers", *, vocabulary_size: int, eod: int, fingerprint: str, folder: Path
+        self, folder: Path, encode: Encode, decode: Decode, *, vocabulary_size: int, eod: int, fingerprint: str
     ) -> None:
-        self._library = library
-        self._folder = folder
+        self._folder, self._encode, self._decode = folder, encode, decode
         self.vocabulary_size = vocabulary_size
         self.eod = eod
         self.fingerprint = fingerprint
@@ -59,25 +62,29 @@ class Tokenizer:
         settings = read_json(folder / SETTINGS)
         try:
             exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
-            library = _SentencePiece(folder / MODEL) if settings["library"] == "sentencepiece" else _Tokenizers(exported)
+            native = settings["library"] == "sentencepiece"
+            encode, decode = _sentencepiece_calls(folder / MODEL) if native else _tokenizers_calls(exported)
         except Exception as error:  # the library raises bare Exceptions
-            raise ArtifactError(f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again") from None
+            raise ArtifactError(
+                f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again"
+            ) from None
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
         return cls(
-            library,
+            folder,
+            encode,
+            decode,
             vocabulary_size=_size(exported),
             eod=exported.token_to_id(settings["eod"]),
             fingerprint=sha256_json({path.name: sha256_file(path) for path in files}),
-            folder=folder,
         )
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of token ids per text, in one thread, without special tokens."""
-        return [np.asarray(self._library.encode(text), np.int32) for text in texts]
+        return [np.asarray(self._encode(text), np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; special tokens have none."""
-        return self._library.decode(np.asarray(ids).tolist())
+        return self._decode(np.asarray(ids).tolist())
 
     def save_huggingface(self, folder: Path) -> None:
         """Write the files from which `transformers.AutoTokenizer` makes the same ids. bos and eos are the eod token."""
@@ -96,22 +103,19 @@ class Tokenizer:
         )
 
 
-class _SentencePiece:
-    def __init__(self, path: Path) -> None:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.encode: Callable[[str], list[int]] = processor.encode
-        self.decode: Callable[[list[int]], str] = processor.decode
+def _sentencepiece_calls(path: Path) -> tuple[Encode, Decode]:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return processor.encode, processor.decode
 
 
-class _Tokenizers:
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        tokenizer.encode_special_tokens = True  # as ordinary text
-        self._tokenizer = tokenizer
-        self.decode: Callable[[list[int]], str] = tokenizer.decode
+def _tokenizers_calls(tokenizer: tokenizers.Tokenizer) -> tuple[Encode, Decode]:
+    tokenizer.encode_special_tokens = True  # as ordinary text
 
-    def encode(self, text: str) -> list[int]:
-        # A batch of one: unlike `encode`, this skips character offsets, and it stays in one thread.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def encode(text: str) -> list[int]:
+        # A batch of one: unlike `encode`, it skips character offsets. It stays in one thread.
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return encode, tokenizer.decode
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
@@ -130,7 +134,9 @@ def train_sentencepiece(
     algorithm: Literal["bpe", "unigram"],
     sample_characters: int,
 ) -> Tokenizer:
-    """Train a SentencePiece model on a sample of at most `sample_characters` spread evenly over the texts. Deterministic.
+    """Train a SentencePiece model on a sample of at most `sample_characters`, spread evenly over the texts.
+
+    The same texts give the same model.
 
     Raises:
         DataError: no text, or the vocabulary is too large or too small for it.
@@ -159,7 +165,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise DataError(
-            f"vocabulary_size {vocabulary_size} does not suit the {sum(map(len, sample)):,} characters of training text "
+            f"vocabulary_size {vocabulary_size} does not suit {sum(map(len, sample)):,} characters of training text "
             f"({_reason(error)}): change vocabulary_size or give more text"
         ) from None
     return _save_sentencepiece(model.getvalue(), folder)
@@ -172,12 +178,13 @@ def import_tokenizer(path: Path, folder: Path) -> Tokenizer:
         DataError: it is neither, has no end-of-sentence token, or cannot be exported without changing its ids.
     """
     if path.suffix == ".model" and path.is_file():
-        tokenizer = _save_sentencepiece(path.read_bytes(), folder, source=path)
-    elif (path / JSON).is_file():
-        tokenizer = _save_huggingface(path, folder)
-    else:
-        raise DataError(f"{path}: neither a SentencePiece .model file nor a folder with a {JSON}: correct tokenizer path")
-    return tokenizer
+        _check_importable(path)
+        return _save_sentencepiece(path.read_bytes(), folder)
+    if (path / JSON).is_file():
+        return _save_huggingface(path, folder)
+    raise DataError(
+        f"{path}: neither a SentencePiece .model file nor a folder with a {JSON}: correct the tokenizer's path"
+    )
 
 
 def _spread(texts: Iterable[str], budget: int) -> list[str]:
@@ -201,23 +208,220 @@ def _reason(error: RuntimeError) -> str:
     return str(error).rpartition("] ")[2].strip() or "no text"
 
 
-def _save_sentencepiece(model: bytes, folder: Path, source: Path | None = None) -> Tokenizer:
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    proto = schema.ModelProto()
-    try:
-        proto.ParseFromString(model)
-    except Exception as error:
-        raise DataError(f"{source}: not a SentencePiece model ({error}): correct tokenizer path") from None
-    eod = proto.trainer_spec.eos_id
-    if not 0 <= eod < len(proto.pieces):
-        raise DataError(f"{source}: has no end-of-sentence piece to end documents with: train it with eos_id set")
+def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:
+    """Write a SentencePiece model, its conversion and the settings that name them."""
+    proto = schema.ModelProto.FromString(model)
     is_bpe = proto.trainer_spec.model_type == schema.TrainerSpec.BPE
     with atomic_path(folder / MODEL) as path:
         path.write_bytes(model)
-    write_text(folder / JSON, _converted(proto, schema).to_str(pretty=True))
-    write_json(
-        folder / SETTINGS, {"library": "sentencepiece" if is_bpe else "tokenizers", "eod": proto.pieces[eod].piece}
-    )
-    _check_conversion(folder, source)
+    write_text(folder / JSON, _converted(proto).to_str())
+    eod = proto.pieces[proto.trainer_spec.eos_id].piece
+    write_json(folder / SETTINGS, {"library": "sentencepiece" if is_bpe else "tokenizers", "eod": eod})
     return Tokenizer.load(folder)
+
+
+def _check_importable(source: Path) -> None:
+    """Refuse a SentencePiece model that has no end of sentence, or whose conversion gives other ids than itself."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{source}: not a SentencePiece model ({error}): correct the tokenizer's path") from None
+    if processor.eos_id() < 0:
+        raise DataError(f"{source}: has no end-of-sentence piece to end documents with: train it with eos_id set")
+    converted, _ = _tokenizers_calls(_converted(schema.ModelProto.FromString(processor.serialized_model_proto())))
+    for text in PROBES:
+        if processor.encode(text) != converted(text):
+            raise DataError(
+                f"{source}: exported, it would give other ids, for instance of {text!r}: "
+                "give it as a Hugging Face folder with a tokenizer.json"
+            )
+
+
+def _save_huggingface(source: Path, folder: Path) -> Tokenizer:
+    """Keep a Hugging Face tokenizer, less what adds tokens to a text, cuts or pads it."""
+    description = read_json(source / JSON) | {"post_processor": None, "truncation": None, "padding": None}
+    eod = _eos_token(source)
+    known = [token["content"] for token in description.get("added_tokens", [])]
+    if eod not in known:
+        raise DataError(
+            f"{source}: its eos_token is {eod!r}, not one of its special tokens {known}: name one of those there"
+        )
+    write_json(folder / JSON, description)
+    write_json(folder / SETTINGS, {"library": "tokenizers", "eod": eod})
+    return Tokenizer.load(folder)
+
+
+def _eos_token(source: Path) -> str | None:
+    """The end-of-sentence token that a Hugging Face folder names: text, or a mapping with the text as its `content`."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(source / name).get("eos_token") if (source / name).is_file() else None
+        if token is not None:
+            return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+# --- SentencePiece -> tokenizers --------------------------------------------------------------------------------------
+
+SPACE = "▁"
+NEVER = -1e6  # the log-probability of pieces that no text may match: </s>, or a byte's piece <0x0A>
+
+# What an imported model and its conversion have to agree on.
+PROBES = (
+    "The  quick\tbrown fox,\n\n  jumps over 1234567 lazy dogs!?  ",
+    "for i in range(10):\r\n        x[i] += 0.5  # naïve café, Ångström ½ ﬁ",
+    "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
+    "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
+)
+
+
+def _converted(proto: Any) -> tokenizers.Tokenizer:
+    """The tokenizer that a SentencePiece model describes.
+
+    SentencePiece BPE knows no merges, only pieces: it always joins the neighbours whose union has the best score. That
+    is the same as merging any pair of pieces whose union is a piece, ranked by the union's score.
+    """
+    kind = schema.ModelProto.SentencePiece
+    spec = proto.trainer_spec
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
+    if spec.model_type == schema.TrainerSpec.BPE:
+        ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+        model: Any = tokenizers.models.BPE(
+            ids,
+            sorted(_pairs(normal), key=lambda pair: (-normal[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]])),
+            unk_token=proto.pieces[spec.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=spec.byte_fallback,
+        )
+    else:
+        scores = [(piece.piece, normal.get(piece.piece, NEVER)) for piece in proto.pieces]
+        model = tokenizers.models.Unigram(scores, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    tokenizer.decoder = _decoder(proto.normalizer_spec)
+    tokenizer.add_special_tokens([_token(piece.piece) for piece in proto.pieces if piece.type == kind.CONTROL])
+    tokenizer.add_tokens([_token(piece.piece) for piece in proto.pieces if piece.type == kind.USER_DEFINED])
+    return tokenizer
+
+
+def _pairs(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+    known = set(pieces)
+    for piece in known:
+        for cut in range(1, len(piece)):
+            if piece[:cut] in known and piece[cut:] in known:
+                yield piece[:cut], piece[cut:]
+
+
+def _token(text: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(text, normalized=False)
+
+
+def _normalizer(spec: Any) -> tokenizers.normalizers.Normalizer:
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(tokenizers.normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""))
+        steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(tokenizers.normalizers.Prepend(SPACE))
+    steps.append(tokenizers.normalizers.Replace(" ", SPACE))
+    return tokenizers.normalizers.Sequence(steps)
+
+
+def _decoder(spec: Any) -> tokenizers.decoders.Decoder:
+    steps: list[Any] = [
+        tokenizers.decoders.Replace(SPACE, " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
+    if spec.add_dummy_prefix:
+        steps.append(tokenizers.decoders.Strip(" ", 1, 0))
+    return tokenizers.decoders.Sequence(steps)
+
+
+# --- many documents ---------------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    text: str
+    ends_document: bool
+
+
+class Encoder:
+    """Encodes streams of documents on several processes, in order, holding only a few chunks of text in memory.
+
+    Use it as a context manager. One worker is this process itself.
+    """
+
+    def __init__(self, folder: Path, *, workers: int) -> None:
+        self._folder = folder
+        self._tokenizer = Tokenizer.load(folder)
+        self._ahead = 3 * workers  # chunks in flight, so that no worker waits
+        # Spawned: to fork a process that has started threads can hang. The pool starts them when there is work.
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
+        self._here = workers == 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
+        """The token ids of each document, int32, the last one the end-of-document token.
+
+        Raises:
+            MachineError: a worker process died.
+        """
+        eod = np.array([self._tokenizer.eod], np.int32)
+        parts: list[np.ndarray] = []
+        for chunk, encoded in self._encode_chunks(_chunks(documents)):
+            for piece, ids in zip(chunk, encoded, strict=True):
+                parts.append(ids)
+                if piece.ends_document:
+                    yield np.concatenate([*parts, eod])
+                    parts = []
+
+    def _encode_chunks(self, chunks: Iterable[list[_Piece]]) -> Iterator[tuple[list[_Piece], list[np.ndarray]]]:
+        if self._here:
+            for chunk in chunks:
+                yield chunk, self._tokenizer.encode([piece.text for piece in chunk])
+            return
+        pending: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(
+                    (chunk, self._pool.submit(_encode_in_worker, self._folder, [piece.text for piece in chunk]))
+                )
+                if len(pending) > self._ahead:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            for chunk, future in pending:
+                yield chunk, future.result()
+        except BrokenProcessPool:
+            raise MachineError("a tokenizing process was killed, perhaps for memory: lower `workers`") from None
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[_Piece]]:
+    """Pieces of documents in lists of CHUNK to CHUNK + PIECE characters."""
+    chunk: list[_Piece] = []
+    characters = 0
+    for document in documents:
+        *head, tail = cut_text(document, PIECE)
+        for piece in (*(_Piece(text, False) for text in head), _Piece(tail, True)):
+            chunk.append(piece)
+            characters += len(piece.text)
+            if characters >= CHUNK:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+@functools.cache
+def _worker_tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def _encode_in_worker(folder: Path, texts: list[str]) -> list[np.ndarray]:
+    return _worker_tokenizer(folder).encode(texts)

@@ -14,6 +14,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.worker import execute, limit_threads
 
 POLL_SECONDS = 0.2
 
@@ -41,8 +42,6 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
 
 def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
     """Do what a plan still lacks, in this process and with the other ranks."""
-    from megatron_specialm.stages.worker import execute, limit_threads
-
     limit_threads(pipeline.local.threads)
     for name, planned in plan.items():
         if planned.state == "done":

@@ -5,25 +5,27 @@ together at the end. Workers die with the launcher, however it ends.
 """
 
 import contextlib
-import ctypes
 import fcntl
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.errors import ArtifactError, MachineError, SpecialmError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
+from megatron_specialm.launch.worker import error_path, limit_threads, work
 
 TERMINATION_SECONDS = 20
 POLL_SECONDS = 0.2
@@ -40,7 +42,7 @@ class _Running:
     """A task's worker processes, one per rank."""
 
     planned: PlannedTask
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[BaseProcess]
     started: float = field(default_factory=time.monotonic)
 
 
@@ -58,11 +60,12 @@ def run_local(
     waiting = {name: planned for name, planned in plan.items() if planned.state != "done"}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
+    context = _worker_context(pipeline)
     with _only_one(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
         try:
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
-                    running[name] = _start(pipeline, waiting.pop(name), root, Path(meeting))
+                    running[name] = _start(context, pipeline, waiting.pop(name), root, Path(meeting))
                     progress.started(name)
                 if not running:
                     break  # everything that is left rests on a failure
@@ -104,45 +107,40 @@ def _ranks(pipeline: Pipeline, name: TaskId) -> int:
     return stage.parallel.data_parallel if isinstance(stage, TrainStage) else 1
 
 
-def _start(pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
+def _worker_context(pipeline: Pipeline) -> BaseContext:
+    """How workers come into being: forked from a server that has imported what every task needs, once.
+
+    Importing torch and Megatron-Core takes five seconds of a core, longer than many a task. A process that forks after it
+    has touched a GPU breaks its children, so where there is one, each worker starts afresh.
+    """
+    limit_threads(pipeline.local.threads)
+    if Path("/dev/nvidiactl").exists():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"megatron_specialm.stages.{kind}" for kind in KINDS])
+    return context
+
+
+def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
     """Start a task's ranks. They meet at a file, so no port is needed."""
     name = planned.task.id
     ranks = _ranks(pipeline, name)
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "megatron_specialm.stages.worker", str(root), *name, planned.digest]
     processes = []
-    with _log_path(root, name).open("ab") as log:
-        for rank in range(ranks):
-            world = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "SPECIALM_RENDEZVOUS": f"file://{rendezvous}",
-            }
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **world},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is for the launcher: it ends its workers in good order
-                    preexec_fn=_die_with_parent,
-                )
-            )
+    for rank in range(ranks):
+        world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
+        process = context.Process(  # type: ignore[attr-defined]
+            target=work, args=(root, name, planned.digest, world, _log_path(root, name)), name=str(name)
+        )
+        process.start()
+        processes.append(process)
     return _Running(planned, processes)
-
-
-def _die_with_parent() -> None:
-    """In the worker, before it runs: the kernel kills it when the launcher dies, even by `kill -9` (Linux)."""
-    pr_set_pdeathsig = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _has_ended(task: _Running) -> bool:
     """Whether all ranks are gone. When one has failed, the others, who would wait for it in vain, are ended."""
-    codes = [process.poll() for process in task.processes]
+    codes = [process.exitcode for process in task.processes]
     if any(code not in (0, None) for code in codes):
         _end({task.planned.task.id: task})
         return True
@@ -153,12 +151,12 @@ def _error_of(root: Path, task: _Running) -> str | None:
     """Why a task failed, or None. An exit code of 0 counts for nothing without the marker."""
     name = task.planned.task.id
     log = _log_path(root, name)
-    codes = [process.returncode for process in task.processes]
+    codes = [process.exitcode for process in task.processes]
     if not any(codes):
         done = is_complete(root, *name, digest=task.planned.digest)
         return None if done else f"ended without finishing its artifact; see {log}"
     try:
-        return f"{read_json(root / 'jobs' / f'{name.stage}.{name.key}.error')['message']}\n  log: {log}"
+        return f"{read_json(error_path(root, name))['message']}\n  log: {log}"
     except ArtifactError:
         worst = next(code for code in codes if code)
         how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
@@ -171,17 +169,25 @@ def _log_path(root: Path, name: TaskId) -> Path:
 
 def _end(running: Mapping[TaskId, _Running]) -> None:
     """Ask all workers to end, and after a while make them."""
-    processes = [process for task in running.values() for process in task.processes if process.poll() is None]
+    processes = [process for task in running.values() for process in task.processes if process.exitcode is None]
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + TERMINATION_SECONDS
     for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode is None:
+            _signal(process, signal.SIGKILL)
+            process.join()
+
+
+def _signal(process: BaseProcess, number: signal.Signals) -> None:
+    """Signal a worker and what it has started; a worker so young that it leads no group yet gets it alone."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 @contextlib.contextmanager

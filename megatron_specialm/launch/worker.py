@@ -1,19 +1,20 @@
-"""One task in one process: `python -m megatron_specialm.stages.worker ROOT STAGE KEY DIGEST`.
+"""One task in one process: check that the inputs are there, run the stage's function, write the completion marker last.
 
-The launcher starts it, once per rank. It checks that the inputs are there, runs the stage's function, and writes the
-completion marker last.
+This module imports no torch: a stage's own module is imported when a task of its kind runs.
 """
 
 import contextlib
+import ctypes
 import errno
 import importlib
 import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,36 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.stages.context import Context
 
 BEGIN_TIMEOUT_SECONDS = 60
+# What Megatron-Core says at import on every machine without a GPU's libraries, by its first words.
+EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
 
 
-def main() -> int:
-    """Run the task that the arguments name; the exit code says what kind of error it was."""
-    root, stage, key, digest = Path(sys.argv[1]), *sys.argv[2:5]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    error_file = error_path(root, TaskId(stage, key))
+def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path) -> None:
+    """The life of a worker process: do one task, leave what went wrong in the log and an error file, and exit."""
+    os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
+    _die_with_parent()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    error_file = error_path(root, name)
     try:
         pipeline = load_pipeline(root / "pipeline.yaml")
-        limit_threads(pipeline.local.threads)
-        execute(pipeline, root, build_graph(pipeline)[TaskId(stage, key)], digest, discover_world())
+        execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world())
     except SpecialmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # the disk may be full: the log has it as well
             write_json(error_file, {"message": str(error), "exit_code": error.exit_code})
-        return error.exit_code
+        sys.exit(error.exit_code)
     error_file.unlink(missing_ok=True)
-    return 0
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, even by `kill -9` (Linux)."""
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def error_path(root: Path, task: TaskId) -> Path:
@@ -59,6 +72,7 @@ def limit_threads(threads: int) -> None:
         os.environ[name] = str(threads)
     os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin on the cores of other tasks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in EXPECTED_WARNINGS))
 
 
 def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World) -> None:
@@ -138,6 +152,3 @@ def _versions() -> dict[str, str]:
     ours = {"megatron_specialm": __version__, "python": platform.python_version()}
     return {**ours, **{name: value for name, value in packages.items() if value}}
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Documents -> windows of token ids, for the train, validation and test splits of one set of text."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+
+import numpy as np
+
+from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.graph import text_set
+from megatron_specialm.config.schema import GENERIC, TokenizeStage
+from megatron_specialm.data.documents import Documents, read_documents
+from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
+from megatron_specialm.data.tokenizer import Encoder, Tokenizer
+from megatron_specialm.stages.context import Context
+
+
+def run(stage: TokenizeStage, context: Context) -> Report:
+    """Write the token store of one set. The report's `skipped` counts empty documents.
+
+    Raises:
+        DataError: text that cannot be read, is empty, or is too short to hold some out for validation.
+    """
+    tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    size = tokenizer.vocabulary_size
+    writers = {
+        split: StoreWriter(context.folder, split, context_length=stage.context_length, vocabulary_size=size)
+        for split in SPLITS
+    }
+    readers = _readers(context)
+    with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
+        for split, ids in _assigned(stage, context, readers, encoder):
+            writers[split].add_document(ids)
+    skipped = {split: readers[split].skipped if split in readers else 0 for split in SPLITS}
+    splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
+    describe_store(
+        context.folder,
+        splits=splits,
+        tokenizer=tokenizer.fingerprint,
+        context_length=stage.context_length,
+        vocabulary_size=size,
+        eod=tokenizer.eod,
+    )
+    names = ("documents", "windows", "tokens", "skipped")
+    values = {name: {split: splits[split][name] for split in SPLITS} for name in names}
+    return Report(tokens=sum(values["tokens"].values()), values=values)
+
+
+def _readers(context: Context) -> dict[str, Documents]:
+    """The documents of each split that has files of its own."""
+    files = text_set(context.pipeline, context.key)
+    entries = {"train": files.train, "validation": files.validation, "test": files.test}
+    return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}
+
+
+def _assigned(
+    stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
+) -> Iterator[tuple[str, np.ndarray]]:
+    """All documents of the set, each with the split it belongs to."""
+    for split, documents in readers.items():
+        encoded = encoder.encode(documents)
+        if split == "train" and "validation" not in readers:
+            yield from hold_out(
+                encoded,
+                fraction=stage.validation_fraction,
+                seed=context.pipeline.seed,
+                context_length=stage.context_length,
+                name=f"text {context.key!r}",
+            )
+        else:
+            yield from ((split, ids) for ids in encoded)
+
+
+def hold_out(
+    documents: Iterable[np.ndarray], *, fraction: float, seed: int, context_length: int, name: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Assign training documents to `train` and `validation`: of every 1 / fraction in a row, a drawn one is held out.
+
+    At least one is; the last windows of a single document are, where there is no other.
+
+    Raises:
+        DataError: the single document has a single window.
+    """
+    every = max(2, round(1 / fraction))
+    documents = iter(documents)
+    first = list(islice(documents, every))
+    if len(first) == 1:
+        yield from _cut_document(first[0], fraction=fraction, context_length=context_length, name=name)
+        return
+    for number, ids in enumerate(chain(first, documents)):
+        block, place = divmod(number, every)
+        drawn = _draw(seed, block) % (every if block else len(first))
+        yield ("validation" if place == drawn else "train"), ids
+
+
+def _cut_document(
+    ids: np.ndarray, *, fraction: float, context_length: int, name: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    windows = -(-len(ids) // context_length)
+    if windows < 2:
+        raise DataError(
+            f"{name}: one training document of {len(ids)} tokens is a single window: nothing can be held out for "
+            "validation: add documents, or name `validation` files"
+        )
+    cut = (windows - max(1, round(fraction * windows))) * context_length
+    yield "train", ids[:cut]
+    yield "validation", ids[cut:]
+
+
+def _draw(seed: int, block: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:8])
