@@ -86,7 +86,7 @@ def test_transformers_gives_our_perplexity(finished: Path) -> None:
 
     from megatron_specialm.data.store import TokenStore
 
-    model = AutoModelForCausalLM.from_pretrained(finished / "runs/smoke/export/slm-tuned.torch").eval()
+    model = AutoModelForCausalLM.from_pretrained(finished / "runs/smoke/export/slm-tuned.torch/model").eval()
     store = TokenStore.open(finished / "runs/smoke/tokens/torch", "test")
     total, count = 0.0, 0
     for start in range(0, len(store), 32):

@@ -1,0 +1,186 @@
+"""Canonical weights to Hugging Face Transformers and back: GPT-NeoX for the family `neox`, Llama for `llama`.
+
+One table per family says where each weight goes; `N` stands for the layer. A row is of one of three kinds:
+
+    copy      the same tensor under another name
+    qkv       linear_qkv packs, per query group, [query heads, key, value]: split into q_proj, k_proj and v_proj.
+              (GPT-NeoX packs per head [query, key, value], which for one head per group is the same: a copy.)
+    gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
+
+Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32) = 2 groups x (2 + 1 + 1) x 8
+rows; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.model import ModelConfig
+
+Tensors = dict[str, torch.Tensor]
+
+
+class _Row(NamedTuple):
+    ours: str
+    theirs: tuple[str, ...]
+    kind: str = "copy"
+
+
+def _copies(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+    return [_Row(f"{ours}.{end}", (f"{theirs}.{end}",)) for ours, theirs in pairs.items() for end in suffixes]
+
+
+_NEOX = [
+    _Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
+    *_copies(
+        {
+            "decoder.layers.N.input_layernorm": "gpt_neox.layers.N.input_layernorm",
+            "decoder.layers.N.self_attention.linear_qkv": "gpt_neox.layers.N.attention.query_key_value",
+            "decoder.layers.N.self_attention.linear_proj": "gpt_neox.layers.N.attention.dense",
+            "decoder.layers.N.pre_mlp_layernorm": "gpt_neox.layers.N.post_attention_layernorm",
+            "decoder.layers.N.mlp.linear_fc1": "gpt_neox.layers.N.mlp.dense_h_to_4h",
+            "decoder.layers.N.mlp.linear_fc2": "gpt_neox.layers.N.mlp.dense_4h_to_h",
+            "decoder.final_layernorm": "gpt_neox.final_layer_norm",
+        },
+        "weight",
+        "bias",
+    ),
+    _Row("output_layer.weight", ("embed_out.weight",)),
+]
+_LLAMA = [
+    _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    *_copies(
+        {
+            "decoder.layers.N.input_layernorm": "model.layers.N.input_layernorm",
+            "decoder.layers.N.self_attention.linear_proj": "model.layers.N.self_attn.o_proj",
+            "decoder.layers.N.pre_mlp_layernorm": "model.layers.N.post_attention_layernorm",
+            "decoder.layers.N.mlp.linear_fc2": "model.layers.N.mlp.down_proj",
+            "decoder.final_layernorm": "model.norm",
+        },
+        "weight",
+    ),
+    _Row(
+        "decoder.layers.N.self_attention.linear_qkv.weight",
+        tuple(f"model.layers.N.self_attn.{part}_proj.weight" for part in "qkv"),
+        "qkv",
+    ),
+    _Row(
+        "decoder.layers.N.mlp.linear_fc1.weight",
+        tuple(f"model.layers.N.mlp.{part}_proj.weight" for part in ("gate", "up")),
+        "gate_up",
+    ),
+    _Row("output_layer.weight", ("lm_head.weight",)),
+]
+
+
+def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
+    """Canonical weights under Transformers' names and in its layout.
+
+    Raises:
+        CheckpointError: naming a weight that is missing or that has no place.
+    """
+    rest, result = dict(tensors), {}
+    for row in _rows(config):
+        if row.ours not in rest:
+            raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
+        result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
+    _nothing_left(rest)
+    return result
+
+
+def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
+    """The inverse of `to_huggingface`.
+
+    Raises:
+        CheckpointError: naming a weight that is missing or that has no place.
+    """
+    rest, result = dict(tensors), {}
+    for row in _rows(config):
+        if missing := [name for name in row.theirs if name not in rest]:
+            raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
+        result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
+    _nothing_left(rest)
+    return result
+
+
+def huggingface_config(
+    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int
+) -> PretrainedConfig:
+    """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token."""
+    common = {
+        "vocab_size": vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.attention_heads,
+        "max_position_embeddings": context_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        # Transformers 5 keeps the rotary settings here; earlier releases read the two keys given below.
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rotary_base), "partial_rotary_factor": 1.0},
+    }
+    if config.family == "llama":
+        return LlamaConfig(
+            **common,
+            rope_theta=float(config.rotary_base),
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_size,
+            rms_norm_eps=config.norm_epsilon,
+            hidden_act="silu",
+        )
+    return GPTNeoXConfig(
+        **common,
+        rotary_emb_base=config.rotary_base,
+        rotary_pct=1.0,
+        layer_norm_eps=config.norm_epsilon,
+        hidden_act="gelu",
+        use_parallel_residual=False,
+        attention_bias=True,
+    )
+
+
+def _rows(config: ModelConfig) -> list[_Row]:
+    """The family's table with a row for each layer; tied embeddings have no output layer of their own."""
+    rows: list[_Row] = []
+    for row in _LLAMA if config.family == "llama" else _NEOX:
+        if row.ours == "output_layer.weight" and config.tie_embeddings:
+            continue
+        layers = range(config.layers) if ".N." in row.ours else [0]
+        rows += [
+            _Row(
+                row.ours.replace(".N.", f".{layer}."),
+                tuple(name.replace(".N.", f".{layer}.") for name in row.theirs),
+                row.kind,
+            )
+            for layer in layers
+        ]
+    return rows
+
+
+def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
+    if kind == "copy":
+        return (tensor,)
+    if kind == "gate_up":
+        return tuple(part.contiguous() for part in tensor.chunk(2))
+    heads = config.attention_heads // config.kv_heads
+    grouped = tensor.unflatten(0, (config.kv_heads, heads + 2, config.head_size))
+    return tuple(part.flatten(0, 2).contiguous() for part in grouped.split([heads, 1, 1], dim=1))
+
+
+def _join(kind: str, tensors: list[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    if kind == "copy":
+        return tensors[0]
+    if kind == "gate_up":
+        return torch.cat(tensors)
+    parts = [tensor.unflatten(0, (config.kv_heads, -1, config.head_size)) for tensor in tensors]
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
+    if rest:
+        raise CheckpointError(f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model")
