@@ -16,9 +16,7 @@ def neox() -> ModelConfig:
 @pytest.fixture
 def llama() -> ModelConfig:
     """A Llama-style shape with grouped queries."""
-    return ModelConfig(
-        family="llama", layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2
-    )
+    return ModelConfig(family="llama", layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2)
 
 
 @pytest.fixture

@@ -41,7 +41,10 @@ def main() -> None:
     windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
     batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
     with process_group(ALONE, threads=args.threads):
-        contenders = {"megatron_specialm": _ours(shape, args, batch), "transformers GPT-NeoX": _theirs(shape, args, batch)}
+        contenders = {
+            "megatron_specialm": _ours(shape, args, batch),
+            "transformers GPT-NeoX": _theirs(shape, args, batch),
+        }
         rates: dict[str, list[float]] = {name: [] for name in contenders}
         for step in contenders.values():  # warm up
             step()
@@ -91,7 +94,9 @@ def _print(rates: dict[str, list[float]]) -> None:
         table.add_row(name, *(f"{value:,.0f}" for value in (statistics.median(values), min(values), max(values))))
     console = Console()
     console.print(table)
-    console.print(f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    console.print(
+        f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
+    )
 
 
 if __name__ == "__main__":

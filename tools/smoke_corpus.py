@@ -25,7 +25,7 @@ def docstrings(package: str) -> Iterator[str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None, f"{package} is a dependency of this project"
     for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-        if "tests" in path.parts:
+        if not {"tests", "test", "testing"}.isdisjoint(path.parts) or "_test" in path.name:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

@@ -53,7 +53,9 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
 
 def _checked(world: World) -> World:
     if not 0 <= world.rank < world.world_size:
-        raise MachineError(f"RANK {world.rank} is not below WORLD_SIZE {world.world_size}: check the launcher's variables")
+        raise MachineError(
+            f"RANK {world.rank} is not below WORLD_SIZE {world.world_size}: check the launcher's variables"
+        )
     return world
 
 
@@ -76,7 +78,9 @@ def _slurm_world(environ: Mapping[str, str]) -> World:
     host = environ.get("MASTER_ADDR") or first_slurm_host(environ["SLURM_STEP_NODELIST"])
     port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
     return _checked(
-        World(_integer(environ, "SLURM_PROCID"), size, _integer(environ, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun")
+        World(
+            _integer(environ, "SLURM_PROCID"), size, _integer(environ, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun"
+        )
     )
 
 
@@ -93,7 +97,9 @@ def _mpi_world(environ: Mapping[str, str]) -> World:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise MachineError(f"started by mpirun, but mpi4py cannot be used ({error}): pip install 'megatron_specialm[mpi]'") from None
+        raise MachineError(
+            f"started by mpirun, but mpi4py cannot be used ({error}): pip install 'megatron_specialm[mpi]'"
+        ) from None
     import socket
 
     communicator = MPI.COMM_WORLD

@@ -230,7 +230,9 @@ def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterat
 
 def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator[Task]:
     for source in sources(pipeline):
-        yield Task(TaskId(name, source), (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source)), (), _domain(source))
+        yield Task(
+            TaskId(name, source), (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source)), (), _domain(source)
+        )
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:

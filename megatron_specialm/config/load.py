@@ -165,7 +165,11 @@ def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str
     lines = []
     for item in error.errors():
         tags = set(KINDS) | {"tfidf", "static", "sentence-bert"}
-        location = [str(part) for index, part in enumerate(item["loc"]) if not (index and part in tags and index == _tag_index(item["loc"], index))]
+        location = [
+            str(part)
+            for index, part in enumerate(item["loc"])
+            if not (index and part in tags and index == _tag_index(item["loc"], index))
+        ]
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             known = _valid_keys(item["loc"])

@@ -7,7 +7,15 @@ A stage names the stages it reads in its own fields (`tokens: tokens`, `init: sl
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
@@ -208,7 +216,9 @@ class TrainStage(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.model is None) == (self.init is None):
-            raise ValueError("give either `model` (start from random weights) or `init` (start from another stage's), not both")
+            raise ValueError(
+                "give either `model` (start from random weights) or `init` (start from another stage's), not both"
+            )
         if (self.data == "importance") != (self.assignment is not None):
             raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
         shard = self.micro_batch_size * self.parallel.data_parallel
@@ -246,14 +256,7 @@ class ExportStage(Settings):
 
 
 Stage = Annotated[
-    TokenizerStage
-    | TokenizeStage
-    | EmbedStage
-    | ClusterStage
-    | AssignStage
-    | TrainStage
-    | EvaluateStage
-    | ExportStage,
+    TokenizerStage | TokenizeStage | EmbedStage | ClusterStage | AssignStage | TrainStage | EvaluateStage | ExportStage,
     Field(discriminator="kind"),
 ]
 

@@ -106,9 +106,7 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     return result
 
 
-def huggingface_config(
-    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int
-) -> PretrainedConfig:
+def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int) -> PretrainedConfig:
     """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token."""
     common = {
         "vocab_size": vocabulary_size,
@@ -122,7 +120,11 @@ def huggingface_config(
         "bos_token_id": eod,
         "eos_token_id": eod,
         # Transformers 5 keeps the rotary settings here; earlier releases read the two keys given below.
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rotary_base), "partial_rotary_factor": 1.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(config.rotary_base),
+            "partial_rotary_factor": 1.0,
+        },
     }
     if config.family == "llama":
         return LlamaConfig(
@@ -183,4 +185,6 @@ def _join(kind: str, tensors: list[torch.Tensor], config: ModelConfig) -> torch.
 
 def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
     if rest:
-        raise CheckpointError(f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model")
+        raise CheckpointError(
+            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
+        )

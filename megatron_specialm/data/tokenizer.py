@@ -356,10 +356,13 @@ class Encoder:
     def __init__(self, folder: Path, *, workers: int) -> None:
         self._folder = folder
         self._tokenizer = Tokenizer.load(folder)
-        self._ahead = 3 * workers  # chunks in flight, so that no worker waits
-        # Spawned: to fork a process that has started threads can hang. The pool starts them when there is work.
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
         self._here = workers == 1
+        self._ahead = 3 * workers  # chunks in flight, so that no worker waits
+        # Forked, so that a worker need not import again what the main module imports, which takes longer than encoding
+        # a small set; and forked now, before any reader has started threads.
+        self._pool = ProcessPoolExecutor(workers, get_context("fork"))
+        if not self._here:
+            self._pool.submit(_encode_in_worker, folder, [])
 
     def __enter__(self) -> Self:
         return self
@@ -390,9 +393,8 @@ class Encoder:
         pending: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
         try:
             for chunk in chunks:
-                pending.append(
-                    (chunk, self._pool.submit(_encode_in_worker, self._folder, [piece.text for piece in chunk]))
-                )
+                texts = [piece.text for piece in chunk]
+                pending.append((chunk, self._pool.submit(_encode_in_worker, self._folder, texts)))
                 if len(pending) > self._ahead:
                     first, future = pending.popleft()
                     yield first, future.result()

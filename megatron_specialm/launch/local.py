@@ -212,7 +212,9 @@ def _only_one(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise MachineError(f"{root}: another run (pid {lock.read().strip()}) is at work here: wait or end it") from None
+            raise MachineError(
+                f"{root}: another run (pid {lock.read().strip()}) is at work here: wait or end it"
+            ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

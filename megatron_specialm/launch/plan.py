@@ -100,5 +100,7 @@ def _hash_files(graph: Mapping[TaskId, Task], root: Path) -> dict[str, str]:
 
 def _stamp(entry: str) -> str:
     files = [Path(entry)] if Path(entry).is_dir() else resolve_files([entry])
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file for file in files]
+    stats = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file for file in files
+    ]
     return repr(stats)

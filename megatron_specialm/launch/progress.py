@@ -55,7 +55,9 @@ class Progress:
             self._bars.update(self._rows[name], total=record["steps"], completed=record["step"], state=state)
             if not self._console.is_terminal and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
                 self._told[name] = time.monotonic()
-                self._console.print(f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False)
+                self._console.print(
+                    f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False
+                )
 
 
 def _describe(record: Mapping[str, Any]) -> str:

@@ -138,7 +138,9 @@ def _cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         own = {row["domain"]: row for row in rows if (row["method"], row["finetuned"]) == state}
         perplexities = [f"{own[name]['perplexity']:.1f}" if name in own else "" for name in sets]
         average = f"{macro[state]:.1f}" if state in macro else ""
-        costs = [_amount(what, _mean(own, f"{phase}_{what}")) for phase in (GENERIC, "specialization") for what in COSTS]
+        costs = [
+            _amount(what, _mean(own, f"{phase}_{what}")) for phase in (GENERIC, "specialization") for what in COSTS
+        ]
         lines.append([state[0], "yes" if state[1] else "no", *perplexities, average, *costs])
     return header, lines
 

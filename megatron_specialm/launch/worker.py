@@ -30,7 +30,11 @@ from megatron_specialm.stages.context import Context
 
 BEGIN_TIMEOUT_SECONDS = 60
 # What Megatron-Core says at import on every machine without a GPU's libraries, by its first words.
-EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+EXPECTED_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
 
 
 def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path) -> None:
@@ -151,4 +155,3 @@ def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
     ours = {"megatron_specialm": __version__, "python": platform.python_version()}
     return {**ours, **{name: value for name, value in packages.items() if value}}
-

@@ -101,9 +101,7 @@ class LogitsModel(GPTModel):
         return logits
 
 
-def build_model(
-    config: ModelConfig, *, vocabulary_size: int, context_length: int, precision: str = "fp32"
-) -> GPTModel:
+def build_model(config: ModelConfig, *, vocabulary_size: int, context_length: int, precision: str = "fp32") -> GPTModel:
     """A model on this process's device, its weights not yet meaningful (`initialize` or `load_weights` follows)."""
     cpu.install()
     model = LogitsModel(
@@ -192,9 +190,7 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
     _fill(model, take, vocabulary_size=vocabulary_size)
 
 
-def _fill(
-    model: torch.nn.Module, value: Callable[[str, torch.Tensor], torch.Tensor], *, vocabulary_size: int
-) -> None:
+def _fill(model: torch.nn.Module, value: Callable[[str, torch.Tensor], torch.Tensor], *, vocabulary_size: int) -> None:
     for name, parameter in named_weights(model):
         parameter.zero_()
         unpad(name, parameter, vocabulary_size=vocabulary_size).copy_(value(name, parameter))

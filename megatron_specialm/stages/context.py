@@ -35,5 +35,7 @@ class Context:
         """An input's completion marker: its report values and cost."""
         marker = read_marker(self.root, stage, key)
         if marker is None:
-            raise ArtifactError(f"{artifact_folder(self.root, stage, key)}: not complete: run the stage {stage!r} first")
+            raise ArtifactError(
+                f"{artifact_folder(self.root, stage, key)}: not complete: run the stage {stage!r} first"
+            )
         return marker

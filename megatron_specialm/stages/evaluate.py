@@ -26,9 +26,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     shape = ModelConfig.model_validate(state["model"])
     results, slots = {}, 0
     with process_group(context.world, threads=context.threads):
-        model = gpt.build_model(
-            shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"]
-        )
+        model = gpt.build_model(shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"])
         gpt.load_weights(model, read_model(final), vocabulary_size=state["vocabulary_size"])
         for source in sources(context.pipeline) if model_id.key == GENERIC else [model_id.key]:
             folder = context.artifact(stage.tokens, source)

@@ -88,7 +88,9 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> N
     text = "".join(tokenizer.decode(store.window(index)) for index in range(min(WINDOWS_COMPARED, len(store))))
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, add_special_tokens=False).input_ids
     if theirs != tokenizer.encode([text])[0].tolist():
-        raise ArtifactError(f"{folder}: AutoTokenizer gives other token ids than the tokenizer the model was trained with")
+        raise ArtifactError(
+            f"{folder}: AutoTokenizer gives other token ids than the tokenizer the model was trained with"
+        )
 
 
 def _facts(context: Context, shape: ModelConfig, store: TokenStore, difference: float) -> ModelFacts:

@@ -36,8 +36,10 @@ def run(stage: TrainStage, context: Context) -> Report:
     store = TokenStore.open(tokens, "train", tokenizer=tokenizer.fingerprint)
     stream = _stream(stage, context, store)
     shape = model_of(pipeline, context.task.id.stage)
-    flops_per_step = stage.global_batch_size * store.context_length * shape.training_flops(
-        store.vocabulary_size, store.context_length
+    flops_per_step = (
+        stage.global_batch_size
+        * store.context_length
+        * shape.training_flops(store.vocabulary_size, store.context_length)
     )
     with process_group(world, threads=context.threads):
         engine = _engine(stage, context, shape, store)
@@ -114,9 +116,7 @@ def _stream(stage: TrainStage, context: Context, store: TokenStore) -> Importanc
         weights, lost = importance_weights(target, index.sizes)
         if lost:
             logger.warning("%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.key)
-    stream = ImportanceStream(
-        index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed
-    )
+    stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
     for warning in stream.report(stage.steps).warnings:
         logger.warning("%s", warning)
     return stream

@@ -156,7 +156,11 @@ def _is_over(progress: Progress, settings: TrainStage) -> bool:
 
 
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
-    return progress.step % settings.checkpoint.every == 0 or progress.best_step == progress.step or _is_over(progress, settings)
+    return (
+        progress.step % settings.checkpoint.every == 0
+        or progress.best_step == progress.step
+        or _is_over(progress, settings)
+    )
 
 
 def _save(engine: Engine, run: Run, progress: Progress) -> None:
@@ -226,9 +230,7 @@ def _record_step(
         learning_rate=rate,
         tokens=progress.tokens,
         tokens_per_second=stats.loss.count / per_step,
-        mfu=utilisation(
-            flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name
-        ),
+        mfu=utilisation(flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name),
         eta_seconds=per_step * (settings.steps - progress.step),
         skipped_steps=progress.skipped_steps,
         spikes=progress.spikes,

@@ -72,7 +72,9 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MachineError("tensorboard: true, but it is not installed: pip install 'megatron_specialm[tensorboard]'") from None
+        raise MachineError(
+            "tensorboard: true, but it is not installed: pip install 'megatron_specialm[tensorboard]'"
+        ) from None
     return SummaryWriter(folder / "tensorboard")
 
 
@@ -80,5 +82,7 @@ def _wandb(folder: Path, project: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise MachineError("wandb_project is set, but wandb is not installed: pip install 'megatron_specialm[wandb]'") from None
+        raise MachineError(
+            "wandb_project is set, but wandb is not installed: pip install 'megatron_specialm[wandb]'"
+        ) from None
     return wandb.init(project=project, dir=folder, name=f"{folder.parent.name}/{folder.name}", resume="allow")

@@ -37,9 +37,7 @@ def test_resumed_from_any_checkpoint_it_ends_with_the_same_bits(tmp_path: Path) 
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
-    settings = stage(
-        steps=400, optimizer={"learning_rate": 3e-2}, early_stopping={"evaluate_every": 4, "patience": 2}
-    )
+    settings = stage(steps=400, optimizer={"learning_rate": 3e-2}, early_stopping={"evaluate_every": 4, "patience": 2})
     progress = run_training(tmp_path, ALONE, settings, windows=8)
     losses = {r["step"]: r["validation_loss"] for r in read_metrics(tmp_path) if "validation_loss" in r}
     assert progress.step < 400, "eight windows must be learnt by heart long before"

