@@ -86,7 +86,7 @@ def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake. `1e-4` is a float."""
+    """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

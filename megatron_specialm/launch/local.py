@@ -160,7 +160,12 @@ def _error_of(root: Path, task: _Running) -> str | None:
     except ArtifactError:
         worst = next(code for code in codes if code)
         how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
-        return f"ended with {how}; see {log}"
+        return f"ended with {how}: {_last_line(log)}\n  log: {log}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _log_path(root: Path, name: TaskId) -> Path:

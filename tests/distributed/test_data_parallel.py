@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training import run_training, stage
 
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.metrics import read_metrics
+from tests.training import run_training, stage
 
 
 def _rank(rank: int, size: int, folder: Path, settings: dict) -> None:

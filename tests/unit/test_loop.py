@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training import run_training, stage
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.metrics import Metrics, read_metrics, seconds_of_all_attempts
+from tests.training import run_training, stage
 
 
 def _final(folder: Path) -> dict[str, torch.Tensor]:
