@@ -9,7 +9,6 @@ is there; a second call finds it and does nothing.
 """
 
 import argparse
-import io
 import json
 import random
 import re
@@ -222,10 +221,9 @@ def check_disjoint(sets: dict[str, list[Document]]) -> None:
 
 def write_set(folder: Path, name: str, documents: list[Document]) -> dict[str, object]:
     """Write one set; the same documents always give the same bytes."""
-    with atomic_path(folder / f"{name}.jsonl.zst") as path, zstandard.open(path, "wb") as file:
-        with io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text:
-            for document in documents:
-                text.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
+    lines = "".join(json.dumps({"text": document.text}, ensure_ascii=False) + "\n" for document in documents)
+    with atomic_path(folder / f"{name}.jsonl.zst") as path:
+        path.write_bytes(zstandard.ZstdCompressor(level=10).compress(lines.encode()))
     characters = sum(len(document.text) for document in documents)
     print(f"{name}: {len(documents):,} documents, {characters:,} characters", flush=True)
     return {"documents": len(documents), "characters": characters, "sha256": sha256_file(folder / f"{name}.jsonl.zst")}

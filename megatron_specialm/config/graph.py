@@ -7,7 +7,7 @@ seed, its inputs' digests and the content of the files it reads; not where or on
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
@@ -186,7 +186,7 @@ def _named_stages(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
             if other not in pipeline.stages:
                 raise ConfigError(f"stages.{name}.{field}: no stage {other!r}; there are {', '.join(pipeline.stages)}")
             if not isinstance(pipeline.stages[other], expected):
-                wanted = expected.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
+                wanted = get_args(expected.model_fields["kind"].annotation)[0]
                 raise ConfigError(
                     f"stages.{name}.{field}: {other!r} is a stage of kind {pipeline.stages[other].kind!r}, not {wanted!r}"
                 )

@@ -18,10 +18,15 @@ from megatron_specialm.config import schema
 from megatron_specialm.config.schema import Pipeline
 
 PACKAGE = Path(megatron_specialm.__file__).parent
-KINDS: dict[str, type[BaseModel]] = {
-    cls.model_fields["kind"].annotation.__args__[0]: cls  # type: ignore[union-attr]
-    for cls in get_args(get_args(schema.Stage)[0])
-}
+
+
+def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
+    """The classes of a discriminated union by their `kind`."""
+    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(union)[0])}
+
+
+KINDS = _by_kind(schema.Stage)
+ENCODERS = _by_kind(schema.Encoder)
 
 
 def configs_folder() -> Path:
@@ -164,7 +169,7 @@ def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str
     """One line per mistake: dotted key, what is wrong, the value, and for unknown keys the nearest valid one."""
     lines = []
     for item in error.errors():
-        tags = set(KINDS) | {"tfidf", "static", "sentence-bert"}
+        tags = {*KINDS, *ENCODERS}
         location = [
             str(part)
             for index, part in enumerate(item["loc"])
@@ -202,8 +207,7 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
         found = _settings_class(current.model_fields[str(part)].annotation)
         current = found or (None if part == "encoder" else current)
     if "encoder" in location[:-1]:
-        tag = str(location[list(location).index("encoder") + 1])
-        current = {"tfidf": schema.TfidfEncoder, "static": schema.StaticEncoder}.get(tag, schema.SentenceBertEncoder)
+        current = ENCODERS[str(location[list(location).index("encoder") + 1])]
     elif "domains" in location[:-1] or location[:2] == ("text", "generic"):
         current = schema.TextSet
     return list(current.model_fields) if current else []

@@ -12,7 +12,7 @@ rows; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
@@ -82,7 +82,8 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing or that has no place.
     """
-    rest, result = dict(tensors), {}
+    rest: Tensors = dict(tensors)
+    result: Tensors = {}
     for row in _rows(config):
         if row.ours not in rest:
             raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
@@ -97,7 +98,8 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     Raises:
         CheckpointError: naming a weight that is missing or that has no place.
     """
-    rest, result = dict(tensors), {}
+    rest: Tensors = dict(tensors)
+    result: Tensors = {}
     for row in _rows(config):
         if missing := [name for name in row.theirs if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
@@ -108,7 +110,7 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
 
 def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int) -> PretrainedConfig:
     """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocabulary_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
@@ -127,23 +129,23 @@ def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_len
         },
     }
     if config.family == "llama":
-        return LlamaConfig(
-            **common,
-            rope_theta=float(config.rotary_base),
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_size,
-            rms_norm_eps=config.norm_epsilon,
-            hidden_act="silu",
-        )
-    return GPTNeoXConfig(
-        **common,
-        rotary_emb_base=config.rotary_base,
-        rotary_pct=1.0,
-        layer_norm_eps=config.norm_epsilon,
-        hidden_act="gelu",
-        use_parallel_residual=False,
-        attention_bias=True,
-    )
+        llama: dict[str, Any] = {
+            "rope_theta": float(config.rotary_base),
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_size,
+            "rms_norm_eps": config.norm_epsilon,
+            "hidden_act": "silu",
+        }
+        return LlamaConfig(**common, **llama)
+    neox: dict[str, Any] = {
+        "rotary_emb_base": config.rotary_base,
+        "rotary_pct": 1.0,
+        "layer_norm_eps": config.norm_epsilon,
+        "hidden_act": "gelu",
+        "use_parallel_residual": False,
+        "attention_bias": True,
+    }
+    return GPTNeoXConfig(**common, **neox)
 
 
 def _rows(config: ModelConfig) -> list[_Row]:

@@ -39,8 +39,8 @@ tags: [megatron_specialm, {facts.method}, {facts.domain}]
 
 # {facts.name}
 
-A small specialized language model of {facts.parameters / 1e6:.1f}M parameters, made by the method `{facts.method}` of Grangier et al.,
-[Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
+A small specialized language model of {facts.parameters / 1e6:.1f}M parameters, made by the method `{facts.method}` of
+Grangier et al., [Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +51,8 @@ ids = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
 ```
 
-A text begins with the end-of-document token, as in training; the context is {facts.context_length} tokens, the vocabulary {facts.vocabulary_size}.
+A text begins with the end-of-document token, as in training. The context is {facts.context_length} tokens, the vocabulary
+{facts.vocabulary_size}.
 
 | | |
 |---|---|

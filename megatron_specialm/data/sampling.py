@@ -339,7 +339,8 @@ def shuffled(places: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.n
     limit, x = sizes.astype(np.uint64), places.astype(np.uint64)
     base = np.ceil(np.sqrt(sizes)).astype(np.uint64)
     top = (limit + base - np.uint64(1)) // base
-    out, walking = np.empty_like(places), np.arange(len(places))
+    out: np.ndarray = np.empty_like(places)
+    walking: np.ndarray = np.arange(len(places))
     while walking.size:
         x = _feistel(x, top=top, base=base, keys=keys)
         out[walking] = x  # not yet inside for some: the next pass overwrites those
@@ -400,8 +401,8 @@ def _frequencies(values: np.ndarray, *, k: int, name: str) -> np.ndarray:
 
 def _phases(weights: np.ndarray | Sequence[tuple[int, np.ndarray]]) -> Sequence[tuple[int, np.ndarray]]:
     """The weights as phases; plain weights are one phase from step 0."""
-    if len(weights) == 0 or not isinstance(weights[0], tuple):
-        return [(0, weights)]
+    if isinstance(weights, np.ndarray) or len(weights) == 0 or not isinstance(weights[0], tuple):
+        return [(0, np.asarray(weights))]
     starts = [start for start, _ in weights]
     if starts[0] != 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
         raise DataError(f"phases start at steps {starts}: the first must be 0 and each later than the one before")

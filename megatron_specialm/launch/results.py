@@ -71,7 +71,7 @@ def _rows(
 def _cost(
     pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], model: TaskId
 ) -> dict[str, float]:
-    total = {f"{phase}_{what}": 0 for phase in (GENERIC, "specialization") for what in COSTS}
+    total: dict[str, float] = {f"{phase}_{what}": 0 for phase in (GENERIC, "specialization") for what in COSTS}
     for name in ancestors(graph, model):
         cost = asdict(markers[name].cost)
         if not isinstance(pipeline.stages[name.stage], TrainStage):

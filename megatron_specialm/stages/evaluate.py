@@ -24,7 +24,8 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     final = find_final(context.artifact(*model_id))
     state = read_json(final / "state.json")
     shape = ModelConfig.model_validate(state["model"])
-    results, slots = {}, 0
+    results: dict[str, dict[str, float]] = {}
+    tokens = slots = 0
     with process_group(context.world, threads=context.threads):
         model = gpt.build_model(shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"])
         gpt.load_weights(model, read_model(final), vocabulary_size=state["vocabulary_size"])
@@ -33,11 +34,12 @@ def run(stage: EvaluateStage, context: Context) -> Report:
             store = TokenStore.open(folder, "test", tokenizer=state["tokenizer"])
             batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
             loss = score(model, batches, vocabulary_size=state["vocabulary_size"])
-            results[source] = {"nll": loss.mean, "tokens": loss.count}
+            results[source] = {"nll": loss.mean, "tokens": loss.tokens}
+            tokens += loss.tokens
             slots += min(len(store), stage.max_windows or len(store)) * store.context_length
     write_json(context.folder / "evaluation.json", results)
     return Report(
-        tokens=sum(result["tokens"] for result in results.values()),
+        tokens=tokens,
         flops=slots * shape.forward_flops(state["vocabulary_size"], state["context_length"]),
         values={"sets": results, "parameters": shape.parameters(state["vocabulary_size"])},
     )

@@ -71,7 +71,7 @@ def prune_checkpoints(folder: Path, *, keep: int, best: int | None) -> None:
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest step that verifies, and for each newer one that does not, why it was passed over."""
-    skipped = []
+    skipped: list[str] = []
     for step in reversed(_steps(folder)):
         try:
             return read_checkpoint(step_folder(folder, step)), skipped

@@ -12,12 +12,12 @@ class LossSum(NamedTuple):
     """A sum of negative log-likelihoods in nats and the number of tokens in it. Sums, never means: they add exactly."""
 
     total: float
-    count: int
+    tokens: int
 
     @property
     def mean(self) -> float:
         """Nats per token."""
-        return self.total / self.count
+        return self.total / self.tokens
 
 
 class StepStats(NamedTuple):

@@ -50,7 +50,7 @@ class Progress:
         return replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + (0 if stats.skipped else stats.loss.count),
+            tokens=self.tokens + (0 if stats.skipped else stats.loss.tokens),
             skipped_steps=self.skipped_steps + stats.skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
             spikes=self.spikes + spike,
@@ -229,7 +229,7 @@ def _record_step(
         gradient_norm=stats.gradient_norm if math.isfinite(stats.gradient_norm) else None,
         learning_rate=rate,
         tokens=progress.tokens,
-        tokens_per_second=stats.loss.count / per_step,
+        tokens_per_second=stats.loss.tokens / per_step,
         mfu=utilisation(flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name),
         eta_seconds=per_step * (settings.steps - progress.step),
         skipped_steps=progress.skipped_steps,

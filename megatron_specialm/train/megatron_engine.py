@@ -93,7 +93,7 @@ class MegatronEngine:
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
         own = score(self._model, batches, vocabulary_size=self._vocabulary_size)
-        return self._reduce(torch.tensor(own.total, dtype=torch.float64, device=self._device), own.count)
+        return self._reduce(torch.tensor(own.total, dtype=torch.float64, device=self._device), own.tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""

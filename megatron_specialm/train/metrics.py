@@ -30,8 +30,9 @@ class Metrics:
         self._file.write(json.dumps({"time": time.time(), **record}) + "\n")
         self._file.flush()
         scalars = {name: value for name, value in record.items() if isinstance(value, float)}
-        for name, value in scalars.items() if self._board else ():
-            self._board.add_scalar(name, value, record["step"])
+        if self._board:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, record["step"])
         if self._wandb and scalars:
             self._wandb.log(scalars, step=record["step"])
 

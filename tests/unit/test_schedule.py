@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from megatron_specialm.config.schema import Schedule
@@ -24,7 +26,7 @@ def test_constant_stays() -> None:
 def test_decay_is_monotone_and_ends_at_the_final_fraction(kind: str) -> None:
     rates = _rates(kind=kind, warmup_steps=10, final_fraction=0.1)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(after <= before for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(rates[10:]))
 
 
 def test_wsd_is_stable_until_its_decay() -> None:

@@ -1,0 +1,47 @@
+import pytest
+
+from megatron_specialm.base.environment import ALONE, discover_world, first_slurm_host
+from megatron_specialm.base.errors import MachineError
+
+
+def test_nothing_set_is_alone() -> None:
+    assert discover_world({}) == ALONE
+    assert discover_world({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}) == ALONE, "inside sbatch, not under srun"
+
+
+def test_torchrun() -> None:
+    world = discover_world(
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    )
+    assert (world.rank, world.world_size, world.local_rank, world.init_method) == (3, 4, 1, "env://")
+
+
+def test_srun() -> None:
+    world = discover_world(
+        {
+            "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
+            "SLURM_STEP_NODELIST": "gpu[003-004],x1", "SLURM_JOB_ID": "123456",
+        }
+    )  # fmt: skip
+    assert (world.rank, world.world_size, world.local_rank) == (5, 8, 1)
+    assert world.init_method == f"tcp://gpu003:{20_000 + 123456 % 20_000}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-007,9],cpu1", "gpu003"), ("a-b[1,2]", "a-b1")]
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_slurm_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK 2 is not below"),
+    ],
+)
+def test_contradictions(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(MachineError, match=says):
+        discover_world(variables)

@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
+from megatron_specialm.base.errors import ConfigError, DataError
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch.plan import make_plan, select, write_resolved
+
+SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the smoke page's files."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "smoke"
+    folder.mkdir(parents=True)
+    for name in ("generic", "scipy", "sklearn", "torch"):
+        for split in ("train", "test"):
+            (folder / f"{name}.{split}.jsonl").write_text(json.dumps({"text": f"{name} {split}"}) + "\n")
+    return folder
+
+
+def _digests(*overrides: str) -> dict[TaskId, str]:
+    return {name: planned.digest for name, planned in make_plan(_load(*overrides), Path("run")).items()}
+
+
+def _load(*overrides: str) -> Pipeline:
+    return load_pipeline(SMOKE, overrides)
+
+
+def _changed(before: dict[TaskId, str], after: dict[TaskId, str]) -> set[str]:
+    return {name.stage if name.key == "generic" else str(name) for name in before if before[name] != after[name]}
+
+
+def test_a_setting_changes_its_stage_and_what_rests_on_it(text: Path) -> None:
+    changed = _changed(_digests(), _digests("stages.slm.steps=11"))
+    assert {"slm", "slm-tuned/torch", "perplexity/slm.generic"} <= changed
+    assert not {"tokens", "slm-is/torch", "slm-nopt/torch"} & changed
+
+
+def test_where_and_in_what_portions_it_runs_changes_nothing(text: Path) -> None:
+    elsewhere = _digests("stages.slm.parallel.data_parallel=2", "stages.slm.micro_batch_size=4", "local.threads=2",
+                         "root=other", "stages.slm.checkpoint.every=3")  # fmt: skip
+    assert _digests() == elsewhere
+
+
+def test_the_seed_and_the_texts_content_are_part_of_it(text: Path) -> None:
+    before = _digests()
+    assert _changed(before, _digests("seed=1")) >= {"tokenizer", "slm"}
+    (text / "torch.train.jsonl").write_text(json.dumps({"text": "other words"}) + "\n")
+    changed = _changed(before, _digests())
+    assert {"tokens/torch", "slm-tuned/torch", "slm-is/torch"} <= changed
+    assert not {"tokenizer", "slm", "slm-tuned/scipy"} & changed
+
+
+def test_states(text: Path) -> None:
+    root, name = Path("run"), TaskId("tokenizer", "generic")
+    plan = make_plan(_load(), root)
+    assert plan[name].state == "to do"
+    begin_artifact(root, *name, digest=plan[name].digest)
+    assert make_plan(_load(), root)[name].state == "to do", "begun is not done"
+    finish_artifact(root, *name, Marker(plan[name].digest, Cost(0, 0, 1.0, 1.0, "cpu", 1), {}, {}))
+    assert make_plan(_load(), root)[name].state == "done"
+    assert make_plan(_load("seed=3"), root)[name].state == "stale"
+
+
+def test_beginning_keeps_an_unfinished_attempt_and_removes_a_stale_one(tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, "slm", "generic", digest="a")
+    (folder / "half").touch()
+    assert (begin_artifact(tmp_path, "slm", "generic", digest="a") / "half").exists()
+    assert not (begin_artifact(tmp_path, "slm", "generic", digest="b") / "half").exists()
+
+
+def test_missing_text_is_said_before_anything_runs(text: Path) -> None:
+    (text / "torch.test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"torch\.test\.jsonl: no such file"):
+        make_plan(_load(), Path("run"))
+
+
+def test_a_part_of_the_plan(text: Path) -> None:
+    plan = make_plan(_load(), Path("run"))
+    assert {name.stage for name in select(plan, only=None, until="clusters")} == {"tokenizer", "tokens", "vectors", "clusters"}
+    assert {name.stage for name in select(plan, only="slm", until=None)} == {"slm"}
+    with pytest.raises(ConfigError, match="no stage 'slmm'"):
+        select(plan, only="slmm", until=None)
+
+
+def test_a_run_folder_belongs_to_one_pipeline(text: Path) -> None:
+    write_resolved(_load(), Path("run"))
+    write_resolved(_load("seed=2"), Path("run"))
+    with pytest.raises(ConfigError, match="holds the run of pipeline 'smoke'"):
+        write_resolved(_load("name=another"), Path("run"))
