@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_specialm import __version__
-from megatron_specialm.base.errors import SpecialmError
+from megatron_specialm.base.errors import SpecialmError, machine_errors
 
 if TYPE_CHECKING:
     from megatron_specialm.config.schema import Pipeline
@@ -27,7 +27,8 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line. Errors of ours are printed in one line, without a traceback."""
     try:
-        app()
+        with machine_errors():
+            app()
     except SpecialmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -4,6 +4,10 @@ Each says what is wrong with which file, key and value, and what to do about it.
 traceback and exits with `exit_code`; anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class SpecialmError(ValueError):
     """Base of all errors that are the input's or the machine's doing, not ours."""
@@ -37,3 +41,24 @@ class TrainingError(SpecialmError):
     """Training cannot go on: the loss is not finite, or a rank has died."""
 
     exit_code = 4
+
+
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full: free space or choose another root; the same command goes on",
+    errno.EDQUOT: "the disk quota is used up: free space or choose another root; the same command goes on",
+    errno.EACCES: "no permission: choose a root that you may write to",
+    errno.EPERM: "no permission: choose a root that you may write to",
+    errno.EROFS: "the filesystem is read-only: choose another root",
+    errno.ENOTDIR: "a file stands where a folder is needed: remove it or choose another root",
+}
+
+
+@contextlib.contextmanager
+def machine_errors() -> Iterator[None]:
+    """Say the operating system's refusals in terms of what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise MachineError(f"{error.filename or 'writing'}: {_REFUSALS[error.errno]} ({error.strerror})") from None

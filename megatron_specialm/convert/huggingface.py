@@ -7,11 +7,12 @@ One table per family says where each weight goes; `N` stands for the layer. A ro
               (GPT-NeoX packs per head [query, key, value], which for one head per group is the same: a copy.)
     gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
 
-Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32) = 2 groups x (2 + 1 + 1) x 8
-rows; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
+Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
+2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,14 +81,15 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     """Canonical weights under Transformers' names and in its layout.
 
     Raises:
-        CheckpointError: naming a weight that is missing or that has no place.
+        CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in _rows(config):
         if row.ours not in rest:
             raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
-        result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
+        with _fitting(row.ours, config):
+            result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
     _nothing_left(rest)
     return result
 
@@ -96,21 +98,23 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     """The inverse of `to_huggingface`.
 
     Raises:
-        CheckpointError: naming a weight that is missing or that has no place.
+        CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in _rows(config):
         if missing := [name for name in row.theirs if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
+        with _fitting(row.theirs[0], config):
+            result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
     _nothing_left(rest)
     return result
 
 
 def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int) -> PretrainedConfig:
     """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token."""
-    common: dict[str, Any] = {
+    theta = float(config.rotary_base)
+    settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
@@ -121,31 +125,34 @@ def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_len
         "initializer_range": config.init_std,
         "bos_token_id": eod,
         "eos_token_id": eod,
-        # Transformers 5 keeps the rotary settings here; earlier releases read the two keys given below.
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": float(config.rotary_base),
-            "partial_rotary_factor": 1.0,
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0},
     }
+    exported: PretrainedConfig
     if config.family == "llama":
-        llama: dict[str, Any] = {
-            "rope_theta": float(config.rotary_base),
+        settings |= {
+            "architectures": ["LlamaForCausalLM"],
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_size,
             "rms_norm_eps": config.norm_epsilon,
             "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
         }
-        return LlamaConfig(**common, **llama)
-    neox: dict[str, Any] = {
-        "rotary_emb_base": config.rotary_base,
-        "rotary_pct": 1.0,
-        "layer_norm_eps": config.norm_epsilon,
-        "hidden_act": "gelu",
-        "use_parallel_residual": False,
-        "attention_bias": True,
-    }
-    return GPTNeoXConfig(**common, **neox)
+        exported, rotary_before_5 = LlamaConfig(**settings), {"rope_theta": theta}
+    else:
+        settings |= {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "layer_norm_eps": config.norm_epsilon,
+            "hidden_act": "gelu",  # exact; the tanh approximation is "gelu_new"
+            "use_parallel_residual": False,
+            "attention_bias": True,
+        }
+        exported, rotary_before_5 = GPTNeoXConfig(**settings), {"rotary_emb_base": theta, "rotary_pct": 1.0}
+    # Transformers 4 knows no `rope_parameters`: without its own names in config.json it would silently take defaults
+    # (a quarter of the head, for GPT-NeoX). Transformers 5 drops them from its arguments, so they are set afterwards.
+    for name, value in rotary_before_5.items():
+        setattr(exported, name, value)
+    return exported
 
 
 def _rows(config: ModelConfig) -> list[_Row]:
@@ -183,6 +190,17 @@ def _join(kind: str, tensors: list[torch.Tensor], config: ModelConfig) -> torch.
         return torch.cat(tensors)
     parts = [tensor.unflatten(0, (config.kv_heads, -1, config.head_size)) for tensor in tensors]
     return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+@contextlib.contextmanager
+def _fitting(name: str, config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{name}: its shape does not fit {config.attention_heads} heads in {config.kv_heads} groups of size "
+            f"{config.head_size} ({error}): the checkpoint is of another model"
+        ) from None
 
 
 def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:

@@ -1,26 +1,44 @@
-"""The README of an exported model: what it is, what it was made from, what it cost."""
+"""The README of an exported model: what it is, what it was made from, what it cost, how to load it."""
 
+import math
 from dataclasses import dataclass
+
+import yaml
+
+from megatron_specialm.base.artifacts import Cost
+
+READS = {
+    "generic": "the generic text",
+    "importance": "the generic text, resampled to the domain's cluster histogram",
+    "domain": "the domain's text",
+}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model card says. Costs are of the last training alone: `results.json` of the run has those of all it rests on."""
+    """What a model card says.
+
+    `trainings` are the train stages that made the model, oldest first, each with its `data`. `cost` is that of the last
+    one alone. `set_tokens` counts the domain's training set once (the generic set's, for a model of no domain);
+    `cost.tokens` counts repeats. `validation_loss` is in nats per token.
+    """
 
     name: str
     method: str
     domain: str
     finetuned: bool
+    family: str
     parameters: int
     context_length: int
     vocabulary_size: int
+    tokenizer: str
+    trainings: tuple[tuple[str, str], ...]
     domain_files: tuple[str, ...]
     generic_files: tuple[str, ...]
-    training_tokens: int
-    training_flops: int
-    device_seconds: float
-    device: str
+    set_tokens: int
+    phase: str
     steps: int
+    cost: Cost
     validation_loss: float | None
     logit_difference: float
     seed: int
@@ -29,47 +47,94 @@ class ModelFacts:
 
 def model_card(facts: ModelFacts) -> str:
     """The card as Markdown with the front matter that model hubs read."""
+    front_matter = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "unknown",
+        "tags": ["megatron_specialm", facts.method, facts.domain],
+    }
     tuned = f"then fine-tuned on the domain `{facts.domain}`" if facts.finetuned else "not fine-tuned"
-    loss = "not measured" if facts.validation_loss is None else f"{facts.validation_loss:.4f} nats per token"
+    trainings = "\n".join(f"{n}. `{name}`: {READS[data]}" for n, (name, data) in enumerate(facts.trainings, 1))
+    cost = (
+        f"`{facts.trainings[-1][0]}`",
+        facts.phase,
+        f"{facts.steps:,}",
+        f"{facts.cost.tokens:,}",
+        f"{facts.cost.flops:.2e}",
+        f"{facts.cost.device_seconds:,.1f}",
+        facts.cost.device,
+    )
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [megatron_specialm, {facts.method}, {facts.domain}]
----
+{yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True)}---
 
 # {facts.name}
 
-A small specialized language model of {facts.parameters / 1e6:.1f}M parameters, made by the method `{facts.method}` of
-Grangier et al., [Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
+A small specialized language model of {facts.parameters / 1e6:.1f}M parameters (family `{facts.family}`), made by the
+method `{facts.method}` of Grangier et al.,
+[Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
+
+## Use
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
-ids = tokenizer(tokenizer.bos_token + "Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
+ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once").input_ids]])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=8)[0]))
 ```
 
-A text begins with the end-of-document token, as in training. The context is {facts.context_length} tokens, the vocabulary
-{facts.vocabulary_size}.
+A text begins with the end-of-document token, as in training; the tokenizer does not add it. The context is
+{facts.context_length} tokens, that one included.
+
+## Training
+
+{trainings}
 
 | | |
 |---|---|
 | domain text | {_files(facts.domain_files)} |
 | generic text | {_files(facts.generic_files)} |
-| steps of the last training, to the end | {facts.steps} |
-| tokens of the last training | {facts.training_tokens:,} |
-| FLOPs of the last training | {facts.training_flops:.3e} |
-| device-seconds of the last training | {facts.device_seconds:.1f} on {facts.device} |
-| validation loss | {loss} |
+| tokens in the training set of `{facts.domain}` | {facts.set_tokens:,} |
+| validation perplexity | {_perplexity(facts.validation_loss)} |
+| tokenizer | {facts.vocabulary_size:,} tokens, `{facts.tokenizer[:12]}` |
 | seed | {facts.seed} |
-| training digest | `{facts.digest}` |
+| digest of the last training | `{facts.digest}` |
 | largest difference to the source model's logits | {facts.logit_difference:.2e} |
 
-The licence of the model follows from that of the text it was trained on, which this program does not know.
+## Cost
+
+| training | phase | steps | tokens | FLOPs | device-seconds | device |
+|---|---|---:|---:|---:|---:|---|
+| {" | ".join(cost)} |
+
+This is the last training alone. What it rests on (earlier training, clustering) costs as well: `results.json` and
+`ledger.json` of the run have the whole, split into generic and specialization cost.
+
+## Licence
+
+The licence of the weights follows from that of the text they were trained on, which this program does not know: it is
+for whoever shares the model to state.
+
+## Citation
+
+```bibtex
+@article{{grangier2024need,
+  title={{Need a Small Specialized Language Model? Plan Early!}},
+  author={{Grangier, David and Katharopoulos, Angelos and Ablin, Pierre and Hannun, Awni}},
+  journal={{arXiv preprint arXiv:2402.01093}},
+  year={{2024}}
+}}
+```
 """
 
 
 def _files(files: tuple[str, ...]) -> str:
     return ", ".join(f"`{file}`" for file in files) or "none"
+
+
+def _perplexity(loss: float | None) -> str:
+    if loss is None:
+        return "not measured"
+    return f"{math.exp(loss):.2f} (the checkpoint was chosen by it; it is not that of the test documents)"

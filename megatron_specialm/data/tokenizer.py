@@ -69,12 +69,15 @@ class Tokenizer:
                 f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again"
             ) from None
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
+        eod = exported.token_to_id(settings["eod"])
+        if eod is None:
+            raise ArtifactError(f"{folder / SETTINGS}: its eod {settings['eod']!r} is no token: make the tokenizer again")
         return cls(
             folder,
             encode,
             decode,
             vocabulary_size=_size(exported),
-            eod=exported.token_to_id(settings["eod"]),
+            eod=eod,
             fingerprint=sha256_json({path.name: sha256_file(path) for path in files}),
         )
 

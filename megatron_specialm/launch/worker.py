@@ -5,7 +5,6 @@ This module imports no torch: a stage's own module is imported when a task of it
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import importlib.metadata
 import logging
@@ -14,14 +13,14 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm import __version__
 from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_folder, begin_artifact, finish_artifact
 from megatron_specialm.base.environment import World, discover_world
-from megatron_specialm.base.errors import ArtifactError, MachineError, SpecialmError
+from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
@@ -86,7 +85,7 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         SpecialmError: what the stage found wrong with its input or the machine.
     """
     stage = pipeline.stages[task.id.stage]
-    with _machine_errors(artifact_folder(root, *task.id)):
+    with machine_errors():
         folder = _begin(root, task, digest, world)
         context = Context(pipeline, task, root, folder, world, pipeline.local.threads)
         for name in task.inputs:
@@ -116,23 +115,6 @@ def _begin(root: Path, task: Task, digest: str, world: World) -> Path:
         f"{folder}: rank {world.rank} waited {BEGIN_TIMEOUT_SECONDS} s for rank 0 to make it: "
         "is the run folder on a filesystem that all nodes share?"
     )
-
-
-@contextlib.contextmanager
-def _machine_errors(folder: Path) -> Iterator[None]:
-    """The operating system's refusals, said in terms of what to do."""
-    try:
-        yield
-    except SpecialmError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"{folder}: the disk is full ({error}): free space or choose another root; the same command goes on"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise MachineError(f"{folder}: no permission to write ({error}): choose another root") from None
-        raise
 
 
 def _device_name() -> str:

@@ -1,6 +1,7 @@
 """Perplexity of a model on held-out documents."""
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.graph import model_task, sources
 from megatron_specialm.config.model import ModelConfig
@@ -26,7 +27,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     shape = ModelConfig.model_validate(state["model"])
     results: dict[str, dict[str, float]] = {}
     tokens = slots = 0
-    with process_group(context.world, threads=context.threads):
+    with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
         model = gpt.build_model(shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"])
         gpt.load_weights(model, read_model(final), vocabulary_size=state["vocabulary_size"])
         for source in sources(context.pipeline) if model_id.key == GENERIC else [model_id.key]:

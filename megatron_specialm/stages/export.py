@@ -1,19 +1,22 @@
 """A model as a Hugging Face folder, checked against the model it came from before it counts."""
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, read_json, write_text
-from megatron_specialm.config.graph import is_finetuned, method_of, model_task, text_set
+from megatron_specialm.config.graph import is_finetuned, method_of, model_task, text_set, train_stage
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, ExportStage, TokenizeStage
+from megatron_specialm.config.schema import GENERIC, ExportStage, Pipeline, TokenizeStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.verify import largest_logit_difference
@@ -31,7 +34,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
 
     It is written aside and takes its name only when Transformers, loading it, gives our logits on held-out windows and
-    our token ids on their text.
+    our token ids on their text; otherwise nothing is left.
 
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
@@ -43,77 +46,104 @@ def run(stage: ExportStage, context: Context) -> Report:
     tokenize = context.pipeline.stages[stage.tokens]
     assert isinstance(tokenize, TokenizeStage)
     tokenizer = Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC))
-    store = TokenStore.open(context.artifact(stage.tokens, model_id.key), "test", tokenizer=state["tokenizer"])
+    tokens = context.artifact(stage.tokens, model_id.key)
+    store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])
 
     aside = context.folder / ".model.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_file(to_huggingface(weights, shape), aside / "model.safetensors", metadata={"format": "pt"})
+    try:
+        _write(aside, shape, weights, store, tokenizer)
+        difference = _logit_difference(aside, shape, weights, store, threads=context.threads)
+        if not difference <= stage.tolerance:  # NaN is no agreement either
+            raise ArtifactError(
+                f"{context.folder}: not exported: Transformers' logits differ from ours by up to {difference:.2e}, "
+                f"more than the tolerance {stage.tolerance:.0e}: transformers {transformers.__version__} computes "
+                f"family {shape.family!r} otherwise than we expect, or the weights of {final} are not finite"
+            )
+        _check_tokenizer(aside, tokenizer, store)
+        write_text(aside / "README.md", model_card(_facts(context, shape, tokens, state["tokenizer"], difference)))
+        publish_folder(aside, context.folder / "model")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Report(
+        values={
+            "logit_difference": difference,
+            "folder": str(context.folder / "model"),
+            "parameters": shape.parameters(store.vocabulary_size),
+        }
+    )
+
+
+def _write(
+    folder: Path, shape: ModelConfig, weights: Mapping[str, torch.Tensor], store: TokenStore, tokenizer: Tokenizer
+) -> None:
+    """All that Transformers reads."""
     config = huggingface_config(
         shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length, eod=store.eod
     )
-    config.architectures = ["LlamaForCausalLM" if shape.family == "llama" else "GPTNeoXForCausalLM"]
-    config.save_pretrained(aside)
-    GenerationConfig(bos_token_id=store.eod, eos_token_id=store.eod, pad_token_id=store.eod).save_pretrained(aside)
-    tokenizer.save_huggingface(aside)
-
-    difference = _compare(context, aside, shape, weights, store)
-    if difference > stage.tolerance:
-        raise ArtifactError(
-            f"{aside}: Transformers' logits differ from ours by up to {difference:.2e}, more than the tolerance "
-            f"{stage.tolerance:.0e}: the conversion of family {shape.family!r} is wrong for this version of transformers"
-        )
-    _check_tokenizer(aside, tokenizer, store)
-    write_text(aside / "README.md", model_card(_facts(context, shape, store, difference)))
-    publish_folder(aside, context.folder / "model")
-    return Report(values={"logit_difference": difference, "parameters": shape.parameters(store.vocabulary_size)})
+    config.save_pretrained(folder)
+    save_file(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
+    GenerationConfig(bos_token_id=store.eod, eos_token_id=store.eod, pad_token_id=store.eod).save_pretrained(folder)
+    tokenizer.save_huggingface(folder)
 
 
 @torch.no_grad()
-def _compare(
-    context: Context, folder: Path, shape: ModelConfig, weights: dict[str, torch.Tensor], store: TokenStore
+def _logit_difference(
+    folder: Path, shape: ModelConfig, weights: Mapping[str, torch.Tensor], store: TokenStore, *, threads: int
 ) -> float:
     batch = store.batch(np.arange(min(WINDOWS_COMPARED, len(store))))
-    with process_group(context.world, threads=context.threads):
-        model = gpt.build_model(
-            shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length
-        ).eval()
+    # Exporting is the first rank's work alone, however many train: it must not wait for the others.
+    with process_group(ALONE, threads=threads):
+        model = gpt.build_model(shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length)
         gpt.load_weights(model, weights, vocabulary_size=store.vocabulary_size)
         tokens = torch.from_numpy(batch.tokens).to(next(model.parameters()).device)
-        ours = gpt.logits(model, tokens, vocabulary_size=store.vocabulary_size)
+        ours = gpt.logits(model.eval(), tokens, vocabulary_size=store.vocabulary_size)
         return largest_logit_difference(folder, batch.tokens, ours)
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> None:
     text = "".join(tokenizer.decode(store.window(index)) for index in range(min(WINDOWS_COMPARED, len(store))))
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, add_special_tokens=False).input_ids
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text).input_ids
     if theirs != tokenizer.encode([text])[0].tolist():
         raise ArtifactError(
-            f"{folder}: AutoTokenizer gives other token ids than the tokenizer the model was trained with"
+            f"{folder.parent}: not exported: AutoTokenizer of transformers {transformers.__version__} gives other "
+            "token ids than the tokenizer the model was trained with"
         )
 
 
-def _facts(context: Context, shape: ModelConfig, store: TokenStore, difference: float) -> ModelFacts:
-    pipeline = context.pipeline
-    model_id = model_task(pipeline, context.key)
+def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, difference: float) -> ModelFacts:
+    pipeline, model_id = context.pipeline, model_task(context.pipeline, context.key)
     marker = context.marker(*model_id)
+    trainings = tuple(_trainings(pipeline, model_id.stage))
+    store = TokenStore.open(tokens, "train")
     return ModelFacts(
         name=f"{pipeline.name}: {model_id.stage}, {model_id.key}",
         method=method_of(pipeline, model_id.stage),
         domain=model_id.key,
         finetuned=is_finetuned(pipeline, model_id.stage),
+        family=shape.family,
         parameters=shape.parameters(store.vocabulary_size),
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,
+        tokenizer=tokenizer,
+        trainings=trainings,
         domain_files=() if model_id.key == GENERIC else tuple(text_set(pipeline, model_id.key).train),
-        generic_files=tuple(pipeline.text.generic.train),
-        training_tokens=marker.cost.tokens,
-        training_flops=marker.cost.flops,
-        device_seconds=marker.cost.device_seconds,
-        device=marker.cost.device,
+        generic_files=() if all(data == "domain" for _, data in trainings) else tuple(pipeline.text.generic.train),
+        set_tokens=int(store.lengths.sum()),
+        phase=GENERIC if model_id.key == GENERIC else "specialization",
         steps=marker.values["steps"],
+        cost=marker.cost,
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
         seed=pipeline.seed,
         digest=marker.digest,
     )
+
+
+def _trainings(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
+    """The train stages that make a model, oldest first, each with its `data`."""
+    stage = train_stage(pipeline, name)
+    if stage.init is not None:
+        yield from _trainings(pipeline, stage.init)
+    yield name, stage.data

@@ -10,9 +10,7 @@ def test_nothing_set_is_alone() -> None:
 
 
 def test_torchrun() -> None:
-    world = discover_world(
-        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    )
+    world = discover_world({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"})
     assert (world.rank, world.world_size, world.local_rank, world.init_method) == (3, 4, 1, "env://")
 
 

@@ -84,7 +84,12 @@ def test_missing_text_is_said_before_anything_runs(text: Path) -> None:
 
 def test_a_part_of_the_plan(text: Path) -> None:
     plan = make_plan(_load(), Path("run"))
-    assert {name.stage for name in select(plan, only=None, until="clusters")} == {"tokenizer", "tokens", "vectors", "clusters"}
+    assert {name.stage for name in select(plan, only=None, until="clusters")} == {
+        "tokenizer",
+        "tokens",
+        "vectors",
+        "clusters",
+    }
     assert {name.stage for name in select(plan, only="slm", until=None)} == {"slm"}
     with pytest.raises(ConfigError, match="no stage 'slmm'"):
         select(plan, only="slmm", until=None)

@@ -1,0 +1,133 @@
+"""What a user gets who hands in something broken, through the command line: one clear line, and nothing half-written."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETS = ("generic", "scipy", "sklearn", "torch")
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box", "many", "jars", "of", "liquor"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a little text for the smoke page."""
+    data = tmp_path / "data" / "smoke"
+    data.mkdir(parents=True)
+    for number, name in enumerate(SETS):
+        for split, documents in (("train", 40), ("test", 4)):
+            texts = [" ".join(WORDS[(i * j + number) % 17] for j in range(200)) for i in range(1, documents + 1)]
+            (data / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return tmp_path
+
+
+def _command(*arguments: str) -> list[str]:
+    page = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+    return [
+        sys.executable,
+        "-m",
+        "megatron_specialm",
+        arguments[0],
+        page,
+        "stages.tokenizer.vocabulary_size=300",
+        *arguments[1:],
+    ]
+
+
+def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        _command(*arguments), cwd=folder, capture_output=True, text=True, env=environment, timeout=200
+    )
+
+
+def _fails(folder: Path, code: int, *words: str, until: str = "tokens", overrides: tuple[str, ...] = ()) -> str:
+    outcome = _specialm(folder, "run", *overrides, "--until", until)
+    assert outcome.returncode == code, outcome.stdout + outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    for word in words:
+        assert word in outcome.stderr, outcome.stderr
+    return outcome.stderr
+
+
+def test_a_broken_line_is_named_the_rest_goes_on_and_the_fix_is_enough(folder: Path) -> None:
+    path = folder / "data/smoke/torch.train.jsonl"
+    good = path.read_text()
+    path.write_text(good + '{"text": "cut of')
+    _fails(folder, 1, "tokens/torch", "torch.train.jsonl:41", "JSON")
+    done = {marker.stem for marker in (folder / "runs/smoke/tokens/done").iterdir()}
+    assert done == {"generic", "scipy", "sklearn"}
+    assert not (folder / "runs/smoke/tokens/torch/store.json").exists()
+    path.write_text(good)
+    assert "1 of 5 tasks to do" in _specialm(folder, "run", "--until", "tokens").stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"body": "x"}\n', ["no key 'text'", "'body'", "text_field"]),
+        (b'{"text": 5}\n', ["'text' is int"]),
+        (b'{"text": "\xff"}\n', ["not UTF-8"]),
+        (b"", ["no text"]),
+        (b'{"text": "   "}\n', ["no text"]),
+    ],
+)
+def test_documents_that_are_none(folder: Path, content: bytes, words: list[str]) -> None:
+    (folder / "data/smoke/generic.train.jsonl").write_bytes(content)
+    _fails(folder, 1, "generic.train.jsonl", *words, until="tokenizer")
+
+
+def test_a_missing_file_and_an_unknown_key_are_said_before_anything_runs(folder: Path) -> None:
+    (folder / "data/smoke/scipy.test.jsonl").unlink()
+    _fails(folder, 2, "scipy.test.jsonl", "no such file")
+    _fails(folder, 2, "stages.slm.stepz", "did you mean 'steps'", overrides=("stages.slm.stepz=3",))
+    assert not (folder / "runs/smoke/pipeline.yaml").exists()
+
+
+def test_too_few_windows(folder: Path) -> None:
+    few = ("stages.slm-nopt.global_batch_size=4096",)
+    _fails(folder, 1, "fewer than one batch", "slm-nopt.global_batch_size", until="slm-nopt", overrides=few)
+    many = ("stages.clusters.k=100000", "stages.vectors.encoder.kind=tfidf")
+    _fails(folder, 1, "100000", "clusters", until="clusters", overrides=many)
+
+
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    (folder / "runs").write_text("a file where the folder should be")
+    outcome = _specialm(folder, "run", "--until", "tokenizer")
+    assert outcome.returncode == 3 and "Traceback" not in outcome.stderr and "runs" in outcome.stderr
+
+
+def test_one_run_at_a_time(folder: Path) -> None:
+    (folder / "runs/smoke").mkdir(parents=True)
+    with (folder / "runs/smoke/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        _fails(folder, 3, "another run (pid 4711)")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(folder: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        _command("run", "--until", "slm", "stages.slm.steps=100000"),
+        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = folder / "runs/smoke/slm/generic/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again" in errors
+    size = metrics.stat().st_size
+    time.sleep(1)
+    assert metrics.stat().st_size == size, "a worker is still at work"
