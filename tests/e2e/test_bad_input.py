@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SETS = ("generic", "scipy", "sklearn", "torch")
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box", "many", "jars", "of", "liquor"]
+WORDS = tuple(a + b + c for a in ("br", "d", "fl", "g", "kr", "l") for b in "aeiou" for c in ("n", "st", "rk"))
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     data.mkdir(parents=True)
     for number, name in enumerate(SETS):
         for split, documents in (("train", 40), ("test", 4)):
-            texts = [" ".join(WORDS[(i * j + number) % 17] for j in range(200)) for i in range(1, documents + 1)]
+            texts = [" ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(200)) for i in range(1, documents + 1)]
             (data / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return tmp_path
 

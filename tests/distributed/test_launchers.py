@@ -1,0 +1,92 @@
+"""A pipeline started by torchrun, and by mpirun where Open MPI and mpi4py are installed: real ranks, real meeting points."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_specialm.train.checkpoint import find_final, read_model
+from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+
+PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+OVERRIDES = [
+    "stages.tokenizer.vocabulary_size=300", "stages.slm.steps=10", "stages.slm.schedule.warmup_steps=2",
+    "stages.slm.global_batch_size=16", "stages.slm.micro_batch_size=4", "--until", "slm",
+]  # fmt: skip
+RUN = ["-m", "megatron_specialm", "run", PAGE, *OVERRIDES]
+
+
+def _start(folder: Path, command: list[str], **environment: str) -> None:  # noqa: F811
+    outcome = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:  # noqa: F811
+    return read_model(find_final(folder / "runs/smoke/slm/generic"))
+
+
+def _agree(folder: Path) -> None:  # noqa: F811
+    """Two ranks make what one process makes, and one process finds it done: where it ran is no part of the digest."""
+    together = _weights(folder)
+    alone = subprocess.run(
+        [sys.executable, *RUN], cwd=folder, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "0 of 6 tasks to do" in alone.stdout, alone.stdout + alone.stderr
+    shutil.rmtree(folder / "runs")
+    _start(folder, [sys.executable, *RUN])
+    for name, tensor in _weights(folder).items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_torchrun(folder: Path) -> None:  # noqa: F811
+    _start(folder, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *RUN])
+    _agree(folder)
+
+
+def test_mpirun(folder: Path) -> None:  # noqa: F811
+    pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
+    if shutil.which("mpirun") is None:
+        pytest.skip("Open MPI is not installed")
+    _start(
+        folder, ["mpirun", "--oversubscribe", "-n", "2", sys.executable, *RUN],
+        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+    )  # fmt: skip
+    _agree(folder)
+
+
+def test_a_port_in_use_is_said(folder: Path) -> None:  # noqa: F811
+    import socket
+
+    _start(folder, [sys.executable, *RUN[:-1], "tokens"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        outcome = subprocess.run(
+            [sys.executable, *RUN], cwd=folder, capture_output=True, text=True, timeout=200,
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]),
+            },
+        )  # fmt: skip
+    assert outcome.returncode == 3 and "Traceback" not in outcome.stderr, outcome.stderr
+    assert "port is in use" in outcome.stderr
+
+
+def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:  # noqa: F811
+    outcome = subprocess.run(
+        [sys.executable, *RUN], cwd=folder, capture_output=True, text=True, timeout=100,
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+        },
+    )  # fmt: skip
+    assert outcome.returncode == 2
+    assert "is not divisible by micro_batch_size" in outcome.stderr and "3 ranks" in outcome.stderr
