@@ -23,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
     data.mkdir(parents=True)
     for number, name in enumerate(SETS):
         for split, documents in (("train", 40), ("test", 4)):
-            texts = [" ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(200)) for i in range(1, documents + 1)]
+            texts = [
+                " ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(200)) for i in range(1, documents + 1)
+            ]
             (data / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return tmp_path
 
