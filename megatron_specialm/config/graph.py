@@ -7,6 +7,7 @@ seed, its inputs' digests and the content of the files it reads; not where or on
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from megatron_specialm.base.errors import ConfigError
@@ -21,6 +22,7 @@ from megatron_specialm.config.schema import (
     EvaluateStage,
     ExportStage,
     Pipeline,
+    SentenceBertEncoder,
     TextSet,
     TokenizerStage,
     TokenizeStage,
@@ -219,9 +221,12 @@ def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[T
     tokenize = pipeline.stages[stage.tokens]
     assert isinstance(tokenize, TokenizeStage)
     tokenizer = TaskId(tokenize.tokenizer, GENERIC)
+    encoder = stage.encoder
+    # A model in a local folder is known by its content; one in a package or on a hub by its name.
+    files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
     for source in sources(pipeline):
         fitted = () if source == GENERIC else (TaskId(name, GENERIC),)
-        yield Task(TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), (), _domain(source))
+        yield Task(TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), files, _domain(source))
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:

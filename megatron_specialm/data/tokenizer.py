@@ -71,7 +71,9 @@ class Tokenizer:
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
         eod = exported.token_to_id(settings["eod"])
         if eod is None:
-            raise ArtifactError(f"{folder / SETTINGS}: its eod {settings['eod']!r} is no token: make the tokenizer again")
+            raise ArtifactError(
+                f"{folder / SETTINGS}: its eod {settings['eod']!r} is no token: make the tokenizer again"
+            )
         return cls(
             folder,
             encode,

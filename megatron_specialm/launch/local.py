@@ -13,19 +13,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
-from megatron_specialm.base.errors import ArtifactError, MachineError, SpecialmError
-from megatron_specialm.base.files import read_json
+from megatron_specialm.base.errors import MachineError, SpecialmError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
-from megatron_specialm.launch.worker import error_path, limit_threads, work
+from megatron_specialm.launch.worker import limit_threads, work
 
 TERMINATION_SECONDS = 20
 POLL_SECONDS = 0.2
@@ -43,6 +43,7 @@ class _Running:
 
     planned: PlannedTask
     processes: list[BaseProcess]
+    errors: Connection  # what the ranks say before they end with an error
     started: float = field(default_factory=time.monotonic)
 
 
@@ -128,14 +129,16 @@ def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root:
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     processes = []
+    errors, sender = context.Pipe(duplex=False)
     for rank in range(ranks):
         world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(root, name, planned.digest, world, _log_path(root, name)), name=str(name)
+            target=work, args=(root, name, planned.digest, world, _log_path(root, name), sender), name=str(name)
         )
         process.start()
         processes.append(process)
-    return _Running(planned, processes)
+    sender.close()
+    return _Running(planned, processes, errors)
 
 
 def _has_ended(task: _Running) -> bool:
@@ -155,12 +158,11 @@ def _error_of(root: Path, task: _Running) -> str | None:
     if not any(codes):
         done = is_complete(root, *name, digest=task.planned.digest)
         return None if done else f"ended without finishing its artifact; see {log}"
-    try:
-        return f"{read_json(error_path(root, name))['message']}\n  log: {log}"
-    except ArtifactError:
-        worst = next(code for code in codes if code)
-        how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
-        return f"ended with {how}: {_last_line(log)}\n  log: {log}"
+    with contextlib.suppress(EOFError):
+        return f"{task.errors.recv()}\n  log: {log}"
+    worst = next(code for code in codes if code)
+    how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
+    return f"ended with {how}: {_last_line(log)}\n  log: {log}"
 
 
 def _last_line(log: Path) -> str:

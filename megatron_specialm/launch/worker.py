@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_specialm import __version__
 from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_folder, begin_artifact, finish_artifact
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
-from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
@@ -36,8 +37,9 @@ EXPECTED_WARNINGS = (
 )
 
 
-def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path) -> None:
-    """The life of a worker process: do one task, leave what went wrong in the log and an error file, and exit."""
+def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path, errors: Connection) -> None:
+    """The life of a worker process: do one task; what went wrong goes to the log, and through a pipe to the launcher,
+    which hears of it even where the disk is full."""
     os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
     _die_with_parent()
     with log.open("ab") as file:
@@ -45,16 +47,14 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    error_file = error_path(root, name)
     try:
         pipeline = load_pipeline(root / "pipeline.yaml")
         execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world())
     except SpecialmError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the disk may be full: the log has it as well
-            write_json(error_file, {"message": str(error), "exit_code": error.exit_code})
+        errors.send(str(error))
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    error_file.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:
@@ -62,11 +62,6 @@ def _die_with_parent() -> None:
     pr_set_pdeathsig = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def error_path(root: Path, task: TaskId) -> Path:
-    """Where a worker leaves the message of the error that ended it."""
-    return root / "jobs" / f"{task.stage}.{task.key}.error"
 
 
 def limit_threads(threads: int) -> None:
