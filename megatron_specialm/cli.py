@@ -32,9 +32,6 @@ def main() -> None:
     except SpecialmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: nothing is lost; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)

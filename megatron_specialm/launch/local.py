@@ -37,6 +37,12 @@ class TaskFailure(SpecialmError):
     exit_code = 1
 
 
+class Interrupted(SpecialmError):
+    """Ctrl-C or SIGTERM ended the run."""
+
+    exit_code = 130
+
+
 @dataclass
 class _Running:
     """A task's worker processes, one per rank."""
@@ -55,6 +61,7 @@ def run_local(
     Raises:
         TaskFailure: with each failed task's error and log.
         MachineError: another run is at work in this folder.
+        Interrupted: by Ctrl-C or SIGTERM; the workers have been ended.
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
     slots = jobs or pipeline.local.parallel_tasks or max(1, _cores() // pipeline.local.threads)
@@ -78,6 +85,8 @@ def run_local(
                     if error:
                         failures[name] = error
                 progress.update({name: artifact_folder(root, *name) for name in running})
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: nothing is lost; run the same command again to go on") from None
         finally:
             _end(running)
     if failures:

@@ -8,7 +8,7 @@ from typing import Literal
 import yaml
 
 from megatron_specialm.base.artifacts import is_complete, read_marker
-from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import read_json, write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
 from megatron_specialm.config.load import dump_pipeline
@@ -47,12 +47,15 @@ def select(plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str |
 
     Raises:
         ConfigError: there is no such stage.
+        ArtifactError: one stage is to run, and an input of it is stale or missing.
     """
     for stage in (only, until):
         if stage is not None and stage not in {task_id.stage for task_id in plan}:
             raise ConfigError(f"no stage {stage!r}; there are {', '.join(dict.fromkeys(name.stage for name in plan))}")
     if only is not None:
-        return {name: planned for name, planned in plan.items() if name.stage == only}
+        chosen = {name: planned for name, planned in plan.items() if name.stage == only}
+        _check_inputs(plan, chosen)
+        return chosen
     if until is None:
         return dict(plan)
     wanted = {name for name in plan if name.stage == until}
@@ -60,6 +63,15 @@ def select(plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str |
         if name in wanted:
             wanted.update(plan[name].task.inputs)
     return {name: planned for name, planned in plan.items() if name in wanted}
+
+
+def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]) -> None:
+    for name, planned in chosen.items():
+        for needed in planned.task.inputs if planned.state != "done" else ():
+            if plan[needed].state != "done":
+                raise ArtifactError(
+                    f"{name} reads {needed}, which is {plan[needed].state}: run that first, or --until {name.stage}"
+                )
 
 
 def write_resolved(pipeline: Pipeline, root: Path) -> None:

@@ -45,10 +45,11 @@ def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
 def _rows(
     pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], name: TaskId
 ) -> list[dict[str, Any]]:
-    """One row per set that an evaluate task has scored."""
-    if not isinstance(pipeline.stages[name.stage], EvaluateStage):
+    """One row per set that an evaluate task has scored; none where something that the model rests on is gone, for then
+    its cost cannot be told."""
+    model = model_task(pipeline, name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
+    if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return []
-    model = model_task(pipeline, name.key)
     values = markers[name].values
     cost = _cost(pipeline, graph, markers, model)
     return [

@@ -25,7 +25,7 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.stages.context import Context
 
 BEGIN_TIMEOUT_SECONDS = 60
@@ -89,9 +89,8 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             seconds = report.wall_seconds if report.wall_seconds is not None else time.perf_counter() - start
-            cost = Cost(
-                report.tokens, report.flops, seconds, seconds * world.world_size, _device_name(), world.world_size
-            )
+            processes = world.world_size if isinstance(stage, TrainStage) else 1  # the others are the first rank's work
+            cost = Cost(report.tokens, report.flops, seconds, seconds * processes, _device_name(), processes)
             finish_artifact(root, *task.id, Marker(digest, cost, report.values, _versions()))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
-from megatron_specialm.base.errors import ConfigError, DataError
+from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
@@ -90,9 +90,21 @@ def test_a_part_of_the_plan(text: Path) -> None:
         "vectors",
         "clusters",
     }
-    assert {name.stage for name in select(plan, only="slm", until=None)} == {"slm"}
+    with pytest.raises(ArtifactError, match=r"slm/generic reads tokenizer/generic, which is to do: .* --until slm"):
+        select(plan, only="slm", until=None)
+    assert {name.stage for name in select(plan, only="tokenizer", until=None)} == {"tokenizer"}
     with pytest.raises(ConfigError, match="no stage 'slmm'"):
         select(plan, only="slmm", until=None)
+
+
+def test_one_stage_alone_does_not_read_stale_work(text: Path) -> None:
+    root = Path("run")
+    for name, planned in make_plan(_load(), root).items():
+        begin_artifact(root, *name, digest=planned.digest)
+        finish_artifact(root, *name, Marker(planned.digest, Cost(0, 0, 0.0, 0.0, "cpu", 1), {}, {}))
+    assert select(make_plan(_load(), root), only="clusters", until=None)
+    with pytest.raises(ArtifactError, match="reads vectors/generic, which is stale"):
+        select(make_plan(_load("stages.tokenizer.vocabulary_size=301"), root), only="clusters", until=None)
 
 
 def test_a_run_folder_belongs_to_one_pipeline(text: Path) -> None:
