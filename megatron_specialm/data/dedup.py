@@ -1,4 +1,4 @@
-"""Which documents to keep so that no two of them are equal or nearly so.
+"""Which documents to keep so that no two of them are equal or nearly so, and how much of a test stands in training text.
 
 Near-duplicates are found by MinHash over word 5-grams (Broder 1997) with locality-sensitive hashing, from the library
 datasketch. Only every fourth 5-gram by hash is sketched, which estimates the same similarity at a quarter of the cost.
@@ -6,13 +6,14 @@ datasketch. Only every fourth 5-gram by hash is sketched, which estimates the sa
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 PERMUTATIONS = 64
 SHINGLE_WORDS = 5
+CONTAINED_WORDS = 8
 SAMPLE = 4  # one shingle in so many is sketched
 _WORD = re.compile(r"\w+")
 
@@ -29,7 +30,7 @@ def distinct(documents: Iterable[str], *, threshold: float = 0.6) -> list[int]:
     kept = []
     blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # the shingles come hashed
     for number, document in enumerate(documents):
-        words = _WORD.findall(document.lower())
+        words = _words(document)
         exact = " ".join(words)
         if exact in seen:
             continue
@@ -44,11 +45,32 @@ def distinct(documents: Iterable[str], *, threshold: float = 0.6) -> list[int]:
 
 def _shingles(words: list[str]) -> list[int]:
     """Hashes of the sampled 5-grams of a document; of all of them where the sample would be empty."""
-    codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
-    span = min(SHINGLE_WORDS, len(codes))
-    hashes = np.zeros(max(len(codes) - span + 1, 0), np.uint64)
-    for offset in range(span):
-        hashes = (hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + len(hashes)]) & np.uint64(2**64 - 1)
-    hashes = np.unique(hashes >> np.uint64(32))
+    hashes = np.unique(_ngrams(words, SHINGLE_WORDS) >> np.uint64(32))
     sampled = hashes[hashes % np.uint64(SAMPLE) == 0]
     return (sampled if len(sampled) else hashes).tolist()
+
+
+def containment(documents: Sequence[str], training: Iterable[str]) -> np.ndarray:
+    """How much of each document stands in the training text, in whatever pieces: the share (0 to 1) of its word 8-grams.
+
+    A document may be no near-duplicate of any other and yet be made of their sentences, as a licence is of clauses.
+    """
+    known = np.unique(np.concatenate([_ngrams(_words(text), CONTAINED_WORDS) for text in training]))
+    grams = [_ngrams(_words(text), CONTAINED_WORDS) for text in documents]
+    # A search in the sorted hashes: `np.isin` would sort all of them again for each document.
+    places = [np.minimum(np.searchsorted(known, own), len(known) - 1) for own in grams]
+    return np.array([np.mean(known[at] == own) if len(own) else 0.0 for own, at in zip(grams, places, strict=True)])
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _ngrams(words: list[str], span: int) -> np.ndarray:
+    """One 64-bit hash per run of `span` words; of all words where there are fewer."""
+    codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
+    span = min(span, len(codes))
+    hashes = np.zeros(max(len(codes) - span + 1, 0), np.uint64)
+    for offset in range(span):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + len(hashes)]
+    return hashes

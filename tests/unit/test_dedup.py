@@ -1,6 +1,6 @@
 import random
 
-from megatron_specialm.data.dedup import distinct
+from megatron_specialm.data.dedup import containment, distinct
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -30,3 +30,16 @@ def test_the_first_of_two_is_kept_so_order_is_priority() -> None:
 
 def test_short_and_empty_documents() -> None:
     assert distinct(["", "a b", "a  b", "c d", ""]) == [0, 1, 3]
+
+
+def test_containment_sees_what_no_single_document_holds() -> None:
+    words = [f"word{number}" for number in range(200)]
+    training = [" ".join(words[start : start + 40]) for start in range(0, 200, 40)]
+    fresh = " ".join(f"other{number}" for number in range(50))
+    shares = containment(
+        [" ".join(words[:40]), " ".join(words[20:120]), f"{fresh} {' '.join(words[:57])}", fresh, ""], training
+    )
+    assert shares[0] == 1.0
+    assert 0.8 < shares[1] < 1.0  # those that lie across the border of two pieces are new
+    assert 0.4 < shares[2] < 0.6
+    assert shares[3] == shares[4] == 0.0
