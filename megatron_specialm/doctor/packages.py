@@ -6,8 +6,8 @@ usage: python -m megatron_specialm.doctor.packages NAME
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -117,6 +117,14 @@ def package_finding(package: Package, outcome: Outcome) -> Finding:
     if not _fits(version, package.requirement):
         return Finding(package.name, "broken", version, f"we need {package.requirement}", package.remedy)
     return Finding(package.name, "ok", version, detail)
+
+
+def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
+    """Megatron-Core's line, with the remedy that helps where a broken package that it imports breaks it too."""
+    broken = [finding.name for finding in accelerators if finding.state == "broken"]
+    if megatron.state != "broken" or not broken:
+        return megatron
+    return replace(megatron, remedy=f"repair or uninstall {' and '.join(broken)}, which megatron-core imports")
 
 
 def _version(package: Package, module: Any) -> str:

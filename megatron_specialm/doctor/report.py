@@ -14,7 +14,7 @@ from rich.text import Text
 
 from megatron_specialm.doctor import accelerator, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
-from megatron_specialm.doctor.packages import PACKAGES, package_finding
+from megatron_specialm.doctor.packages import PACKAGES, blame, package_finding
 from megatron_specialm.doctor.process import Outcome, start_command, start_module
 
 COMMANDS = {
@@ -45,7 +45,7 @@ def examine(*, quick: bool, environment: Mapping[str, str] = os.environ, folder:
         driver,
         *gpus,
         guarded("NCCL", lambda: accelerator.nccl_finding(facts["torch"]), remedy=accelerator.NCCL_REMEDY),
-        packages["megatron-core"],
+        blame(packages["megatron-core"], (packages["transformer-engine"], packages["apex"])),
         guarded("fused layers", lambda: accelerator.fused_finding(facts["megatron-core"], len(names))),
         *(packages[name] for name in ("transformer-engine", "apex", "flash-attn", "deepspeed", "mpi4py")),
         guarded("mpirun", lambda: machine.mpirun_finding(said["mpirun"]), remedy=machine.MPI_REMEDY),

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.doctor import accelerator, machine
+from megatron_specialm.doctor import accelerator, compute, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
 from megatron_specialm.doctor.packages import PACKAGES, describe, package_finding
 from megatron_specialm.doctor.process import Outcome, Process, start_command, start_module, wait_all
@@ -76,30 +77,39 @@ def test_a_quick_look_fits_a_terminal() -> None:
     assert lines[-1].strip() == "This machine can train."
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (
-            "raise ImportError('libfoo.so.3: cannot open\\nshared object file')",
-            "ImportError: libfoo.so.3: cannot open ",
-        ),
-        ("raise ModuleNotFoundError('No module named nvidia', name='nvidia')", "ModuleNotFoundError: No module"),
-    ],
-)
-def test_a_package_that_megatron_core_survives(tmp_path: Path, code: str, reason: str) -> None:
+def test_a_package_that_megatron_core_survives(tmp_path: Path) -> None:
+    code = "raise ModuleNotFoundError('No module named nvidia', name='nvidia')"
     outcome = _doctor("--quick", "--json", path=_package(tmp_path, "transformer_engine", code))
-    finding = _findings(outcome)["transformer-engine"]
-    assert finding["state"] == "broken" and finding["detail"].startswith(reason) and "\n" not in finding["detail"]
+    findings = _findings(outcome)
+    finding = findings["transformer-engine"]
+    assert (finding["state"], finding["detail"]) == ("broken", "ModuleNotFoundError: No module named nvidia")
     assert "pip install" in finding["remedy"]
+    assert findings["fused layers"]["version"] == "none"
     assert outcome.returncode == 0
 
 
-def test_a_package_that_kills_whoever_imports_it(tmp_path: Path) -> None:
-    """Megatron-Core imports Transformer Engine: with this one nothing can be trained, and the page says why."""
-    path = _package(tmp_path, "transformer_engine", "import os; os.abort()")
-    outcome = _doctor("--quick", path=path, COLUMNS="80")
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ImportError('libfoo.so.3:\\nno such file')", "ImportError: libfoo.so.3: no such file"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import os; os.abort()", "killed by SIGABRT"),
+    ],
+)
+def test_a_package_that_breaks_megatron_core(tmp_path: Path, code: str, reason: str) -> None:
+    """Megatron-Core imports Transformer Engine: with this one nothing can be trained, and the report says why."""
+    outcome = _doctor("--quick", "--json", path=_package(tmp_path, "transformer_engine", code))
+    findings = _findings(outcome)
+    for name in ("transformer-engine", "megatron-core"):
+        assert (findings[name]["state"], findings[name]["detail"]) == ("broken", reason)
+    assert findings["megatron-core"]["remedy"].startswith("repair or uninstall transformer-engine, ")
+    assert outcome.returncode == 1
+
+
+def test_the_page_of_a_machine_that_cannot_train(tmp_path: Path) -> None:
+    outcome = _doctor("--quick", path=_package(tmp_path, "megatron", "raise OSError('disk [red] error')"), COLUMNS="80")
     assert outcome.returncode == 1 and "Traceback" not in outcome.stderr, outcome.stderr
-    assert outcome.stdout.count("killed by SIGABRT") == 2
+    assert "OSError: disk [red] error" in outcome.stdout
     assert "Training needs what is not ok here: megatron-core." in outcome.stdout
 
 
@@ -310,6 +320,22 @@ def test_wrong_sums_and_products() -> None:
     slow = {"right": True, "bytes_per_second": 5e8}
     finding = accelerator.all_reduce_finding("nccl", [_answer(good), _answer(slow)])
     assert finding.detail == "2 processes, the sum is right, 0.5 GB/s"
+
+
+def test_the_product_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "CPU_SECONDS", 1e-3)
+    assert compute.product(torch.device("cpu"))["right"]
+    monkeypatch.setitem(compute.TOLERANCE, torch.float32, 0.0)
+    assert not compute.product(torch.device("cpu"))["right"]
+
+
+def test_a_sum_that_was_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("init_process_group", "all_reduce", "destroy_process_group"):
+        monkeypatch.setattr(compute.dist, name, lambda *_, **__: None)
+    answers = [
+        compute.all_reduce(torch.device("cpu"), rank=0, ranks=ranks, meeting="nowhere")["right"] for ranks in (1, 2)
+    ]
+    assert answers == [True, False]
 
 
 # The machine
