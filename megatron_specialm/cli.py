@@ -135,6 +135,27 @@ def results(
         Console().print(results_table(outcome))
 
 
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="Look only: no matrix products, no all-reduce.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
+    from rich.console import Console
+
+    from megatron_specialm.doctor.finding import can_train
+    from megatron_specialm.doctor.report import as_json, examine, page
+
+    with Console(stderr=True).status("Looking at this machine"):
+        findings = examine(quick=quick)
+    if json:
+        typer.echo(as_json(findings))
+    else:
+        Console().print(page(findings))
+    if not can_train(findings):
+        raise typer.Exit(1)
+
+
 def _load(page: Path, overrides: list[str] | None) -> "Pipeline":
     from megatron_specialm.config.load import load_pipeline
 

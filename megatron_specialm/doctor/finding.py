@@ -1,0 +1,45 @@
+"""One line of the report."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_specialm.base.errors import SpecialmError
+
+State = Literal["ok", "missing", "broken"]
+_LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one part. `detail` is one line; `remedy` says how to get a part that is not ok; without a
+    `needed` part nothing can be trained."""
+
+    name: str
+    state: State
+    version: str = ""
+    detail: str = ""
+    remedy: str = ""
+    needed: bool = False
+
+
+def guarded(name: str, probe: Callable[[], Finding], *, remedy: str = "", needed: bool = False) -> Finding:
+    """What the probe finds, or `broken` with the reason where it raises anything."""
+    try:
+        return replace(probe(), needed=needed)
+    except SpecialmError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return Finding(name, "broken", detail=one_line(reason), remedy=remedy, needed=needed)
+
+
+def can_train(findings: Iterable[Finding]) -> bool:
+    """Whether every needed part is ok."""
+    return all(finding.state == "ok" for finding in findings if finding.needed)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

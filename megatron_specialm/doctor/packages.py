@@ -1,0 +1,143 @@
+"""The Python packages that training needs or can use. As a program: import one and say what it is.
+
+usage: python -m megatron_specialm.doctor.packages NAME
+"""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from megatron_specialm.doctor.finding import Finding
+from megatron_specialm.doctor.process import Outcome, send_answer
+
+Import = Callable[[str], Any]
+
+
+def _torch_facts(load: Import) -> dict[str, Any]:
+    torch = load("torch")
+    nccl = load("torch.cuda.nccl").version() if load("torch.distributed").is_nccl_available() else ()
+    cuda = torch.version.cuda
+    return {
+        "version": torch.__version__,
+        "cuda": cuda,
+        "nccl": ".".join(map(str, nccl)),
+        "detail": f"built for CUDA {cuda}" if cuda else "built for the CPU alone",
+    }
+
+
+def _megatron_facts(load: Import) -> dict[str, Any]:
+    specs = load("megatron.core.models.gpt.gpt_layer_specs")
+    adam = load("megatron.core.optimizer").Adam.__module__.partition(".")[0]
+    return {"have_te": specs.HAVE_TE, "have_apex": specs.HAVE_APEX, "adam": adam}
+
+
+def _mpi_facts(load: Import) -> dict[str, Any]:
+    load("mpi4py").rc.initialize = False  # the library's name needs no MPI job, and opening one can hang
+    library = load("mpi4py.MPI").Get_library_version()
+    return {"detail": "for " + library.partition(",")[0].partition("\n")[0].strip("\0 ")}
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package. `also` are modules whose import shows that it works; `facts` are more values, by an import function."""
+
+    name: str
+    module: str
+    remedy: str
+    requirement: str = ""
+    also: tuple[str, ...] = ()
+    facts: Callable[[Import], dict[str, Any]] | None = None
+    needed: bool = False
+
+
+_TABLE = (
+    Package("torch", "torch", "pip install 'torch>=2.6'", ">=2.6", facts=_torch_facts, needed=True),
+    Package(
+        "megatron-core",
+        "megatron.core",
+        "pip install 'megatron-core>=0.16.1,<0.17'",
+        ">=0.16.1,<0.17",
+        facts=_megatron_facts,
+        needed=True,
+    ),
+    Package(
+        "transformer-engine",
+        "transformer_engine",
+        "on a GPU machine: pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
+        ">=2.9,<2.12",
+        also=("transformer_engine.pytorch",),
+    ),
+    Package(
+        "apex",
+        "apex",
+        "on a GPU machine without Transformer Engine: build github.com/NVIDIA/apex (apex on PyPI is another project)",
+        also=("apex.normalization", "apex.optimizers"),
+    ),
+    Package("flash-attn", "flash_attn", "on a GPU machine: pip install --no-build-isolation flash-attn"),
+    Package("deepspeed", "deepspeed", "pip install 'deepspeed>=0.19'", ">=0.19"),
+    Package("mpi4py", "mpi4py", "pip install 'mpi4py>=4.0'", ">=4.0", facts=_mpi_facts),
+)
+PACKAGES = {package.name: package for package in _TABLE}
+
+
+def describe(package: Package, load: Import = importlib.import_module) -> dict[str, Any] | None:
+    """Import a package and its working parts: its version and facts; None where it is not installed.
+
+    Raises:
+        BaseException: whatever its import raises.
+    """
+    try:
+        module = load(package.module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{package.module}.".startswith(f"{error.name}."):
+            return None
+        raise
+    for name in package.also:
+        load(name)
+    facts = package.facts(load) if package.facts else {}
+    return {"version": _version(package, module), **facts}
+
+
+def package_finding(package: Package, outcome: Outcome) -> Finding:
+    """The line of a package from what its importing process said.
+
+    Raises:
+        MachineError: the process failed.
+    """
+    facts = outcome.answer()
+    if facts is None:
+        return Finding(package.name, "missing", remedy=package.remedy)
+    version, detail = facts["version"], facts.get("detail", "")
+    if not _fits(version, package.requirement):
+        return Finding(package.name, "broken", version, f"we need {package.requirement}", package.remedy)
+    return Finding(package.name, "ok", version, detail)
+
+
+def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
+    """Megatron-Core's line, with the remedy that helps where a broken package that it imports breaks it too."""
+    broken = [finding.name for finding in accelerators if finding.state == "broken"]
+    if megatron.state != "broken" or not broken:
+        return megatron
+    return replace(megatron, remedy=f"repair or uninstall {' and '.join(broken)}, which megatron-core imports")
+
+
+def _version(package: Package, module: Any) -> str:
+    try:
+        return importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(module, "__version__", ""))
+
+
+def _fits(version: str, requirement: str) -> bool:
+    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
+    return not requirement or Version(Version(version).base_version) in SpecifierSet(requirement)
+
+
+if __name__ == "__main__":
+    send_answer(lambda: describe(PACKAGES[sys.argv[1]]))
