@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
@@ -11,10 +10,12 @@ from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.checkpoint import Saver
+from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.loop import Progress, Run, train
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.train.peers import Peers
 
 VOCABULARY, CONTEXT = 100, 16
 SHAPE = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=64, attention_heads=4)
@@ -56,13 +57,20 @@ def run_training(folder: Path, world: World, settings: TrainStage, *, windows: i
     stream = ImportanceStream(
         ClusterIndex.single(windows), np.ones(1), global_batch_size=settings.global_batch_size, seed=0
     )
-    with process_group(world):
-        model = gpt.build_model(SHAPE, vocabulary_size=VOCABULARY, context_length=CONTEXT)
-        gpt.initialize(model, SHAPE, vocabulary_size=VOCABULARY, seed=0)
+    with process_group(world, parallel=settings.parallel):
+        rank, copies = data_rank()
+        model = Gpt(
+            SHAPE,
+            vocabulary_size=VOCABULARY,
+            context_length=CONTEXT,
+            precision=settings.precision,
+            parallel=settings.parallel,
+        )
+        model.initialize(seed=0)
         engine = MegatronEngine(
             model,
+            parallel=settings.parallel,
             optimizer=settings.optimizer,
-            vocabulary_size=VOCABULARY,
             micro_batch_size=settings.micro_batch_size,
         )
         return train(
@@ -70,15 +78,13 @@ def run_training(folder: Path, world: World, settings: TrainStage, *, windows: i
             Run(
                 folder=folder,
                 settings=settings,
-                batches=TrainingBatches(store, stream, rank=world.rank, processes=world.world_size),
-                validation=lambda: evaluation_batches(
-                    held_out, batch_size=4, rank=world.rank, processes=world.world_size
-                ),
+                batches=TrainingBatches(store, stream, rank=rank, processes=copies),
+                validation=lambda: evaluation_batches(held_out, batch_size=4, rank=rank, processes=copies),
                 description={},
                 flops_per_step=1,
                 device_name="cpu",
                 processes=world.world_size,
-                is_first=world.is_first,
-                barrier=dist.barrier,
+                peers=Peers.meet(),
+                saver=Saver(folder, Peers.meet()),
             ),
         )

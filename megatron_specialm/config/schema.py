@@ -216,13 +216,6 @@ class TrainStage(Settings):
             )
         if (self.data == "importance") != (self.assignment is not None):
             raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
-        shard = self.micro_batch_size * self.parallel.data_parallel
-        if self.global_batch_size % shard:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x data_parallel {self.parallel.data_parallel} = {shard}; "
-                f"the next that fits is {-(-self.global_batch_size // shard) * shard}"
-            )
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
         return self

@@ -76,9 +76,7 @@ class Gpt:
         cpu.install()
         self.config = config
         self.vocabulary_size = vocabulary_size
-        self.specs = weight_specs(
-            config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel
-        )
+        self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, parallel=parallel)
         self.chunks = [
             _Chunk(settings, config, stage, vocabulary_size=vocabulary_size, context_length=context_length)
@@ -123,7 +121,9 @@ class Gpt:
         if missing := sorted(set(self.specs) - set(tensors)):
             raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another model")
         if unused := sorted(set(tensors) - set(self.specs)):
-            raise CheckpointError(f"the model has no place for {unused[0]} ({len(unused)} unused): it is of another model")
+            raise CheckpointError(
+                f"the model has no place for {unused[0]} ({len(unused)} unused): it is of another model"
+            )
         for name, spec in self.specs.items():
             if tensors[name].shape != spec.shape:
                 raise CheckpointError(

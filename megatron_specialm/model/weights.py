@@ -81,8 +81,6 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
             "mlp.linear_fc2.bias": WeightSpec((hidden,)),
         }
         final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
-    layers = {
-        f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()
-    }
+    layers = {f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()}
     output = {} if model.tie_embeddings else {OUTPUT_LAYER: embedding}
     return {WORD_EMBEDDINGS: embedding, **layers, **final, **output}

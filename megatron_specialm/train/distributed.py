@@ -74,11 +74,18 @@ def process_group(
             context_parallel_size=parallel.context_parallel,
             distributed_timeout_minutes=timeout_seconds / 60,
         )
-        model_parallel_cuda_manual_seed(0)  # asked for by Transformer Engine and recomputation; nothing is drawn from it
+        model_parallel_cuda_manual_seed(
+            0
+        )  # asked for by Transformer Engine and recomputation; nothing is drawn from it
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def data_rank() -> tuple[int, int]:
+    """Which of the data-parallel copies this process belongs to, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def _torchrun_address() -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -99,7 +100,7 @@ class MegatronEngine:
             return {}
         state: dict[str, torch.Tensor] = {}
         for moment in _MOMENTS:
-            found = self._collect(lambda _, share, moment=moment: self._moments(share).get(moment))
+            found = self._collect(partial(self._moment, moment))
             state.update({f"{moment}/{name}": tensor for name, tensor in found.items()})
         if dist.get_rank() == 0:
             state["step"] = torch.tensor(float(self._steps()))
@@ -107,7 +108,7 @@ class MegatronEngine:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
-        return self._collect(lambda weight, share: weight.parameter.main_grad.flatten()[share.elements])
+        return self._collect(lambda weight, share: _gradient(weight.parameter).flatten()[share.elements])
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine.load`."""
@@ -133,8 +134,8 @@ class MegatronEngine:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
             own[moment] = take_share(weight, share, state[name]).to(main).view(main.shape).clone()
 
-    def _moments(self, share: Share) -> Mapping[str, torch.Tensor]:
-        return self._optimizer.optimizer.state[share.main] if share.main is not None else {}
+    def _moment(self, moment: str, _: OwnWeight, share: Share) -> torch.Tensor | None:
+        return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
 
     def _steps(self) -> float:
         """How many updates the moments are of. PyTorch's Adam counts per parameter, fused ones per group."""
@@ -145,9 +146,7 @@ class MegatronEngine:
         for weight in self._model.weights():
             yield weight, share_of(self._optimizer, weight.parameter)
 
-    def _collect(
-        self, value: Callable[[OwnWeight, Share], torch.Tensor | None]
-    ) -> dict[str, torch.Tensor]:
+    def _collect(self, value: Callable[[OwnWeight, Share], torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         found = {}
@@ -203,6 +202,11 @@ class MegatronEngine:
         return LossSum(float(both[0]), int(both[1]))
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Where Megatron-Core sums a parameter's gradient: a part of a buffer, in fp32."""
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
 def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
@@ -211,7 +215,7 @@ def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
     return VocabularyShare(group.rank() * padded // group.size(), group)
 
 
-def _data_parallel(chunk: torch.nn.Module, parallel: ParallelConfig, number: int) -> DistributedDataParallel:
+def _data_parallel(chunk: GPTModel, parallel: ParallelConfig, number: int) -> DistributedDataParallel:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
