@@ -1,7 +1,9 @@
 """Training: pretraining and specialization, for everybody or for one domain. What differs is data and first weights."""
 
+import importlib.metadata
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ import torch
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import model_of, train_keys
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import GENERIC, TokenizeStage, TrainStage
@@ -62,6 +65,8 @@ def run(stage: TrainStage, context: Context) -> Report:
                     "context_length": store.context_length,
                     "tokenizer": tokenizer.fingerprint,
                     "seed": pipeline.seed,
+                    "layout": stage.parallel.model_dump(mode="json"),
+                    "parity": _certificate(stage, context),
                     "versions": {"megatron_specialm": megatron_specialm.__version__, "torch": torch.__version__},
                 },
                 flops_per_step=flops_per_step,
@@ -87,6 +92,20 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(stream.report(progress.step).max_repeats),
         },
     )
+
+
+def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
+    """What `specialm parity` has found of this layout, if it was asked, with this code's versions."""
+    path = context.root / "parity" / f"{context.task.id.stage}.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    same = found["layout"] == stage.parallel.model_dump(mode="json") and found["precision"] == stage.precision
+    current = found["versions"]["torch"] == importlib.metadata.version("torch")
+    if not (same and current):
+        logger.warning("%s is of another layout or version: run `specialm parity` again", path)
+        return None
+    return found
 
 
 def _tokens_folder(stage: TrainStage, context: Context) -> Path:

@@ -110,6 +110,19 @@ class MegatronEngine:
         """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
         return self._collect(lambda weight, share: _gradient(weight.parameter).flatten()[share.elements])
 
+    def norm_squares(self) -> dict[str, float]:
+        """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as
+        clipped. Over all processes it must be that of the canonical gradient: nothing left out or counted twice. Copies
+        that all hold all of the optimizer's state each take a norm of their own; the first one's is reported."""
+        counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
+        squares: dict[str, float] = {}
+        for weight, share in self._shares():
+            gradient = None if share.main is None else share.main.grad
+            another_norm = share.group is None and self._copies.rank() > 0
+            if gradient is not None and gradient.data_ptr() in counted and not another_norm:
+                squares[weight.name] = float(gradient.double().square().sum())
+        return squares
+
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine.load`."""
         self._model.load(weights)
