@@ -1,5 +1,6 @@
 """Faults to plant into one process of a parity run, each what a real bug of this field was like."""
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def no_backward_reduction(case: ParityCase, world: World, folder: Path) -> None:
     from megatron.core.tensor_parallel import layers
 
     healthy = layers.linear_with_grad_accumulation_and_async_allreduce
-    layers.linear_with_grad_accumulation_and_async_allreduce = lambda *args, **settings: healthy(
-        *args, **{**settings, "allreduce_dgrad": False}
-    )
+
+    @functools.wraps(healthy)
+    def without(*args, **settings) -> torch.Tensor:
+        return healthy(*args, **{**settings, "allreduce_dgrad": False})
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = without
     measure(case, world, folder)
 
 

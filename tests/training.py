@@ -1,6 +1,12 @@
 """A small training that tests share: random windows in memory, the real stream, engine and loop."""
 
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +16,7 @@ from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
 from megatron_specialm.data.store import Batch
+from megatron_specialm.launch.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import Saver
 from megatron_specialm.train.distributed import data_rank, process_group
@@ -50,8 +57,56 @@ def stage(**settings) -> TrainStage:
     return TrainStage.model_validate({**defaults, **settings})
 
 
+def run_layout(folder: Path, **settings: Any) -> None:
+    """Train on as many processes as the layout in `settings` is for, and expect all to end well."""
+    assert start_ranks(folder, **settings).join() == [0] * stage(**settings).parallel.world_size
+
+
+class Ranks:
+    """The processes of a training."""
+
+    def __init__(self, processes: list[BaseProcess]) -> None:
+        self.processes = processes
+
+    def join(self, timeout: float = 120) -> list[int | None]:
+        """Wait for all; their exit codes, None for one that had to be ended."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes
+
+
+def start_ranks(folder: Path, **settings: Any) -> Ranks:
+    """Start them; what they say goes to `log-RANK` in the folder."""
+    limit_threads(1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / "meeting"
+    meeting.unlink(missing_ok=True)
+    size = stage(**settings).parallel.world_size
+    worlds = [World(rank, size, rank, f"file://{meeting}", "test") for rank in range(size)]
+    processes = [context.Process(target=_rank, args=(folder, world, settings)) for world in worlds]
+    for process in processes:
+        process.start()
+    return Ranks(processes)
+
+
+def _rank(folder: Path, world: World, settings: dict) -> None:
+    with (folder / f"log-{world.rank}").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    run_training(folder, world, stage(**settings))
+
+
 def run_training(folder: Path, world: World, settings: TrainStage, *, windows: int = 64) -> Progress:
     """Train in a process group of its own."""
+    shape = settings.model
+    assert shape is not None
     folder.mkdir(parents=True, exist_ok=True)
     store, held_out = MemoryStore(windows), MemoryStore(16, seed=1)
     stream = ImportanceStream(
@@ -60,7 +115,7 @@ def run_training(folder: Path, world: World, settings: TrainStage, *, windows: i
     with process_group(world, parallel=settings.parallel):
         rank, copies = data_rank()
         model = Gpt(
-            SHAPE,
+            shape,
             vocabulary_size=VOCABULARY,
             context_length=CONTEXT,
             precision=settings.precision,
