@@ -27,7 +27,7 @@ PAIRS = [
 SAVED, STEPS = 4, 26
 SETTINGS = {
     "model": SHAPE.model_copy(update={"layers": 5}),  # no number of stages here divides it
-    "steps": STEPS, "optimizer": {"learning_rate": 1e-3}, "micro_batch_size": 1, "checkpoint": {"every": SAVED, "keep": 99},
+    "steps": STEPS, "optimizer": {"learning_rate": 1e-3}, "micro_batch_size": 2, "checkpoint": {"every": SAVED, "keep": 99},
 }  # fmt: skip
 
 
