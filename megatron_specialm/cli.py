@@ -41,8 +41,30 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+def _print_capabilities(asked: bool) -> None:
+    if asked:
+        from rich.console import Console
+
+        from megatron_specialm.launch.summary import capabilities_table
+
+        Console().print(capabilities_table())
+        raise typer.Exit
+
+
 @app.command()
-def check(page: Page, overrides: Overrides = None) -> None:
+def check(
+    page: Page,
+    overrides: Overrides = None,
+    _capabilities: Annotated[
+        bool,
+        typer.Option(
+            "--capabilities",
+            is_eager=True,
+            callback=_print_capabilities,
+            help="Print what can be trained in which layout, and exit.",
+        ),
+    ] = False,
+) -> None:
     """Find every mistake in a page before anything runs, and say what it would train."""
     from rich.console import Console
 
@@ -133,6 +155,58 @@ def results(
         typer.echo(to_markdown(outcome))
     else:
         Console().print(results_table(outcome))
+
+
+@app.command()
+def parity(
+    page: Page,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    context_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    distributed_optimizer: Annotated[
+        bool | None, typer.Option(help="Instead of the page's.", show_default=False)
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+) -> None:
+    """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
+
+    Writes a certificate per train stage into the run folder; training copies it into its checkpoints.
+    """
+    from rich.console import Console
+
+    from megatron_specialm.base.files import write_json
+    from megatron_specialm.config.graph import setup_of
+    from megatron_specialm.config.parity import parity_case
+    from megatron_specialm.launch import parity as run
+
+    changes = {
+        "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
+        "parallel.virtual_pipeline": virtual_pipeline, "parallel.context_parallel": context_parallel,
+        "parallel.data_parallel": data_parallel, "parallel.sequence_parallel": sequence_parallel,
+        "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
+    }  # fmt: skip
+    given = {field: value for field, value in changes.items() if value is not None}
+    passed = True
+    pipeline = _load(page, overrides)
+    for name in run.stages_of(pipeline, stage):
+        changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
+        pipeline = _load(page, [*(overrides or []), *changed])
+        case = parity_case(setup_of(pipeline, name))
+        outcome = run.certificate(case, run.compare(case))
+        path = run.certificate_path(Path(pipeline.root), name)
+        write_json(path, outcome)
+        Console().print(run.table(name, outcome))
+        typer.echo(
+            f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
+        )
+        passed = passed and outcome["passed"]
+    if not passed:
+        raise typer.Exit(1)
 
 
 @app.command()

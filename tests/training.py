@@ -1,9 +1,14 @@
 """A small training that tests share: random windows in memory, the real stream, engine and loop."""
 
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
@@ -11,10 +16,13 @@ from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.checkpoint import Saver
+from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.loop import Progress, Run, train
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.train.peers import Peers
 
 VOCABULARY, CONTEXT = 100, 16
 SHAPE = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=64, attention_heads=4)
@@ -49,20 +57,75 @@ def stage(**settings) -> TrainStage:
     return TrainStage.model_validate({**defaults, **settings})
 
 
+def run_layout(folder: Path, **settings: Any) -> None:
+    """Train on as many processes as the layout in `settings` is for, and expect all to end well."""
+    assert start_ranks(folder, **settings).join() == [0] * stage(**settings).parallel.world_size
+
+
+class Ranks:
+    """The processes of a training."""
+
+    def __init__(self, processes: list[BaseProcess]) -> None:
+        self.processes = processes
+
+    def join(self, timeout: float = 120) -> list[int | None]:
+        """Wait for all; their exit codes, None for one that had to be ended."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes
+
+
+def start_ranks(folder: Path, **settings: Any) -> Ranks:
+    """Start them; what they say goes to `log-RANK` in the folder."""
+    limit_threads(1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / "meeting"
+    meeting.unlink(missing_ok=True)
+    size = stage(**settings).parallel.world_size
+    worlds = [World(rank, size, rank, f"file://{meeting}", "test") for rank in range(size)]
+    processes = [context.Process(target=_rank, args=(folder, world, settings)) for world in worlds]
+    for process in processes:
+        process.start()
+    return Ranks(processes)
+
+
+def _rank(folder: Path, world: World, settings: dict) -> None:
+    with (folder / f"log-{world.rank}").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    run_training(folder, world, stage(**settings))
+
+
 def run_training(folder: Path, world: World, settings: TrainStage, *, windows: int = 64) -> Progress:
     """Train in a process group of its own."""
+    shape = settings.model
+    assert shape is not None
     folder.mkdir(parents=True, exist_ok=True)
     store, held_out = MemoryStore(windows), MemoryStore(16, seed=1)
     stream = ImportanceStream(
         ClusterIndex.single(windows), np.ones(1), global_batch_size=settings.global_batch_size, seed=0
     )
-    with process_group(world):
-        model = gpt.build_model(SHAPE, vocabulary_size=VOCABULARY, context_length=CONTEXT)
-        gpt.initialize(model, SHAPE, vocabulary_size=VOCABULARY, seed=0)
+    with process_group(world, parallel=settings.parallel):
+        rank, copies = data_rank()
+        model = Gpt(
+            shape,
+            vocabulary_size=VOCABULARY,
+            context_length=CONTEXT,
+            precision=settings.precision,
+            parallel=settings.parallel,
+        )
+        model.initialize(seed=0)
         engine = MegatronEngine(
             model,
+            parallel=settings.parallel,
             optimizer=settings.optimizer,
-            vocabulary_size=VOCABULARY,
             micro_batch_size=settings.micro_batch_size,
         )
         return train(
@@ -70,15 +133,13 @@ def run_training(folder: Path, world: World, settings: TrainStage, *, windows: i
             Run(
                 folder=folder,
                 settings=settings,
-                batches=TrainingBatches(store, stream, rank=world.rank, processes=world.world_size),
-                validation=lambda: evaluation_batches(
-                    held_out, batch_size=4, rank=world.rank, processes=world.world_size
-                ),
+                batches=TrainingBatches(store, stream, rank=rank, processes=copies),
+                validation=lambda: evaluation_batches(held_out, batch_size=4, rank=rank, processes=copies),
                 description={},
                 flops_per_step=1,
                 device_name="cpu",
                 processes=world.world_size,
-                is_first=world.is_first,
-                barrier=dist.barrier,
+                peers=Peers.meet(),
+                saver=Saver(folder, Peers.meet()),
             ),
         )

@@ -20,10 +20,11 @@ from transformers import GPTNeoXForCausalLM
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 
@@ -58,11 +59,9 @@ def main() -> None:
 
 
 def _ours(shape: ModelConfig, args: argparse.Namespace, batch: Batch) -> Callable[[], object]:
-    model = gpt.build_model(shape, vocabulary_size=args.vocabulary, context_length=args.context)
-    gpt.initialize(model, shape, vocabulary_size=args.vocabulary, seed=0)
-    engine = MegatronEngine(
-        model, optimizer=Optimizer(), vocabulary_size=args.vocabulary, micro_batch_size=args.micro_batch
-    )
+    model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=args.context)
+    model.initialize(seed=0)
+    engine = MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=args.micro_batch)
     return lambda: engine.train_step(batch, learning_rate=1e-4)
 
 

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from megatron_specialm.base.errors import ArtifactError
 
@@ -81,12 +81,30 @@ def _folder_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
 
 
-def publish_folder(temporary: Path, final: Path) -> None:
-    """Seal a folder and give it its final name: every file hashed and fsynced, the manifest last, then one rename."""
-    entries = {}
+class FileSeal(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def seal_file(path: Path) -> FileSeal:
+    """Flush a file to the disk and take its size and SHA-256."""
+    fsync_path(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, FileSeal] | None = None) -> None:
+    """Seal a folder and give it its final name: every file hashed and fsynced, the manifest last, then one rename.
+
+    Args:
+        sealed: the seals, by name, of files whose writers have sealed them already.
+    """
+    entries = dict(sealed or {})
     for path in _folder_files(temporary):
-        fsync_path(path)
-        entries[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        name = path.relative_to(temporary).as_posix()
+        if name not in entries:
+            entries[name] = seal_file(path)
     write_json(temporary / MANIFEST, {"files": entries})
     if final.exists():
         shutil.rmtree(final)

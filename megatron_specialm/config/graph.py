@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
+from megatron_specialm.config.capabilities import Setup, refuse
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import (
     GENERIC,
@@ -58,11 +59,14 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     """All tasks in an order in which every input stands before its reader.
 
     Raises:
-        ConfigError: a field names a stage that is missing or of the wrong kind, or the stages form a cycle.
+        ConfigError: a field names a stage that is missing or of the wrong kind, the stages form a cycle, or a training
+            asks for what its engine cannot do.
     """
     order = _stage_order(pipeline)
-    tasks = {task.id: task for name in order for task in _tasks(pipeline, name)}
-    return tasks
+    for name in order:
+        if isinstance(pipeline.stages[name], TrainStage):
+            refuse(name, setup_of(pipeline, name))
+    return {task.id: task for name in order for task in _tasks(pipeline, name)}
 
 
 def sources(pipeline: Pipeline) -> list[str]:
@@ -96,6 +100,21 @@ def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
         return stage.model
     assert stage.init is not None
     return model_of(pipeline, stage.init)
+
+
+def setup_of(pipeline: Pipeline, name: str) -> Setup:
+    """What a train stage asks of its engine."""
+    stage = train_stage(pipeline, name)
+    tokens = pipeline.stages[stage.tokens]
+    assert isinstance(tokens, TokenizeStage)
+    return Setup(
+        model_of(pipeline, name),
+        stage.parallel,
+        stage.precision,
+        tokens.context_length,
+        stage.global_batch_size,
+        stage.micro_batch_size,
+    )
 
 
 def method_of(pipeline: Pipeline, name: str) -> str:

@@ -19,6 +19,7 @@ from pydantic import (
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
 
 GENERIC = "generic"  # the key of the generic set, and of tasks that serve every domain
 
@@ -160,12 +161,6 @@ class Schedule(Settings):
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: share of the steps that decay")
 
 
-class Parallel(Settings):
-    """How many processes share the work. It does not change what is computed, so it is no part of an artifact's digest."""
-
-    data_parallel: PositiveInt = 1
-
-
 class CheckpointPolicy(Settings):
     """When to save and how many `step_N` folders to keep (the newest; the best is kept beside them)."""
 
@@ -200,7 +195,7 @@ class TrainStage(Settings):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["fp32", "bf16"] = "fp32"
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
     log_every: PositiveInt = 10
@@ -221,13 +216,6 @@ class TrainStage(Settings):
             )
         if (self.data == "importance") != (self.assignment is not None):
             raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
-        shard = self.micro_batch_size * self.parallel.data_parallel
-        if self.global_batch_size % shard:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x data_parallel {self.parallel.data_parallel} = {shard}; "
-                f"the next that fits is {-(-self.global_batch_size // shard) * shard}"
-            )
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
         return self

@@ -20,22 +20,24 @@ POLL_SECONDS = 0.2
 
 
 def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
-    """Train stages spread over all ranks.
+    """Train stages spread over all ranks: as many data-parallel copies of each stage's layout as there are ranks for.
 
     Raises:
-        ConfigError: a stage's global batch cannot be dealt out over them.
+        ConfigError: the ranks are no multiple of a stage's tensor x pipeline x context parallel processes.
     """
     stages = dict(pipeline.stages)
     for name, stage in stages.items():
         if not isinstance(stage, TrainStage):
             continue
-        shard = stage.micro_batch_size * world.world_size
-        if stage.global_batch_size % shard:
+        copy = stage.parallel.world_size // stage.parallel.data_parallel
+        if world.world_size % copy:
             raise ConfigError(
-                f"stages.{name}: global_batch_size {stage.global_batch_size} is not divisible by micro_batch_size "
-                f"{stage.micro_batch_size} x {world.world_size} ranks ({world.launcher}) = {shard}: change one of them"
+                f"stages.{name}.parallel: {world.world_size} ranks ({world.launcher}) are no multiple of "
+                f"tensor_parallel {stage.parallel.tensor_parallel} x pipeline_parallel "
+                f"{stage.parallel.pipeline_parallel} x context_parallel {stage.parallel.context_parallel} = {copy}: "
+                f"start {max(1, world.world_size // copy) * copy} ranks, or change the layout"
             )
-        parallel = stage.parallel.model_copy(update={"data_parallel": world.world_size})
+        parallel = stage.parallel.model_copy(update={"data_parallel": world.world_size // copy})
         stages[name] = stage.model_copy(update={"parallel": parallel})
     return pipeline.model_copy(update={"stages": stages})
 

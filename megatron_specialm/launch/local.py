@@ -114,7 +114,7 @@ def _startable(
 
 def _ranks(pipeline: Pipeline, name: TaskId) -> int:
     stage = pipeline.stages[name.stage]
-    return stage.parallel.data_parallel if isinstance(stage, TrainStage) else 1
+    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
 
 
 def _worker_context(pipeline: Pipeline) -> BaseContext:

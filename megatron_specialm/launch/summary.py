@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from megatron_specialm.config import capabilities
 from megatron_specialm.config.graph import model_of, train_keys
 from megatron_specialm.config.schema import Pipeline, TokenizerStage, TokenizeStage, TrainStage
 
@@ -28,4 +29,13 @@ def training_table(pipeline: Pipeline) -> Table:
             name, str(runs), f"{parameters / 1e6:.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
             f"{per_token:.2e}", f"{runs * tokens * per_token:.2e}",
         )  # fmt: skip
+    return table
+
+
+def capabilities_table() -> Table:
+    """What can be trained in which layout: `config/capabilities.py` for a reader."""
+    rows = capabilities.rows()
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
     return table

@@ -22,7 +22,13 @@ _MODULES = (
     "megatron.core.models.common.embeddings.rotary_pos_embedding",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.layers",
+    "megatron.core.tensor_parallel.mappings",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.tensor_parallel.utils",
     "megatron.core.utils",
 )
 
@@ -40,7 +46,9 @@ class _TorchOnCpu(ModuleType):
             current_stream=lambda *_: stream,
             default_stream=lambda *_: stream,
             empty_cache=lambda: None,
+            get_rng_state=lambda *_: torch.get_rng_state(),
             is_available=lambda: False,
+            manual_seed=torch.manual_seed,
             stream=lambda _: contextlib.nullcontext(),
             synchronize=lambda *_: None,
             Stream=lambda **_: stream,
@@ -69,6 +77,10 @@ def install() -> None:
     view = _TorchOnCpu()
     for name in _MODULES:
         importlib.import_module(name).torch = view  # type: ignore[attr-defined]
+    # Recomputed activations must see the random state of the first pass: here, the CPU's.
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
 
 
 def _keep_freed_memory() -> None:

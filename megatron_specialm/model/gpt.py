@@ -1,15 +1,17 @@
 """The one model: Megatron-Core's `GPTModel`, built from a `ModelConfig` through a layer spec.
 
-The same definition runs on CPU and GPU. With Transformer Engine its fused layers are used; without it, Megatron-Core's
-own with PyTorch's fused attention. Weights have canonical names and shapes whichever is used: those of the layers
-without Transformer Engine, whole, without vocabulary padding, and without a second copy of tied embeddings.
+The same definition runs on CPU and GPU, and in every layout. With Transformer Engine its fused layers are used; without
+it, Megatron-Core's own with PyTorch's fused attention. Which part of the canonical weights (`model/weights.py`) a
+process holds follows from the layout.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -17,16 +19,24 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig, split_layers
 from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import FusedCoreAttention
-
-VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
-EMBEDDINGS = ("embedding.word_embeddings.weight", "output_layer.weight")
+from megatron_specialm.model.layers import FeedForward, TorchNorm
+from megatron_specialm.model.weights import (
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    WeightSpec,
+    padded_vocabulary,
+    weight_specs,
+)
 
 # Transformer Engine fuses a norm into the linear behind it, and calls its parameters so.
 _FUSED_NORMS = {
@@ -40,8 +50,185 @@ def use_transformer_engine() -> bool:
     return HAVE_TE and torch.cuda.is_available()
 
 
-def transformer_config(config: ModelConfig, *, precision: str) -> TransformerConfig:
-    """Megatron-Core's settings for a shape. Every fusion that needs a GPU kernel is off without one."""
+class OwnWeight(NamedTuple):
+    """A parameter of this process, the canonical weight that it is (a part of), and how it is cut."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    spec: WeightSpec
+
+
+class Gpt:
+    """What this process holds of a model: one run of layers, or several under an interleaved pipeline.
+
+    Weights are not meaningful before `initialize` or `load`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocabulary_size: int,
+        context_length: int,
+        precision: str = "fp32",
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        cpu.install()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
+        settings = transformer_config(config, vocabulary_size, precision=precision, parallel=parallel)
+        self.chunks = [
+            _Chunk(settings, config, stage, vocabulary_size=vocabulary_size, context_length=context_length)
+            for stage in range(parallel.virtual_pipeline)
+        ]
+        if torch.cuda.is_available():
+            for chunk in self.chunks:
+                chunk.cuda()
+
+    def weights(self) -> Iterator[OwnWeight]:
+        """This process's parameters. A tied output layer on another pipeline stage than the embedding is a copy of it."""
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                canonical = chunk.canonical_name(name)
+                yield OwnWeight(canonical, parameter, self.specs[canonical])
+
+    def initialize(self, *, seed: int) -> None:
+        """Draw first weights: N(0, init_std), projections back into the residual stream N(0, init_std / sqrt(2 L)),
+        biases and padding 0, norms 1. Each canonical weight is drawn whole from a generator of (seed, its name): no
+        layout changes it."""
+
+        def draw(name: str) -> torch.Tensor:
+            shape = self.specs[name].shape
+            if "layernorm" in name:
+                return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+            if name.endswith("bias"):
+                return torch.zeros(shape)
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
+            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
+            return torch.randn(shape, generator=generator) * std
+
+        self._fill(draw)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take canonical weights.
+
+        Raises:
+            CheckpointError: naming a weight that is missing, left over, or of another shape.
+        """
+        if missing := sorted(set(self.specs) - set(tensors)):
+            raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another model")
+        if unused := sorted(set(tensors) - set(self.specs)):
+            raise CheckpointError(
+                f"the model has no place for {unused[0]} ({len(unused)} unused): it is of another model"
+            )
+        for name, spec in self.specs.items():
+            if tensors[name].shape != spec.shape:
+                raise CheckpointError(
+                    f"{name}: the checkpoint has shape {tuple(tensors[name].shape)}, the model {spec.shape}: "
+                    "model preset and tokenizer must be those it was trained with"
+                )
+        self._fill(tensors.__getitem__)
+
+    @torch.no_grad()
+    def _fill(self, value: Callable[[str], torch.Tensor]) -> None:
+        for name, parameter, spec in self.weights():
+            parameter.copy_(own_part(spec, value(name)))
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, V) logits over the real vocabulary. For a model that is whole on this process.
+
+        The result is a view with positions first in memory: reduce it in that order, or pay for a copy.
+        """
+        (whole,) = self.chunks
+        return forward(whole, tokens_BT).transpose(0, 1)
+
+    def train(self, mode: bool = True) -> "Gpt":
+        """Training or evaluation mode."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.chunks[0].parameters()).device
+
+
+def own_part(spec: WeightSpec, whole: torch.Tensor) -> torch.Tensor:
+    """This process's part of a canonical tensor."""
+    return spec.own_part(
+        whole,
+        rank=parallel_state.get_tensor_model_parallel_rank(),
+        size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """One chunk's forward pass, wrapped or not: to (T, B, V) logits of this process's share of the real vocabulary, or
+    from a chunk that is not the last to hidden states for the next."""
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT)
+
+
+class _Chunk(GPTModel):
+    """A GPTModel, or a run of its layers, that knows canonical names and hands out its logits as they lie in memory.
+
+    Asked for logits, Megatron-Core copies them to sequences first, and their gradient back: at a small model's size a
+    fifth of a training step. Asked for a loss, it passes them to `compute_language_model_loss` as they are.
+    """
+
+    def __init__(
+        self, settings: TransformerConfig, config: ModelConfig, stage: int, *, vocabulary_size: int, context_length: int
+    ) -> None:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        padded = padded_vocabulary(vocabulary_size, tensor_parallel=size)
+        rows = padded // size
+        first = parallel_state.get_tensor_model_parallel_rank() * rows
+        self._real_columns = min(max(vocabulary_size - first, 0), rows)
+        # Megatron-Core numbers the chunks of an interleaved pipeline only; None is its word for a plain one.
+        vp_stage = stage if settings.virtual_pipeline_model_parallel_size else None
+        super().__init__(
+            config=settings,
+            transformer_layer_spec=_block(settings, vp_stage),
+            vocab_size=padded,
+            max_sequence_length=context_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=1.0,
+            rotary_base=config.rotary_base,
+            vp_stage=vp_stage,
+        )
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(T, B, V with padding) -> (T, B, V): padding is cut off here, for all that follows."""
+        return logits[..., : self._real_columns]
+
+    def _is_in_embd_group(self) -> bool:
+        """Megatron-Core asks before it copies tied embeddings from the first stage to the last, by way of a GPU. Both
+        are filled from the same canonical weight here."""
+        return False
+
+    def canonical_name(self, name: str) -> str:
+        """The canonical name of one of this chunk's parameters."""
+        for fused, plain in _FUSED_NORMS.items():
+            name = name.replace(fused, plain)
+        if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:
+            return WORD_EMBEDDINGS
+        if name.startswith("decoder.layers."):
+            own, _, rest = name.removeprefix("decoder.layers.").partition(".")
+            return f"decoder.layers.{self.decoder.layers[int(own)].layer_number - 1}.{rest}"
+        return name
+
+
+def transformer_config(
+    config: ModelConfig, vocabulary_size: int, *, precision: str, parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron-Core's settings for a shape and a layout. Every fusion that needs a GPU kernel is off without one."""
     on_gpu = torch.cuda.is_available()
     llama = config.family == "llama"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -62,7 +249,7 @@ def transformer_config(config: ModelConfig, *, precision: str) -> TransformerCon
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Weights are drawn by name in `initialize`, on the CPU, so that they depend on neither device nor layout.
+        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout.
         use_cpu_initialization=True,
         # Losses are sums over tokens; gradients are divided once by the global number of tokens. Exact for any layout.
         calculate_per_token_loss=True,
@@ -72,125 +259,51 @@ def transformer_config(config: ModelConfig, *, precision: str) -> TransformerCon
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel,
+        **_pipeline(config, vocabulary_size, parallel),
+        **_RECOMPUTE[parallel.recompute],
     )
 
 
-def layer_spec(config: ModelConfig) -> ModuleSpec:
-    """The modules of a layer."""
+def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
+    """Which layers stand on which stage. Megatron-Core wants chunks in the order of the forward pass."""
+    if parallel.pipeline_parallel == 1:
+        return {}
+    chunks = [["decoder"] * count for count in split_layers(config, vocabulary_size, parallel.chunks)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline_parallel,
+        "pipeline_model_parallel_layout": chunks,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        # Two interleaved stages send each other two tensors at a time. In one batch they would be taken for one another.
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+    }
+
+
+# Attention is fused and keeps nothing that grows with the square of the context: what is worth recomputing before whole
+# layers is the feed-forward part, the widest.
+_RECOMPUTE: dict[str, dict] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of a chunk's layers."""
     if use_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm" if config.family == "llama" else "LayerNorm")
-    spec.submodules.self_attention.submodules.core_attention = FusedCoreAttention
-    return spec
-
-
-def padded_vocabulary(vocabulary_size: int) -> int:
-    """Rows of the embedding in memory. The padding never reaches a loss, a checkpoint or an export."""
-    return math.ceil(vocabulary_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
-class LogitsModel(GPTModel):
-    """A GPTModel that hands out its logits as they lie in memory, positions first.
-
-    Asked for logits, Megatron-Core copies them to sequences first, and their gradient back: at a small model's size a
-    fifth of a training step. Asked for a loss, it passes them to this method as they are.
-    """
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """(T, B, V) -> the same."""
-        return logits
-
-
-def build_model(config: ModelConfig, *, vocabulary_size: int, context_length: int, precision: str = "fp32") -> GPTModel:
-    """A model on this process's device, its weights not yet meaningful (`initialize` or `load_weights` follows)."""
-    cpu.install()
-    model = LogitsModel(
-        config=transformer_config(config, precision=precision),
-        transformer_layer_spec=layer_spec(config),
-        vocab_size=padded_vocabulary(vocabulary_size),
-        max_sequence_length=context_length,
-        share_embeddings_and_output_weights=config.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=config.rotary_base,
-    )
-    return model.cuda() if torch.cuda.is_available() else model
-
-
-def logits(model: torch.nn.Module, tokens_BT: torch.Tensor, *, vocabulary_size: int) -> torch.Tensor:
-    """(B, T) token ids -> (B, T, V) logits over the real vocabulary: padding is cut off here, for all that follows.
-
-    The result is a view with positions first in memory: reduce it in that order, or pay for a copy.
-    """
-    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    logits_TBV = model(tokens_BT, positions_BT, None, labels=tokens_BT)
-    return logits_TBV[..., :vocabulary_size].transpose(0, 1)
-
-
-def canonical_name(name: str) -> str:
-    """The canonical name of a model parameter, whichever implementation and wrapper it is in."""
-    name = name.removeprefix("module.").removeprefix("module.")
-    for fused, plain in _FUSED_NORMS.items():
-        name = name.replace(fused, plain)
-    return name
-
-
-def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """All parameters under their canonical names, in the model's order."""
-    for name, parameter in model.named_parameters():
-        yield canonical_name(name), parameter
-
-
-def unpad(name: str, tensor: torch.Tensor, *, vocabulary_size: int) -> torch.Tensor:
-    """A weight, or anything of its shape, as it goes to disk: embeddings without their padding rows."""
-    return tensor[:vocabulary_size] if name in EMBEDDINGS else tensor
-
-
-@torch.no_grad()
-def initialize(model: torch.nn.Module, config: ModelConfig, *, vocabulary_size: int, seed: int) -> None:
-    """Draw first weights: N(0, init_std), projections back into the residual stream N(0, init_std / sqrt(2 L)), biases
-    and padding 0, norms 1. Each weight is drawn from a generator of (seed, its name): no layout changes it."""
-
-    def draw(name: str, parameter: torch.Tensor) -> torch.Tensor:
-        if "layernorm" in name:
-            return torch.ones(parameter.shape) if name.endswith("weight") else torch.zeros(parameter.shape)
-        if name.endswith("bias"):
-            return torch.zeros(parameter.shape)
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
-        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = config.init_std / math.sqrt(2 * config.layers) if residual else config.init_std
-        return torch.randn(unpad(name, parameter, vocabulary_size=vocabulary_size).shape, generator=generator) * std
-
-    _fill(model, draw, vocabulary_size=vocabulary_size)
-
-
-@torch.no_grad()
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, vocabulary_size: int) -> None:
-    """Fill the model from canonical tensors.
-
-    Raises:
-        CheckpointError: naming a weight that is missing, left over, or of another shape.
-    """
-    expected = {name for name, _ in named_weights(model)}
-    if missing := sorted(expected - set(tensors)):
-        raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another model")
-    if unused := sorted(set(tensors) - expected):
-        raise CheckpointError(f"the model has no place for {unused[0]} ({len(unused)} unused): it is of another model")
-
-    def take(name: str, parameter: torch.Tensor) -> torch.Tensor:
-        wanted = unpad(name, parameter, vocabulary_size=vocabulary_size).shape
-        if tensors[name].shape != wanted:
-            raise CheckpointError(
-                f"{name}: the checkpoint has shape {tuple(tensors[name].shape)}, the model {tuple(wanted)}: "
-                "model preset and tokenizer must be those it was trained with"
-            )
-        return tensors[name]
-
-    _fill(model, take, vocabulary_size=vocabulary_size)
-
-
-def _fill(model: torch.nn.Module, value: Callable[[str, torch.Tensor], torch.Tensor], *, vocabulary_size: int) -> None:
-    for name, parameter in named_weights(model):
-        parameter.zero_()
-        unpad(name, parameter, vocabulary_size=vocabulary_size).copy_(value(name, parameter))
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.mlp.module = FeedForward
+        return layer
+    layer = get_gpt_layer_local_spec(normalization=settings.normalization)
+    layer.submodules.mlp.module = FeedForward
+    layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
+    norm = layer.submodules.input_layernorm
+    if norm is WrappedTorchNorm:  # otherwise apex's fused one
+        norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+    layers = [layer] * get_num_layers_to_build(settings, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -8,7 +8,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import GENERIC, EvaluateStage
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.distributed import process_group
@@ -28,13 +28,13 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     results: dict[str, dict[str, float]] = {}
     tokens = slots = 0
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
-        model = gpt.build_model(shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"])
-        gpt.load_weights(model, read_model(final), vocabulary_size=state["vocabulary_size"])
+        model = Gpt(shape, vocabulary_size=state["vocabulary_size"], context_length=state["context_length"])
+        model.load(read_model(final))
         for source in sources(context.pipeline) if model_id.key == GENERIC else [model_id.key]:
             folder = context.artifact(stage.tokens, source)
             store = TokenStore.open(folder, "test", tokenizer=state["tokenizer"])
             batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
-            loss = score(model, batches, vocabulary_size=state["vocabulary_size"])
+            loss = score(model, batches)
             results[source] = {"nll": loss.mean, "tokens": loss.tokens}
             tokens += loss.tokens
             slots += min(len(store), stage.max_windows or len(store)) * store.context_length

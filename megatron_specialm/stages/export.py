@@ -22,7 +22,7 @@ from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.distributed import process_group
@@ -95,10 +95,9 @@ def _logit_difference(
     batch = store.batch(np.arange(min(WINDOWS_COMPARED, len(store))))
     # Exporting is the first rank's work alone, however many train: it must not wait for the others.
     with process_group(ALONE, threads=threads):
-        model = gpt.build_model(shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length)
-        gpt.load_weights(model, weights, vocabulary_size=store.vocabulary_size)
-        tokens = torch.from_numpy(batch.tokens).to(next(model.parameters()).device)
-        ours = gpt.logits(model.eval(), tokens, vocabulary_size=store.vocabulary_size)
+        model = Gpt(shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length).train(False)
+        model.load(weights)
+        ours = model.logits(torch.from_numpy(batch.tokens).to(model.device))
         return largest_logit_difference(folder, batch.tokens, ours)
 
 

@@ -1,15 +1,17 @@
 """Training: pretraining and specialization, for everybody or for one domain. What differs is data and first weights."""
 
+import importlib.metadata
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import model_of, train_keys
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import GENERIC, TokenizeStage, TrainStage
@@ -17,13 +19,14 @@ from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream, importance_weights
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import find_final, read_model
-from megatron_specialm.train.distributed import device_name, process_group
+from megatron_specialm.train.checkpoint import Saver, find_final, read_model
+from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics, seconds_of_all_attempts
+from megatron_specialm.train.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +44,20 @@ def run(stage: TrainStage, context: Context) -> Report:
         * store.context_length
         * shape.training_flops(store.vocabulary_size, store.context_length)
     )
-    with process_group(world, threads=context.threads):
+    with process_group(world, parallel=stage.parallel, threads=context.threads):
+        rank, copies = data_rank()
         engine = _engine(stage, context, shape, store)
         progress = train(
             engine,
             Run(
                 folder=context.folder,
                 settings=stage,
-                batches=TrainingBatches(store, stream, rank=world.rank, processes=world.world_size),
+                batches=TrainingBatches(store, stream, rank=rank, processes=copies),
                 validation=lambda: evaluation_batches(
                     TokenStore.open(tokens, "validation"),
                     batch_size=stage.micro_batch_size,
-                    rank=world.rank,
-                    processes=world.world_size,
+                    rank=rank,
+                    processes=copies,
                 ),
                 description={
                     "model": shape.model_dump(mode="json"),
@@ -61,13 +65,15 @@ def run(stage: TrainStage, context: Context) -> Report:
                     "context_length": store.context_length,
                     "tokenizer": tokenizer.fingerprint,
                     "seed": pipeline.seed,
+                    "layout": stage.parallel.model_dump(mode="json"),
+                    "parity": _certificate(stage, context),
                     "versions": {"megatron_specialm": megatron_specialm.__version__, "torch": torch.__version__},
                 },
                 flops_per_step=flops_per_step,
                 device_name=device_name(world),
                 processes=world.world_size,
-                is_first=world.is_first,
-                barrier=dist.barrier,
+                peers=Peers.meet(),
+                saver=Saver(context.folder, Peers.meet()),
             ),
         )
     records = read_metrics(context.folder) if world.is_first else []
@@ -86,6 +92,20 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(stream.report(progress.step).max_repeats),
         },
     )
+
+
+def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
+    """What `specialm parity` has found of this layout, if it was asked, with this code's versions."""
+    path = context.root / "parity" / f"{context.task.id.stage}.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    same = found["layout"] == stage.parallel.model_dump(mode="json") and found["precision"] == stage.precision
+    current = found["versions"]["torch"] == importlib.metadata.version("torch")
+    if not (same and current):
+        logger.warning("%s is of another layout or version: run `specialm parity` again", path)
+        return None
+    return found
 
 
 def _tokens_folder(stage: TrainStage, context: Context) -> Path:
@@ -123,18 +143,16 @@ def _stream(stage: TrainStage, context: Context, store: TokenStore) -> Importanc
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
-    model = gpt.build_model(
+    model = Gpt(
         shape,
         vocabulary_size=store.vocabulary_size,
         context_length=store.context_length,
         precision=stage.precision,
+        parallel=stage.parallel,
     )
-    gpt.initialize(model, shape, vocabulary_size=store.vocabulary_size, seed=context.pipeline.seed)
+    model.initialize(seed=context.pipeline.seed)
     engine = MegatronEngine(
-        model,
-        optimizer=stage.optimizer,
-        vocabulary_size=store.vocabulary_size,
-        micro_batch_size=stage.micro_batch_size,
+        model, parallel=stage.parallel, optimizer=stage.optimizer, micro_batch_size=stage.micro_batch_size
     )
     if stage.init is not None:
         key = context.key if context.key in train_keys(context.pipeline, stage.init) else GENERIC

@@ -1,37 +1,71 @@
-"""Checkpoints that verify themselves.
+"""Checkpoints that verify themselves and fit any layout.
 
-    step_0000400/           model.safetensors  optimizer.safetensors  state.json  manifest.json (sizes and SHA-256)
+    step_0000400/           model-RANK.safetensors  optimizer-RANK.safetensors  state.json
+                            manifest.json (sizes and SHA-256)
     latest                  the newest folder's name, written last
     result.json             at the end of training: which step is the outcome
 
-A step is written aside, fsynced, hashed and renamed, so a `step_N` folder is whole by construction; a reader checks the
-hashes all the same. Nothing in it is a pickle.
+Tensors are whole and canonical (`model/weights.py`); each process writes those that fall to it, so what a file holds is
+of no consequence to a reader. A step is written aside, fsynced, hashed and renamed: a `step_N` folder is whole by
+construction; a reader checks the hashes all the same. Nothing in it is a pickle.
 """
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
-from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json, write_text
+from megatron_specialm.base.files import (
+    FileSeal,
+    publish_folder,
+    read_json,
+    seal_file,
+    verify_folder,
+    write_json,
+    write_text,
+)
+from megatron_specialm.train.peers import Peers
 
 _STEP = re.compile(r"step_(\d{7,})")
 
 
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of several safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from None
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified step: canonical weights, the optimizer's tensors, and the loop's state."""
+    """A step: canonical weights, the optimizer's tensors, and the loop's state."""
 
     folder: Path
-    weights: dict[str, torch.Tensor]
-    optimizer_state: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    optimizer_state: Mapping[str, torch.Tensor]
     state: dict[str, Any]
 
 
@@ -47,18 +81,73 @@ def save_checkpoint(
     weights: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
+    peers: Peers = Peers(),  # noqa: B008 (this process alone)
 ) -> Path:
-    """Write a step aside, publish it, and point `latest` at it."""
+    """Write a step aside, publish it, and point `latest` at it. All processes call this, each with the tensors that it
+    is to write; it returns when the step is durable.
+
+    Raises:
+        OSError: a file cannot be written; on every process, whichever it befell. The step is not published.
+    """
     final = step_folder(folder, step)
     aside = folder / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(dict(weights), aside / "model.safetensors")
-    save_file(dict(optimizer_state), aside / "optimizer.safetensors")
-    write_json(aside / "state.json", state)
-    publish_folder(aside, final)
-    write_text(folder / "latest", final.name + "\n")
+
+    def make_aside() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def write() -> dict[str, FileSeal]:
+        parts = {"model": weights, "optimizer": optimizer_state}
+        seals = {}
+        for path, tensors in ((aside / f"{part}-{peers.rank:05d}.safetensors", parts[part]) for part in parts):
+            if tensors:
+                save_file(dict(tensors), path)
+                seals[path.name] = seal_file(path)
+        return seals
+
+    def publish() -> None:
+        write_json(aside / "state.json", state)
+        publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
+        write_text(folder / "latest", final.name + "\n")
+
+    peers.from_first(make_aside)
+    sealed = peers.agree(write)
+    peers.from_first(publish)
     return final
+
+
+class Saver:
+    """Saves steps while training goes on. The tensors it is given must not change any more."""
+
+    def __init__(self, folder: Path, peers: Peers) -> None:
+        self._folder, self._peers = folder, peers
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future | None = None
+
+    def save(self, *, keep: int, best: int | None, **step: Any) -> None:
+        """Begin `save_checkpoint(**step)`, then drop all but the newest `keep` steps and the best one.
+
+        Raises:
+            OSError: the step before could not be written.
+        """
+        self.wait()
+
+        def work() -> None:
+            save_checkpoint(self._folder, peers=self._peers, **step)
+            if self._peers.is_first:
+                prune_checkpoints(self._folder, keep=keep, best=best)
+
+        self._pending = self._worker.submit(work)
+
+    def wait(self) -> None:
+        """Return when the last step is durable.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
 
 def prune_checkpoints(folder: Path, *, keep: int, best: int | None) -> None:
@@ -69,38 +158,36 @@ def prune_checkpoints(folder: Path, *, keep: int, best: int | None) -> None:
             shutil.rmtree(step_folder(folder, step))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest step that verifies, and for each newer one that does not, why it was passed over."""
     skipped: list[str] = []
     for step in reversed(_steps(folder)):
         try:
-            return read_checkpoint(step_folder(folder, step)), skipped
+            verify_folder(step_folder(folder, step))
+            return step_folder(folder, step), skipped
         except ArtifactError as error:
             skipped.append(f"{step_folder(folder, step).name}: {error}")
     return None, skipped
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a step with all that training needs to go on.
-
-    Raises:
-        ArtifactError: a file is missing, cut short or changed.
-    """
-    verify_folder(folder)
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A verified step with all that training needs to go on."""
     return Checkpoint(
-        folder, _read_tensors(folder / "model.safetensors"), _read_tensors(folder / "optimizer.safetensors"),
+        folder,
+        TensorFiles(sorted(folder.glob("model-*.safetensors"))),
+        TensorFiles(sorted(folder.glob("optimizer-*.safetensors"))),
         read_json(folder / "state.json"),
-    )  # fmt: skip
+    )
 
 
-def read_model(folder: Path) -> dict[str, torch.Tensor]:
+def read_model(folder: Path) -> Mapping[str, torch.Tensor]:
     """The canonical weights of a step, verified.
 
     Raises:
         ArtifactError: a file is missing, cut short or changed.
     """
     verify_folder(folder)
-    return _read_tensors(folder / "model.safetensors")
+    return open_checkpoint(folder).weights
 
 
 def declare_final(folder: Path, *, step: int) -> None:
@@ -116,10 +203,3 @@ def find_final(folder: Path) -> Path:
 def _steps(folder: Path) -> list[int]:
     found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match.group(1)) for match in found if match)
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None

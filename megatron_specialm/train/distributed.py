@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.model import cpu
 
 
@@ -26,12 +27,24 @@ def device_name(world: World) -> str:
 
 
 @contextlib.contextmanager
-def process_group(world: World, *, threads: int = 1, timeout_seconds: float = 600) -> Iterator[None]:
-    """Join the other processes (gloo on CPU, NCCL on GPU) and lay out data parallelism; leave on the way out.
+def process_group(
+    world: World,
+    *,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    threads: int = 1,
+    timeout_seconds: float = 600,
+) -> Iterator[None]:
+    """Join the other processes (gloo on CPU, NCCL on GPU), in the groups of a layout; leave on the way out.
 
     Raises:
-        MachineError: the meeting point cannot be reached or its port is taken.
+        MachineError: the meeting point cannot be reached or its port is taken, or the layout is for another number of
+            processes.
     """
+    if world.world_size != parallel.world_size:
+        raise MachineError(
+            f"{world.world_size} processes were started, and the layout {parallel.describe()} is for "
+            f"{parallel.world_size}: start as many, or change `parallel`"
+        )
     cpu.install()
     torch.set_num_threads(threads)
     device = device_of(world)
@@ -54,13 +67,25 @@ def process_group(world: World, *, threads: int = 1, timeout_seconds: float = 60
             "If the port is in use, choose another (torchrun --master-port, or MASTER_PORT)"
         ) from None
     try:
-        parallel_state.initialize_model_parallel()
-        if device.type == "cuda":
-            model_parallel_cuda_manual_seed(0)  # Transformer Engine asks for the tracker; nothing is drawn from it
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            pipeline_model_parallel_size=parallel.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context_parallel,
+            distributed_timeout_minutes=timeout_seconds / 60,
+        )
+        model_parallel_cuda_manual_seed(
+            0
+        )  # asked for by Transformer Engine and recomputation; nothing is drawn from it
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def data_rank() -> tuple[int, int]:
+    """Which of the data-parallel copies this process belongs to, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def _torchrun_address() -> str:

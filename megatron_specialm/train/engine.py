@@ -38,10 +38,12 @@ class Engine(Protocol):
         """The loss over all processes' batches."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Canonical fp32 weights, on the CPU."""
+        """Canonical fp32 weights, on the CPU: those that fall to this process to save, whole. Over all processes, each
+        is there once."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors under canonical names, on the CPU."""
+        """The optimizer's tensors under canonical names, on the CPU, dealt out as the weights are."""
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
-        """Take weights, and the optimizer's state where training goes on from it."""
+        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process
+        takes its part."""

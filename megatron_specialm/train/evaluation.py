@@ -1,23 +1,22 @@
-"""The loss of a model over batches, on one process."""
+"""The loss of a whole model over batches, on one process."""
 
 from collections.abc import Iterable
 
 import torch
 
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.engine import LossSum
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, batches: Iterable[Batch], *, vocabulary_size: int) -> LossSum:
+def score(model: Gpt, batches: Iterable[Batch]) -> LossSum:
     """Summed negative log-likelihood in nats, and the tokens it is over. Added up in fp64."""
-    model.eval()
-    device = next(model.parameters()).device
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    model.train(False)
+    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
-        on_device = DeviceBatch(*(torch.from_numpy(part).to(device) for part in batch))
-        total += cross_entropy(gpt.logits(model, on_device.tokens, vocabulary_size=vocabulary_size), on_device)
+        on_device = DeviceBatch(*(torch.from_numpy(part).to(model.device) for part in batch))
+        total += cross_entropy(model.logits(on_device.tokens).transpose(0, 1), on_device)
         count += int(batch.mask.sum())
     return LossSum(float(total), count)

@@ -4,12 +4,13 @@ All that the loop knows beside the weights is in `Progress`, which every checkpo
 function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU.
 """
 
+import contextlib
 import logging
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,10 @@ from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.train.checkpoint import (
-    declare_final,
-    newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
+from megatron_specialm.train.peers import Peers, is_lost_peer
 from megatron_specialm.train.schedule import learning_rate
 from megatron_specialm.train.throughput import utilisation
 
@@ -75,16 +72,21 @@ class Run:
     flops_per_step: int
     device_name: str
     processes: int
-    is_first: bool
-    barrier: Callable[[], None]
+    peers: Peers
+    saver: Saver
 
 
 def train(engine: Engine, run: Run) -> Progress:
     """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
 
     Raises:
-        TrainingError: too many steps in a row whose loss or gradient is not finite.
+        TrainingError: too many steps in a row whose loss or gradient is not finite, or another process has died.
     """
+    with _lost_peers(run):
+        return _train(engine, run)
+
+
+def _train(engine: Engine, run: Run) -> Progress:
     progress = _resume(engine, run)
     metrics = _open_metrics(run, progress)
     norms: deque[float] = deque(maxlen=100)
@@ -111,7 +113,8 @@ def train(engine: Engine, run: Run) -> Progress:
         if _is_time_to_save(progress, run.settings):
             _save(engine, run, progress)
     final = progress.step if progress.best_step is None else progress.best_step
-    if run.is_first:
+    run.saver.wait()
+    if run.peers.is_first:
         declare_final(run.folder, step=final)
     if metrics:
         metrics.write(event="end", step=progress.step, final_step=final)
@@ -132,12 +135,33 @@ class _Clock:
         return seconds
 
 
+@contextlib.contextmanager
+def _lost_peers(run: Run) -> Iterator[None]:
+    """Say what torch.distributed's complaint about a dead process means, on every process that outlives it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"{run.folder}: another process of this training has died or does not answer ({reason}); "
+            f"{_last_good(run.folder)}. Its own log says why; the same command goes on from there"
+        ) from None
+
+
+def _last_good(folder: Path) -> str:
+    checkpoint, _ = newest_checkpoint(folder)
+    return f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
+
+
 def _resume(engine: Engine, run: Run) -> Progress:
-    checkpoint, passed_over = newest_checkpoint(run.folder)
+    folder, passed_over = run.peers.from_first(lambda: newest_checkpoint(run.folder))
     for reason in passed_over:
         logger.warning("resuming: passed over %s", reason)
-    if checkpoint is None:
+    if folder is None:
         return Progress()
+    checkpoint = open_checkpoint(folder)
     engine.load(checkpoint.weights, checkpoint.optimizer_state)
     logger.info("resuming from %s", checkpoint.folder)
     return Progress(**checkpoint.state["progress"])
@@ -146,7 +170,7 @@ def _resume(engine: Engine, run: Run) -> Progress:
 def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
     """Only the first process writes the record."""
     settings = run.settings
-    if not run.is_first:
+    if not run.peers.is_first:
         return None
     return Metrics(
         run.folder, step=progress.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project
@@ -168,17 +192,14 @@ def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
 
 
 def _save(engine: Engine, run: Run, progress: Progress) -> None:
-    """Every process holds all of the state under data parallelism, so the first one writes and the others wait."""
-    if run.is_first:
-        save_checkpoint(
-            run.folder,
-            step=progress.step,
-            weights=engine.weights(),
-            optimizer_state=engine.optimizer_state(),
-            state={"progress": asdict(progress), **run.description},
-        )
-        prune_checkpoints(run.folder, keep=run.settings.checkpoint.keep, best=progress.best_step)
-    run.barrier()
+    run.saver.save(
+        keep=run.settings.checkpoint.keep,
+        best=progress.best_step,
+        step=progress.step,
+        weights=engine.weights(),
+        optimizer_state=engine.optimizer_state(),
+        state={"progress": asdict(progress), **run.description},
+    )
 
 
 def _evaluate(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
@@ -194,11 +215,11 @@ def _evaluate(engine: Engine, run: Run, progress: Progress, metrics: Metrics | N
 def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:
     if progress.skipped_in_a_row <= run.settings.max_skipped_steps:
         return
-    checkpoint, _ = newest_checkpoint(run.folder)
-    where = f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint was written yet"
+    run.saver.wait()
     raise TrainingError(
         f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
-        f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {run.settings.max_skipped_steps}); {where}. "
+        f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {run.settings.max_skipped_steps}); "
+        f"{_last_good(run.folder)}. "
         f"Lower optimizer.learning_rate (now {run.settings.optimizer.learning_rate}) or look at the data of these steps"
     )
 

@@ -1,8 +1,12 @@
-"""Training objectives: logits and a batch in, a sum over tokens out."""
+"""Training objectives: logits and a batch in, a sum over tokens out.
 
-from typing import NamedTuple
+Legend: T positions, B sequences, V this process's share of the vocabulary, N = T * B.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 
@@ -14,8 +18,54 @@ class DeviceBatch(NamedTuple):
     mask: torch.Tensor
 
 
-def cross_entropy(logits_BTV: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
-    """The summed next-token negative log-likelihood in nats, a scalar in fp32. Padding (mask 0) does not count."""
+class VocabularyShare(NamedTuple):
+    """The ids from `first` on, as many as there are logits, are this process's; the group's processes have the rest."""
+
+    first: int
+    group: dist.ProcessGroup
+
+
+def cross_entropy(
+    logits_TBV: torch.Tensor, batch: DeviceBatch, *, share: VocabularyShare | None = None
+) -> torch.Tensor:
+    """The summed next-token negative log-likelihood in nats, a scalar in fp32. Padding (mask 0) does not count.
+
+    With a `share`, each process of its group holds some columns of the logits, and all return the same sum.
+    """
     # Positions first, as the model's logits lie in memory: flattening is free.
-    logits, targets, mask = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (logits_BTV, batch.targets, batch.mask))
-    return torch.dot(functional.cross_entropy(logits.float(), targets, reduction="none"), mask)
+    logits_NV = logits_TBV.flatten(0, 1).float()
+    targets_N, mask_N = (tensor.t().flatten() for tensor in (batch.targets, batch.mask))
+    if share is None:
+        losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    else:
+        losses_N = _SharedCrossEntropy.apply(logits_NV, targets_N - share.first, share.group)
+    return torch.dot(losses_N, mask_N)
+
+
+class _SharedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy over a vocabulary whose columns lie on several processes: three numbers per token are exchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """(N, V), (N,) relative to this share's first id -> (N,)."""
+        rows, columns = logits_NV.shape
+        # A share may be all padding and have no columns at all.
+        largest_N = logits_NV.amax(1) if columns else logits_NV.new_full((rows,), -torch.inf)
+        dist.all_reduce(largest_N, dist.ReduceOp.MAX, group)
+        softmax_NV = (logits_NV - largest_N[:, None]).exp_()
+        here_N = ((targets_N >= 0) & (targets_N < columns)).nonzero().flatten()
+        sums_2N = logits_NV.new_zeros(2, rows)
+        sums_2N[0] = softmax_NV.sum(1)
+        sums_2N[1, here_N] = logits_NV[here_N, targets_N[here_N]]
+        dist.all_reduce(sums_2N, group=group)
+        softmax_NV /= sums_2N[0][:, None]
+        ctx.save_for_backward(softmax_NV, here_N, targets_N[here_N])
+        return sums_2N[0].log() + largest_N - sums_2N[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        """Softmax less the target, as on one process."""
+        softmax_NV, here_N, targets_N = ctx.saved_tensors
+        gradient_NV = softmax_NV * gradient_N[:, None]
+        gradient_NV[here_N, targets_N] -= gradient_N[here_N]
+        return gradient_NV, None, None

@@ -1,7 +1,8 @@
-"""The Megatron engine: Megatron-Core's data parallelism, schedule and mixed-precision optimizer around one `GPTModel`."""
+"""The Megatron engine: Megatron-Core's parallelism, schedules and mixed-precision optimizer around one model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,72 +13,55 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
 from megatron_specialm.model.cpu import cuda_type_names
+from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.train.engine import LossSum, StepStats
-from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.losses import DeviceBatch, cross_entropy
+from megatron_specialm.train.losses import DeviceBatch, VocabularyShare, cross_entropy
+from megatron_specialm.train.shares import Share, gather_whole, share_of, take_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MegatronEngine:
-    """A model in data parallelism: every process holds all of it and sees its share of each global batch."""
+    """A model in any layout of `ParallelConfig`, with its optimizer."""
 
-    def __init__(
-        self,
-        model: GPTModel,
-        *,
-        optimizer: Optimizer,
-        vocabulary_size: int,
-        micro_batch_size: int,
-    ) -> None:
-        self._config = get_model_config(model)
-        self._vocabulary_size = vocabulary_size
+    def __init__(self, model: Gpt, *, parallel: ParallelConfig, optimizer: Optimizer, micro_batch_size: int) -> None:
+        self._parallel = parallel
         self._micro_batch_size = micro_batch_size
         self._clip_grad = optimizer.clip_grad
-        self._device = next(model.parameters()).device
-        self._group = parallel_state.get_data_parallel_group()
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        inner = Float16Module(self._config, model) if self._config.bf16 else model
-        self._model = DistributedDataParallel(self._config, ddp, inner)
+        self._model = model
+        self._copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._vocabulary = _vocabulary_share(model)
+        self._config = model.chunks[0].config
+        self._chunks = [_data_parallel(chunk, parallel, number) for number, chunk in enumerate(model.chunks)]
         self._config.finalize_model_grads_func = finalize_model_grads
-        self._config.no_sync_func = self._model.no_sync
-        self._optimizer = _build_optimizer(self._model, optimizer, bf16=self._config.bf16)
+        no_sync = [chunk.no_sync for chunk in self._chunks]
+        self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._optimizer = _build_optimizer(self._chunks, optimizer, parallel, bf16=self._config.bf16)
+        self._has_moments = False
         self._forward_backward = get_forward_backward_func()
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
         """See `Engine.train_step`."""
+        return self.apply_gradients(self.accumulate_gradients(batch), learning_rate=learning_rate)
+
+    def accumulate_gradients(self, batch: Batch) -> LossSum:
+        """The first half of a step: forward and backward passes, gradients summed over all processes."""
         self._model.train()
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        micro_batches = list(self._micro_batches(batch))
-        sums = self._forward_backward(
-            forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=self._model,
-            num_microbatches=len(micro_batches),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=self._micro_batch_size,
-        )
-        loss = self._reduce(torch.stack(sums).double().sum(), int(batch.mask.sum()))
-        return self._apply_gradients(loss, learning_rate)
+        sums = self._run(list(self._micro_batches(batch)), forward_only=False)
+        return self._reduce(sums, int(batch.mask.sum()))
 
-    def _forward_step(self, micro_batches: Iterator[DeviceBatch], model: torch.nn.Module) -> tuple:
-        batch = next(micro_batches)
-        return gpt.logits(model, batch.tokens, vocabulary_size=self._vocabulary_size), partial(self._loss, batch)
-
-    def _loss(self, batch: DeviceBatch, logits_BTV: torch.Tensor) -> tuple:
-        total = cross_entropy(logits_BTV, batch)
-        return total, batch.mask.sum().int(), total.detach().clone()
-
-    def _apply_gradients(self, loss: LossSum, learning_rate: float) -> StepStats:
-        """Clip by the global norm and step; where anything is not finite, leave the weights as they were."""
+    def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
+        """The second half: clip by the global norm and step; where anything is not finite, leave the weights alone."""
         found_inf = self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
@@ -88,69 +72,177 @@ class MegatronEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
+        self._has_moments = True
         return StepStats(loss, norm, skipped=False)
 
+    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
-        own = score(self._model, batches, vocabulary_size=self._vocabulary_size)
-        return self._reduce(torch.tensor(own.total, dtype=torch.float64, device=self._device), own.tokens)
+        self._model.train(False)
+        sums: list[torch.Tensor] = []
+        tokens = 0
+        stages = self._parallel.pipeline_parallel
+        waiting = (self._full(batch) for batch in batches)
+        while group := list(islice(waiting, 4 * stages)):  # enough at a time to keep all stages busy
+            tokens += sum(int(batch.mask.sum()) for batch in group)
+            empty = Batch(group[0].tokens, group[0].targets, np.zeros_like(group[0].mask))
+            group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
+            sums += self._run([part for batch in group for part in self._micro_batches(batch)], forward_only=True)
+        return self._reduce(sums, tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
-        return {
-            name: self._to_disk(name, getattr(parameter, "main_param", parameter))
-            for name, parameter in gpt.named_weights(self._model)
-        }
+        return self._collect(lambda _, share: share.main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
+        if not self._has_moments:
+            return {}
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in gpt.named_weights(self._model):
-            own = self._optimizer.optimizer.state[getattr(parameter, "main_param", parameter)]
-            if not own:  # no step has been made yet
-                continue
-            state["step"] = torch.as_tensor(own["step"], dtype=torch.float32).cpu().clone()
-            state.update({f"{moment}/{name}": self._to_disk(name, own[moment]) for moment in _MOMENTS})
+        for moment in _MOMENTS:
+            found = self._collect(partial(self._moment, moment))
+            state.update({f"{moment}/{name}": tensor for name, tensor in found.items()})
+        if dist.get_rank() == 0:
+            state["step"] = torch.tensor(float(self._steps()))
         return state
 
-    @torch.no_grad()
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
+        return self._collect(lambda weight, share: _gradient(weight.parameter).flatten()[share.elements])
+
+    def norm_squares(self) -> dict[str, float]:
+        """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as
+        clipped. Over all processes it must be that of the canonical gradient: nothing left out or counted twice. Copies
+        that all hold all of the optimizer's state each take a norm of their own; the first one's is reported."""
+        counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
+        squares: dict[str, float] = {}
+        for weight, share in self._shares():
+            gradient = None if share.main is None else share.main.grad
+            another_norm = share.group is None and self._copies.rank() > 0
+            if gradient is not None and gradient.data_ptr() in counted and not another_norm:
+                squares[weight.name] = float(gradient.double().square().sum())
+        return squares
+
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine.load`."""
-        gpt.load_weights(self._model, weights, vocabulary_size=self._vocabulary_size)
-        for name, parameter in gpt.named_weights(self._model):
-            main = getattr(parameter, "main_param", parameter)
-            self._own_rows(name, main).copy_(weights[name])
-            if optimizer_state:
-                self._optimizer.optimizer.state[main] = self._moments_of(name, main, optimizer_state)
+        self._model.load(weights)
+        with torch.no_grad():
+            for weight, share in self._shares():
+                if share.main is not None:
+                    share.main.view(-1).copy_(take_share(weight, share, weights[weight.name]))
+                    if optimizer_state:
+                        self._load_moments(weight, share, share.main, optimizer_state)
+        if optimizer_state:
+            for group in self._optimizer.param_groups:
+                group["step"] = int(optimizer_state["step"])  # where fused optimizers keep it
+            self._has_moments = True
 
-    def _moments_of(self, name: str, main: torch.Tensor, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        own = {"step": state["step"].clone()}
+    def _load_moments(
+        self, weight: OwnWeight, share: Share, main: torch.Tensor, state: Mapping[str, torch.Tensor]
+    ) -> None:
+        own = self._optimizer.optimizer.state[main] = {"step": state["step"].clone()}
         for moment in _MOMENTS:
-            if f"{moment}/{name}" not in state:
-                raise CheckpointError(f"the optimizer's state lacks {moment} of {name}: it is of another model")
-            own[moment] = torch.zeros_like(main)
-            self._own_rows(name, own[moment]).copy_(state[f"{moment}/{name}"])
-        return own
+            name = f"{moment}/{weight.name}"
+            if name not in state:
+                raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
+            own[moment] = take_share(weight, share, state[name]).to(main).view(main.shape).clone()
 
-    def _own_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return gpt.unpad(name, tensor, vocabulary_size=self._vocabulary_size)
+    def _moment(self, moment: str, _: OwnWeight, share: Share) -> torch.Tensor | None:
+        return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
 
-    def _to_disk(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return self._own_rows(name, tensor.detach()).float().cpu().clone()
+    def _steps(self) -> float:
+        """How many updates the moments are of. PyTorch's Adam counts per parameter, fused ones per group."""
+        state = next(iter(self._optimizer.optimizer.state.values()))
+        return float(state["step"] if "step" in state else self._optimizer.param_groups[0]["step"])
+
+    def _shares(self) -> Iterator[tuple[OwnWeight, Share]]:
+        for weight in self._model.weights():
+            yield weight, share_of(self._optimizer, weight.parameter)
+
+    def _collect(self, value: Callable[[OwnWeight, Share], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        found = {}
+        for turn, (weight, share) in enumerate(self._shares()):
+            whole = gather_whole(weight, share, value(weight, share))
+            copy = getattr(weight.parameter, "shared", False)  # the embedding's, on the last pipeline stage
+            if turn % group.size() == group.rank() and not copy:
+                found[weight.name] = whole.cpu().clone()
+        return found
+
+    def _run(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> list[torch.Tensor]:
+        """Megatron-Core's schedule over micro-batches: the loss sums, on the last pipeline stage only."""
+        return self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(micro_batches) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].tokens.shape[1] * self._parallel.context_parallel,
+            micro_batch_size=self._micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: torch.nn.Module) -> tuple:
+        batch = next(micro_batches)
+        return forward(chunk, batch.tokens), partial(self._loss, batch)
+
+    def _loss(self, batch: DeviceBatch, logits_TBV: torch.Tensor) -> tuple:
+        total = cross_entropy(logits_TBV, batch, share=self._vocabulary)
+        return total, batch.mask.sum().int(), total.detach().clone()
+
+    def _full(self, batch: Batch) -> Batch:
+        """The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size."""
+        missing = -len(batch.tokens) % self._micro_batch_size
+        return Batch(*(np.pad(part, ((0, missing), (0, 0))) for part in batch))
 
     def _micro_batches(self, batch: Batch) -> Iterator[DeviceBatch]:
         for start in range(0, len(batch.tokens), self._micro_batch_size):
             rows = slice(start, start + self._micro_batch_size)
-            parts = (torch.from_numpy(part[rows]).to(self._device, non_blocking=True) for part in batch)
-            yield DeviceBatch(*parts)
+            parts = {
+                name: torch.from_numpy(part[rows]).to(self._model.device, non_blocking=True)
+                for name, part in batch._asdict().items()
+            }
+            yield DeviceBatch(**get_batch_on_this_cp_rank(parts))
 
-    def _reduce(self, total: torch.Tensor, count: int) -> LossSum:
-        sums = torch.stack([total, torch.tensor(float(count), dtype=torch.float64, device=self._device)])
-        dist.all_reduce(sums, group=self._group)
-        return LossSum(float(sums[0]), int(sums[1]))
+    def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
+        """Over the copies; then from the last stage, which alone has the loss, to the others."""
+        total = torch.stack(sums).double().sum() if sums else torch.zeros((), dtype=torch.float64)
+        counts = torch.tensor(float(count), dtype=torch.float64)
+        both = torch.stack([total.to(self._model.device), counts.to(self._model.device)])
+        dist.all_reduce(both[:1], group=self._copies)
+        dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
+        return LossSum(float(both[0]), int(both[1]))
 
 
-def _build_optimizer(model: torch.nn.Module, settings: Optimizer, *, bf16: bool) -> MegatronOptimizer:
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Where Megatron-Core sums a parameter's gradient: a part of a buffer, in fp32."""
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return None
+    padded = model.specs["embedding.word_embeddings.weight"].padded
+    return VocabularyShare(group.rank() * padded // group.size(), group)
+
+
+def _data_parallel(chunk: GPTModel, parallel: ParallelConfig, number: int) -> DistributedDataParallel:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_communication,
+        overlap_param_gather=parallel.overlap_communication and parallel.distributed_optimizer,
+    )
+    inner = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+    # Buckets let reductions start early; the chunks behind the first are reduced as wholes, as Megatron-LM does.
+    return DistributedDataParallel(chunk.config, settings, inner, disable_bucketing=number > 0)
+
+
+def _build_optimizer(
+    chunks: list[DistributedDataParallel], settings: Optimizer, parallel: ParallelConfig, *, bf16: bool
+) -> MegatronOptimizer:
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -158,9 +250,12 @@ def _build_optimizer(model: torch.nn.Module, settings: Optimizer, *, bf16: bool)
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
         adam_eps=settings.epsilon,
-        clip_grad=0.0,  # `_apply_gradients` clips: a step that is not finite must be seen before it is made
+        clip_grad=0.0,  # `apply_gradients` clips: a step that is not finite must be seen before it is made
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_communication and parallel.distributed_optimizer,
     )
     with cuda_type_names():
-        return get_megatron_optimizer(config, [model])
+        (single,) = get_megatron_optimizer(config, chunks).chained_optimizers
+    return single

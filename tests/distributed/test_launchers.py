@@ -89,4 +89,4 @@ def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:  # noqa: F8
         },
     )  # fmt: skip
     assert outcome.returncode == 2
-    assert "is not divisible by micro_batch_size" in outcome.stderr and "3 ranks" in outcome.stderr
+    assert "must be a multiple of micro_batch_size 4 x data_parallel 3 = 12" in " ".join(outcome.stderr.split())

@@ -136,7 +136,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished: Path, tmp_pat
         _wait_for_workers_to_die(tmp_path)
     assert subprocess.run(command, cwd=tmp_path, env=_environment(), timeout=300).returncode == 0
     straight, resumed = (
-        folder / "runs/smoke/slm/generic" / "step_0000160/model.safetensors" for folder in (finished, tmp_path)
+        folder / "runs/smoke/slm/generic" / "step_0000160/model-00000.safetensors" for folder in (finished, tmp_path)
     )
     assert straight.read_bytes() == resumed.read_bytes()
 

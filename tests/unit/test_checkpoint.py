@@ -8,6 +8,7 @@ from megatron_specialm.train.checkpoint import (
     declare_final,
     find_final,
     newest_checkpoint,
+    open_checkpoint,
     prune_checkpoints,
     read_model,
     save_checkpoint,
@@ -28,14 +29,14 @@ def _save(folder: Path, step: int) -> None:
 def test_resume_takes_the_newest_that_verifies_and_says_what_it_passed_over(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         _save(tmp_path, step)
-    path = step_folder(tmp_path, 3) / "model.safetensors"
+    path = step_folder(tmp_path, 3) / "model-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    (step_folder(tmp_path, 2) / "optimizer.safetensors").unlink()
+    (step_folder(tmp_path, 2) / "optimizer-00000.safetensors").unlink()
     (tmp_path / ".step_0000004.tmp").mkdir()  # what a kill in the middle of a save leaves
-    checkpoint, passed_over = newest_checkpoint(tmp_path)
-    assert checkpoint is not None and checkpoint.state["progress"]["step"] == 1
+    found, passed_over = newest_checkpoint(tmp_path)
+    assert found is not None and open_checkpoint(found).state["progress"]["step"] == 1
     assert ["step_0000003" in passed_over[0], "changed" in passed_over[0]] == [True, True]
     assert ["step_0000002" in passed_over[1], "missing" in passed_over[1]] == [True, True]
 

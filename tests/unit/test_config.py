@@ -70,7 +70,10 @@ def test_overrides_are_read_as_yaml() -> None:
         ("stages.slm.model=tinny", r"no preset 'tinny'; did you mean 'tiny'"),
         ("stages.slm.model=null", "either `model`"),
         ("stages.slm.assignment=assignment", "`assignment` goes with `data: importance`"),
-        ("stages.slm.global_batch_size=7", "global_batch_size 7 must be a multiple .* the next that fits is"),
+        (
+            "stages.slm.global_batch_size=7",
+            "global_batch_size 7 must be a multiple .* nearest global_batch_size that does is",
+        ),
         ("stages.slm.schedule.warmup_steps=10000", "warmup_steps 10000 is more than steps"),
         ("stages.slm.kind=trian", "'trian' is not a stage kind; did you mean 'train'"),
         ("stages.vectors.encoder.kind=bert", r"encoder"),

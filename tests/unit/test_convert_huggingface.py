@@ -22,7 +22,8 @@ from megatron_specialm.convert.huggingface import from_huggingface, huggingface_
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.checkpoint import declare_final, save_checkpoint
@@ -43,20 +44,17 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 
 
 def _random_weights(shape: ModelConfig, vocabulary_size: int = VOCABULARY) -> Weights:
-    """Weights, biases and norms all random and large: nothing hides behind a zero or a one. Needs a process group."""
-    model = gpt.build_model(shape, vocabulary_size=vocabulary_size, context_length=CONTEXT)
+    """Weights, biases and norms all random and large: nothing hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(gpt.unpad(name, weight, vocabulary_size=vocabulary_size).shape, generator=generator) * 0.3
-        for name, weight in gpt.named_weights(model)
-    }
+    specs = weight_specs(shape, vocabulary_size=vocabulary_size)
+    return {name: torch.randn(spec.shape, generator=generator) * 0.3 for name, spec in specs.items()}
 
 
 @torch.no_grad()
 def _logits(shape: ModelConfig, weights: Weights, tokens_BT: np.ndarray) -> torch.Tensor:
-    model = gpt.build_model(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT)
-    gpt.load_weights(model, weights, vocabulary_size=VOCABULARY)
-    return gpt.logits(model.eval(), torch.from_numpy(tokens_BT), vocabulary_size=VOCABULARY)
+    model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT).train(False)
+    model.load(weights)
+    return model.logits(torch.from_numpy(tokens_BT))
 
 
 def _write(folder: Path, shape: ModelConfig, weights: Weights) -> Path:

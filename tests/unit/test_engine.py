@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.megatron_engine import MegatronEngine
 
 VOCABULARY, CONTEXT = 100, 16
@@ -14,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 def _engine(shape: ModelConfig, *, micro_batch_size: int = 4, precision: str = "fp32", **optimizer) -> MegatronEngine:
-    model = gpt.build_model(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision=precision)
-    gpt.initialize(model, shape, vocabulary_size=VOCABULARY, seed=0)
+    model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision=precision)
+    model.initialize(seed=0)
     return MegatronEngine(
-        model, optimizer=Optimizer(**optimizer), vocabulary_size=VOCABULARY, micro_batch_size=micro_batch_size
+        model, parallel=ParallelConfig(), optimizer=Optimizer(**optimizer), micro_batch_size=micro_batch_size
     )
 
 
@@ -39,26 +40,25 @@ def _train(engine: MegatronEngine, steps: int = 3, start: int = 0) -> dict[str, 
 def test_one_step_is_plain_pytorch(neox: ModelConfig) -> None:
     """The oracle: torch's own loss, clipping and AdamW on the same model."""
     engine = _engine(neox, clip_grad=0.1)
-    model = gpt.build_model(neox, vocabulary_size=VOCABULARY, context_length=CONTEXT)
-    gpt.initialize(model, neox, vocabulary_size=VOCABULARY, seed=0)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model = Gpt(neox, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    model.initialize(seed=0)
+    (whole,) = model.chunks
+    adam = torch.optim.AdamW(whole.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         batch = _batch(step)
         stats = engine.train_step(batch, learning_rate=1e-2)
-        logits = gpt.logits(model, torch.from_numpy(batch.tokens), vocabulary_size=VOCABULARY)
+        logits = model.logits(torch.from_numpy(batch.tokens))
         targets = torch.from_numpy(np.where(batch.mask > 0, batch.targets, -100))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         adam.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1)
         adam.step()
         assert stats.loss.mean == pytest.approx(loss.item(), rel=1e-5)
         assert stats.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
-    expected = dict(gpt.named_weights(model))
-    for name, tensor in engine.weights().items():
-        torch.testing.assert_close(
-            tensor, gpt.unpad(name, expected[name].detach(), vocabulary_size=VOCABULARY), rtol=1e-3, atol=2e-5
-        )
+    weights = engine.weights()
+    for name, parameter, spec in model.weights():
+        torch.testing.assert_close(weights[name], spec.join([parameter.detach()]), rtol=1e-3, atol=2e-5)
 
 
 def test_accumulation_over_micro_batches_changes_nothing(neox: ModelConfig) -> None:

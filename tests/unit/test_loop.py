@@ -53,8 +53,8 @@ def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(
 
     healthy, calls = megatron_engine.cross_entropy, iter(range(10_000))
 
-    def poisoned(logits: torch.Tensor, batch: object) -> torch.Tensor:
-        return healthy(logits, batch) * (float("nan") if next(calls) >= 12 else 1.0)
+    def poisoned(logits: torch.Tensor, batch: object, **share: object) -> torch.Tensor:
+        return healthy(logits, batch, **share) * (float("nan") if next(calls) >= 12 else 1.0)
 
     monkeypatch.setattr(megatron_engine, "cross_entropy", poisoned)
     with pytest.raises(TrainingError, match=r"not finite for 3 steps.*step_0000008.*learning_rate"):

@@ -6,24 +6,21 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
 
 VOCABULARY = 100  # not a multiple of the padding
 
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def _model(shape: ModelConfig, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.nn.Module:
-    model = gpt.build_model(shape, vocabulary_size=vocabulary, context_length=16)
-    gpt.initialize(model, shape, vocabulary_size=vocabulary, seed=seed)
+def _model(shape: ModelConfig, seed: int = 0, vocabulary: int = VOCABULARY) -> Gpt:
+    model = Gpt(shape, vocabulary_size=vocabulary, context_length=16)
+    model.initialize(seed=seed)
     return model
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: gpt.unpad(name, parameter.detach(), vocabulary_size=VOCABULARY).clone()
-        for name, parameter in gpt.named_weights(model)
-    }
+def _weights(model: Gpt) -> dict[str, torch.Tensor]:
+    return {name: spec.join([parameter.detach()]).clone() for name, parameter, spec in model.weights()}
 
 
 @pytest.mark.parametrize("family", ["neox", "llama"])
@@ -44,11 +41,11 @@ def test_first_weights_follow_from_seed_and_name_alone(neox: ModelConfig) -> Non
 def test_padding_never_reaches_logits_or_weights(neox: ModelConfig) -> None:
     model = _model(neox)
     tokens = torch.randint(0, VOCABULARY, (2, 16))
-    clean = gpt.logits(model, tokens, vocabulary_size=VOCABULARY)
+    clean = model.logits(tokens)
     assert clean.shape == (2, 16, VOCABULARY)
     with torch.no_grad():
-        model.embedding.word_embeddings.weight[VOCABULARY:] = 1e3
-    assert torch.equal(gpt.logits(model, tokens, vocabulary_size=VOCABULARY), clean)
+        model.chunks[0].embedding.word_embeddings.weight[VOCABULARY:] = 1e3
+    assert torch.equal(model.logits(tokens), clean)
     assert _weights(model)["embedding.word_embeddings.weight"].shape[0] == VOCABULARY
 
 
@@ -58,7 +55,7 @@ def test_a_token_sees_only_what_stands_before_it(family: str, request: pytest.Fi
     tokens = torch.randint(0, VOCABULARY, (1, 16))
     changed = tokens.clone()
     changed[0, 8:] = (changed[0, 8:] + 1) % VOCABULARY
-    before, after = (gpt.logits(model, ids, vocabulary_size=VOCABULARY) for ids in (tokens, changed))
+    before, after = (model.logits(ids) for ids in (tokens, changed))
     torch.testing.assert_close(before[:, :8], after[:, :8])
     assert not torch.allclose(before[:, 8:], after[:, 8:])
 
@@ -73,30 +70,30 @@ def test_fused_attention_is_megatrons_own(llama: ModelConfig, monkeypatch: pytes
     monkeypatch.setattr(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker)
     model = _model(llama)
     tokens = torch.randint(0, VOCABULARY, (2, 16))
-    ours = gpt.logits(model, tokens, vocabulary_size=VOCABULARY)
-    for layer in model.decoder.layers:
+    ours = model.logits(tokens)
+    for layer in model.chunks[0].decoder.layers:
         fused = layer.self_attention.core_attention
         layer.self_attention.core_attention = DotProductAttention(
-            config=model.config,
+            config=model.chunks[0].config,
             layer_number=layer.layer_number,
             attn_mask_type=fused.attn_mask_type,
             attention_type="self",
         )
     mask = torch.ones(16, 16).triu(1).bool()[None, None]
     positions = torch.arange(16).expand(2, 16)
-    theirs = model(tokens, positions, mask, labels=tokens)[..., :VOCABULARY].transpose(0, 1)
+    theirs = model.chunks[0](tokens, positions, mask, labels=tokens)[..., :VOCABULARY].transpose(0, 1)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_another_models_weights_are_refused(neox: ModelConfig, llama: ModelConfig) -> None:
     model, weights = _model(neox), _weights(_model(neox))
     with pytest.raises(CheckpointError, match="lacks"):
-        gpt.load_weights(model, _weights(_model(llama)), vocabulary_size=VOCABULARY)
+        model.load(_weights(_model(llama)))
     with pytest.raises(CheckpointError, match="no place for"):
-        gpt.load_weights(model, {**weights, "extra": torch.zeros(1)}, vocabulary_size=VOCABULARY)
+        model.load({**weights, "extra": torch.zeros(1)})
     weights["decoder.layers.0.mlp.linear_fc1.bias"] = torch.zeros(3)
     with pytest.raises(CheckpointError, match=r"linear_fc1.bias.*\(3,\).*\(64,\)"):
-        gpt.load_weights(model, weights, vocabulary_size=VOCABULARY)
+        model.load(weights)
 
 
 @pytest.mark.parametrize(

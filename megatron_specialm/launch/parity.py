@@ -1,0 +1,252 @@
+"""Whether a layout computes what one process computes: both are run, and every quantity compared by parameter."""
+
+import importlib
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import ConfigError, TrainingError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.config.graph import setup_of
+from megatron_specialm.config.parity import ParityCase
+from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.launch.worker import limit_threads
+
+CERTIFICATE_FORMAT = 1
+TIMEOUT_SECONDS = 300.0
+# Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
+# relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "fp32": {
+        "loss": 1e-6, "validation_loss": 1e-6, "gradient_norm": 1e-5, "gradients": 1e-5, "norm_counts": 1e-5,
+        "weights": 1e-4,
+    },
+    "bf16": {
+        "loss": 1e-3, "validation_loss": 1e-3, "gradient_norm": 1e-2, "gradients": 1e-1, "norm_counts": 1e-3,
+        "weights": 1e-1,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one quantity, and where it is: a step or a weight."""
+
+    quantity: str
+    largest: float
+    where: str
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the tolerance; a NaN is not."""
+        return self.largest <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the processes of one run wrote, put together."""
+
+    numbers: dict[str, Any]
+    squares: dict[str, float]
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def stages_of(pipeline: Pipeline, name: str | None) -> list[str]:
+    """The train stages to look at: the named one, or one for each setup that the page has.
+
+    Raises:
+        ConfigError: there is no train stage of that name.
+    """
+    names = [other for other, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
+    if name is None:
+        return list({repr(setup_of(pipeline, other)): other for other in reversed(names)}.values())[::-1]
+    if name not in names:
+        raise ConfigError(f"--stage {name}: no train stage of that name; there are {', '.join(names)}")
+    return [name]
+
+
+def compare(case: ParityCase, *, measure: str = "megatron_specialm.train.parity:measure") -> list[Difference]:
+    """Run a case in its layout and on one process.
+
+    Args:
+        measure: what each process of the layout runs, as `MODULE:FUNCTION`.
+
+    Raises:
+        TrainingError: a process failed, with the last line it said.
+    """
+    context = _context()
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = Path(folder, "one"), Path(folder, "many")
+        _run(context, case.on_one_process(), one, "megatron_specialm.train.parity:measure")
+        _run(context, case, many, measure)
+        return _differences(case, _read(one), _read(many))
+
+
+def certificate_path(root: Path, stage: str) -> Path:
+    """Where the certificate of a train stage stands in a run folder."""
+    return root / "parity" / f"{stage}.json"
+
+
+def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str, Any]:
+    """The outcome for a file: layout, versions, the largest difference of each quantity, pass or fail."""
+    found = list(differences)
+    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine")
+    return {
+        "format": CERTIFICATE_FORMAT,
+        "layout": case.parallel.model_dump(mode="json"),
+        "precision": case.precision,
+        "model": case.model.model_dump(mode="json"),
+        "vocabulary_size": case.vocabulary_size,
+        "steps": case.steps,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "differences": [{**asdict(entry), "largest": _json(entry.largest), "passed": entry.passed} for entry in found],
+        "passed": all(entry.passed for entry in found),
+    }
+
+
+def table(name: str, outcome: Mapping[str, Any]) -> Table:
+    """A certificate for a reader."""
+    found = Table("quantity", "largest difference", "tolerance", "where", title=f"{name}: {outcome['steps']} steps")
+    for entry in outcome["differences"]:
+        largest = "not finite" if entry["largest"] is None else f"{entry['largest']:.1e}"
+        style = None if entry["passed"] else "bold red"
+        found.add_row(entry["quantity"], largest, f"{entry['tolerance']:.0e}", entry["where"], style=style)
+    return found
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _context() -> BaseContext:
+    """Forked from a server that has imported all; where there is a GPU, which does not bear forking, each anew."""
+    limit_threads(1)
+    if Path("/dev/nvidiactl").exists():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_specialm.train.parity"])
+    return context
+
+
+def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> None:
+    folder.mkdir()
+    worlds = [
+        World(rank, case.parallel.world_size, rank, f"file://{folder}/meeting", "parity")
+        for rank in range(case.parallel.world_size)
+    ]
+    processes = [
+        context.Process(target=_process, args=(measure, case, world, folder))  # type: ignore[attr-defined]
+        for world in worlds
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            break
+        time.sleep(0.02)
+    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+    first = next((rank for rank in failed if processes[rank].exitcode), None)
+    for process in processes:
+        process.kill()
+        process.join()
+    if failed:
+        said = "it did not end in time" if first is None else _last_line(folder / f"log-{first}")
+        raise TrainingError(
+            f"parity, {case.parallel.describe()}: rank {first if first is not None else failed[0]}: {said}"
+        )
+
+
+def _process(measure: str, case: ParityCase, world: World, folder: Path) -> None:
+    with (folder / f"log-{world.rank}").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    module, _, function = measure.partition(":")
+    getattr(importlib.import_module(module), function)(case, world, folder)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _read(folder: Path) -> Run:
+    tensors: dict[str, np.ndarray] = {}
+    squares: dict[str, float] = {}
+    for path in sorted(folder.glob("tensors-*.safetensors")):
+        tensors.update(load_file(path))
+    for path in sorted(folder.glob("numbers-*.json")):
+        for name, value in read_json(path)["squares"].items():
+            squares[name] = squares.get(name, 0.0) + value
+    return Run(
+        read_json(folder / "numbers-0.json"),
+        squares,
+        {name.removeprefix("gradients/"): tensor for name, tensor in tensors.items() if name.startswith("gradients/")},
+        {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")},
+    )
+
+
+def _differences(case: ParityCase, one: Run, many: Run) -> list[Difference]:
+    way = case.learning_rate * case.steps
+    by_quantity = {
+        "loss": _of_steps(one.numbers["loss"], many.numbers["loss"]),
+        "gradient_norm": _of_steps(one.numbers["gradient_norm"], many.numbers["gradient_norm"]),
+        "validation_loss": _of_steps([one.numbers["validation_loss"]], [many.numbers["validation_loss"]]),
+        "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
+        "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
+        "weights": _of_weights(one.weights, many.weights, lambda _: way),
+    }
+    tolerances = TOLERANCES[case.precision]
+    return [_largest(quantity, found, tolerances[quantity]) for quantity, found in by_quantity.items()]
+
+
+def _of_steps(one: list[float], many: list[float]) -> dict[str, float]:
+    return {f"step {step + 1}": abs(b - a) / abs(a) for step, (a, b) in enumerate(zip(one, many, strict=True))}
+
+
+def _of_weights(
+    one: Mapping[str, np.ndarray], many: Mapping[str, np.ndarray], scale: Callable[[np.ndarray], float]
+) -> dict[str, float]:
+    missing = {name: math.inf for name in set(one) ^ set(many)}
+    return missing | {
+        name: float(np.abs(many[name] - one[name]).max()) / scale(one[name]) for name in one if name in many
+    }
+
+
+def _norm_counts(case: ParityCase, run: Run) -> dict[str, float]:
+    """How often each weight's gradient is in the norm. The squares are of clipped gradients, the tensors are not yet."""
+    factor = min(1.0, case.clip_grad / (run.numbers["gradient_norm"][0] + 1e-6))
+    counts = {}
+    for name, gradient in run.gradients.items():
+        whole = float(np.square(gradient.astype(np.float64)).sum()) * factor**2
+        counts[name] = run.squares.get(name, 0.0) / whole if whole else 1.0
+    return counts
+
+
+def _largest(quantity: str, found: Mapping[str, float], tolerance: float) -> Difference:
+    where = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
+    return Difference(quantity, found[where], where, tolerance)

@@ -1,0 +1,86 @@
+"""The canonical weights of a model, and which part of each a process holds under tensor parallelism.
+
+Canonical is what one process without Transformer Engine would hold: whole matrices, layers counted through, no
+vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons know only these; layouts come and go.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_specialm.config.model import ModelConfig
+
+VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A canonical weight: its shape, and how tensor parallelism cuts it.
+
+    `cut` is the dimension that is dealt out, None where every process holds the whole. `blocks` is the number of equal
+    parts along it that are each dealt out: SwiGLU's gate and up projection lie one behind the other. `padded` is the
+    size of the first dimension in memory, where it is more than the weight's own.
+    """
+
+    shape: tuple[int, ...]
+    cut: int | None = None
+    blocks: int = 1
+    padded: int = 0
+
+    def own_part(self, whole: torch.Tensor, *, rank: int, size: int) -> torch.Tensor:
+        """The part of the canonical tensor that process `rank` of `size` holds, padding included as zeros."""
+        if self.padded:
+            whole = torch.cat([whole, whole.new_zeros(self.padded - len(whole), *whole.shape[1:])])
+        if self.cut is None or size == 1:
+            return whole
+        parts = [block.chunk(size, self.cut)[rank] for block in whole.chunk(self.blocks, self.cut)]
+        return torch.cat(parts, self.cut)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The canonical tensor from the parts of all processes, in their order."""
+        whole = parts[0]
+        if self.cut is not None and len(parts) > 1:
+            blocks = zip(*(part.chunk(self.blocks, self.cut) for part in parts), strict=True)
+            whole = torch.cat([part for block in blocks for part in block], self.cut)
+        return whole[: self.shape[0]]
+
+
+def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:
+    """Rows of the embedding in memory. The padding never reaches a loss, a checkpoint or an export."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
+    return math.ceil(vocabulary_size / multiple) * multiple
+
+
+def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: int = 1) -> dict[str, WeightSpec]:
+    """All canonical weights of a model by name, in the order of the forward pass."""
+    hidden, feed_forward = model.hidden_size, model.ffn_hidden_size
+    qkv = model.head_size * (model.attention_heads + 2 * model.kv_heads)
+    gates = 2 if model.family == "llama" else 1
+    padded = padded_vocabulary(vocabulary_size, tensor_parallel=tensor_parallel)
+    embedding = WeightSpec((vocabulary_size, hidden), cut=0, padded=padded)
+    layer = {
+        "input_layernorm.weight": WeightSpec((hidden,)),
+        "self_attention.linear_qkv.weight": WeightSpec((qkv, hidden), cut=0),
+        "self_attention.linear_proj.weight": WeightSpec((hidden, hidden), cut=1),
+        "pre_mlp_layernorm.weight": WeightSpec((hidden,)),
+        "mlp.linear_fc1.weight": WeightSpec((gates * feed_forward, hidden), cut=0, blocks=gates),
+        "mlp.linear_fc2.weight": WeightSpec((hidden, feed_forward), cut=1),
+    }
+    final = {"decoder.final_layernorm.weight": WeightSpec((hidden,))}
+    if model.family == "neox":
+        layer |= {
+            "input_layernorm.bias": WeightSpec((hidden,)),
+            "self_attention.linear_qkv.bias": WeightSpec((qkv,), cut=0),
+            "self_attention.linear_proj.bias": WeightSpec((hidden,)),
+            "pre_mlp_layernorm.bias": WeightSpec((hidden,)),
+            "mlp.linear_fc1.bias": WeightSpec((feed_forward,), cut=0),
+            "mlp.linear_fc2.bias": WeightSpec((hidden,)),
+        }
+        final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
+    layers = {f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()}
+    output = {} if model.tie_embeddings else {OUTPUT_LAYER: embedding}
+    return {WORD_EMBEDDINGS: embedding, **layers, **final, **output}

@@ -1,0 +1,71 @@
+"""One process's part of a parity run: train the case, and write down what is compared.
+
+tensors-RANK.safetensors    gradients/WEIGHT (first step), weights/WEIGHT (after the last)
+numbers-RANK.json           loss and gradient_norm per step; per weight, the squares that entered the norm
+"""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save_file
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.files import write_json
+from megatron_specialm.config.parity import ParityCase
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.distributed import data_rank, process_group
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+
+def measure(case: ParityCase, world: World, folder: Path) -> None:
+    """Train `case` with the other processes of `world`."""
+    with process_group(world, parallel=case.parallel):
+        model = Gpt(
+            case.model,
+            vocabulary_size=case.vocabulary_size,
+            context_length=case.context_length,
+            precision=case.precision,
+            parallel=case.parallel,
+        )
+        model.initialize(seed=0)
+        engine = MegatronEngine(
+            model,
+            parallel=case.parallel,
+            optimizer=Optimizer(
+                learning_rate=case.learning_rate, clip_grad=case.clip_grad, epsilon=case.epsilon, weight_decay=0.1
+            ),
+            micro_batch_size=case.micro_batch_size,
+        )
+        losses, norms, tensors, squares = [], [], {}, {}
+        for step in range(case.steps):
+            loss = engine.accumulate_gradients(_own_rows(_batch(case, step)))
+            if step == 0:
+                tensors = {f"gradients/{name}": tensor for name, tensor in engine.gradients().items()}
+            stats = engine.apply_gradients(loss, learning_rate=case.learning_rate)
+            if step == 0:
+                squares = engine.norm_squares()
+            losses.append(loss.mean)
+            norms.append(stats.gradient_norm)
+        held_out = engine.evaluate([_own_rows(_batch(case, case.steps))]).mean
+        tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
+    save_file(tensors, folder / f"tensors-{world.rank}.safetensors")
+    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
+    write_json(folder / f"numbers-{world.rank}.json", numbers)
+
+
+def _batch(case: ParityCase, step: int) -> Batch:
+    """Random windows of uneven length: copies and micro-batches hold different numbers of tokens."""
+    generator = np.random.default_rng(step)
+    rows, positions = case.global_batch_size, case.context_length
+    windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
+    lengths = generator.integers(1, positions + 1, rows)
+    mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask)
+
+
+def _own_rows(batch: Batch) -> Batch:
+    rank, copies = data_rank()
+    share = len(batch.tokens) // copies
+    return Batch(*(part[rank * share : (rank + 1) * share] for part in batch))

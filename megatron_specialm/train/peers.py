@@ -1,0 +1,65 @@
+"""What the processes of a training agree on beside gradients: over gloo, so that it works next to NCCL and in threads."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_specialm.base.errors import SpecialmError
+
+T = TypeVar("T")
+
+
+class Peers:
+    """All processes of a training, or this one alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+
+    @classmethod
+    def meet(cls) -> "Peers":
+        """A line of its own between all processes; all call this at once. Each thread that talks needs one."""
+        return cls(dist.new_group(backend="gloo"))
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self._group.rank() if self._group else 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def tell_all(self, value: T) -> list[T]:
+        """Everybody's value, in the order of ranks. Nobody goes on before all have come here."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def agree(self, make: Callable[[], T]) -> list[T]:
+        """What `make` returns on each process; where it fails on any, all of them fail with the first error."""
+        outcomes = self.tell_all(_outcome(make))
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [value for value, _ in outcomes]  # type: ignore[misc]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first process; its error, if it fails, is everybody's."""
+        return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+
+def _outcome(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return make(), None
+    except (SpecialmError, OSError) as error:
+        return None, error
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether torch.distributed complains of a process that does not answer any more."""
+    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -1,0 +1,63 @@
+"""From the part of a weight that a process holds to the canonical whole, and back.
+
+Tensor parallelism cuts a weight (`model/weights.py`); the distributed optimizer then deals out the elements of each
+part, flattened, over the data-parallel copies.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_specialm.model.gpt import OwnWeight, own_part
+
+
+class Share(NamedTuple):
+    """What the optimizer of this process holds of a parameter: its fp32 main tensor, None where it holds nothing;
+    which elements of the flattened parameter these are; and the processes that hold the others, None where all hold all.
+    """
+
+    main: torch.Tensor | None
+    elements: slice
+    group: dist.ProcessGroup | None
+
+
+def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Share:
+    """This process's share of a parameter."""
+    if not isinstance(optimizer, DistributedOptimizer):
+        return Share(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if parameter not in optimizer.model_param_group_index_map:
+        return Share(None, slice(0, 0), copies)
+    group, index = optimizer.model_param_group_index_map[parameter]
+    elements = optimizer._get_model_param_range_map(parameter)["param"]
+    main = optimizer.optimizer.param_groups[group]["params"][index]
+    return Share(main, slice(elements.start, elements.end), copies)
+
+
+def gather_whole(weight: OwnWeight, share: Share, value: torch.Tensor | None) -> torch.Tensor:
+    """The canonical tensor of which each process holds a share, fp32. All processes of a pipeline stage call it at once.
+
+    Args:
+        value: the share of anything of the parameter's shape: its main weight, a moment, a gradient.
+    """
+    own = torch.zeros(weight.parameter.numel(), dtype=torch.float32, device=weight.parameter.device)
+    if value is not None:
+        own[share.elements] = value.detach().float().flatten()
+    if share.group is not None:
+        dist.all_reduce(own, group=share.group)  # the others' elements are zeros: the sum is exact
+    own = own.view(weight.parameter.shape)
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [own]
+    if weight.spec.cut is not None and group.size() > 1:
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(parts, own, group=group)
+    return weight.spec.join(parts)
+
+
+def take_share(weight: OwnWeight, share: Share, whole: torch.Tensor) -> torch.Tensor:
+    """The elements of a canonical tensor that are this process's share, flat."""
+    return own_part(weight.spec, whole).flatten()[share.elements]

@@ -1,0 +1,92 @@
+"""Every layout that four processes can hold, against one process; and faults, which must be found."""
+
+from itertools import product
+
+import pytest
+
+from megatron_specialm.config.capabilities import Setup
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parity import parity_case
+from megatron_specialm.launch.parity import Difference, certificate, compare
+
+NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
+LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
+
+
+def _layouts() -> list[dict]:
+    """All of TP x PP x DP with up to four processes, with sequence parallelism and distributed optimizer where they
+    mean anything."""
+    found = []
+    for tensor, pipeline, data in product((1, 2, 4), (1, 2, 4), (1, 2)):
+        if 1 < tensor * pipeline * data <= 4:
+            for sequence, shared in product(
+                (False, True) if tensor > 1 else (False,), (False, True) if data > 1 else (False,)
+            ):
+                found.append(
+                    {
+                        "tensor_parallel": tensor, "pipeline_parallel": pipeline, "data_parallel": data,
+                        "sequence_parallel": sequence, "distributed_optimizer": shared,
+                    }
+                )  # fmt: skip
+    return found
+
+
+LAYOUTS = _layouts()
+SPECIAL = [
+    {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    {"pipeline_parallel": 2, "virtual_pipeline": 2, "data_parallel": 2, "distributed_optimizer": True},
+    {"pipeline_parallel": 2, "tensor_parallel": 2, "virtual_pipeline": 2, "sequence_parallel": True},
+    {"data_parallel": 2, "overlap_communication": True},
+    {"data_parallel": 2, "overlap_communication": True, "distributed_optimizer": True},
+    {"pipeline_parallel": 2, "data_parallel": 2, "overlap_communication": True, "distributed_optimizer": True},
+    {"tensor_parallel": 2, "recompute": "selective"},
+    {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "full"},
+    {"pipeline_parallel": 2, "recompute": "full"},
+]
+
+
+def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", measure: str | None = None) -> list[Difference]:
+    parallel = ParallelConfig(**layout)
+    case = parity_case(Setup(model, parallel, precision, 1024, 64, 8))
+    return compare(case, measure=measure) if measure else compare(case)
+
+
+def _name(layout: dict) -> str:
+    return ParallelConfig(**layout).describe().replace(" ", "-")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS + SPECIAL, ids=_name)
+def test_a_layout_equals_one_process(layout: dict, precision: str) -> None:
+    failed = [difference for difference in _compare(layout, NEOX, precision) if not difference.passed]
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    "layout", [entry for entry in LAYOUTS if entry["tensor_parallel"] <= 2] + SPECIAL[:3], ids=_name
+)
+def test_so_it_does_with_gates_grouped_queries_and_untied_embeddings(layout: dict) -> None:
+    failed = [difference for difference in _compare(layout, LLAMA) if not difference.passed]
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "quantity", "where"),
+    [
+        ("no_forward_reduction", {"tensor_parallel": 2}, "gradients", ""),
+        ("no_backward_reduction", {"tensor_parallel": 2}, "gradients", "layers"),
+        ("no_norm_reduction", {"tensor_parallel": 2, "sequence_parallel": True}, "gradients", "layernorm"),
+        ("no_embedding_reduction", {"pipeline_parallel": 2}, "gradients", "embedding.word_embeddings.weight"),
+        ("replicated_counted_twice", {"tensor_parallel": 2}, "norm_counts", "layernorm"),
+        ("scaled_by_copies", {"data_parallel": 2}, "gradients", "."),
+        ("batched_interleaving", {"pipeline_parallel": 2, "virtual_pipeline": 2}, "gradients", "layers"),
+        ("copies_drift", {"data_parallel": 2}, "gradients", "."),
+    ],
+)
+def test_a_planted_fault_is_found_and_its_place_named(fault: str, layout: dict, quantity: str, where: str) -> None:
+    found = {entry.quantity: entry for entry in _compare(layout, NEOX, measure=f"tests.parity_faults:{fault}")}
+    assert not found[quantity].passed
+    assert where in found[quantity].where
+    case = parity_case(Setup(NEOX, ParallelConfig(**layout), "fp32", 1024, 64, 8))
+    assert not certificate(case, found.values())["passed"]

@@ -1,0 +1,88 @@
+"""A checkpoint fits any layout: saved in one, training goes on in another as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.train.checkpoint import newest_checkpoint, open_checkpoint
+from megatron_specialm.train.metrics import read_metrics
+from tests.training import SHAPE, VOCABULARY, run_layout
+
+ONE: dict = {}
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+TP4 = {"tensor_parallel": 4}
+PP2 = {"pipeline_parallel": 2}
+PP4 = {"pipeline_parallel": 4}
+VP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}
+DP2 = {"data_parallel": 2, "distributed_optimizer": True}
+TP2_PP2 = {"tensor_parallel": 2, "pipeline_parallel": 2}
+TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True}
+PP2_DP2 = {"pipeline_parallel": 2, "data_parallel": 2, "distributed_optimizer": True}
+PAIRS = [
+    (ONE, TP2), (TP2, PP2), (PP2, TP4), (TP2_PP2, DP2), (DP2, TP2_PP2), (TP2_DP2, PP4), (PP4, TP2_DP2),
+    (PP2_DP2, ONE), (VP2, PP2_DP2), (TP4, VP2),
+]  # fmt: skip
+SAVED, STEPS = 4, 26
+SETTINGS = {
+    "model": SHAPE.model_copy(update={"layers": 5}),  # no number of stages here divides it
+    "steps": STEPS, "optimizer": {"learning_rate": 1e-3}, "micro_batch_size": 2, "checkpoint": {"every": SAVED, "keep": 99},
+}  # fmt: skip
+
+
+def _losses(folder: Path, layout: dict, **settings) -> list[float]:
+    run_layout(folder, **{**SETTINGS, **settings}, parallel=layout)
+    return [record["loss"] for record in read_metrics(folder) if "loss" in record and record["step"] > SAVED]
+
+
+def _go_on(saved: Path, folder: Path, layout: dict, **settings) -> list[float]:
+    """From the step that `saved` holds."""
+    folder.mkdir()
+    name = f"step_{SAVED:07d}"
+    shutil.copytree(saved / name, folder / name)
+    return _losses(folder, layout, **settings)
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=str)
+def test_training_goes_on_in_another_layout_with_the_same_loss(tmp_path: Path, before: dict, after: dict) -> None:
+    straight = _losses(tmp_path / "before", before)
+    moved = _go_on(tmp_path / "before", tmp_path / "after", after)
+    assert len(moved) == STEPS - SAVED >= 20
+    assert moved == pytest.approx(straight, rel=1e-6)
+
+
+def test_in_bf16_too(tmp_path: Path) -> None:
+    straight = _losses(tmp_path / "before", TP2_DP2, precision="bf16")
+    moved = _go_on(tmp_path / "before", tmp_path / "after", PP2, precision="bf16")
+    assert moved == pytest.approx(straight, rel=3e-3)
+
+
+def test_files_hold_whole_canonical_tensors_without_padding(tmp_path: Path) -> None:
+    """Tied embeddings are there once, though two pipeline stages hold them, and padded differently under each TP."""
+    found = {}
+    for name, layout in {"one": ONE, "tp4": TP4, "pp4": PP4, "tp2dp2": TP2_DP2}.items():
+        _losses(tmp_path / name, layout, steps=4)
+        folder, _ = newest_checkpoint(tmp_path / name)
+        assert folder is not None
+        checkpoint = open_checkpoint(folder)
+        found[name] = {key: tuple(checkpoint.weights[key].shape) for key in checkpoint.weights}
+        assert set(checkpoint.optimizer_state) == {"step"} | {
+            f"{moment}/{key}" for key in checkpoint.weights for moment in ("exp_avg", "exp_avg_sq")
+        }
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        written = sum(name.startswith("model-") for name in files)
+        assert written == {"one": 1, "tp4": 4, "pp4": 4, "tp2dp2": 4}[name]  # every process writes a share
+    assert all(shapes == found["one"] for shapes in found.values())
+    assert found["one"]["embedding.word_embeddings.weight"] == (VOCABULARY, SHAPE.hidden_size)
+    assert "output_layer.weight" not in found["one"]
+
+
+def test_a_missing_shard_is_passed_over_for_the_step_before(tmp_path: Path) -> None:
+    straight = _losses(tmp_path, TP2_PP2, steps=8)
+    (tmp_path / "step_0000008" / "model-00002.safetensors").unlink()
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    assert _losses(tmp_path, TP2_PP2, steps=8) == pytest.approx(straight, rel=1e-6)
+    said = (tmp_path / "log-0").read_text()
+    assert "passed over step_0000008" in said and "model-00002.safetensors: missing" in said

@@ -1,0 +1,92 @@
+"""Faults to plant into one process of a parity run, each what a real bug of this field was like."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import torch
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.config.parity import ParityCase
+from megatron_specialm.train.parity import measure
+
+
+def no_forward_reduction(case: ParityCase, world: World, folder: Path) -> None:
+    """Row-parallel linears do not sum their outputs over the tensor-parallel processes."""
+    from megatron.core.tensor_parallel import mappings
+
+    mappings._reduce = lambda tensor, *_, **__: tensor
+    measure(case, world, folder)
+
+
+def no_backward_reduction(case: ParityCase, world: World, folder: Path) -> None:
+    """Column-parallel linears do not sum the gradients of their inputs."""
+    from megatron.core.tensor_parallel import layers
+
+    healthy = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(healthy)
+    def without(*args, **settings) -> torch.Tensor:
+        return healthy(*args, **{**settings, "allreduce_dgrad": False})
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = without
+    measure(case, world, folder)
+
+
+def no_norm_reduction(case: ParityCase, world: World, folder: Path) -> None:
+    """Under sequence parallelism the norms' gradients stay those of each process's own positions."""
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    module._allreduce_non_tensor_model_parallel_grads = lambda *_, **__: None
+    measure(case, world, folder)
+
+
+def no_embedding_reduction(case: ParityCase, world: World, folder: Path) -> None:
+    """The two copies of tied embeddings keep the gradients of their own pipeline stages."""
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    module._allreduce_word_embedding_grads = lambda *_, **__: None
+    measure(case, world, folder)
+
+
+def replicated_counted_twice(case: ParityCase, world: World, folder: Path) -> None:
+    """Every tensor-parallel process counts the weights that all of them hold."""
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.param_is_not_tensor_parallel_duplicate = lambda *_, **__: True
+    measure(case, world, folder)
+
+
+def scaled_by_copies(case: ParityCase, world: World, folder: Path) -> None:
+    """Gradients are summed over the copies where the mean was divided out already."""
+    from megatron_specialm.train import megatron_engine
+
+    healthy = megatron_engine.finalize_model_grads
+
+    def scaled(chunks, *args, **kwargs) -> None:
+        healthy(chunks, *args, **kwargs)
+        for chunk in chunks:
+            chunk.scale_gradients(float(case.parallel.data_parallel))
+
+    megatron_engine.finalize_model_grads = scaled
+    measure(case, world, folder)
+
+
+def batched_interleaving(case: ParityCase, world: World, folder: Path) -> None:
+    """Two interleaved stages send each other two tensors in one batch, and take one for the other."""
+    from megatron_specialm.model import gpt
+
+    healthy = gpt._pipeline
+    gpt._pipeline = lambda *args: {**healthy(*args), "batch_p2p_comm": True, "overlap_p2p_comm": False}
+    measure(case, world, folder)
+
+
+def copies_drift(case: ParityCase, world: World, folder: Path) -> None:
+    """Each copy trains on its own, without any sum over them."""
+    import torch.distributed as dist
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def silent(tensor: torch.Tensor, *_, group: dist.ProcessGroup | None = None, **__) -> None:
+        pass
+
+    view = param_and_grad_buffer.torch
+    view.distributed = type("distributed", (), {**vars(dist), "all_reduce": staticmethod(silent)})
+    measure(case, world, folder)

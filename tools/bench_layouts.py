@@ -1,0 +1,106 @@
+"""Training steps of one model on one process with two threads, and in layouts of two processes with one thread each.
+
+    python tools/bench_layouts.py [--layers 4 --hidden 256 ...] [--steps 3] [--rounds 5]
+
+The three take turns; prints tokens per second (median over rounds) and the ratio to one process of the same round.
+Processes stay up between turns and sleep while it is not theirs.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.data.store import Batch
+from megatron_specialm.launch.worker import limit_threads
+
+THREADS = 2
+LAYOUTS = {
+    "one process, 2 threads": ParallelConfig(),
+    "TP2, 1 thread each": ParallelConfig(tensor_parallel=2),
+    "PP2, 1 thread each": ParallelConfig(pipeline_parallel=2),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"layers": 4, "hidden": 256, "heads": 8, "vocabulary": 4096, "context": 256, "batch": 32,
+                        "micro-batch": 4, "steps": 3, "rounds": 5}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        teams = {name: _start(context, layout, args, Path(folder, str(number)))
+                 for number, (name, layout) in enumerate(LAYOUTS.items())}  # fmt: skip
+        rates: dict[str, list[float]] = {name: [] for name in teams}
+        for turn in range(args.rounds + 1):  # the first warms up
+            for name, lines in teams.items():
+                for line in lines:
+                    line.send(args.steps)
+                seconds = max(line.recv() for line in lines)
+                if turn:
+                    rates[name].append(args.steps * args.batch * args.context / seconds)
+        for lines in teams.values():
+            for line in lines:
+                line.send(0)
+    _print(rates)
+
+
+def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: Path) -> list[Connection]:
+    limit_threads(THREADS // layout.world_size)
+    lines = []
+    for rank in range(layout.world_size):
+        line, other = context.Pipe()
+        world = World(rank, layout.world_size, rank, f"file://{meeting}", "benchmark")
+        context.Process(target=_work, args=(world, layout, args, other), daemon=True).start()
+        lines.append(line)
+    return lines
+
+
+def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: Connection) -> None:
+    from megatron_specialm.model.gpt import Gpt
+    from megatron_specialm.train.distributed import process_group
+    from megatron_specialm.train.megatron_engine import MegatronEngine
+
+    shape = ModelConfig(
+        layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
+    )
+    windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
+    with process_group(world, parallel=layout, threads=THREADS // layout.world_size, timeout_seconds=3600):
+        model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=args.context, parallel=layout)
+        model.initialize(seed=0)
+        engine = MegatronEngine(model, parallel=layout, optimizer=Optimizer(), micro_batch_size=args.micro_batch)
+        while steps := line.recv():
+            start = time.perf_counter()
+            for _ in range(steps):
+                engine.train_step(batch, learning_rate=1e-4)
+            line.send(time.perf_counter() - start)
+
+
+def _print(rates: dict[str, list[float]]) -> None:
+    one = next(iter(rates.values()))
+    table = Table("layout", "tokens/s, median", "of one process, median", "per round")
+    for name, measured in rates.items():
+        ratios = [rate / base for rate, base in zip(measured, one, strict=True)]
+        table.add_row(
+            name, f"{statistics.median(measured):,.0f}", f"{statistics.median(ratios):.2f}",
+            " ".join(f"{ratio:.2f}" for ratio in ratios),
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
