@@ -68,8 +68,10 @@ def check(
     """Find every mistake in a page before anything runs, and say what it would train."""
     from rich.console import Console
 
+    from megatron_specialm.base.accelerator import find_accelerator
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.data.documents import resolve_files
+    from megatron_specialm.launch.preflight import lacks
     from megatron_specialm.launch.summary import training_table
 
     pipeline = _load(page, overrides)
@@ -78,6 +80,8 @@ def check(
         if not Path(entry).is_dir():
             resolve_files([entry])
     Console().print(training_table(pipeline))
+    for _, reason in lacks(pipeline, find_accelerator()):  # a login node has no GPU: the jobs may well have one
+        typer.echo(f"warning: `run` would refuse on this machine: {reason}")
     typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 
@@ -112,6 +116,7 @@ def run(
     from megatron_specialm.launch.inline import fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import results_table, write_results
 
@@ -121,6 +126,7 @@ def run(
     if world.launcher != "none":
         pipeline = fit_to_world(pipeline, world)
     chosen = select(make_plan(pipeline, root), only=only, until=until)
+    refuse_what_the_machine_lacks(pipeline, stages={name.stage for name in chosen if chosen[name].state != "done"})
     if world.is_first:
         write_resolved(pipeline, root)
     console = Console()
@@ -180,9 +186,10 @@ def parity(
     from rich.console import Console
 
     from megatron_specialm.base.files import write_json
-    from megatron_specialm.config.graph import setup_of
+    from megatron_specialm.config.graph import distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
     from megatron_specialm.launch import parity as run
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 
     changes = {
         "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
@@ -193,9 +200,10 @@ def parity(
     given = {field: value for field, value in changes.items() if value is not None}
     passed = True
     pipeline = _load(page, overrides)
-    for name in run.stages_of(pipeline, stage):
+    for name in distinct_setups(pipeline, stage):
         changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
         pipeline = _load(page, [*(overrides or []), *changed])
+        refuse_what_the_machine_lacks(pipeline, stages=[name])
         case = parity_case(setup_of(pipeline, name))
         outcome = run.certificate(case, run.compare(case))
         path = run.certificate_path(Path(pipeline.root), name)
@@ -207,6 +215,29 @@ def parity(
         passed = passed and outcome["passed"]
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune_precision(
+    page: Page,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+) -> None:
+    """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
+    from rich.console import Console
+
+    from megatron_specialm.config.graph import distinct_setups
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+
+    for name in distinct_setups(_load(page, overrides), stage):
+        pipeline = _load(page, [*(overrides or []), f"stages.{name}.precision=fp8"])
+        refuse_what_the_machine_lacks(pipeline, stages=[name])
+
+        from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
+
+        timings = tuning.measure(distinct_setups(pipeline, name)[name])
+        Console().print(tuning.timings_table(timings, title=name))
+        typer.echo(f"stages.{name}: {tuning.advice(timings)}")
 
 
 @app.command()

@@ -5,57 +5,41 @@ refused with all numbers and the nearest value that would do. Nothing else in th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.setup import FP8_MULTIPLE, Setup
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What one train stage asks for."""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    precision: str
-    context_length: int
-    global_batch_size: int
-    micro_batch_size: int
-
-    @property
-    def shard(self) -> int:
-        """Windows per step of one micro-batch on every copy."""
-        return self.micro_batch_size * self.parallel.data_parallel
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes per step and copy."""
-        return self.global_batch_size // self.shard
-
-    def changed(self, field: str, value: int) -> "Setup":
-        """The setup with another value of a field, named as in the page: `parallel.X` or a field of the stage."""
-        place, _, name = field.rpartition(".")
-        if place == "parallel":
-            return replace(self, parallel=self.parallel.model_copy(update={name: value}))
-        changes: dict[str, Any] = {name: value}
-        return replace(self, **changes)
-
-    def value(self, field: str) -> int:
-        """The value of such a field."""
-        place, _, name = field.rpartition(".")
-        return getattr(getattr(self, place) if place else self, name)
+TRANSFORMER_ENGINE = ">=2.9,<2.12"  # what megatron-core 0.16 works with
+# The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
+FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+USE_BF16 = "use `precision: bf16`"
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`holds`, or `reason` (a template over the setup `s` and the parallel settings `p`) says why not; the way out is
-    another value of `field`."""
+    """`holds`, or `reason` (a template over the setup `s` and the parallel settings `p`) says why not. The way out is
+    `otherwise`, or another value of `field`."""
 
-    field: str
     holds: Callable[[Setup], bool]
     reason: str
+    field: str = ""
+    otherwise: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a feature asks of the machine, and why one does not do: the reason and the way out, or None."""
+
+    terms: str
+    lacks: Callable[[Setup, Accelerator], str | None]
+
+
+ANY = Machine("any", lambda _, __: None)
 
 
 @dataclass(frozen=True)
@@ -65,8 +49,40 @@ class Capability:
     feature: str
     asked: Callable[[Setup], bool]
     terms: str
-    machine: str = "any"
+    machine: Machine = ANY
     conditions: tuple[Condition, ...] = ()
+
+
+def _lacks_fp8(setup: Setup, machine: Accelerator) -> str | None:
+    assert setup.fp8 is not None
+    needed, asked = FP8_CAPABILITY[setup.fp8.recipe], f"fp8 with recipe {setup.fp8.recipe}"
+    if machine.capability is not None and machine.capability >= needed:
+        return _lacks_transformer_engine(asked, machine, USE_BF16)
+    other = "recipe: tensorwise, or " if (machine.capability or (0, 0)) >= FP8_CAPABILITY["tensorwise"] else ""
+    return (
+        f"{asked} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and this machine has "
+        f"{machine.describe()}: {other}{USE_BF16}"
+    )
+
+
+def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> str | None:
+    asked = f"context_parallel {setup.parallel.context_parallel}"
+    otherwise = "set it to 1 and share the sequence with sequence_parallel"
+    if machine.capability is None:
+        return f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU: {otherwise}"
+    return _lacks_transformer_engine(asked, machine, otherwise)
+
+
+def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) -> str | None:
+    version = machine.transformer_engine
+    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
+    if version is not None and Version(Version(version).base_version) in SpecifierSet(TRANSFORMER_ENGINE):
+        return None
+    found = f"version {version} is installed" if version else "it is not installed"
+    return (
+        f"{asked} needs Transformer Engine {TRANSFORMER_ENGINE}, and {found}: "
+        f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}', or {otherwise}"
+    )
 
 
 def _size(name: str) -> Callable[[Setup], bool]:
@@ -78,9 +94,10 @@ TABLE = (
         "data parallel", lambda _: True, "global_batch_size is a multiple of micro_batch_size x data_parallel",
         conditions=(
             Condition(
-                "global_batch_size", lambda s: s.global_batch_size % s.shard == 0,
+                lambda s: s.global_batch_size % s.shard == 0,
                 "global_batch_size {s.global_batch_size} must be a multiple of micro_batch_size {s.micro_batch_size} "
                 "x data_parallel {p.data_parallel} = {s.shard}",
+                "global_batch_size",
             ),
         ),
     ),
@@ -89,16 +106,19 @@ TABLE = (
         "divides attention heads, query groups and ffn_hidden_size; any vocabulary",
         conditions=(
             Condition(
-                "parallel.tensor_parallel", lambda s: s.model.attention_heads % s.parallel.tensor_parallel == 0,
+                lambda s: s.model.attention_heads % s.parallel.tensor_parallel == 0,
                 "tensor_parallel {p.tensor_parallel} must divide the model's attention_heads {s.model.attention_heads}",
+                "parallel.tensor_parallel",
             ),
             Condition(
-                "parallel.tensor_parallel", lambda s: s.model.kv_heads % s.parallel.tensor_parallel == 0,
+                lambda s: s.model.kv_heads % s.parallel.tensor_parallel == 0,
                 "tensor_parallel {p.tensor_parallel} must divide the model's query_groups {s.model.kv_heads}",
+                "parallel.tensor_parallel",
             ),
             Condition(
-                "parallel.tensor_parallel", lambda s: s.model.ffn_hidden_size % s.parallel.tensor_parallel == 0,
+                lambda s: s.model.ffn_hidden_size % s.parallel.tensor_parallel == 0,
                 "tensor_parallel {p.tensor_parallel} must divide the model's ffn_hidden_size {s.model.ffn_hidden_size}",
+                "parallel.tensor_parallel",
             ),
         ),
     ),
@@ -106,8 +126,9 @@ TABLE = (
         "sequence parallel", lambda s: s.parallel.sequence_parallel, "tensor_parallel divides context_length",
         conditions=(
             Condition(
-                "parallel.tensor_parallel", lambda s: s.context_length % s.parallel.tensor_parallel == 0,
+                lambda s: s.context_length % s.parallel.tensor_parallel == 0,
                 "sequence_parallel: tensor_parallel {p.tensor_parallel} must divide context_length {s.context_length}",
+                "parallel.tensor_parallel",
             ),
         ),
     ),
@@ -116,15 +137,17 @@ TABLE = (
         "a layer or more per stage (any number in all); as many micro-batches as stages or more",
         conditions=(
             Condition(
-                "parallel.pipeline_parallel", lambda s: s.model.layers >= s.parallel.chunks,
+                lambda s: s.model.layers >= s.parallel.chunks,
                 "pipeline_parallel {p.pipeline_parallel} x virtual_pipeline {p.virtual_pipeline} = {p.chunks} is more "
                 "than the model's {s.model.layers} layers",
+                "parallel.pipeline_parallel",
             ),
             Condition(
-                "micro_batch_size", lambda s: s.micro_batches >= s.parallel.pipeline_parallel,
+                lambda s: s.micro_batches >= s.parallel.pipeline_parallel,
                 "global_batch_size {s.global_batch_size} / (micro_batch_size {s.micro_batch_size} x data_parallel "
                 "{p.data_parallel}) = {s.micro_batches} micro-batches are fewer than pipeline_parallel "
                 "{p.pipeline_parallel}: stages would always idle",
+                "micro_batch_size",
             ),
         ),
     ),
@@ -132,20 +155,22 @@ TABLE = (
         "interleaved pipeline", _size("virtual_pipeline"), "the number of micro-batches is a multiple of the stages",
         conditions=(
             Condition(
-                "global_batch_size", lambda s: s.micro_batches % s.parallel.pipeline_parallel == 0,
+                lambda s: s.micro_batches % s.parallel.pipeline_parallel == 0,
                 "virtual_pipeline {p.virtual_pipeline}: {s.micro_batches} micro-batches must be a multiple of "
                 "pipeline_parallel {p.pipeline_parallel}",
+                "global_batch_size",
             ),
         ),
     ),
     Capability(
         "context parallel", _size("context_parallel"), "context_length is a multiple of 2 x context_parallel",
-        machine="GPU with Transformer Engine",
+        machine=Machine("GPU with Transformer Engine", _lacks_context_parallel),
         conditions=(
             Condition(
-                "parallel.context_parallel", lambda s: s.context_length % (2 * s.parallel.context_parallel) == 0,
+                lambda s: s.context_length % (2 * s.parallel.context_parallel) == 0,
                 "context_parallel {p.context_parallel}: context_length {s.context_length} must be a multiple of twice "
                 "that",
+                "parallel.context_parallel",
             ),
         ),
     ),
@@ -154,6 +179,30 @@ TABLE = (
     Capability("recomputation", lambda s: s.parallel.recompute != "none", "none"),
     Capability("fp32", lambda s: s.precision == "fp32", "none"),
     Capability("bf16", lambda s: s.precision == "bf16", "none"),
+    Capability(
+        "fp8", lambda s: s.precision == "fp8",
+        f"every process's matrix sizes are multiples of {FP8_MULTIPLE}; recipe blockwise: Hopper or later",
+        machine=Machine("GPU from Ada on, with Transformer Engine", _lacks_fp8),
+        conditions=(
+            Condition(
+                lambda s: s.not_for_fp8 is None,
+                f"fp8 takes sizes that are multiples of {FP8_MULTIPLE} on each process, and {{s.not_for_fp8}} is not",
+                otherwise=USE_BF16,
+            ),
+            Condition(
+                lambda s: max(s.bf16_layers) <= s.model.layers // s.parallel.pipeline_parallel,
+                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} must each be at "
+                "most the layers of a pipeline stage, {s.model.layers} / {p.pipeline_parallel}",
+                otherwise="lower them",
+            ),
+            Condition(
+                lambda s: sum(s.bf16_layers) < s.model.layers,
+                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} leave none of "
+                "the {s.model.layers} layers in fp8",
+                otherwise=USE_BF16,
+            ),
+        ),
+    ),
 )  # fmt: skip
 
 
@@ -171,8 +220,16 @@ def refuse(name: str, setup: Setup) -> None:
                     raise ConfigError(f"stages.{name}: {reason}; {_way_out(condition, setup)}")
 
 
+def lacking(setup: Setup, machine: Accelerator) -> str | None:
+    """Why a machine cannot run a setup, and what would do; None where it can."""
+    reasons = (row.machine.lacks(setup, machine) for row in TABLE if row.asked(setup))
+    return next((reason for reason in reasons if reason), None)
+
+
 def _way_out(condition: Condition, setup: Setup) -> str:
     """The value of the condition's field that is nearest to the present one and lets everything hold, if any does."""
+    if condition.otherwise:
+        return condition.otherwise
     present = setup.value(condition.field)
     for value in sorted(range(1, 2 * present + setup.shard), key=lambda value: abs(value - present)):
         candidate = setup.changed(condition.field, value)
@@ -189,4 +246,4 @@ def _holds(condition: Condition, setup: Setup) -> bool:
 def rows() -> list[dict[str, str]]:
     """The table for a reader."""
     fixed = {"engine": "megatron", "models": "neox, llama"}
-    return [{**fixed, "feature": row.feature, "machine": row.machine, "terms": row.terms} for row in TABLE]
+    return [{**fixed, "feature": row.feature, "machine": row.machine.terms, "terms": row.terms} for row in TABLE]

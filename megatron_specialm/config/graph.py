@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.capabilities import Setup, refuse
+from megatron_specialm.config.capabilities import refuse
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import (
     GENERIC,
@@ -29,6 +29,7 @@ from megatron_specialm.config.schema import (
     TokenizeStage,
     TrainStage,
 )
+from megatron_specialm.config.setup import Setup
 
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
 PLACEMENT = {"parallel", "workers", "micro_batch_size", "checkpoint", "log_every", "tensorboard", "wandb_project"}
@@ -107,14 +108,35 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
     stage = train_stage(pipeline, name)
     tokens = pipeline.stages[stage.tokens]
     assert isinstance(tokens, TokenizeStage)
+    tokenizer = pipeline.stages[tokens.tokenizer]
+    assert isinstance(tokenizer, TokenizerStage)
     return Setup(
         model_of(pipeline, name),
         stage.parallel,
         stage.precision,
+        tokenizer.vocabulary_size,
         tokens.context_length,
         stage.global_batch_size,
         stage.micro_batch_size,
+        stage.fp8,
     )
+
+
+def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
+    """The named train stage and its setup, or one stage for each setup that the page has.
+
+    Raises:
+        ConfigError: there is no train stage of that name.
+    """
+    names = [other for other, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
+    if name is not None and name not in names:
+        raise ConfigError(f"--stage {name}: no train stage of that name; there are {', '.join(names)}")
+    setups: dict[str, Setup] = {}
+    for other in names if name is None else [name]:
+        setup = setup_of(pipeline, other)
+        if setup not in setups.values():
+            setups[other] = setup
+    return setups
 
 
 def method_of(pipeline: Pipeline, name: str) -> str:

@@ -5,9 +5,10 @@ import math
 from pydantic import PositiveFloat, PositiveInt
 
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.capabilities import Setup
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import Fp8Config, Precision
+from megatron_specialm.config.setup import Setup
 
 HEAD_SIZE = 8
 
@@ -17,7 +18,8 @@ class ParityCase(Settings):
 
     model: ModelConfig
     parallel: ParallelConfig
-    precision: str
+    precision: Precision
+    fp8: Fp8Config | None = None
     vocabulary_size: PositiveInt = 131  # prime: no number of processes divides it, and its padding is more than one row
     context_length: PositiveInt
     micro_batch_size: PositiveInt = 2
@@ -66,6 +68,7 @@ def parity_case(setup: Setup) -> ParityCase:
         model=shrunk,
         parallel=parallel,
         precision=setup.precision,
+        fp8=setup.fp8,
         context_length=math.lcm(16, parallel.tensor_parallel, 2 * parallel.context_parallel),
         micro_batches=2 * parallel.pipeline_parallel,
     )

@@ -20,7 +20,9 @@ from pydantic import (
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import Fp8Config, Precision
 
+RESERVED = ("jobs", "parity")  # other folders of a run
 GENERIC = "generic"  # the key of the generic set, and of tasks that serve every domain
 
 
@@ -194,7 +196,8 @@ class TrainStage(Settings):
     micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    fp8: Fp8Config | None = Field(default=None, description="with `precision: fp8` only; default: its defaults")
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
@@ -208,6 +211,13 @@ class TrainStage(Settings):
     tensorboard: bool = False
     wandb_project: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fp8_defaults(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("precision") == "fp8" and value.get("fp8") is None:
+            return {**value, "fp8": {}}
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.model is None) == (self.init is None):
@@ -216,6 +226,8 @@ class TrainStage(Settings):
             )
         if (self.data == "importance") != (self.assignment is not None):
             raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
+        if self.fp8 is not None and self.precision != "fp8":
+            raise ValueError(f"`fp8` goes with `precision: fp8` (it is {self.precision}): set that, or drop `fp8`")
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
         return self
@@ -270,6 +282,8 @@ class Pipeline(Settings):
     @classmethod
     def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
-            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == "jobs":
-                raise ValueError(f"stage name {name!r}: use small letters, digits, '_' and '-' ('jobs' is taken)")
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name in RESERVED:
+                raise ValueError(
+                    f"stage name {name!r}: use small letters, digits, '_' and '-' ({', '.join(RESERVED)} are taken)"
+                )
         return value

@@ -3,8 +3,8 @@
 from rich.table import Table
 
 from megatron_specialm.config import capabilities
-from megatron_specialm.config.graph import model_of, train_keys
-from megatron_specialm.config.schema import Pipeline, TokenizerStage, TokenizeStage, TrainStage
+from megatron_specialm.config.graph import setup_of, train_keys
+from megatron_specialm.config.schema import Pipeline, TrainStage
 
 
 def training_table(pipeline: Pipeline) -> Table:
@@ -17,14 +17,10 @@ def training_table(pipeline: Pipeline) -> Table:
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
-        tokenize = pipeline.stages[stage.tokens]
-        assert isinstance(tokenize, TokenizeStage)
-        tokenizer = pipeline.stages[tokenize.tokenizer]
-        assert isinstance(tokenizer, TokenizerStage)
-        shape, runs = model_of(pipeline, name), len(train_keys(pipeline, name))
-        tokens = stage.steps * stage.global_batch_size * tokenize.context_length
-        per_token = shape.training_flops(tokenizer.vocabulary_size, tokenize.context_length)
-        parameters = shape.parameters(tokenizer.vocabulary_size)
+        setup, runs = setup_of(pipeline, name), len(train_keys(pipeline, name))
+        tokens = stage.steps * setup.global_batch_size * setup.context_length
+        per_token = setup.model.training_flops(setup.vocabulary_size, setup.context_length)
+        parameters = setup.model.parameters(setup.vocabulary_size)
         table.add_row(
             name, str(runs), f"{parameters / 1e6:.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
             f"{per_token:.2e}", f"{runs * tokens * per_token:.2e}",

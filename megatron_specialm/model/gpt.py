@@ -27,9 +27,10 @@ from torch.nn import functional
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, split_layers
+from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import FusedCoreAttention
-from megatron_specialm.model.layers import FeedForward, TorchNorm
+from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -70,21 +71,24 @@ class Gpt:
         *,
         vocabulary_size: int,
         context_length: int,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
+        fp8: Fp8Config | None = None,
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
         cpu.install()
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
-        settings = transformer_config(config, vocabulary_size, precision=precision, parallel=parallel)
+        settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [
             _Chunk(settings, config, stage, vocabulary_size=vocabulary_size, context_length=context_length)
             for stage in range(parallel.virtual_pipeline)
         ]
-        if torch.cuda.is_available():
-            for chunk in self.chunks:
+        for chunk in self.chunks:
+            if torch.cuda.is_available():
                 chunk.cuda()
+            if fp8 is not None:
+                keep_in_bf16(chunk, [name for name in LINEARS if name not in fp8.linears])
 
     def weights(self) -> Iterator[OwnWeight]:
         """This process's parameters. A tied output layer on another pipeline stage than the embedding is a copy of it."""
@@ -226,12 +230,17 @@ class _Chunk(GPTModel):
 
 
 def transformer_config(
-    config: ModelConfig, vocabulary_size: int, *, precision: str, parallel: ParallelConfig
+    config: ModelConfig,
+    vocabulary_size: int,
+    *,
+    precision: Precision,
+    parallel: ParallelConfig,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's settings for a shape and a layout. Every fusion that needs a GPU kernel is off without one."""
     on_gpu = torch.cuda.is_available()
     llama = config.family == "llama"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return TransformerConfig(
         num_layers=config.layers,
         hidden_size=config.hidden_size,
@@ -246,7 +255,6 @@ def transformer_config(
         add_qkv_bias=not llama,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout.
@@ -262,6 +270,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel,
+        **megatron_settings(precision, fp8),
         **_pipeline(config, vocabulary_size, parallel),
         **_RECOMPUTE[parallel.recompute],
     )

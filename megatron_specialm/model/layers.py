@@ -1,10 +1,14 @@
 """Parts of a layer that Megatron-Core has, but not as every layout needs them."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_specialm.config.precision import Linear
 
 
 class TorchNorm:
@@ -34,3 +38,26 @@ class FeedForward(MLP):
         """(T, B, H) -> (T, B, H) and the bias (H,), if there is one."""
         output, bias = super().forward(*args, **kwargs)
         return output, None if bias is None else bias.clone()
+
+
+_LINEARS: dict[Linear, str] = {
+    "qkv": "self_attention.linear_qkv",
+    "proj": "self_attention.linear_proj",
+    "fc1": "mlp.linear_fc1",
+    "fc2": "mlp.linear_fc2",
+}
+
+
+def keep_in_bf16(model: torch.nn.Module, linears: Sequence[Linear]) -> None:
+    """Under FP8, have some linears of each layer multiply bf16 numbers. Megatron-Core's switch is for whole layers."""
+    ends = tuple(_LINEARS[name] for name in linears)
+    for name, module in model.named_modules():
+        if ends and name.endswith(ends):
+            module.forward = partial(_without_fp8, module.forward)
+
+
+def _without_fp8(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    import transformer_engine.pytorch as te  # FP8 comes from it, so it is there
+
+    with te.fp8_autocast(enabled=False):
+        return forward(*args, **kwargs)

@@ -148,6 +148,7 @@ def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: Toke
         vocabulary_size=store.vocabulary_size,
         context_length=store.context_length,
         precision=stage.precision,
+        fp8=stage.fp8,
         parallel=stage.parallel,
     )
     model.initialize(seed=context.pipeline.seed)

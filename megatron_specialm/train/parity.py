@@ -27,6 +27,7 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
             vocabulary_size=case.vocabulary_size,
             context_length=case.context_length,
             precision=case.precision,
+            fp8=case.fp8,
             parallel=case.parallel,
         )
         model.initialize(seed=0)

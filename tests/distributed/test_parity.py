@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 
-from megatron_specialm.config.capabilities import Setup
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.parity import parity_case
+from megatron_specialm.config.setup import Setup
 from megatron_specialm.launch.parity import Difference, certificate, compare
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)

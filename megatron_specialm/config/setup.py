@@ -1,0 +1,69 @@
+"""What one training asks of its engine and of the machine: model, layout, precision, batch. All arithmetic, no torch."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import Fp8Config, Precision
+
+FP8_MULTIPLE = 16  # bytes, to which cuBLAS wants every row of an FP8 matrix aligned
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one train stage asks for."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: Precision
+    vocabulary_size: int  # asked for: a tokenizer that is there already decides itself
+    context_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    fp8: Fp8Config | None = None
+
+    @property
+    def shard(self) -> int:
+        """Windows per step of one micro-batch on every copy."""
+        return self.micro_batch_size * self.parallel.data_parallel
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes per step and copy."""
+        return self.global_batch_size // self.shard
+
+    @property
+    def not_for_fp8(self) -> str | None:
+        """The first size of a process's matrices that is no multiple of what FP8 takes."""
+        parallel, model = self.parallel, self.model
+        tensor = parallel.tensor_parallel
+        positions = parallel.context_parallel * (tensor if parallel.sequence_parallel else 1)
+        sizes = {
+            "hidden_size": (model.hidden_size, tensor),
+            "ffn_hidden_size": (model.ffn_hidden_size, tensor),
+            "query, key and value size": (model.head_size * (model.attention_heads + 2 * model.kv_heads), tensor),
+            "micro_batch_size x context_length": (self.micro_batch_size * self.context_length, positions),
+        }
+        for name, (whole, processes) in sizes.items():
+            if whole % (processes * FP8_MULTIPLE):
+                return f"{name} {whole} / {processes} processes"
+        return None
+
+    @property
+    def bf16_layers(self) -> tuple[int, int]:
+        """First and last layers that stay bf16 under FP8."""
+        return (self.fp8.bf16_first_layers, self.fp8.bf16_last_layers) if self.fp8 else (0, 0)
+
+    def changed(self, field: str, value: int) -> "Setup":
+        """The setup with another value of a field, named as in the page: `parallel.X` or a field of the stage."""
+        place, _, name = field.rpartition(".")
+        if place == "parallel":
+            return replace(self, parallel=self.parallel.model_copy(update={name: value}))
+        changes: dict[str, Any] = {name: value}
+        return replace(self, **changes)
+
+    def value(self, field: str) -> int:
+        """The value of such a field."""
+        place, _, name = field.rpartition(".")
+        return getattr(getattr(self, place) if place else self, name)
