@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_specialm import __version__
-from megatron_specialm.base.errors import SpecialmError, machine_errors
+from megatron_specialm.base.errors import MachineError, SpecialmError, machine_errors
 
 if TYPE_CHECKING:
     from megatron_specialm.config.schema import Pipeline
@@ -64,6 +64,9 @@ def check(
             help="Print what can be trained in which layout, and exit.",
         ),
     ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
+    ] = None,
 ) -> None:
     """Find every mistake in a page before anything runs, and say what it would train."""
     from rich.console import Console
@@ -71,16 +74,21 @@ def check(
     from megatron_specialm.base.accelerator import find_accelerator
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.data.documents import resolve_files
-    from megatron_specialm.launch.preflight import lacks
-    from megatron_specialm.launch.summary import training_table
+    from megatron_specialm.launch.preflight import lacks, planned_machine
+    from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = _load(page, overrides)
     graph = build_graph(pipeline)
     for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
         if not Path(entry).is_dir():
             resolve_files([entry])
-    Console().print(training_table(pipeline))
-    for _, reason in lacks(pipeline, find_accelerator()):  # a login node has no GPU: the jobs may well have one
+    machine = planned_machine(gpu) if gpu else find_accelerator()
+    Console().print(training_table(pipeline, machine))
+    Console().print(memory_table(pipeline, machine))
+    reasons = [reason for _, reason in lacks(pipeline, machine)]
+    if gpu and reasons:
+        raise MachineError(reasons[0])
+    for reason in reasons:  # a login node has no GPU: the jobs may well have one
         typer.echo(f"warning: `run` would refuse on this machine: {reason}")
     typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 

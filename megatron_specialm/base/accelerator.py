@@ -24,12 +24,22 @@ class Accelerator:
     gpus: int
     memory_bytes: int
 
+    @property
+    def has_fused_layers(self) -> bool:
+        """Whether layers come from Transformer Engine."""
+        return self.gpus > 0 and self.transformer_engine is not None
+
     def describe(self) -> str:
         """Short: `2 x NVIDIA H200 (compute capability 9.0)`, or `no GPU`."""
         if self.capability is None:
             return "no GPU"
         major, minor = self.capability
         return f"{self.gpus} x {self.name} (compute capability {major}.{minor})"
+
+
+def host_memory_bytes() -> int:
+    """All memory of this machine, GPUs' not counted."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator:

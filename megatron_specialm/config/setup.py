@@ -34,6 +34,15 @@ class Setup:
         return self.global_batch_size // self.shard
 
     @property
+    def training_flops(self) -> int:
+        """FLOPs of one token's forward and backward pass."""
+        return self.model.training_flops(self.vocabulary_size, self.context_length)
+
+    def recomputing(self, policy: str) -> "Setup":
+        """The setup with another recomputation policy."""
+        return replace(self, parallel=self.parallel.model_copy(update={"recompute": policy}))
+
+    @property
     def not_for_fp8(self) -> str | None:
         """The first size of a process's matrices that is no multiple of what FP8 takes."""
         parallel, model = self.parallel, self.model

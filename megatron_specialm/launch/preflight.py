@@ -2,11 +2,32 @@
 
 from collections.abc import Collection, Iterator
 
-from megatron_specialm.base.accelerator import Accelerator, find_accelerator
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
+from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.graph import setup_of
+from megatron_specialm.config.memory import memory_of, smallest_change
 from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.setup import Setup
+
+GIB = 2**30
+USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
+# To plan for another machine: compute capability and GiB of memory, as the driver counts them.
+GPUS = {
+    "B200": ((10, 0), 178), "H200": ((9, 0), 140), "H100": ((9, 0), 79), "A100": ((8, 0), 79), "L40S": ((8, 9), 44),
+}  # fmt: skip
+
+
+def planned_machine(name: str) -> Accelerator:
+    """A machine of GPUs of that name, with Transformer Engine.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(GPUS)}")
+    capability, gib = GPUS[name]
+    return Accelerator(name, capability, "2.9.0", gpus=8, memory_bytes=gib * GIB)
 
 
 def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]) -> None:
@@ -23,5 +44,23 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
 def lacks(pipeline: Pipeline, machine: Accelerator) -> Iterator[tuple[str, str]]:
     """The train stages that a machine cannot run, each with the reason in one line."""
     for name, stage in pipeline.stages.items():
-        if isinstance(stage, TrainStage) and (reason := lacking(setup_of(pipeline, name), machine)):
-            yield name, f"stages.{name}: {reason}"
+        if isinstance(stage, TrainStage):
+            setup = setup_of(pipeline, name)
+            if reason := lacking(setup, machine) or _too_large(setup, machine):
+                yield name, f"stages.{name}: {reason}"
+
+
+def _too_large(setup: Setup, machine: Accelerator) -> str | None:
+    needed, limit = memory_of(setup, fused=machine.has_fused_layers).total, _limit(setup, machine)
+    if needed <= limit:
+        return None
+    whose = f"{machine.name} has" if machine.gpus else f"{setup.parallel.world_size} processes on this machine have"
+    change = smallest_change(setup, limit, fused=machine.has_fused_layers)
+    return f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each: {change}"
+
+
+def _limit(setup: Setup, machine: Accelerator) -> int:
+    """Bytes that one process may use. Without a GPU, all processes share this machine's memory."""
+    if machine.gpus:
+        return int(USABLE * machine.memory_bytes)
+    return host_memory_bytes() // setup.parallel.world_size

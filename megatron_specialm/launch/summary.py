@@ -2,30 +2,60 @@
 
 from rich.table import Table
 
+from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.config import capabilities
-from megatron_specialm.config.graph import setup_of, train_keys
+from megatron_specialm.config.graph import distinct_setups, setup_of, train_keys
+from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.train.throughput import dense_peak
+
+TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
 
 
-def training_table(pipeline: Pipeline) -> Table:
-    """A row per train stage: for whom, its model, windows and tokens per run, and FLOPs of all its runs.
+def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
+    """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs, and the GPU hours that
+    they take at `TYPICAL_UTILISATION` of the peak, where the machine's is known.
 
     Tokens are at most these: windows shorter than the context hold fewer. Parameters are for the vocabulary asked for,
     which an existing tokenizer decides itself.
     """
     table = Table("train stage", "runs", "parameters", "steps", "tokens per run, at most", "FLOPs per token", "FLOPs")
+    peak = dense_peak(machine.name)
+    if peak:
+        table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
         setup, runs = setup_of(pipeline, name), len(train_keys(pipeline, name))
         tokens = stage.steps * setup.global_batch_size * setup.context_length
-        per_token = setup.model.training_flops(setup.vocabulary_size, setup.context_length)
+        flops = runs * tokens * setup.training_flops
         parameters = setup.model.parameters(setup.vocabulary_size)
+        hours = [f"{flops / (TYPICAL_UTILISATION * peak) / 3600:,.2f}"] if peak else []
         table.add_row(
             name, str(runs), f"{parameters / 1e6:.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
-            f"{per_token:.2e}", f"{runs * tokens * per_token:.2e}",
+            f"{setup.training_flops:.2e}", f"{flops:.2e}", *hours,
         )  # fmt: skip
     return table
+
+
+def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
+    """A column per setup of the page: the layout, and what the process that needs most needs of memory."""
+    setups = distinct_setups(pipeline, None)
+    fused = machine.has_fused_layers
+    memories = [memory_of(setup, fused=fused) for setup in setups.values()]
+    table = Table("GiB per process", *setups)
+    table.add_row("layout", *(setup.parallel.describe() for setup in setups.values()))
+    for part in ("weights", "gradients", "optimizer"):
+        table.add_row(part, *(_gib(getattr(memory, part)) for memory in memories))
+    for recompute in ("none", "selective", "full"):
+        others = [memory_of(setup.recomputing(recompute), fused=fused) for setup in setups.values()]
+        table.add_row(f"activations, recompute {recompute}", *(_gib(one.activations + one.working) for one in others))
+    table.add_row("in all, as set", *(_gib(memory.total) for memory in memories))
+    return table
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.3g}"
 
 
 def capabilities_table() -> Table:

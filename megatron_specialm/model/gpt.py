@@ -304,12 +304,16 @@ _RECOMPUTE: dict[str, dict] = {
 
 def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """The modules of a chunk's layers."""
-    if use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec()
+    fused = use_transformer_engine()
+    layer = (
+        get_gpt_layer_with_transformer_engine_spec()
+        if fused
+        else get_gpt_layer_local_spec(normalization=settings.normalization)
+    )
+    if settings.recompute_granularity == "selective":
         layer.submodules.mlp.module = FeedForward
+    if fused:
         return layer
-    layer = get_gpt_layer_local_spec(normalization=settings.normalization)
-    layer.submodules.mlp.module = FeedForward
     layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     norm = layer.submodules.input_layernorm
     if norm is WrappedTorchNorm:  # otherwise apex's fused one

@@ -48,7 +48,7 @@ SPECIAL = [
 
 def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", measure: str | None = None) -> list[Difference]:
     parallel = ParallelConfig(**layout)
-    case = parity_case(Setup(model, parallel, precision, 1024, 64, 8))
+    case = parity_case(Setup(model, parallel, precision, 1000, 1024, 64, 8))
     return compare(case, measure=measure) if measure else compare(case)
 
 
@@ -88,5 +88,5 @@ def test_a_planted_fault_is_found_and_its_place_named(fault: str, layout: dict, 
     found = {entry.quantity: entry for entry in _compare(layout, NEOX, measure=f"tests.parity_faults:{fault}")}
     assert not found[quantity].passed
     assert where in found[quantity].where
-    case = parity_case(Setup(NEOX, ParallelConfig(**layout), "fp32", 1024, 64, 8))
+    case = parity_case(Setup(NEOX, ParallelConfig(**layout), "fp32", 1000, 1024, 64, 8))
     assert not certificate(case, found.values())["passed"]

@@ -1,0 +1,204 @@
+"""Memory per process, by arithmetic: weights, gradients, optimizer's state and activations of a layout.
+
+Legend: L layers, H hidden size, F feed-forward size, Q = A * D and K = G * D the widths of queries and of keys, V padded
+vocabulary, N tokens of a micro-batch on one process, t tensor parallel processes. The shares are those of Megatron-LM's
+accounting (arXiv 2205.05198), counted anew for this project's layers and fused attention.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.capabilities import refuse
+from megatron_specialm.config.parallel import split_layers
+from megatron_specialm.config.setup import Setup
+
+FP32 = 4
+MOMENTS = 2 * FP32  # Adam's, per weight
+LOSS = 3 * FP32  # logits, their log-softmax and its gradient, per token and word
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. `activations` are kept from forward to backward passes; `working` is the most that one
+    step of a backward pass needs beside them: the loss over the vocabulary, or a layer that is recomputed."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """The peak in bytes. What the GPU's driver and the communication library take is not in it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def memory_of(setup: Setup, *, fused: bool) -> Memory:
+    """What the process that needs most needs, of all pipeline stages.
+
+    Args:
+        fused: layers are Transformer Engine's, whose activations and norms keep less for the backward pass.
+    """
+    stages = range(setup.parallel.pipeline_parallel)
+    return max((_stage_memory(setup, stage, fused=fused) for stage in stages), key=lambda memory: memory.total)
+
+
+def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
+    parallel, last = setup.parallel, stage == setup.parallel.pipeline_parallel - 1
+    weights = _stage_weights(setup, stage, last=last)
+    element = FP32 if setup.precision == "fp32" else 2
+    # Half-precision weights have an fp32 original, which is the optimizer's.
+    state = weights * (MOMENTS + (0 if element == FP32 else FP32))
+    copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
+    tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
+    passes = min(setup.micro_batches * parallel.virtual_pipeline, _passes_under_way(setup, stage))
+    kept = passes * max(_layers(setup, stage)) * _kept(setup, element, fused=fused)
+    kept += last * _norm(setup, element, fused=fused)  # the final one
+    loss = last * LOSS * _vocabulary(setup)
+    return Memory(
+        weights=weights * element,
+        gradients=weights * FP32,
+        optimizer=state // copies,
+        activations=round(tokens * kept),
+        working=round(tokens * max(loss, _layer_backward(setup, element, fused=fused))),
+    )
+
+
+def _layers(setup: Setup, stage: int) -> list[int]:
+    """Layers of each of a stage's chunks."""
+    parallel = setup.parallel
+    return split_layers(setup.model, setup.vocabulary_size, parallel.chunks)[stage :: parallel.pipeline_parallel]
+
+
+def _stage_weights(setup: Setup, stage: int, *, last: bool) -> int:
+    model = setup.model
+    tables = (stage == 0) + (last and (stage > 0 or not model.tie_embeddings))  # embedding, output layer
+    final_norm = last * model.hidden_size * (1 if model.family == "llama" else 2)
+    layers = sum(_layers(setup, stage)) * _layer_weights(setup)
+    return layers + tables * _vocabulary(setup) * model.hidden_size + final_norm
+
+
+def _vocabulary(setup: Setup) -> int:
+    multiple = math.lcm(128, setup.parallel.tensor_parallel)
+    return math.ceil(setup.vocabulary_size / multiple) * multiple // setup.parallel.tensor_parallel
+
+
+def _layer_weights(setup: Setup) -> int:
+    """Weights of one layer on one process."""
+    model, share = setup.model, setup.parallel.tensor_parallel
+    hidden, wide = model.hidden_size, model.ffn_hidden_size
+    queries = model.head_size * model.attention_heads
+    mixed = queries + 2 * model.head_size * model.kv_heads
+    if model.family == "llama":
+        return hidden * (mixed + queries + 3 * wide) // share + 2 * hidden
+    return (hidden * (mixed + queries + 2 * wide) + mixed + wide) // share + 6 * hidden
+
+
+def _passes_under_way(setup: Setup, stage: int) -> int:
+    """Forward passes of chunks whose backward pass is still to come, at most: 1F1B, plain or interleaved."""
+    stages, chunks = setup.parallel.pipeline_parallel, setup.parallel.virtual_pipeline
+    if chunks == 1:
+        return stages - stage
+    return 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+
+
+def _kept(setup: Setup, element: int, *, fused: bool) -> float:
+    """Bytes per token that a layer keeps for its backward pass."""
+    if setup.parallel.recompute == "full":
+        return element * setup.model.hidden_size / _position_share(setup)
+    whole = _layer_activations(setup, element, fused=fused)
+    return whole - (_feed_forward(setup, element, fused=fused) if setup.parallel.recompute == "selective" else 0)
+
+
+def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
+    """Bytes per token of a layer's backward pass, at its widest: what is computed again, and the gradients of the
+    feed-forward part."""
+    model, recompute = setup.model, setup.parallel.recompute
+    wide, hidden = model.ffn_hidden_size / setup.parallel.tensor_parallel, model.hidden_size
+    gradients = 2 * wide if model.family == "llama" else wide + 2 * hidden
+    again = {"none": lambda *_, **__: 0, "selective": _feed_forward, "full": _layer_activations}[recompute]
+    return again(setup, element, fused=fused) + element * gradients
+
+
+def _layer_activations(setup: Setup, element: int, *, fused: bool) -> float:
+    """Bytes per token: two norms; queries and keys as rotated, all three as projected, and the attention's result with
+    its log-sum; the feed-forward part."""
+    model, share = setup.model, setup.parallel.tensor_parallel
+    queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
+    attention = element * (3 * queries + 3 * keys) + FP32 * model.attention_heads
+    return 2 * _norm(setup, element, fused=fused) + attention / share + _feed_forward(setup, element, fused=fused)
+
+
+def _feed_forward(setup: Setup, element: int, *, fused: bool) -> float:
+    """Bytes per token within the feed-forward part: before and after the activation. PyTorch's gated one keeps the gate
+    and its activation too."""
+    parts = 2 if setup.model.family == "neox" else 3 if fused else 5
+    return element * parts * setup.model.ffn_hidden_size / setup.parallel.tensor_parallel
+
+
+def _norm(setup: Setup, element: int, *, fused: bool) -> float:
+    """Bytes per token of a norm's input and output. PyTorch's RMSNorm computes in fp32, and keeps what it has scaled."""
+    parts = 2 * element if setup.model.family == "neox" or fused else 2 * FP32 + element
+    return parts * setup.model.hidden_size / _position_share(setup)
+
+
+def _position_share(setup: Setup) -> int:
+    return setup.parallel.tensor_parallel if setup.parallel.sequence_parallel else 1
+
+
+def smallest_change(setup: Setup, limit: int, *, fused: bool) -> str:
+    """The change of the page that makes a setup fit `limit` bytes per process and costs least: first what costs no
+    speed, then what costs some, then more processes; one change if one will do, otherwise all up to the first that does.
+    """
+    changes = list(_changes(setup))
+    for one in changes:
+        if _fits(_with(setup, one), limit, fused=fused):
+            return _say(one)
+    together: dict[str, Any] = {}
+    for one in changes:
+        together |= one
+        if _fits(_with(setup, together), limit, fused=fused):
+            return _say(together)
+    return "use a smaller model, or GPUs with more memory"
+
+
+def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
+    parallel = setup.parallel
+    if not parallel.distributed_optimizer and parallel.data_parallel > 1:
+        yield {"parallel.distributed_optimizer": True}
+    if not parallel.sequence_parallel and parallel.tensor_parallel > 1:
+        yield {"parallel.sequence_parallel": True}
+    size = setup.micro_batch_size
+    while size % 2 == 0:
+        size //= 2
+        yield {"micro_batch_size": size}
+    if parallel.recompute == "none":
+        yield {"parallel.recompute": "selective"}
+    if parallel.recompute != "full":
+        yield {"parallel.recompute": "full"}
+    for size in (2, 4, 8):
+        yield {"parallel.tensor_parallel": parallel.tensor_parallel * size}
+    for size in (2, 4, 8):
+        yield {"parallel.pipeline_parallel": parallel.pipeline_parallel * size}
+
+
+def _with(setup: Setup, change: dict[str, Any]) -> Setup:
+    layout = {key.removeprefix("parallel."): value for key, value in change.items() if key.startswith("parallel.")}
+    changed = replace(setup, parallel=setup.parallel.model_copy(update=layout))
+    return replace(changed, micro_batch_size=change.get("micro_batch_size", setup.micro_batch_size))
+
+
+def _fits(setup: Setup, limit: int, *, fused: bool) -> bool:
+    try:
+        refuse("", setup)
+    except ConfigError:
+        return False
+    return memory_of(setup, fused=fused).total <= limit
+
+
+def _say(change: dict[str, Any]) -> str:
+    return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in change.items())

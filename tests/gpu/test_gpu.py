@@ -1,0 +1,139 @@
+"""What only a GPU can show. Written without one at hand: `pytest -m gpu` on a machine that has one is their first run."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_specialm.base.accelerator import find_accelerator
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.capabilities import lacking
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.memory import memory_of
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import LINEARS, Fp8Config
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONTEXT, VOCABULARY = 1024, 32_000
+
+
+def _preset(name: str) -> ModelConfig:
+    page = configs_folder() / "pipelines" / "smoke.yaml"
+    return load_pipeline(page, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr,return-value]
+
+
+def _shallow(model: ModelConfig, layers: int) -> ModelConfig:
+    """The same model with fewer layers."""
+    return model.model_copy(update={"layers": layers})
+
+
+def _setup(model: ModelConfig, precision: str, fp8: Fp8Config | None = None, recompute: str = "none") -> Setup:
+    parallel = ParallelConfig(recompute=recompute)
+    return Setup(model, parallel, precision, VOCABULARY, CONTEXT, 8, 8, fp8)  # type: ignore[arg-type]
+
+
+def _losses(setup: Setup, *, steps: int) -> list[float]:
+    """Train on a few fixed windows of a skewed vocabulary."""
+    engine = _engine(setup)
+    generator = np.random.default_rng(0)
+    windows = generator.zipf(1.3, (setup.global_batch_size, CONTEXT + 1)).clip(max=VOCABULARY - 1)
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((len(windows), CONTEXT), np.float32))
+    return [engine.train_step(batch, learning_rate=1e-4).loss.mean for _ in range(steps)]
+
+
+def _engine(setup: Setup) -> MegatronEngine:
+    model = Gpt(
+        setup.model, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision=setup.precision, fp8=setup.fp8,
+        parallel=setup.parallel,
+    )  # fmt: skip
+    model.initialize(seed=0)
+    return MegatronEngine(
+        model, parallel=setup.parallel, optimizer=Optimizer(), micro_batch_size=setup.micro_batch_size
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("preset", ["slm-126m", "llm-771m"])
+def test_memory_is_as_estimated(preset: str, recompute: str) -> None:
+    setup = _setup(_preset(preset), "bf16", recompute=recompute)
+    with process_group(ALONE, parallel=setup.parallel):
+        torch.cuda.reset_peak_memory_stats()
+        _losses(setup, steps=3)
+        peak = torch.cuda.max_memory_allocated()
+    assert memory_of(setup, fused=find_accelerator().has_fused_layers).total == pytest.approx(peak, rel=0.1)
+
+
+def test_bf16_follows_fp32() -> None:
+    shape = _shallow(_preset("slm-126m"), 4)
+    with process_group(ALONE):
+        half = _losses(_setup(shape, "bf16"), steps=20)
+        full = _losses(_setup(shape, "fp32"), steps=20)
+    assert half == pytest.approx(full, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "fp8",
+    [
+        Fp8Config(recipe=recipe, format=number_format)  # type: ignore[arg-type]
+        for recipe in ("delayed", "tensorwise", "blockwise")
+        for number_format in ("hybrid", "e4m3")
+    ]
+    + [Fp8Config(bf16_first_layers=1, bf16_last_layers=1), Fp8Config(linears=("fc1", "fc2"))],
+    ids=lambda fp8: f"{fp8.recipe}-{fp8.format}-{fp8.bf16_layers}-{len(fp8.linears)}",
+)
+def test_fp8_follows_bf16(fp8: Fp8Config) -> None:
+    shape = _shallow(_preset("llm-771m"), 4)
+    setup = _setup(shape, "fp8", fp8)
+    if reason := lacking(setup, find_accelerator()):
+        pytest.skip(reason)
+    with process_group(ALONE):
+        low = _losses(setup, steps=20)
+        half = _losses(_setup(shape, "bf16"), steps=20)
+    assert low == pytest.approx(half, rel=0.01)
+    assert low != half, "FP8 was not used"
+
+
+def test_linears_kept_in_bf16_are() -> None:
+    """With a linear in FP8, its result differs from bf16's; kept out, not by a bit."""
+    shape = _shallow(_preset("slm-126m"), 2)
+    if reason := lacking(_setup(shape, "fp8", Fp8Config()), find_accelerator()):
+        pytest.skip(reason)
+    with process_group(ALONE):
+        first = {linear: _losses(_setup(shape, "fp8", Fp8Config(linears=(linear,))), steps=1)[0] for linear in LINEARS}
+        half = _losses(_setup(shape, "bf16"), steps=1)[0]
+    assert all(loss != half for loss in first.values()) and len(set(first.values())) == len(LINEARS)
+
+
+def test_tune_precision_times_every_linear() -> None:
+    from megatron_specialm.train.tune_precision import advice, measure
+
+    setup = _setup(_preset("llm-771m"), "fp8", Fp8Config())
+    if reason := lacking(setup, find_accelerator()):
+        pytest.skip(reason)
+    timings = measure(setup)
+    assert [timing.shape.name for timing in timings] == list(LINEARS)
+    assert "set `precision:" in advice(timings)
+
+
+def test_going_on_from_a_checkpoint_of_the_cpu_layout() -> None:
+    """Weights and moments read back into fused optimizers continue as if nothing had been."""
+    setup = _setup(_shallow(_preset("slm-126m"), 2), "bf16")
+    windows = np.random.default_rng(1).integers(0, VOCABULARY, (8, CONTEXT + 1))
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, CONTEXT), np.float32))
+    with process_group(ALONE):
+        straight = _engine(setup)
+        for _ in range(2):
+            straight.train_step(batch, learning_rate=1e-3)
+        again = _engine(setup)
+        again.load(straight.weights(), straight.optimizer_state())
+        ours, theirs = (engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        last = [engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight)]
+    assert last[0] == pytest.approx(last[1], rel=1e-3)

@@ -1,0 +1,143 @@
+"""What is refused before anything starts: every condition of the table, each with its numbers and the nearest way out."""
+
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_specialm.base.accelerator import MIB, Accelerator, parse_gpus
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.capabilities import TABLE, lacking, refuse, rows
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig, split_layers
+from megatron_specialm.config.precision import Fp8Config, megatron_settings
+from megatron_specialm.config.setup import Setup
+
+MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
+PLAIN = Setup(
+    MODEL, ParallelConfig(), "fp32", vocabulary_size=1000, context_length=64, global_batch_size=32, micro_batch_size=4
+)
+NO_GPU = Accelerator("", None, None, gpus=0, memory_bytes=0)
+H100 = Accelerator("NVIDIA H100", (9, 0), "2.10.0+cu12", gpus=1, memory_bytes=80 * 2**30)
+
+
+def _layout(**parallel) -> Setup:
+    return replace(PLAIN, parallel=ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize(
+    ("setup", "words", "way_out"),
+    [
+        (replace(PLAIN, global_batch_size=30), "global_batch_size 30 must be a multiple of micro_batch_size 4 x "
+         "data_parallel 1 = 4", "nearest global_batch_size that does is 28"),
+        (_layout(tensor_parallel=4), "tensor_parallel 4 must divide the model's attention_heads 6", "is 3"),
+        (replace(_layout(tensor_parallel=3, sequence_parallel=True), context_length=64),
+         "tensor_parallel 3 must divide context_length 64", "is 2"),
+        (_layout(pipeline_parallel=8), "pipeline_parallel 8 x virtual_pipeline 1 = 8 is more than the model's 6 layers",
+         "is 6"),
+        (_layout(pipeline_parallel=2, virtual_pipeline=4), "= 8 is more than the model's 6 layers", "is 1"),
+        (replace(_layout(pipeline_parallel=4), micro_batch_size=16), "= 2 micro-batches are fewer than "
+         "pipeline_parallel 4", "nearest micro_batch_size that does is 8"),
+        (replace(_layout(pipeline_parallel=2, virtual_pipeline=2), global_batch_size=20),
+         "5 micro-batches must be a multiple of pipeline_parallel 2", "is 16"),
+        (_layout(context_parallel=5), "context_length 64 must be a multiple of twice that", "is 4"),
+    ],
+)  # fmt: skip
+def test_a_no_has_its_numbers_and_the_nearest_yes(setup: Setup, words: str, way_out: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        refuse("slm", setup)
+    assert str(refusal.value).startswith("stages.slm: ")
+    assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+def test_the_way_out_is_one() -> None:
+    """What a refusal proposes is then accepted."""
+    refuse("slm", replace(PLAIN, global_batch_size=28))
+    refuse("slm", _layout(tensor_parallel=3))
+    refuse("slm", replace(_layout(pipeline_parallel=4), micro_batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sequence_parallel": True}, "raise tensor_parallel to 2"),
+        ({"virtual_pipeline": 3}, "virtual_pipeline 3 goes with pipeline_parallel above 1"),
+        ({"tensor_parallel": 0}, "tensor_parallel"),
+        ({"tensor_paralel": 2}, "tensor_paralel"),
+    ],
+)
+def test_a_layout_checks_itself(settings: dict, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ParallelConfig(**settings)
+
+
+def test_layers_that_stages_do_not_divide() -> None:
+    for layers, chunks in ((5, 2), (7, 3), (4, 4), (13, 8)):
+        model = MODEL.model_copy(update={"layers": layers})
+        counts = split_layers(model, 1000, chunks)
+        assert sum(counts) == layers and min(counts) >= 1 and len(counts) == chunks
+        assert counts[-1] == min(counts), "the last has the output layer beside"
+    with pytest.raises(ValueError, match="6 layers cannot be cut into 7"):
+        split_layers(MODEL, 1000, 7)
+
+
+def _fp8(**settings) -> Setup:
+    model = MODEL.model_copy(update={"hidden_size": 192, "ffn_hidden_size": 768})
+    return replace(PLAIN, model=model, precision="fp8", fp8=Fp8Config(**settings))
+
+
+def test_fp8_needs_its_hardware() -> None:
+    assert lacking(PLAIN, NO_GPU) is None
+    assert lacking(_fp8(), H100) is None
+    assert lacking(_fp8(recipe="blockwise"), H100) is None
+    for setup, machine, words in (
+        (_fp8(), NO_GPU, "8.9 or more, and this machine has no GPU: use `precision: bf16`"),
+        (_fp8(), replace(H100, capability=(8, 0)), "1 x NVIDIA H100 (compute capability 8.0)"),
+        (_fp8(recipe="blockwise"), replace(H100, capability=(8, 9)), "recipe: tensorwise, or use `precision: bf16`"),
+        (_fp8(), replace(H100, transformer_engine=None), "it is not installed: pip install"),
+        (_fp8(), replace(H100, transformer_engine="1.13"), "version 1.13 is installed"),
+        (_layout(context_parallel=2), NO_GPU, "context_parallel 2 needs GPUs with Transformer Engine"),
+    ):
+        reason = lacking(setup, machine)
+        assert reason is not None and words in reason
+
+
+def test_fp8_needs_sizes_that_fit() -> None:
+    refuse("slm", _fp8())
+    for setup, words in (
+        (replace(_fp8(), model=MODEL.model_copy(update={"hidden_size": 72})), "hidden_size 72 / 1 processes is not"),
+        (replace(_fp8(), micro_batch_size=1, context_length=24), "micro_batch_size x context_length 24"),
+        (_fp8(bf16_first_layers=7), "at most the layers of a pipeline stage, 6 / 1"),
+        (_fp8(bf16_first_layers=3, bf16_last_layers=3), "leave none of the 6 layers"),
+    ):
+        with pytest.raises(ConfigError, match="fp8") as refusal:
+            refuse("slm", setup)
+        assert words in str(refusal.value)
+    with pytest.raises(ValidationError, match="recipe delayed takes all layers and linears"):
+        Fp8Config(recipe="delayed", linears=("fc1",))
+
+
+def test_precision_in_megatron_cores_words() -> None:
+    assert megatron_settings("fp32", None) == {"bf16": False}
+    settings = megatron_settings("fp8", Fp8Config(format="e4m3", recipe="blockwise", bf16_last_layers=1))
+    assert settings["bf16"] and settings["fp8"] == "e4m3" and settings["fp8_recipe"] == "blockwise"
+    assert settings["first_last_layers_bf16"] and settings["num_layers_at_start_in_bf16"] == 0
+
+
+def test_fp8_settings_go_with_fp8() -> None:
+    page = configs_folder() / "pipelines" / "smoke.yaml"
+    with pytest.raises(ConfigError, match="`fp8` goes with `precision: fp8`"):
+        load_pipeline(page, ["stages.slm.fp8.recipe=delayed"])
+    stage = load_pipeline(page, ["stages.slm.precision=fp8"]).stages["slm"]
+    assert stage.fp8 == Fp8Config()  # type: ignore[union-attr]
+
+
+def test_what_the_driver_says() -> None:
+    assert parse_gpus("NVIDIA H200, 9.0, 143771\n") == [("NVIDIA H200", (9, 0), 143771 * MIB)]
+    assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n") == []
+    assert parse_gpus("") == []
+
+
+def test_the_table_for_a_reader() -> None:
+    assert [row["feature"] for row in rows()] == [capability.feature for capability in TABLE]

@@ -1,0 +1,74 @@
+"""The memory estimate, against what training takes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.memory import memory_of, smallest_change
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.memory import PeakMemory
+
+NEOX = ModelConfig(layers=4, hidden_size=128, ffn_hidden_size=512, attention_heads=4)
+LLAMA = ModelConfig(family="llama", layers=4, hidden_size=128, ffn_hidden_size=384, attention_heads=4, query_groups=2)
+LARGE = Setup(
+    ModelConfig(layers=24, hidden_size=1024, ffn_hidden_size=4096, attention_heads=16), ParallelConfig(), "bf16",
+    vocabulary_size=32_000, context_length=1024, global_batch_size=512, micro_batch_size=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("vocabulary", [300, 3000])
+def test_within_ten_percent_of_what_a_step_takes(
+    model: ModelConfig, precision: str, recompute: str, vocabulary: int
+) -> None:
+    parallel = ParallelConfig(recompute=recompute)
+    setup = Setup(model, parallel, precision, vocabulary, context_length=128, global_batch_size=8, micro_batch_size=4)
+    memory = memory_of(setup, fused=False)
+    with process_group(ALONE, parallel=parallel):
+        gpt = Gpt(model, vocabulary_size=vocabulary, context_length=128, precision=precision, parallel=parallel)
+        gpt.initialize(seed=0)
+        engine = MegatronEngine(gpt, parallel=parallel, optimizer=Optimizer(), micro_batch_size=4)
+        held = sum(parameter.nbytes for _, parameter, _ in gpt.weights())
+        windows = np.random.default_rng(0).integers(0, vocabulary, (8, 129))
+        batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, 128), np.float32))
+        engine.train_step(batch, learning_rate=1e-3)
+        with PeakMemory() as taken:
+            engine.accumulate_gradients(batch)
+        state = sum(tensor.nbytes for name, tensor in engine.optimizer_state().items() if name != "step")
+        originals = 0 if precision == "fp32" else sum(tensor.nbytes for tensor in engine.weights().values())
+    assert memory.activations + memory.working == pytest.approx(taken.peak, rel=0.1)
+    # Checkpoints have no padding of the vocabulary; a process has.
+    assert memory.weights == held
+    assert memory.optimizer == pytest.approx(state + originals, rel=0.15)
+
+
+def test_every_share_is_smaller() -> None:
+    whole = memory_of(LARGE, fused=True)
+    halved = memory_of(replace(LARGE, parallel=ParallelConfig(tensor_parallel=2)), fused=True)
+    assert halved.weights == pytest.approx(whole.weights / 2, rel=0.01)
+    staged = memory_of(replace(LARGE, parallel=ParallelConfig(pipeline_parallel=4)), fused=True)
+    assert staged.weights < whole.weights / 2 and staged.activations > 0.8 * whole.activations, "1F1B keeps four"
+    shared = memory_of(replace(LARGE, parallel=ParallelConfig(data_parallel=4, distributed_optimizer=True)), fused=True)
+    assert shared.optimizer == whole.optimizer // 4
+
+
+def test_the_smallest_change_fits() -> None:
+    needed = memory_of(LARGE, fused=True).total
+    assert smallest_change(LARGE, needed - 1, fused=True) == "set micro_batch_size: 8"
+    copies = replace(LARGE, parallel=ParallelConfig(data_parallel=2))
+    assert smallest_change(copies, needed - 1, fused=True) == "set parallel.distributed_optimizer: true"
+    alone = replace(LARGE, micro_batch_size=1)
+    tight = memory_of(replace(alone, parallel=ParallelConfig(recompute="full")), fused=True).total
+    assert smallest_change(alone, tight, fused=True) == "set parallel.recompute: full"
+    assert smallest_change(LARGE, 2**20, fused=True) == "use a smaller model, or GPUs with more memory"
