@@ -194,7 +194,7 @@ def parity(
     from rich.console import Console
 
     from megatron_specialm.base.files import write_json
-    from megatron_specialm.config.graph import distinct_setups, setup_of
+    from megatron_specialm.config.graph import build_graph, distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
     from megatron_specialm.launch import parity as run
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
@@ -211,6 +211,7 @@ def parity(
     for name in distinct_setups(pipeline, stage):
         changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
         pipeline = _load(page, [*(overrides or []), *changed])
+        build_graph(pipeline)  # the layout must be one that the model itself can take
         refuse_what_the_machine_lacks(pipeline, stages=[name])
         case = parity_case(setup_of(pipeline, name))
         outcome = run.certificate(case, run.compare(case))

@@ -101,7 +101,7 @@ def _ours(
 
 
 def _transformers(shape: ModelConfig, batch: Batch) -> Callable[[], object]:
-    config = huggingface_config(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    config = huggingface_config(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, eod=0)
     model = GPTNeoXForCausalLM(config).cuda()
     compiled = torch.compile(model)
     return _loop(model, lambda tokens: compiled(tokens).logits, batch)

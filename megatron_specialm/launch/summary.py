@@ -1,5 +1,8 @@
 """What a page would train, by arithmetic."""
 
+from typing import Any
+
+from rich import box
 from rich.table import Table
 
 from megatron_specialm.base.accelerator import Accelerator
@@ -10,6 +13,7 @@ from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.train.throughput import dense_peak
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
+_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
 
 
 def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
@@ -19,7 +23,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     Tokens are at most these: windows shorter than the context hold fewer. Parameters are for the vocabulary asked for,
     which an existing tokenizer decides itself.
     """
-    table = Table("train stage", "runs", "parameters", "steps", "tokens per run, at most", "FLOPs per token", "FLOPs")
+    table = Table("stage", "runs", "weights", "steps", "tokens/run", "FLOPs/token", "FLOPs", **_PLAIN)
     peak = dense_peak(machine.name)
     if peak:
         table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
@@ -43,7 +47,7 @@ def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     setups = distinct_setups(pipeline, None)
     fused = machine.has_fused_layers
     memories = [memory_of(setup, fused=fused) for setup in setups.values()]
-    table = Table("GiB per process", *setups)
+    table = Table("GiB per process", *setups, **_PLAIN)
     table.add_row("layout", *(setup.parallel.describe() for setup in setups.values()))
     for part in ("weights", "gradients", "optimizer"):
         table.add_row(part, *(_gib(getattr(memory, part)) for memory in memories))
@@ -61,7 +65,7 @@ def _gib(count: int) -> str:
 def capabilities_table() -> Table:
     """What can be trained in which layout: `config/capabilities.py` for a reader."""
     rows = capabilities.rows()
-    table = Table(*rows[0])
+    table = Table(*rows[0], **_PLAIN)
     for row in rows:
         table.add_row(*row.values())
     return table

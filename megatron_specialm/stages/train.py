@@ -47,6 +47,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     with process_group(world, parallel=stage.parallel, threads=context.threads):
         rank, copies = data_rank()
         engine = _engine(stage, context, shape, store)
+        logger.info(engine.kernels())
         progress = train(
             engine,
             Run(

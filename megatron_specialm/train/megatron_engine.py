@@ -21,6 +21,7 @@ from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
+from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.engine import LossSum, StepStats
 from megatron_specialm.train.losses import DeviceBatch, VocabularyShare, cross_entropy
 from megatron_specialm.train.shares import Share, gather_whole, share_of, take_share
@@ -105,6 +106,10 @@ class MegatronEngine:
         if dist.get_rank() == 0:
             state["step"] = torch.tensor(float(self._steps()))
         return state
+
+    def kernels(self) -> str:
+        """Which fused kernels run here, in one line."""
+        return live_kernels(self._model, self._optimizer.optimizer)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
