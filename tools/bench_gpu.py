@@ -20,6 +20,7 @@ from transformers import GPTNeoXForCausalLM
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
@@ -32,7 +33,6 @@ from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.throughput import utilisation
 
 CONTEXT, VOCABULARY = 1024, 32_000
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.doctor.finding import Finding, guarded, one_line
 from megatron_specialm.doctor.machine import DRIVER_REMEDY, GIB
 from megatron_specialm.doctor.packages import PACKAGES
 from megatron_specialm.doctor.process import Outcome, start_module, wait_all
-from megatron_specialm.train.throughput import dense_peak
 
 COMPUTE_SECONDS = 120.0
 GLOO_PROCESSES = 2

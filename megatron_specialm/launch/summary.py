@@ -6,11 +6,11 @@ from rich import box
 from rich.table import Table
 
 from megatron_specialm.base.accelerator import Accelerator
+from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.graph import distinct_setups, setup_of, train_keys
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline, TrainStage
-from megatron_specialm.train.throughput import dense_peak
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
@@ -24,7 +25,6 @@ from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Peers, is_lost_peer
 from megatron_specialm.train.schedule import learning_rate
-from megatron_specialm.train.throughput import utilisation
 
 logger = logging.getLogger(__name__)
 

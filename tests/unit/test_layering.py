@@ -21,7 +21,7 @@ LAYERS = {
     # torch-free: of the layers below it takes the reader of files and the context of a task, which are so too
     "launch": {"launch", "config", "base"},
     # reports on the machine; only the command line asks for it
-    "doctor": {"doctor", "train.throughput", "base"},
+    "doctor": {"doctor", "base"},
 }
 LIGHT = {"megatron_specialm.data.documents", "megatron_specialm.stages.context"}
 

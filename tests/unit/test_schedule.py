@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 
+from megatron_specialm.base.throughput import dense_peak, utilisation
 from megatron_specialm.config.schema import Schedule
 from megatron_specialm.train.schedule import learning_rate
-from megatron_specialm.train.throughput import dense_peak, utilisation
 
 
 def _rates(steps: int = 100, **settings) -> list[float]:
