@@ -134,7 +134,8 @@ def run(
     if world.launcher != "none":
         pipeline = fit_to_world(pipeline, world)
     chosen = select(make_plan(pipeline, root), only=only, until=until)
-    refuse_what_the_machine_lacks(pipeline, stages={name.stage for name in chosen if chosen[name].state != "done"})
+    to_do = {name.stage for name in chosen if chosen[name].state != "done"}
+    refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
     if world.is_first:
         write_resolved(pipeline, root)
     console = Console()

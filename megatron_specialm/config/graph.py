@@ -67,7 +67,29 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     for name in order:
         if isinstance(pipeline.stages[name], TrainStage):
             refuse(name, setup_of(pipeline, name))
+        _check_tokenizers(pipeline, name)
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
+
+
+def _check_tokenizers(pipeline: Pipeline, name: str) -> None:
+    """Weights mean nothing under another tokenizer, even where its size is the same."""
+    stage = pipeline.stages[name]
+    models = stage.models if isinstance(stage, EvaluateStage | ExportStage) else [getattr(stage, "init", None)]
+    for model in filter(None, models):
+        own, theirs = (_tokenizer_of(pipeline, user) for user in (name, model))
+        if own != theirs:
+            raise ConfigError(
+                f"stages.{name}.tokens: they are of tokenizer `{own}`, and the weights of `{model}` of tokenizer "
+                f"`{theirs}`: name tokens that `{theirs}` has made"
+            )
+
+
+def _tokenizer_of(pipeline: Pipeline, name: str) -> str:
+    stage = pipeline.stages[name]
+    assert isinstance(stage, TrainStage | EvaluateStage | ExportStage)
+    tokens = pipeline.stages[stage.tokens]
+    assert isinstance(tokens, TokenizeStage)
+    return tokens.tokenizer
 
 
 def sources(pipeline: Pipeline) -> list[str]:

@@ -30,15 +30,26 @@ def planned_machine(name: str) -> Accelerator:
     return Accelerator(name, capability, "2.9.0", gpus=8, memory_bytes=gib * GIB)
 
 
-def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]) -> None:
+def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str], alone: bool = True) -> None:
     """Check the train stages that are to run.
+
+    Args:
+        alone: all their processes run on this machine; otherwise a launcher has spread them over nodes.
 
     Raises:
         MachineError: naming the stage, what it needs, what is here and what would do.
     """
-    for name, reason in lacks(pipeline, find_accelerator()):
+    machine = find_accelerator()
+    for name, reason in lacks(pipeline, machine):
         if name in stages:
             raise MachineError(reason)
+    for name in stages if alone and machine.gpus else ():
+        stage = pipeline.stages[name]
+        if isinstance(stage, TrainStage) and stage.parallel.world_size > machine.gpus:
+            raise MachineError(
+                f"stages.{name}.parallel: {stage.parallel.describe()} takes {stage.parallel.world_size} processes, one per "
+                f"GPU, and this machine has {machine.describe()}: lower it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
 
 
 def lacks(pipeline: Pipeline, machine: Accelerator) -> Iterator[tuple[str, str]]:

@@ -6,13 +6,16 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_specialm.base.accelerator import MIB, Accelerator, parse_gpus
+from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.capabilities import TABLE, lacking, refuse, rows
+from megatron_specialm.config.graph import build_graph
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.launch.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
 PLAIN = Setup(
@@ -141,3 +144,23 @@ def test_what_the_driver_says() -> None:
 
 def test_the_table_for_a_reader() -> None:
     assert [row["feature"] for row in rows()] == [capability.feature for capability in TABLE]
+
+
+def test_ranks_that_the_layout_does_not_divide() -> None:
+    page = configs_folder() / "pipelines" / "smoke.yaml"
+    pipeline = load_pipeline(page, ["stages.slm.parallel.tensor_parallel=2"])
+    with pytest.raises(ConfigError) as refusal:
+        fit_to_world(pipeline, World(0, 5, 0, "env://", "torchrun"))
+    assert "stages.slm.parallel: 5 ranks (torchrun)" in str(refusal.value)
+    assert str(refusal.value).endswith("start 4 ranks, or change the layout")
+    fitted = fit_to_world(pipeline, World(0, 4, 0, "env://", "torchrun"))
+    assert fitted.stages["slm"].parallel.data_parallel == 2  # type: ignore[union-attr]
+
+
+def test_weights_of_another_tokenizer() -> None:
+    """Of the same size, so that nothing else would notice."""
+    page = configs_folder() / "pipelines" / "smoke.yaml"
+    other = ["stages.words.kind=tokenizer", "stages.other.kind=tokenize", "stages.other.tokenizer=words"]
+    pipeline = load_pipeline(page, [*other, "stages.other.context_length=64", "stages.slm-tuned.tokens=other"])
+    with pytest.raises(ConfigError, match="they are of tokenizer `words`, and the weights of `slm` of tokenizer"):
+        build_graph(pipeline)
