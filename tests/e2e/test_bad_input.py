@@ -121,6 +121,8 @@ def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(folder: Path, num
     process = subprocess.Popen(
         _command("run", "--until", "slm", "stages.slm.steps=100000"),
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     metrics = folder / "runs/smoke/slm/generic/metrics.jsonl"
     deadline = time.monotonic() + 100
