@@ -45,7 +45,7 @@ def host_memory_bytes() -> int:
 def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator:
     """Ask the driver (nvidia-smi) and the list of installed packages. A driver that does not answer counts as no GPU."""
     rows = parse_gpus(_ask_driver(environment))
-    transformer_engine = _installed("transformer-engine")
+    transformer_engine = installed_version("transformer-engine")
     if not rows:
         return Accelerator("", None, transformer_engine, gpus=0, memory_bytes=0)
     name, capability, _ = min(rows, key=lambda row: row[1])
@@ -81,7 +81,8 @@ def _ask_driver(environment: Mapping[str, str]) -> str:
         return ""
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package that is installed, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

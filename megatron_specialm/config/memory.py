@@ -5,14 +5,13 @@ vocabulary, N tokens of a micro-batch on one process, t tensor parallel processe
 accounting (arXiv 2205.05198), counted anew for this project's layers and fused attention.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.capabilities import refuse
-from megatron_specialm.config.parallel import split_layers
+from megatron_specialm.config.parallel import padded_vocabulary, split_layers
 from megatron_specialm.config.setup import Setup
 
 FP32 = 4
@@ -83,19 +82,19 @@ def _stage_weights(setup: Setup, stage: int, *, last: bool) -> int:
 
 
 def _vocabulary(setup: Setup) -> int:
-    multiple = math.lcm(128, setup.parallel.tensor_parallel)
-    return math.ceil(setup.vocabulary_size / multiple) * multiple // setup.parallel.tensor_parallel
+    """Words of one process, padding included."""
+    share = setup.parallel.tensor_parallel
+    return padded_vocabulary(setup.vocabulary_size, tensor_parallel=share) // share
 
 
 def _layer_weights(setup: Setup) -> int:
-    """Weights of one layer on one process."""
+    """Weights of one layer on one process: linears and those of their biases that are cut with them; norms, and whole
+    biases."""
     model, share = setup.model, setup.parallel.tensor_parallel
-    hidden, wide = model.hidden_size, model.ffn_hidden_size
-    queries = model.head_size * model.attention_heads
-    mixed = queries + 2 * model.head_size * model.kv_heads
+    linears = model.linear_parameters() // model.layers
     if model.family == "llama":
-        return hidden * (mixed + queries + 3 * wide) // share + 2 * hidden
-    return (hidden * (mixed + queries + 2 * wide) + mixed + wide) // share + 6 * hidden
+        return linears // share + 2 * model.hidden_size
+    return (linears + model.qkv_size + model.ffn_hidden_size) // share + 6 * model.hidden_size
 
 
 def _passes_under_way(setup: Setup, stage: int) -> int:

@@ -55,6 +55,11 @@ class ModelConfig(Settings):
         """D."""
         return self.hidden_size // self.attention_heads
 
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the matrix that makes queries, keys and values."""
+        return self.head_size * (self.attention_heads + 2 * self.kv_heads)
+
     def linear_parameters(self) -> int:
         """Weights of the linears of all layers, biases and norms left out: 2 FLOPs each per token and forward pass."""
         attention = self.hidden_size * self.head_size * (2 * self.attention_heads + 2 * self.kv_heads)
@@ -67,8 +72,9 @@ class ModelConfig(Settings):
         if self.family == "llama":
             small = (2 * self.layers + 1) * self.hidden_size
         else:
-            qkv_bias = self.head_size * (self.attention_heads + 2 * self.kv_heads)
-            per_layer = qkv_bias + self.hidden_size + self.ffn_hidden_size + self.hidden_size + 4 * self.hidden_size
+            per_layer = (
+                self.qkv_size + self.hidden_size + self.ffn_hidden_size + self.hidden_size + 4 * self.hidden_size
+            )
             small = self.layers * per_layer + 2 * self.hidden_size
         return self.linear_parameters() + embeddings + small
 

@@ -1,5 +1,6 @@
 """How a training is spread over processes. It does not change what is computed, so it is no part of a digest."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -61,6 +62,15 @@ class ParallelConfig(Settings):
         parts += ["SP"] * self.sequence_parallel + ["ZeRO-1"] * self.distributed_optimizer
         parts += [f"recompute {self.recompute}"] * (self.recompute != "none")
         return " ".join(parts) or "1 process"
+
+
+VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
+
+
+def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:
+    """Rows of the embedding in memory. The padding never reaches a loss, a checkpoint or an export."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
+    return math.ceil(vocabulary_size / multiple) * multiple
 
 
 def split_layers(model: ModelConfig, vocabulary_size: int, chunks: int) -> list[int]:

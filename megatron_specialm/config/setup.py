@@ -51,7 +51,7 @@ class Setup:
         sizes = {
             "hidden_size": (model.hidden_size, tensor),
             "ffn_hidden_size": (model.ffn_hidden_size, tensor),
-            "query, key and value size": (model.head_size * (model.attention_heads + 2 * model.kv_heads), tensor),
+            "query, key and value size": (model.qkv_size, tensor),
             "micro_batch_size x context_length": (self.micro_batch_size * self.context_length, positions),
         }
         for name, (whole, processes) in sizes.items():

@@ -6,7 +6,6 @@ together at the end. Workers die with the launcher, however it ends.
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -25,7 +24,7 @@ from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
-from megatron_specialm.launch.worker import limit_threads, work
+from megatron_specialm.launch.worker import work, worker_context
 
 TERMINATION_SECONDS = 20
 POLL_SECONDS = 0.2
@@ -68,7 +67,7 @@ def run_local(
     waiting = {name: planned for name, planned in plan.items() if planned.state != "done"}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
-    context = _worker_context(pipeline)
+    context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
     with _only_one(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
         try:
             while waiting or running:
@@ -115,20 +114,6 @@ def _startable(
 def _ranks(pipeline: Pipeline, name: TaskId) -> int:
     stage = pipeline.stages[name.stage]
     return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
-
-
-def _worker_context(pipeline: Pipeline) -> BaseContext:
-    """How workers come into being: forked from a server that has imported what every task needs, once.
-
-    Importing torch and Megatron-Core takes five seconds of a core, longer than many a task. A process that forks after it
-    has touched a GPU breaks its children, so where there is one, each worker starts afresh.
-    """
-    limit_threads(pipeline.local.threads)
-    if Path("/dev/nvidiactl").exists():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"megatron_specialm.stages.{kind}" for kind in KINDS])
-    return context
 
 
 def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:

@@ -1,9 +1,7 @@
 """Whether a layout computes what one process computes: both are run, and every quantity compared by parameter."""
 
 import importlib
-import importlib.metadata
 import math
-import multiprocessing
 import os
 import platform
 import sys
@@ -19,11 +17,12 @@ import numpy as np
 from rich.table import Table
 from safetensors.numpy import load_file
 
+from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.parity import ParityCase
-from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.launch.worker import worker_context
 
 CERTIFICATE_FORMAT = 1
 TIMEOUT_SECONDS = 300.0
@@ -79,7 +78,7 @@ def compare(case: ParityCase, *, measure: str = "megatron_specialm.train.parity:
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
-    context = _context()
+    context = worker_context(["megatron_specialm.train.parity"], threads=1)
     with tempfile.TemporaryDirectory() as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, case.on_one_process(), one, "megatron_specialm.train.parity:measure")
@@ -103,7 +102,7 @@ def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str
         "model": case.model.model_dump(mode="json"),
         "vocabulary_size": case.vocabulary_size,
         "steps": case.steps,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in packages}},
         "differences": [{**asdict(entry), "largest": _json(entry.largest), "passed": entry.passed} for entry in found],
         "passed": all(entry.passed for entry in found),
     }
@@ -121,23 +120,6 @@ def table(name: str, outcome: Mapping[str, Any]) -> Table:
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _context() -> BaseContext:
-    """Forked from a server that has imported all; where there is a GPU, which does not bear forking, each anew."""
-    limit_threads(1)
-    if Path("/dev/nvidiactl").exists():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_specialm.train.parity"])
-    return context
 
 
 def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> None:

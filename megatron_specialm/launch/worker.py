@@ -6,8 +6,8 @@ This module imports no torch: a stage's own module is imported when a task of it
 import contextlib
 import ctypes
 import importlib
-import importlib.metadata
 import logging
+import multiprocessing
 import os
 import platform
 import signal
@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm import __version__
+from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_folder, begin_artifact, finish_artifact
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
@@ -73,6 +74,20 @@ def limit_threads(threads: int) -> None:
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in EXPECTED_WARNINGS))
 
 
+def worker_context(modules: list[str], *, threads: int) -> BaseContext:
+    """How workers come into being: forked from a server that has imported `modules`, once.
+
+    Importing torch and Megatron-Core takes five seconds of a core, longer than many a task. A process that forks after it
+    has touched a GPU breaks its children, so where there is one, each worker starts afresh.
+    """
+    limit_threads(threads)
+    if Path("/dev/nvidiactl").exists():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
+
+
 def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World) -> None:
     """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
 
@@ -123,11 +138,6 @@ def _device_name() -> str:
 
 
 def _versions() -> dict[str, str]:
-    def version(package: str) -> Any:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-        return None
-
-    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
+    packages = {name: installed_version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
     ours = {"megatron_specialm": __version__, "python": platform.python_version()}
     return {**ours, **{name: value for name, value in packages.items() if value}}

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig, split_layers
+from megatron_specialm.config.parallel import ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import FusedCoreAttention
@@ -35,7 +35,6 @@ from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     WeightSpec,
-    padded_vocabulary,
     weight_specs,
 )
 

@@ -4,15 +4,14 @@ Canonical is what one process without Transformer Engine would hold: whole matri
 vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons know only these; layouts come and go.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import padded_vocabulary
 
-VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
@@ -49,16 +48,10 @@ class WeightSpec:
         return whole[: self.shape[0]]
 
 
-def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:
-    """Rows of the embedding in memory. The padding never reaches a loss, a checkpoint or an export."""
-    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
-    return math.ceil(vocabulary_size / multiple) * multiple
-
-
 def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: int = 1) -> dict[str, WeightSpec]:
     """All canonical weights of a model by name, in the order of the forward pass."""
     hidden, feed_forward = model.hidden_size, model.ffn_hidden_size
-    qkv = model.head_size * (model.attention_heads + 2 * model.kv_heads)
+    qkv = model.qkv_size
     gates = 2 if model.family == "llama" else 1
     padded = padded_vocabulary(vocabulary_size, tensor_parallel=tensor_parallel)
     embedding = WeightSpec((vocabulary_size, hidden), cut=0, padded=padded)

@@ -74,9 +74,8 @@ def process_group(
             context_parallel_size=parallel.context_parallel,
             distributed_timeout_minutes=timeout_seconds / 60,
         )
-        model_parallel_cuda_manual_seed(
-            0
-        )  # asked for by Transformer Engine and recomputation; nothing is drawn from it
+        # Asked for by Transformer Engine and recomputation; nothing is drawn from it.
+        model_parallel_cuda_manual_seed(0)
         yield
     finally:
         parallel_state.destroy_model_parallel()

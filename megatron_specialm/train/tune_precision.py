@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 from rich.table import Table
 
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.config.precision import Fp8Config, Linear
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import Linear
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.model.gpt import transformer_config
 
 WORTH = 1.05  # below this ratio FP8 stays off: its coarser numbers are no bargain for what noise could explain
 WARMUP, REPEATS, PASSES = 5, 20, 10  # a repeat times so many forward and backward passes
@@ -54,10 +57,9 @@ def linear_shapes(setup: Setup) -> list[LinearShape]:
     has no FP8."""
     model, share = setup.model, setup.parallel.tensor_parallel
     tokens = setup.micro_batch_size * setup.context_length // setup.parallel.context_parallel
-    qkv = model.head_size * (model.attention_heads + 2 * model.kv_heads)
     gates = 2 if model.family == "llama" else 1
     sizes: dict[Linear, tuple[int, int]] = {
-        "qkv": (model.hidden_size, qkv // share),
+        "qkv": (model.hidden_size, model.qkv_size // share),
         "proj": (model.hidden_size // share, model.hidden_size),
         "fc1": (model.hidden_size, gates * model.ffn_hidden_size // share),
         "fc2": (model.ffn_hidden_size // share, model.hidden_size),
@@ -76,20 +78,24 @@ def measure(setup: Setup) -> list[Timing]:
     """
     assert setup.fp8 is not None, "a setup with precision fp8"
     try:
-        return [_measure(shape, setup.fp8) for shape in linear_shapes(setup)]
+        recipe = get_fp8_recipe(
+            transformer_config(
+                setup.model, setup.vocabulary_size, precision="fp8", fp8=setup.fp8, parallel=ParallelConfig()
+            )
+        )
+        return [_measure(shape, recipe) for shape in linear_shapes(setup)]
     except (ImportError, AssertionError, RuntimeError) as error:
         raise MachineError(
             f"Transformer Engine cannot time recipe {setup.fp8.recipe}: {error}; stay with bf16"
         ) from error
 
 
-def _measure(shape: LinearShape, fp8: Fp8Config) -> Timing:
+def _measure(shape: LinearShape, recipe: Any) -> Timing:
     import transformer_engine.pytorch as te  # not on every machine
 
     linear = te.Linear(shape.inputs, shape.outputs, bias=False, params_dtype=torch.bfloat16, device="cuda")
     tokens = torch.randn(shape.tokens, shape.inputs, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     gradient = torch.randn(shape.tokens, shape.outputs, dtype=torch.bfloat16, device="cuda")
-    recipe = recipe_of(fp8)
 
     def one_pass(*, in_fp8: bool) -> None:
         with te.fp8_autocast(enabled=in_fp8, fp8_recipe=recipe):
@@ -98,18 +104,6 @@ def _measure(shape: LinearShape, fp8: Fp8Config) -> Timing:
         linear.weight.grad = tokens.grad = None
 
     return Timing(shape, *_medians_in_turns([lambda: one_pass(in_fp8=False), lambda: one_pass(in_fp8=True)]))
-
-
-def recipe_of(fp8: Fp8Config) -> Any:
-    """Transformer Engine's recipe, with the settings that `megatron_settings` has Megatron-Core give it."""
-    from transformer_engine.common import recipe
-
-    number_format = {"hybrid": recipe.Format.HYBRID, "e4m3": recipe.Format.E4M3}[fp8.format]
-    if fp8.recipe == "delayed":
-        return recipe.DelayedScaling(fp8_format=number_format, amax_history_len=1024, amax_compute_algo="max")
-    if fp8.recipe == "tensorwise":
-        return recipe.Float8CurrentScaling(fp8_format=number_format)
-    return recipe.Float8BlockScaling(fp8_format=number_format)
 
 
 def _medians_in_turns(contenders: Sequence[Callable[[], None]]) -> list[float]:
