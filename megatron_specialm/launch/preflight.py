@@ -40,7 +40,7 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
         MachineError: naming the stage, what it needs, what is here and what would do.
     """
     machine = find_accelerator()
-    for name, reason in lacks(pipeline, machine):
+    for name, reason in lacks(pipeline, machine, alone=alone):
         if name in stages:
             raise MachineError(reason)
     for name in stages if alone and machine.gpus else ():
@@ -52,26 +52,21 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
             )
 
 
-def lacks(pipeline: Pipeline, machine: Accelerator) -> Iterator[tuple[str, str]]:
+def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> Iterator[tuple[str, str]]:
     """The train stages that a machine cannot run, each with the reason in one line."""
     for name, stage in pipeline.stages.items():
         if isinstance(stage, TrainStage):
             setup = setup_of(pipeline, name)
-            if reason := lacking(setup, machine) or _too_large(setup, machine):
+            if reason := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
                 yield name, f"stages.{name}: {reason}"
 
 
-def _too_large(setup: Setup, machine: Accelerator) -> str | None:
-    needed, limit = memory_of(setup, fused=machine.has_fused_layers).total, _limit(setup, machine)
+def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> str | None:
+    processes = setup.parallel.world_size if alone else 1  # on this machine, at least
+    limit = int(USABLE * machine.memory_bytes) if machine.gpus else host_memory_bytes() // processes
+    needed = memory_of(setup, fused=machine.has_fused_layers).total
     if needed <= limit:
         return None
-    whose = f"{machine.name} has" if machine.gpus else f"{setup.parallel.world_size} processes on this machine have"
+    whose = f"{machine.name} has" if machine.gpus else f"{processes} processes on this machine have"
     change = smallest_change(setup, limit, fused=machine.has_fused_layers)
     return f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each: {change}"
-
-
-def _limit(setup: Setup, machine: Accelerator) -> int:
-    """Bytes that one process may use. Without a GPU, all processes share this machine's memory."""
-    if machine.gpus:
-        return int(USABLE * machine.memory_bytes)
-    return host_memory_bytes() // setup.parallel.world_size
