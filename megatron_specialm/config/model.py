@@ -4,11 +4,37 @@ Legend: L layers, H hidden size, F feed-forward size, A attention heads, G query
 V vocabulary, T context length.
 """
 
+import math
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_specialm.config.base import Settings
+from megatron_specialm.config.precision import LINEARS, Linear
+
+
+class Projection(Settings):
+    """SLM-pn (Grangier et al., arXiv 2402.01093, section 2): the feed-forward linears of expert i in layer l are
+    `W(l,i) = sum_r (E[i] M(l))[r] T(l)[r]`, with codes E (experts, code_size), M(l) (code_size, capacity) and T(l)
+    (capacity, out, in). All else is shared by the experts."""
+
+    experts: PositiveInt = Field(description="k: the number of clusters")
+    capacity: PositiveInt = Field(description="h: matrices per linear that experts are combined from")
+    code_size: PositiveInt = Field(description="m: numbers that tell an expert from the others")
+
+
+class LowRank(Settings):
+    """LoRA (arXiv 2106.09685): a linear's weight is `W + alpha / rank * B A`, and only A (rank, in) and B (out, rank)
+    are trained. B starts at zero, so training starts from the base model exactly."""
+
+    rank: PositiveInt = Field(default=64, description="the paper's")
+    alpha: PositiveFloat | None = Field(default=None, description="default: rank, a factor of one")
+    linears: list[Linear] = Field(default=list(LINEARS), min_length=1, description="of each layer")
+
+    @property
+    def factor(self) -> float:
+        """What B A counts."""
+        return (self.alpha or self.rank) / self.rank
 
 
 class ModelConfig(Settings):
@@ -29,6 +55,8 @@ class ModelConfig(Settings):
     rotary_base: PositiveInt = 10_000
     norm_epsilon: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
+    projection: Projection | None = Field(default=None, description="SLM-pn: many experts in one model")
+    lora: LowRank | None = Field(default=None, description="set by a train stage's `lora`, not in a preset")
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -44,6 +72,11 @@ class ModelConfig(Settings):
         if self.family == "neox" and self.kv_heads != self.attention_heads:
             raise ValueError("family neox has no grouped queries (GPT-NeoX cannot hold them): use family llama")
         return self
+
+    @property
+    def plain(self) -> "ModelConfig":
+        """The shape of what is served: one expert, adapters merged."""
+        return self.model_copy(update={"projection": None, "lora": None})
 
     @property
     def kv_heads(self) -> int:
@@ -66,8 +99,36 @@ class ModelConfig(Settings):
         feed_forward = self.hidden_size * self.ffn_hidden_size * (3 if self.family == "llama" else 2)
         return self.layers * (attention + feed_forward)
 
+    def linear_sizes(self) -> dict[Linear, tuple[int, int]]:
+        """(out, in) of each linear of a layer. The llama family's first feed-forward linear is gate and up in one."""
+        gates = 2 if self.family == "llama" else 1
+        return {
+            "qkv": (self.qkv_size, self.hidden_size),
+            "proj": (self.hidden_size, self.hidden_size),
+            "fc1": (gates * self.ffn_hidden_size, self.hidden_size),
+            "fc2": (self.hidden_size, self.ffn_hidden_size),
+        }
+
+    def trained_parameters(self, vocabulary_size: int) -> int:
+        """The parameters that an optimizer step changes: of a projected model all its matrices, of LoRA the adapters."""
+        sizes = self.linear_sizes()
+        if self.lora is not None:
+            return self.layers * sum(self.lora.rank * sum(sizes[name]) for name in self.lora.linears)
+        if self.projection is None:
+            return self.parameters(vocabulary_size)
+        one = self.layers * self._feed_forward_parameters()
+        shared = self.parameters(vocabulary_size) - one
+        codes = self.projection.code_size * (self.projection.experts + self.layers * self.projection.capacity)
+        return shared + self.projection.capacity * one + codes
+
+    def _feed_forward_parameters(self) -> int:
+        """Of one layer: what a projected model has `capacity` of."""
+        sizes = self.linear_sizes()
+        biases = sizes["fc1"][0] + sizes["fc2"][0] if self.family == "neox" else 0
+        return math.prod(sizes["fc1"]) + math.prod(sizes["fc2"]) + biases
+
     def parameters(self, vocabulary_size: int) -> int:
-        """All parameters, as exported: no vocabulary padding, tied embeddings counted once."""
+        """All parameters, as exported: one expert, no vocabulary padding, tied embeddings counted once."""
         embeddings = vocabulary_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         if self.family == "llama":
             small = (2 * self.layers + 1) * self.hidden_size

@@ -5,7 +5,7 @@ import math
 from pydantic import PositiveFloat, PositiveInt
 
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.setup import Setup
@@ -54,6 +54,11 @@ def parity_case(setup: Setup) -> ParityCase:
     heads = groups * (model.attention_heads // model.kv_heads)
     hidden = heads * HEAD_SIZE
     feed_forward = max(1, round(model.ffn_hidden_size / model.hidden_size * hidden / parallel.tensor_parallel))
+    projection, lora = model.projection, model.lora
+    if projection is not None:  # odd sizes: none is taken for another
+        projection = Projection(experts=min(projection.experts, 3), capacity=min(projection.capacity, 4), code_size=5)
+    if lora is not None:
+        lora = lora.model_copy(update={"rank": min(lora.rank, 3)})
     shrunk = model.model_copy(
         update={
             "name": f"{model.name}, shrunk",
@@ -62,6 +67,8 @@ def parity_case(setup: Setup) -> ParityCase:
             "ffn_hidden_size": feed_forward * parallel.tensor_parallel,
             "attention_heads": heads,
             "query_groups": None if model.query_groups is None else groups,
+            "projection": projection,
+            "lora": lora,
         }
     )
     return ParityCase(

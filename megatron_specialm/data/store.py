@@ -8,8 +8,9 @@ A document is cut into windows that do not overlap; its last window ends with th
 Legend: B windows of a batch, T context length, N windows of a split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -19,15 +20,30 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
 
 DESCRIPTION = "store.json"
+MIXTURE = "mixture"  # the note (B, K) float32: which mixture of a projected network's experts computes each window
 SPLITS = ("train", "validation", "test")
 
 
 class Batch(NamedTuple):
-    """tokens, targets (B, T) int64; mask (B, T) float32, 1 where a target counts."""
+    """tokens, targets (B, T) int64; mask (B, T) float32, 1 where a target counts; and by name what else a training
+    needs to know of its windows, (B, ...) each."""
 
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+    notes: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the windows."""
+        return self._map(lambda part: part[rows])
+
+    def padded(self, count: int) -> "Batch":
+        """With `count` more windows that do not count."""
+        return self._map(lambda part: np.pad(part, ((0, count), *[(0, 0)] * (part.ndim - 1))))
+
+    def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Batch":
+        notes = {name: change(note) for name, note in self.notes.items()}
+        return Batch(change(self.tokens), change(self.targets), change(self.mask), notes)
 
 
 class TokenStore:

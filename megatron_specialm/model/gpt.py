@@ -5,8 +5,6 @@ it, Megatron-Core's own with PyTorch's fused attention. Which part of the canoni
 process holds follows from the layout.
 """
 
-import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -30,6 +28,8 @@ from megatron_specialm.config.parallel import ParallelConfig, padded_vocabulary,
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import FusedCoreAttention
+from megatron_specialm.model.derived import derived_weights
+from megatron_specialm.model.initial import first_value
 from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
@@ -83,6 +83,7 @@ class Gpt:
             _Chunk(settings, config, stage, vocabulary_size=vocabulary_size, context_length=context_length)
             for stage in range(parallel.virtual_pipeline)
         ]
+        self.derived = derived_weights(self.chunks, config, self.specs)
         for chunk in self.chunks:
             if torch.cuda.is_available():
                 chunk.cuda()
@@ -97,23 +98,8 @@ class Gpt:
                 yield OwnWeight(canonical, parameter, self.specs[canonical])
 
     def initialize(self, *, seed: int) -> None:
-        """Draw first weights: N(0, init_std), projections back into the residual stream N(0, init_std / sqrt(2 L)),
-        biases and padding 0, norms 1. Each canonical weight is drawn whole from a generator of (seed, its name): no
-        layout changes it."""
-
-        def draw(name: str) -> torch.Tensor:
-            shape = self.specs[name].shape
-            if "layernorm" in name:
-                return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-            if name.endswith("bias"):
-                return torch.zeros(shape)
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
-            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
-            return torch.randn(shape, generator=generator) * std
-
-        self._fill(draw)
+        """Draw first weights (`model/initial.py`). No layout changes them."""
+        self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take canonical weights.
@@ -220,6 +206,7 @@ class _Chunk(GPTModel):
         """The canonical name of one of this chunk's parameters."""
         for fused, plain in _FUSED_NORMS.items():
             name = name.replace(fused, plain)
+        name = name.replace(".base_weight", ".weight")  # of a linear with LoRA
         if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:
             return WORD_EMBEDDINGS
         if name.startswith("decoder.layers."):

@@ -9,6 +9,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_specialm.config.precision import Linear
+from megatron_specialm.model.weights import LINEAR_PLACES
 
 
 class TorchNorm:
@@ -40,17 +41,9 @@ class FeedForward(MLP):
         return output, None if bias is None else bias.clone()
 
 
-_LINEARS: dict[Linear, str] = {
-    "qkv": "self_attention.linear_qkv",
-    "proj": "self_attention.linear_proj",
-    "fc1": "mlp.linear_fc1",
-    "fc2": "mlp.linear_fc2",
-}
-
-
 def keep_in_bf16(model: torch.nn.Module, linears: Sequence[Linear]) -> None:
     """Under FP8, have some linears of each layer multiply bf16 numbers. Megatron-Core's switch is for whole layers."""
-    ends = tuple(_LINEARS[name] for name in linears)
+    ends = tuple(LINEAR_PLACES[name] for name in linears)
     for name, module in model.named_modules():
         if ends and name.endswith(ends):
             module.forward = partial(_without_fp8, module.forward)

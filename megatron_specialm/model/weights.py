@@ -4,14 +4,16 @@ Canonical is what one process without Transformer Engine would hold: whole matri
 vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons know only these; layouts come and go.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import padded_vocabulary
+from megatron_specialm.config.precision import Linear
 
+EXPERT_CODES = "expert_codes"
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
@@ -74,6 +76,43 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
             "mlp.linear_fc2.bias": WeightSpec((hidden,)),
         }
         final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
+    layer = _derived(model, layer)
     layers = {f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()}
     output = {} if model.tie_embeddings else {OUTPUT_LAYER: embedding}
-    return {WORD_EMBEDDINGS: embedding, **layers, **final, **output}
+    codes = {}
+    if model.projection is not None:
+        codes[EXPERT_CODES] = WeightSpec((model.projection.experts, model.projection.code_size))
+    return {**codes, WORD_EMBEDDINGS: embedding, **layers, **final, **output}
+
+
+# Where a layer's linears stand, by the names that pages use.
+LINEAR_PLACES: dict[Linear, str] = {
+    "qkv": "self_attention.linear_qkv",
+    "proj": "self_attention.linear_proj",
+    "fc1": "mlp.linear_fc1",
+    "fc2": "mlp.linear_fc2",
+}
+PROJECTED: tuple[Linear, ...] = ("fc1", "fc2")
+
+
+def _derived(model: ModelConfig, layer: dict[str, WeightSpec]) -> dict[str, WeightSpec]:
+    """A layer's weights where some linears are computed from others (`model/derived.py`)."""
+    found = dict(layer)
+    if model.projection is not None:
+        found["mlp.projection"] = WeightSpec((model.projection.code_size, model.projection.capacity))
+        for name in [name for name in layer if name.startswith(tuple(LINEAR_PLACES[one] for one in PROJECTED))]:
+            spec = found.pop(name)
+            cut = None if spec.cut is None else spec.cut + 1
+            found[f"{name}_basis"] = replace(spec, shape=(model.projection.capacity, *spec.shape), cut=cut)
+    if model.lora is not None:
+        for name in model.lora.linears:
+            place = LINEAR_PLACES[name]
+            found.update(_lora(f"{place}.", layer[f"{place}.weight"], model.lora.rank))
+    return found
+
+
+def _lora(prefix: str, base: WeightSpec, rank: int) -> Iterator[tuple[str, WeightSpec]]:
+    """B A has the base's shape. The factor whose side the base is cut along is cut, the other is whole everywhere."""
+    out, into = base.shape
+    yield f"{prefix}lora_a", WeightSpec((rank, into), cut=1 if base.cut == 1 else None)
+    yield f"{prefix}lora_b", WeightSpec((out, rank), cut=0 if base.cut == 0 else None, blocks=base.blocks)

@@ -3,7 +3,9 @@
 Legend: T positions, B sequences, V this process's share of the vocabulary, N = T * B.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,11 +13,14 @@ from torch.nn import functional
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device: tokens (B, T), targets (B, T), mask (B, T) with 1 where a target counts."""
+    """A micro-batch on the device: tokens (B, T), targets (B, T), mask (B, T) with 1 where a target counts; which variant
+    of derived weights computes it; and what else is known of its windows."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
+    variant: int = 0
+    notes: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class VocabularyShare(NamedTuple):
@@ -23,6 +28,16 @@ class VocabularyShare(NamedTuple):
 
     first: int
     group: dist.ProcessGroup
+
+
+class Objective(Protocol):
+    """What training minimizes."""
+
+    def __call__(
+        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, share: VocabularyShare | None = None
+    ) -> torch.Tensor:
+        """(T, B, V) logits of this process's share -> the sum over the tokens that count, a scalar in fp32. All
+        processes of the share's group return the same."""
 
 
 def cross_entropy(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
-from megatron_specialm.data.store import Batch
+from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.engine import LossSum, StepStats
-from megatron_specialm.train.losses import DeviceBatch, VocabularyShare, cross_entropy
+from megatron_specialm.train.losses import DeviceBatch, Objective, VocabularyShare, cross_entropy
 from megatron_specialm.train.shares import Share, gather_whole, share_of, take_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,16 +33,25 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class MegatronEngine:
     """A model in any layout of `ParallelConfig`, with its optimizer."""
 
-    def __init__(self, model: Gpt, *, parallel: ParallelConfig, optimizer: Optimizer, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Gpt,
+        *,
+        parallel: ParallelConfig,
+        optimizer: Optimizer,
+        micro_batch_size: int,
+        objective: Objective = cross_entropy,
+    ) -> None:
         self._parallel = parallel
         self._micro_batch_size = micro_batch_size
         self._clip_grad = optimizer.clip_grad
         self._model = model
+        self._objective = objective
         self._copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._vocabulary = _vocabulary_share(model)
         self._config = model.chunks[0].config
         self._chunks = [_data_parallel(chunk, parallel, number) for number, chunk in enumerate(model.chunks)]
-        self._config.finalize_model_grads_func = finalize_model_grads
+        self._config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [chunk.no_sync for chunk in self._chunks]
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = _build_optimizer(self._chunks, optimizer, parallel, bf16=self._config.bf16)
@@ -58,7 +68,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        sums = self._run(list(self._micro_batches(batch)), forward_only=False)
+        sums = self._run(self._micro_batches([batch]), forward_only=False)
         return self._reduce(sums, int(batch.mask.sum()))
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
@@ -83,12 +93,12 @@ class MegatronEngine:
         sums: list[torch.Tensor] = []
         tokens = 0
         stages = self._parallel.pipeline_parallel
-        waiting = (self._full(batch) for batch in batches)
+        waiting = iter(batches)
         while group := list(islice(waiting, 4 * stages)):  # enough at a time to keep all stages busy
             tokens += sum(int(batch.mask.sum()) for batch in group)
-            empty = Batch(group[0].tokens, group[0].targets, np.zeros_like(group[0].mask))
+            empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
             group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
-            sums += self._run([part for batch in group for part in self._micro_batches(batch)], forward_only=True)
+            sums += self._run(self._micro_batches(group), forward_only=True)
         return self._reduce(sums, tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -101,7 +111,7 @@ class MegatronEngine:
             return {}
         state: dict[str, torch.Tensor] = {}
         for moment in _MOMENTS:
-            found = self._collect(partial(self._moment, moment))
+            found = self._collect(partial(self._moment, moment), trained_only=True)
             state.update({f"{moment}/{name}": tensor for name, tensor in found.items()})
         if dist.get_rank() == 0:
             state["step"] = torch.tensor(float(self._steps()))
@@ -113,7 +123,9 @@ class MegatronEngine:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
-        return self._collect(lambda weight, share: _gradient(weight.parameter).flatten()[share.elements])
+        return self._collect(
+            lambda weight, share: _gradient(weight.parameter).flatten()[share.elements], trained_only=True
+        )
 
     def norm_squares(self) -> dict[str, float]:
         """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as
@@ -135,7 +147,7 @@ class MegatronEngine:
             for weight, share in self._shares():
                 if share.main is not None:
                     share.main.view(-1).copy_(take_share(weight, share, weights[weight.name]))
-                    if optimizer_state:
+                    if optimizer_state and weight.parameter.requires_grad:
                         self._load_moments(weight, share, share.main, optimizer_state)
         if optimizer_state:
             for group in self._optimizer.param_groups:
@@ -164,11 +176,15 @@ class MegatronEngine:
         for weight in self._model.weights():
             yield weight, share_of(self._optimizer, weight.parameter)
 
-    def _collect(self, value: Callable[[OwnWeight, Share], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    def _collect(
+        self, value: Callable[[OwnWeight, Share], torch.Tensor | None], *, trained_only: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         found = {}
         for turn, (weight, share) in enumerate(self._shares()):
+            if trained_only and not weight.parameter.requires_grad:
+                continue
             whole = gather_whole(weight, share, value(weight, share))
             copy = getattr(weight.parameter, "shared", False)  # the embedding's, on the last pipeline stage
             if turn % group.size() == group.rank() and not copy:
@@ -187,27 +203,53 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: torch.nn.Module) -> tuple:
+    def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
-        return forward(chunk, batch.tokens), partial(self._loss, batch)
+        if (derived := self._model.derived) is None:
+            output = forward(chunk, batch.tokens)
+        else:
+            use = partial(derived.use, self._chunks.index(chunk), batch.variant)
+            use()
+            output = forward(chunk, batch.tokens)
+            if output.requires_grad:  # what is recomputed in its backward pass must see the same weights
+                output.register_hook(lambda _: use())
+        objective = self._objective if chunk.training else cross_entropy
+        return output, partial(self._loss, batch, objective)
 
-    def _loss(self, batch: DeviceBatch, logits_TBV: torch.Tensor) -> tuple:
-        total = cross_entropy(logits_TBV, batch, share=self._vocabulary)
+    def _loss(self, batch: DeviceBatch, objective: Objective, logits_TBV: torch.Tensor) -> tuple:
+        total = objective(logits_TBV, batch, share=self._vocabulary)
         return total, batch.mask.sum().int(), total.detach().clone()
 
-    def _full(self, batch: Batch) -> Batch:
-        """The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size."""
-        missing = -len(batch.tokens) % self._micro_batch_size
-        return Batch(*(np.pad(part, ((0, missing), (0, 0))) for part in batch))
+    def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+        """What Megatron-Core's schedule calls when all backward passes are done."""
+        if self._model.derived is not None:
+            self._model.derived.return_gradients()
+        finalize_model_grads(chunks, *args, **kwargs)
 
-    def _micro_batches(self, batch: Batch) -> Iterator[DeviceBatch]:
-        for start in range(0, len(batch.tokens), self._micro_batch_size):
-            rows = slice(start, start + self._micro_batch_size)
-            parts = {
-                name: torch.from_numpy(part[rows]).to(self._model.device, non_blocking=True)
-                for name, part in batch._asdict().items()
-            }
-            yield DeviceBatch(**get_batch_on_this_cp_rank(parts))
+    def _micro_batches(self, batches: list[Batch]) -> list[DeviceBatch]:
+        """The micro-batches of some batches. Of derived weights, all variants that they use are computed here."""
+        found, variants = [], Variants()
+        for batch in batches:
+            # The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size.
+            batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
+            for start in range(0, len(batch.tokens), self._micro_batch_size):
+                part = batch.rows(slice(start, start + self._micro_batch_size))
+                variant = variants.number(part.notes.get(MIXTURE))
+                found.append(self._on_device(part, variant))
+        if self._model.derived is not None:
+            self._model.derived.derive(variants.table().to(self._model.device))
+        return found
+
+    def _on_device(self, batch: Batch, variant: int) -> DeviceBatch:
+        parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
+        parts |= {name: note for name, note in batch.notes.items() if name != MIXTURE}
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(part)).to(self._model.device, non_blocking=True)
+            for name, part in parts.items()
+        }
+        tensors = get_batch_on_this_cp_rank(tensors)
+        tokens, targets, mask = (tensors.pop(name) for name in ("tokens", "targets", "mask"))
+        return DeviceBatch(tokens, targets, mask, variant, tensors)
 
     def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
         """Over the copies; then from the last stage, which alone has the loss, to the others."""
@@ -218,6 +260,26 @@ class MegatronEngine:
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
         return LossSum(float(both[0]), int(both[1]))
+
+
+class Variants:
+    """The different mixtures of experts that micro-batches use, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._mixtures: list[np.ndarray] = []
+
+    def number(self, mixture_BK: np.ndarray | None) -> int:
+        """The number of a micro-batch's mixture, which its rows share; without mixtures there is one variant."""
+        mixture_K = np.zeros(1, np.float32) if mixture_BK is None else mixture_BK[0]
+        number = self._numbers.setdefault(mixture_K.tobytes(), len(self._mixtures))
+        if number == len(self._mixtures):
+            self._mixtures.append(mixture_K)
+        return number
+
+    def table(self) -> torch.Tensor:
+        """All mixtures, (J, K)."""
+        return torch.from_numpy(np.stack(self._mixtures))
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

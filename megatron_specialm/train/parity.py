@@ -13,7 +13,7 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.config.schema import Optimizer
-from megatron_specialm.data.store import Batch
+from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
@@ -63,10 +63,21 @@ def _batch(case: ParityCase, step: int) -> Batch:
     windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
     lengths = generator.integers(1, positions + 1, rows)
     mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
-    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask)
+    notes = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, notes)
+
+
+def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
+    """Micro-batches of single experts and of mixtures in turns, some of them used twice."""
+    assert case.model.projection is not None
+    micro_batches, experts = case.global_batch_size // case.micro_batch_size, case.model.projection.experts
+    one_hot = np.eye(experts)[generator.integers(0, experts, micro_batches)]
+    mixed = generator.dirichlet(np.ones(experts), micro_batches)
+    chosen = np.where(np.arange(micro_batches)[:, None] % 2, mixed, one_hot)
+    return np.repeat(chosen, case.micro_batch_size, axis=0).astype(np.float32)
 
 
 def _own_rows(batch: Batch) -> Batch:
     rank, copies = data_rank()
     share = len(batch.tokens) // copies
-    return Batch(*(part[rank * share : (rank + 1) * share] for part in batch))
+    return batch.rows(slice(rank * share, (rank + 1) * share))

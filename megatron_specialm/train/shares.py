@@ -26,7 +26,9 @@ class Share(NamedTuple):
 
 
 def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Share:
-    """This process's share of a parameter."""
+    """This process's share of a parameter. One that is not trained is no optimizer's: every copy has it."""
+    if not parameter.requires_grad:
+        return Share(parameter, slice(0, parameter.numel()), None)
     if not isinstance(optimizer, DistributedOptimizer):
         return Share(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)

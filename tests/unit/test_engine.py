@@ -100,6 +100,6 @@ def test_bf16_follows_fp32(neox: ModelConfig) -> None:
 def test_evaluation_counts_every_real_token_once(neox: ModelConfig) -> None:
     engine, batch = _engine(neox), _batch()
     whole = engine.evaluate([batch])
-    rows = [Batch(*(part[row : row + 1] for part in batch)) for row in range(len(batch.tokens))]
+    rows = [batch.rows(slice(row, row + 1)) for row in range(len(batch.tokens))]
     assert whole.tokens == int(batch.mask.sum())
     assert engine.evaluate(rows).total == pytest.approx(whole.total, rel=1e-6)

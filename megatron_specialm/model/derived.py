@@ -1,0 +1,220 @@
+"""Weights of linears that are computed from other parameters: projected networks (SLM-pn) and LoRA.
+
+They are computed once per optimizer step, all variants that the step needs in one pass; each micro-batch uses its own,
+and their gradients, summed over the micro-batches in fp32, return to the parameters in one pass at the step's end. A
+linear is none the wiser: its `weight` is a tensor that was put there.
+
+A variant is a mixture of experts in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own
+expert, a histogram for a soup of them (arXiv 2502.01804). LoRA has one variant, and no coefficients.
+
+Legend: J variants, K experts, M code size, H capacity, R rank.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import nn
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES, PROJECTED, WeightSpec
+
+
+class Place(NamedTuple):
+    """An attribute of a linear whose value is computed: `weight` or `bias`."""
+
+    linear: Any  # a module of Megatron-Core's or Transformer Engine's
+    attribute: str
+
+
+class DerivedWeights:
+    """The computed weights of a process's chunks.
+
+    Args:
+        places: per chunk, where values go.
+        compute: (J, K) mixtures to the values of all places in order, each with J rows.
+    """
+
+    def __init__(
+        self, places: Sequence[Sequence[Place]], compute: Callable[[torch.Tensor], Iterator[torch.Tensor]]
+    ) -> None:
+        self._places, self._compute = places, compute
+        self._values: list[torch.Tensor] = []
+        self._variants: list[list[torch.Tensor]] = []  # per place, the rows as leaves that micro-batches use
+        self._gradients: list[torch.Tensor] = []
+
+    def derive(self, mixtures_JK: torch.Tensor) -> None:
+        """Compute all variants of a step. Where gradients are recorded, they are gathered from here on."""
+        self._values = list(self._compute(mixtures_JK))
+        self._variants = [list(value.detach().unbind()) for value in self._values]
+        self._gradients = []
+        if torch.is_grad_enabled():
+            for value, rows in zip(self._values, self._variants, strict=True):
+                total = torch.zeros_like(value, dtype=torch.float32)
+                self._gradients.append(total)
+                for row, part in zip(rows, total, strict=True):
+                    row.requires_grad_().register_post_accumulate_grad_hook(_move_gradient_to(part))
+
+    def use(self, chunk: int, variant: int) -> None:
+        """Have a chunk's linears use a variant until told otherwise."""
+        first = sum(len(places) for places in self._places[:chunk])
+        for number, place in enumerate(self._places[chunk], start=first):
+            setattr(place.linear, place.attribute, self._variants[number][variant])
+
+    def return_gradients(self) -> None:
+        """Pass what the variants gathered on to the parameters that they were computed from."""
+        gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
+        torch.autograd.backward(self._values, gradients)
+        self._values, self._gradients = [], []
+
+
+def _move_gradient_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def move(variant: torch.Tensor) -> None:
+        assert variant.grad is not None
+        total.add_(variant.grad)
+        variant.grad = None
+
+    return move
+
+
+def derived_weights(
+    chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]
+) -> DerivedWeights | None:
+    """Turn the chunks' plain linears into derived ones, where the model has any."""
+    if config.projection is not None:
+        return _project(chunks, config, specs)
+    return _adapt(chunks, config, specs) if config.lora is not None else None
+
+
+def _layers(chunk: GPTModel) -> Iterator[Any]:
+    yield from chunk.decoder.layers
+
+
+def _parameter(shape: Sequence[int], like: torch.Tensor, spec: WeightSpec) -> nn.Parameter:
+    """An uninitialized parameter, this process's share of `spec`, with the marks by which Megatron-Core sums and counts
+    its gradient."""
+    parameter = nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device))
+    set_tensor_model_parallel_attributes(parameter, spec.cut is not None, -1 if spec.cut is None else spec.cut, 1)
+    return parameter
+
+
+# --- projected networks -----------------------------------------------------------------------------------------------
+
+
+def _project(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]) -> DerivedWeights:
+    """The experts' codes stand in the first chunk of every process; on all pipeline stages but the first they are a
+    copy."""
+    assert config.projection is not None
+    places: list[list[Place]] = []
+    for chunk in chunks:
+        places.append([])
+        for layer in _layers(chunk):
+            own = [getattr(layer.mlp, LINEAR_PLACES[name].rpartition(".")[2]) for name in PROJECTED]
+            example = own[0].weight
+            layer.mlp.projection = _parameter(
+                (config.projection.code_size, config.projection.capacity),
+                example,
+                specs["decoder.layers.0.mlp.projection"],
+            )
+            for name, linear in zip(PROJECTED, own, strict=True):
+                places[-1] += _replace_by_basis(linear, LINEAR_PLACES[name], config, specs)
+    codes = _parameter(specs[EXPERT_CODES].shape, example, specs[EXPERT_CODES])
+    codes.shared = parallel_state.get_pipeline_model_parallel_rank() > 0  # type: ignore[attr-defined]
+    chunks[0].register_parameter(EXPERT_CODES, codes)
+
+    def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
+        codes_JM = mixtures_JK.to(codes) @ _SumOverStages.apply(codes)
+        for chunk, own in zip(chunks, places, strict=True):
+            coefficients = [codes_JM @ layer.mlp.projection for layer in _layers(chunk)]
+            per_layer = len(own) // len(coefficients)
+            for number, place in enumerate(own):
+                basis = getattr(place.linear, f"{place.attribute}_basis")
+                yield _combine(coefficients[number // per_layer], basis)
+
+    return DerivedWeights(places, compute)
+
+
+def _replace_by_basis(linear: Any, name: str, config: ModelConfig, specs: dict[str, WeightSpec]) -> Iterator[Place]:
+    assert config.projection is not None
+    for attribute in ("weight", "bias"):
+        plain = getattr(linear, attribute, None)
+        if plain is None or not plain.numel():
+            continue
+        spec = specs[f"decoder.layers.0.{name}.{attribute}_basis"]
+        basis = _parameter((config.projection.capacity, *plain.shape), plain, spec)
+        # Under sequence parallelism each process sees the gradients of its own positions only.
+        basis.sequence_parallel = getattr(plain, "sequence_parallel", False)  # type: ignore[attr-defined]
+        delattr(linear, attribute)
+        linear.register_parameter(f"{attribute}_basis", basis)
+        yield Place(linear, attribute)
+
+
+def _combine(coefficients_JH: torch.Tensor, basis: nn.Parameter) -> torch.Tensor:
+    """(J, H) and (H, ...) -> (J, ...). Where processes hold or see a part of the basis each, the gradients of the
+    coefficients are summed over them."""
+    if basis.tensor_model_parallel or basis.sequence_parallel:  # type: ignore[attr-defined]
+        coefficients_JH = copy_to_tensor_model_parallel_region(coefficients_JH)
+    return (coefficients_JH @ basis.flatten(1)).view(-1, *basis.shape[1:])
+
+
+class _SumOverStages(torch.autograd.Function):
+    """Pipeline stages hold copies of a tensor and use it for their own layers: its gradient is the sum over all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=group)
+        return gradient
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]) -> DerivedWeights:
+    """Freeze everything, and add `factor * B A` to the chosen linears. The base weight stays, as `base_weight`."""
+    lora = config.lora
+    assert lora is not None
+    places: list[list[Place]] = []
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        if chunk.pre_process:
+            # Recomputation records nothing below an input that asks for no gradient, and nothing below the frozen
+            # embedding would.
+            chunk.embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
+        places.append([])
+        for layer in _layers(chunk):
+            for name in lora.linears:
+                linear = layer.get_submodule(LINEAR_PLACES[name])
+                out, into = linear.weight.shape
+                for factor, shape in (("lora_a", (lora.rank, into)), ("lora_b", (out, lora.rank))):
+                    spec = specs[f"decoder.layers.0.{LINEAR_PLACES[name]}.{factor}"]
+                    linear.register_parameter(factor, _parameter(shape, linear.weight, spec))
+                base = linear.weight
+                del linear.weight
+                linear.register_parameter("base_weight", base)
+                places[-1].append(Place(linear, "weight"))
+
+    def compute(_: torch.Tensor) -> Iterator[torch.Tensor]:
+        for place in (place for own in places for place in own):
+            linear = place.linear
+            # Of the factor that is whole everywhere, each process sees a part of the gradient.
+            a, b = (
+                factor if factor.tensor_model_parallel else copy_to_tensor_model_parallel_region(factor)
+                for factor in (linear.lora_a, linear.lora_b)
+            )
+            yield torch.add(linear.base_weight, b @ a, alpha=lora.factor)[None]
+
+    return DerivedWeights(places, compute)

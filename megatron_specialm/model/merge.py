@@ -1,0 +1,45 @@
+"""Ordinary weights from derived ones: an expert of a projected network, or a base with its adapters.
+
+All tensors are canonical and whole, so this needs neither a process group nor the model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
+
+
+def project(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, mixture_K: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """One ordinary model of a projected network: of an expert (one-hot), or of a mixture of their codes.
+
+    Args:
+        weights: of the projected network.
+        mixture_K: (K,) coefficients of the experts' codes.
+    """
+    assert config.projection is not None
+    code_M = mixture_K.float() @ weights[EXPERT_CODES].float()
+    plain = {}
+    for name, tensor in weights.items():
+        if name.endswith("_basis"):
+            layer = name.split(".mlp.")[0]
+            coefficients_H = code_M @ weights[f"{layer}.mlp.projection"].float()
+            plain[name.removesuffix("_basis")] = torch.tensordot(coefficients_H, tensor.float(), 1)
+        elif name != EXPERT_CODES and not name.endswith("mlp.projection"):
+            plain[name] = tensor
+    return plain
+
+
+def merge_lora(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The base with its adapters added."""
+    assert config.lora is not None
+    plain = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+    for number in range(config.layers):
+        for linear in config.lora.linears:
+            place = f"decoder.layers.{number}.{LINEAR_PLACES[linear]}"
+            change = weights[f"{place}.lora_b"].float() @ weights[f"{place}.lora_a"].float()
+            plain[f"{place}.weight"] = plain[f"{place}.weight"] + config.lora.factor * change
+    return plain
