@@ -195,7 +195,8 @@ def parity(
     from rich.console import Console
 
     from megatron_specialm.base.files import write_json
-    from megatron_specialm.config.graph import build_graph, distinct_setups, setup_of
+    from megatron_specialm.config.graph import build_graph
+    from megatron_specialm.config.lineage import distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
     from megatron_specialm.launch import parity as run
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
@@ -236,7 +237,7 @@ def tune_precision(
     """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
     from rich.console import Console
 
-    from megatron_specialm.config.graph import distinct_setups
+    from megatron_specialm.config.lineage import distinct_setups
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 
     for name in distinct_setups(_load(page, overrides), stage):

@@ -94,9 +94,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set, and they win
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for index, key in enumerate(keys):
-            if key in keys[:index] and key != "<<":
+            if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 

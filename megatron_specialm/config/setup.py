@@ -22,6 +22,8 @@ class Setup:
     global_batch_size: int
     micro_batch_size: int
     fp8: Fp8Config | None = None
+    windows_per_expert: int | None = None  # of a projected network
+    teacher: ModelConfig | None = None  # that computes beside the student
 
     @property
     def shard(self) -> int:

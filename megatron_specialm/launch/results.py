@@ -16,7 +16,8 @@ from rich.table import Table
 
 from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import Task, TaskId, ancestors, is_finetuned, method_of, model_task
+from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
+from megatron_specialm.config.lineage import is_finetuned, method_of
 from megatron_specialm.config.schema import GENERIC, EvaluateStage, Pipeline, TrainStage
 from megatron_specialm.launch.plan import make_plan
 

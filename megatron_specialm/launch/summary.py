@@ -8,7 +8,7 @@ from rich.table import Table
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
-from megatron_specialm.config.graph import distinct_setups, setup_of, train_keys
+from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline, TrainStage
 
@@ -30,7 +30,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
-        setup, runs = setup_of(pipeline, name), len(train_keys(pipeline, name))
+        setup, runs = setup_of(pipeline, name), len(model_keys(pipeline, name))
         tokens = stage.steps * setup.global_batch_size * setup.context_length
         flops = runs * tokens * setup.training_flops
         parameters = setup.model.parameters(setup.vocabulary_size)
