@@ -115,6 +115,10 @@ def run(
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
     until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
@@ -133,7 +137,7 @@ def run(
     root = Path(pipeline.root)
     if world.launcher != "none":
         pipeline = fit_to_world(pipeline, world)
-    chosen = select(make_plan(pipeline, root), only=only, until=until)
+    chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
     to_do = {name.stage for name in chosen if chosen[name].state != "done"}
     refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
     if world.is_first:
@@ -170,6 +174,22 @@ def results(
         typer.echo(to_markdown(outcome))
     else:
         Console().print(results_table(outcome))
+
+
+@app.command()
+def project(
+    folder: Annotated[Path, typer.Argument(help="A trained projected network: RUN/STAGE/generic.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
+    expert: Annotated[int, typer.Option(help="Which expert, from 0: the number of its cluster.", show_default=False)],
+) -> None:
+    """Write one expert of a projected network as an ordinary checkpoint. Needs nothing but the network's."""
+    from megatron_specialm.launch.worker import ignore_expected_warnings
+
+    ignore_expected_warnings()
+    from megatron_specialm.train.served import project_expert  # imports Megatron-Core
+
+    step = project_expert(folder, output, expert=expert)
+    typer.echo(f"expert {expert}: {step}")
 
 
 @app.command()

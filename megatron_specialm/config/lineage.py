@@ -125,7 +125,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.global_batch_size,
         stage.micro_batch_size,
         stage.fp8,
-        stage.windows_per_expert if stage.projection else None,
+        stage.windows_per_expert if stage.projection else 1,
         model_of(pipeline, stage.distill.teacher).plain if stage.distill and online else None,
     )
 

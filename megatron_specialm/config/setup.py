@@ -22,7 +22,7 @@ class Setup:
     global_batch_size: int
     micro_batch_size: int
     fp8: Fp8Config | None = None
-    windows_per_expert: int | None = None  # of a projected network
+    windows_per_expert: int = 1  # in a row, computed by the same weights; more in a projected network
     teacher: ModelConfig | None = None  # that computes beside the student
 
     @property

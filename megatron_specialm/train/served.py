@@ -12,7 +12,7 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
-from megatron_specialm.train.checkpoint import declare_final, read_model, save_checkpoint
+from megatron_specialm.train.checkpoint import declare_final, find_final, read_model, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,25 @@ def write_served(model: ServedModel, folder: Path) -> Path:
     )
     declare_final(folder, step=0)
     return step
+
+
+def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
+    """Write an expert of a projected network as an ordinary model; returns its step's folder.
+
+    Args:
+        folder: of a train task that has ended.
+        output: to be made.
+
+    Raises:
+        CheckpointError: `folder` is of no finished training or of an ordinary model, there is no such expert, or `output`
+            is there already.
+    """
+    if not (folder / "result.json").is_file():
+        raise CheckpointError(f"{folder}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY")
+    step = find_final(folder)
+    projection = ModelConfig.model_validate(read_json(step / "state.json")["model"]).projection
+    if projection is None:
+        raise CheckpointError(f"{step}: an ordinary model, not a projected network: it has no experts to project")
+    if output.exists():
+        raise CheckpointError(f"{output}: is there already: name a folder to make")
+    return write_served(read_served(step, mixture_K=one_hot(expert, experts=projection.experts)), output)
