@@ -73,8 +73,8 @@ class MegatronEngine:
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
         """The first half of a step: forward and backward passes, gradients summed over all processes."""
-        self._model.train()
         for chunk in self._chunks:
+            chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         sums = self._run(self._micro_batches([batch]), forward_only=False)
@@ -98,7 +98,8 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
-        self._model.train(False)
+        for chunk in self._chunks:
+            chunk.eval()
         sums: list[torch.Tensor] = []
         tokens = 0
         stages = self._parallel.pipeline_parallel

@@ -177,8 +177,8 @@ def test_sampled_is_unbiased_in_loss_and_gradient() -> None:
     off = (gradients.mean(0) - exact_gradient) / errors
     often = (exact_gradient != 0) & (probabilities * kept.count * len(draws) > 50)  # where counts are nearly normal
     assert often.sum() > 200
-    # By chance one coordinate in 16,000 is off by 4 errors or more, and the mean square is 1.
-    assert float(off[often].abs().max()) < 4
+    # The largest of some hundred is beyond 5 errors once in thousands of such tests; the mean square is 1.
+    assert float(off[often].abs().max()) < 5
     assert 0.7 < float(off[often].square().mean()) < 1.3
 
 
@@ -214,8 +214,8 @@ def test_weights_and_temperatures_that_mean_nothing_are_refused(settings: dict) 
 def store(tmp_path: Path) -> TokenStore:
     """20 documents of uneven length, some of them several windows."""
     generator = np.random.default_rng(0)
+    (tmp_path / "tokens").mkdir()
     writer = StoreWriter(tmp_path / "tokens", "train", context_length=CONTEXT, vocabulary_size=VOCABULARY)
-    (tmp_path / "tokens").mkdir(exist_ok=True)
     for length in generator.integers(2, 30, 20):
         writer.add_document(np.append(generator.integers(1, VOCABULARY, length), 0))
     describe_store(
