@@ -130,7 +130,8 @@ def run(
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
-    from megatron_specialm.launch.results import results_table, write_results
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import results_table
 
     world = discover_world()
     pipeline = _load(page, overrides)
@@ -153,7 +154,7 @@ def run(
     if world.is_first:
         outcome = write_results(pipeline, root)
         if outcome["rows"]:
-            console.print(results_table(outcome))
+            console.print(results_table(outcome).rich())
         console.print(f"results: {root / 'results.json'}", highlight=False)
 
 
@@ -166,14 +167,38 @@ def results(
     """Print the table of a page's run folder again."""
     from rich.console import Console
 
-    from megatron_specialm.launch.results import results_table, to_markdown, write_results
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import results_table
 
     pipeline = _load(page, overrides)
-    outcome = write_results(pipeline, Path(pipeline.root))
+    table = results_table(write_results(pipeline, Path(pipeline.root)))
     if markdown:
-        typer.echo(to_markdown(outcome))
+        typer.echo(table.markdown())
     else:
-        Console().print(results_table(outcome))
+        Console().print(table.rich())
+
+
+@app.command()
+def figures(
+    page: Page,
+    overrides: Overrides = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
+    from megatron_specialm.launch.figures import draw
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import merge_runs
+
+    pipeline = _load(page, overrides)
+    root = Path(pipeline.root)
+    outcome = write_results(pipeline, root)
+    if runs:
+        outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
+    for path in draw(outcome, root):
+        typer.echo(path)
 
 
 @app.command()

@@ -104,17 +104,19 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         inputs: the digests of the task's inputs.
         file_hashes: SHA-256 of the content of each of the task's files.
     """
-    settings = pipeline.stages[task.id.stage].model_dump(mode="json", exclude=PLACEMENT)
-    return sha256_json(
-        {
-            "format": ARTIFACT_FORMAT,
-            "settings": settings,
-            "key": task.id.key,
-            "seed": pipeline.seed,
-            "inputs": {str(name): inputs[name] for name in task.inputs},
-            "files": {name: file_hashes[name] for name in task.files},
-        }
-    )
+    stage = pipeline.stages[task.id.stage]
+    content = {
+        "format": ARTIFACT_FORMAT,
+        "settings": stage.model_dump(mode="json", exclude=PLACEMENT),
+        "key": task.id.key,
+        "seed": pipeline.seed,
+        "inputs": {str(name): inputs[name] for name in task.inputs},
+        "files": {name: file_hashes[name] for name in task.files},
+    }
+    size = text_set(pipeline, task.id.key).train_tokens if isinstance(stage, TokenizeStage) else None
+    if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
+        content["train_tokens"] = size
+    return sha256_json(content)
 
 
 # --- what each kind reads ---------------------------------------------------------------------------------------------

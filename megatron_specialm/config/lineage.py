@@ -109,13 +109,17 @@ def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
     return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
 
 
+def has_online_teacher(stage: TrainStage) -> bool:
+    """Whether a teacher computes beside the student."""
+    return stage.distill is not None and stage.distill.cache is None and stage.distill.alpha > 0
+
+
 def setup_of(pipeline: Pipeline, name: str) -> Setup:
     """What a train stage asks of its engine."""
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
     tokenizer = pipeline.stages[tokens.tokenizer]
     assert isinstance(tokenizer, TokenizerStage)
-    online = stage.distill is not None and stage.distill.cache is None
     return Setup(
         model_of(pipeline, name),
         stage.parallel,
@@ -126,7 +130,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.micro_batch_size,
         stage.fp8,
         stage.windows_per_expert if stage.projection else 1,
-        model_of(pipeline, stage.distill.teacher).plain if stage.distill and online else None,
+        model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
     )
 
 

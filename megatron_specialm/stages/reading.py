@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import text_read
-from megatron_specialm.config.lineage import cluster_of, tokenize_stage
+from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage
 from megatron_specialm.config.schema import GENERIC, TrainStage
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -16,6 +16,7 @@ from megatron_specialm.data.experts import ExpertStream, check_enough, expert_st
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.schedule import finetuning_recipe, with_steps
@@ -54,7 +55,8 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
     else:
         index, weights = _clusters(stage, context, stores)
         stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
-        reading = Reading(_to_measure(stage, context, store, index), store, windows, stream, lambda *_: {})
+        settings = _to_measure(stage, context, store, index)
+        reading = Reading(settings, store, windows, stream, _notes(stage, context))
     for warning in reading.stream.report(reading.settings.steps).warnings:
         logger.warning("%s", warning)
     return reading
@@ -82,6 +84,19 @@ def _experts(stage: TrainStage, context: Context) -> ExpertStream:
 
 def _mixtures(stream: ExpertStream, step: int, rows: slice) -> Mapping[str, np.ndarray]:
     return {MIXTURE: stream.mixtures(step)[rows]}
+
+
+def _notes(stage: TrainStage, context: Context) -> Notes:
+    """What a teacher's cache has of the windows."""
+    if stage.distill is None or stage.distill.cache is None:
+        return lambda *_: {}
+    teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.key))
+    cache = TeacherCache.open(
+        context.artifact(stage.distill.cache, context.key),
+        teacher=context.marker(*teacher).digest,
+        store=context.marker(stage.tokens, context.key).digest,
+    )
+    return lambda _, __, ids: cache.notes(ids)
 
 
 def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:

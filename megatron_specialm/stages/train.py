@@ -12,17 +12,19 @@ import torch
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, read_json
-from megatron_specialm.config.lineage import assign_stage, cluster_of, key_for, model_of
+from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, TrainStage
+from megatron_specialm.config.schema import GENERIC, TeachStage, TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import read_for
 from megatron_specialm.train.checkpoint import Saver, find_final
+from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Run, train
+from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics, seconds_of_all_attempts
 from megatron_specialm.train.peers import Peers
@@ -37,7 +39,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     reading = read_for(stage, context)
     settings, store = reading.settings, reading.store
     shape = model_of(context.pipeline, context.task.id.stage)
-    flops_per_step = _flops_per_step(settings, shape, store)
+    flops_per_step = _flops_per_step(settings, context, shape, store)
     if stage.data == "cluster" and world.is_first:
         _write_centroid(stage, context)
     with process_group(world, parallel=stage.parallel, threads=context.threads):
@@ -86,13 +88,16 @@ def run(stage: TrainStage, context: Context) -> Report:
     )
 
 
-def _flops_per_step(stage: TrainStage, shape: ModelConfig, store: TokenStore) -> int:
-    """Of the model on whole batches, and of the experts that a step projects."""
+def _flops_per_step(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> int:
+    """Of the model on whole batches, of the experts that a step projects, and of a teacher that computes beside it."""
     sizes = store.vocabulary_size, store.context_length
     flops = stage.global_batch_size * store.context_length * shape.training_flops(*sizes)
     if shape.projection is not None:
         groups = stage.global_batch_size // stage.windows_per_expert
         flops += shape.projection_flops(groups if stage.soup else min(groups, shape.projection.experts))
+    if stage.distill is not None and has_online_teacher(stage):
+        teacher = model_of(context.pipeline, stage.distill.teacher)
+        flops += stage.global_batch_size * store.context_length * teacher.forward_flops(*sizes)
     return flops
 
 
@@ -133,7 +138,24 @@ def _write_centroid(stage: TrainStage, context: Context) -> None:
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
-    model = Gpt(
+    model = _model(stage, shape, store)
+    model.initialize(seed=context.pipeline.seed)
+    engine = MegatronEngine(
+        model,
+        parallel=stage.parallel,
+        optimizer=stage.optimizer,
+        micro_batch_size=stage.micro_batch_size,
+        objective=_objective(stage, context),
+        teacher=_teacher(stage, context, store) if has_online_teacher(stage) else None,
+    )
+    if stage.init is not None:
+        start = read_served(find_final(_model_folder(stage.init, context)))
+        engine.load({**model.first_adapters(seed=context.pipeline.seed), **start.weights}, None)
+    return engine
+
+
+def _model(stage: TrainStage, shape: ModelConfig, store: TokenStore) -> Gpt:
+    return Gpt(
         shape,
         vocabulary_size=store.vocabulary_size,
         context_length=store.context_length,
@@ -141,14 +163,26 @@ def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: Toke
         fp8=stage.fp8,
         parallel=stage.parallel,
     )
-    model.initialize(seed=context.pipeline.seed)
-    engine = MegatronEngine(
-        model, parallel=stage.parallel, optimizer=stage.optimizer, micro_batch_size=stage.micro_batch_size
-    )
-    if stage.init is not None:
-        start = read_served(find_final(_model_folder(stage.init, context)))
-        engine.load({**model.first_adapters(seed=context.pipeline.seed), **start.weights}, None)
-    return engine
+
+
+def _objective(stage: TrainStage, context: Context) -> Objective:
+    if (distill := stage.distill) is None:
+        return cross_entropy
+    kind: Teacher = "online"
+    if distill.cache is not None:
+        cache = context.pipeline.stages[distill.cache]
+        assert isinstance(cache, TeachStage)
+        kind = cache.keep
+    return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
+
+
+def _teacher(stage: TrainStage, context: Context, store: TokenStore) -> Gpt:
+    """The teacher beside the student, in its layout."""
+    assert stage.distill is not None
+    served = read_served(find_final(_model_folder(stage.distill.teacher, context)))
+    teacher = _model(stage, served.shape, store)
+    teacher.load(served.weights)
+    return teacher
 
 
 def _model_folder(stage: str, context: Context) -> Path:

@@ -11,7 +11,8 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import EvaluateStage, Pipeline, TrainStage
 from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.launch.results import to_markdown, write_results
+from megatron_specialm.launch.results import write_results
+from megatron_specialm.launch.tables import results_table
 
 
 @pytest.fixture
@@ -82,6 +83,6 @@ def test_what_rests_on_something_gone_has_no_row(finished: tuple[Pipeline, Path]
 
 def test_markdown_has_a_line_per_method_and_state(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    lines = to_markdown(write_results(pipeline, root)).splitlines()
+    lines = results_table(write_results(pipeline, root)).markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]].count("slm") == 2
