@@ -130,8 +130,17 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.micro_batch_size,
         stage.fp8,
         stage.windows_per_expert if stage.projection else 1,
+        _variants(stage),
         model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
     )
+
+
+def _variants(stage: TrainStage) -> int:
+    """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
+    if stage.projection is None:
+        return 0
+    groups = stage.global_batch_size // stage.windows_per_expert
+    return groups if stage.soup else min(groups, stage.projection.experts)
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:

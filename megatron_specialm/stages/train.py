@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, read_json
-from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of
+from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import GENERIC, TeachStage, TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
@@ -39,7 +40,9 @@ def run(stage: TrainStage, context: Context) -> Report:
     reading = read_for(stage, context)
     settings, store = reading.settings, reading.store
     shape = model_of(context.pipeline, context.task.id.stage)
-    flops_per_step = _flops_per_step(settings, context, shape, store)
+    setup = setup_of(context.pipeline, context.task.id.stage)
+    # The page's vocabulary is a wish where the tokenizer was there before.
+    flops_per_step = replace(setup, vocabulary_size=store.vocabulary_size).step_flops
     if stage.data == "cluster" and world.is_first:
         _write_centroid(stage, context)
     with process_group(world, parallel=stage.parallel, threads=context.threads):
@@ -86,19 +89,6 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(read.max_repeats),
         },
     )
-
-
-def _flops_per_step(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> int:
-    """Of the model on whole batches, of the experts that a step projects, and of a teacher that computes beside it."""
-    sizes = store.vocabulary_size, store.context_length
-    flops = stage.global_batch_size * store.context_length * shape.training_flops(*sizes)
-    if shape.projection is not None:
-        groups = stage.global_batch_size // stage.windows_per_expert
-        flops += shape.projection_flops(groups if stage.soup else min(groups, shape.projection.experts))
-    if stage.distill is not None and has_online_teacher(stage):
-        teacher = model_of(context.pipeline, stage.distill.teacher)
-        flops += stage.global_batch_size * store.context_length * teacher.forward_flops(*sizes)
-    return flops
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:
