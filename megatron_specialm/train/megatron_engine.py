@@ -237,8 +237,19 @@ class MegatronEngine:
                 variant = variants.number(part.notes.get(MIXTURE))
                 found.append(self._on_device(part, variant))
         if self._model.derived is not None:
+            self._finish_gathering()
             self._model.derived.derive(variants.table().to(self._model.device))
         return found
+
+    def _finish_gathering(self) -> None:
+        """Have all parameters as the last step left them. Where communication overlaps, the copies gather what each has
+        updated as late as the forward pass of the module that holds it; weights are derived before any."""
+        if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
+            for chunk in self._chunks:
+                for group in reversed(
+                    chunk.bucket_groups
+                ):  # in the order in which each starts the next one's gathering
+                    group.finish_param_sync()
 
     def _on_device(self, batch: Batch, variant: int) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
