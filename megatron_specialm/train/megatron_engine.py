@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.errors import CheckpointError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
@@ -281,8 +281,17 @@ class Variants:
         self._mixtures: list[np.ndarray] = []
 
     def number(self, mixture_BK: np.ndarray | None) -> int:
-        """The number of a micro-batch's mixture, which its rows share; without mixtures there is one variant."""
-        mixture_K = np.zeros(1, np.float32) if mixture_BK is None else mixture_BK[0]
+        """The number of a micro-batch's mixture; without mixtures there is one variant.
+
+        Raises:
+            TrainingError: its windows do not share one. (Those that only fill it up have all zeros, and do not count.)
+        """
+        mixture_K = np.ones(1, np.float32) if mixture_BK is None else mixture_BK[0]
+        if mixture_BK is not None and not (real := mixture_BK[mixture_BK.any(1)] == mixture_K).all():
+            raise TrainingError(
+                f"a micro-batch of {len(mixture_BK)} windows has windows of different experts "
+                f"({int(real.all(1).sum())} are of the first one's): batches of a projected model go by expert"
+            )
         number = self._numbers.setdefault(mixture_K.tobytes(), len(self._mixtures))
         if number == len(self._mixtures):
             self._mixtures.append(mixture_K)
