@@ -90,3 +90,27 @@ def copies_drift(case: ParityCase, world: World, folder: Path) -> None:
     view = param_and_grad_buffer.torch
     view.distributed = type("distributed", (), {**vars(dist), "all_reduce": staticmethod(silent)})
     measure(case, world, folder)
+
+
+def stages_keep_their_codes(case: ParityCase, world: World, folder: Path) -> None:
+    """Of the experts' codes, each pipeline stage has the gradient of its own layers."""
+    from megatron_specialm.model.derived import _SumOverStages
+
+    _SumOverStages.backward = staticmethod(lambda ctx, gradient: gradient)
+    measure(case, world, folder)
+
+
+def derived_before_gathered(case: ParityCase, world: World, folder: Path) -> None:
+    """Weights are derived from parameters that the copies have yet to gather."""
+    from megatron_specialm.train.megatron_engine import MegatronEngine
+
+    MegatronEngine._finish_gathering = lambda _: None
+    measure(case, world, folder)
+
+
+def partial_coefficients(case: ParityCase, world: World, folder: Path) -> None:
+    """Each tensor-parallel process has the coefficients' gradient of its own part of the matrices."""
+    from megatron_specialm.model import derived
+
+    derived.copy_to_tensor_model_parallel_region = lambda tensor: tensor
+    measure(case, world, folder)

@@ -58,7 +58,8 @@ def parity_case(setup: Setup) -> ParityCase:
     if projection is not None:  # odd sizes: none is taken for another
         projection = Projection(experts=min(projection.experts, 3), capacity=min(projection.capacity, 4), code_size=5)
     if lora is not None:
-        lora = lora.model_copy(update={"rank": min(lora.rank, 3)})
+        rank = min(lora.rank, 3)
+        lora = lora.model_copy(update={"rank": rank, "alpha": lora.factor * rank})
     shrunk = model.model_copy(
         update={
             "name": f"{model.name}, shrunk",

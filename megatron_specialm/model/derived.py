@@ -5,7 +5,7 @@ and their gradients, summed over the micro-batches in fp32, return to the parame
 linear is none the wiser: its `weight` is a tensor that was put there.
 
 A variant is a mixture of experts in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own
-expert, a histogram for a soup of them (arXiv 2502.01804). LoRA has one variant, and no coefficients.
+expert, a histogram for a soup of them (arXiv 2502.01804). To LoRA all variants are one.
 
 Legend: J variants, K experts, M code size, H capacity, R rank.
 """
@@ -207,7 +207,7 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
                 linear.register_parameter("base_weight", base)
                 places[-1].append(Place(linear, "weight"))
 
-    def compute(_: torch.Tensor) -> Iterator[torch.Tensor]:
+    def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
         for place in (place for own in places for place in own):
             linear = place.linear
             # Of the factor that is whole everywhere, each process sees a part of the gradient.
@@ -215,6 +215,6 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
                 factor if factor.tensor_model_parallel else copy_to_tensor_model_parallel_region(factor)
                 for factor in (linear.lora_a, linear.lora_b)
             )
-            yield torch.add(linear.base_weight, b @ a, alpha=lora.factor)[None]
+            yield torch.add(linear.base_weight, b @ a, alpha=lora.factor).expand(len(mixtures_JK), -1, -1)
 
     return DerivedWeights(places, compute)

@@ -257,6 +257,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        # A step's micro-batches would share the FP8 copy of the first one's weight; these have weights of their own.
+        disable_parameter_transpose_cache=config.projection is not None,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,

@@ -18,23 +18,21 @@ def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: i
     """N(0, init_std), projections back into the residual stream N(0, init_std / sqrt(2 L)); biases 0, norms 1.
 
     Of a projected network every expert starts with these variances: its coefficients are 1 for the first matrix, which
-    all experts share, and N(0, EXPERT_SPREAD) for each of the others. LoRA starts at zero change: A is drawn, B is 0.
+    all experts share, and for the others random ones whose mean square is EXPERT_SPREAD's. LoRA starts at zero change: A
+    is drawn, B is 0.
+
+    Legend: K experts, M code size, H capacity.
     """
     generator = _generator(f"{seed}/{name}")
     if "layernorm" in name:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     if name.endswith(("bias", "bias_basis", "lora_b")):
         return torch.zeros(shape)
-    if name == EXPERT_CODES:
-        return _shared_first(torch.ones(shape[0]), EXPERT_SPREAD * torch.randn(shape, generator=generator))
     drawn = torch.randn(shape, generator=generator)
+    if config.projection is not None and name == EXPERT_CODES:
+        return _first_codes(drawn, config.projection.capacity)
     if name.endswith("mlp.projection"):
-        code_size, _ = shape
-        drawn[:, 0] = 0
-        drawn[0] = 0
-        drawn /= math.sqrt(max(code_size - 1, 1))
-        drawn[0, 0] = 1
-        return drawn
+        return _first_projection(drawn)
     if name.endswith("lora_a"):
         return drawn / math.sqrt(shape[1])
     residual = "linear_proj.weight" in name or "linear_fc2.weight" in name
@@ -44,8 +42,24 @@ def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: i
     return drawn * std
 
 
-def _shared_first(first: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    return torch.cat([first[:, None], codes[:, 1:]], 1)
+def _first_codes(drawn_KM: torch.Tensor, capacity: int) -> torch.Tensor:
+    """1, for the matrix that all share; then what tells an expert from the others, of one length for all."""
+    used = min(drawn_KM.shape[1], capacity) - 1
+    codes_KM = EXPERT_SPREAD * drawn_KM
+    codes_KM[:, 0] = 1
+    own = codes_KM[:, 1 : 1 + used]
+    own *= EXPERT_SPREAD * math.sqrt(capacity - 1) / own.norm(dim=1, keepdim=True)
+    return codes_KM
+
+
+def _first_projection(drawn_MH: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows: coefficients are as long as the code. Code numbers beyond the matrices have no effect yet, as
+    LoRA's A has none while B is zero."""
+    used = min(drawn_MH.shape) - 1
+    projection_MH = torch.zeros_like(drawn_MH)
+    projection_MH[0, 0] = 1
+    projection_MH[1 : 1 + used, 1:] = torch.linalg.qr(drawn_MH[1 : 1 + used, 1:].t()).Q.t()
+    return projection_MH
 
 
 def _generator(label: str) -> torch.Generator:

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_specialm.base.errors import CheckpointError, ConfigError
+from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
@@ -249,8 +249,19 @@ class MegatronEngine:
                 variant = variants.number(part.notes.get(MIXTURE))
                 found.append(self._on_device(part, variant))
         if self._model.derived is not None:
+            self._finish_gathering()
             self._model.derived.derive(variants.table().to(self._model.device))
         return found
+
+    def _finish_gathering(self) -> None:
+        """Have all parameters as the last step left them. Where communication overlaps, the copies gather what each has
+        updated as late as the forward pass of the module that holds it; weights are derived before any."""
+        if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
+            for chunk in self._chunks:
+                for group in reversed(
+                    chunk.bucket_groups
+                ):  # in the order in which each starts the next one's gathering
+                    group.finish_param_sync()
 
     def _on_device(self, batch: Batch, variant: int) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
@@ -282,8 +293,17 @@ class Variants:
         self._mixtures: list[np.ndarray] = []
 
     def number(self, mixture_BK: np.ndarray | None) -> int:
-        """The number of a micro-batch's mixture, which its rows share; without mixtures there is one variant."""
-        mixture_K = np.zeros(1, np.float32) if mixture_BK is None else mixture_BK[0]
+        """The number of a micro-batch's mixture; without mixtures there is one variant.
+
+        Raises:
+            TrainingError: its windows do not share one. (Those that only fill it up have all zeros, and do not count.)
+        """
+        mixture_K = np.ones(1, np.float32) if mixture_BK is None else mixture_BK[0]
+        if mixture_BK is not None and not (real := mixture_BK[mixture_BK.any(1)] == mixture_K).all():
+            raise TrainingError(
+                f"a micro-batch of {len(mixture_BK)} windows has windows of different experts "
+                f"({int(real.all(1).sum())} are of the first one's): batches of a projected model go by expert"
+            )
         number = self._numbers.setdefault(mixture_K.tobytes(), len(self._mixtures))
         if number == len(self._mixtures):
             self._mixtures.append(mixture_K)

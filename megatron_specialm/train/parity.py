@@ -7,6 +7,7 @@ numbers-RANK.json           loss and gradient_norm per step; per weight, the squ
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from megatron_specialm.base.environment import World
@@ -15,6 +16,7 @@ from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.initial import first_value
 from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 
@@ -30,7 +32,7 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
             fp8=case.fp8,
             parallel=case.parallel,
         )
-        model.initialize(seed=0)
+        model.load(_first_weights(model))
         engine = MegatronEngine(
             model,
             parallel=case.parallel,
@@ -54,6 +56,17 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
     save_file(tensors, folder / f"tensors-{world.rank}.safetensors")
     numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
+
+
+def _first_weights(model: Gpt) -> dict[str, torch.Tensor]:
+    """As at the start of a training, but drawn where that has zeros: for want of a bias, or of LoRA's B, the gradient of
+    what it is multiplied with would be zero too, and wrong in no layout."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, spec in model.specs.items():
+        first = first_value(name, spec.shape, model.config, seed=0)
+        weights[name] = first if first.any() else 0.02 * torch.randn(spec.shape, generator=generator)
+    return weights
 
 
 def _batch(case: ParityCase, step: int) -> Batch:

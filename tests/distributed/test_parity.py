@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.parity import parity_case
 from megatron_specialm.config.setup import Setup
@@ -12,6 +12,8 @@ from megatron_specialm.launch.parity import Difference, certificate, compare
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
+PROJECTION = {"projection": Projection(experts=16, capacity=8, code_size=16)}
+LORA = {"lora": LowRank(rank=8, alpha=16)}
 
 
 def _layouts() -> list[dict]:
@@ -45,6 +47,20 @@ SPECIAL = [
     {"pipeline_parallel": 2, "recompute": "full"},
 ]
 
+# Where derived weights can go wrong: cut factors, positions and layers of one's own, late gradients, early values.
+DERIVED = [
+    {"tensor_parallel": 2},
+    {"tensor_parallel": 4},
+    {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "full"},
+    {"pipeline_parallel": 2, "recompute": "selective"},
+    {"pipeline_parallel": 2, "tensor_parallel": 2},
+    {"data_parallel": 2},
+    {"data_parallel": 2, "overlap_communication": True},
+    {"data_parallel": 2, "distributed_optimizer": True},
+    *SPECIAL[:3],
+    *SPECIAL[4:6],
+]
+
 
 def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", measure: str | None = None) -> list[Difference]:
     parallel = ParallelConfig(**layout)
@@ -54,6 +70,14 @@ def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", measure:
 
 def _name(layout: dict) -> str:
     return ParallelConfig(**layout).describe().replace(" ", "-")
+
+
+def _label(value: ModelConfig | dict | str) -> str:
+    if isinstance(value, ModelConfig):
+        return value.family
+    if isinstance(value, dict):
+        return next(iter(value)) if value in (PROJECTION, LORA) else _name(value)
+    return value
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -72,6 +96,21 @@ def test_so_it_does_with_gates_grouped_queries_and_untied_embeddings(layout: dic
 
 
 @pytest.mark.parametrize(
+    ("family", "method", "precision", "layout"),
+    [
+        *product([NEOX], [PROJECTION], ["fp32"], DERIVED),
+        *product([LLAMA], [LORA], ["fp32"], DERIVED),
+        *product([LLAMA], [PROJECTION], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
+        *product([NEOX], [LORA], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
+    ],
+    ids=_label,
+)
+def test_so_it_does_with_derived_weights(family: ModelConfig, method: dict, precision: str, layout: dict) -> None:
+    differences = _compare(layout, family.model_copy(update=method), precision)
+    assert not [difference for difference in differences if not difference.passed]
+
+
+@pytest.mark.parametrize(
     ("fault", "layout", "quantity", "where"),
     [
         ("no_forward_reduction", {"tensor_parallel": 2}, "gradients", ""),
@@ -82,11 +121,15 @@ def test_so_it_does_with_gates_grouped_queries_and_untied_embeddings(layout: dic
         ("scaled_by_copies", {"data_parallel": 2}, "gradients", "."),
         ("batched_interleaving", {"pipeline_parallel": 2, "virtual_pipeline": 2}, "gradients", "layers"),
         ("copies_drift", {"data_parallel": 2}, "gradients", "."),
+        ("stages_keep_their_codes", {"pipeline_parallel": 2}, "gradients", "expert_codes"),
+        ("derived_before_gathered", SPECIAL[4], "weights", "."),
+        ("partial_coefficients", {"tensor_parallel": 2}, "gradients", "projection"),
     ],
 )
 def test_a_planted_fault_is_found_and_its_place_named(fault: str, layout: dict, quantity: str, where: str) -> None:
-    found = {entry.quantity: entry for entry in _compare(layout, NEOX, measure=f"tests.parity_faults:{fault}")}
+    model = NEOX.model_copy(update=PROJECTION)
+    found = {entry.quantity: entry for entry in _compare(layout, model, measure=f"tests.parity_faults:{fault}")}
     assert not found[quantity].passed
     assert where in found[quantity].where
-    case = parity_case(Setup(NEOX, ParallelConfig(**layout), "fp32", 1000, 1024, 64, 8))
+    case = parity_case(Setup(model, ParallelConfig(**layout), "fp32", 1000, 1024, 64, 8))
     assert not certificate(case, found.values())["passed"]
