@@ -16,9 +16,9 @@ def score(model: Gpt, batches: Iterable[Batch]) -> LossSum:
     model.train(False)
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:
-        on_device = DeviceBatch(
-            *(torch.from_numpy(part).to(model.device) for part in (batch.tokens, batch.targets, batch.mask))
+        tokens, targets, mask = (
+            torch.from_numpy(part).to(model.device) for part in (batch.tokens, batch.targets, batch.mask)
         )
-        total += cross_entropy(model.logits(on_device.tokens).transpose(0, 1), on_device)
+        total += cross_entropy(model.logits(tokens).transpose(0, 1), DeviceBatch(tokens, targets, mask))
         count += int(batch.mask.sum())
     return LossSum(float(total), count)
