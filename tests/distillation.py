@@ -18,14 +18,24 @@ from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.weights import OUTPUT_LAYER
+from megatron_specialm.train import distillation
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.teaching import teach
 
 TEMPERATURE, COUNT, WINDOWS = 2.0, 6, 40
-# Another family, size and number of layers than the student's.
-TEACHER = ModelConfig(family="llama", layers=1, hidden_size=96, ffn_hidden_size=128, attention_heads=8, query_groups=4)
+# Another family, size and number of layers than the student's. Tied embeddings would say again what was read.
+TEACHER = ModelConfig(
+    family="llama",
+    layers=3,
+    hidden_size=96,
+    ffn_hidden_size=128,
+    attention_heads=8,
+    query_groups=4,
+    tie_embeddings=False,
+)
 
 
 def _model(shape: ModelConfig, case: ParityCase, *, seed: int, parallel: ParallelConfig) -> Gpt:
@@ -41,10 +51,10 @@ def _model(shape: ModelConfig, case: ParityCase, *, seed: int, parallel: Paralle
 
 
 def _teacher(case: ParityCase, parallel: ParallelConfig) -> Gpt:
-    """With an output layer wide enough that its distributions are far from uniform."""
+    """First weights make distributions nearly uniform: these are sharper, with logits that differ by 4 or so."""
     model = _model(TEACHER, case, seed=1, parallel=parallel)
     for weight in model.weights():
-        if weight.name == "embedding.word_embeddings.weight":
+        if weight.name == OUTPUT_LAYER:
             weight.parameter.data *= 20
     return model
 
@@ -110,3 +120,9 @@ online = partial(_measure, "online")
 exact = partial(_measure, "exact")
 top_k = partial(_measure, "top-k")
 sampled = partial(_measure, "sampled")
+
+
+def online_with_own_columns_only(case: ParityCase, world: World, folder: Path) -> None:
+    """A fault: each process takes its columns of the vocabulary for all of it."""
+    distillation._reduce = lambda tensor, *_: tensor
+    online(case, world, folder)

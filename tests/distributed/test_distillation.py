@@ -23,9 +23,9 @@ TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "recompute": "full"}
 PP2 = {"pipeline_parallel": 2}
 
 
-def _case(layout: dict) -> ParityCase:
+def _case(layout: dict, precision: str = "fp32") -> ParityCase:
     """Eight windows a step in every layout, two at a time."""
-    case = parity_case(Setup(STUDENT, ParallelConfig(**layout), "fp32", 1000, 1024, 64, 8))
+    case = parity_case(Setup(STUDENT, ParallelConfig(**layout), precision, 1000, 1024, 64, 8))
     return case.model_copy(
         update={
             "model": STUDENT,
@@ -45,10 +45,10 @@ class Runs:
         with process_group(ALONE):
             prepare(_case({}), folder)
 
-    def run(self, kind: str, layout: dict) -> parity.Run:
-        name = f"{kind}-{layout}"
+    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Run:
+        name = f"{kind}-{layout}-{precision}"
         if name not in self._found:
-            case, folder = _case(layout), self._folder / str(len(self._found))
+            case, folder = _case(layout, precision), self._folder / str(len(self._found))
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
             self._found[name] = parity._read(folder)
         return self._found[name]
@@ -59,8 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Run, other: parity.Run, layout: dict) -> list[parity.Difference]:
-    return [entry for entry in parity._differences(_case(layout), one, other) if not entry.passed]
+def _failed(one: parity.Run, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
+    return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,16 @@ def _failed(one: parity.Run, other: parity.Run, layout: dict) -> list[parity.Dif
 )
 def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: dict) -> None:
     assert not _failed(runs.run(kind, {}), runs.run(kind, layout), layout)
+
+
+def test_so_it_does_in_bf16(runs: Runs) -> None:
+    one, two = (runs.run("online", layout, "bf16") for layout in ({}, TP2))
+    assert not _failed(one, two, TP2, "bf16")
+
+
+def test_a_softmax_over_own_columns_is_found(runs: Runs) -> None:
+    found = _failed(runs.run("online", {}), runs.run("online_with_own_columns_only", TP2), TP2)
+    assert {"loss", "gradients"} <= {entry.quantity for entry in found}
 
 
 def test_the_exact_cache_equals_the_teacher_online(runs: Runs) -> None:
