@@ -1,5 +1,6 @@
 """The memory estimate, against what training takes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from tests.memory import PeakMemory
@@ -69,6 +71,24 @@ def _check(model: ModelConfig, precision: str, recompute: str, vocabulary: int) 
     assert memory.weights == held
     assert memory.gradients == pytest.approx(gradients, rel=0.15)
     assert memory.optimizer == pytest.approx(state + originals, rel=0.15)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("derived", [{}, PROJECTION, LORA], ids=["plain", "projection", "lora"])
+def test_weights_are_counted_as_they_are_cut(model: ModelConfig, derived: dict, share: int) -> None:
+    config = model.model_copy(
+        update={"attention_heads": 8, "query_groups": 4 if model.query_groups else None, **derived}
+    )
+    setup = Setup(config, ParallelConfig(tensor_parallel=share), "fp32", 300, 128, 8, 4)
+    held = 0
+    for spec in weight_specs(config, vocabulary_size=300, tensor_parallel=share).values():
+        rows = spec.padded or spec.shape[0]
+        held += rows * math.prod(spec.shape[1:]) // (1 if spec.cut is None else share)
+    memory = memory_of(setup, fused=False)
+    assert memory.weights == 4 * held
+    if not config.lora:
+        assert memory.gradients == memory.weights
 
 
 def test_every_share_is_smaller() -> None:
