@@ -1,10 +1,11 @@
-"""Memory per process, by arithmetic: weights, gradients, optimizer's state and activations of a layout.
+"""Memory per process, by arithmetic: weights, gradients, optimizer's state, derived weights and activations of a layout.
 
 Legend: L layers, H hidden size, F feed-forward size, Q = A * D and K = G * D the widths of queries and of keys, V padded
 vocabulary, N tokens of a micro-batch on one process, t tensor parallel processes. The shares are those of Megatron-LM's
 accounting (arXiv 2205.05198), counted anew for this project's layers and fused attention.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,19 +22,22 @@ LOSS = 3 * FP32  # logits, their log-softmax and its gradient, per token and wor
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `activations` are kept from forward to backward passes; `working` is the most that one
-    step of a backward pass needs beside them: the loss over the vocabulary, or a layer that is recomputed."""
+    """Bytes of one process. `derived` are the weights that a step computes from others (`model/derived.py`), and the
+    sums of their gradients. `activations` are kept from forward to backward passes; `working` is the most that one
+    step of a backward pass needs beside them: the loss over the vocabulary, a layer that is recomputed, or the
+    gradients of derived weights on their way to the parameters."""
 
     weights: int
     gradients: int
     optimizer: int
+    derived: int
     activations: int
     working: int
 
     @property
     def total(self) -> int:
         """The peak in bytes. What the GPU's driver and the communication library take is not in it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+        return self.weights + self.gradients + self.optimizer + self.derived + self.activations + self.working
 
 
 def memory_of(setup: Setup, *, fused: bool) -> Memory:
@@ -48,22 +52,29 @@ def memory_of(setup: Setup, *, fused: bool) -> Memory:
 
 def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     parallel, last = setup.parallel, stage == setup.parallel.pipeline_parallel - 1
+    layers = sum(_layers(setup, stage))
     weights = _stage_weights(setup, stage, last=last)
+    trained = weights if setup.model.lora is None else layers * _adapter_weights(setup)
+    derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
     # Half-precision weights have an fp32 original, which is the optimizer's.
-    state = weights * (MOMENTS + (0 if element == FP32 else FP32))
+    state = trained * (MOMENTS + (0 if element == FP32 else FP32))
     copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
     tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
     passes = min(setup.micro_batches * parallel.virtual_pipeline, _passes_under_way(setup, stage))
     kept = passes * max(_layers(setup, stage)) * _kept(setup, element, fused=fused)
     kept += last * _norm(setup, element, fused=fused)  # the final one
+    activations = round(tokens * kept)
     loss = last * LOSS * _vocabulary(setup)
+    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis.
+    returned = (0 if element == FP32 else derived * element) + _largest_basis(setup) * element
     return Memory(
         weights=weights * element,
-        gradients=weights * FP32,
+        gradients=trained * FP32,
         optimizer=state // copies,
-        activations=round(tokens * kept),
-        working=round(tokens * max(loss, _layer_backward(setup, element, fused=fused))),
+        derived=derived * (element + FP32),
+        activations=activations,
+        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), returned - activations),
     )
 
 
@@ -78,7 +89,8 @@ def _stage_weights(setup: Setup, stage: int, *, last: bool) -> int:
     tables = (stage == 0) + (last and (stage > 0 or not model.tie_embeddings))  # embedding, output layer
     final_norm = last * model.hidden_size * (1 if model.family == "llama" else 2)
     layers = sum(_layers(setup, stage)) * _layer_weights(setup)
-    return layers + tables * _vocabulary(setup) * model.hidden_size + final_norm
+    codes = model.projection.experts * model.projection.code_size if model.projection else 0  # on every stage
+    return layers + tables * _vocabulary(setup) * model.hidden_size + final_norm + codes
 
 
 def _vocabulary(setup: Setup) -> int:
@@ -89,12 +101,57 @@ def _vocabulary(setup: Setup) -> int:
 
 def _layer_weights(setup: Setup) -> int:
     """Weights of one layer on one process: linears and those of their biases that are cut with them; norms, and whole
-    biases."""
+    biases; what derived weights are computed from."""
     model, share = setup.model, setup.parallel.tensor_parallel
     linears = model.linear_parameters() // model.layers
     if model.family == "llama":
-        return linears // share + 2 * model.hidden_size
-    return (linears + model.qkv_size + model.ffn_hidden_size) // share + 6 * model.hidden_size
+        plain = linears // share + 2 * model.hidden_size
+    else:
+        plain = (linears + model.qkv_size + model.ffn_hidden_size) // share + 6 * model.hidden_size
+    if model.projection is not None:
+        capacity = model.projection.capacity
+        plain += (capacity - 1) * _projected_weights(setup) + capacity * model.projection.code_size
+    return plain + _adapter_weights(setup)
+
+
+def _projected_weights(setup: Setup) -> int:
+    """What one expert of a projected network has of its own in a layer, on one process."""
+    model, share = setup.model, setup.parallel.tensor_parallel
+    sizes = model.linear_sizes()
+    weights = (math.prod(sizes["fc1"]) + math.prod(sizes["fc2"])) // share
+    return weights if model.family == "llama" else weights + model.ffn_hidden_size // share + model.hidden_size
+
+
+def _largest_basis(setup: Setup) -> int:
+    if setup.model.projection is None:
+        return 0
+    sizes = setup.model.linear_sizes()
+    matrix = max(math.prod(sizes["fc1"]), math.prod(sizes["fc2"])) // setup.parallel.tensor_parallel
+    return setup.model.projection.capacity * matrix
+
+
+def _adapter_weights(setup: Setup) -> int:
+    """LoRA's two factors of a layer's linears, on one process: of each linear, one factor is cut."""
+    model, share = setup.model, setup.parallel.tensor_parallel
+    if model.lora is None:
+        return 0
+    numbers = 0
+    for name in model.lora.linears:
+        out, into = model.linear_sizes()[name]
+        numbers += out // share + into if name in ("qkv", "fc1") else out + into // share
+    return model.lora.rank * numbers
+
+
+def _derived_weights(setup: Setup) -> int:
+    """Weights that a step computes in a layer: of all experts that its micro-batches can be of, or base and adapters."""
+    model = setup.model
+    if model.projection is not None:
+        return min(model.projection.experts, setup.micro_batches) * _projected_weights(setup)
+    if model.lora is not None:
+        return (
+            sum(math.prod(model.linear_sizes()[name]) for name in model.lora.linears) // setup.parallel.tensor_parallel
+        )
+    return 0
 
 
 def _passes_under_way(setup: Setup, stage: int) -> int:
@@ -140,8 +197,10 @@ def _feed_forward(setup: Setup, element: int, *, fused: bool) -> float:
 
 
 def _norm(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token of a norm's input and output. PyTorch's RMSNorm computes in fp32, and keeps what it has scaled."""
-    parts = 2 * element if setup.model.family == "neox" or fused else 2 * FP32 + element
+    """Bytes per token of a norm's input and output. PyTorch's RMSNorm computes in fp32, and keeps what it has scaled
+    unless its weight is frozen."""
+    scaled = FP32 if setup.model.lora is None else 0
+    parts = 2 * element if setup.model.family == "neox" or fused else FP32 + scaled + element
     return parts * setup.model.hidden_size / _position_share(setup)
 
 

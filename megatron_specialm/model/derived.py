@@ -11,6 +11,7 @@ Legend: J variants, K experts, M code size, H capacity, R rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,9 @@ class DerivedWeights:
 
     def derive(self, mixtures_JK: torch.Tensor) -> None:
         """Compute all variants of a step. Where gradients are recorded, they are gathered from here on."""
+        self._release()
         self._values = list(self._compute(mixtures_JK))
         self._variants = [list(value.detach().unbind()) for value in self._values]
-        self._gradients = []
         if torch.is_grad_enabled():
             for value, rows in zip(self._values, self._variants, strict=True):
                 total = torch.zeros_like(value, dtype=torch.float32)
@@ -72,7 +73,13 @@ class DerivedWeights:
         """Pass what the variants gathered on to the parameters that they were computed from."""
         gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
         torch.autograd.backward(self._values, gradients)
-        self._values, self._gradients = [], []
+        self._release()
+
+    def _release(self) -> None:
+        """The parameters change: what was computed from them is neither to be used nor to take memory any longer."""
+        for place in chain.from_iterable(self._places):
+            setattr(place.linear, place.attribute, None)
+        self._values, self._variants, self._gradients = [], [], []
 
 
 def _move_gradient_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -208,7 +215,7 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
                 places[-1].append(Place(linear, "weight"))
 
     def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
-        for place in (place for own in places for place in own):
+        for place in chain.from_iterable(places):
             linear = place.linear
             # Of the factor that is whole everywhere, each process sees a part of the gradient.
             a, b = (

@@ -1,5 +1,7 @@
 """What only a GPU can show. Written without one at hand: `pytest -m gpu` on a machine that has one is their first run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.memory import memory_of
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
-from megatron_specialm.data.store import Batch
+from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.merge import project
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 
@@ -137,3 +140,29 @@ def test_going_on_from_a_checkpoint_of_the_cpu_layout() -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
         last = [engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight)]
     assert last[0] == pytest.approx(last[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise"])
+def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
+    """In Transformer Engine's layers too, and with FP8 copies of weights that differ between micro-batches."""
+    fp8 = None if recipe is None else Fp8Config(recipe=recipe)  # type: ignore[arg-type]
+    shape = _shallow(_preset("slm-126m"), 2).model_copy(
+        update={"projection": Projection(experts=4, capacity=3, code_size=4)}
+    )
+    setup = _setup(shape, "bf16" if fp8 is None else "fp8", fp8)
+    if reason := lacking(setup, find_accelerator()):
+        pytest.skip(reason)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (32, CONTEXT + 1))
+    experts = np.arange(4).repeat(8)  # a micro-batch of each
+    notes = {MIXTURE: np.eye(4, dtype=np.float32)[experts]}
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((32, CONTEXT), np.float32), notes)
+    with process_group(ALONE, parallel=setup.parallel):
+        engine = _engine(setup)
+        for _ in range(3):
+            engine.train_step(batch, learning_rate=1e-3)
+        whole, weights, expected = engine.evaluate([batch]), engine.weights(), 0.0
+        plain = _engine(replace(setup, model=shape.plain))
+        for expert in range(4):
+            plain.load(project(weights, shape, torch.eye(4)[expert]), None)
+            expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(notes={})]).total
+    assert whole.total == pytest.approx(expected, rel=1e-3 if fp8 is None else 1e-2)

@@ -1,5 +1,6 @@
 """The memory estimate, against what training takes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,18 +8,22 @@ import pytest
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.memory import memory_of, smallest_change
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
-from megatron_specialm.data.store import Batch
+from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from tests.memory import PeakMemory
 
 NEOX = ModelConfig(layers=4, hidden_size=128, ffn_hidden_size=512, attention_heads=4)
 LLAMA = ModelConfig(family="llama", layers=4, hidden_size=128, ffn_hidden_size=384, attention_heads=4, query_groups=2)
+EXPERTS = 5
+PROJECTION = {"projection": Projection(experts=EXPERTS, capacity=6, code_size=7)}
+LORA = {"lora": LowRank(rank=8)}
 LARGE = Setup(
     ModelConfig(layers=24, hidden_size=1024, ffn_hidden_size=4096, attention_heads=16), ParallelConfig(), "bf16",
     vocabulary_size=32_000, context_length=1024, global_batch_size=512, micro_batch_size=16,
@@ -32,25 +37,58 @@ LARGE = Setup(
 def test_within_ten_percent_of_what_a_step_takes(
     model: ModelConfig, precision: str, recompute: str, vocabulary: int
 ) -> None:
+    _check(model, precision, recompute, vocabulary)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("derived", [PROJECTION, LORA], ids=["projection", "lora"])
+def test_so_it_is_with_derived_weights(model: ModelConfig, precision: str, recompute: str, derived: dict) -> None:
+    _check(model.model_copy(update=derived), precision, recompute, 300)
+
+
+def _check(model: ModelConfig, precision: str, recompute: str, vocabulary: int) -> None:
     parallel = ParallelConfig(recompute=recompute)
-    setup = Setup(model, parallel, precision, vocabulary, context_length=128, global_batch_size=8, micro_batch_size=4)
+    setup = Setup(model, parallel, precision, vocabulary, context_length=128, global_batch_size=12, micro_batch_size=4)
     memory = memory_of(setup, fused=False)
     with process_group(ALONE, parallel=parallel):
         gpt = Gpt(model, vocabulary_size=vocabulary, context_length=128, precision=precision, parallel=parallel)
         gpt.initialize(seed=0)
         engine = MegatronEngine(gpt, parallel=parallel, optimizer=Optimizer(), micro_batch_size=4)
         held = sum(parameter.nbytes for _, parameter, _ in gpt.weights())
-        windows = np.random.default_rng(0).integers(0, vocabulary, (8, 129))
-        batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, 128), np.float32))
+        gradients = sum(gradient.nbytes for gradient in engine.gradients().values())
+        windows = np.random.default_rng(0).integers(0, vocabulary, (12, 129))
+        notes = {MIXTURE: np.eye(EXPERTS, dtype=np.float32)[[0, 2, 3]].repeat(4, 0)} if model.projection else {}
+        batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((12, 128), np.float32), notes)
         engine.train_step(batch, learning_rate=1e-3)
         with PeakMemory() as taken:
             engine.accumulate_gradients(batch)
         state = sum(tensor.nbytes for name, tensor in engine.optimizer_state().items() if name != "step")
-        originals = 0 if precision == "fp32" else sum(tensor.nbytes for tensor in engine.weights().values())
-    assert memory.activations + memory.working == pytest.approx(taken.peak, rel=0.1)
+    originals = 0 if precision == "fp32" else gradients
+    assert memory.derived + memory.activations + memory.working == pytest.approx(taken.peak, rel=0.1)
     # Checkpoints have no padding of the vocabulary; a process has.
     assert memory.weights == held
+    assert memory.gradients == pytest.approx(gradients, rel=0.15)
     assert memory.optimizer == pytest.approx(state + originals, rel=0.15)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("derived", [{}, PROJECTION, LORA], ids=["plain", "projection", "lora"])
+def test_weights_are_counted_as_they_are_cut(model: ModelConfig, derived: dict, share: int) -> None:
+    config = model.model_copy(
+        update={"attention_heads": 8, "query_groups": 4 if model.query_groups else None, **derived}
+    )
+    setup = Setup(config, ParallelConfig(tensor_parallel=share), "fp32", 300, 128, 8, 4)
+    held = 0
+    for spec in weight_specs(config, vocabulary_size=300, tensor_parallel=share).values():
+        rows = spec.padded or spec.shape[0]
+        held += rows * math.prod(spec.shape[1:]) // (1 if spec.cut is None else share)
+    memory = memory_of(setup, fused=False)
+    assert memory.weights == 4 * held
+    if not config.lora:
+        assert memory.gradients == memory.weights
 
 
 def test_every_share_is_smaller() -> None:
