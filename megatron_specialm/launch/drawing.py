@@ -33,7 +33,7 @@ _PAPER = {
     "slm-pn": ("#CC79A7", "v"), "slm-d": ("#56B4E9", "P"), "llm": ("#E69F00", "X"),
 }  # fmt: skip
 _OTHERS = [("#332288", "*"), ("#882255", "<"), ("#999933", ">"), ("#44AA99", "h"), ("#8C510A", "p"), ("#AA4499", "d")]
-_MARKER_SIZES = {"P": 6.0, "X": 6.0, "*": 8.0}  # of those that look small, in points
+_MARKER_SIZES = {"P": 5.0, "X": 5.0, "*": 6.5}  # of those that look small, in points
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Look:
     @property
     def marker_style(self) -> dict[str, Any]:
         """The marker alone, in matplotlib's words."""
-        return {"marker": self.marker, "markersize": _MARKER_SIZES.get(self.marker, 5.0)}
+        return {"marker": self.marker, "markersize": _MARKER_SIZES.get(self.marker, 4.3)}
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def label_curves(axes: "Axes", curves: Sequence[Curve], of: Mapping[str, Look]) 
         colour = of[curve.method].colour
         label = axes.annotate(
             f"{curve.method} (at no cost)" if curve.is_free else curve.method, (0, 0), (0, 0),
-            textcoords="offset points", ha="center", va="center", fontsize=7.5, color=_darker(colour),
+            textcoords="offset points", ha="center", va="center", fontsize=7.5, color=_darker(colour), annotation_clip=False,
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colour, "shrinkA": 0, "shrinkB": 2},
         )  # fmt: skip
         label.set_in_layout(False)
@@ -235,7 +235,7 @@ def _badness(
     overlaps = sum(bool((place.low < other.high + 2).all() and (other.low - 2 < place.high).all()) for other in taken)
     covered = _inside(place, own, room=1) + _inside(place, foreign, room=1)
     crowded = _inside(place, foreign, room=5)
-    return 100 * overlaps + 5 * outside + 10 * covered + 2 * crowded + 0.6 * place.distance + 4 * place.rank
+    return 100 * overlaps + 5 * outside + 10 * covered + 2 * crowded + 0.8 * place.distance + place.rank
 
 
 def _inside(place: Place, points: "np.ndarray", *, room: float) -> int:

@@ -103,11 +103,20 @@ def _against_cost(
     for size, (title, cost) in itertools.product(_sizes(entries), costs.items()):
         own = _by_method(entry for entry in entries if entry["size"] == size)
         name = ", ".join(filter(None, (title, "" if size is None else f"{size_name(size)} tokens")))
-        panels[name] = [_curve(method, points, cost) for method, points in own.items()]
+        panels[name] = [_curve(method, _paid(points, cost), cost) for method, points in own.items()]
     figure = _panels(panels, looks, x=unit, y="macro perplexity", same_y=len(costs) > 1)
     for axes, curves in zip(figure.axes, panels.values(), strict=False):
         drawing.log_axis(axes, "x", [x for curve in curves for x in curve.x], margin=0.12)
-    return _named(figure, panels, looks)
+    if len(panels) == 1:
+        drawing.label_curves(figure.axes[0], next(iter(panels.values())), looks)
+    else:
+        _legend(figure, panels, looks)
+    return figure
+
+
+def _paid(points: Sequence[Entry], cost: Callable[[Entry], float]) -> Sequence[Entry]:
+    """The points that have a place on a logarithmic axis; all of them where none has."""
+    return [point for point in points if cost(point) > 0] or points
 
 
 def _panels(
@@ -129,15 +138,11 @@ def _panels(
     return figure
 
 
-def _named(figure: "Figure", panels: Mapping[str, Sequence[Curve]], looks: Mapping[str, Look]) -> "Figure":
-    """The methods' names: beside the curves of a single panel, else once for all panels."""
+def _legend(figure: "Figure", panels: Mapping[str, Sequence[Curve]], looks: Mapping[str, Look]) -> None:
+    """The methods right of the panels, in the order in which the curves of the first one end."""
     first, *others = panels.values()
-    if others:
-        best_last = sorted(first, key=lambda curve: -curve.y[-1])  # as the curves of the first panel end
-        drawing.legend(figure, dict.fromkeys(curve.method for curve in itertools.chain(best_last, *others)), looks)
-    else:
-        drawing.label_curves(figure.axes[0], first, looks)
-    return figure
+    ordered = itertools.chain(sorted(first, key=lambda curve: -curve.y[-1]), *others)
+    drawing.legend(figure, dict.fromkeys(curve.method for curve in ordered), looks)
 
 
 def _by_method(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -237,9 +242,10 @@ def _by_size(
     figure = _panels(panels, looks, x="training tokens of the domain", y=what)
     for axes, own in zip(figure.axes, groups.values(), strict=False):
         sizes = _sizes(own)
-        drawing.log_axis(axes, "x", map(float, sizes), margin=0.3 if len(panels) == 1 else 0.08)
+        drawing.log_axis(axes, "x", map(float, sizes), margin=0.08)
         axes.set_xticks(sizes, [size_name(size) for size in sizes])
-    return _named(figure, panels, looks)
+    _legend(figure, panels, looks)
+    return figure
 
 
 def _sizes(entries: Iterable[Entry]) -> list[Any]:

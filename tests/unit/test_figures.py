@@ -2,13 +2,20 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.launch.costs import TASKS, total_cost
+from megatron_specialm.launch.drawing import looks, number, round_numbers
+from megatron_specialm.launch.figures import draw
+from megatron_specialm.launch.seeds import merge_runs
+from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
 
 SIZES = {None: 1.0, 50_000: 1.3, 200_000: 1.0, 1_000_000: 0.8}  # factors of perplexity
 DOMAINS = {"legal": 0.8, "speeches": 1.0, "encyclopedia": 1.25}
@@ -66,7 +73,8 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                         costs = {
                             "generic_tokens": 0, "specialization_tokens": 0,
                             "generic_flops": generic, "specialization_flops": specialization,
-                            "generic_device_seconds": 2 + generic / 5e10, "specialization_device_seconds": specialization / 4e10,
+                            "generic_device_seconds": 2 + generic / 5e10,
+                            "specialization_device_seconds": specialization / 4e10,
                         }  # fmt: skip
                         totals = {
                             f"total_{what}_{tasks}": total_cost(costs, what, tasks=tasks)
@@ -80,3 +88,144 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                             "tokens_evaluated": 40_000, **costs, **totals, "devices": "cpu",
                             "inference_parameters": 3_000_000, "seed": seed, "model": "m",
                         }  # fmt: skip
+
+
+FEW = ("slm", "slm-nopt", "slm-is", "llm-lora")
+COST_FIGURES = {f"{kind}-cost-{what}" for kind in ("generic", "specialization", "total") for what in ("flops", "hours")}
+
+
+def _written(paths: list[Path]) -> set[str]:
+    assert all(path.stat().st_size > 100 for path in paths)
+    return {path.name for path in paths}
+
+
+def test_figures_name_methods_and_units(tmp_path: Path) -> None:
+    paths = draw(invented(methods=FEW), tmp_path)
+    names = {*COST_FIGURES, "domains"}
+    tables = {f"{name}.{form}" for name in ("results", "concentration", "selection") for form in ("md", "csv")}
+    assert _written(paths) == {f"{name}.{form}" for name in names for form in ("png", "svg")} | tables
+    assert all(path.parent == tmp_path / "figures" for path in paths)
+    for name, says in (
+        ("generic-cost-flops", "generic training cost (FLOPs)"),
+        ("specialization-cost-hours", "specialization training cost (device-hours on cpu)"),
+        ("total-cost-flops", "50 tasks"),
+        ("domains", "encyclopedia"),
+    ):
+        svg = (tmp_path / "figures" / f"{name}.svg").read_text()
+        for word in (*FEW, says, "perplexity"):
+            assert word in svg, f"{name} lacks {word}"
+    assert (tmp_path / "figures" / "domains.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cost_nothing_is_said_to(tmp_path: Path) -> None:
+    draw(invented(methods=FEW), tmp_path)
+    assert "slm-nopt (at no cost)" in (tmp_path / "figures" / "generic-cost-flops.svg").read_text()
+
+
+def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
+    names = _written(draw(invented(methods=("slm", "slm-is"), sizes=(50_000, 1_000_000)), tmp_path))
+    assert {"set-size.svg", "domains-by-size.png"} <= names and "domains.png" not in names
+    svg = (tmp_path / "figures" / "set-size.svg").read_text()
+    for word in ("50k", "1m", "slm-is", "training tokens of the domain", "macro perplexity"):
+        assert word in svg
+    assert "7 tasks, 50k tokens" in (tmp_path / "figures" / "total-cost-flops.svg").read_text()
+
+
+def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
+    empty = {"pipeline": "arena", "rows": [], "macro": [], "concentration": [], "selection": []}
+    assert draw(empty, tmp_path) == []
+    results = {**invented(methods=("slm",)), "selection": [], "macro": []}
+    assert {path.stem for path in draw(results, tmp_path)} == {"domains", "results", "concentration"}
+
+
+def test_equal_results_give_equal_files(tmp_path: Path) -> None:
+    results = {**invented(methods=("slm",)), "macro": []}
+    for first, second in zip(draw(results, tmp_path / "a"), draw(results, tmp_path / "b"), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_methods_keep_their_looks() -> None:
+    alone, together = looks(["slm-is"]), looks([*METHODS, "slm-pn-soup", "another"])
+    assert alone["slm-is"] == together["slm-is"]
+    assert len(set(together.values())) == len(together) == len({look.marker for look in together.values()})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(1e10, 1e13, [1e10, 1e11, 1e12, 1e13]), (40, 300, [50, 100, 200]), (57, 60.5, [57, 58, 59, 60])],
+)
+def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    assert round_numbers(low, high) == pytest.approx(ticks)
+
+
+def test_numbers_of_ticks() -> None:
+    assert [number(value) for value in (0.03, 50.0, 1500.0, 1e13, 3e12)] == [
+        "0.03", "50", "1500", "$10^{13}$", r"$3\times10^{12}$",
+    ]  # fmt: skip
+
+
+def test_nothing_draws_before_it_is_asked_to() -> None:
+    program = "import sys, megatron_specialm.cli, megatron_specialm.launch.figures; print('matplotlib' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def _runs(folder: Path, *results: Any) -> list[Path]:
+    paths = [folder / f"{number}.json" for number in range(len(results))]
+    for path, content in zip(paths, results, strict=True):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
+    merged = merge_runs(_runs(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2))))
+    row = next(row for row in merged["rows"] if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
+    # 91 at seed 0, and 3% more per seed: 91, 93.73, 96.46.
+    assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
+    assert row["seeds"] == [0, 1, 2] and "seed" not in row
+    # Macro: the mean of the seeds' own averages. `legal` has an odd name and goes down where the others go up.
+    at = [91 * ((1 + 0.03 * seed) ** 2 * (1 - 0.03 * seed)) ** (1 / 3) for seed in (0, 1, 2)]
+    mean = sum(at) / 3
+    entry = next(entry for entry in merged["macro"] if entry["stage"] == "slm-1-tuned")
+    assert entry["perplexity"] == pytest.approx(mean)
+    assert entry["perplexity_sd"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in at) / 2))
+    assert entry["generic_flops"] == 1.5e13
+    assert [entry["top_share"] for entry in merged["concentration"]] == pytest.approx([0.6] * 3)
+    assert {path.suffix for path in draw(merged, tmp_path)} == {".png", ".svg", ".md", ".csv"}
+    assert "93.7 ± 2.7" in results_table(merged).markdown()
+    assert "0.60 ± 0.10" in concentration_table(merged).markdown()
+
+
+def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
+    merged = merge_runs(_runs(tmp_path, invented(seed=3, methods=("slm",))))
+    assert {row["perplexity_sd"] for row in merged["rows"]} == {None}
+    assert "±" not in results_table(merged).markdown()
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    one = invented(methods=("slm",))
+    with pytest.raises(ArtifactError, match=r"1\.json: seed 0 is that of .*0\.json too"):
+        merge_runs(_runs(tmp_path, one, one))
+    with pytest.raises(ArtifactError, match=r"of the page 'other', and .* of 'arena'"):
+        merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
+    with pytest.raises(ArtifactError, match="of an earlier version"):
+        merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
+    with pytest.raises(ArtifactError, match="no such file"):
+        merge_runs([tmp_path / "absent" / "results.json"])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_side_tables() -> None:
+    results = invented(methods=("slm",))
+    concentration, selection = concentration_table(results), selection_table(results)
+    assert concentration.lines[0] == ["assignment", "legal", "64", "400", "0.50", "1.50", "4.5"]
+    assert selection.lines == [
+        ["expert", "legal", "loss", "yes", "c3", "c3", "1", "65,536", "2.5e+09"],
+        ["expert", "legal", "frequency", "", "c1", "c3", "2", "0", "2.5e+09"],
+    ]
+    for table in (concentration, selection):
+        assert {len(line) for line in table.lines} == {len(table.header)}
