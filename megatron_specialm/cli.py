@@ -197,6 +197,8 @@ def figures(
     outcome = write_results(pipeline, root)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
+    if not outcome["rows"]:
+        typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
     for path in draw(outcome, root):
         typer.echo(path)
 
