@@ -131,7 +131,7 @@ def run(
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.tables import results_table
+    from megatron_specialm.launch.tables import results_in_two
 
     world = discover_world()
     pipeline = _load(page, overrides)
@@ -154,7 +154,8 @@ def run(
     if world.is_first:
         outcome = write_results(pipeline, root)
         if outcome["rows"]:
-            console.print(results_table(outcome).rich())
+            for table in results_in_two(outcome):
+                console.print(table.rich())
         console.print(f"results: {root / 'results.json'}", highlight=False)
 
 
@@ -168,14 +169,14 @@ def results(
     from rich.console import Console
 
     from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.tables import results_table
+    from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = _load(page, overrides)
-    table = results_table(write_results(pipeline, Path(pipeline.root)))
+    outcome = write_results(pipeline, Path(pipeline.root))
     if markdown:
-        typer.echo(table.markdown())
+        typer.echo(results_table(outcome).markdown())
     else:
-        Console().print(table.rich())
+        Console().print(*(table.rich() for table in results_in_two(outcome)))
 
 
 @app.command()

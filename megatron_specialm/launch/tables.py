@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table as RichTable
 
 from megatron_specialm.config.schema import GENERIC, size_name
@@ -21,11 +22,24 @@ class Table:
     lines: list[list[str]]
     words: int
 
+    def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
+        """The numbers before a column, and from it on, each behind the words: for a terminal, which is narrow."""
+        middle = self.header.index(column)
+        ranges = (range(self.words, middle), range(middle, len(self.header)))
+
+        def part(title: str, numbers: range) -> "Table":
+            columns = [*range(self.words), *numbers]
+            lines = [[line[index] for index in columns] for line in self.lines]
+            return Table(title, [self.header[index] for index in columns], lines, self.words)
+
+        return part(titles[0], ranges[0]), part(titles[1], ranges[1])
+
     def rich(self) -> RichTable:
         """For the terminal."""
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < self.words else "right")
+            is_word = index < self.words
+            table.add_column(name, justify="left" if is_word else "right", no_wrap=is_word)
         for line in self.lines:
             table.add_row(*line)
         return table
@@ -74,6 +88,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
         lines.append([*names, *perplexities, _average(results["macro"], stage, size, stage in shared), *_costs(own)])
     words = 2 + has_budgets + has_sizes
     return Table("Perplexity on held-out documents, and cost", header, lines, words)
+
+
+def results_in_two(results: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Perplexities, and costs."""
+    titles = (
+        "Perplexity on held-out documents",
+        "Cost: generic, for all domains together, and specialization, for each",
+    )
+    return results_table(results).in_two("gen. tokens", titles)
 
 
 def _average(macro: Iterable[Mapping[str, Any]], stage: str, size: int | None, shared: bool) -> str:
