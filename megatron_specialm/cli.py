@@ -115,6 +115,10 @@ def run(
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
     until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
@@ -126,14 +130,15 @@ def run(
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
-    from megatron_specialm.launch.results import results_table, write_results
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import results_table
 
     world = discover_world()
     pipeline = _load(page, overrides)
     root = Path(pipeline.root)
     if world.launcher != "none":
         pipeline = fit_to_world(pipeline, world)
-    chosen = select(make_plan(pipeline, root), only=only, until=until)
+    chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
     to_do = {name.stage for name in chosen if chosen[name].state != "done"}
     refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
     if world.is_first:
@@ -149,7 +154,7 @@ def run(
     if world.is_first:
         outcome = write_results(pipeline, root)
         if outcome["rows"]:
-            console.print(results_table(outcome))
+            console.print(results_table(outcome).rich())
         console.print(f"results: {root / 'results.json'}", highlight=False)
 
 
@@ -162,14 +167,56 @@ def results(
     """Print the table of a page's run folder again."""
     from rich.console import Console
 
-    from megatron_specialm.launch.results import results_table, to_markdown, write_results
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import results_table
 
     pipeline = _load(page, overrides)
-    outcome = write_results(pipeline, Path(pipeline.root))
+    table = results_table(write_results(pipeline, Path(pipeline.root)))
     if markdown:
-        typer.echo(to_markdown(outcome))
+        typer.echo(table.markdown())
     else:
-        Console().print(results_table(outcome))
+        Console().print(table.rich())
+
+
+@app.command()
+def figures(
+    page: Page,
+    overrides: Overrides = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
+    from megatron_specialm.launch.figures import draw
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import merge_runs
+
+    pipeline = _load(page, overrides)
+    root = Path(pipeline.root)
+    outcome = write_results(pipeline, root)
+    if runs:
+        outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
+    if not outcome["rows"]:
+        typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
+    for path in draw(outcome, root):
+        typer.echo(path)
+
+
+@app.command()
+def project(
+    folder: Annotated[Path, typer.Argument(help="A trained projected network: RUN/STAGE/generic.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
+    expert: Annotated[int, typer.Option(help="Which expert, from 0: the number of its cluster.", show_default=False)],
+) -> None:
+    """Write one expert of a projected network as an ordinary checkpoint. Needs nothing but the network's."""
+    from megatron_specialm.launch.worker import ignore_expected_warnings
+
+    ignore_expected_warnings()
+    from megatron_specialm.train.served import project_expert  # imports Megatron-Core
+
+    step = project_expert(folder, output, expert=expert)
+    typer.echo(f"expert {expert}: {step}")
 
 
 @app.command()
@@ -195,7 +242,8 @@ def parity(
     from rich.console import Console
 
     from megatron_specialm.base.files import write_json
-    from megatron_specialm.config.graph import build_graph, distinct_setups, setup_of
+    from megatron_specialm.config.graph import build_graph
+    from megatron_specialm.config.lineage import distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
     from megatron_specialm.launch import parity as run
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
@@ -236,7 +284,7 @@ def tune_precision(
     """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
     from rich.console import Console
 
-    from megatron_specialm.config.graph import distinct_setups
+    from megatron_specialm.config.lineage import distinct_setups
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 
     for name in distinct_setups(_load(page, overrides), stage):

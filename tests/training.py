@@ -14,7 +14,8 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
-from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
+from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import Batch
 from megatron_specialm.launch.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt

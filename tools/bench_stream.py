@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream
+from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.sampling import ImportanceStream
 
 
 def resident_mib() -> tuple[float, float]:

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.setup import FP8_MULTIPLE, Setup
 
 TRANSFORMER_ENGINE = ">=2.9,<2.12"  # what megatron-core 0.16 works with
@@ -87,6 +88,10 @@ def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) 
 
 def _size(name: str) -> Callable[[Setup], bool]:
     return lambda setup: getattr(setup.parallel, name) > 1
+
+
+def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
+    return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
 
 
 TABLE = (
@@ -177,6 +182,49 @@ TABLE = (
     Capability("distributed optimizer", lambda s: s.parallel.distributed_optimizer, "none"),
     Capability("overlapped communication", lambda s: s.parallel.overlap_communication, "none"),
     Capability("recomputation", lambda s: s.parallel.recompute != "none", "none"),
+    Capability(
+        "projected network", lambda s: s.model.projection is not None,
+        "windows_per_expert is a multiple of micro_batch_size, global_batch_size of windows_per_expert",
+        conditions=(
+            Condition(
+                lambda s: s.windows_per_expert % s.micro_batch_size == 0,
+                "windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size {s.micro_batch_size}: a "
+                "forward pass is of one expert",
+                "micro_batch_size",
+            ),
+            Condition(
+                lambda s: s.global_batch_size % s.windows_per_expert == 0,
+                "global_batch_size {s.global_batch_size} must be a multiple of windows_per_expert {s.windows_per_expert}",
+                "global_batch_size",
+            ),
+        ),
+    ),
+    Capability("LoRA", lambda s: s.model.lora is not None, "none"),
+    Capability(
+        "teacher beside the student", lambda s: s.teacher is not None,
+        "pipeline_parallel 1; tensor_parallel fits the teacher too",
+        conditions=(
+            Condition(
+                lambda s: s.parallel.pipeline_parallel == 1,
+                "distill: a teacher beside the student cannot be cut into stages, and pipeline_parallel is "
+                "{p.pipeline_parallel}",
+                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache, or set "
+                "parallel.pipeline_parallel: 1",
+            ),
+            Condition(
+                lambda s: s.parallel.context_parallel == 1,
+                "distill: a teacher beside the student reads whole windows, and context_parallel is {p.context_parallel}",
+                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache",
+            ),
+            Condition(
+                lambda s: _fits_tensor_parallel(s.teacher, s.parallel.tensor_parallel),
+                "distill: tensor_parallel {p.tensor_parallel} must divide the teacher's attention_heads "
+                "{s.teacher.attention_heads}, key/value heads {s.teacher.kv_heads} and ffn_hidden_size "
+                "{s.teacher.ffn_hidden_size} too",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
     Capability("fp32", lambda s: s.precision == "fp32", "none"),
     Capability("bf16", lambda s: s.precision == "bf16", "none"),
     Capability(
@@ -187,6 +235,12 @@ TABLE = (
             Condition(
                 lambda s: s.not_for_fp8 is None,
                 f"fp8 takes sizes that are multiples of {FP8_MULTIPLE} on each process, and {{s.not_for_fp8}} is not",
+                otherwise=USE_BF16,
+            ),
+            Condition(
+                lambda s: s.model == s.model.plain,
+                "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
+                "change",
                 otherwise=USE_BF16,
             ),
             Condition(

@@ -14,7 +14,18 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.lineage import (
+    assign_stage,
+    domain_of,
+    key_for,
+    model_keys,
+    setup_of,
+    sources,
+    text_set,
+    tokenize_stage,
+    train_stage,
+)
+from megatron_specialm.config.relations import check_relations
 from megatron_specialm.config.schema import (
     GENERIC,
     AssignStage,
@@ -23,13 +34,13 @@ from megatron_specialm.config.schema import (
     EvaluateStage,
     ExportStage,
     Pipeline,
+    SelectStage,
     SentenceBertEncoder,
-    TextSet,
+    TeachStage,
     TokenizerStage,
     TokenizeStage,
     TrainStage,
 )
-from megatron_specialm.config.setup import Setup
 
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
 PLACEMENT = {"parallel", "workers", "micro_batch_size", "checkpoint", "log_every", "tensorboard", "wandb_project"}
@@ -65,112 +76,10 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     """
     order = _stage_order(pipeline)
     for name in order:
+        check_relations(pipeline, name)
         if isinstance(pipeline.stages[name], TrainStage):
             refuse(name, setup_of(pipeline, name))
-        _check_tokenizers(pipeline, name)
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
-
-
-def _check_tokenizers(pipeline: Pipeline, name: str) -> None:
-    """Weights mean nothing under another tokenizer, even where its size is the same."""
-    stage = pipeline.stages[name]
-    models = stage.models if isinstance(stage, EvaluateStage | ExportStage) else [getattr(stage, "init", None)]
-    for model in filter(None, models):
-        own, theirs = (_tokenizer_of(pipeline, user) for user in (name, model))
-        if own != theirs:
-            raise ConfigError(
-                f"stages.{name}.tokens: they are of tokenizer `{own}`, and the weights of `{model}` of tokenizer "
-                f"`{theirs}`: name tokens that `{theirs}` has made"
-            )
-
-
-def _tokenizer_of(pipeline: Pipeline, name: str) -> str:
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TrainStage | EvaluateStage | ExportStage)
-    tokens = pipeline.stages[stage.tokens]
-    assert isinstance(tokens, TokenizeStage)
-    return tokens.tokenizer
-
-
-def sources(pipeline: Pipeline) -> list[str]:
-    """The keys of the sets of text: `generic`, then the domains."""
-    return [GENERIC, *pipeline.text.domains]
-
-
-def text_set(pipeline: Pipeline, source: str) -> TextSet:
-    """The files of one set."""
-    return pipeline.text.generic if source == GENERIC else pipeline.text.domains[source]
-
-
-def train_keys(pipeline: Pipeline, name: str) -> list[str]:
-    """The keys of a train stage: one for everybody, or one per domain (also when it starts from a domain's weights)."""
-    stage = train_stage(pipeline, name)
-    per_domain = stage.data != "generic" or (stage.init is not None and train_keys(pipeline, stage.init) != [GENERIC])
-    return list(pipeline.text.domains) if per_domain else [GENERIC]
-
-
-def train_stage(pipeline: Pipeline, name: str) -> TrainStage:
-    """The train stage of that name, which the graph has checked."""
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TrainStage)
-    return stage
-
-
-def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
-    """The model shape of a train stage, through `init` to where it was given."""
-    stage = train_stage(pipeline, name)
-    if stage.model is not None:
-        return stage.model
-    assert stage.init is not None
-    return model_of(pipeline, stage.init)
-
-
-def setup_of(pipeline: Pipeline, name: str) -> Setup:
-    """What a train stage asks of its engine."""
-    stage = train_stage(pipeline, name)
-    tokens = pipeline.stages[stage.tokens]
-    assert isinstance(tokens, TokenizeStage)
-    tokenizer = pipeline.stages[tokens.tokenizer]
-    assert isinstance(tokenizer, TokenizerStage)
-    return Setup(
-        model_of(pipeline, name),
-        stage.parallel,
-        stage.precision,
-        tokenizer.vocabulary_size,
-        tokens.context_length,
-        stage.global_batch_size,
-        stage.micro_batch_size,
-        stage.fp8,
-    )
-
-
-def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
-    """The named train stage and its setup, or one stage for each setup that the page has.
-
-    Raises:
-        ConfigError: there is no train stage of that name.
-    """
-    names = [other for other, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
-    if name is not None and name not in names:
-        raise ConfigError(f"--stage {name}: no train stage of that name; there are {', '.join(names)}")
-    setups: dict[str, Setup] = {}
-    for other in names if name is None else [name]:
-        setup = setup_of(pipeline, other)
-        if setup not in setups.values():
-            setups[other] = setup
-    return setups
-
-
-def method_of(pipeline: Pipeline, name: str) -> str:
-    """The method's name in tables: given, or inherited from the stage it starts from, or the stage's own name."""
-    stage = train_stage(pipeline, name)
-    return stage.method or (method_of(pipeline, stage.init) if stage.init else name)
-
-
-def is_finetuned(pipeline: Pipeline, name: str) -> bool:
-    """Whether a model has been trained on the domain's own text."""
-    stage = train_stage(pipeline, name)
-    return stage.data == "domain" or (stage.init is not None and is_finetuned(pipeline, stage.init))
 
 
 def model_task(pipeline: Pipeline, key: str) -> TaskId:
@@ -195,32 +104,41 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         inputs: the digests of the task's inputs.
         file_hashes: SHA-256 of the content of each of the task's files.
     """
-    settings = pipeline.stages[task.id.stage].model_dump(mode="json", exclude=PLACEMENT)
-    return sha256_json(
-        {
-            "format": ARTIFACT_FORMAT,
-            "settings": settings,
-            "key": task.id.key,
-            "seed": pipeline.seed,
-            "inputs": {str(name): inputs[name] for name in task.inputs},
-            "files": {name: file_hashes[name] for name in task.files},
-        }
-    )
+    stage = pipeline.stages[task.id.stage]
+    content = {
+        "format": ARTIFACT_FORMAT,
+        "settings": stage.model_dump(mode="json", exclude=PLACEMENT),
+        "key": task.id.key,
+        "seed": pipeline.seed,
+        "inputs": {str(name): inputs[name] for name in task.inputs},
+        "files": {name: file_hashes[name] for name in task.files},
+    }
+    size = text_set(pipeline, task.id.key).train_tokens if isinstance(stage, TokenizeStage) else None
+    if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
+        content["train_tokens"] = size
+    return sha256_json(content)
 
 
 # --- what each kind reads ---------------------------------------------------------------------------------------------
 
-# The fields of each kind that name stages, with the kind each must be of.
-REFERENCES: dict[type[Settings], dict[str, type[Settings]]] = {
+# The fields of each kind that name stages, with the kinds each may be of.
+_Kinds = type[Settings] | tuple[type[Settings], ...]
+MODELS = (TrainStage, SelectStage)
+REFERENCES: dict[type[Settings], dict[str, _Kinds]] = {
     TokenizerStage: {},
     TokenizeStage: {"tokenizer": TokenizerStage},
     EmbedStage: {"tokens": TokenizeStage},
     ClusterStage: {"vectors": EmbedStage},
     AssignStage: {"clusters": ClusterStage, "vectors": EmbedStage},
-    TrainStage: {"tokens": TokenizeStage, "assignment": AssignStage, "init": TrainStage},
-    EvaluateStage: {"tokens": TokenizeStage, "models": TrainStage},
-    ExportStage: {"tokens": TokenizeStage, "models": TrainStage},
-}
+    TrainStage: {
+        "tokens": TokenizeStage, "assignment": AssignStage, "init": MODELS,
+        "distill.teacher": MODELS, "distill.cache": TeachStage,
+    },
+    SelectStage: {"tokens": TokenizeStage, "experts": TrainStage},
+    TeachStage: {"tokens": TokenizeStage, "teacher": MODELS},
+    EvaluateStage: {"tokens": TokenizeStage, "models": MODELS},
+    ExportStage: {"tokens": TokenizeStage, "models": MODELS},
+}  # fmt: skip
 
 
 def _stage_order(pipeline: Pipeline) -> list[str]:
@@ -246,14 +164,17 @@ def _named_stages(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
     """The (field, stage) pairs that a stage names, each checked to exist and to be of the right kind."""
     stage = pipeline.stages[name]
     for field, expected in REFERENCES[type(stage)].items():
-        value = getattr(stage, field)
+        value: Any = stage
+        for part in field.split("."):
+            value = getattr(value, part, None)
         for other in value if isinstance(value, list) else [value] if value is not None else []:
             if other not in pipeline.stages:
                 raise ConfigError(f"stages.{name}.{field}: no stage {other!r}; there are {', '.join(pipeline.stages)}")
             if not isinstance(pipeline.stages[other], expected):
-                wanted = get_args(expected.model_fields["kind"].annotation)[0]
+                classes = expected if isinstance(expected, tuple) else (expected,)
+                wanted = " or ".join(repr(get_args(cls.model_fields["kind"].annotation)[0]) for cls in classes)
                 raise ConfigError(
-                    f"stages.{name}.{field}: {other!r} is a stage of kind {pipeline.stages[other].kind!r}, not {wanted!r}"
+                    f"stages.{name}.{field}: {other!r} is a stage of kind {pipeline.stages[other].kind!r}, not {wanted}"
                 )
             yield field, other
 
@@ -261,10 +182,6 @@ def _named_stages(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
 def _tasks(pipeline: Pipeline, name: str) -> Iterator[Task]:
     stage = pipeline.stages[name]
     yield from _TASKS[type(stage)](pipeline, name, stage)
-
-
-def _domain(key: str) -> str | None:
-    return None if key == GENERIC else key
 
 
 def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> Iterator[Task]:
@@ -276,20 +193,20 @@ def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iter
     for source in sources(pipeline):
         files = text_set(pipeline, source)
         everything = (*files.train, *files.validation, *files.test)
-        yield Task(TaskId(name, source), (TaskId(stage.tokenizer, GENERIC),), everything, _domain(source))
+        yield Task(TaskId(name, source), (TaskId(stage.tokenizer, GENERIC),), everything, domain_of(pipeline, source))
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:
     # A window's text is what its tokens decode to. A domain's encoder is the one the generic task fitted or loaded.
-    tokenize = pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
-    tokenizer = TaskId(tokenize.tokenizer, GENERIC)
+    tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     encoder = stage.encoder
     # A model in a local folder is known by its content; one in a package or on a hub by its name.
     files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
     for source in sources(pipeline):
         fitted = () if source == GENERIC else (TaskId(name, GENERIC),)
-        yield Task(TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), files, _domain(source))
+        yield Task(
+            TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), files, domain_of(pipeline, source)
+        )
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:
@@ -298,43 +215,68 @@ def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterat
 
 def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator[Task]:
     for source in sources(pipeline):
-        yield Task(
-            TaskId(name, source), (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source)), (), _domain(source)
-        )
+        inputs = (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source))
+        yield Task(TaskId(name, source), inputs, (), domain_of(pipeline, source))
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
-    tokenize = pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
-    for key in train_keys(pipeline, name):
-        tokens_of = key if stage.data == "domain" else GENERIC
-        inputs = [TaskId(tokenize.tokenizer, GENERIC), TaskId(stage.tokens, tokens_of)]
+    tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
+    for key in model_keys(pipeline, name):
+        inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in text_read(stage, key))]
         if stage.assignment is not None:
-            inputs += [TaskId(stage.assignment, GENERIC), TaskId(stage.assignment, key)]
+            inputs.append(TaskId(stage.assignment, GENERIC))
+            if stage.data == "importance":
+                inputs.append(TaskId(stage.assignment, key))
+            if stage.data == "cluster":
+                inputs.append(TaskId(assign_stage(pipeline, stage.assignment).clusters, GENERIC))
         if stage.init is not None:
-            inputs.append(TaskId(stage.init, _key_for(pipeline, stage.init, key)))
-        yield Task(TaskId(name, key), tuple(inputs), (), _domain(key))
+            inputs.append(TaskId(stage.init, key_for(pipeline, stage.init, key)))
+        if stage.distill is not None:
+            inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
+        if stage.distill is not None and stage.distill.cache is not None:
+            inputs.append(TaskId(stage.distill.cache, key))
+        yield Task(TaskId(name, key), tuple(inputs), (), domain_of(pipeline, key))
 
 
-def _key_for(pipeline: Pipeline, name: str, key: str) -> str:
-    return key if key in train_keys(pipeline, name) else GENERIC
+def text_read(stage: TrainStage, key: str) -> list[str]:
+    """The sets whose text a training reads, the one that decides its size first."""
+    if stage.data == "domain":
+        return [key, GENERIC] if stage.replay_fraction else [key]
+    return [GENERIC, key] if stage.domain_fraction else [GENERIC]
+
+
+def _select_tasks(pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator[Task]:
+    experts = train_stage(pipeline, stage.experts)
+    assert experts.assignment is not None
+    tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
+    models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
+    for domain in pipeline.text.domains:
+        inputs = (tokenizer, TaskId(stage.tokens, domain), TaskId(experts.assignment, domain), *models)
+        yield Task(TaskId(name, domain), inputs, (), domain)
+
+
+def _teach_tasks(pipeline: Pipeline, name: str, stage: TeachStage) -> Iterator[Task]:
+    tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
+    for domain in pipeline.text.domains:
+        teacher = TaskId(stage.teacher, key_for(pipeline, stage.teacher, domain))
+        yield Task(TaskId(name, domain), (tokenizer, TaskId(stage.tokens, domain), teacher), (), domain)
 
 
 def _evaluate_tasks(pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
     for model in stage.models:
-        for key in train_keys(pipeline, model):
+        for key in model_keys(pipeline, model):
             sets = sources(pipeline) if key == GENERIC else [key]
             tokens = tuple(TaskId(stage.tokens, source) for source in sets)
-            yield Task(TaskId(name, f"{model}.{key}"), (TaskId(model, key), *tokens), (), _domain(key))
+            inputs = (TaskId(model, key), *tokens)
+            yield Task(TaskId(name, f"{model}.{key}"), inputs, (), domain_of(pipeline, key))
 
 
 def _export_tasks(pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator[Task]:
-    tokenize = pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
+    tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     for model in stage.models:
-        for key in train_keys(pipeline, model):
-            inputs = (TaskId(model, key), TaskId(tokenize.tokenizer, GENERIC), TaskId(stage.tokens, key))
-            yield Task(TaskId(name, f"{model}.{key}"), inputs, (), _domain(key))
+        for key in model_keys(pipeline, model):
+            inputs = (TaskId(model, key), tokenizer, TaskId(stage.tokens, key))
+            yield Task(TaskId(name, f"{model}.{key}"), inputs, (), domain_of(pipeline, key))
 
 
 _TASKS: dict[type[Settings], Callable[[Pipeline, str, Any], Iterator[Task]]] = {
@@ -344,6 +286,8 @@ _TASKS: dict[type[Settings], Callable[[Pipeline, str, Any], Iterator[Task]]] = {
     ClusterStage: _cluster_tasks,
     AssignStage: _assign_tasks,
     TrainStage: _train_tasks,
+    SelectStage: _select_tasks,
+    TeachStage: _teach_tasks,
     EvaluateStage: _evaluate_tasks,
     ExportStage: _export_tasks,
 }

@@ -94,9 +94,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set, and they win
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for index, key in enumerate(keys):
-            if key in keys[:index] and key != "<<":
+            if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
@@ -209,7 +210,7 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     if "encoder" in location[:-1]:
         current = ENCODERS[str(location[list(location).index("encoder") + 1])]
     elif "domains" in location[:-1] or location[:2] == ("text", "generic"):
-        current = schema.TextSet
+        return [*schema.TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
     return list(current.model_fields) if current else []
 
 

@@ -121,6 +121,12 @@ class ModelConfig(Settings):
         codes = self.projection.code_size * (self.projection.experts + self.layers * self.projection.capacity)
         return shared + self.projection.capacity * one + codes
 
+    def projection_flops(self, variants: int) -> int:
+        """FLOPs of a step of a projected network beside the model's own: so many experts are combined from `capacity`
+        matrices each, and their gradients return to the matrices and to the coefficients."""
+        assert self.projection is not None
+        return 6 * variants * self.projection.capacity * self.layers * self._feed_forward_parameters()
+
     def _feed_forward_parameters(self) -> int:
         """Of one layer: what a projected model has `capacity` of."""
         sizes = self.linear_sizes()

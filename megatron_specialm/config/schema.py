@@ -5,6 +5,7 @@ A stage names the stages it reads in its own fields (`tokens: tokens`, `init: sl
 """
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 
@@ -36,6 +37,12 @@ class TextSet(Settings):
     test: list[str] = Field(min_length=1)
     validation: list[str] = Field(default=[], description="default: a share of the training documents is held out")
     text_field: str = Field(default="text", description="the key or column that holds a document's text")
+    train_tokens: PositiveInt | None = Field(
+        default=None, description="train on the first documents that hold at most so many tokens; default: on all"
+    )
+    domain: str | None = Field(
+        default=None, description="the domain that this is a size of; set where the page says `sizes` of a domain"
+    )
 
     @field_validator("train", "test", "validation", mode="before")
     @classmethod
@@ -44,20 +51,58 @@ class TextSet(Settings):
 
 
 class Text(Settings):
-    """The large generic set and the small domain sets."""
+    """The large generic set and the small domain sets.
+
+    A domain with `sizes: [50_000, 1_000_000]` (training tokens) stands for one domain per size, `legal-50k` and
+    `legal-1m`, whose validation and test sets are the same.
+    """
 
     generic: TextSet
     domains: dict[str, TextSet] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_domain_per_size(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("domains"), dict):
+            return value
+        domains: dict[str, Any] = {}
+        for name, files in value["domains"].items():
+            sized = _sizes(name, files) if isinstance(files, dict) and "sizes" in files else {name: files}
+            for taken in sized.keys() & domains.keys():
+                raise ValueError(f"domains.{name}: {taken!r} is there twice, as a size and by name: rename one")
+            domains |= sized
+        return {**value, "domains": domains}
+
     @field_validator("domains")
     @classmethod
     def _names(cls, value: dict[str, TextSet]) -> dict[str, TextSet]:
-        for name in value:
+        for name in [*value, *(files.domain for files in value.values() if files.domain is not None)]:
             if name == GENERIC or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 raise ValueError(
                     f"domain name {name!r}: use small letters, digits, '_' and '-'; '{GENERIC}' is taken by the generic set"
                 )
         return value
+
+
+def _sizes(name: str, files: dict[str, Any]) -> dict[str, Any]:
+    """The domains that a domain with `sizes` stands for, by their names."""
+    sizes = files["sizes"]
+    valid = isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes)
+    if not valid or len(set(sizes)) < len(sizes) or files.keys() & {"train_tokens", "domain"}:
+        raise ValueError(
+            f"domains.{name}.sizes: {sizes!r}: give different numbers of training tokens, as in [50_000, 1_000_000], and "
+            "neither `train_tokens` nor `domain` beside them"
+        )
+    common = {key: value for key, value in files.items() if key != "sizes"}
+    return {f"{name}-{size_name(size)}": {**common, "train_tokens": size, "domain": name} for size in sizes}
+
+
+def size_name(tokens: int) -> str:
+    """A number of tokens as in names and on axes, exact: 50k, 1m, or all its digits."""
+    for unit, letter in ((1_000_000, "m"), (1_000, "k")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{letter}"
+    return str(tokens)
 
 
 # --- preparing text ---------------------------------------------------------------------------------------------------
@@ -177,21 +222,78 @@ class EarlyStopping(Settings):
     patience: PositiveInt = 3
 
 
+class Soup(Settings):
+    """Groups of a projected network's training that are drawn from a histogram over several clusters and computed by the
+    mixture of their experts' codes, instead of from one cluster by its own (Soup-of-Experts, arXiv 2502.01804)."""
+
+    fraction: float = Field(default=0.5, gt=0, le=1, description="of the groups")
+    clusters: PositiveInt = Field(default=4, description="per histogram, drawn by their size; weights are Dirichlet(1)")
+
+
+class Distillation(Settings):
+    """SLM-d: `(1 - alpha) * cross-entropy + alpha * temperature^2 * KL(teacher || student)` (Grangier et al.,
+    arXiv 2402.01093, section 2)."""
+
+    teacher: str = Field(description="the train stage whose model teaches")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="the teacher's weight; 0 is plain training")
+    temperature: PositiveFloat = 1.0
+    cache: str | None = Field(
+        default=None,
+        description="the teach stage that holds its distributions; default: it computes beside the student",
+    )
+
+
 class TrainStage(Settings):
     """Pretraining and specialization: the same stage with other data and other first weights.
 
-    `data` decides for whom: `generic` trains once for all domains; `importance` (SLM-is: the generic set resampled to
-    the domain's cluster histogram) and `domain` (the domain's own text) train once per domain.
+    `data` decides for whom: `generic` trains once for all domains, `cluster` (SLM-mix) once per cluster of the generic
+    set, `importance` (SLM-is: the generic set resampled to the domain's cluster histogram) and `domain` (the domain's own
+    text) once per domain. With a `projection`, `generic` training is of an SLM-pn: each window's own cluster's expert.
     """
 
     kind: Literal["train"]
     tokens: str
-    data: Literal["generic", "importance", "domain"]
+    data: Literal["generic", "cluster", "importance", "domain"]
     model: ModelConfig | None = Field(default=None, description="a preset's name (configs/models) or a shape")
-    assignment: str | None = Field(default=None, description="the assign stage; with `data: importance` only")
-    init: str | None = Field(default=None, description="the train stage whose final weights are the first ones here")
+    init: str | None = Field(default=None, description="the stage whose final weights are the first ones here")
     method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
     steps: PositiveInt
+
+    # What changes with the method.
+    assignment: str | None = Field(
+        default=None, description="the assign stage; for `importance`, `cluster` and projected networks"
+    )
+    clusters: list[NonNegativeInt] | None = Field(
+        default=None, min_length=1, description="`cluster` only: train these experts; default: one per cluster"
+    )
+    budget: Literal["equal", "proportional"] = Field(
+        default="equal",
+        description="`cluster` only: an expert's `steps`, or scaled by its cluster's share (mean: `steps`)",
+    )
+    projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
+    windows_per_expert: PositiveInt = Field(
+        default=8,
+        description="SLM-pn: windows in a row of a batch that one expert computes; a multiple of micro batches",
+    )
+    soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
+    lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged when served")
+    distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher too")
+    replay_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="`domain` only: the generic set's share of each batch (arXiv 2502.06042)"
+    )
+    domain_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="`generic` and `importance`: the domain's share of each batch, repeated from the start (arXiv "
+        "2603.16177); the training is then per domain",
+    )
+    recipe: Literal["paper"] | None = Field(
+        default=None,
+        description="`domain` only: the paper's fine-tuning by the size of the set: up to 1M tokens a third of the "
+        "learning rate and at most 2,000 steps, up to 8M 4,000 steps, beyond 30,000",
+    )
+
     global_batch_size: PositiveInt = Field(description="windows per step")
     micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
     optimizer: Optimizer = Optimizer()
@@ -224,12 +326,123 @@ class TrainStage(Settings):
             raise ValueError(
                 "give either `model` (start from random weights) or `init` (start from another stage's), not both"
             )
-        if (self.data == "importance") != (self.assignment is not None):
-            raise ValueError("`assignment` goes with `data: importance`, and that needs it: name an assign stage")
+        needed = self.data in ("importance", "cluster") or self.projection is not None
+        if needed != (self.assignment is not None):
+            raise ValueError(
+                "`assignment` goes with `data: importance`, `data: cluster` and `projection`, which need it: "
+                + ("name an assign stage" if needed else "drop it")
+            )
+        for wrong, reason in self._misplaced():
+            if wrong:
+                raise ValueError(reason)
         if self.fp8 is not None and self.precision != "fp8":
             raise ValueError(f"`fp8` goes with `precision: fp8` (it is {self.precision}): set that, or drop `fp8`")
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
+        return self
+
+    def _misplaced(self) -> Iterator[tuple[bool, str]]:
+        """Settings beside others that they mean nothing with."""
+        of_clusters = self.clusters is not None or self.budget != "equal"
+        yield of_clusters and self.data != "cluster", "`clusters` and `budget` go with `data: cluster`"
+        projected = self.projection is not None
+        yield (
+            projected and (self.data != "generic" or self.model is None),
+            (
+                "`projection` goes with `data: generic` and a `model`: all experts are trained together, once for all domains"
+            ),
+        )
+        yield (
+            projected and self.early_stopping is not None,
+            ("`early_stopping` does not go with `projection`: held-out windows have no cluster; drop it"),
+        )
+        yield (
+            projected and self.domain_fraction > 0,
+            "`domain_fraction` does not go with `projection`: drop one of them",
+        )
+        yield self.soup is not None and not projected, "`soup` goes with `projection`"
+        yield (
+            self.lora is not None and self.init is None,
+            ("`lora` adapts weights that were trained before: give `init` instead of `model`"),
+        )
+        yield (
+            self.replay_fraction > 0 and self.data != "domain",
+            ("`replay_fraction` goes with `data: domain`: other trainings read the generic set anyway"),
+        )
+        yield (
+            self.domain_fraction > 0 and self.data not in ("generic", "importance"),
+            ("`domain_fraction` goes with `data: generic` or `data: importance`"),
+        )
+        yield self.recipe is not None and self.data != "domain", "`recipe: paper` is for `data: domain`"
+        yield (
+            self.distill is not None and projected,
+            ("`distill` does not go with `projection`: distill into an expert after it was selected"),
+        )
+        yield (
+            self.distill is not None
+            and self.distill.cache is not None
+            and (self.replay_fraction > 0 or self.data != "domain"),
+            "`distill.cache` holds the domain's windows only: use `data: domain` without `replay_fraction`, or drop "
+            "`cache` and let the teacher compute beside the student",
+        )
+
+
+class Trial(Settings):
+    """The fine-tuning by which experts are told apart, as a train stage with `data: domain` would do it."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 8
+    optimizer: Optimizer = Optimizer()
+
+
+class SelectStage(Settings):
+    """One expert of a mixture or of a projected network, for each domain, as an ordinary model.
+
+    `by`: `frequency`, the domain's most frequent cluster; `loss`, the lowest loss on a sample of its training windows;
+    `finetuned`, the lowest validation loss after all were fine-tuned; `halving`, fine-tune all briefly, keep the better
+    half, and again (Grangier et al., arXiv 2402.01093; halving is ours). `histogram`, of a projected network only: not one
+    expert but the mixture of all by the domain's cluster histogram (arXiv 2502.01804).
+    """
+
+    kind: Literal["select"]
+    experts: str = Field(description="a train stage with `data: cluster` or `projection`")
+    tokens: str
+    by: Literal["frequency", "loss", "finetuned", "halving", "histogram"] = "loss"
+    sample_windows: PositiveInt = Field(default=64, description="of the domain's training set, for `loss`")
+    batch_size: PositiveInt = 32
+    trial: Trial | None = Field(default=None, description="for `finetuned` and `halving`: how each expert is tried")
+    compare: list[Literal["finetuned", "halving"]] = Field(
+        default=[], description="criteria to rank by as well, for the selection table; their cost counts"
+    )
+    method: str | None = Field(default=None, description="the name in tables; default: that of `experts`")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.by in ("finetuned", "halving") or self.compare) and self.trial is None:
+            raise ValueError("`finetuned` and `halving` need a `trial`: say how each expert is tried")
+        return self
+
+
+class TeachStage(Settings):
+    """A teacher's next-token distributions on every training window of a domain, for its students to read.
+
+    `exact`: all log-probabilities. `top-k`: the `count` largest and the rest's mass as one event; biased. `sampled`:
+    `count` draws per token, unbiased (arXiv 2503.16870).
+    """
+
+    kind: Literal["teach"]
+    teacher: str = Field(description="a train stage")
+    tokens: str
+    keep: Literal["exact", "top-k", "sampled"] = "sampled"
+    count: PositiveInt | None = Field(default=None, description="of `top-k` and `sampled`: numbers kept per token")
+    temperature: PositiveFloat = 1.0
+    batch_size: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.keep == "exact") != (self.count is None):
+            raise ValueError("`count` goes with `keep: top-k` and `keep: sampled`, which need it")
         return self
 
 
@@ -256,7 +469,16 @@ class ExportStage(Settings):
 
 
 Stage = Annotated[
-    TokenizerStage | TokenizeStage | EmbedStage | ClusterStage | AssignStage | TrainStage | EvaluateStage | ExportStage,
+    TokenizerStage
+    | TokenizeStage
+    | EmbedStage
+    | ClusterStage
+    | AssignStage
+    | TrainStage
+    | SelectStage
+    | TeachStage
+    | EvaluateStage
+    | ExportStage,
     Field(discriminator="kind"),
 ]
 

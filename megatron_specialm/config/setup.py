@@ -22,6 +22,9 @@ class Setup:
     global_batch_size: int
     micro_batch_size: int
     fp8: Fp8Config | None = None
+    windows_per_expert: int = 1  # in a row, computed by the same weights; more in a projected network
+    variants: int = 0  # mixtures of experts that a step projects
+    teacher: ModelConfig | None = None  # that computes beside the student
 
     @property
     def shard(self) -> int:
@@ -34,9 +37,13 @@ class Setup:
         return self.global_batch_size // self.shard
 
     @property
-    def training_flops(self) -> int:
-        """FLOPs of one token's forward and backward pass."""
-        return self.model.training_flops(self.vocabulary_size, self.context_length)
+    def step_flops(self) -> int:
+        """FLOPs of an optimizer step on whole windows: the model, the experts that are projected for it, and a teacher
+        that computes beside it."""
+        sizes = self.vocabulary_size, self.context_length
+        per_token = self.model.training_flops(*sizes) + (self.teacher.forward_flops(*sizes) if self.teacher else 0)
+        tokens = self.global_batch_size * self.context_length
+        return tokens * per_token + (self.model.projection_flops(self.variants) if self.variants else 0)
 
     def recomputing(self, policy: str) -> "Setup":
         """The setup with another recomputation policy."""

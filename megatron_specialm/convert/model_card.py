@@ -9,8 +9,14 @@ from megatron_specialm.base.artifacts import Cost
 
 READS = {
     "generic": "the generic text",
+    "cluster": "the generic text of one cluster",
     "importance": "the generic text, resampled to the domain's cluster histogram",
     "domain": "the domain's text",
+    "frequency": "not trained: the expert of the domain's most frequent cluster",
+    "loss": "not trained: the expert with the lowest loss on a sample of the domain's text",
+    "finetuned": "not trained: the expert that was best after all were fine-tuned on the domain's text",
+    "halving": "not trained: the expert that was left when the worse halves had been dropped, round by round",
+    "histogram": "not trained: the experts mixed by the domain's cluster histogram",
 }
 
 

@@ -1,24 +1,52 @@
 """This process's share of the global batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 
-from megatron_specialm.data.sampling import ImportanceStream
+from megatron_specialm.data.sampling import StreamReport
 from megatron_specialm.data.store import Batch, TokenStore
+
+
+class Windows(Protocol):
+    """Windows by id: a token store, or several as one."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """The windows of `ids` (B,)."""
+
+
+class Stream(Protocol):
+    """An order of reading, as a pure function of the step."""
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Window ids (B,) of optimizer step `step`, from 0."""
+
+    def report(self, steps: int) -> StreamReport:
+        """What a run of so many steps will read."""
+
+
+# What else a training needs to know of a step's windows: from the step, the rows that are this process's, and their ids.
+Notes = Callable[[int, slice, np.ndarray], Mapping[str, np.ndarray]]
 
 
 class TrainingBatches:
     """Batches of a stream of window ids. The global batch of a step is the same whatever the number of processes."""
 
-    def __init__(self, store: TokenStore, stream: ImportanceStream, *, rank: int, processes: int) -> None:
+    def __init__(
+        self, store: Windows, stream: Stream, *, rank: int, processes: int, notes: Notes = lambda *_: {}
+    ) -> None:
         self._store, self._stream, self._rank, self._processes = store, stream, rank, processes
+        self._notes = notes
 
     def local(self, step: int) -> Batch:
         """The rows of optimizer step `step` (0-based) that fall to this process: a contiguous share."""
         ids = self._stream.global_batch(step)
         share = len(ids) // self._processes
-        return self._store.batch(ids[self._rank * share : (self._rank + 1) * share])
+        rows = slice(self._rank * share, (self._rank + 1) * share)
+        return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
 
 
 def evaluation_batches(

@@ -3,6 +3,7 @@
 | name                          | a document is                                          |
 |-------------------------------|--------------------------------------------------------|
 | .jsonl, .jsonl.gz, .jsonl.zst | one line: a JSON object whose `text_field` is its text |
+| .json.gz                      | the same, as c4 is published                           |
 | .parquet                      | one row: its column `text_field`                       |
 | .txt                          | the whole file                                         |
 | hf:NAME[:CONFIG[:SPLIT]]      | one example of a Hugging Face dataset (split: train)   |
@@ -23,6 +24,7 @@ from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.base.files import sha256_file, sha256_json
 
 HUB = "hf:"
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 READ_BYTES = 1 << 20  # of a file at a time
 
 
@@ -117,7 +119,7 @@ def _resolve(entry: str) -> list[Path | str]:
 def _read_source(source: Path | str, text_field: str) -> Iterator[str]:
     if isinstance(source, str):
         return _read_hub(source, text_field)
-    if source.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if source.name.endswith(JSON_LINES):
         return _read_lines(source, text_field)
     if source.suffix == ".parquet":
         return _read_parquet(source, text_field)

@@ -28,87 +28,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.data.clusters import ClusterIndex, frequencies
+from megatron_specialm.data.permutation import mix, shuffled
 
 # Up to four passes over the same text are worth nearly as much as new text, more are not (arXiv 2305.16264).
 MAX_USEFUL_REPEATS = 4.0
 _MAX_WARNINGS = 10
-_ROUNDS = 4
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def histogram(clusters: np.ndarray, *, k: int) -> np.ndarray:
-    """Frequencies (K,) float64, summing to 1, of cluster ids (N,).
-
-    Raises:
-        DataError: no ids, or an id outside [0, k).
-    """
-    return _count(clusters, k) / len(clusters)
-
-
-def importance_weights(target: np.ndarray, generic_sizes: np.ndarray) -> tuple[np.ndarray, float]:
-    """How often to draw from each generic cluster, so that the draws look like the target.
-
-    Args:
-        target: (K,) histogram of the specialization set, as counts or frequencies.
-        generic_sizes: (K,) generic windows per cluster.
-
-    Returns:
-        (K,) weights summing to 1: the target on the clusters that have generic windows. And the fraction of the target
-        that is lost because its clusters have none.
-
-    Raises:
-        DataError: lengths differ, a target is negative or not finite, or all of it is lost.
-    """
-    sizes = np.asarray(generic_sizes)
-    target = _frequencies(target, k=len(sizes), name="target histogram")
-    kept = np.where(sizes > 0, target, 0.0)
-    if not kept.any():
-        raise DataError(
-            f"none of the target's {np.count_nonzero(target)} clusters has a generic window: "
-            "use fewer clusters or more generic text"
-        )
-    return kept / math.fsum(kept), math.fsum(target[sizes <= 0])
-
-
-@dataclass(frozen=True, eq=False)
-class ClusterIndex:
-    """Which windows each cluster holds: cluster c has the windows order[offsets[c]:offsets[c + 1]].
-
-    order: (N,) window ids sorted by cluster, of any integer type, perhaps a memory map; None for the identity.
-    offsets: (K + 1,) int64, from 0 to N.
-    """
-
-    order: np.ndarray | None
-    offsets: np.ndarray
-
-    def __post_init__(self) -> None:
-        n = self.offsets[-1] if self.order is None else len(self.order)
-        if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != n or (np.diff(self.offsets) < 0).any():
-            raise DataError(
-                f"offsets must rise from 0 to the {n} windows of the order: they are not of one index, rebuild"
-            )
-
-    @classmethod
-    def single(cls, windows: int) -> "ClusterIndex":
-        """All windows in one cluster: plain pretraining."""
-        return cls(order=None, offsets=np.array([0, windows], dtype=np.int64))
-
-    @classmethod
-    def from_assignment(cls, clusters: np.ndarray, *, k: int) -> "ClusterIndex":
-        """Index cluster ids (N,) of the windows 0 ... N - 1. Takes about 14 bytes per window while it sorts.
-
-        Raises:
-            DataError: no ids, or an id outside [0, k).
-        """
-        sizes = _count(clusters, k)
-        narrow = np.asarray(clusters).astype(np.uint16 if k <= 1 << 16 else np.int64)  # 16 bits: a radix sort
-        order = np.argsort(narrow, kind="stable").astype(np.int32 if len(narrow) < 1 << 31 else np.int64)
-        return cls(order=order, offsets=np.cumsum([0, *sizes], dtype=np.int64))
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Windows per cluster, (K,) int64."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,20 +149,23 @@ class ImportanceStream:
         *,
         global_batch_size: int,
         seed: int,
+        windows_in_a_row: int = 1,
     ) -> None:
         """Build the schedules, O(K log K) per phase. Weights are (K,), non-negative, of any positive sum.
 
+        With `windows_in_a_row` each draw is of so many windows of its cluster, which stand in a row in the batch.
+
         Raises:
-            DataError: weights that do not fit the index, phases out of order, or no windows per step.
+            DataError: weights that do not fit the index, phases out of order, no windows per step, or a batch that is
+                not made of whole rows.
         """
-        if global_batch_size < 1:
-            raise DataError(f"global_batch_size is {global_batch_size}: it must be at least 1")
-        self._batch = global_batch_size
-        self._order = (
-            None if index.order is None else np.asarray(index.order)
-        )  # a memory map stays one, as a plain view
-        self._offsets, self._sizes = np.asarray(index.offsets), index.sizes
-        self._keys = _mix(_mix(np.array([int(seed) % 2**64], np.uint64)) + np.arange(len(self._sizes), dtype=np.uint64))
+        if global_batch_size < 1 or global_batch_size % windows_in_a_row:
+            raise DataError(
+                f"global_batch_size is {global_batch_size}: it must be a positive multiple of {windows_in_a_row}"
+            )
+        self._row, self._draws = windows_in_a_row, global_batch_size // windows_in_a_row
+        self._index, self._sizes = index, index.sizes
+        self._keys = mix(mix(np.array([int(seed) % 2**64], np.uint64)) + np.arange(len(self._sizes), dtype=np.uint64))
         self._phases: list[_Phase] = []
         for start, raw in _phases(weights):
             values = self._fitting(raw)
@@ -255,9 +183,8 @@ class ImportanceStream:
         clusters, ranks = self._draw(step)
         sizes = self._sizes[clusters]
         epochs, places = np.divmod(ranks, sizes)
-        keys = _mix(self._keys[clusters] + epochs.astype(np.uint64))
-        positions = self._offsets[clusters] + shuffled(places, sizes=sizes, keys=keys)
-        return positions if self._order is None else self._order[positions].astype(np.int64)
+        keys = mix(self._keys[clusters] + epochs.astype(np.uint64))
+        return self._index.members(clusters, shuffled(places, sizes=sizes, keys=keys))
 
     def clusters(self, step: int) -> np.ndarray:
         """The cluster of each window of `global_batch(step)`, (B,) int64, in the same order.
@@ -274,7 +201,7 @@ class ImportanceStream:
             DataError: steps < 0.
         """
         phase = self._phase(steps)
-        return phase.consumed + phase.schedule.counts((steps - phase.start) * self._batch)
+        return phase.consumed + self._row * phase.schedule.counts((steps - phase.start) * self._draws)
 
     def report(self, steps: int) -> StreamReport:
         """What a run of `steps` optimizer steps will read; phases weigh by the steps each has of them.
@@ -288,20 +215,23 @@ class ImportanceStream:
         spans = [end - start for start, end in itertools.pairwise(bounds)]
         weights = sum(span / steps * phase.weights for span, phase in zip(spans, self._phases, strict=True))
         per_window = weights / np.maximum(self._sizes, 1)
-        repeats = steps * self._batch * per_window
+        windows = steps * self._draws * self._row
+        repeats = windows * per_window
         return StreamReport(
             effective_sample_size=1.0 / math.fsum(weights * per_window),
-            windows_drawn=steps * self._batch,
+            windows_drawn=windows,
             expected_repeats=repeats,
             max_repeats=float(repeats.max()),
             warnings=_repeat_warnings(repeats, self._sizes),
         )
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cluster of each draw of a step, and how many windows the cluster had given before, both (B,) int64."""
+        """Cluster of each window of a step, and how many windows the cluster had given before, both (B,) int64."""
         phase = self._phase(step)
-        first = (step - phase.start) * self._batch
-        clusters, ranks = phase.schedule.locate(np.arange(first, first + self._batch))
+        first = (step - phase.start) * self._draws
+        clusters, ranks = phase.schedule.locate(np.arange(first, first + self._draws))
+        clusters = np.repeat(clusters, self._row)
+        ranks = (self._row * ranks[:, None] + np.arange(self._row)).ravel()
         return clusters, ranks + phase.consumed[clusters]
 
     def _phase(self, step: int) -> _Phase:
@@ -311,7 +241,7 @@ class ImportanceStream:
 
     def _fitting(self, raw: np.ndarray) -> np.ndarray:
         """Weights (K,) over their sum, checked against the index."""
-        values = _frequencies(raw, k=len(self._sizes), name="weights")
+        values = frequencies(raw, k=len(self._sizes), name="weights")
         empty = np.flatnonzero((values > 0) & (self._sizes == 0))
         if empty.size:
             raise DataError(
@@ -319,84 +249,6 @@ class ImportanceStream:
                 "set their weights to 0, as importance_weights does"
             )
         return values
-
-
-def shuffled(places: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Member of a shuffled set at each place: for each key a bijection of [0, size), in constant memory.
-
-    A Feistel network on numbers of two digits (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002,
-    section 5): x = high * base + low with high < top and top * base only just above the size; each round adds a hash of
-    one digit to the other. What lands outside the size walks on until it is inside, which is seldom needed.
-
-    Args:
-        places: (B,) int64, in [0, size).
-        sizes: (B,) int64, at least 1.
-        keys: (B,) uint64; equal keys and sizes name one order.
-
-    Returns:
-        (B,) int64, in [0, size).
-    """
-    limit, x = sizes.astype(np.uint64), places.astype(np.uint64)
-    base = np.ceil(np.sqrt(sizes)).astype(np.uint64)
-    top = (limit + base - np.uint64(1)) // base
-    out: np.ndarray = np.empty_like(places)
-    walking: np.ndarray = np.arange(len(places))
-    while walking.size:
-        x = _feistel(x, top=top, base=base, keys=keys)
-        out[walking] = x  # not yet inside for some: the next pass overwrites those
-        outside = x >= limit
-        walking, x, limit, top, base, keys = (a[outside] for a in (walking, x, limit, top, base, keys))
-    return out
-
-
-def _feistel(x: np.ndarray, *, top: np.ndarray, base: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """One pass of the network over [0, top * base); all arrays (B,) uint64."""
-    high, low = np.divmod(x, base)
-    for number in range(_ROUNDS):
-        round_keys = keys + np.uint64((number + 1) * _GOLDEN % 2**64)
-        if number % 2:
-            low = (low + _mix(round_keys + high) % base) % base
-        else:
-            high = (high + _mix(round_keys + low) % top) % top
-    return high * base + low
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a hash of 64 bits to 64 bits, arithmetic mod 2^64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _count(clusters: np.ndarray, k: int) -> np.ndarray:
-    """Windows per cluster, (K,) int64, with the ids checked."""
-    clusters = np.asarray(clusters)
-    if clusters.size == 0:
-        raise DataError("no cluster ids: the set has no windows")
-    if clusters.ndim != 1 or clusters.dtype.kind not in "iu":
-        raise DataError(f"cluster ids of shape {clusters.shape} and type {clusters.dtype}: they must be (N,) integers")
-    low, high = int(clusters.min()), int(clusters.max())
-    if low < 0 or high >= k:
-        raise DataError(f"cluster ids from {low} to {high} do not fit {k} clusters: assign with the same centroids")
-    return np.bincount(clusters, minlength=k)
-
-
-def _frequencies(values: np.ndarray, *, k: int, name: str) -> np.ndarray:
-    """Values (K,) over their sum, float64, to the same bits on every machine (fsum is exact).
-
-    Raises:
-        DataError: not K values, one is negative or not finite, or all are zero.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape != (k,):
-        raise DataError(f"{name} of shape {values.shape} for {k} clusters: give one value per cluster")
-    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-    if wrong.size:
-        raise DataError(f"{name}: cluster {wrong[0]} has {values[wrong[0]]}: give finite values that are not negative")
-    if not values.any():
-        raise DataError(f"{name}: all {k} values are zero: at least one must be positive")
-    values = values / values.max()
-    return values / math.fsum(values)
 
 
 def _phases(weights: np.ndarray | Sequence[tuple[int, np.ndarray]]) -> Sequence[tuple[int, np.ndarray]]:

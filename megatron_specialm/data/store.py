@@ -55,6 +55,7 @@ class TokenStore:
         self.context_length: int = description["context_length"]
         self.vocabulary_size: int = description["vocabulary_size"]
         self.eod: int = description["eod"]
+        self.tokenizer: str = description["tokenizer"]  # its fingerprint
         self.lengths = np.array(index.sequence_lengths)  # (N,) int32: tokens of each window
         # (N,) int64: the number of the document that each window is of
         self.documents = np.repeat(np.arange(len(index.document_indices) - 1), np.diff(index.document_indices))

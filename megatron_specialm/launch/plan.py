@@ -1,6 +1,6 @@
 """Which tasks of a pipeline are done, which are not, and what each one's digest is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,18 +42,24 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
     return plan
 
 
-def select(plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str | None) -> dict[TaskId, PlannedTask]:
-    """The part of a plan that a run is about: one stage, or a stage with all it rests on; default: everything.
+def select(
+    plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str | None, keys: Sequence[str] | None = None
+) -> dict[TaskId, PlannedTask]:
+    """The part of a plan that a run is about: one stage or some of its tasks, or a stage with all it rests on; default:
+    everything.
 
     Raises:
-        ConfigError: there is no such stage.
+        ConfigError: there is no such stage, or it has no task of such a key.
         ArtifactError: one stage is to run, and an input of it is stale or missing.
     """
     for stage in (only, until):
         if stage is not None and stage not in {task_id.stage for task_id in plan}:
             raise ConfigError(f"no stage {stage!r}; there are {', '.join(dict.fromkeys(name.stage for name in plan))}")
+    if keys is not None and only is None:
+        raise ConfigError(f"--keys {','.join(keys)}: they are of one stage's tasks: name it with --only")
     if only is not None:
         chosen = {name: planned for name, planned in plan.items() if name.stage == only}
+        chosen = _of_keys(chosen, only, keys) if keys is not None else chosen
         _check_inputs(plan, chosen)
         return chosen
     if until is None:
@@ -63,6 +69,13 @@ def select(plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str |
         if name in wanted:
             wanted.update(plan[name].task.inputs)
     return {name: planned for name, planned in plan.items() if name in wanted}
+
+
+def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str]) -> dict[TaskId, PlannedTask]:
+    for key in keys:
+        if TaskId(stage, key) not in tasks:
+            raise ConfigError(f"--keys: {stage} has no task {key!r}; it has {', '.join(name.key for name in tasks)}")
+    return {name: planned for name, planned in tasks.items() if name.key in keys}
 
 
 def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
-from megatron_specialm.config.graph import setup_of
+from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.memory import memory_of, smallest_change
 from megatron_specialm.config.schema import Pipeline, TrainStage
 from megatron_specialm.config.setup import Setup

@@ -1,30 +1,32 @@
-"""What came out: `results.json`, `ledger.json` and the paper's table, made from the completion markers.
+"""What came out: `results.json`, `results.csv`, `results.md` and `ledger.json`, made from the completion markers.
 
-Cost of a model: everything its training rests on, found by walking the graph. Tasks that serve every domain (training on the
-generic set, tokenizing, embedding and clustering it) are generic cost, paid once; tasks of a domain are specialization
-cost, paid for each domain again. `tokens` are those trained on; FLOPs and device-seconds are of all the tasks, so the
-clustering that SLM-is rests on is counted as its generic cost.
+    rows            per model and set of text: perplexity, and what the model cost
+    macro           per (method, fine-tuned, stage, size of the domains' training sets): the average over those domains
+    concentration   per assign stage and set: in how few clusters it is
+    selection       per select stage, domain and criterion: which expert, and what choosing it cost
+
+Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from megatron_specialm.base.artifacts import Marker, read_marker
-from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import Task, TaskId, ancestors, is_finetuned, method_of, model_task
-from megatron_specialm.config.schema import GENERIC, EvaluateStage, Pipeline, TrainStage
+from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
+from megatron_specialm.config.lineage import is_finetuned, method_of
+from megatron_specialm.config.schema import GENERIC, AssignStage, EvaluateStage, Pipeline
+from megatron_specialm.launch.costs import ledger_entry, model_cost
 from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.tables import results_table, to_csv
 
-COSTS = ("tokens", "flops", "device_seconds")
+COST_PREFIXES = ("generic_", "specialization_", "total_")
 
 
 def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
-    """Collect what has been evaluated so far; writes `results.json` and `ledger.json` and returns the former.
+    """Collect what has been evaluated so far; writes the files named above and returns the content of `results.json`.
 
     Only artifacts that are current count: a number made from other settings or text is never shown beside new ones.
     """
@@ -36,9 +38,18 @@ def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
         if planned.state == "done" and (marker := read_marker(root, *name)) is not None
     }
     rows = [row for name in markers for row in _rows(pipeline, graph, markers, name)]
-    results = {"pipeline": pipeline.name, "rows": rows, "macro": _macro(rows, list(pipeline.text.domains))}
-    write_json(root / "ledger.json", [_ledger_entry(graph[name], marker) for name, marker in markers.items()])
+    results = {
+        "pipeline": pipeline.name,
+        "rows": rows,
+        "macro": _macro(pipeline, rows),
+        "concentration": _concentration(pipeline, markers),
+        "selection": _selection(pipeline, markers),
+    }
+    write_json(root / "ledger.json", [ledger_entry(graph[name], marker) for name, marker in markers.items()])
     write_json(root / "results.json", results)
+    if rows:
+        write_text(root / "results.csv", to_csv(rows))
+        write_text(root / "results.md", results_table(results).markdown())
     return results
 
 
@@ -51,11 +62,12 @@ def _rows(
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return []
     values = markers[name].values
-    cost = _cost(pipeline, graph, markers, model)
+    cost = model_cost(pipeline, graph, markers, model)
     return [
         {
             "method": method_of(pipeline, model.stage),
-            "domain": source,
+            "stage": model.stage,
+            **_set_columns(pipeline, source),
             "finetuned": is_finetuned(pipeline, model.stage),
             "nll": score["nll"],
             "perplexity": math.exp(score["nll"]),
@@ -69,91 +81,74 @@ def _rows(
     ]
 
 
-def _cost(
-    pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], model: TaskId
-) -> dict[str, float]:
-    total: dict[str, float] = {f"{phase}_{what}": 0 for phase in (GENERIC, "specialization") for what in COSTS}
-    for name in ancestors(graph, model):
-        cost = asdict(markers[name].cost)
-        if not isinstance(pipeline.stages[name.stage], TrainStage):
-            cost["tokens"] = 0
-        for what in COSTS:
-            total[f"{_phase(graph[name])}_{what}"] += cost[what]
-    return total
+def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
+    """A set's key, the domain it is a size of (itself, where there are no sizes), and the size in training tokens."""
+    files = pipeline.text.domains.get(source)  # None for the generic set
+    if files is None:
+        return {"domain": source, "base_domain": source, "size": None}
+    return {"domain": source, "base_domain": files.domain or source, "size": files.train_tokens}
 
 
-def _phase(task: Task) -> str:
-    return GENERIC if task.domain is None else "specialization"
+def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """exp of the mean over domains of the mean nll per token: neither a mean of perplexities nor weighted by tokens.
 
-
-def _ledger_entry(task: Task, marker: Marker) -> dict[str, Any]:
-    return {"task": str(task.id), "phase": _phase(task), "domain": task.domain, **asdict(marker.cost)}
-
-
-def _macro(rows: Iterable[Mapping[str, Any]], domains: list[str]) -> list[dict[str, Any]]:
-    """exp of the mean over domains of the mean nll per token: neither a mean of perplexities nor weighted by tokens."""
-    by_state: dict[tuple[str, bool], dict[str, float]] = {}
+    The domains are all those of one size, and the costs the means over them; no average where one has not been scored.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by_state.setdefault((row["method"], row["finetuned"]), {})[row["domain"]] = row["nll"]
+        if row["domain"] != GENERIC:
+            group = (row["method"], row["finetuned"], row["stage"], row["size"])
+            groups.setdefault(group, {})[row["domain"]] = row
+    entries = []
+    for (method, finetuned, stage, size), own in groups.items():
+        domains = [name for name, files in pipeline.text.domains.items() if files.train_tokens == size]
+        if own.keys() < set(domains):
+            continue
+        any_row = own[domains[0]]
+        entries.append(
+            {
+                "method": method,
+                "finetuned": finetuned,
+                "stage": stage,
+                "size": size,
+                "domains": len(domains),
+                "perplexity": math.exp(_mean(row["nll"] for row in own.values())),
+                **{key: _mean(row[key] for row in own.values()) for key in any_row if key.startswith(COST_PREFIXES)},
+                "devices": any_row["devices"],
+                "inference_parameters": any_row["inference_parameters"],
+                "seed": pipeline.seed,
+            }
+        )
+    return entries
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _concentration(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dict[str, Any]]:
     return [
-        {
-            "method": method,
-            "finetuned": finetuned,
-            "perplexity": math.exp(sum(nlls[domain] for domain in domains) / len(domains)),
-        }
-        for (method, finetuned), nlls in by_state.items()
-        if all(domain in nlls for domain in domains)
+        {"stage": name.stage, **_set_columns(pipeline, name.key), **marker.values, "seed": pipeline.seed}
+        for name, marker in markers.items()
+        if isinstance(pipeline.stages[name.stage], AssignStage)
     ]
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """The paper's table: perplexities, then costs; specialization cost is the mean over domains."""
-    header, lines = _cells(results)
-    table = Table(title="Perplexity on held-out documents, and cost", title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 2 else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def to_markdown(results: Mapping[str, Any]) -> str:
-    """The same table in Markdown."""
-    header, lines = _cells(results)
-    rule = ["---", "---", *("---:" for _ in header[2:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
-
-
-def _cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = results["rows"]
-    sets = list(dict.fromkeys(row["domain"] for row in rows))
-    macro = {(entry["method"], entry["finetuned"]): entry["perplexity"] for entry in results["macro"]}
-    header = ["method", "fine-tuned", *sets, "macro"]
-    for phase in ("gen.", "spec."):
-        header += [f"{phase} tokens", f"{phase} FLOPs", f"{phase} s"]
-    lines = []
-    for state in dict.fromkeys((row["method"], row["finetuned"]) for row in rows):
-        own = {row["domain"]: row for row in rows if (row["method"], row["finetuned"]) == state}
-        perplexities = [f"{own[name]['perplexity']:.1f}" if name in own else "" for name in sets]
-        average = f"{macro[state]:.1f}" if state in macro else ""
-        costs = [
-            _amount(what, _mean(own, f"{phase}_{what}")) for phase in (GENERIC, "specialization") for what in COSTS
-        ]
-        lines.append([state[0], "yes" if state[1] else "no", *perplexities, average, *costs])
-    return header, lines
-
-
-def _mean(rows: Mapping[str, Mapping[str, Any]], key: str) -> float:
-    values = [row[key] for name, row in rows.items() if name != GENERIC]
-    return sum(values) / len(values)
-
-
-def _amount(what: str, value: float) -> str:
-    if what == "device_seconds":
-        return f"{value:,.0f}"
-    if what == "flops":
-        return f"{value:.1e}"
-    return f"{value / 1e6:.2f}M"
+def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dict[str, Any]]:
+    """Of every criterion that a selection has tried: its own choice, and where the expert taken stands by it."""
+    return [
+        {
+            "method": method_of(pipeline, name.stage),
+            "stage": name.stage,
+            **_set_columns(pipeline, name.key),
+            "choice": marker.values["choice"],
+            "by": marker.values["by"],
+            "criterion": criterion,
+            "criterion_choice": told["choice"],
+            **{key: told.get(key) for key in ("rank", "tokens", "flops")},
+            "seed": pipeline.seed,
+        }
+        for name, marker in markers.items()
+        for criterion, told in marker.values.get("criteria", {}).items()
+    ]

@@ -8,7 +8,7 @@ from rich.table import Table
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
-from megatron_specialm.config.graph import distinct_setups, setup_of, train_keys
+from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline, TrainStage
 
@@ -23,21 +23,22 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     Tokens are at most these: windows shorter than the context hold fewer. Parameters are for the vocabulary asked for,
     which an existing tokenizer decides itself.
     """
-    table = Table("stage", "runs", "weights", "steps", "tokens/run", "FLOPs/token", "FLOPs", **_PLAIN)
+    table = Table("stage", "runs", "weights", "trained", "steps", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN)
     peak = dense_peak(machine.name)
     if peak:
         table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
-        setup, runs = setup_of(pipeline, name), len(train_keys(pipeline, name))
+        setup, runs = setup_of(pipeline, name), len(model_keys(pipeline, name))
         tokens = stage.steps * setup.global_batch_size * setup.context_length
-        flops = runs * tokens * setup.training_flops
-        parameters = setup.model.parameters(setup.vocabulary_size)
+        flops = runs * stage.steps * setup.step_flops
+        parameters = setup.model.plain.parameters(setup.vocabulary_size)
+        trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{flops / (TYPICAL_UTILISATION * peak) / 3600:,.2f}"] if peak else []
         table.add_row(
-            name, str(runs), f"{parameters / 1e6:.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
-            f"{setup.training_flops:.2e}", f"{flops:.2e}", *hours,
+            name, str(runs), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
+            f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
         )  # fmt: skip
     return table
 

@@ -13,6 +13,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -72,6 +73,12 @@ def limit_threads(threads: int) -> None:
     os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads must not spin on the cores of other tasks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{start}" for start in EXPECTED_WARNINGS))
+
+
+def ignore_expected_warnings() -> None:
+    """As `limit_threads` has it for workers, for a command that imports Megatron-Core into its own process."""
+    for start in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=start)
 
 
 def worker_context(modules: list[str], *, threads: int) -> BaseContext:

@@ -1,7 +1,7 @@
 """A model as a Hugging Face folder, checked against the model it came from before it counts."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import publish_folder, read_json, write_text
-from megatron_specialm.config.graph import is_finetuned, method_of, model_task, text_set, train_stage
+from megatron_specialm.base.files import publish_folder, write_text
+from megatron_specialm.config.graph import model_task
+from megatron_specialm.config.lineage import is_finetuned, method_of, text_set, trainings
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, ExportStage, Pipeline, TokenizeStage
+from megatron_specialm.config.schema import GENERIC, ExportStage, TokenizeStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.verify import largest_logit_difference
@@ -24,8 +25,9 @@ from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.train.checkpoint import find_final
 from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.served import read_served
 
 WINDOWS_COMPARED = 4
 
@@ -41,8 +43,8 @@ def run(stage: ExportStage, context: Context) -> Report:
     """
     model_id = model_task(context.pipeline, context.key)
     final = find_final(context.artifact(*model_id))
-    state, weights = read_json(final / "state.json"), read_model(final)
-    shape = ModelConfig.model_validate(state["model"])
+    served = read_served(final)
+    shape, weights, state = served.shape, served.weights, served.state
     tokenize = context.pipeline.stages[stage.tokens]
     assert isinstance(tokenize, TokenizeStage)
     tokenizer = Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC))
@@ -114,7 +116,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> N
 def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, difference: float) -> ModelFacts:
     pipeline, model_id = context.pipeline, model_task(context.pipeline, context.key)
     marker = context.marker(*model_id)
-    trainings = tuple(_trainings(pipeline, model_id.stage))
+    steps = tuple(trainings(pipeline, model_id.stage))
     store = TokenStore.open(tokens, "train")
     return ModelFacts(
         name=f"{pipeline.name}: {model_id.stage}, {model_id.key}",
@@ -126,9 +128,9 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,
         tokenizer=tokenizer,
-        trainings=trainings,
+        trainings=steps,
         domain_files=() if model_id.key == GENERIC else tuple(text_set(pipeline, model_id.key).train),
-        generic_files=() if all(data == "domain" for _, data in trainings) else tuple(pipeline.text.generic.train),
+        generic_files=() if all(data == "domain" for _, data in steps) else tuple(pipeline.text.generic.train),
         set_tokens=int(store.lengths.sum()),
         phase=GENERIC if model_id.key == GENERIC else "specialization",
         steps=marker.values["steps"],
@@ -138,11 +140,3 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         seed=pipeline.seed,
         digest=marker.digest,
     )
-
-
-def _trainings(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
-    """The train stages that make a model, oldest first, each with its `data`."""
-    stage = train_stage(pipeline, name)
-    if stage.init is not None:
-        yield from _trainings(pipeline, stage.init)
-    yield name, stage.data

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.graph import text_set
+from megatron_specialm.config.lineage import text_set
 from megatron_specialm.config.schema import GENERIC, TokenizeStage
 from megatron_specialm.data.documents import Documents, read_documents
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
@@ -20,7 +20,8 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     """Write the token store of one set. The report's `skipped` counts empty documents.
 
     Raises:
-        DataError: text that cannot be read, is empty, or is too short to hold some out for validation.
+        DataError: text that cannot be read, is empty, is too short to hold some out for validation, or holds less than
+            the set's `train_tokens`.
     """
     tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -31,7 +32,11 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     }
     readers = _readers(context)
     with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
-        for split, ids in _assigned(stage, context, readers, encoder):
+        assigned = _assigned(stage, context, readers, encoder)
+        wanted = text_set(context.pipeline, context.key).train_tokens
+        if wanted is not None:
+            assigned = cut_training_set(assigned, wanted, context_length=stage.context_length, name=context.key)
+        for split, ids in assigned:
             writers[split].add_document(ids)
     skipped = {split: readers[split].skipped if split in readers else 0 for split in SPLITS}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
@@ -71,6 +76,36 @@ def _assigned(
             )
         else:
             yield from ((split, ids) for ids in encoded)
+
+
+def cut_training_set(
+    assigned: Iterable[tuple[str, np.ndarray]], wanted: int, *, context_length: int, name: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Keep of the training documents the first whole windows that hold at most `wanted` tokens; of other splits, all.
+
+    A smaller size is so the beginning of every larger one, and all are held out and tested on the same text.
+
+    Raises:
+        DataError: the training documents hold fewer tokens.
+    """
+    left, found, full = wanted, 0, False
+    for split, ids in assigned:
+        if split != "train":
+            yield split, ids
+            continue
+        found += len(ids)
+        if full:
+            continue
+        full = len(ids) > left
+        kept = ids[: left // context_length * context_length] if full else ids
+        left -= len(kept)
+        if len(kept):
+            yield split, kept
+    if found < wanted:
+        raise DataError(
+            f"text.domains.{name}.train_tokens: {wanted:,} wanted, and its training documents hold {found:,} tokens: add "
+            "documents, or ask for a smaller size"
+        )
 
 
 def hold_out(

@@ -1,7 +1,9 @@
-"""Training: pretraining and specialization, for everybody or for one domain. What differs is data and first weights."""
+"""Training: pretraining and specialization, for everybody, for a cluster or for one domain. What differs is what is read
+(`stages/reading.py`), the first weights, which of them are trained, and the objective."""
 
 import importlib.metadata
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,66 +12,58 @@ import torch
 
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.errors import DataError
-from megatron_specialm.base.files import read_json
-from megatron_specialm.config.graph import model_of, train_keys
+from megatron_specialm.base.files import atomic_path, read_json
+from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, TokenizeStage, TrainStage
+from megatron_specialm.config.schema import GENERIC, TeachStage, TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
-from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream, importance_weights
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import Saver, find_final, read_model
+from megatron_specialm.stages.reading import read_for
+from megatron_specialm.train.checkpoint import Saver, find_final
+from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Run, train
+from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics, seconds_of_all_attempts
 from megatron_specialm.train.peers import Peers
+from megatron_specialm.train.served import read_served
 
 logger = logging.getLogger(__name__)
 
 
 def run(stage: TrainStage, context: Context) -> Report:
     """Train one model; the outcome is the step that `result.json` in the task's folder names."""
-    pipeline, world = context.pipeline, context.world
-    tokens = _tokens_folder(stage, context)
-    tokenizer = _tokenizer(stage, context)
-    store = TokenStore.open(tokens, "train", tokenizer=tokenizer.fingerprint)
-    stream = _stream(stage, context, store)
-    shape = model_of(pipeline, context.task.id.stage)
-    flops_per_step = (
-        stage.global_batch_size
-        * store.context_length
-        * shape.training_flops(store.vocabulary_size, store.context_length)
-    )
+    world = context.world
+    reading = read_for(stage, context)
+    settings, store = reading.settings, reading.store
+    shape = model_of(context.pipeline, context.task.id.stage)
+    setup = setup_of(context.pipeline, context.task.id.stage)
+    # The page's vocabulary is a wish where the tokenizer was there before.
+    flops_per_step = replace(setup, vocabulary_size=store.vocabulary_size).step_flops
+    if stage.data == "cluster" and world.is_first:
+        _write_centroid(stage, context)
     with process_group(world, parallel=stage.parallel, threads=context.threads):
         rank, copies = data_rank()
-        engine = _engine(stage, context, shape, store)
+        engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
         progress = train(
             engine,
             Run(
                 folder=context.folder,
-                settings=stage,
-                batches=TrainingBatches(store, stream, rank=rank, processes=copies),
+                settings=settings,
+                batches=TrainingBatches(
+                    reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes
+                ),
                 validation=lambda: evaluation_batches(
-                    TokenStore.open(tokens, "validation"),
+                    TokenStore.open(store.folder, "validation"),
                     batch_size=stage.micro_batch_size,
                     rank=rank,
                     processes=copies,
                 ),
-                description={
-                    "model": shape.model_dump(mode="json"),
-                    "vocabulary_size": store.vocabulary_size,
-                    "context_length": store.context_length,
-                    "tokenizer": tokenizer.fingerprint,
-                    "seed": pipeline.seed,
-                    "layout": stage.parallel.model_dump(mode="json"),
-                    "parity": _certificate(stage, context),
-                    "versions": {"megatron_specialm": megatron_specialm.__version__, "torch": torch.__version__},
-                },
+                description=_description(stage, context, shape, store),
                 flops_per_step=flops_per_step,
                 device_name=device_name(world),
                 processes=world.world_size,
@@ -78,6 +72,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             ),
         )
     records = read_metrics(context.folder) if world.is_first else []
+    read = reading.stream.report(max(progress.step, 1))
     return Report(
         tokens=progress.tokens,
         flops=flops_per_step * progress.step,
@@ -88,11 +83,26 @@ def run(stage: TrainStage, context: Context) -> Report:
             "validation_loss": progress.best_loss,
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
-            "parameters": shape.parameters(store.vocabulary_size),
-            "effective_sample_size": float(stream.report(progress.step).effective_sample_size),
-            "max_repeats": float(stream.report(progress.step).max_repeats),
+            "parameters": shape.plain.parameters(store.vocabulary_size),
+            "trained_parameters": shape.trained_parameters(store.vocabulary_size),
+            "effective_sample_size": float(read.effective_sample_size),
+            "max_repeats": float(read.max_repeats),
         },
     )
+
+
+def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:
+    """What every checkpoint says of itself."""
+    return {
+        "model": shape.model_dump(mode="json"),
+        "vocabulary_size": store.vocabulary_size,
+        "context_length": store.context_length,
+        "tokenizer": store.tokenizer,
+        "seed": context.pipeline.seed,
+        "layout": stage.parallel.model_dump(mode="json"),
+        "parity": _certificate(stage, context),
+        "versions": {"megatron_specialm": megatron_specialm.__version__, "torch": torch.__version__},
+    }
 
 
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
@@ -109,42 +119,33 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
     return found
 
 
-def _tokens_folder(stage: TrainStage, context: Context) -> Path:
-    return context.artifact(stage.tokens, context.key if stage.data == "domain" else GENERIC)
-
-
-def _tokenizer(stage: TrainStage, context: Context) -> Tokenizer:
-    tokenize = context.pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
-    return Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC))
-
-
-def _stream(stage: TrainStage, context: Context, store: TokenStore) -> ImportanceStream:
-    """The order of reading the corpus: plain, or its clusters weighted by the domain's histogram (SLM-is)."""
-    if len(store) < stage.global_batch_size:
-        raise DataError(
-            f"{store.folder}: {len(store)} training windows are fewer than one batch: lower "
-            f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
-        )
-    index, weights = ClusterIndex.single(len(store)), np.ones(1)
-    if stage.assignment is not None:
-        generic = context.artifact(stage.assignment, GENERIC)
-        target = np.load(context.artifact(stage.assignment, context.key) / "histogram.npy", allow_pickle=False)
-        index = ClusterIndex(
-            np.load(generic / "order.npy", mmap_mode="r", allow_pickle=False),
-            np.load(generic / "offsets.npy", allow_pickle=False),
-        )
-        weights, lost = importance_weights(target, index.sizes)
-        if lost:
-            logger.warning("%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.key)
-    stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
-    for warning in stream.report(stage.steps).warnings:
-        logger.warning("%s", warning)
-    return stream
+def _write_centroid(stage: TrainStage, context: Context) -> None:
+    """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
+    assign = assign_stage(context.pipeline, stage.assignment or "")
+    centroids = np.load(context.artifact(assign.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
+    with atomic_path(context.folder / "centroid.npy") as path, path.open("wb") as file:
+        np.save(file, centroids[cluster_of(context.key)], allow_pickle=False)
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
-    model = Gpt(
+    model = _model(stage, shape, store)
+    model.initialize(seed=context.pipeline.seed)
+    engine = MegatronEngine(
+        model,
+        parallel=stage.parallel,
+        optimizer=stage.optimizer,
+        micro_batch_size=stage.micro_batch_size,
+        objective=_objective(stage, context),
+        teacher=_teacher(stage, context, store) if has_online_teacher(stage) else None,
+    )
+    if stage.init is not None:
+        start = read_served(find_final(_model_folder(stage.init, context)))
+        engine.load({**model.first_adapters(seed=context.pipeline.seed), **start.weights}, None)
+    return engine
+
+
+def _model(stage: TrainStage, shape: ModelConfig, store: TokenStore) -> Gpt:
+    return Gpt(
         shape,
         vocabulary_size=store.vocabulary_size,
         context_length=store.context_length,
@@ -152,11 +153,27 @@ def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: Toke
         fp8=stage.fp8,
         parallel=stage.parallel,
     )
-    model.initialize(seed=context.pipeline.seed)
-    engine = MegatronEngine(
-        model, parallel=stage.parallel, optimizer=stage.optimizer, micro_batch_size=stage.micro_batch_size
-    )
-    if stage.init is not None:
-        key = context.key if context.key in train_keys(context.pipeline, stage.init) else GENERIC
-        engine.load(read_model(find_final(context.artifact(stage.init, key))), None)
-    return engine
+
+
+def _objective(stage: TrainStage, context: Context) -> Objective:
+    if (distill := stage.distill) is None:
+        return cross_entropy
+    kind: Teacher = "online"
+    if distill.cache is not None:
+        cache = context.pipeline.stages[distill.cache]
+        assert isinstance(cache, TeachStage)
+        kind = cache.keep
+    return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
+
+
+def _teacher(stage: TrainStage, context: Context, store: TokenStore) -> Gpt:
+    """The teacher beside the student, in its layout."""
+    assert stage.distill is not None
+    served = read_served(find_final(_model_folder(stage.distill.teacher, context)))
+    teacher = _model(stage, served.shape, store)
+    teacher.load(served.weights)
+    return teacher
+
+
+def _model_folder(stage: str, context: Context) -> Path:
+    return context.artifact(stage, key_for(context.pipeline, stage, context.key))

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+TEACHER_LOGITS = "teacher_logits"  # the note (B, T, V) that a teacher beside the student leaves of each micro-batch
+
 
 class DeviceBatch(NamedTuple):
     """A micro-batch on the device: tokens (B, T), targets (B, T), mask (B, T) with 1 where a target counts; which variant

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_specialm.base.errors import CheckpointError, TrainingError
+from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
@@ -24,14 +24,21 @@ from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.engine import LossSum, StepStats
-from megatron_specialm.train.losses import DeviceBatch, Objective, VocabularyShare, cross_entropy
+from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 from megatron_specialm.train.shares import Share, gather_whole, share_of, take_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MegatronEngine:
-    """A model in any layout of `ParallelConfig`, with its optimizer."""
+    """A model in any layout of `ParallelConfig`, with its optimizer.
+
+    A `teacher` in the same layout, of the same vocabulary and of any shape, reads along in training: its logits are a
+    note of every micro-batch. It is never trained.
+
+    Raises:
+        ConfigError: a teacher under pipeline parallelism, or of another vocabulary.
+    """
 
     def __init__(
         self,
@@ -41,12 +48,14 @@ class MegatronEngine:
         optimizer: Optimizer,
         micro_batch_size: int,
         objective: Objective = cross_entropy,
+        teacher: Gpt | None = None,
     ) -> None:
         self._parallel = parallel
         self._micro_batch_size = micro_batch_size
         self._clip_grad = optimizer.clip_grad
         self._model = model
         self._objective = objective
+        self._teacher = None if teacher is None else _checked(teacher, model, parallel)
         self._copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._vocabulary = _vocabulary_share(model)
         self._config = model.chunks[0].config
@@ -64,8 +73,8 @@ class MegatronEngine:
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
         """The first half of a step: forward and backward passes, gradients summed over all processes."""
-        self._model.train()
         for chunk in self._chunks:
+            chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         sums = self._run(self._micro_batches([batch]), forward_only=False)
@@ -89,7 +98,8 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
-        self._model.train(False)
+        for chunk in self._chunks:
+            chunk.eval()
         sums: list[torch.Tensor] = []
         tokens = 0
         stages = self._parallel.pipeline_parallel
@@ -205,6 +215,8 @@ class MegatronEngine:
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
+        if self._teacher is not None and chunk.training:
+            batch = _taught(self._teacher, batch)
         if (derived := self._model.derived) is None:
             output = forward(chunk, batch.tokens)
         else:
@@ -300,6 +312,29 @@ class Variants:
     def table(self) -> torch.Tensor:
         """All mixtures, (J, K)."""
         return torch.from_numpy(np.stack(self._mixtures))
+
+
+def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
+    """A teacher that can read along, in evaluation mode."""
+    if parallel.pipeline_parallel > 1:
+        raise ConfigError(
+            f"pipeline_parallel {parallel.pipeline_parallel}: a teacher beside its student runs on one stage: "
+            "set pipeline_parallel to 1, or cache the teacher"
+        )
+    if teacher.vocabulary_size != model.vocabulary_size:
+        raise ConfigError(
+            f"the teacher's vocabulary has {teacher.vocabulary_size} tokens, the student's {model.vocabulary_size}: "
+            "both must be trained with one tokenizer"
+        )
+    return teacher.train(False)
+
+
+@torch.no_grad()
+def _taught(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
+    """With the teacher's logits of this process's share of the vocabulary."""
+    (whole,) = teacher.chunks
+    logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
+    return batch._replace(notes={**batch.notes, TEACHER_LOGITS: logits_BTV})
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,24 @@ def test_too_few_windows(folder: Path) -> None:
     _fails(folder, 1, "fewer than one batch", "slm-nopt.global_batch_size", until="slm-nopt", overrides=few)
     many = ("stages.clusters.k=100000", "stages.vectors.encoder.kind=tfidf")
     _fails(folder, 1, "100000", "clusters", until="clusters", overrides=many)
+
+
+def test_a_cluster_too_small_for_an_expert_and_a_domain_without_one(folder: Path) -> None:
+    clusters = ("stages.clusters-4.k=8", "stages.vectors.encoder={kind: tfidf, dimensions: 8}")
+    small = (*clusters, "stages.slm-mix.global_batch_size=512")
+    said = _fails(folder, 1, "too few for an expert", "lower global_batch_size", until="slm-mix", overrides=small)
+    assert said.count("too few for an expert") == 8
+    assert not list((folder / "runs/smoke/slm-mix").glob("*/step_*"))  # nothing was trained
+    histogram = np.load(folder / "runs/smoke/assignment-4/torch/histogram.npy")
+    without = int(histogram.argmin())
+    assert histogram[without] == 0, "this text has words of every cluster in every domain: the test needs other text"
+    only = (*clusters, f"stages.slm-mix.clusters=[{without}]", "stages.slm-mix.global_batch_size=8")
+    said = _fails(
+        folder, 1, "slm-mix-chosen/torch: torch: none of its windows is in a cluster that an expert was trained for",
+        until="slm-mix-tuned", overrides=only,
+    )  # fmt: skip
+    assert f"train the expert c{int(histogram.argmax())}" in said
+    assert not (folder / "runs/smoke/slm-mix-tuned/torch").exists()
 
 
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,19 +49,32 @@ def _results(folder: Path) -> dict:
 def test_every_method_domain_and_state_has_a_row(finished: Path) -> None:
     rows = {(row["method"], row["domain"], row["finetuned"]): row for row in _results(finished)["rows"]}
     domains = ["scipy", "sklearn", "torch"]
-    expected = {("slm", "generic", False)}
+    shared = {("slm", False), ("llm", False)}
+    tuned = ("slm", "slm-nopt", "slm-mix", "slm-pn", "slm-pn-soup", "slm-is", "slm-d", "llm", "llm-lora")
+    of_domains = {(method, True) for method in tuned}
+    of_domains |= {(method, False) for method in ("slm-mix", "slm-pn", "slm-pn-soup", "slm-is")}
+    assert {(method, tuned) for method, _, tuned in rows} == shared | of_domains
     for domain in domains:
-        expected |= {("slm", domain, False), ("slm", domain, True), ("slm-nopt", domain, True)}
-        expected |= {("slm-is", domain, False), ("slm-is", domain, True)}
-    assert set(rows) == expected
+        assert {(method, tuned) for method, of, tuned in rows if of == domain} == shared | of_domains
     assert all(row["perplexity"] == pytest.approx(math.exp(row["nll"])) for row in rows.values())
     for domain in domains:
         assert rows["slm", domain, True]["nll"] < rows["slm", domain, False]["nll"]
         # SLM pretrains for everybody, SLM-is for the domain, on equally many windows; SLM-nopt for nobody.
-        slm, slm_is, nopt = (rows[method, domain, True] for method in ("slm", "slm-is", "slm-nopt"))
+        slm, slm_is, nopt, mix = (rows[method, domain, True] for method in ("slm", "slm-is", "slm-nopt", "slm-mix"))
         assert slm["generic_tokens"] > 0 and slm_is["generic_tokens"] == nopt["generic_tokens"] == 0
         assert slm_is["specialization_tokens"] > slm["specialization_tokens"] > 0
         assert slm_is["generic_device_seconds"] > nopt["generic_device_seconds"] > 0
+        # The experts are everybody's, choosing one is the domain's. A student pays for its teacher.
+        assert (
+            mix["generic_tokens"] > 0
+            and mix["specialization_flops"] > rows["slm-mix", domain, False]["specialization_flops"]
+        )
+        student, teacher = rows["slm-d", domain, True], rows["llm", domain, True]
+        for cost in ("generic_flops", "specialization_flops"):
+            assert student[cost] > teacher[cost]
+        # What is served of the large ones is as large, and of the others small.
+        assert mix["inference_parameters"] == slm["inference_parameters"] < teacher["inference_parameters"]
+        assert rows["slm-pn", domain, True]["inference_parameters"] == slm["inference_parameters"]
 
 
 def test_macro_is_the_mean_of_domains_log_likelihoods(finished: Path) -> None:
@@ -73,6 +87,33 @@ def test_macro_is_the_mean_of_domains_log_likelihoods(finished: Path) -> None:
         ]
         assert len(own) == 3
         assert macro["perplexity"] == pytest.approx(math.exp(sum(own) / 3))
+
+
+def test_a_selection_says_what_each_criterion_chose_and_cost(finished: Path) -> None:
+    for domain in ("scipy", "sklearn", "torch"):
+        chosen = json.loads((finished / f"runs/smoke/slm-mix-chosen/{domain}/selection.json").read_text())
+        criteria = chosen["criteria"]
+        assert set(criteria) == {"frequency", "loss", "halving", "finetuned"} and chosen["by"] == "halving"
+        assert criteria["halving"]["rank"] == 1 and criteria["halving"]["choice"] == chosen["choice"]
+        assert 1 <= criteria["loss"]["rank"] <= chosen["experts"] == 3
+        assert criteria["frequency"]["flops"] == 0 < criteria["halving"]["flops"] < criteria["finetuned"]["flops"]
+        assert not (finished / f"runs/smoke/slm-mix-chosen/{domain}/trials").exists()
+    assert np.load(finished / "runs/smoke/slm-mix/c1/centroid.npy").shape == (256,)
+
+
+def test_an_expert_is_projected_without_the_generic_data(finished: Path, tmp_path: Path) -> None:
+    """From a copy of the network alone; what comes out computes what the run's own selection computes."""
+    network = tmp_path / "network"
+    shutil.copytree(finished / "runs/smoke/slm-pn/generic", network)
+    chosen = finished / "runs/smoke/slm-pn-chosen/torch"
+    expert = json.loads((chosen / "selection.json").read_text())["choice"].removeprefix("c")
+    done = _specialm(tmp_path, "project", str(network), "expert", "--expert", expert)
+    assert done.returncode == 0, done.stderr
+    weights = "step_0000000/model-00000.safetensors"
+    assert (tmp_path / "expert" / weights).read_bytes() == (chosen / weights).read_bytes()
+    missing = _specialm(tmp_path, "project", str(network), "other", "--expert", "4")
+    assert missing.returncode != 0 and "expert 4 does not exist: there are experts 0 to 3" in missing.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_table_is_printed(finished: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.sampling import ClusterIndex, importance_weights
+from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.stages import assign, cluster, embed
 from megatron_specialm.stages.context import Context
 

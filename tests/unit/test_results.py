@@ -1,34 +1,48 @@
 """The table as data, from completion markers that stand for finished tasks."""
 
+import csv
+import dataclasses
 import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker
+from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.schema import EvaluateStage, Pipeline, TrainStage
+from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline, TrainStage
+from megatron_specialm.launch.costs import total_cost
 from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.launch.results import to_markdown, write_results
+from megatron_specialm.launch.results import write_results
+from megatron_specialm.launch.tables import results_table
+
+SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, Path]:
-    """Every task of the smoke page declared done: training cost 10 tokens, anything 100 FLOPs and 2 seconds."""
     monkeypatch.chdir(tmp_path)
-    pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
+    return declare_finished(tmp_path)
+
+
+def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
+    """Every task of the smoke page declared done: training cost 10 tokens, anything 100 FLOPs and 2 seconds."""
+    root = folder / "run"
+    pipeline = load_pipeline(SMOKE, [f"root={root}", *overrides])
     for files in (pipeline.text.generic, *pipeline.text.domains.values()):
         for entry in (*files.train, *files.validation, *files.test):
             Path(entry).parent.mkdir(parents=True, exist_ok=True)
             Path(entry).write_text(json.dumps({"text": entry}) + "\n")
-    root = tmp_path / "run"
     for number, (name, planned) in enumerate(make_plan(pipeline, root).items()):
         stage = pipeline.stages[name.stage]
         values = {}
         if isinstance(stage, EvaluateStage):
             values = {"parameters": 7, "sets": _sets(pipeline, name.key, number)}
+        if isinstance(stage, AssignStage):
+            values = {"k": 16, "windows": 40, "top_share": 0.5, "entropy": 1.5, "effective_clusters": math.exp(1.5)}
         tokens = 10 if isinstance(stage, TrainStage) else 1000
         begin_artifact(root, *name, digest=planned.digest)
         finish_artifact(root, *name, Marker(planned.digest, Cost(tokens, 100, 2.0, 2.0, "cpu", 1), values, {}))
@@ -76,12 +90,89 @@ def test_what_rests_on_something_gone_has_no_row(finished: tuple[Pipeline, Path]
     before = write_results(pipeline, root)["rows"]
     shutil.rmtree(root / "slm")  # its folder and its marker
     after = write_results(pipeline, root)["rows"]
-    assert {row["method"] for row in before} == {"slm", "slm-is", "slm-nopt"}
-    assert {row["method"] for row in after} == {"slm-is", "slm-nopt"}
+    rest = {"slm-is", "slm-nopt", "slm-mix", "slm-pn", "slm-pn-soup", "llm", "llm-lora"}
+    assert {row["method"] for row in before} == rest | {"slm", "slm-d"}
+    assert {row["method"] for row in after} == rest
 
 
 def test_markdown_has_a_line_per_method_and_state(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    lines = to_markdown(write_results(pipeline, root)).splitlines()
+    lines = results_table(write_results(pipeline, root)).markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]].count("slm") == 2
+
+
+def test_total_costs(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    for row in write_results(pipeline, root)["rows"]:
+        for what in ("flops", "device_seconds"):
+            for tasks in (1, 7, 50):
+                total = row[f"generic_{what}"] + tasks * row[f"specialization_{what}"]
+                assert row[f"total_{what}_{tasks}"] == total_cost(row, what, tasks=tasks) == total
+
+
+def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    results = write_results(pipeline, root)
+    lines = list(csv.DictReader((root / "results.csv").open()))
+    assert len(lines) == len(results["rows"]) and list(lines[0]) == list(results["rows"][0])
+    assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in results["rows"]]
+    assert (root / "results.md").read_text() == results_table(results).markdown()
+    assert "stage" not in results_table(results).header and "set size" not in results_table(results).header
+
+
+def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    marker = read_marker(root, "slm-is", "scipy")
+    assert marker is not None
+    told = {"choice": "c3", "by": "loss", "criteria": {"loss": {"choice": "c3", "rank": 1, "tokens": 64, "flops": 9}}}
+    finish_artifact(root, "slm-is", "scipy", dataclasses.replace(marker, values=told))
+    results = write_results(pipeline, root)
+    assert [entry["domain"] for entry in results["concentration"]] == ["generic", *pipeline.text.domains]
+    assert results["selection"] == [
+        {
+            "method": "slm-is", "stage": "slm-is", "domain": "scipy", "base_domain": "scipy", "size": None, "choice": "c3",
+            "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1, "tokens": 64, "flops": 9, "seed": 0,
+        }
+    ]  # fmt: skip
+
+
+def test_sizes_and_budgets_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = [f"text.domains.{name}.sizes=[1000, 5000]" for name in ("scipy", "sklearn", "torch")]
+    longer = "{kind: train, data: domain, init: slm, steps: 60, global_batch_size: 8, schedule: {warmup_steps: 5}}"
+    pipeline, root = declare_finished(
+        tmp_path, *sizes, f"stages.slm-longer={longer}", "stages.perplexity.models=[slm, slm-tuned, slm-longer]"
+    )
+    results = write_results(pipeline, root)
+    row = next(row for row in results["rows"] if row["domain"] == "torch-5k" and row["stage"] == "slm-longer")
+    assert (row["method"], row["base_domain"], row["size"]) == ("slm", "torch", 5000)
+    tuned = [(entry["stage"], entry["size"]) for entry in results["macro"] if entry["finetuned"]]
+    assert tuned == [(stage, size) for stage in ("slm-tuned", "slm-longer") for size in (1000, 5000)]
+    for entry in results["macro"]:
+        own = [row for row in results["rows"] if (row["stage"], row["size"]) == (entry["stage"], entry["size"])]
+        own = [row for row in own if row["domain"] != "generic"]
+        assert [row["base_domain"] for row in own] == ["scipy", "sklearn", "torch"]
+        assert entry["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in own) / 3))
+    table = results_table(results)
+    assert table.header[:8] == ["method", "fine-tuned", "stage", "set size", "generic", "scipy", "sklearn", "torch"]
+    assert [line[:4] for line in table.lines] == [
+        ["slm", "no", "slm", ""], ["slm", "yes", "slm-tuned", "1k"], ["slm", "yes", "slm-tuned", "5k"],
+        ["slm", "yes", "slm-longer", "1k"], ["slm", "yes", "slm-longer", "5k"],
+    ]  # fmt: skip
+
+
+def test_figures_from_the_command_line(finished: tuple[Pipeline, Path], tmp_path: Path) -> None:
+    _, root = finished
+    CliRunner().invoke(app, ["results", str(SMOKE), f"root={root}"])
+    other = json.loads((root / "results.json").read_text())
+    for part in ("rows", "macro", "concentration"):
+        other[part] = [{**entry, "seed": 1} for entry in other[part]]
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "results.json").write_text(json.dumps(other))
+    for options, says in (([], "| slm | no |"), (["--runs", str(tmp_path / "seed-1")], "± 0.0 |")):
+        outcome = CliRunner().invoke(app, ["figures", str(SMOKE), f"root={root}", *options])
+        assert outcome.exit_code == 0, outcome.output
+        paths = [Path(line) for line in outcome.output.splitlines()]
+        assert root / "figures" / "generic-cost-flops.svg" in paths and all(path.is_file() for path in paths)
+        assert says in (root / "figures" / "results.md").read_text()

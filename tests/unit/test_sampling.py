@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.data.sampling import ClusterIndex, ImportanceStream, histogram, importance_weights, shuffled
+from megatron_specialm.data.clusters import ClusterIndex, histogram, importance_weights
+from megatron_specialm.data.permutation import shuffled
+from megatron_specialm.data.sampling import ImportanceStream
 
 
 def _index(sizes: list[int]) -> ClusterIndex:

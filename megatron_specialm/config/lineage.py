@@ -1,0 +1,186 @@
+"""What a stage's models are: for whom, of which shape and method, and from which weights. Answers follow from the page,
+through `init`, `experts` and `teacher`; the graph (`config/graph.py`) has checked that these name what they must."""
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import (
+    GENERIC,
+    AssignStage,
+    ClusterStage,
+    Pipeline,
+    SelectStage,
+    TextSet,
+    TokenizerStage,
+    TokenizeStage,
+    TrainStage,
+)
+from megatron_specialm.config.setup import Setup
+
+
+def sources(pipeline: Pipeline) -> list[str]:
+    """The keys of the sets of text: `generic`, then the domains."""
+    return [GENERIC, *pipeline.text.domains]
+
+
+def text_set(pipeline: Pipeline, source: str) -> TextSet:
+    """The files of one set."""
+    return pipeline.text.generic if source == GENERIC else pipeline.text.domains[source]
+
+
+def domain_of(pipeline: Pipeline, key: str) -> str | None:
+    """The domain that a task's key stands for; None for `generic` and for a cluster: their cost is for everybody."""
+    return key if key in pipeline.text.domains else None
+
+
+def train_stage(pipeline: Pipeline, name: str) -> TrainStage:
+    """The train stage of that name."""
+    stage = pipeline.stages[name]
+    assert isinstance(stage, TrainStage)
+    return stage
+
+
+def tokenize_stage(pipeline: Pipeline, name: str) -> TokenizeStage:
+    """The tokenize stage of that name."""
+    stage = pipeline.stages[name]
+    assert isinstance(stage, TokenizeStage)
+    return stage
+
+
+def assign_stage(pipeline: Pipeline, name: str) -> AssignStage:
+    """The assign stage of that name."""
+    stage = pipeline.stages[name]
+    assert isinstance(stage, AssignStage)
+    return stage
+
+
+def cluster_count(pipeline: Pipeline, assignment: str) -> int:
+    """K of an assign stage."""
+    clusters = pipeline.stages[assign_stage(pipeline, assignment).clusters]
+    assert isinstance(clusters, ClusterStage)
+    return clusters.k
+
+
+def expert_key(cluster: int) -> str:
+    """The key of the expert of a cluster."""
+    return f"c{cluster}"
+
+
+def cluster_of(key: str) -> int:
+    """The cluster whose expert a key names."""
+    return int(key.removeprefix("c"))
+
+
+def model_keys(pipeline: Pipeline, name: str) -> list[str]:
+    """The keys of a stage that makes models: one for everybody, one per cluster, or one per domain (also when it starts
+    from a domain's weights)."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, SelectStage):
+        return list(pipeline.text.domains)
+    assert isinstance(stage, TrainStage)
+    if stage.data == "cluster":
+        return [expert_key(cluster) for cluster in trained_clusters(pipeline, name)]
+    per_domain = stage.data != "generic" or stage.domain_fraction > 0
+    if stage.init is not None and model_keys(pipeline, stage.init) != [GENERIC]:
+        per_domain = True
+    return list(pipeline.text.domains) if per_domain else [GENERIC]
+
+
+def key_for(pipeline: Pipeline, name: str, key: str) -> str:
+    """Which of a stage's models serves a key: its own, or the one for everybody."""
+    return key if key in model_keys(pipeline, name) else GENERIC
+
+
+def trained_clusters(pipeline: Pipeline, name: str) -> list[int]:
+    """The clusters that a mixture or a projected network has experts of."""
+    stage = train_stage(pipeline, name)
+    assert stage.assignment is not None
+    return stage.clusters or list(range(cluster_count(pipeline, stage.assignment)))
+
+
+def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
+    """The model that a stage trains or hands out. What is started from is served first: one expert, adapters merged."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, SelectStage):
+        return model_of(pipeline, stage.experts).plain
+    assert isinstance(stage, TrainStage)
+    if stage.model is not None:
+        return stage.model.model_copy(update={"projection": stage.projection})
+    assert stage.init is not None
+    return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
+
+
+def has_online_teacher(stage: TrainStage) -> bool:
+    """Whether a teacher computes beside the student."""
+    return stage.distill is not None and stage.distill.cache is None and stage.distill.alpha > 0
+
+
+def setup_of(pipeline: Pipeline, name: str) -> Setup:
+    """What a train stage asks of its engine."""
+    stage = train_stage(pipeline, name)
+    tokens = tokenize_stage(pipeline, stage.tokens)
+    tokenizer = pipeline.stages[tokens.tokenizer]
+    assert isinstance(tokenizer, TokenizerStage)
+    return Setup(
+        model_of(pipeline, name),
+        stage.parallel,
+        stage.precision,
+        tokenizer.vocabulary_size,
+        tokens.context_length,
+        stage.global_batch_size,
+        stage.micro_batch_size,
+        stage.fp8,
+        stage.windows_per_expert if stage.projection else 1,
+        _variants(stage),
+        model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
+    )
+
+
+def _variants(stage: TrainStage) -> int:
+    """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
+    if stage.projection is None:
+        return 0
+    groups = stage.global_batch_size // stage.windows_per_expert
+    return groups if stage.soup else min(groups, stage.projection.experts)
+
+
+def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
+    """The named train stage and its setup, or one stage for each setup that the page has.
+
+    Raises:
+        ConfigError: there is no train stage of that name.
+    """
+    names = [other for other, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
+    if name is not None and name not in names:
+        raise ConfigError(f"--stage {name}: no train stage of that name; there are {', '.join(names)}")
+    setups: dict[str, Setup] = {}
+    for other in names if name is None else [name]:
+        setup = setup_of(pipeline, other)
+        if setup not in setups.values():
+            setups[other] = setup
+    return setups
+
+
+def method_of(pipeline: Pipeline, name: str) -> str:
+    """The method's name in tables: given, or inherited from the stage it starts from, or the stage's own name."""
+    stage = pipeline.stages[name]
+    assert isinstance(stage, TrainStage | SelectStage)
+    before = stage.experts if isinstance(stage, SelectStage) else stage.init
+    return stage.method or (method_of(pipeline, before) if before else name)
+
+
+def is_finetuned(pipeline: Pipeline, name: str) -> bool:
+    """Whether a model has been trained on the domain's own text."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, SelectStage):
+        return False
+    assert isinstance(stage, TrainStage)
+    return stage.data == "domain" or (stage.init is not None and is_finetuned(pipeline, stage.init))
+
+
+def trainings(pipeline: Pipeline, name: str) -> list[tuple[str, str]]:
+    """The stages that make a model, oldest first, each with the data it was trained on or how it was selected."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, SelectStage):
+        return [*trainings(pipeline, stage.experts), (name, stage.by)]
+    assert isinstance(stage, TrainStage)
+    return [*(trainings(pipeline, stage.init) if stage.init else []), (name, stage.data)]

@@ -1,0 +1,174 @@
+"""The teacher cache: what a teacher says of every token of a token store, written once and read by many trainings.
+
+    lengths.bin                                    tokens of each window, (W,) int32
+    log_probabilities.bin  ids.bin  tail.bin  entropy.bin
+                                                   per token that counts, in the order of window ids: what the kind keeps
+    cache.json                                     written last: what was kept, of which teacher and store, sizes of files
+
+| kind    | kept per token                                                             | bytes per token |
+|---------|----------------------------------------------------------------------------|-----------------|
+| exact   | the log-probabilities of the whole vocabulary                              | 4 V             |
+| top-k   | the K likeliest ids, their log-probabilities, that of all others together  | K (4 + id) + 4  |
+| sampled | K draws from the teacher's distribution, and that distribution's entropy   | K id + 4        |
+
+An id takes 2 bytes in a vocabulary of up to 65,536 tokens, 4 in a larger one. Probabilities are those at the cache's
+temperature; logarithms are nats, in fp32: with 16 bits an exact cache would be another teacher than the one it is of.
+
+Legend: B windows of a batch, T context length, V vocabulary, K entries kept of a token, W windows, N tokens that count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.files import fsync_path, read_json, write_json
+
+DESCRIPTION = "cache.json"
+LENGTHS = "lengths"
+# The notes of a batch, and the names of the files: (B, T, K) and (B, T, V), (B, T, K), (B, T), (B, T).
+IDS = "ids"
+LOG_PROBABILITIES = "log_probabilities"
+TAIL = "tail"
+ENTROPY = "entropy"
+
+Kind = Literal["exact", "top-k", "sampled"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a cache keeps of every token. `count` is K; an exact cache has none.
+
+    Raises:
+        ConfigError: a temperature that is not positive, or a count that the kind or the vocabulary cannot have.
+    """
+
+    kind: Kind
+    vocabulary_size: int
+    temperature: float = 1.0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature {self.temperature}: must be above 0; 1 leaves the teacher as it is")
+        if self.kind == "exact" and self.count:
+            raise ConfigError(f"count {self.count}: an exact cache keeps the whole vocabulary: leave count out")
+        if self.kind != "exact" and self.count < 1:
+            raise ConfigError(f"count {self.count}: a {self.kind} cache keeps at least 1 entry per token")
+        if self.kind == "top-k" and self.count > self.vocabulary_size:
+            raise ConfigError(
+                f"count {self.count}: the vocabulary has {self.vocabulary_size} tokens: "
+                f"set count to at most {self.vocabulary_size}, or kind to exact"
+            )
+
+    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """By name: type, and shape per token."""
+        ids = (np.dtype(np.uint16 if self.vocabulary_size <= 2**16 else np.int32), (self.count,))
+        width = self.vocabulary_size if self.kind == "exact" else self.count
+        log_probabilities = (np.dtype(np.float32), (width,))
+        one: tuple[np.dtype, tuple[int, ...]] = (np.dtype(np.float32), ())
+        if self.kind == "exact":
+            return {LOG_PROBABILITIES: log_probabilities}
+        if self.kind == "top-k":
+            return {IDS: ids, LOG_PROBABILITIES: log_probabilities, TAIL: one}
+        return {IDS: ids, ENTROPY: one}
+
+
+class TeacherCache:
+    """A cache on disk. The arrays are memory-mapped; what is in memory is 12 bytes a window."""
+
+    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
+        self.kept = Kept(**description["kept"])
+        self.context_length: int = description["context_length"]
+        self._lengths = np.fromfile(_path(folder, LENGTHS), np.int32)
+        self._ends = np.cumsum(self._lengths, dtype=np.int64)
+        self._arrays = {
+            name: np.asarray(np.memmap(_path(folder, name), dtype, mode="r")).reshape(-1, *shape)
+            for name, (dtype, shape) in self.kept.arrays().items()
+        }
+
+    @classmethod
+    def open(cls, folder: Path, *, teacher: str, store: str) -> Self:
+        """Open a cache, and check that it is whole and of this teacher and token store.
+
+        Args:
+            teacher, store: the digests that the cache must have been written with.
+
+        Raises:
+            ArtifactError: an unfinished or damaged cache, or one of another teacher or store.
+        """
+        description = read_json(folder / DESCRIPTION)
+        for what, wanted in {"teacher": teacher, "store": store}.items():
+            if description[what] != wanted:
+                raise ArtifactError(
+                    f"{folder}: made with the {what} {description[what]}, not {wanted}: "
+                    f"teach again with the {what} that is wanted"
+                )
+        for name, size in description["bytes"].items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                raise ArtifactError(
+                    f"{path}: {found} bytes, {DESCRIPTION} says {size}: cut short or overwritten: "
+                    "remove the folder and teach again"
+                )
+        return cls(folder, description)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def notes(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """What was kept of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero where nothing counts."""
+        lengths, ends = self._lengths[ids].tolist(), self._ends[ids].tolist()
+        notes = {}
+        for name, array in self._arrays.items():
+            dtype = np.int32 if name == IDS else np.float32
+            notes[name] = np.zeros((len(ids), self.context_length, *array.shape[1:]), dtype)
+            for row, end, length in zip(notes[name], ends, lengths, strict=True):
+                row[:length] = array[end - length : end]
+        return notes
+
+
+class CacheWriter:
+    """Writes a cache, window after window. Nothing is readable before `finish` has written `cache.json`."""
+
+    def __init__(self, folder: Path, kept: Kept, *, context_length: int, teacher: str, store: str) -> None:
+        self.kept = kept
+        self._folder = folder
+        self._labels = {"context_length": context_length, "teacher": teacher, "store": store}
+        self._lengths: list[int] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        self._files = {name: _path(folder, name).open("wb") for name in kept.arrays()}
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The next window: what is kept of its tokens, (N, ...) each."""
+        (length,) = {len(array) for array in arrays.values()}
+        for name, (dtype, shape) in self.kept.arrays().items():
+            assert arrays[name].shape[1:] == shape, f"{name}: {arrays[name].shape}"
+            self._files[name].write(arrays[name].astype(dtype, order="C").data)
+        self._lengths.append(length)
+
+    def finish(self) -> None:
+        """Close the files and describe them: from here on the cache can be opened."""
+        for file in self._files.values():
+            file.close()
+        np.array(self._lengths, np.int32).tofile(_path(self._folder, LENGTHS))
+        paths = [_path(self._folder, name) for name in (LENGTHS, *self._files)]
+        for path in paths:
+            fsync_path(path)
+        description = {
+            "kept": asdict(self.kept),
+            **self._labels,
+            "windows": len(self._lengths),
+            "tokens": sum(self._lengths),
+            "bytes": {path.name: path.stat().st_size for path in paths},
+        }
+        write_json(self._folder / DESCRIPTION, description)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"

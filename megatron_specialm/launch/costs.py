@@ -1,0 +1,64 @@
+"""What a model cost: everything its training rests on, found by walking the graph.
+
+Tasks that serve every domain (training on the generic set, tokenizing, embedding and clustering it) are generic cost, paid
+once; tasks of a domain are specialization cost, paid for each domain again. `tokens` are those trained on; FLOPs and
+device-seconds are of all the tasks, so the clustering that SLM-is rests on is counted as its generic cost.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from megatron_specialm.base.artifacts import Marker
+from megatron_specialm.config.graph import Task, TaskId, ancestors
+from megatron_specialm.config.schema import GENERIC, Pipeline, TrainStage
+
+SPECIALIZATION = "specialization"
+COSTS = ("tokens", "flops", "device_seconds")
+TASKS = (1, 7, 50)  # the numbers of domains that share the generic cost in the paper's total costs
+
+
+def total_cost(costs: Mapping[str, Any], what: str, *, tasks: int) -> float:
+    """C_total(N) = C_generic + N * C_specialization (Grangier et al., arXiv 2402.01093), of `what` in `COSTS`.
+
+    Args:
+        costs: a row of results, or anything with `generic_WHAT` and `specialization_WHAT`.
+        tasks: N, the number of domains that are specialized to.
+    """
+    return costs[f"{GENERIC}_{what}"] + tasks * costs[f"{SPECIALIZATION}_{what}"]
+
+
+def model_cost(
+    pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], model: TaskId
+) -> dict[str, Any]:
+    """The columns of a model's cost: per phase, in total for some numbers of tasks, and the devices it was trained on.
+
+    Args:
+        markers: those of all the model's ancestors, at least.
+    """
+    costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in COSTS}
+    devices = set()
+    for name in ancestors(graph, model):
+        cost = asdict(markers[name].cost)
+        if isinstance(pipeline.stages[name.stage], TrainStage):
+            devices.add(cost["device"])
+        else:
+            cost["tokens"] = 0
+        for what in COSTS:
+            costs[f"{phase_of(graph[name])}_{what}"] += cost[what]
+    totals = {
+        f"total_{what}_{tasks}": total_cost(costs, what, tasks=tasks)
+        for what in ("flops", "device_seconds")
+        for tasks in TASKS
+    }
+    return {**costs, **totals, "devices": ", ".join(sorted(devices))}
+
+
+def ledger_entry(task: Task, marker: Marker) -> dict[str, Any]:
+    """A task's own cost, and for whom it was paid."""
+    return {"task": str(task.id), "phase": phase_of(task), "domain": task.domain, **asdict(marker.cost)}
+
+
+def phase_of(task: Task) -> str:
+    """`generic` or `specialization`."""
+    return GENERIC if task.domain is None else SPECIALIZATION

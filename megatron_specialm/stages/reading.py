@@ -1,0 +1,145 @@
+"""What a training reads: which windows, in which order, and what else is known of them. Each method is a branch here."""
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.graph import text_read
+from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage
+from megatron_specialm.config.schema import GENERIC, TrainStage
+from megatron_specialm.data.batches import Notes, Stream, Windows
+from megatron_specialm.data.clusters import ClusterIndex, importance_weights
+from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
+from megatron_specialm.data.joined import JoinedStore
+from megatron_specialm.data.sampling import ImportanceStream
+from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.teacher import TeacherCache
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.stages.context import Context
+from megatron_specialm.train.schedule import finetuning_recipe, with_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Reading(NamedTuple):
+    """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
+    for. `store` is of the set by which the model is validated."""
+
+    settings: TrainStage
+    store: TokenStore
+    windows: Windows
+    stream: Stream
+    notes: Notes
+
+
+def read_for(stage: TrainStage, context: Context) -> Reading:
+    """Open what a train task reads.
+
+    Raises:
+        DataError: fewer windows than a batch, in the whole set or in an expert's cluster; or generic windows in none of
+            the clusters that the domain has.
+    """
+    stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.key)]
+    store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
+    if len(windows) < stage.global_batch_size:
+        raise DataError(
+            f"{store.folder}: {len(windows)} training windows are fewer than one batch: lower "
+            f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
+        )
+    if stage.projection is not None:
+        experts = _experts(stage, context)
+        reading = Reading(stage, store, windows, experts, lambda step, rows, _: _mixtures(experts, step, rows))
+    else:
+        index, weights = _clusters(stage, context, stores)
+        stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
+        settings = _to_measure(stage, context, store, index)
+        reading = Reading(settings, store, windows, stream, _notes(stage, context))
+    for warning in reading.stream.report(reading.settings.steps).warnings:
+        logger.warning("%s", warning)
+    return reading
+
+
+def open_store(tokens: str, context: Context, source: str, split: str = "train") -> TokenStore:
+    """A split of a set, checked to be of the pipeline's tokenizer."""
+    tokenizer = Tokenizer.load(context.artifact(tokenize_stage(context.pipeline, tokens).tokenizer, GENERIC))
+    return TokenStore.open(context.artifact(tokens, source), split, tokenizer=tokenizer.fingerprint)
+
+
+def _experts(stage: TrainStage, context: Context) -> ExpertStream:
+    """SLM-pn: each window by its own cluster's expert, or a soup of them."""
+    index = _generic_index(stage, context)
+    for cluster in np.flatnonzero(index.sizes):
+        check_enough(int(cluster), windows=int(index.sizes[cluster]), needed=stage.windows_per_expert)
+    return ExpertStream(
+        index,
+        global_batch_size=stage.global_batch_size,
+        windows_per_expert=stage.windows_per_expert,
+        soup=stage.soup,
+        seed=context.pipeline.seed,
+    )
+
+
+def _mixtures(stream: ExpertStream, step: int, rows: slice) -> Mapping[str, np.ndarray]:
+    return {MIXTURE: stream.mixtures(step)[rows]}
+
+
+def _notes(stage: TrainStage, context: Context) -> Notes:
+    """What a teacher's cache has of the windows."""
+    if stage.distill is None or stage.distill.cache is None:
+        return lambda *_: {}
+    teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.key))
+    cache = TeacherCache.open(
+        context.artifact(stage.distill.cache, context.key),
+        teacher=context.marker(*teacher).digest,
+        store=context.marker(stage.tokens, context.key).digest,
+    )
+    return lambda _, __, ids: cache.notes(ids)
+
+
+def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
+    """What is drawn how often: everything alike; SLM-mix: one cluster; SLM-is: the domain's histogram; and of a second
+    set its fraction."""
+    index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
+    if stage.assignment is not None:
+        index = _generic_index(stage, context)
+        weights = _one_cluster(context, index) if stage.data == "cluster" else _like_domain(stage, context, index)
+    if len(stores) == 2:
+        share = stage.replay_fraction or stage.domain_fraction
+        index = index.joined(ClusterIndex.single(len(stores[1])))
+        weights = np.append((1 - share) * weights, share)
+    return index, weights
+
+
+def _generic_index(stage: TrainStage, context: Context) -> ClusterIndex:
+    folder = context.artifact(stage.assignment or "", GENERIC)
+    return ClusterIndex(
+        np.load(folder / "order.npy", mmap_mode="r", allow_pickle=False),
+        np.load(folder / "offsets.npy", allow_pickle=False),
+    )
+
+
+def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
+    return np.eye(len(index.sizes))[cluster_of(context.key)]
+
+
+def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
+    folder = context.artifact(stage.assignment or "", context.key)
+    weights, lost = importance_weights(np.load(folder / "histogram.npy", allow_pickle=False), index.sizes)
+    if lost:
+        logger.warning("%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.key)
+    return weights
+
+
+def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
+    """The settings with the steps that this set, or this cluster, is for."""
+    if stage.data == "cluster":
+        cluster = cluster_of(context.key)
+        size = int(index.sizes[cluster])
+        check_enough(cluster, windows=size, needed=stage.global_batch_size)
+        return with_steps(stage, expert_steps(stage.steps, budget=stage.budget, size=size, sizes=index.sizes))
+    if stage.recipe is not None:
+        return finetuning_recipe(stage, set_tokens=int(store.lengths.sum()))
+    return stage

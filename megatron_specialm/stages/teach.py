@@ -1,0 +1,38 @@
+"""What a teacher says of every training window of a domain, for its students: see `data/teacher.py` for the files."""
+
+from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.lineage import key_for
+from megatron_specialm.config.schema import TeachStage
+from megatron_specialm.data.teacher import CacheWriter, Kept
+from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.reading import open_store
+from megatron_specialm.train.checkpoint import find_final
+from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.served import read_served
+from megatron_specialm.train.teaching import teach
+
+
+def run(stage: TeachStage, context: Context) -> Report:
+    """Run the teacher over the domain's training windows once, on one process. flops: its forward passes.
+
+    Raises:
+        ConfigError: more entries per token than the vocabulary has.
+    """
+    teacher = (stage.teacher, key_for(context.pipeline, stage.teacher, context.key))
+    served = read_served(find_final(context.artifact(*teacher)))
+    store = open_store(stage.tokens, context, context.key)
+    kept = Kept(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
+    writer = CacheWriter(
+        context.folder,
+        kept,
+        context_length=store.context_length,
+        teacher=context.marker(*teacher).digest,
+        store=context.marker(stage.tokens, context.key).digest,
+    )
+    with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
+        tokens = teach(served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed)
+    positions = len(store) * store.context_length
+    flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
+    size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
+    return Report(tokens=tokens, flops=flops, values={"windows": len(store), "bytes": size})

@@ -1,0 +1,100 @@
+"""Distillation in real processes against one: the teacher online and cached, the vocabulary (131) divided by no layout."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parity import ParityCase, parity_case
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.launch import parity
+from megatron_specialm.launch.worker import worker_context
+from megatron_specialm.train.distributed import process_group
+from tests.distillation import prepare
+
+STUDENT = ModelConfig(layers=2, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
+KINDS = ["online", "exact", "top_k", "sampled"]
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+TP4 = {"tensor_parallel": 4}  # of 131 columns: 64, 64, 3, none
+DP2 = {"data_parallel": 2, "distributed_optimizer": True}
+TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "recompute": "full"}
+PP2 = {"pipeline_parallel": 2}
+
+
+def _case(layout: dict, precision: str = "fp32") -> ParityCase:
+    """Eight windows a step in every layout, two at a time."""
+    case = parity_case(Setup(STUDENT, ParallelConfig(**layout), precision, 1000, 1024, 64, 8))
+    return case.model_copy(
+        update={
+            "model": STUDENT,
+            "context_length": 16,
+            "micro_batches": 4 // case.parallel.data_parallel,
+        }
+    )
+
+
+class Runs:
+    """What each kind of teacher gives, by layout; one process is asked once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = worker_context(["megatron_specialm.train.parity"], threads=1)
+        self._found: dict[str, parity.Run] = {}
+        with process_group(ALONE):
+            prepare(_case({}), folder)
+
+    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Run:
+        name = f"{kind}-{layout}-{precision}"
+        if name not in self._found:
+            case, folder = _case(layout, precision), self._folder / str(len(self._found))
+            parity._run(self._context, case, folder, f"tests.distillation:{kind}")
+            self._found[name] = parity._read(folder)
+        return self._found[name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("distillation"))
+
+
+def _failed(one: parity.Run, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
+    return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in KINDS for layout in (TP2, TP4, DP2, TP2_DP2)] + [(kind, PP2) for kind in KINDS[1:]],
+    ids=lambda value: value if isinstance(value, str) else ParallelConfig(**value).describe().replace(" ", "-"),
+)
+def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: dict) -> None:
+    assert not _failed(runs.run(kind, {}), runs.run(kind, layout), layout)
+
+
+def test_so_it_does_in_bf16(runs: Runs) -> None:
+    one, two = (runs.run("online", layout, "bf16") for layout in ({}, TP2))
+    assert not _failed(one, two, TP2, "bf16")
+
+
+def test_a_softmax_over_own_columns_is_found(runs: Runs) -> None:
+    found = _failed(runs.run("online", {}), runs.run("online_with_own_columns_only", TP2), TP2)
+    assert {"loss", "gradients"} <= {entry.quantity for entry in found}
+
+
+def test_the_exact_cache_equals_the_teacher_online(runs: Runs) -> None:
+    for layout in ({}, TP4):
+        assert not _failed(runs.run("online", {}), runs.run("exact", layout), layout)
+
+
+def test_the_kinds_are_not_taken_for_one_another(runs: Runs) -> None:
+    """The comparisons above would see it."""
+    exact = runs.run("exact", {})
+    for kind in ("top_k", "sampled"):
+        found = {entry.quantity for entry in _failed(exact, runs.run(kind, {}), {})}
+        assert {"loss", "gradients"} <= found
+
+
+def test_a_teacher_beside_a_pipeline_is_refused(runs: Runs) -> None:
+    with pytest.raises(parity.TrainingError, match="a teacher beside its student runs on one stage"):
+        runs.run("online", PP2)

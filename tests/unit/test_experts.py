@@ -1,0 +1,139 @@
+"""The order of reading for many experts, two stores read as one, and how long an expert trains."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.errors import ArtifactError, DataError
+from megatron_specialm.config.schema import Soup
+from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
+from megatron_specialm.data.joined import JoinedStore
+from megatron_specialm.data.sampling import ImportanceStream
+from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
+
+SIZES = [40, 100, 12, 248]
+CLUSTERS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))
+INDEX = ClusterIndex.from_assignment(CLUSTERS, k=4)
+
+
+def _stream(soup: Soup | None = None, *, seed: int = 0) -> ExpertStream:
+    return ExpertStream(INDEX, global_batch_size=32, windows_per_expert=4, soup=soup, seed=seed)
+
+
+def test_groups_are_of_one_cluster_and_its_expert() -> None:
+    stream = _stream()
+    for step in range(20):
+        windows, mixtures = stream.global_batch(step), stream.mixtures(step)
+        groups = CLUSTERS[windows].reshape(-1, 4)
+        assert (groups == groups[:, :1]).all()
+        np.testing.assert_array_equal(mixtures.argmax(1), CLUSTERS[windows])
+        assert set(np.unique(mixtures)) == {0.0, 1.0} and (mixtures.sum(1) == 1).all()
+
+
+def test_clusters_come_as_often_as_they_are_large_and_every_window_once() -> None:
+    windows = np.concatenate([_stream().global_batch(step) for step in range(100)])
+    shares = np.bincount(CLUSTERS[windows], minlength=4) / len(windows)
+    np.testing.assert_allclose(shares, np.array(SIZES) / 400, atol=8 / len(windows))
+    counts = np.bincount(windows, minlength=400)
+    for cluster in range(4):  # before a window comes again, all of its cluster have come
+        own = counts[cluster == CLUSTERS]
+        assert own.max() - own.min() <= 1
+
+
+def test_one_window_in_a_row_is_the_importance_stream() -> None:
+    plain = ImportanceStream(INDEX, np.array(SIZES), global_batch_size=32, seed=5)
+    stream = ExpertStream(INDEX, global_batch_size=32, windows_per_expert=1, soup=None, seed=5)
+    np.testing.assert_array_equal(plain.global_batch(7), stream.global_batch(7))
+
+
+def test_soup_groups_are_drawn_from_the_histogram_that_computes_them() -> None:
+    stream = _stream(Soup(fraction=0.5, clusters=3))
+    mixed = drawn = 0
+    seen, expected = np.zeros(4), np.zeros(4)
+    for step in range(300):
+        mixtures, windows = stream.mixtures(step).reshape(-1, 4, 4), stream.global_batch(step).reshape(-1, 4)
+        assert (mixtures == mixtures[:, :1]).all()  # a group shares its mixture
+        np.testing.assert_allclose(mixtures.sum(-1), 1, rtol=1e-5)
+        for mixture, group in zip(mixtures[:, 0], CLUSTERS[windows], strict=True):
+            assert (mixture[group] > 0).all()
+            drawn += 1
+            mixed += mixture.max() < 1
+            expected += mixture
+            seen += np.bincount(group, minlength=4) / 4
+    assert 0.35 < mixed / drawn <= 0.5  # half are soups; one of three equal clusters is a plain expert again
+    np.testing.assert_allclose(seen / drawn, expected / drawn, atol=0.02)
+    np.testing.assert_allclose(seen / drawn, np.array(SIZES) / 400, atol=0.03)
+
+
+def test_a_step_is_a_pure_function_of_the_seed() -> None:
+    soup = Soup(fraction=0.5, clusters=3)
+    one, other = _stream(soup), _stream(soup)
+    other.global_batch(3)
+    for read in ("global_batch", "mixtures"):
+        np.testing.assert_array_equal(getattr(one, read)(9), getattr(other, read)(9))
+    assert not np.array_equal(one.global_batch(9), _stream(soup, seed=1).global_batch(9))
+
+
+def test_a_batch_of_broken_groups_is_refused() -> None:
+    with pytest.raises(DataError, match="30: it must be a positive multiple of 4"):
+        ExpertStream(INDEX, global_batch_size=30, windows_per_expert=4, soup=None, seed=0)
+
+
+def test_budgets_of_experts() -> None:
+    sizes = np.array([10, 30, 0, 60])
+    assert [expert_steps(100, budget="equal", size=size, sizes=sizes) for size in sizes] == [100] * 4
+    proportional = [expert_steps(100, budget="proportional", size=size, sizes=sizes) for size in (10, 30, 60)]
+    assert proportional == [30, 90, 180]
+    with pytest.raises(DataError, match=r"cluster 3 has 7 generic windows, fewer than global_batch_size 8"):
+        check_enough(3, windows=7, needed=8)
+
+
+# --- two stores as one --------------------------------------------------------------------------------------------------
+
+
+def _store(folder: Path, first: int, *, context_length: int = 4) -> TokenStore:
+    folder.mkdir()
+    writer = StoreWriter(folder, "train", context_length=context_length, vocabulary_size=100)
+    for start in range(first, first + 12, 6):
+        writer.add_document(np.arange(start, start + 6))
+    describe_store(
+        folder,
+        splits={"train": writer.finish()},
+        tokenizer="t",
+        context_length=context_length,
+        vocabulary_size=100,
+        eod=0,
+    )
+    return TokenStore.open(folder, "train")
+
+
+def test_joined_stores_give_each_window_as_its_own_store_does(tmp_path: Path) -> None:
+    first, second = _store(tmp_path / "a", 1), _store(tmp_path / "b", 50)
+    joined = JoinedStore(first, second)
+    assert len(joined) == 8
+    ids = np.array([5, 0, 7, 3, 4, 1])
+    batch = joined.batch(ids)
+    for row, window in enumerate(ids):
+        alone = (first if window < 4 else second).batch(np.array([window % 4]))
+        for field in ("tokens", "targets", "mask"):
+            np.testing.assert_array_equal(getattr(batch, field)[row], getattr(alone, field)[0])
+    np.testing.assert_array_equal(joined.batch(np.array([2])).targets, first.batch(np.array([2])).targets)
+
+
+def test_windows_of_two_lengths_are_not_joined(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="windows of 4 tokens"):
+        JoinedStore(_store(tmp_path / "a", 1), _store(tmp_path / "b", 1, context_length=3))
+
+
+def test_a_second_set_is_one_more_cluster_with_its_fraction() -> None:
+    """Replay and specialized pretraining: the share is kept within the stream's two windows, and clusters keep theirs."""
+    joined = INDEX.joined(ClusterIndex.single(10))
+    stream = ImportanceStream(joined, np.append(0.8 * np.array(SIZES) / 400, 0.2), global_batch_size=16, seed=0)
+    windows = np.concatenate([stream.global_batch(step) for step in range(50)])
+    assert abs((windows >= 400).sum() - 0.2 * 800) <= 2
+    own = windows[windows < 400]
+    np.testing.assert_allclose(np.bincount(CLUSTERS[own]) / len(own), np.array(SIZES) / 400, atol=3 / len(own))
+    plain = ClusterIndex.single(5).joined(ClusterIndex.single(3))
+    assert plain.order is None and list(plain.sizes) == [5, 3]

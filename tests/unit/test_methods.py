@@ -1,0 +1,166 @@
+"""Each method of the paper as settings of a page: whose task it is, what it reads, and what is refused before it runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.graph import Task, TaskId, build_graph
+from megatron_specialm.config.lineage import is_finetuned, method_of, model_of
+from megatron_specialm.config.load import dump_pipeline, load_pipeline
+from megatron_specialm.config.schema import Pipeline
+
+MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
+TRAIN: dict[str, Any] = {
+    "kind": "train", "tokens": "tokens", "steps": 10, "global_batch_size": 16, "micro_batch_size": 8,
+    "schedule": {"warmup_steps": 0},
+}  # fmt: skip
+STAGES: dict[str, Any] = {
+    "tokenizer": {"kind": "tokenizer", "vocabulary_size": 500},
+    "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 16},
+    "vectors": {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "tfidf"}},
+    "clusters": {"kind": "cluster", "vectors": "vectors", "k": 4},
+    "assignment": {"kind": "assign", "clusters": "clusters", "vectors": "vectors"},
+    "slm": {**TRAIN, "data": "generic", "model": MODEL},
+    "llm": {**TRAIN, "data": "generic", "model": {**MODEL, "hidden_size": 64}},
+    "mix": {**TRAIN, "data": "cluster", "assignment": "assignment", "model": MODEL},
+    "pn": {
+        **TRAIN, "data": "generic", "assignment": "assignment", "model": MODEL,
+        "projection": {"experts": 4, "capacity": 3, "code_size": 5},
+    },
+    "chosen": {"kind": "select", "experts": "mix", "tokens": "tokens"},
+    "soup": {"kind": "select", "experts": "pn", "tokens": "tokens", "by": "histogram", "method": "pn-soup"},
+    "tuned": {**TRAIN, "data": "domain", "init": "chosen"},
+    "soup-tuned": {**TRAIN, "data": "domain", "init": "soup"},
+    "llm-tuned": {**TRAIN, "data": "domain", "init": "llm"},
+    "lora": {**TRAIN, "data": "domain", "init": "llm", "lora": {"rank": 2}},
+    "taught": {"kind": "teach", "teacher": "llm-tuned", "tokens": "tokens", "keep": "sampled", "count": 8},
+    "student": {**TRAIN, "data": "domain", "init": "slm", "distill": {"teacher": "llm-tuned"}},
+    "cached": {**TRAIN, "data": "domain", "init": "slm", "distill": {"teacher": "llm-tuned", "cache": "taught"}},
+    "replay": {**TRAIN, "data": "domain", "init": "slm", "replay_fraction": 0.01},
+    "early": {**TRAIN, "data": "generic", "model": MODEL, "domain_fraction": 0.1},
+    "perplexity": {"kind": "evaluate", "tokens": "tokens", "models": ["slm", "chosen", "tuned", "soup", "early"]},
+}  # fmt: skip
+
+
+def _load(folder: Path, **stages: Any) -> Pipeline:
+    """The page with some stages' fields changed."""
+    changed = {name: {**STAGES.get(name, {}), **fields} for name, fields in stages.items()}
+    files = {"train": "train.txt", "test": "test.txt"}
+    page = {
+        "name": "methods", "root": "run", "text": {"generic": files, "domains": {"law": files, "art": files}},
+        "stages": {**STAGES, **changed},
+    }  # fmt: skip
+    path = folder / "page.yaml"
+    path.write_text(yaml.safe_dump(page))
+    return load_pipeline(path)
+
+
+def _tasks(graph: dict[TaskId, Task], stage: str) -> dict[str, Task]:
+    return {name.key: task for name, task in graph.items() if name.stage == stage}
+
+
+def test_a_mixture_is_one_task_per_cluster_and_everybodys_cost(tmp_path: Path) -> None:
+    pipeline = _load(tmp_path)
+    tasks = _tasks(build_graph(pipeline), "mix")
+    assert list(tasks) == ["c0", "c1", "c2", "c3"]
+    assert all(task.domain is None for task in tasks.values())
+    assert TaskId("assignment", "generic") in tasks["c0"].inputs and TaskId("clusters", "generic") in tasks["c0"].inputs
+    some = _load(tmp_path, mix={"clusters": [3, 1]})
+    assert list(_tasks(build_graph(some), "mix")) == ["c3", "c1"]
+
+
+def test_a_selection_reads_all_experts_and_is_the_domains_cost(tmp_path: Path) -> None:
+    graph = build_graph(_load(tmp_path))
+    task = _tasks(graph, "chosen")["law"]
+    assert {TaskId("mix", f"c{c}") for c in range(4)} | {TaskId("assignment", "law"), TaskId("tokens", "law")} <= set(
+        task.inputs
+    )
+    assert task.domain == "law"
+    assert TaskId("pn", "generic") in _tasks(graph, "soup")["art"].inputs
+    assert TaskId("chosen", "law") in _tasks(graph, "tuned")["law"].inputs
+
+
+def test_what_is_selected_is_an_ordinary_model_of_its_method(tmp_path: Path) -> None:
+    pipeline = _load(tmp_path)
+    plain = model_of(pipeline, "slm")
+    assert model_of(pipeline, "pn").projection is not None
+    assert model_of(pipeline, "soup") == model_of(pipeline, "soup-tuned") == model_of(pipeline, "tuned") == plain
+    assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").plain == model_of(pipeline, "llm")
+    assert [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned")] == ["mix", "mix", "pn-soup"]
+    assert [is_finetuned(pipeline, name) for name in ("chosen", "tuned", "mix")] == [False, True, False]
+
+
+def test_a_student_reads_its_teacher_and_a_cached_one_the_cache_too(tmp_path: Path) -> None:
+    graph = build_graph(_load(tmp_path))
+    assert TaskId("llm-tuned", "law") in _tasks(graph, "student")["law"].inputs
+    cached = _tasks(graph, "cached")["law"].inputs
+    assert TaskId("taught", "law") in cached and TaskId("llm-tuned", "law") in cached  # so its cost is in the ledger
+    assert TaskId("llm-tuned", "art") in _tasks(graph, "taught")["art"].inputs
+
+
+def test_replay_and_specialized_pretraining_read_both_sets(tmp_path: Path) -> None:
+    graph = build_graph(_load(tmp_path))
+    for name in ("replay", "early"):
+        task = _tasks(graph, name)["law"]
+        assert {TaskId("tokens", "law"), TaskId("tokens", "generic")} <= set(task.inputs) and task.domain == "law"
+
+
+def test_a_resolved_page_says_the_same(tmp_path: Path) -> None:
+    pipeline = _load(tmp_path)
+    (tmp_path / "resolved.yaml").write_text(dump_pipeline(pipeline))
+    assert load_pipeline(tmp_path / "resolved.yaml") == pipeline
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "words"),
+    [
+        ("mix", {"clusters": [0, 4]}, "clusters: 4 does not exist: `assignment` has clusters 0 to 3"),
+        ("mix", {"assignment": None}, "need it: name an assign stage"),
+        ("slm", {"assignment": "assignment"}, "need it: drop it"),
+        ("slm", {"clusters": [1]}, "`clusters` and `budget` go with `data: cluster`"),
+        ("pn", {"projection": {"experts": 5, "capacity": 3, "code_size": 5}},
+         "projection.experts: 5, and `assignment` has 4 clusters"),
+        ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
+        ("pn", {"windows_per_expert": 6}, "windows_per_expert 6 must be a multiple of micro_batch_size 8"),
+        ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
+        ("slm", {"soup": {}}, "`soup` goes with `projection`"),
+        ("slm", {"lora": {}}, "`lora` adapts weights that were trained before"),
+        ("lora", {"lora": {"linears": ["gate"]}}, "Input should be 'qkv', 'proj', 'fc1' or 'fc2'"),
+        ("tuned", {"init": "mix"}, "init: 'mix' is a mixture of experts, not one model: choose one with a stage"),
+        ("tuned", {"init": "pn"}, "'pn' is a projected network, not one model"),
+        ("perplexity", {"models": ["pn"]}, "'pn' is a projected network"),
+        ("chosen", {"experts": "slm"}, "'slm' makes one model: name a train stage with `data: cluster`"),
+        ("chosen", {"by": "histogram"}, "histogram mixes the codes of a projected network"),
+        ("chosen", {"by": "halving"}, "need a `trial`"),
+        ("student", {"distill": {"teacher": "llm-tuned", "alpha": 1.5}}, "less than or equal to 1"),
+        ("student", {"distill": {"teacher": "llm-tuned", "alpha": -0.1}}, "greater than or equal to 0"),
+        ("student", {"distill": {"teacher": "mix"}}, "distill.teacher: 'mix' is a mixture of experts"),
+        ("student", {"parallel": {"pipeline_parallel": 2}}, "make a cache with a stage of kind `teach`"),
+        ("cached", {"distill": {"teacher": "slm", "cache": "taught"}},
+         "distill.teacher: slm, and the cache `taught` was made with llm-tuned"),
+        ("cached", {"distill": {"teacher": "llm-tuned", "cache": "taught", "temperature": 2.0}},
+         "distill.temperature: 2.0, and the cache `taught` was made with 1.0"),
+        ("cached", {"replay_fraction": 0.1}, "`distill.cache` holds the domain's windows only"),
+        ("taught", {"keep": "top-k", "count": 501}, "count: 501 of a vocabulary of 500"),
+        ("taught", {"count": None}, "`count` goes with"),
+        ("slm", {"replay_fraction": 0.1}, "`replay_fraction` goes with `data: domain`"),
+        ("tuned", {"domain_fraction": 0.1}, "`domain_fraction` goes with `data: generic`"),
+        ("slm", {"recipe": "paper"}, "`recipe: paper` is for `data: domain`"),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_is_refused_before_anything_runs(
+    tmp_path: Path, stage: str, fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        build_graph(_load(tmp_path, **{stage: fields}))
+    assert words in str(refusal.value)
+    assert f"stages.{stage}" in str(refusal.value)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    others = {"tokenizer-2": {"kind": "tokenizer"}, "tokens-2": {"kind": "tokenize", "tokenizer": "tokenizer-2"}}
+    with pytest.raises(ConfigError, match="of tokenizer `tokenizer-2`: name tokens that"):
+        build_graph(_load(tmp_path, **others, llm={"tokens": "tokens-2"}, **{"llm-tuned": {"tokens": "tokens-2"}}))

@@ -1,0 +1,52 @@
+"""The shipped pages hold together: each loads, its graph builds, and what it would train can be said."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.config.lineage import distinct_setups, setup_of
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.preflight import lacks, planned_machine
+from megatron_specialm.launch.summary import memory_table, training_table
+
+PAGES = sorted((configs_folder() / "pipelines").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_holds_together_and_says_what_it_would_train(page: Path) -> None:
+    pipeline = load_pipeline(page)
+    machine = planned_machine("A100")
+    assert len(build_graph(pipeline)) > len(pipeline.stages)
+    assert not list(lacks(pipeline, machine))
+    console = Console(width=200, record=True)
+    console.print(training_table(pipeline, machine), memory_table(pipeline, machine))
+    said = console.export_text()
+    assert all(name in said for name in distinct_setups(pipeline, None))
+
+
+def test_the_papers_page_is_planned_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it on a stand-in for its files: models, budgets and cluster counts are the paper's (Tables 1, 6 and 7)."""
+    monkeypatch.chdir(tmp_path)
+    pipeline = load_pipeline(configs_folder() / "pipelines" / "paper.yaml")
+    for files in (pipeline.text.generic, *pipeline.text.domains.values()):
+        for entry in (*files.train, *files.test):
+            path = tmp_path / entry.replace("*", "00000")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(entry.encode())
+    plan = make_plan(pipeline, tmp_path / "run")
+    assert len(pipeline.text.domains) == 9 * 3 and {planned.state for planned in plan.values()} == {"to do"}
+    assert sum(name.stage == "slm-mix" for name in plan) == 16
+    assert TaskId("slm-is", "wikipedia-64m") in plan and TaskId("slm-d", "arxiv-1m") in plan
+    slm, llm, network = (setup_of(pipeline, name) for name in ("slm", "llm", "slm-pn"))
+    assert network.model.trained_parameters(32_000) == pytest.approx(1_422e6, rel=0.05)  # Table 6: 32 experts
+    assert network.model.plain.parameters(32_000) == slm.model.parameters(32_000) == pytest.approx(126e6, rel=0.05)
+    assert llm.model.parameters(32_000) == pytest.approx(771e6, rel=0.05)
+    # 600 hours each at the paper's speeds: 2.2, 7.7 and 3.6 A100 hours per 1B tokens.
+    for name, speed in {"slm": 2.2, "llm": 7.7, "slm-pn": 3.6}.items():
+        stage, setup = pipeline.stages[name], setup_of(pipeline, name)
+        assert stage.steps * setup.global_batch_size * setup.context_length / 1e9 * speed == pytest.approx(
+            600, rel=0.01
+        )

@@ -1,0 +1,87 @@
+"""Orders of experts by each criterion, what they cost, and the paper's fine-tuning."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.schema import TrainStage, Trial
+from megatron_specialm.train.schedule import finetuning_recipe
+from megatron_specialm.train.selection import (
+    Spent,
+    by_finetuning,
+    by_frequency,
+    by_halving,
+    halving_rounds,
+    halving_steps,
+)
+
+KEYS = ["c0", "c1", "c2", "c3", "c4"]
+TRIAL = Trial(steps=12, global_batch_size=8)
+
+
+class Tuned:
+    """Experts whose loss falls at their own rate: the one that is best in the end is not the best at first."""
+
+    final: ClassVar = {"c0": 3.0, "c1": 2.0, "c2": 2.5, "c3": 1.5, "c4": 4.0}
+    start: ClassVar = {"c0": 3.5, "c1": 3.0, "c2": 2.6, "c3": 3.1, "c4": 9.0}
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+
+    def __call__(self, key: str, steps: int) -> float:
+        assert steps > self.steps.get(key, 0)  # a fine-tuning goes on, it does not begin again
+        self.steps[key] = steps
+        return self.final[key] + (self.start[key] - self.final[key]) * (1 - steps / 12)
+
+
+def _cost(steps: int) -> Spent:
+    return Spent(steps * 8, steps * 100)
+
+
+def test_frequency_is_the_domains_histogram_over_trained_clusters() -> None:
+    ranking = by_frequency(["c0", "c2", "c3"], np.array([0.1, 0.5, 0.15, 0.25, 0.0]), domain="law")
+    assert ranking.order == ("c3", "c2", "c0") and ranking.spent == Spent(0, 0)
+
+
+def test_a_domain_in_no_trained_cluster_is_refused_with_the_expert_it_wants() -> None:
+    with pytest.raises(DataError, match=r"law: none of its windows .*\(c0, c2\): train the expert c1"):
+        by_frequency(["c0", "c2"], np.array([0.0, 0.7, 0.0, 0.3]), domain="law")
+
+
+def test_fine_tune_all() -> None:
+    tune = Tuned()
+    ranking = by_finetuning(KEYS, tune, TRIAL, _cost)
+    assert ranking.order == ("c3", "c1", "c2", "c0", "c4")
+    assert set(tune.steps.values()) == {12}
+    assert ranking.spent == _cost(5 * 12)
+
+
+def test_halving_keeps_the_better_half_and_says_what_it_cost() -> None:
+    tune = Tuned()
+    ranking = by_halving(KEYS, tune, TRIAL, _cost)
+    assert ranking.order[0] == "c3" and sorted(ranking.order) == KEYS and ranking.order[-1] == "c4"
+    assert halving_rounds(5, 12) == [4, 8, 12]  # five, three, two experts
+    assert tune.steps["c4"] == 4 and tune.steps["c3"] == 12
+    assert sum(tune.steps.values()) == halving_steps(5, 12) == 5 * 4 + 3 * 4 + 2 * 4
+    assert ranking.spent == _cost(40) and halving_steps(5, 12) < 5 * 12
+
+
+def test_halving_of_one_expert_is_its_fine_tuning() -> None:
+    assert by_halving(["c7"], lambda _, steps: float(steps), TRIAL, _cost).order == ("c7",)
+    assert halving_steps(1, 12) == 12
+
+
+@pytest.mark.parametrize(
+    ("set_tokens", "rate", "steps"),
+    [(1_000_000, 1e-4, 2_000), (1_000_001, 3e-4, 4_000), (8_000_000, 3e-4, 4_000), (64_000_000, 3e-4, 30_000)],
+)
+def test_the_papers_fine_tuning(set_tokens: int, rate: float, steps: int) -> None:
+    stage = TrainStage.model_validate(
+        {"kind": "train", "tokens": "tokens", "data": "domain", "init": "slm", "steps": 50_000, "recipe": "paper",
+         "global_batch_size": 8, "optimizer": {"learning_rate": 3e-4}, "schedule": {"warmup_steps": 3_000}}
+    )  # fmt: skip
+    made = finetuning_recipe(stage, set_tokens=set_tokens)
+    assert made.optimizer.learning_rate == pytest.approx(rate)
+    assert made.steps == steps and made.schedule.warmup_steps == min(3_000, steps)

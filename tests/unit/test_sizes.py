@@ -1,0 +1,178 @@
+"""Sizes of a domain: on the page, in digests, and in the token store."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.artifacts import Report, begin_artifact
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import ConfigError, DataError
+from megatron_specialm.config.graph import TaskId, build_graph, digest
+from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
+from megatron_specialm.config.schema import Pipeline, TextSet, TokenizeStage, size_name
+from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.stages import tokenize
+from megatron_specialm.stages.context import Context
+
+SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
+SIZES = "text.domains.torch.sizes=[50_000, 1_000_000, 1234]"
+T = 8  # context length
+
+
+def test_a_domain_with_sizes_is_a_domain_per_size() -> None:
+    domains = load_pipeline(SMOKE, [SIZES]).text.domains
+    assert list(domains) == ["scipy", "sklearn", "torch-50k", "torch-1m", "torch-1234"]
+    assert [files.train_tokens for files in domains.values()] == [None, None, 50_000, 1_000_000, 1234]
+    assert [files.domain for files in domains.values()] == [None, None, "torch", "torch", "torch"]
+    assert len({tuple(files.test) for name, files in domains.items() if name.startswith("torch")}) == 1
+
+
+def test_a_resolved_page_loads_as_it_is(tmp_path: Path) -> None:
+    pipeline = load_pipeline(SMOKE, [SIZES])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_pipeline(pipeline))
+    assert load_pipeline(resolved) == pipeline
+
+
+def test_names_of_sizes_are_exact() -> None:
+    assert [size_name(size) for size in (1, 999, 1_000, 1_500, 50_000, 1_500_000, 64_000_000)] == [
+        "1", "999", "1k", "1500", "50k", "1500k", "64m",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("text.domains.torch.sizes=[]", r"domains\.torch\.sizes: \[\]: give different numbers"),
+        ("text.domains.torch.sizes=50_000", r"domains\.torch\.sizes: 50000: give different numbers"),
+        ("text.domains.torch.sizes=[5, 5]", r"domains\.torch\.sizes: \[5, 5\]: give different numbers"),
+        ("text.domains.torch.sizes=[0]", r"domains\.torch\.sizes: \[0\]: give different numbers"),
+        ("text.domains.torch.sizes=[true]", r"domains\.torch\.sizes: \[True\]: give different numbers"),
+        ("text.domains.torch={train: a, test: b, sizes: [5], train_tokens: 5}", "neither `train_tokens` nor `domain`"),
+        ("text.domains={a: {train: a, test: b, sizes: [5]}, a-5: {train: a, test: b}}", "'a-5' is there twice"),
+        ("text.domains={a-5: {train: a, test: b}, a: {train: a, test: b, sizes: [5]}}", "'a-5' is there twice"),
+        ("text.domains.generic={train: a, test: b, sizes: [5]}", "'generic' is taken"),
+        ("text.domains.torch.sizs=[5]", "sizs: unknown key; did you mean 'sizes'"),
+        ("text.domains.torch={train: a, test: b, trian: c, sizes: [5]}", "trian: unknown key; did you mean 'train'"),
+        ("text.generic.sizes=[5]", r"text\.generic\.sizes: unknown key"),
+    ],
+)
+def test_mistakes(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_pipeline(SMOKE, [override])
+
+
+def _digests(pipeline: Pipeline) -> dict[TaskId, str]:
+    digests: dict[TaskId, str] = {}
+    for task in build_graph(pipeline).values():
+        hashes = dict.fromkeys(task.files, "hash")
+        digests[task.id] = digest(
+            pipeline, task, inputs={name: digests[name] for name in task.inputs}, file_hashes=hashes
+        )
+    return digests
+
+
+def test_a_size_changes_the_digests_of_its_own_domain_alone() -> None:
+    sized = "text.domains.torch.train_tokens"
+    whole, small, large = (
+        _digests(load_pipeline(SMOKE, overrides)) for overrides in ([], [f"{sized}=5000"], [f"{sized}=6000"])
+    )
+    changed = {name for name in whole if whole[name] != small[name]}
+    assert TaskId("tokens", "torch") in changed
+    assert all(name.key.rpartition(".")[2] in ("torch", "generic") for name in changed)
+    # Of what serves all domains only the scores of shared models read a domain's store.
+    assert {name.stage for name in changed if name.key.endswith("generic")} == {"perplexity"}
+    assert small[TaskId("tokens", "torch")] != large[TaskId("tokens", "torch")]
+
+
+# --- the token store --------------------------------------------------------------------------------------------------
+
+
+def _cut(lengths: list[int], wanted: int) -> list[int]:
+    """The lengths of the training documents that are kept, of documents of these lengths."""
+    documents = [("train", np.arange(length)) for length in lengths]
+    kept = list(tokenize.cut_training_set(documents, wanted, context_length=T, name="torch"))
+    assert all(np.array_equal(ids, np.arange(len(ids))) for _, ids in kept)
+    return [len(ids) for _, ids in kept]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "kept"),
+    [
+        ([10, 10, 10], 30, [10, 10, 10]),  # just enough
+        ([10, 10, 10], 29, [10, 10, 8]),
+        ([10, 10, 3], 21, [10, 10]),  # no whole window of the third fits
+        ([20, 10, 3], 17, [16]),  # the document that is cut is the last one
+        ([3, 20], 3, [3]),
+    ],
+)
+def test_the_first_whole_windows_are_kept(lengths: list[int], wanted: int, kept: list[int]) -> None:
+    assert _cut(lengths, wanted) == kept
+    assert sum(kept) <= wanted < sum(kept) + T
+
+
+def test_other_splits_stay_whole() -> None:
+    documents = [(split, np.arange(20)) for split in ("train", "validation", "train", "test")]
+    kept = [
+        (split, len(ids)) for split, ids in tokenize.cut_training_set(documents, 16, context_length=T, name="torch")
+    ]
+    assert kept == [("train", 16), ("validation", 20), ("test", 20)]
+
+
+def test_too_little_text_is_told() -> None:
+    with pytest.raises(DataError, match=r"torch\.train_tokens: 31 wanted, .* hold 30 tokens"):
+        _cut([10, 20], 31)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(_documents(), folder, vocabulary_size=300, algorithm="bpe", sample_characters=100_000)
+    return folder
+
+
+def _documents() -> list[str]:
+    return [f"Once upon a time there was a model, number {number}, and it was small." for number in range(100)]
+
+
+def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dict[str, TokenStore]]:
+    """The token store of a domain whose training and test text are the same documents."""
+    root.mkdir()
+    (root / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _documents()))
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "generic").symlink_to(tokenizer)
+    pipeline = Pipeline.model_validate(
+        {
+            "name": "sizes",
+            "root": str(root),
+            "text": {"generic": {"train": "a", "test": "b"}, "domains": {"tales": files}},
+            "stages": {
+                "tokenizer": {"kind": "tokenizer"},
+                "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": T},
+            },
+        }
+    )
+    task = build_graph(pipeline)[TaskId("tokens", "tales")]
+    folder = begin_artifact(root, *task.id, digest="t")
+    stage = pipeline.stages["tokens"]
+    assert isinstance(stage, TokenizeStage)
+    report = tokenize.run(stage, Context(pipeline, task, root, folder, ALONE, threads=1))
+    return report, {split: TokenStore.open(folder, split) for split in ("train", "validation", "test")}
+
+
+def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> None:
+    reports, stores = {}, {}
+    for wanted in (None, 400):
+        root = tmp_path / str(wanted)
+        files = TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")], train_tokens=wanted)
+        reports[wanted], stores[wanted] = _tokenized(root, tokenizer, files)
+    whole, small = stores[None], stores[400]
+    assert 400 - T < small["train"].lengths.sum() <= 400 < whole["train"].lengths.sum()
+    assert reports[400].values["tokens"]["train"] == small["train"].lengths.sum()
+    for index in range(len(small["train"])):
+        np.testing.assert_array_equal(small["train"].window(index), whole["train"].window(index))
+    for split in ("validation", "test"):
+        np.testing.assert_array_equal(small[split].lengths, whole[split].lengths)
