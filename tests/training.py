@@ -22,6 +22,7 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import Saver
 from megatron_specialm.train.distributed import data_rank, process_group
 from megatron_specialm.train.loop import Progress, Run, train
+from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
 
@@ -104,7 +105,9 @@ def _rank(folder: Path, world: World, settings: dict) -> None:
     run_training(folder, world, stage(**settings))
 
 
-def run_training(folder: Path, world: World, settings: TrainStage, *, windows: int = 64) -> Progress:
+def run_training(
+    folder: Path, world: World, settings: TrainStage, *, windows: int = 64, objective: Objective = cross_entropy
+) -> Progress:
     """Train in a process group of its own."""
     shape = settings.model
     assert shape is not None
@@ -128,6 +131,7 @@ def run_training(folder: Path, world: World, settings: TrainStage, *, windows: i
             parallel=settings.parallel,
             optimizer=settings.optimizer,
             micro_batch_size=settings.micro_batch_size,
+            objective=objective,
         )
         return train(
             engine,

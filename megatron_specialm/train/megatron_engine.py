@@ -380,4 +380,7 @@ def _build_optimizer(
     )
     with cuda_type_names():
         (single,) = get_megatron_optimizer(config, chunks).chained_optimizers
+    if not torch.cuda.is_available():  # otherwise it is Transformer Engine's or apex's, where there is one
+        for group in single.param_groups:
+            group["fused"] = True  # torch's own loops over the weights once, not once per operation
     return single

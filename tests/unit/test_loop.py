@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.metrics import Metrics, read_metrics, seconds_of_all_attempts
 from tests.training import run_training, stage
 
@@ -46,19 +48,14 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert find_final(tmp_path).name == f"step_{progress.best_step:07d}"
 
 
-def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron_specialm.train import megatron_engine
+def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    calls = iter(range(10_000))
 
-    healthy, calls = megatron_engine.cross_entropy, iter(range(10_000))
+    def poisoned(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
+        return cross_entropy(logits, batch, **share) * (float("nan") if next(calls) >= 12 else 1.0)
 
-    def poisoned(logits: torch.Tensor, batch: object, **share: object) -> torch.Tensor:
-        return healthy(logits, batch, **share) * (float("nan") if next(calls) >= 12 else 1.0)
-
-    monkeypatch.setattr(megatron_engine, "cross_entropy", poisoned)
     with pytest.raises(TrainingError, match=r"not finite for 3 steps.*step_0000008.*learning_rate"):
-        run_training(tmp_path, ALONE, stage(max_skipped_steps=2))
+        run_training(tmp_path, ALONE, stage(max_skipped_steps=2), objective=poisoned)
     skipped = [record for record in read_metrics(tmp_path) if record.get("skipped_steps")]
     assert [record["loss"] for record in skipped] == [None] * 3
 
