@@ -412,14 +412,14 @@ class SelectStage(Settings):
     sample_windows: PositiveInt = Field(default=64, description="of the domain's training set, for `loss`")
     batch_size: PositiveInt = 32
     trial: Trial | None = Field(default=None, description="for `finetuned` and `halving`: how each expert is tried")
-    compare: list[Literal["finetuned", "halving"]] = Field(
+    compare: list[Literal["loss", "finetuned", "halving"]] = Field(
         default=[], description="criteria to rank by as well, for the selection table; their cost counts"
     )
     method: str | None = Field(default=None, description="the name in tables; default: that of `experts`")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.by in ("finetuned", "halving") or self.compare) and self.trial is None:
+        if {self.by, *self.compare} & {"finetuned", "halving"} and self.trial is None:
             raise ValueError("`finetuned` and `halving` need a `trial`: say how each expert is tried")
         return self
 

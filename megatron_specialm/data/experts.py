@@ -53,7 +53,8 @@ class ExpertStream:
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         windows = self._plain.global_batch(step)
-        mixtures = np.eye(len(self._index.sizes), dtype=np.float32)[self._plain.clusters(step)]
+        mixtures = np.zeros((len(windows), len(self._index.sizes)), np.float32)
+        mixtures[np.arange(len(windows)), self._plain.clusters(step)] = 1
         for group in range(self._groups):
             number = step * self._groups + group
             if self._soup is not None and _falls_to(number, self._soup.fraction):

@@ -5,7 +5,7 @@ A criterion puts the experts in an order, best first, and says what that cost.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,20 +13,16 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.lineage import cluster_of
-from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import Batch
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.served import ServedModel
 
 
 class Spent(NamedTuple):
-    """Tokens read by all experts together, and FLOPs."""
+    """Tokens that all experts together read, at most (windows may be shorter than the context), and FLOPs."""
 
     tokens: int = 0
     flops: int = 0
-
-    def __add__(self, other: "Spent") -> "Spent":  # type: ignore[override]
-        return Spent(self.tokens + other.tokens, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
@@ -57,34 +53,27 @@ def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -
     return Ranking(tuple(sorted(keys, key=lambda key: -shares[key])), Spent())
 
 
-def by_loss(keys: Sequence[str], load: Load, batches: Callable[[], Iterable[Batch]]) -> Ranking:
+def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch], cost: Spent) -> Ranking:
     """By the loss on a sample of the domain, before any fine-tuning: one forward pass of every expert."""
-    losses, spent = {}, Spent()
-    for key in keys:
-        model, sample = load(key), list(batches())
-        loss = score(model.build(), sample)
-        losses[key] = loss.mean
-        positions = sum(batch.tokens.size for batch in sample)
-        spent += Spent(loss.tokens, positions * _forward_flops(model))
-    return Ranking(_best_first(losses), spent)
+    losses = {key: score(load(key).build(), sample).mean for key in keys}
+    return Ranking(_best_first(losses), cost)
 
 
-def by_finetuning(keys: Sequence[str], tune: Tune, trial: Trial, cost: Callable[[int], Spent]) -> Ranking:
+def by_finetuning(keys: Sequence[str], tune: Tune, steps: int, cost: Spent) -> Ranking:
     """By validation loss after each expert has been fine-tuned to the end."""
-    losses = {key: tune(key, trial.steps) for key in keys}
-    return Ranking(_best_first(losses), cost(len(keys) * trial.steps))
+    return Ranking(_best_first({key: tune(key, steps) for key in keys}), cost)
 
 
-def by_halving(keys: Sequence[str], tune: Tune, trial: Trial, cost: Callable[[int], Spent]) -> Ranking:
+def by_halving(keys: Sequence[str], tune: Tune, steps: int, cost: Spent) -> Ranking:
     """By successive halving: fine-tune all a little, keep the better half, and again, so that the last one has had
-    `trial.steps` steps."""
+    `steps` steps."""
     left: tuple[str, ...] = tuple(keys)
     dropped: tuple[str, ...] = ()
-    for until in halving_rounds(len(keys), trial.steps):
+    for until in halving_rounds(len(keys), steps):
         order = _best_first({key: tune(key, until) for key in left})
         kept = math.ceil(len(left) / 2)
         left, dropped = order[:kept], (*order[kept:], *dropped)
-    return Ranking((*left, *dropped), cost(halving_steps(len(keys), trial.steps)))
+    return Ranking((*left, *dropped), cost)
 
 
 def halving_rounds(experts: int, steps: int) -> list[int]:
@@ -103,7 +92,3 @@ def halving_steps(experts: int, steps: int) -> int:
 
 def _best_first(losses: dict[str, float]) -> tuple[str, ...]:
     return tuple(sorted(losses, key=lambda key: losses[key]))
-
-
-def _forward_flops(model: ServedModel) -> int:
-    return model.shape.forward_flops(model.vocabulary_size, model.context_length)

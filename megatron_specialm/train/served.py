@@ -40,30 +40,55 @@ class ServedModel:
         return model
 
 
-def read_served(step: Path, *, mixture_K: torch.Tensor | None = None) -> ServedModel:
-    """The model of a verified checkpoint.
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a training left: an ordinary model, one with adapters, or a projected network of many experts."""
 
-    Args:
-        step: a `step_N` folder.
-        mixture_K: of a projected network, the mixture of its experts that is wanted: one-hot for a single one.
+    step: Path
+    shape: ModelConfig
+    weights: Mapping[str, torch.Tensor]
+    state: dict[str, Any]
+
+    def served(self, mixture_K: torch.Tensor | None = None) -> ServedModel:
+        """The ordinary model.
+
+        Args:
+            mixture_K: of a projected network, the mixture of its experts that is wanted: one-hot for a single one.
+
+        Raises:
+            CheckpointError: a projected network, and no mixture or one of another number of experts.
+        """
+        weights, shape = self.weights, self.shape
+        if shape.projection is not None:
+            if mixture_K is None or len(mixture_K) != shape.projection.experts:
+                asked = "none was named" if mixture_K is None else f"a mixture of {len(mixture_K)} was asked for"
+                raise CheckpointError(
+                    f"{self.step}: a projected network of {shape.projection.experts} experts, and {asked}: say which expert"
+                )
+            weights = project(weights, shape, mixture_K)
+        if shape.lora is not None:
+            weights = merge_lora(weights, shape)
+        return ServedModel(shape.plain, weights, {**self.state, "model": shape.plain.model_dump(mode="json")})
+
+
+def read_trained(step: Path) -> TrainedModel:
+    """The model of a `step_N` folder. Its files are verified once; its tensors are read when they are asked for.
 
     Raises:
         ArtifactError: a file is missing, cut short or changed.
-        CheckpointError: a projected network, and no mixture or one of another number of experts.
     """
     weights, state = read_model(step), read_json(step / "state.json")
-    shape = ModelConfig.model_validate(state["model"])
-    if shape.projection is not None:
-        if mixture_K is None or len(mixture_K) != shape.projection.experts:
-            asked = "none was named" if mixture_K is None else f"a mixture of {len(mixture_K)} was asked for"
-            raise CheckpointError(
-                f"{step}: a projected network of {shape.projection.experts} experts, and {asked}: say which expert"
-            )
-        weights = project(weights, shape, mixture_K)
-    if shape.lora is not None:
-        weights = merge_lora(weights, shape)
-    plain = shape.plain
-    return ServedModel(plain, weights, {**state, "model": plain.model_dump(mode="json")})
+    return TrainedModel(step, ModelConfig.model_validate(state["model"]), weights, state)
+
+
+def read_served(step: Path) -> ServedModel:
+    """The ordinary model of a `step_N` folder.
+
+    Raises:
+        ArtifactError: a file is missing, cut short or changed.
+        CheckpointError: it is of a projected network, which is many models.
+    """
+    return read_trained(step).served()
 
 
 def one_hot(expert: int, *, experts: int) -> torch.Tensor:
@@ -103,10 +128,11 @@ def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
     """
     if not (folder / "result.json").is_file():
         raise CheckpointError(f"{folder}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY")
-    step = find_final(folder)
-    projection = ModelConfig.model_validate(read_json(step / "state.json")["model"]).projection
-    if projection is None:
-        raise CheckpointError(f"{step}: an ordinary model, not a projected network: it has no experts to project")
+    network = read_trained(find_final(folder))
+    if network.shape.projection is None:
+        raise CheckpointError(
+            f"{network.step}: an ordinary model, not a projected network: it has no experts to project"
+        )
     if output.exists():
         raise CheckpointError(f"{output}: is there already: name a folder to make")
-    return write_served(read_served(step, mixture_K=one_hot(expert, experts=projection.experts)), output)
+    return write_served(network.served(one_hot(expert, experts=network.shape.projection.experts)), output)

@@ -95,7 +95,8 @@ def test_a_selection_says_what_each_criterion_chose_and_cost(finished: Path) -> 
         criteria = chosen["criteria"]
         assert set(criteria) == {"frequency", "loss", "halving", "finetuned"} and chosen["by"] == "halving"
         assert criteria["halving"]["rank"] == 1 and criteria["halving"]["choice"] == chosen["choice"]
-        assert 1 <= criteria["loss"]["rank"] <= chosen["experts"] == 3
+        assert 1 <= criteria["frequency"]["rank"] <= chosen["experts"] == 3
+        assert criteria["loss"]["choice"] is None and criteria["loss"]["flops"] > 0  # not run: what it would have cost
         assert criteria["frequency"]["flops"] == 0 < criteria["halving"]["flops"] < criteria["finetuned"]["flops"]
         assert not (finished / f"runs/smoke/slm-mix-chosen/{domain}/trials").exists()
     assert np.load(finished / "runs/smoke/slm-mix/c1/centroid.npy").shape == (256,)
