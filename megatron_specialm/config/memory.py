@@ -18,11 +18,13 @@ from megatron_specialm.config.setup import Setup
 FP32 = 4
 MOMENTS = 2 * FP32  # Adam's, per weight
 LOSS = 3 * FP32  # logits, their log-softmax and its gradient, per token and word
+# With a teacher beside the student its logits too, both distributions at the temperature, and what they are made from.
+DISTILLATION = 8 * FP32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `derived` are the weights that a step computes from others (`model/derived.py`), and the
+    """Bytes of one process. `teacher` are the weights of one beside the student. `derived` are the weights that a step computes from others (`model/derived.py`), and the
     sums of their gradients. `activations` are kept from forward to backward passes; `working` is the most that one
     step of a backward pass needs beside them: the loss over the vocabulary, a layer that is recomputed, or the
     gradients of derived weights on their way to the parameters."""
@@ -30,6 +32,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    teacher: int
     derived: int
     activations: int
     working: int
@@ -37,7 +40,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak in bytes. What the GPU's driver and the communication library take is not in it."""
-        return self.weights + self.gradients + self.optimizer + self.derived + self.activations + self.working
+        held = self.weights + self.gradients + self.optimizer + self.teacher + self.derived
+        return held + self.activations + self.working
 
 
 def memory_of(setup: Setup, *, fused: bool) -> Memory:
@@ -65,13 +69,15 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     kept = passes * max(_layers(setup, stage)) * _kept(setup, element, fused=fused)
     kept += last * _norm(setup, element, fused=fused)  # the final one
     activations = round(tokens * kept)
-    loss = last * LOSS * _vocabulary(setup)
+    loss = last * (DISTILLATION if setup.teacher else LOSS) * _vocabulary(setup)
+    teacher = _stage_weights(replace(setup, model=setup.teacher), stage, last=last) if setup.teacher else 0
     # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis.
     returned = (0 if element == FP32 else derived * element) + _largest_basis(setup) * element
     return Memory(
         weights=weights * element,
         gradients=trained * FP32,
         optimizer=state // copies,
+        teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
         working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), returned - activations),

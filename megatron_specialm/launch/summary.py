@@ -50,7 +50,7 @@ def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     memories = [memory_of(setup, fused=fused) for setup in setups.values()]
     table = Table("GiB per process", *setups, **_PLAIN)
     table.add_row("layout", *(setup.parallel.describe() for setup in setups.values()))
-    for part in ("weights", "gradients", "optimizer", "derived"):
+    for part in ("weights", "gradients", "optimizer", "teacher", "derived"):
         table.add_row(part, *(_gib(getattr(memory, part)) for memory in memories))
     for recompute in ("none", "selective", "full"):
         others = [memory_of(setup.recomputing(recompute), fused=fused) for setup in setups.values()]

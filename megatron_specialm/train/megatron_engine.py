@@ -326,6 +326,9 @@ def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
             f"the teacher's vocabulary has {teacher.vocabulary_size} tokens, the student's {model.vocabulary_size}: "
             "both must be trained with one tokenizer"
         )
+    for chunk in teacher.chunks:  # norms are built in fp32, and the student's wrapper rounds its own
+        if chunk.config.bf16:
+            chunk.bfloat16()
     return teacher.train(False)
 
 

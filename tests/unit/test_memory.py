@@ -15,7 +15,9 @@ from megatron_specialm.config.setup import Setup
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
+from megatron_specialm.train.distillation import Distillation
 from megatron_specialm.train.distributed import process_group
+from megatron_specialm.train.losses import cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from tests.memory import PeakMemory
 
@@ -48,14 +50,36 @@ def test_so_it_is_with_derived_weights(model: ModelConfig, precision: str, recom
     _check(model.model_copy(update=derived), precision, recompute, 300)
 
 
-def _check(model: ModelConfig, precision: str, recompute: str, vocabulary: int) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [300, 3000])
+def test_so_it_is_with_a_teacher_beside_it(precision: str, vocabulary: int) -> None:
+    _check(NEOX, precision, "none", vocabulary, teacher=NEOX.model_copy(update={"hidden_size": 256}))
+
+
+def _check(
+    model: ModelConfig, precision: str, recompute: str, vocabulary: int, teacher: ModelConfig | None = None
+) -> None:
     parallel = ParallelConfig(recompute=recompute)
-    setup = Setup(model, parallel, precision, vocabulary, context_length=128, global_batch_size=12, micro_batch_size=4)
+    setup = Setup(
+        model, parallel, precision, vocabulary,
+        context_length=128, global_batch_size=12, micro_batch_size=4, teacher=teacher,
+    )  # fmt: skip
     memory = memory_of(setup, fused=False)
     with process_group(ALONE, parallel=parallel):
-        gpt = Gpt(model, vocabulary_size=vocabulary, context_length=128, precision=precision, parallel=parallel)
+        gpt, beside = (
+            Gpt(one, vocabulary_size=vocabulary, context_length=128, precision=precision, parallel=parallel)
+            for one in (model, teacher or model)
+        )
         gpt.initialize(seed=0)
-        engine = MegatronEngine(gpt, parallel=parallel, optimizer=Optimizer(), micro_batch_size=4)
+        beside.initialize(seed=1)
+        engine = MegatronEngine(
+            gpt,
+            parallel=parallel,
+            optimizer=Optimizer(),
+            micro_batch_size=4,
+            objective=Distillation(alpha=0.5, temperature=1.0, teacher="online") if teacher else cross_entropy,
+            teacher=beside if teacher else None,
+        )
         held = sum(parameter.nbytes for _, parameter, _ in gpt.weights())
         gradients = sum(gradient.nbytes for gradient in engine.gradients().values())
         windows = np.random.default_rng(0).integers(0, vocabulary, (12, 129))
@@ -69,6 +93,7 @@ def _check(model: ModelConfig, precision: str, recompute: str, vocabulary: int) 
     assert memory.derived + memory.activations + memory.working == pytest.approx(taken.peak, rel=0.1)
     # Checkpoints have no padding of the vocabulary; a process has.
     assert memory.weights == held
+    assert memory.teacher == (sum(parameter.nbytes for _, parameter, _ in beside.weights()) if teacher else 0)
     assert memory.gradients == pytest.approx(gradients, rel=0.15)
     assert memory.optimizer == pytest.approx(state + originals, rel=0.15)
 
