@@ -24,10 +24,10 @@ DISTILLATION = 8 * FP32
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `teacher` are the weights of one beside the student. `derived` are the weights that a step computes from others (`model/derived.py`), and the
-    sums of their gradients. `activations` are kept from forward to backward passes; `working` is the most that one
-    step of a backward pass needs beside them: the loss over the vocabulary, a layer that is recomputed, or the
-    gradients of derived weights on their way to the parameters."""
+    """Bytes of one process. `teacher` are the weights of one beside the student. `derived` are the weights that a step
+    computes from others (`model/derived.py`), and the sums of their gradients. `activations` are kept from forward to
+    backward passes; `working` is the most that one step of a backward pass needs beside them: the loss over the
+    vocabulary, a layer that is recomputed, or the gradients of derived weights on their way to the parameters."""
 
     weights: int
     gradients: int
