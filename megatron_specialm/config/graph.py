@@ -43,8 +43,12 @@ from megatron_specialm.config.schema import (
 )
 
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
-PLACEMENT = {"parallel", "workers", "micro_batch_size", "checkpoint", "log_every", "tensorboard", "wandb_project"}
-ARTIFACT_FORMAT = 1  # raise it when the meaning of an artifact changes: older ones are then made again
+PLACEMENT: dict[str, Any] = {
+    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
+    "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
+    "clusters": True,  # which experts there are says nothing of one of them; a stage of that name is among the inputs
+}  # fmt: skip
+ARTIFACT_FORMAT = 2  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):

@@ -129,7 +129,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.global_batch_size,
         stage.micro_batch_size,
         stage.fp8,
-        stage.windows_per_expert if stage.projection else 1,
+        stage.windows_per_expert or 1,
         _variants(stage),
         model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
     )
@@ -139,7 +139,7 @@ def _variants(stage: TrainStage) -> int:
     """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
     if stage.projection is None:
         return 0
-    groups = stage.global_batch_size // stage.windows_per_expert
+    groups = stage.global_batch_size // (stage.windows_per_expert or 1)
     return groups if stage.soup else min(groups, stage.projection.experts)
 
 

@@ -149,10 +149,11 @@ def _adapter_weights(setup: Setup) -> int:
 
 
 def _derived_weights(setup: Setup) -> int:
-    """Weights that a step computes in a layer: of all experts that its micro-batches can be of, or base and adapters."""
+    """Weights that a step computes in a layer: of all mixtures of experts that its micro-batches can be of, or of base and
+    adapters."""
     model = setup.model
     if model.projection is not None:
-        return min(model.projection.experts, setup.micro_batches) * _projected_weights(setup)
+        return min(setup.variants, setup.micro_batches) * _projected_weights(setup)
     if model.lora is not None:
         return (
             sum(math.prod(model.linear_sizes()[name]) for name in model.lora.linears) // setup.parallel.tensor_parallel

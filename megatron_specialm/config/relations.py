@@ -4,8 +4,17 @@ anything runs."""
 from collections.abc import Iterator
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.lineage import cluster_count, model_of, tokenize_stage, trained_clusters
+from megatron_specialm.config.lineage import (
+    assign_stage,
+    cluster_count,
+    key_for,
+    model_keys,
+    model_of,
+    tokenize_stage,
+    trained_clusters,
+)
 from megatron_specialm.config.schema import (
+    EmbedStage,
     EvaluateStage,
     ExportStage,
     Pipeline,
@@ -27,6 +36,8 @@ def check_relations(pipeline: Pipeline, name: str) -> None:
         _check_tokenizer(pipeline, name, model)
         if field != "experts":
             _check_single(pipeline, name, field, model)
+        if isinstance(stage, TrainStage | TeachStage):
+            _check_keys(pipeline, name, field, model)
     if isinstance(stage, TrainStage):
         _check_clusters(pipeline, name, stage)
         _check_cache(pipeline, name, stage)
@@ -74,6 +85,16 @@ def _check_single(pipeline: Pipeline, name: str, field: str, model: str) -> None
         )
 
 
+def _check_keys(pipeline: Pipeline, name: str, field: str, model: str) -> None:
+    """A training for everybody, or of a cluster's expert, can take nothing that is a domain's."""
+    own = list(pipeline.text.domains) if isinstance(pipeline.stages[name], TeachStage) else model_keys(pipeline, name)
+    if key := next((key for key in own if key_for(pipeline, model, key) not in model_keys(pipeline, model)), None):
+        raise ConfigError(
+            f"stages.{name}.{field}: {model!r} is made for each domain, and {name!r} is not ({name}/{key}): name a stage "
+            "that serves all domains, or set `data: domain`"
+        )
+
+
 def _experts(pipeline: Pipeline, name: str) -> str | None:
     """What a stage with many experts is; None for ordinary models."""
     stage = pipeline.stages[name]
@@ -85,6 +106,14 @@ def _experts(pipeline: Pipeline, name: str) -> str | None:
 def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage) -> None:
     if stage.assignment is None:
         return
+    assign = assign_stage(pipeline, stage.assignment)
+    vectors = pipeline.stages[assign.vectors]
+    assert isinstance(vectors, EmbedStage)
+    if vectors.tokens != stage.tokens:
+        raise ConfigError(
+            f"stages.{name}.tokens: {stage.tokens}, and `{stage.assignment}` has the clusters of the windows of "
+            f"`{vectors.tokens}`: set them equal, or name another assign stage"
+        )
     k = cluster_count(pipeline, stage.assignment)
     if stage.projection is not None and stage.projection.experts != k:
         raise ConfigError(

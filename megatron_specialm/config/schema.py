@@ -54,7 +54,7 @@ class Text(Settings):
     """The large generic set and the small domain sets.
 
     A domain with `sizes: [50_000, 1_000_000]` (training tokens) stands for one domain per size, `legal-50k` and
-    `legal-1m`, whose validation and test sets are the same.
+    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's text.
     """
 
     generic: TextSet
@@ -77,9 +77,10 @@ class Text(Settings):
     @classmethod
     def _names(cls, value: dict[str, TextSet]) -> dict[str, TextSet]:
         for name in [*value, *(files.domain for files in value.values() if files.domain is not None)]:
-            if name == GENERIC or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+            if name == GENERIC or re.fullmatch(r"c\d+", name) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 raise ValueError(
-                    f"domain name {name!r}: use small letters, digits, '_' and '-'; '{GENERIC}' is taken by the generic set"
+                    f"domain name {name!r}: use small letters, digits, '_' and '-'; '{GENERIC}' is taken by the generic "
+                    "set, and c0, c1, ... by the experts of clusters"
                 )
         return value
 
@@ -271,9 +272,10 @@ class TrainStage(Settings):
         description="`cluster` only: an expert's `steps`, or scaled by its cluster's share (mean: `steps`)",
     )
     projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
-    windows_per_expert: PositiveInt = Field(
-        default=8,
-        description="SLM-pn: windows in a row of a batch that one expert computes; a multiple of micro batches",
+    windows_per_expert: PositiveInt | None = Field(
+        default=None,
+        description="SLM-pn: windows in a row of a batch that one expert computes, a multiple of micro_batch_size. Few, so "
+        "that a batch has many experts",
     )
     soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
     lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged when served")
@@ -360,6 +362,14 @@ class TrainStage(Settings):
             projected and self.domain_fraction > 0,
             "`domain_fraction` does not go with `projection`: drop one of them",
         )
+        yield (
+            (self.windows_per_expert is not None) != projected,
+            (
+                "`windows_per_expert` goes with `projection`, which needs it: how many windows in a row one expert computes"
+            ),
+        )
+        repeated = self.clusters is not None and len(set(self.clusters)) < len(self.clusters)
+        yield repeated, f"`clusters` {self.clusters}: one stands twice"
         yield self.soup is not None and not projected, "`soup` goes with `projection`"
         yield (
             self.lora is not None and self.init is None,
@@ -388,12 +398,14 @@ class TrainStage(Settings):
 
 
 class Trial(Settings):
-    """The fine-tuning by which experts are told apart, as a train stage with `data: domain` would do it."""
+    """The fine-tuning by which experts are told apart: on one process, at a constant learning rate."""
 
     steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 8
     optimizer: Optimizer = Optimizer()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluate_every: PositiveInt = Field(default=10, description="steps; the best validation loss counts")
 
 
 class SelectStage(Settings):

@@ -87,7 +87,11 @@ class ClusterIndex:
             order = None
         else:
             first, second = (np.arange(part.offsets[-1]) if part.order is None else part.order for part in parts)
-            order = np.concatenate([first, np.asarray(second, dtype=np.int64) + self.offsets[-1]])
+            total = int(self.offsets[-1] + other.offsets[-1])
+            dtype = np.int32 if total < 1 << 31 else np.int64
+            order = np.concatenate(
+                [first.astype(dtype), (np.asarray(second, np.int64) + self.offsets[-1]).astype(dtype)]
+            )
         return ClusterIndex(order, np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
 
     def members(self, clusters: np.ndarray, places: np.ndarray) -> np.ndarray:

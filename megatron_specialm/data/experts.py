@@ -86,14 +86,14 @@ def expert_steps(steps: int, *, budget: str, size: int, sizes: np.ndarray) -> in
     return max(1, round(steps * np.count_nonzero(sizes) * size / int(sizes.sum())))
 
 
-def check_enough(cluster: int, *, windows: int, needed: int) -> None:
-    """Refuse an expert whose cluster is smaller than a batch.
+def check_enough(cluster: int, *, windows: int, needed: int, field: str, otherwise: str) -> None:
+    """Refuse an expert whose cluster is smaller than what it reads at a time, which `field` of the page says.
 
     Raises:
         DataError: with both numbers.
     """
     if windows < needed:
         raise DataError(
-            f"cluster {cluster} has {windows} generic windows, fewer than global_batch_size {needed}: too few for an "
-            "expert; lower global_batch_size, use fewer clusters (k), or leave it out by `clusters`"
+            f"cluster {cluster} has {windows} generic windows, too few for an expert: fewer than {field} {needed}; lower "
+            f"that, or {otherwise}"
         )

@@ -39,6 +39,8 @@ class Batch(NamedTuple):
 
     def padded(self, count: int) -> "Batch":
         """With `count` more windows that do not count."""
+        if not count:
+            return self
         return self._map(lambda part: np.pad(part, ((0, count), *[(0, 0)] * (part.ndim - 1))))
 
     def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Batch":

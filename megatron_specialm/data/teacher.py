@@ -17,6 +17,7 @@ temperature; logarithms are nats, in fp32: with 16 bits an exact cache would be 
 Legend: B windows of a batch, T context length, V vocabulary, K entries kept of a token, W windows, N tokens that count.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ class Kept:
                 f"count {self.count}: the vocabulary has {self.vocabulary_size} tokens: "
                 f"set count to at most {self.vocabulary_size}, or kind to exact"
             )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the cache's files."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays().values())
 
     def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """By name: type, and shape per token."""

@@ -8,7 +8,8 @@ from rich.table import Table
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
-from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of
+from megatron_specialm.config.finetuning import finetuning_recipe
+from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of, text_set
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline, TrainStage
 
@@ -20,8 +21,8 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs, and the GPU hours that
     they take at `TYPICAL_UTILISATION` of the peak, where the machine's is known.
 
-    Tokens are at most these: windows shorter than the context hold fewer. Parameters are for the vocabulary asked for,
-    which an existing tokenizer decides itself.
+    Steps and tokens are of the longest run, and at most these: early stopping makes runs shorter, and windows shorter
+    than the context hold fewer. Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
     """
     table = Table("stage", "runs", "weights", "trained", "steps", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN)
     peak = dense_peak(machine.name)
@@ -30,17 +31,24 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
-        setup, runs = setup_of(pipeline, name), len(model_keys(pipeline, name))
-        tokens = stage.steps * setup.global_batch_size * setup.context_length
-        flops = runs * stage.steps * setup.step_flops
+        setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
+        steps = [_steps(pipeline, stage, key) for key in keys]
+        tokens = max(steps) * setup.global_batch_size * setup.context_length
+        flops = sum(steps) * setup.step_flops
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{flops / (TYPICAL_UTILISATION * peak) / 3600:,.2f}"] if peak else []
         table.add_row(
-            name, str(runs), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{stage.steps:,}", f"{tokens / 1e6:,.2f}M",
-            f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
+            name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
+            f"{tokens / 1e6:,.2f}M", f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
         )  # fmt: skip
     return table
+
+
+def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
+    """Steps of one run, at most: a recipe goes by the size of the domain's set, where the page says it."""
+    size = text_set(pipeline, key).train_tokens if stage.recipe else None
+    return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps
 
 
 def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:

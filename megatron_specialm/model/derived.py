@@ -137,9 +137,10 @@ def _project(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, W
     chunks[0].register_parameter(EXPERT_CODES, codes)
 
     def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
-        codes_JM = mixtures_JK.to(codes) @ _SumOverStages.apply(codes)
+        # In fp32, as merged weights are: they are small, and each scales a whole matrix.
+        codes_JM = mixtures_JK.float() @ _SumOverStages.apply(codes.float())
         for chunk, own in zip(chunks, places, strict=True):
-            coefficients = [codes_JM @ layer.mlp.projection for layer in _layers(chunk)]
+            coefficients = [codes_JM @ layer.mlp.projection.float() for layer in _layers(chunk)]
             per_layer = len(own) // len(coefficients)
             for number, place in enumerate(own):
                 basis = getattr(place.linear, f"{place.attribute}_basis")
@@ -168,7 +169,7 @@ def _combine(coefficients_JH: torch.Tensor, basis: nn.Parameter) -> torch.Tensor
     coefficients are summed over them."""
     if basis.tensor_model_parallel or basis.sequence_parallel:  # type: ignore[attr-defined]
         coefficients_JH = copy_to_tensor_model_parallel_region(coefficients_JH)
-    return (coefficients_JH @ basis.flatten(1)).view(-1, *basis.shape[1:])
+    return (coefficients_JH.to(basis.dtype) @ basis.flatten(1)).view(-1, *basis.shape[1:])
 
 
 class _SumOverStages(torch.autograd.Function):

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.graph import text_read
-from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage
+from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage, trained_clusters
 from megatron_specialm.config.schema import GENERIC, TrainStage
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -19,7 +20,6 @@ from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.schedule import finetuning_recipe, with_steps
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,12 @@ def open_store(tokens: str, context: Context, source: str, split: str = "train")
 def _experts(stage: TrainStage, context: Context) -> ExpertStream:
     """SLM-pn: each window by its own cluster's expert, or a soup of them."""
     index = _generic_index(stage, context)
+    assert stage.windows_per_expert is not None
     for cluster in np.flatnonzero(index.sizes):
-        check_enough(int(cluster), windows=int(index.sizes[cluster]), needed=stage.windows_per_expert)
+        check_enough(
+            int(cluster), windows=int(index.sizes[cluster]), needed=stage.windows_per_expert,
+            field=f"stages.{context.task.id.stage}.windows_per_expert", otherwise="use fewer clusters (k)",
+        )  # fmt: skip
     return ExpertStream(
         index,
         global_batch_size=stage.global_batch_size,
@@ -138,7 +142,12 @@ def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: C
     if stage.data == "cluster":
         cluster = cluster_of(context.key)
         size = int(index.sizes[cluster])
-        check_enough(cluster, windows=size, needed=stage.global_batch_size)
+        for other in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+            check_enough(
+                other, windows=int(index.sizes[other]), needed=stage.global_batch_size,
+                field=f"stages.{context.task.id.stage}.global_batch_size",
+                otherwise="use fewer clusters (k), or name those to train in `clusters`",
+            )  # fmt: skip
         return with_steps(stage, expert_steps(stage.steps, budget=stage.budget, size=size, sizes=index.sizes))
     if stage.recipe is not None:
         return finetuning_recipe(stage, set_tokens=int(store.lengths.sum()))

@@ -1,7 +1,11 @@
 """What a teacher says of every training window of a domain, for its students: see `data/teacher.py` for the files."""
 
+import shutil
+from pathlib import Path
+
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.lineage import key_for
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.teacher import CacheWriter, Kept
@@ -18,11 +22,13 @@ def run(stage: TeachStage, context: Context) -> Report:
 
     Raises:
         ConfigError: more entries per token than the vocabulary has.
+        MachineError: the cache does not fit on the disk.
     """
     teacher = (stage.teacher, key_for(context.pipeline, stage.teacher, context.key))
     served = read_served(find_final(context.artifact(*teacher)))
     store = open_store(stage.tokens, context, context.key)
     kept = Kept(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
+    _check_room(context.folder, kept, tokens=int(store.lengths.sum()))
     writer = CacheWriter(
         context.folder,
         kept,
@@ -36,3 +42,12 @@ def run(stage: TeachStage, context: Context) -> Report:
     flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     return Report(tokens=tokens, flops=flops, values={"windows": len(store), "bytes": size})
+
+
+def _check_room(folder: Path, kept: Kept, *, tokens: int) -> None:
+    needed, free = tokens * kept.bytes_per_token, shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            f"{folder}: the cache of {tokens:,} tokens takes {needed / 2**30:,.1f} GiB ({kept.kind}), and {free / 2**30:,.1f} "
+            "GiB are free: use `keep: sampled`, or a smaller `count`"
+        )

@@ -33,9 +33,6 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     readers = _readers(context)
     with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
         assigned = _assigned(stage, context, readers, encoder)
-        wanted = text_set(context.pipeline, context.key).train_tokens
-        if wanted is not None:
-            assigned = cut_training_set(assigned, wanted, context_length=stage.context_length, name=context.key)
         for split, ids in assigned:
             writers[split].add_document(ids)
     skipped = {split: readers[split].skipped if split in readers else 0 for split in SPLITS}
@@ -63,44 +60,50 @@ def _readers(context: Context) -> dict[str, Documents]:
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All documents of the set, each with the split it belongs to."""
+    """All documents of the set that are wanted, each with the split it belongs to."""
     for split, documents in readers.items():
         encoded = encoder.encode(documents)
-        if split == "train" and "validation" not in readers:
-            yield from hold_out(
+        assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
+        holds_out = split == "train" and "validation" not in readers
+        if holds_out:
+            assigned = hold_out(
                 encoded,
                 fraction=stage.validation_fraction,
                 seed=context.pipeline.seed,
                 context_length=stage.context_length,
                 name=f"text {context.key!r}",
             )
-        else:
-            yield from ((split, ids) for ids in encoded)
+        wanted = text_set(context.pipeline, context.key).train_tokens
+        if split == "train" and wanted is not None:
+            assigned = cut_training_set(
+                assigned, wanted, context_length=stage.context_length, name=context.key, holds_out=holds_out
+            )
+        yield from assigned
 
 
 def cut_training_set(
-    assigned: Iterable[tuple[str, np.ndarray]], wanted: int, *, context_length: int, name: str
+    assigned: Iterable[tuple[str, np.ndarray]], wanted: int, *, context_length: int, name: str, holds_out: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Keep of the training documents the first whole windows that hold at most `wanted` tokens; of other splits, all.
-
-    A smaller size is so the beginning of every larger one, and all are held out and tested on the same text.
+    """Keep of the training documents the first whole windows that hold at most `wanted` tokens, and those that were held
+    out among them, at least one where any are (`holds_out`). Nothing behind them is read: a set of 1M tokens costs and
+    validates as one. A smaller size is the beginning of every larger one.
 
     Raises:
         DataError: the training documents hold fewer tokens.
     """
-    left, found, full = wanted, 0, False
+    left, found, waits = wanted, 0, holds_out
     for split, ids in assigned:
         if split != "train":
+            waits = False
             yield split, ids
-            continue
-        found += len(ids)
-        if full:
-            continue
-        full = len(ids) > left
-        kept = ids[: left // context_length * context_length] if full else ids
-        left -= len(kept)
-        if len(kept):
-            yield split, kept
+        else:
+            found += len(ids)
+            kept = ids if len(ids) <= left else ids[: left // context_length * context_length]
+            left = left - len(kept) if len(kept) == len(ids) else 0
+            if len(kept):
+                yield split, kept
+        if not left and not waits:
+            return
     if found < wanted:
         raise DataError(
             f"text.domains.{name}.train_tokens: {wanted:,} wanted, and its training documents hold {found:,} tokens: add "

@@ -198,7 +198,7 @@ def _save(engine: Engine, run: Run, progress: Progress) -> None:
         step=progress.step,
         weights=engine.weights(),
         optimizer_state=engine.optimizer_state(),
-        state={"progress": asdict(progress), **run.description},
+        state={**run.description, "progress": asdict(progress)},
     )
 
 

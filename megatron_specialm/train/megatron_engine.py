@@ -25,7 +25,7 @@ from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.engine import LossSum, StepStats
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
-from megatron_specialm.train.shares import Share, gather_whole, share_of, take_share
+from megatron_specialm.train.shares import Share, gather_whole, keep_original, share_of, take_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -155,9 +155,11 @@ class MegatronEngine:
         self._model.load(weights)
         with torch.no_grad():
             for weight, share in self._shares():
-                if share.main is not None:
+                if not weight.parameter.requires_grad:
+                    keep_original(weight.parameter, take_share(weight, share, weights[weight.name]))
+                elif share.main is not None:
                     share.main.view(-1).copy_(take_share(weight, share, weights[weight.name]))
-                    if optimizer_state and weight.parameter.requires_grad:
+                    if optimizer_state:
                         self._load_moments(weight, share, share.main, optimizer_state)
         if optimizer_state:
             for group in self._optimizer.param_groups:

@@ -10,6 +10,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.train.checkpoint import declare_final, find_final, read_model, save_checkpoint
@@ -33,9 +34,11 @@ class ServedModel:
         """Tokens of the windows it was trained on."""
         return self.state["context_length"]
 
-    def build(self) -> Gpt:
+    def build(self, *, precision: Precision = "fp32") -> Gpt:
         """The model with its weights, whole on this process."""
-        model = Gpt(self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length)
+        model = Gpt(
+            self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length, precision=precision
+        )
         model.load(self.weights)
         return model
 
@@ -68,7 +71,9 @@ class TrainedModel:
             weights = project(weights, shape, mixture_K)
         if shape.lora is not None:
             weights = merge_lora(weights, shape)
-        return ServedModel(shape.plain, weights, {**self.state, "model": shape.plain.model_dump(mode="json")})
+        # Where its training stood is not the model's: who trains it on begins anew.
+        state = {name: value for name, value in self.state.items() if name != "progress"}
+        return ServedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
 
 
 def read_trained(step: Path) -> TrainedModel:

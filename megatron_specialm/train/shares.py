@@ -26,9 +26,10 @@ class Share(NamedTuple):
 
 
 def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Share:
-    """This process's share of a parameter. One that is not trained is no optimizer's: every copy has it."""
+    """This process's share of a parameter. One that is not trained is no optimizer's: every copy has it, as it was before
+    it was rounded (`keep_original`)."""
     if not parameter.requires_grad:
-        return Share(parameter, slice(0, parameter.numel()), None)
+        return Share(getattr(parameter, "original", parameter), slice(0, parameter.numel()), None)
     if not isinstance(optimizer, DistributedOptimizer):
         return Share(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -38,6 +39,13 @@ def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Sha
     elements = optimizer._get_model_param_range_map(parameter)["param"]
     main = optimizer.optimizer.param_groups[group]["params"][index]
     return Share(main, slice(elements.start, elements.end), copies)
+
+
+def keep_original(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Keep a frozen parameter's fp32 value on the host, where training rounds it: what is saved, and what adapters are
+    merged with, is the model that training started from."""
+    if parameter.dtype != torch.float32:
+        parameter.original = value.detach().float().cpu().view(parameter.shape)  # type: ignore[attr-defined]
 
 
 def gather_whole(weight: OwnWeight, share: Share, value: torch.Tensor | None) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Trials:
         folder.mkdir(parents=True, exist_ok=True)
         settings, start = self._settings(steps), self._load(key)
         engine = MegatronEngine(
-            start.build(),
+            start.build(precision=settings.precision),
             parallel=settings.parallel,
             optimizer=settings.optimizer,
             micro_batch_size=settings.micro_batch_size,
@@ -60,12 +60,12 @@ class Trials:
         return progress.best_loss
 
     def _settings(self, steps: int) -> TrainStage:
-        """Validated at the end of `steps`, and never stopped before."""
+        """Validated now and then and at the end of `steps`, and never stopped before."""
         return TrainStage.model_validate(
             {
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,
                 "schedule": {"warmup_steps": 0}, "checkpoint": {"every": steps, "keep": 1},
-                "early_stopping": {"evaluate_every": steps, "patience": steps + 1},
-                **self._trial.model_dump(include={"global_batch_size", "micro_batch_size", "optimizer"}),
+                "early_stopping": {"evaluate_every": self._trial.evaluate_every, "patience": steps + 1},
+                **self._trial.model_dump(include={"global_batch_size", "micro_batch_size", "optimizer", "precision"}),
             }
         )  # fmt: skip

@@ -86,8 +86,11 @@ def test_budgets_of_experts() -> None:
     assert [expert_steps(100, budget="equal", size=size, sizes=sizes) for size in sizes] == [100] * 4
     proportional = [expert_steps(100, budget="proportional", size=size, sizes=sizes) for size in (10, 30, 60)]
     assert proportional == [30, 90, 180]
-    with pytest.raises(DataError, match=r"cluster 3 has 7 generic windows, fewer than global_batch_size 8"):
-        check_enough(3, windows=7, needed=8)
+    check_enough(3, windows=8, needed=8, field="global_batch_size", otherwise="")
+    with pytest.raises(
+        DataError, match=r"cluster 3 has 7 generic windows, too few for an expert: fewer than mix.x 8; low"
+    ):
+        check_enough(3, windows=7, needed=8, field="mix.x", otherwise="use fewer clusters")
 
 
 # --- two stores as one --------------------------------------------------------------------------------------------------

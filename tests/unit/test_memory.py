@@ -63,6 +63,7 @@ def _check(
     setup = Setup(
         model, parallel, precision, vocabulary,
         context_length=128, global_batch_size=12, micro_batch_size=4, teacher=teacher,
+        variants=3 if model.projection else 0,
     )  # fmt: skip
     memory = memory_of(setup, fused=False)
     with process_group(ALONE, parallel=parallel):

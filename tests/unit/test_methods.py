@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.graph import Task, TaskId, build_graph
+from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
 from megatron_specialm.config.lineage import is_finetuned, method_of, model_of
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
@@ -28,7 +28,7 @@ STAGES: dict[str, Any] = {
     "mix": {**TRAIN, "data": "cluster", "assignment": "assignment", "model": MODEL},
     "pn": {
         **TRAIN, "data": "generic", "assignment": "assignment", "model": MODEL,
-        "projection": {"experts": 4, "capacity": 3, "code_size": 5},
+        "projection": {"experts": 4, "capacity": 3, "code_size": 5}, "windows_per_expert": 8,
     },
     "chosen": {"kind": "select", "experts": "mix", "tokens": "tokens"},
     "soup": {"kind": "select", "experts": "pn", "tokens": "tokens", "by": "histogram", "method": "pn-soup"},
@@ -126,6 +126,11 @@ def test_a_resolved_page_says_the_same(tmp_path: Path) -> None:
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
         ("pn", {"windows_per_expert": 6}, "windows_per_expert 6 must be a multiple of micro_batch_size 8"),
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
+        ("slm", {"windows_per_expert": 4}, "`windows_per_expert` goes with `projection`"),
+        ("pn", {"windows_per_expert": None}, "`windows_per_expert` goes with `projection`, which needs it"),
+        ("mix", {"clusters": [1, 1]}, "[1, 1]: one stands twice"),
+        ("slm", {"distill": {"teacher": "llm-tuned"}}, "distill.teacher: 'llm-tuned' is made for each domain, and 'slm' is"),
+        ("mix", {"model": None, "init": "early"}, "init: 'early' is made for each domain, and 'mix' is not (mix/c0)"),
         ("slm", {"soup": {}}, "`soup` goes with `projection`"),
         ("slm", {"lora": {}}, "`lora` adapts weights that were trained before"),
         ("lora", {"lora": {"linears": ["gate"]}}, "Input should be 'qkv', 'proj', 'fc1' or 'fc2'"),
@@ -158,6 +163,32 @@ def test_what_means_nothing_is_refused_before_anything_runs(
         build_graph(_load(tmp_path, **{stage: fields}))
     assert words in str(refusal.value)
     assert f"stages.{stage}" in str(refusal.value)
+
+
+def test_clusters_of_other_windows_are_refused(tmp_path: Path) -> None:
+    other = {"short": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 8}}
+    with pytest.raises(
+        ConfigError, match=r"mix.tokens: short, and `assignment` has the clusters of the windows of `tokens`"
+    ):
+        build_graph(_load(tmp_path, **other, mix={"tokens": "short"}, chosen={"tokens": "short"}))
+
+
+def test_a_domain_is_not_named_as_an_expert(tmp_path: Path) -> None:
+    page = yaml.safe_load((_load(tmp_path), (tmp_path / "page.yaml").read_text())[1])
+    page["text"]["domains"]["c4"] = page["text"]["domains"]["law"]
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(page))
+    with pytest.raises(ConfigError, match=r"domain name 'c4': .* by the experts of clusters"):
+        load_pipeline(tmp_path / "page.yaml")
+
+
+def test_more_experts_leave_those_that_are_there_as_they_are(tmp_path: Path) -> None:
+    """And how many windows go through at a time decides nothing."""
+    digests = []
+    for clusters in ([0, 1], [0, 1, 3]):
+        pipeline = _load(tmp_path, mix={"clusters": clusters})
+        task = build_graph(pipeline)[TaskId("mix", "c0")]
+        digests.append(digest(pipeline, task, inputs=dict.fromkeys(task.inputs, ""), file_hashes={}))
+    assert digests[0] == digests[1]
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:

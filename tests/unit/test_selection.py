@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.finetuning import finetuning_recipe
+from megatron_specialm.config.model import LowRank
 from megatron_specialm.config.schema import TrainStage
-from megatron_specialm.train.schedule import finetuning_recipe
 from megatron_specialm.train.selection import (
     Spent,
     by_finetuning,
@@ -83,3 +84,5 @@ def test_the_papers_fine_tuning(set_tokens: int, rate: float, steps: int) -> Non
     made = finetuning_recipe(stage, set_tokens=set_tokens)
     assert made.optimizer.learning_rate == pytest.approx(rate)
     assert made.steps == steps and made.schedule.warmup_steps == min(3_000, steps)
+    adapted = finetuning_recipe(stage.model_copy(update={"lora": LowRank()}), set_tokens=set_tokens)
+    assert adapted.steps == min(50_000, 5 * steps)

@@ -94,7 +94,7 @@ def test_a_size_changes_the_digests_of_its_own_domain_alone() -> None:
 def _cut(lengths: list[int], wanted: int) -> list[int]:
     """The lengths of the training documents that are kept, of documents of these lengths."""
     documents = [("train", np.arange(length)) for length in lengths]
-    kept = list(tokenize.cut_training_set(documents, wanted, context_length=T, name="torch"))
+    kept = list(tokenize.cut_training_set(documents, wanted, context_length=T, name="torch", holds_out=False))
     assert all(np.array_equal(ids, np.arange(len(ids))) for _, ids in kept)
     return [len(ids) for _, ids in kept]
 
@@ -114,12 +114,14 @@ def test_the_first_whole_windows_are_kept(lengths: list[int], wanted: int, kept:
     assert sum(kept) <= wanted < sum(kept) + T
 
 
-def test_other_splits_stay_whole() -> None:
-    documents = [(split, np.arange(20)) for split in ("train", "validation", "train", "test")]
-    kept = [
-        (split, len(ids)) for split, ids in tokenize.cut_training_set(documents, 16, context_length=T, name="torch")
-    ]
-    assert kept == [("train", 16), ("validation", 20), ("test", 20)]
+def test_nothing_behind_the_size_is_read_but_for_one_that_is_held_out() -> None:
+    def cut(*splits: str) -> tuple[list[tuple[str, int]], int]:
+        documents = iter([(split, np.arange(20)) for split in splits])
+        kept = tokenize.cut_training_set(documents, 16, context_length=T, name="torch", holds_out=True)
+        return [(split, len(ids)) for split, ids in kept], len(list(documents))
+
+    assert cut("validation", "train", "train", "validation") == ([("validation", 20), ("train", 16)], 2)
+    assert cut("train", "train", "validation", "train") == ([("train", 16), ("validation", 20)], 1)
 
 
 def test_too_little_text_is_told() -> None:
@@ -174,5 +176,7 @@ def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> 
     assert reports[400].values["tokens"]["train"] == small["train"].lengths.sum()
     for index in range(len(small["train"])):
         np.testing.assert_array_equal(small["train"].window(index), whole["train"].window(index))
-    for split in ("validation", "test"):
-        np.testing.assert_array_equal(small[split].lengths, whole[split].lengths)
+    np.testing.assert_array_equal(small["test"].lengths, whole["test"].lengths)
+    held_out = len(small["validation"])  # what stands among the documents that were read
+    assert 0 < held_out < len(whole["validation"]) / 2
+    np.testing.assert_array_equal(small["validation"].lengths, whole["validation"].lengths[:held_out])

@@ -1,0 +1,104 @@
+"""A fine-tuning of an expert goes on where it stood, from its pretrained weights and nothing else of its pretraining."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_specialm.config.model import ModelConfig, Projection
+from megatron_specialm.config.schema import Trial
+from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.checkpoint import find_final, open_checkpoint, save_checkpoint
+from megatron_specialm.train.selection import Spent, by_halving
+from megatron_specialm.train.served import ServedModel, one_hot, read_served, read_trained, write_served
+from megatron_specialm.train.trials import Trials
+
+SHAPE = ModelConfig(layers=1, hidden_size=16, ffn_hidden_size=32, attention_heads=2)
+TRIAL = Trial.model_validate(
+    {
+        "steps": 6,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "evaluate_every": 2,
+        "optimizer": {"learning_rate": 1e-2},
+    }
+)
+# As a checkpoint of its pretraining says: far on, and with a validation loss of its own.
+PRETRAINED = {"progress": {"step": 500, "tokens": 1, "best_step": 400, "best_loss": 0.001}, "tokenizer": "t"}
+
+
+def _store(folder: Path) -> TokenStore:
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "validation"):
+        writer = StoreWriter(folder, split, context_length=8, vocabulary_size=40)
+        for number in range(6):
+            writer.add_document((np.arange(16) * (number + 1)) % 40)
+        splits[split] = writer.finish()
+    describe_store(folder, splits=splits, tokenizer="t", context_length=8, vocabulary_size=40, eod=0)
+    return TokenStore.open(folder, "train")
+
+
+def _expert(folder: Path, seed: int) -> ServedModel:
+    """As it is read from the checkpoint of a training."""
+    model = Gpt(SHAPE, vocabulary_size=40, context_length=8)
+    model.initialize(seed=seed)
+    state = {"model": SHAPE.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, **PRETRAINED}
+    weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in model.weights()}
+    step = save_checkpoint(folder, step=500, weights=weights, optimizer_state={}, state=state)
+    return read_served(step)
+
+
+@pytest.fixture
+def trials(tmp_path: Path, alone: None) -> dict[str, Trials]:
+    store = _store(tmp_path / "tokens")
+    experts = {f"c{number}": _expert(tmp_path / f"expert-{number}", number) for number in range(3)}
+    return {
+        name: Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / name, seed=0)
+        for name in ("at-once", "in-parts")
+    }
+
+
+def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(open_checkpoint(folder / f"step_{step:07d}").weights)
+
+
+def test_steps_in_parts_are_the_same_steps(trials: dict[str, Trials], tmp_path: Path) -> None:
+    loss = trials["at-once"].tune("c1", 6)
+    first = trials["in-parts"].tune("c1", 2)
+    assert trials["in-parts"].tune("c1", 6) == loss < first
+    assert trials["in-parts"].tune("c1", 6) == loss  # and what is done is not done again
+    once, parts = (_weights(tmp_path / name / "c1", 6) for name in ("at-once", "in-parts"))
+    assert all(torch.equal(once[name], parts[name]) for name in once)
+
+
+def test_halving_trains_in_every_round(trials: dict[str, Trials], tmp_path: Path) -> None:
+    ranking = by_halving(["c0", "c1", "c2"], trials["in-parts"].tune, 6, Spent())
+    steps = {
+        key: max(int(path.name.removeprefix("step_")) for path in (tmp_path / "in-parts" / key).glob("step_*"))
+        for key in ("c0", "c1", "c2")
+    }
+    assert steps[ranking.order[0]] == steps[ranking.order[1]] == 6 and steps[ranking.order[2]] == 3
+
+
+def test_a_served_model_is_written_and_read_as_it_is(tmp_path: Path, alone: None) -> None:
+    model = _expert(tmp_path / "expert", 0)
+    assert "progress" not in model.state
+    write_served(model, tmp_path / "out")
+    again = read_served(find_final(tmp_path / "out"))
+    assert again.shape == model.shape and again.state == model.state
+    assert all(torch.equal(again.weights[name], model.weights[name]) for name in model.weights)
+
+
+def test_an_expert_of_a_network_is_served_with_its_own_weights_only(tmp_path: Path, alone: None) -> None:
+    shape = SHAPE.model_copy(update={"projection": Projection(experts=3, capacity=2, code_size=4)})
+    network = Gpt(shape, vocabulary_size=40, context_length=8)
+    network.initialize(seed=0)
+    weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in network.weights()}
+    state = {"model": shape.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8}
+    step = save_checkpoint(tmp_path / "network", step=1, weights=weights, optimizer_state={}, state=state)
+    served = read_trained(step).served(one_hot(1, experts=3))
+    assert served.shape == SHAPE
+    served.build()  # every weight of the plain model, and no other
