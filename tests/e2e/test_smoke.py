@@ -194,3 +194,51 @@ def _wait_for_workers_to_die(folder: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"still alive: {[p.info['cmdline'] for p in alive]}")
+
+
+MORE = """
+extends: {page}
+stages:
+  taught:      {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: sampled, count: 8}}
+  exact:       {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: exact}}
+  cached: &tuned
+    {{kind: train, data: domain, init: slm, steps: 6, global_batch_size: 8, schedule: {{kind: constant}},
+      optimizer: {{learning_rate: 3.0e-4}}, distill: {{teacher: llm-tuned, cache: taught}}}}
+  exact-taught: {{<<: *tuned, distill: {{teacher: llm-tuned, cache: exact}}}}
+  online:      {{<<: *tuned, distill: {{teacher: llm-tuned}}}}
+  replay:      {{<<: *tuned, distill: null, replay_fraction: 0.25, recipe: paper}}
+  early:       {{kind: train, data: generic, domain_fraction: 0.2, model: smoke, steps: 6, global_batch_size: 16}}
+  btm:
+    {{kind: train, data: cluster, assignment: assignment-4, init: slm, clusters: [0, 2], steps: 6, global_batch_size: 16}}
+  btm-chosen:
+    {{kind: select, experts: btm, tokens: tokens, by: frequency, compare: [loss, finetuned, halving],
+      trial: {{steps: 4, global_batch_size: 8}}}}
+  btm-tuned:   {{<<: *tuned, distill: null, init: btm-chosen}}
+  more:        {{kind: evaluate, tokens: tokens, models: [cached, exact-taught, online, replay, early, btm-tuned]}}
+"""
+
+
+def test_what_else_a_page_can_say(finished: Path) -> None:
+    """Caches of a teacher, replay, the domain from the start, experts that branch off a model, and every criterion."""
+    page = finished / "more.yaml"
+    page.write_text(MORE.format(page=PAGE))
+    done = _specialm(finished, "run", str(page), "--until", "more")
+    assert done.returncode == 0, done.stdout + done.stderr
+    root = finished / "runs/smoke"
+    for domain in ("scipy", "sklearn", "torch"):
+        logs = {
+            name: [json.loads(line) for line in (root / name / domain / "metrics.jsonl").read_text().splitlines()]
+            for name in ("online", "exact-taught", "cached")
+        }
+        losses = {name: [record["loss"] for record in log if "loss" in record] for name, log in logs.items()}
+        # The same teacher, beside the student and from its cache; a sample of it says nearly the same.
+        assert losses["exact-taught"] == pytest.approx(losses["online"], rel=1e-4)
+        assert losses["cached"] == pytest.approx(losses["online"], rel=0.1)
+        selection = json.loads((root / "btm-chosen" / domain / "selection.json").read_text())
+        assert {name: len(entry["order"]) for name, entry in selection["criteria"].items()} == dict.fromkeys(
+            ("frequency", "loss", "finetuned", "halving"), 2
+        )
+        assert selection["choice"] == selection["criteria"]["frequency"]["order"][0]
+    assert {path.name for path in (root / "btm").glob("c*")} == {"c0", "c2"}
+    size = json.loads((root / "taught/done/torch.json").read_text())["values"]["bytes"]
+    assert size < json.loads((root / "exact/done/torch.json").read_text())["values"]["bytes"] / 50
