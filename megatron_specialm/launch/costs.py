@@ -1,8 +1,9 @@
 """What a model cost: everything its training rests on, found by walking the graph.
 
 Tasks that serve every domain (training on the generic set, tokenizing, embedding and clustering it) are generic cost, paid
-once; tasks of a domain are specialization cost, paid for each domain again. `tokens` are those of trainings, trials of a selection left out; FLOPs and
-device-seconds are of all the tasks, so the clustering that SLM-is rests on is counted as its generic cost.
+once; tasks of a domain are specialization cost, paid for each domain again. `tokens` are those of trainings, trials of a
+selection left out; FLOPs and device-seconds are of all the tasks, so the clustering that SLM-is rests on is counted as its
+generic cost.
 """
 
 from collections.abc import Mapping
