@@ -103,10 +103,18 @@ def test_too_few_windows(folder: Path) -> None:
 
 def test_a_cluster_too_small_for_an_expert_and_a_domain_without_one(folder: Path) -> None:
     clusters = ("stages.clusters-4.k=8", "stages.vectors.encoder={kind: tfidf, dimensions: 8}")
-    small = (*clusters, "stages.slm-mix.global_batch_size=512")
-    said = _fails(folder, 1, "too few for an expert", "lower global_batch_size", until="slm-mix", overrides=small)
+    small = (*clusters, "stages.slm-mix.global_batch_size=200")
+    said = _fails(
+        folder,
+        1,
+        "too few for an expert",
+        "fewer than stages.slm-mix.global_batch_size 200",
+        until="slm-mix",
+        overrides=small,
+    )
     assert said.count("too few for an expert") == 8
     assert not list((folder / "runs/smoke/slm-mix").glob("*/step_*"))  # nothing was trained
+    assert _specialm(folder, "run", *clusters, "--until", "assignment-4").returncode == 0
     histogram = np.load(folder / "runs/smoke/assignment-4/torch/histogram.npy")
     without = int(histogram.argmin())
     assert histogram[without] == 0, "this text has words of every cluster in every domain: the test needs other text"
