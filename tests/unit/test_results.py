@@ -123,15 +123,17 @@ def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:
 
 def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    marker = read_marker(root, "slm-is", "scipy")
+    marker = read_marker(root, "slm-mix-chosen", "scipy")
     assert marker is not None
     told = {"choice": "c3", "by": "loss", "criteria": {"loss": {"choice": "c3", "rank": 1, "tokens": 64, "flops": 9}}}
-    finish_artifact(root, "slm-is", "scipy", dataclasses.replace(marker, values=told))
+    finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, values=told))
     results = write_results(pipeline, root)
-    assert [entry["domain"] for entry in results["concentration"]] == ["generic", *pipeline.text.domains]
+    stages = ("assignment", "assignment-16", "assignment-4")
+    sets = [(stage, name) for stage in stages for name in ("generic", *pipeline.text.domains)]
+    assert [(entry["stage"], entry["domain"]) for entry in results["concentration"]] == sets
     assert results["selection"] == [
         {
-            "method": "slm-is", "stage": "slm-is", "domain": "scipy", "base_domain": "scipy", "size": None, "choice": "c3",
+            "method": "slm-mix", "stage": "slm-mix-chosen", "domain": "scipy", "base_domain": "scipy", "size": None, "choice": "c3",
             "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1, "tokens": 64, "flops": 9, "seed": 0,
         }
     ]  # fmt: skip
