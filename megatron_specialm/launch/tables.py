@@ -146,12 +146,12 @@ def concentration_table(results: Mapping[str, Any]) -> Table:
 
 
 def selection_table(results: Mapping[str, Any]) -> Table:
-    """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell."""
+    """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell, or would have."""
     several_seeds = len({entry["seed"] for entry in results["selection"]}) > 1
     lines = [
         [
             entry["stage"], entry["domain"], *[str(entry["seed"])] * several_seeds, entry["criterion"],
-            "yes" if entry["criterion"] == entry["by"] else "", str(entry["criterion_choice"]), str(entry["choice"]),
+            "yes" if entry["criterion"] == entry["by"] else "", entry["criterion_choice"] or "not run", entry["choice"],
             _known(entry["rank"], ".0f"), _known(entry["tokens"], ",.0f"), _known(entry["flops"], ".1e"),
         ]
         for entry in results["selection"]

@@ -134,7 +134,8 @@ def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline,
     assert results["selection"] == [
         {
             "method": "slm-mix", "stage": "slm-mix-chosen", "domain": "scipy", "base_domain": "scipy", "size": None,
-            "choice": "c3", "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1, "tokens": 64, "flops": 9, "seed": 0,
+            "choice": "c3", "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1,
+            "tokens": 64, "flops": 9, "seed": 0,
         }
     ]  # fmt: skip
 
