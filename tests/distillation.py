@@ -14,7 +14,7 @@ from megatron_specialm.base.files import write_json
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.parity import ParityCase
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.model.gpt import Gpt

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream

@@ -26,8 +26,8 @@ from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
-from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt

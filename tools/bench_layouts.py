@@ -21,7 +21,7 @@ from rich.table import Table
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
 from megatron_specialm.launch.worker import limit_threads
 

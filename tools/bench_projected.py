@@ -23,7 +23,7 @@ from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Precision
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distributed import process_group

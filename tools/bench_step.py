@@ -21,7 +21,7 @@ from transformers import GPTNeoXForCausalLM
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.config.training import TrainStage
 
 # Sets of at most so many tokens, the factor on the learning rate, the most steps (Grangier et al., arXiv 2402.01093,
 # section 4); of LoRA up to five times as many.

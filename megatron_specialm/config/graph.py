@@ -27,7 +27,6 @@ from megatron_specialm.config.lineage import (
 )
 from megatron_specialm.config.relations import check_relations
 from megatron_specialm.config.schema import (
-    GENERIC,
     AssignStage,
     ClusterStage,
     EmbedStage,
@@ -39,8 +38,9 @@ from megatron_specialm.config.schema import (
     TeachStage,
     TokenizerStage,
     TokenizeStage,
-    TrainStage,
 )
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
 
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
 PLACEMENT: dict[str, Any] = {

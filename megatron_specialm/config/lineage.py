@@ -4,17 +4,16 @@ through `init`, `experts` and `teacher`; the graph (`config/graph.py`) has check
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import (
-    GENERIC,
     AssignStage,
     ClusterStage,
     Pipeline,
     SelectStage,
-    TextSet,
     TokenizerStage,
     TokenizeStage,
-    TrainStage,
 )
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.text import GENERIC, TextSet
+from megatron_specialm.config.training import TrainStage
 
 
 def sources(pipeline: Pipeline) -> list[str]:

@@ -16,6 +16,7 @@ import megatron_specialm
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import schema
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.text import TextSet
 
 PACKAGE = Path(megatron_specialm.__file__).parent
 
@@ -210,7 +211,7 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     if "encoder" in location[:-1]:
         current = ENCODERS[str(location[list(location).index("encoder") + 1])]
     elif "domains" in location[:-1] or location[:2] == ("text", "generic"):
-        return [*schema.TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
+        return [*TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
     return list(current.model_fields) if current else []
 
 

@@ -21,8 +21,8 @@ from megatron_specialm.config.schema import (
     SelectStage,
     TeachStage,
     TokenizerStage,
-    TrainStage,
 )
+from megatron_specialm.config.training import TrainStage
 
 
 def check_relations(pipeline: Pipeline, name: str) -> None:

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.schema import Soup
+from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream, StreamReport
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from megatron_specialm.base.artifacts import Marker
 from megatron_specialm.config.graph import Task, TaskId, ancestors
-from megatron_specialm.config.schema import GENERIC, Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
 
 SPECIALIZATION = "specialization"
 COSTS = ("tokens", "flops", "device_seconds")

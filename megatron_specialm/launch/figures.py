@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_specialm.base.files import write_text
-from megatron_specialm.config.schema import GENERIC, size_name
+from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch import drawing
 from megatron_specialm.launch.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.launch.drawing import Curve, Look

@@ -12,7 +12,8 @@ from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.graph import TaskId
-from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.worker import execute, limit_threads
 

@@ -21,7 +21,8 @@ from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.errors import MachineError, SpecialmError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
-from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.worker import work, worker_context

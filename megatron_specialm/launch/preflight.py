@@ -7,8 +7,9 @@ from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.memory import memory_of, smallest_change
-from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import TrainStage
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps

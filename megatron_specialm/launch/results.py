@@ -17,7 +17,8 @@ from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
 from megatron_specialm.config.lineage import is_finetuned, method_of
-from megatron_specialm.config.schema import GENERIC, AssignStage, EvaluateStage, Pipeline
+from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import ledger_entry, model_cost
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.tables import results_table, to_csv

@@ -11,7 +11,8 @@ from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of, text_set
 from megatron_specialm.config.memory import memory_of
-from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}

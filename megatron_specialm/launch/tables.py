@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table as RichTable
 
-from megatron_specialm.config.schema import GENERIC, size_name
+from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
 
 

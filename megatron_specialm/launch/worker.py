@@ -27,7 +27,8 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline, TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 
 BEGIN_TIMEOUT_SECONDS = 60

@@ -15,7 +15,8 @@ from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
-from megatron_specialm.config.schema import GENERIC, AssignStage
+from megatron_specialm.config.schema import AssignStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.clusters import ClusterIndex, histogram
 from megatron_specialm.stages.context import Context
 

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
-from megatron_specialm.config.schema import GENERIC, ClusterStage
+from megatron_specialm.config.schema import ClusterStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.stages.context import Context
 
 

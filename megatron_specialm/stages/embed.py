@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path
 from megatron_specialm.clustering.encoders import Encoder, fit_encoder, load_encoder
-from megatron_specialm.config.schema import GENERIC, EmbedStage, TokenizeStage
+from megatron_specialm.config.schema import EmbedStage, TokenizeStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context

@@ -5,7 +5,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.graph import model_task
 from megatron_specialm.config.lineage import sources
-from megatron_specialm.config.schema import GENERIC, EvaluateStage
+from megatron_specialm.config.schema import EvaluateStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.stages.context import Context

@@ -17,7 +17,8 @@ from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.config.graph import model_task
 from megatron_specialm.config.lineage import is_finetuned, method_of, text_set, trainings
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, ExportStage, TokenizeStage
+from megatron_specialm.config.schema import ExportStage, TokenizeStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.verify import largest_logit_difference

@@ -10,7 +10,8 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.graph import text_read
 from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage, trained_clusters
-from megatron_specialm.config.schema import GENERIC, TrainStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps

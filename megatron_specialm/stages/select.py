@@ -15,7 +15,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.lineage import expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, SelectStage
+from megatron_specialm.config.schema import SelectStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.stages.context import Context

@@ -9,7 +9,8 @@ import numpy as np
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.lineage import text_set
-from megatron_specialm.config.schema import GENERIC, TokenizeStage
+from megatron_specialm.config.schema import TokenizeStage
+from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.documents import Documents, read_documents
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Encoder, Tokenizer

@@ -15,7 +15,9 @@ from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, read_json
 from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import GENERIC, TeachStage, TrainStage
+from megatron_specialm.config.schema import TeachStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.model.gpt import Gpt

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.throughput import utilisation
-from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
 from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint

@@ -18,7 +18,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward

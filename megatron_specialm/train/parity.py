@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.parity import ParityCase
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.initial import first_value

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_specialm.config.schema import Schedule
+from megatron_specialm.config.training import Schedule
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: Schedule) -> float:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_specialm.config.schema import TrainStage, Trial
+from megatron_specialm.config.schema import Trial
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream

@@ -14,8 +14,8 @@ from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
-from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project

@@ -6,7 +6,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import is_finetuned, method_of
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.config.training import TrainStage
 
 PAGES = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"

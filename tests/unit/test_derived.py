@@ -9,7 +9,7 @@ import torch
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project

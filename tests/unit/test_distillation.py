@@ -11,7 +11,7 @@ from torch.nn import functional
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch, StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheWriter, Kept, TeacherCache
 from megatron_specialm.model.gpt import Gpt

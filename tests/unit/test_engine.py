@@ -4,7 +4,7 @@ import torch
 
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.megatron_engine import MegatronEngine

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.config.schema import Soup
+from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
 from megatron_specialm.data.joined import JoinedStore

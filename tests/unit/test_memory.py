@@ -10,8 +10,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.memory import memory_of, smallest_change
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Optimizer
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs

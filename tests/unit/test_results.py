@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker
 from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline, TrainStage
+from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.costs import total_cost
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.results import write_results

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from megatron_specialm.base.throughput import dense_peak, utilisation
-from megatron_specialm.config.schema import Schedule
+from megatron_specialm.config.training import Schedule
 from megatron_specialm.train.schedule import learning_rate
 
 

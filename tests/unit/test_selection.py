@@ -8,7 +8,7 @@ import pytest
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.model import LowRank
-from megatron_specialm.config.schema import TrainStage
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.train.selection import (
     Spent,
     by_finetuning,

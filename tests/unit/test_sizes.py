@@ -11,7 +11,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.graph import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.schema import Pipeline, TextSet, TokenizeStage, size_name
+from megatron_specialm.config.schema import Pipeline, TokenizeStage
+from megatron_specialm.config.text import TextSet, size_name
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.stages import tokenize
