@@ -74,7 +74,9 @@ def _check_tokenizer(pipeline: Pipeline, name: str, model: str) -> None:
 
 
 def _tokens(pipeline: Pipeline, name: str) -> str:
-    return getattr(pipeline.stages[name], "tokens")  # noqa: B009 (every kind that takes weights has it)
+    stage = pipeline.stages[name]
+    assert isinstance(stage, TrainStage | SelectStage | TeachStage | EvaluateStage | ExportStage)
+    return stage.tokens
 
 
 def _check_single(pipeline: Pipeline, name: str, field: str, model: str) -> None:
