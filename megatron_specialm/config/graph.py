@@ -46,7 +46,7 @@ from megatron_specialm.config.training import TrainStage
 PLACEMENT: dict[str, Any] = {
     "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
     "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
-    "clusters": True,  # which experts there are says nothing of one of them; a stage of that name is among the inputs
+    "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
 ARTIFACT_FORMAT = 2  # raise it when the meaning of an artifact changes: older ones are then made again
 
