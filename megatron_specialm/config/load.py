@@ -80,7 +80,7 @@ def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        page = yaml.load(text, _UniqueKeyLoader)
+        page = _unshared(yaml.load(text, _UniqueKeyLoader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(page, dict):
@@ -101,6 +101,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which each mapping stands once: YAML's aliases are one object, and an override of one stage would change
+    all that were merged from its anchor."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _merge(base: Any, over: Any) -> Any:

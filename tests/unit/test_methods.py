@@ -195,3 +195,13 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     others = {"tokenizer-2": {"kind": "tokenizer"}, "tokens-2": {"kind": "tokenize", "tokenizer": "tokenizer-2"}}
     with pytest.raises(ConfigError, match="of tokenizer `tokenizer-2`: name tokens that"):
         build_graph(_load(tmp_path, **others, llm={"tokens": "tokens-2"}, **{"llm-tuned": {"tokens": "tokens-2"}}))
+
+
+def test_an_override_of_one_stage_leaves_those_of_the_same_anchor(tmp_path: Path) -> None:
+    _load(tmp_path)
+    page = tmp_path / "page.yaml"
+    anchored = "\n  one: &one {kind: train, tokens: tokens, data: domain, init: slm, steps: 3, global_batch_size: 8, "
+    anchored += "schedule: {warmup_steps: 0}, optimizer: {learning_rate: 0.5}}\n  other: {<<: *one, init: llm}\n"
+    page.write_text(page.read_text().replace("stages:\n", f"stages:{anchored}"))
+    stages = load_pipeline(page, ["stages.other.optimizer.learning_rate=0.25"]).stages
+    assert [stages[name].optimizer.learning_rate for name in ("one", "other")] == [0.5, 0.25]
