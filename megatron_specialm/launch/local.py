@@ -5,7 +5,6 @@ together at the end. Workers die with the launcher, however it ends.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import tempfile
@@ -18,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
-from megatron_specialm.base.errors import MachineError, SpecialmError
+from megatron_specialm.base.errors import SpecialmError
+from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
@@ -69,7 +69,7 @@ def run_local(
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    with _only_one(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
+    with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
         try:
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
@@ -204,23 +204,6 @@ def _terminated_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Hold the run folder. The kernel lets go of the lock when its holder dies."""
-    with (root / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise MachineError(
-                f"{root}: another run (pid {lock.read().strip()}) is at work here: wait or end it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def _cores() -> int:
