@@ -44,7 +44,7 @@ def test_a_damaged_registry_is_named(tmp_path: Path) -> None:
     registry_path(tmp_path).parent.mkdir()
     for text in ("{", "{}", '{"jobs": [{"stage": "tuned"}]}'):
         registry_path(tmp_path).write_text(text)
-        with pytest.raises(ArtifactError, match="jobs.json"):
+        with pytest.raises(ArtifactError, match=r"jobs\.json"):
             read_registry(tmp_path)
 
 
