@@ -46,7 +46,9 @@ class Container(Settings):
     runtime: Literal["pyxis", "apptainer"]
     image: str
     python: str = Field(default="python3", description="the interpreter inside")
-    mounts: list[str] = Field(default=[], description="FROM:TO; the working directory and the run folder always are")
+    mounts: list[Annotated[str, Field(pattern=r"^[^,]+$")]] = Field(
+        default=[], description="FROM:TO; the working directory and the run folder always are"
+    )
 
 
 class Limits(Settings):
