@@ -11,10 +11,10 @@ from megatron_specialm.slurm.queue import slurm
 
 @dataclass(frozen=True)
 class Allocation:
-    """`slurm_id` is what scontrol takes, `job` what users see (123_0 of an array). `attempt` counts from 0. `address` is the
-    first node's as Slurm itself reaches it: names of nodes need not resolve."""
+    """`job` is Slurm's name of this element: 123_0. (The last element of an array has the array's own id as SLURM_JOB_ID, and
+    what scontrol does to that, it does to all.) `attempt` counts from 0. `address` is the first node's as Slurm itself
+    reaches it: names of nodes need not resolve."""
 
-    slurm_id: str
     job: str
     element: int | None
     attempt: int
@@ -37,7 +37,6 @@ def read_allocation(environ: Mapping[str, str] = os.environ) -> Allocation:
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     nodes = tuple(slurm("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split())
     return Allocation(
-        slurm_id=environ["SLURM_JOB_ID"],
         job=f"{array}_{element}" if array else environ["SLURM_JOB_ID"],
         element=int(element) if array and element else None,
         attempt=int(environ.get("SLURM_RESTART_COUNT", "0")),

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import dump_pipeline
@@ -62,9 +62,17 @@ class Submission:
 
     @classmethod
     def next(cls, pipeline: Pipeline, site: Site, template: Path, root: Path, known: Sequence[JobRecord]) -> Self:
-        """The one after those that are known. It writes nothing."""
+        """The one after those that are known. It writes nothing.
+
+        Raises:
+            ConfigError: Slurm would take the run folder's name for something else.
+        """
         number = f"{1 + max((int(job.submission) for job in known), default=0):04d}"
         root = root.resolve()  # ranks may stand elsewhere, in a container
+        if found := [character for character in "%\\\n" if character in str(root)]:
+            raise ConfigError(
+                f"root: {str(root)!r} has a {found[0]!r}, which Slurm reads otherwise in the names of logs: choose another root"
+            )
         pipeline = pipeline.model_copy(update={"root": str(root)})
         return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
 

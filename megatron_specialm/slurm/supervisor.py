@@ -66,12 +66,12 @@ class Work:
 class _Asked:
     """Which signal has asked for an end, if any has."""
 
-    signal: signal.Signals | None = None
+    by: signal.Signals | None = None
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
         # SIGTERM is the last word: Slurm has decided by itself that the job ends here.
-        if self.signal is not signal.SIGTERM:
-            self.signal = signal.Signals(number)
+        if self.by is not signal.SIGTERM:
+            self.by = signal.Signals(number)
 
 
 def supervise(work: Work) -> int:
@@ -109,10 +109,10 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
         while not _is_over(work, process, asked, asked_at):
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
-            if asked.signal is not None and asked_at is None:
-                logger.info("%s: the ranks are asked to save and stop", asked.signal.name)
+            if asked.by is not None and asked_at is None:
+                logger.info("%s: the ranks are asked to save and stop", asked.by.name)
                 listener.stop, asked_at = True, now
-                _note_early(work, asked.signal, listener.step)
+                _note_early(work, asked.by, listener.step)
             if asked_at is None and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
                 logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
                 for node in found.nodes if len(work.allocation.nodes) > len(found.nodes) else ():
@@ -167,15 +167,15 @@ def _is_over(work: Work, process: subprocess.Popen, asked: _Asked, asked_at: flo
         return True
     if process.poll() is None:
         return False
-    return asked.signal is not signal.SIGTERM or any(work.folder.glob("*.json"))
+    return asked.by is not signal.SIGTERM or any(work.folder.glob("*.json"))
 
 
 def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> Ending:
     """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (work.folder / "finished.json").exists():
         return Ending("finished", "all tasks are done", step)
-    if asked.signal is not None:
-        return _stopped(work, asked.signal, step)
+    if asked.by is not None:
+        return _stopped(work, asked.by, step)
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob("error-*.json"))]
     if errors:
         # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
@@ -206,14 +206,14 @@ def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
 
 def _queue_again(work: Work, ending: Ending) -> None:
     """Have Slurm run the job once more, without the nodes that are no good. That ends this job: SIGTERM comes at once."""
-    slurm_id = work.allocation.slurm_id
+    job = work.allocation.job
     out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
     if not out:
-        slurm("scontrol", "requeue", slurm_id)
+        slurm("scontrol", "requeue", job)
         return
-    slurm("scontrol", "requeuehold", slurm_id)
-    slurm("scontrol", "update", f"JobId={slurm_id}", f"ExcNodeList={','.join(out)}")
-    slurm("scontrol", "release", slurm_id)
+    slurm("scontrol", "requeuehold", job)
+    slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
+    slurm("scontrol", "release", job)
 
 
 def _free_port() -> int:

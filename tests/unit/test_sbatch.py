@@ -49,7 +49,8 @@ def test_the_shipped_profile_loads_and_survives_being_frozen(tmp_path: Path) -> 
 def test_no_value_is_run_by_the_shell(tmp_path: Path) -> None:
     folder = tmp_path / HOSTILE.replace("/", "-")
     folder.mkdir()
-    program = "import json, os, sys; e = os.environ; print(json.dumps([os.getcwd(), e['VALUE'], e['PYTHONPATH'], sys.argv[1:]]))"
+    program = "import json, os, sys; get = os.environ.get; values = [os.getcwd(), get('VALUE'), get('PYTHONPATH')]\n"
+    program += "print(json.dumps([*values, sys.argv[1:]]))"
     site = Site(environment={"VALUE": HOSTILE})
     command = [sys.executable, "-c", program, HOSTILE, ""]
     script = tmp_path / "script"
