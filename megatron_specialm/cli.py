@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_specialm import __version__
-from megatron_specialm.base.errors import MachineError, SpecialmError, machine_errors
+from megatron_specialm.base.errors import ConfigError, MachineError, SpecialmError, machine_errors
 
 if TYPE_CHECKING:
     from megatron_specialm.config.schema import Pipeline
@@ -279,6 +279,64 @@ def figures(
         typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
     for path in draw(outcome, root):
         typer.echo(path)
+
+
+@app.command()
+def status(
+    page: Page,
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
+) -> None:
+    """Say how far a page's jobs are, what they cost so far, and why some have failed."""
+    from megatron_specialm.slurm.watch import show_status, watch_status
+
+    pipeline = _load(page, overrides)
+    if watch:
+        watch_status(pipeline, as_json=as_json, seconds=every)
+    else:
+        show_status(pipeline, as_json=as_json)
+
+
+@app.command()
+def cancel(
+    page: Page,
+    stage: Annotated[str | None, typer.Argument(help="Of this stage alone.", show_default=False)] = None,
+) -> None:
+    """Cancel a page's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
+
+    pipeline = _load(page, None)
+    if stage is not None and stage not in pipeline.stages:
+        raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
+    cancelled = cancel_jobs_of(Path(pipeline.root), stage)
+    for job, alive in cancelled:
+        typer.echo(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
+    if not cancelled:
+        typer.echo(f"{pipeline.root}: no job is queued or running")
+
+
+@app.command()
+def logs(
+    page: Page,
+    stage: Annotated[str, typer.Argument(help="A stage of the page.", show_default=False)],
+    key: Annotated[str | None, typer.Argument(help="One task of it, as c3.", show_default=False)] = None,
+    lines: Annotated[int, typer.Option(help="From the end.", min=1)] = 20,
+    go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
+) -> None:
+    """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
+    from megatron_specialm.launch.logs import tail
+    from megatron_specialm.slurm.logs import follow, newest_logs
+
+    pipeline = _load(page, None)
+    *others, newest = newest_logs(pipeline, stage, key)
+    for path in others:
+        typer.echo(path)
+    typer.echo(f"==> {newest} <==")
+    typer.echo("\n".join(tail(newest, lines)))
+    if go_on:
+        follow(newest)
 
 
 @app.command()

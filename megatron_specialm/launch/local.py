@@ -22,6 +22,7 @@ from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.graph import TaskId, processes_of
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.worker import work, worker_context
@@ -122,7 +123,7 @@ def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root:
     for rank in range(ranks):
         world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(root, name, planned.digest, world, _log_path(root, name), sender), name=str(name)
+            target=work, args=(root, name, planned.digest, world, log_path(root, name), sender), name=str(name)
         )
         process.start()
         processes.append(process)
@@ -142,7 +143,7 @@ def _has_ended(task: _Running) -> bool:
 def _error_of(root: Path, task: _Running) -> str | None:
     """Why a task failed, or None. An exit code of 0 counts for nothing without the marker."""
     name = task.planned.task.id
-    log = _log_path(root, name)
+    log = log_path(root, name)
     codes = [process.exitcode for process in task.processes]
     if not any(codes):
         done = is_complete(root, *name, digest=task.planned.digest)
@@ -151,16 +152,7 @@ def _error_of(root: Path, task: _Running) -> str | None:
         return f"{task.errors.recv()}\n  log: {log}"
     worst = next(code for code in codes if code)
     how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
-    return f"ended with {how}: {_last_line(log)}\n  log: {log}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _log_path(root: Path, name: TaskId) -> Path:
-    return root / "jobs" / f"{name.stage}.{name.key}.log"
+    return f"ended with {how}: {last_line(log)}\n  log: {log}"
 
 
 def _end(running: Mapping[TaskId, _Running]) -> None:
