@@ -29,14 +29,18 @@ def status_view(status: Status) -> RenderableType:
     table.add_column("state", overflow="fold", ratio=1)
     plans = [stage.planned_hours for stage in status.stages if stage.planned_hours is not None]
     so_far = sum(stage.device_hours for stage in status.stages)
-    table.add_column("GPU h", f"{so_far:,.2f}", justify="right", no_wrap=True)
+    table.add_column("GPU h", _hours(so_far or None), justify="right", no_wrap=True)
     table.add_column("plan", _hours(sum(plans) if plans else None), justify="right", no_wrap=True)
     for stage in status.stages:
         state = Text(state_text(stage), style=_colour(stage))
         if stage.trainings:
             state.append(f"\n{training_text(stage.trainings)}", style="default")
         table.add_row(
-            stage.stage, f"{stage.done}/{stage.tasks}", state, f"{stage.device_hours:,.2f}", _hours(stage.planned_hours)
+            stage.stage,
+            f"{stage.done}/{stage.tasks}",
+            state,
+            _hours(stage.device_hours or None),
+            _hours(stage.planned_hours),
         )
     return Group(table, *_failures(status))
 
@@ -114,7 +118,9 @@ def _colour(stage: StageStatus) -> str:
 
 
 def _hours(hours: float | None) -> str:
-    return "-" if hours is None else f"{hours:,.2f}"
+    if hours is None:
+        return "-"
+    return "<0.01" if hours < 0.005 else f"{hours:,.2f}"
 
 
 def _failures(status: Status) -> list[RenderableType]:
