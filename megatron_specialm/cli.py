@@ -160,6 +160,83 @@ def run(
 
 
 @app.command()
+def submit(
+    page: Page,
+    overrides: Overrides = None,
+    site: Annotated[Path, typer.Option(help="The cluster's profile.")] = Path("slurm/site.yaml"),
+    only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
+    ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; write and submit nothing.")] = False,
+) -> None:
+    """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
+    from megatron_specialm.base.lock import hold_folder
+    from megatron_specialm.config.site import load_site
+    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.slurm import submit as jobs
+    from megatron_specialm.slurm.jobs import jobs_of
+    from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+
+    pipeline, profile = _load(page, overrides), load_site(site)
+    root = Path(pipeline.root)
+    with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
+        plan = make_plan(pipeline, root)
+        chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
+        known = jobs.recover(root)
+        live = live_tasks(known)
+        missing = missing_tasks(plan, chosen, live)
+        submission = jobs.Submission.next(pipeline, profile, site.parent / profile.template, root, known)
+        wanted = jobs_of(pipeline, profile, missing)
+        if dry_run:
+            for job, script in jobs.preview(submission, wanted, live=live):
+                typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            return
+        if wanted:
+            write_resolved(pipeline, root)
+        for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
+            after = f", after {', '.join(record.after)}" if record.after else ""
+            typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+    done = sum(planned.state == "done" for planned in chosen.values())
+    coming = len(chosen) - done - len(missing)
+    typer.echo(f"{pipeline.name}: {len(missing)} tasks submitted, {coming} on their way, {done} done, in {root}")
+
+
+@app.command(hidden=True)
+def supervise(
+    command: Annotated[list[str], typer.Argument(help="What each rank runs, behind --.", show_default=False)],
+    ranks: Annotated[int, typer.Option(help="Processes in all.", envvar="SLURM_NTASKS")],
+    ranks_per_node: Annotated[int, typer.Option(help="Processes that share a node.", envvar="SLURM_NTASKS_PER_NODE")],
+    state: Annotated[Path, typer.Option(help="A folder for the state; of an array's element, with its number behind.")],
+    site: Annotated[Path | None, typer.Option(help="The cluster's profile.", show_default=False)] = None,
+    excluded: Annotated[Path | None, typer.Option(help="The folder that lists nodes to leave out.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="Instead of the profile's.", show_default=False)] = None,
+) -> None:
+    """Inside a job, on its first node: start the ranks, watch them, and queue the job again when they end early."""
+    import logging
+
+    from megatron_specialm.config.site import Site, load_site
+    from megatron_specialm.slurm.allocation import read_allocation
+    from megatron_specialm.slurm.sbatch import Shape
+    from megatron_specialm.slurm.supervisor import Work
+    from megatron_specialm.slurm.supervisor import supervise as run_attempt
+
+    logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
+    allocation = read_allocation()
+    profile = load_site(site) if site else Site()
+    element = "" if allocation.element is None else f".{allocation.element}"
+    work = Work(
+        profile, allocation, launcher or profile.launcher, Shape(ranks, ranks_per_node), command,  # type: ignore[arg-type]
+        state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
+    )  # fmt: skip
+    raise typer.Exit(run_attempt(work))
+
+
+@app.command()
 def results(
     page: Page,
     overrides: Overrides = None,

@@ -2,10 +2,15 @@
 
 `specialm run` (our own spawning), torchrun, srun and mpirun each leave their own variables; this is the one place that
 reads them. Nothing here imports torch.
+
+Several may be there at once. `srun` on a cluster whose default is PMIx sets PMIx's variables for programs that are no MPI
+programs, so there Slurm's count; `mpirun` inside a Slurm job leaves Slurm's variables of its own daemons, so Open MPI's own
+count more. SPECIALM_LAUNCHER=srun|torchrun|mpi decides, as for `srun --mpi=pmix`, which looks like either.
 """
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,15 +45,28 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
     if "SPECIALM_RENDEZVOUS" in environ:
         rank = _integer(environ, "RANK")
         return World(rank, _integer(environ, "WORLD_SIZE"), rank, environ["SPECIALM_RENDEZVOUS"], "specialm")
+    launcher = environ.get("SPECIALM_LAUNCHER") or _launcher(environ)
+    if launcher is None:
+        return ALONE
+    read = {"torchrun": _torchrun_world, "srun": _slurm_world, "mpi": _mpi_world}
+    if launcher not in read:
+        raise MachineError(f"SPECIALM_LAUNCHER={launcher!r}: must be one of {', '.join(read)}")
+    return read[launcher](environ)
+
+
+def _launcher(environ: Mapping[str, str]) -> str | None:
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-        local = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
-        return _checked(World(rank, size, local, _tcp(environ), "torchrun"))
-    if "OMPI_COMM_WORLD_SIZE" in environ or "PMIX_RANK" in environ:
-        return _mpi_world(environ)
+        return "torchrun"
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return "mpi"
     if environ.get("SLURM_STEP_ID", "") not in ("", "4294967291") and "SLURM_PROCID" in environ:
-        return _slurm_world(environ)
-    return ALONE
+        return "srun"
+    return "mpi" if "PMIX_RANK" in environ else None
+
+
+def node_name() -> str:
+    """This node's name, as its scheduler has it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _checked(world: World) -> World:
@@ -66,16 +84,18 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
         raise MachineError(f"{name}={environ.get(name)!r}: must be a whole number; it is set by the launcher") from None
 
 
-def _tcp(environ: Mapping[str, str]) -> str:
+def _torchrun_world(environ: Mapping[str, str]) -> World:
+    rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    local = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
     if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
         raise MachineError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: launch with torchrun")
-    return "env://"
+    return _checked(World(rank, size, local, "env://", "torchrun"))
 
 
 def _slurm_world(environ: Mapping[str, str]) -> World:
     """Ranks of an `srun`. The meeting point is the first node and a port that follows from the job's id."""
     size = _integer(environ, "SLURM_NTASKS")
-    host = environ.get("MASTER_ADDR") or first_slurm_host(environ["SLURM_STEP_NODELIST"])
+    host = environ.get("MASTER_ADDR") or first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
     port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
     return _checked(
         World(
@@ -93,20 +113,20 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def _mpi_world(environ: Mapping[str, str]) -> World:
-    """Ranks of an `mpirun`. Rank 0 opens the meeting point and tells the others by MPI."""
+    """Ranks of an `mpirun` or `srun --mpi`. Rank 0 chooses the meeting point and tells the others by MPI; in a Slurm job
+    it takes the job's MASTER_ADDR, as the names of nodes need not resolve."""
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise MachineError(
-            f"started by mpirun, but mpi4py cannot be used ({error}): pip install 'megatron_specialm[mpi]'"
+            f"started as ranks of MPI, but mpi4py cannot be used ({error}): pip install 'megatron_specialm[mpi]'"
         ) from None
-    import socket
-
     communicator = MPI.COMM_WORLD
     address = None
     if communicator.rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            address = f"tcp://{environ.get('MASTER_ADDR') or socket.gethostname()}:{probe.getsockname()[1]}"
+            port = environ.get("MASTER_PORT") or str(probe.getsockname()[1])
+        address = f"tcp://{environ.get('MASTER_ADDR') or socket.gethostname()}:{port}"
     local = communicator.Split_type(MPI.COMM_TYPE_SHARED).rank
     return World(communicator.rank, communicator.size, local, communicator.bcast(address), "mpirun")

@@ -43,6 +43,12 @@ class TrainingError(SpecialmError):
     exit_code = 4
 
 
+class Stopped(SpecialmError):
+    """This process was asked to stop, by a signal or its supervisor, and has done so in good order: run it again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 _REFUSALS = {
     errno.ENOSPC: "the disk is full: free space or choose another root; the same command goes on",
     errno.EDQUOT: "the disk quota is used up: free space or choose another root; the same command goes on",

@@ -97,6 +97,11 @@ def submission_folder(root: Path, submission: str) -> Path:
     return jobs_folder(root) / submission
 
 
+def excluded_folder(root: Path) -> Path:
+    """Where the nodes are listed that the run folder's jobs leave out."""
+    return jobs_folder(root) / "excluded"
+
+
 def job_path(root: Path, submission: str, job: str) -> Path:
     """Where it stands what the elements of a job are to do."""
     return submission_folder(root, submission) / f"{job}.json"

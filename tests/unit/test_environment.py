@@ -43,3 +43,35 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_contradictions(variables: dict[str, str], says: str) -> None:
     with pytest.raises(MachineError, match=says):
         discover_world(variables)
+
+
+SLURM = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n1",
+    "SLURM_JOB_ID": "7",
+}  # fmt: skip
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_srun_of_a_cluster_whose_default_is_pmix_needs_no_mpi4py() -> None:
+    assert discover_world({**SLURM, "PMIX_RANK": "1"}).launcher == "srun"
+
+
+def test_the_supervisors_word_on_the_launcher_decides() -> None:
+    both = {**SLURM, **TORCHRUN}
+    assert discover_world(both).launcher == "torchrun"
+    chosen = discover_world({**both, "SPECIALM_LAUNCHER": "srun"})
+    assert (chosen.launcher, chosen.rank, chosen.init_method) == ("srun", 1, "tcp://10.0.0.1:29500")
+    assert discover_world({**both, "SPECIALM_LAUNCHER": "torchrun"}).world_size == 4
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"SPECIALM_LAUNCHER": "slurm"}, "must be one of torchrun, srun, mpi"),
+        ({"SPECIALM_LAUNCHER": "srun"}, "SLURM_NTASKS=None"),
+        ({**SLURM, "SLURM_STEP_NODELIST": ""}, "not a node list"),
+    ],
+)
+def test_a_launcher_that_left_nothing(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(MachineError, match=says):
+        discover_world(variables)

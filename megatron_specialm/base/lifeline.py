@@ -1,0 +1,83 @@
+"""Where this process stands, for whoever watches it, and whether it has been asked to stop.
+
+Asking is a signal: SIGTERM and SIGUSR1 mean the same. Python runs a handler between two bytecodes of the main thread, so a
+signal that comes while the main thread waits in a collective or in C++ takes effect when that call returns; none is lost.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from megatron_specialm.base.errors import Stopped
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Lifeline:
+    """What a process tells its watchers, and what it does when it is asked to stop: end at once with `Stopped`, or inside
+    `at_step_boundaries` finish the step first.
+
+    `progress` counts steps and batches; None says that nobody can tell by it whether the work goes on. `step` is the
+    training step, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.activity = "starting"
+        self.progress: int | None = None
+        self.step: int | None = None
+        self.stop_asked_by: str | None = None
+        self._patient = False
+
+    def begin(self, activity: str) -> None:
+        """Something else begins, of which there is no progress to tell yet."""
+        self.activity, self.progress, self.step = activity, None, None
+
+    def beat(self, *, step: int | None = None) -> None:
+        """The work goes on. Cheap enough for every batch."""
+        self.progress = (self.progress or 0) + 1
+        if step is not None:
+            self.step = step
+
+    def ask_to_stop(self, by: str) -> None:
+        """Called in the main thread. Only the first request counts: a second one must not disturb the ending.
+
+        Raises:
+            Stopped: the work at hand has no step boundaries.
+        """
+        if self.stop_asked_by is None:
+            self.stop_asked_by = by
+            if not self._patient:
+                self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Between two pieces of work.
+
+        Raises:
+            Stopped: it was asked to.
+        """
+        if self.stop_asked_by is not None:
+            raise Stopped(f"stopped by {self.stop_asked_by} while {self.activity}: the same command does it again")
+
+    @contextlib.contextmanager
+    def at_step_boundaries(self) -> Iterator[None]:
+        """Within, a request to stop is only noted; the work looks at `stop_asked_by` where it can end well."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    @contextlib.contextmanager
+    def hearing_signals(self) -> Iterator[None]:
+        """Within, the stop signals are requests to stop. Main thread only."""
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            self.ask_to_stop(signal.Signals(number).name)
+
+        previous = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

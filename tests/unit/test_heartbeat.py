@@ -1,0 +1,131 @@
+"""The heartbeat over real sockets, of a thread or of another process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import MachineError, Stopped
+from megatron_specialm.base.heartbeat import Channel, heartbeat
+from megatron_specialm.base.lifeline import Lifeline
+
+ROOT = Path(__file__).parents[2]
+WORLD = World(3, 4, 1, "", "test")
+
+
+@pytest.fixture
+def supervisor() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        line.bind(("127.0.0.1", 0))
+        line.settimeout(60)
+        yield line
+
+
+def _environ(supervisor: socket.socket) -> dict[str, str]:
+    port = supervisor.getsockname()[1]
+    return {"SPECIALM_HEARTBEAT": f"127.0.0.1:{port}:secret", "SPECIALM_HEARTBEAT_SECONDS": "0.05"}
+
+
+def _hear(supervisor: socket.socket) -> tuple[dict, tuple]:
+    datagram, sender = supervisor.recvfrom(65_536)
+    assert len(datagram) < 1400, "it must fit a packet"
+    return json.loads(datagram), sender
+
+
+def test_it_says_who_where_and_how_far(supervisor: socket.socket) -> None:
+    lifeline = Lifeline()
+    with heartbeat(lifeline, WORLD, environ=_environ(supervisor)):
+        first, _ = _hear(supervisor)
+        assert (first["token"], first["rank"], first["pid"]) == ("secret", 3, os.getpid())
+        assert first["progress"] is None and first["step"] is None
+        assert any("unit/test_heartbeat.py:" in frame for frame in first["stack"])
+        lifeline.begin("training")
+        for step in (1, 2):
+            lifeline.beat(step=step)
+        while (told := _hear(supervisor)[0])["step"] != 2:
+            pass
+        assert (told["progress"], told["activity"]) == (2, "training")
+
+
+def test_only_the_supervisor_can_stop_it_and_one_request_is_enough(supervisor: socket.socket) -> None:
+    lifeline = Lifeline()
+    beating = heartbeat(lifeline, WORLD, environ=_environ(supervisor))
+    with lifeline.hearing_signals(), lifeline.at_step_boundaries(), beating:
+        _, sender = _hear(supervisor)
+        for answer in (b"\xff", b"[]", b"stop", b'{"token": "guessed", "stop": true}', b'{"token": "secret"}'):
+            supervisor.sendto(answer, sender)
+        for _ in range(5):
+            _hear(supervisor)
+        assert lifeline.stop_asked_by is None
+        supervisor.sendto(b'{"token": "secret", "stop": true}', sender)
+        while lifeline.stop_asked_by is None:
+            _hear(supervisor)
+        lifeline.stop_asked_by = None
+        for _ in range(3):
+            supervisor.sendto(b'{"token": "secret", "stop": true}', _hear(supervisor)[1])
+        assert lifeline.stop_asked_by is None, "the first request counts"
+
+
+def test_nobody_listening_disturbs_nothing() -> None:
+    for host in ("127.0.0.1", "240.0.0.1", "no.such.host.invalid"):
+        environ = {"SPECIALM_HEARTBEAT": f"{host}:9:secret", "SPECIALM_HEARTBEAT_SECONDS": "0.01"}
+        with heartbeat(Lifeline(), WORLD, environ=environ):
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:port:token", "host:70000:token", "host:0:token"])
+def test_what_the_supervisor_cannot_have_set_is_refused(address: str) -> None:
+    with pytest.raises(MachineError, match=r"SPECIALM_HEARTBEAT=.*host:port:token"):
+        Channel.of({"SPECIALM_HEARTBEAT": address})
+    assert Channel.of({}) is None
+
+
+def test_a_silent_main_thread_is_heard_with_the_line_where_it_is_stuck(supervisor: socket.socket) -> None:
+    """And a request to stop wakes it from there."""
+    program = """
+import time
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.heartbeat import heartbeat
+from megatron_specialm.base.lifeline import Lifeline
+def stuck():
+    time.sleep(600)
+lifeline = Lifeline()
+with lifeline.hearing_signals(), heartbeat(lifeline, ALONE):
+    stuck()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **_environ(supervisor), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        while "stuck" not in (_hear(supervisor)[0]["stack"] or [""])[-1]:
+            pass
+        supervisor.sendto(b'{"token": "secret", "stop": true}', _hear(supervisor)[1])
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Stopped: stopped by SIGTERM while starting" in said
+
+
+def test_at_once_or_at_the_boundary() -> None:
+    lifeline = Lifeline()
+    with lifeline.hearing_signals():
+        with lifeline.at_step_boundaries():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert lifeline.stop_asked_by == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGTERM)  # the ending is not disturbed
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            lifeline.stop_if_asked()
+    fresh = Lifeline()
+    fresh.begin("tokens/generic")
+    with fresh.hearing_signals(), pytest.raises(Stopped, match="SIGTERM while tokens/generic"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
