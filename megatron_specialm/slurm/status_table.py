@@ -22,7 +22,7 @@ ORDER = ("running", "completing", "configuring", "pending")
 
 def status_view(status: Status) -> RenderableType:
     """A row per stage, and below the table what has failed."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
     table.add_column("stage", "in all", overflow="fold", max_width=24)
     done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
     table.add_column("done", f"{done}/{tasks}", justify="right", no_wrap=True)
@@ -59,7 +59,7 @@ def status_json(status: Status) -> dict[str, Any]:
 
 
 def state_text(stage: StageStatus) -> str:
-    """As `3 running on node[1-2], 2 pending (JobArrayTaskLimit), 1 not submitted`; without counts for a stage of one task."""
+    """As `3 running on node[1-2]; 2 pending (JobArrayTaskLimit); 1 not submitted`; without counts for a stage of one task."""
     if stage.done == stage.tasks:
         return "done"
     groups: dict[tuple[str, str], list[ElementState]] = {}
@@ -73,7 +73,7 @@ def state_text(stage: StageStatus) -> str:
         again = f", restarted {restarts}x" if restarts else ""
         parts.append(f"{count}{state}{because}{_nodes(elements)}{again}")
     parts += [f"{count} {word}" if stage.tasks > 1 else word for word, count in stage.waiting.items()]
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 def training_text(trainings: Sequence[Training]) -> str:
@@ -120,7 +120,9 @@ def _colour(stage: StageStatus) -> str:
 def _hours(hours: float | None) -> str:
     if hours is None:
         return "-"
-    return "<0.01" if hours < 0.005 else f"{hours:,.2f}"
+    if hours < 0.005:
+        return "<0.01"
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _failures(status: Status) -> list[RenderableType]:
