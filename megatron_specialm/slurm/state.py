@@ -12,6 +12,8 @@ from megatron_specialm.slurm.records import Attempt, JobRecord
 # How Slurm ends what could not end by itself, so that the records have no say.
 BY_SLURM = {"TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
 
+RUNNING = {"running", "completing"}  # live states in which the last attempt is under way
+
 
 @dataclass(frozen=True)
 class ElementState:
@@ -39,7 +41,7 @@ class ElementState:
 
     def seconds(self, root: Path, now: float) -> float:
         """Of all its attempts. One that was lost lasted until the next began, or until the last sign of life in the log."""
-        last_sign = now if self.state in ("running", "completing") else _last_written(self.log(root))
+        last_sign = now if self.state in RUNNING else _last_written(self.log(root))
         limits = [*(attempt.begin.time for attempt in self.attempts[1:]), last_sign]
         ends = [
             attempt.end.time if attempt.end else limit for attempt, limit in zip(self.attempts, limits, strict=False)

@@ -131,7 +131,7 @@ def _failures(status: Status) -> list[RenderableType]:
     shown: list[RenderableType] = []
     for failure in failures[:SHOWN_FAILURES]:
         where = f" on {failure.nodes}" if failure.nodes else ""
-        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job} {failure.state}{where}", style="red"))
+        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job}{where}: {failure.state}", style="red"))
         shown.append(Text(f"  {failure.error}\n  log: {failure.log}", overflow="fold"))
     if len(failures) > SHOWN_FAILURES:
         shown.append(Text(f"and {len(failures) - SHOWN_FAILURES} more failures: --json lists them all"))

@@ -288,7 +288,7 @@ def test_at_80_columns_every_word_is_whole(run: Run) -> None:
     frame = str.maketrans("", "", "─")
     assert sorted(narrow.translate(frame).split()) == sorted(wide.translate(frame).split())
     for words in ("DependencyNeverSatisfied", "gpu-node-[0013-0016]", "UnavailableNodes:gpu-node-[0001-0012]",
-                  "123456_2 failed on", "the loss is not finite at step 40", " 1,600 ", "6/125"):  # fmt: skip
+                  "123456_2 on gpu-node-0018: failed", "the loss is not finite at step 40", " 1,600 ", "6/125"):  # fmt: skip
         assert words in narrow, words
     assert f"log: {run.root}/jobs/0001/slm-tuned.2.log" in narrow
 
@@ -318,7 +318,28 @@ def test_a_failure_without_a_record_shows_the_logs_last_line(run: Run) -> None:
         "x" * 100_000 + "\nslurmstepd: error: Detected 1 oom-kill event\n\n"
     )
     said = _render(run.status(), 80)
-    assert "slm/generic: job 7_0 failed on node1\n  slurmstepd: error: Detected 1 oom-kill event\n  log: " in said
+    assert "slm/generic: job 7_0 on node1: failed\n  slurmstepd: error: Detected 1 oom-kill event\n  log: " in said
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ends", "wanted"),
+    [
+        ("PENDING", [("hang", "rank 1 on node1 hangs")], "job 7_0 on node1: hang, queued again"),
+        ("RUNNING", [("failed", "rank 1 died"), None], "job 7_0 on node1: failed, queued again"),
+        ("PENDING", [("timeout", ""), None], "job 7_0 on node1: lost, queued again"),
+        ("RUNNING", [("timeout", ""), None], None),
+        ("PENDING", [("preempted", "")], None),
+        ("RUNNING", [None], None),
+        ("PENDING", [], None),
+    ],
+)
+def test_why_a_live_job_had_to_begin_again(
+    run: Run, squeue: str, ends: list[tuple[Outcome, str] | None], wanted: str | None
+) -> None:
+    run.attempt(run.submit("7", "slm", keys=["generic"]), 0, *ends)
+    run.slurm_says(f"7|0|{squeue}|1|UNLIMITED|node2|None|\n")
+    said = _render(run.status(), 80)
+    assert ("log:" not in said) if wanted is None else (f"slm/generic: {wanted}" in said)
 
 
 # --- the commands ------------------------------------------------------------------------------------------------------
