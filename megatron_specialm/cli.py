@@ -125,6 +125,7 @@ def run(
     from rich.console import Console
 
     from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.base.lifeline import Lifeline
     from megatron_specialm.launch.inline import fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
@@ -145,7 +146,7 @@ def run(
         write_resolved(pipeline, root)
     console = Console()
     if world.launcher != "none":
-        run_inline(pipeline, chosen, root, world)
+        run_inline(pipeline, chosen, root, world, Lifeline())
     else:
         missing = sum(planned.state != "done" for planned in chosen.values())
         console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -43,13 +44,15 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
     return pipeline.model_copy(update={"stages": stages})
 
 
-def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
+def run_inline(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
+) -> None:
     """Do what a plan still lacks, in this process and with the other ranks."""
     limit_threads(pipeline.local.threads)
     for name, planned in plan.items():
         if planned.state == "done":
             continue
         if world.is_first or isinstance(pipeline.stages[name.stage], TrainStage):
-            execute(pipeline, root, planned.task, planned.digest, world)
+            execute(pipeline, root, planned.task, planned.digest, world, lifeline)
         while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
             time.sleep(POLL_SECONDS)
