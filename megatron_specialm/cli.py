@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_specialm import __version__
-from megatron_specialm.base.errors import MachineError, SpecialmError, machine_errors
+from megatron_specialm.base.errors import ConfigError, MachineError, SpecialmError, machine_errors
 
 if TYPE_CHECKING:
     from megatron_specialm.config.schema import Pipeline
@@ -161,6 +161,83 @@ def run(
 
 
 @app.command()
+def submit(
+    page: Page,
+    overrides: Overrides = None,
+    site: Annotated[Path, typer.Option(help="The cluster's profile.")] = Path("slurm/site.yaml"),
+    only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
+    ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; write and submit nothing.")] = False,
+) -> None:
+    """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
+    from megatron_specialm.base.lock import hold_folder
+    from megatron_specialm.config.site import load_site
+    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.slurm import submit as jobs
+    from megatron_specialm.slurm.jobs import jobs_of
+    from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+
+    pipeline, profile = _load(page, overrides), load_site(site)
+    root = Path(pipeline.root)
+    with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
+        plan = make_plan(pipeline, root)
+        chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
+        known = jobs.recover(root)
+        live = live_tasks(known)
+        missing = missing_tasks(plan, chosen, live)
+        submission = jobs.Submission.next(pipeline, profile, site.parent / profile.template, root, known)
+        wanted = jobs_of(pipeline, profile, missing)
+        if dry_run:
+            for job, script in jobs.preview(submission, wanted, live=live):
+                typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            return
+        if wanted:
+            write_resolved(pipeline, root)
+        for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
+            after = f", after {', '.join(record.after)}" if record.after else ""
+            typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+    done = sum(planned.state == "done" for planned in chosen.values())
+    coming = len(chosen) - done - len(missing)
+    typer.echo(f"{pipeline.name}: {len(missing)} tasks submitted, {coming} on their way, {done} done, in {root}")
+
+
+@app.command(hidden=True)
+def supervise(
+    command: Annotated[list[str], typer.Argument(help="What each rank runs, behind --.", show_default=False)],
+    ranks: Annotated[int, typer.Option(help="Processes in all.", envvar="SLURM_NTASKS")],
+    ranks_per_node: Annotated[int, typer.Option(help="Processes that share a node.", envvar="SLURM_NTASKS_PER_NODE")],
+    state: Annotated[Path, typer.Option(help="A folder for the state; of an array's element, with its number behind.")],
+    site: Annotated[Path | None, typer.Option(help="The cluster's profile.", show_default=False)] = None,
+    excluded: Annotated[Path | None, typer.Option(help="The folder that lists nodes to leave out.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="Instead of the profile's.", show_default=False)] = None,
+) -> None:
+    """Inside a job, on its first node: start the ranks, watch them, and queue the job again when they end early."""
+    import logging
+
+    from megatron_specialm.config.site import Site, load_site
+    from megatron_specialm.slurm.allocation import read_allocation
+    from megatron_specialm.slurm.sbatch import Shape
+    from megatron_specialm.slurm.supervisor import Work
+    from megatron_specialm.slurm.supervisor import supervise as run_attempt
+
+    logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
+    allocation = read_allocation()
+    profile = load_site(site) if site else Site()
+    element = "" if allocation.element is None else f".{allocation.element}"
+    work = Work(
+        profile, allocation, launcher or profile.launcher, Shape(ranks, ranks_per_node), command,  # type: ignore[arg-type]
+        state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
+    )  # fmt: skip
+    raise typer.Exit(run_attempt(work))
+
+
+@app.command()
 def results(
     page: Page,
     overrides: Overrides = None,
@@ -203,6 +280,64 @@ def figures(
         typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
     for path in draw(outcome, root):
         typer.echo(path)
+
+
+@app.command()
+def status(
+    page: Page,
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
+) -> None:
+    """Say how far a page's jobs are, what they cost so far, and why some have failed."""
+    from megatron_specialm.slurm.watch import show_status, watch_status
+
+    pipeline = _load(page, overrides)
+    if watch:
+        watch_status(pipeline, as_json=as_json, seconds=every)
+    else:
+        show_status(pipeline, as_json=as_json)
+
+
+@app.command()
+def cancel(
+    page: Page,
+    stage: Annotated[str | None, typer.Argument(help="Of this stage alone.", show_default=False)] = None,
+) -> None:
+    """Cancel a page's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
+
+    pipeline = _load(page, None)
+    if stage is not None and stage not in pipeline.stages:
+        raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
+    cancelled = cancel_jobs_of(Path(pipeline.root), stage)
+    for job, alive in cancelled:
+        typer.echo(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
+    if not cancelled:
+        typer.echo(f"{pipeline.root}: no job is queued or running")
+
+
+@app.command()
+def logs(
+    page: Page,
+    stage: Annotated[str, typer.Argument(help="A stage of the page.", show_default=False)],
+    key: Annotated[str | None, typer.Argument(help="One task of it, as c3.", show_default=False)] = None,
+    lines: Annotated[int, typer.Option(help="From the end.", min=1)] = 20,
+    go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
+) -> None:
+    """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
+    from megatron_specialm.launch.logs import tail
+    from megatron_specialm.slurm.logs import follow, newest_logs
+
+    pipeline = _load(page, None)
+    *others, newest = newest_logs(pipeline, stage, key)
+    for path in others:
+        typer.echo(path)
+    typer.echo(f"==> {newest} <==")
+    typer.echo("\n".join(tail(newest, lines)))
+    if go_on:
+        follow(newest)
 
 
 @app.command()

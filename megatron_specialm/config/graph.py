@@ -86,6 +86,11 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
 
 
+def processes_of(stage: Settings) -> int:
+    """Processes that do a task of a stage together."""
+    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
+
+
 def model_task(pipeline: Pipeline, key: str) -> TaskId:
     """The train task behind a key `STAGE.KEY` of an evaluate or export stage."""
     stage, _, train_key = key.rpartition(".")

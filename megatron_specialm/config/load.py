@@ -46,7 +46,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         ConfigError: naming the file, the dotted key, the value and the fix.
     """
-    page = _read_page(path)
+    page = read_page(path)
     for override in overrides:
         _apply_override(page, override)
     defaults = page.pop("defaults", {})
@@ -67,8 +67,12 @@ def dump_pipeline(pipeline: Pipeline) -> str:
     return yaml.safe_dump(pipeline.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a page and lay it over the page it extends (a path relative to its own folder)."""
+def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a page and lay it over the page it extends (a path relative to its own folder).
+
+    Raises:
+        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of pages.
+    """
     if path.resolve() in seen:
         chain = " -> ".join(str(item) for item in (*seen, path.resolve()))
         raise ConfigError(f"{path}: extends itself: {chain}")
@@ -76,7 +80,7 @@ def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{_nearest(path.name, siblings)}") from None
+        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
@@ -88,7 +92,7 @@ def _read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = page.pop("extends", None)
     if base is None:
         return page
-    return _merge(_read_page(path.parent / str(base), (*seen, path.resolve())), page)
+    return _merge(read_page(path.parent / str(base), (*seen, path.resolve())), page)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -141,7 +145,9 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
         raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
     kind = stage.get("kind")
     if kind not in KINDS:
-        raise ConfigError(f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{_nearest(str(kind), list(KINDS))}")
+        raise ConfigError(
+            f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"
+        )
     own = _without_inherited_shape(defaults.get(str(kind), {}), stage)
     stage = _merge(own, stage)
     if isinstance(stage.get("model"), str):
@@ -159,12 +165,13 @@ def _preset(where: str, page: Path, name: str) -> Any:
     for folder in folders:
         candidate = folder / f"{name}.yaml"
         if candidate.is_file():
-            return {"name": name, **_read_page(candidate)}
+            return {"name": name, **read_page(candidate)}
     known = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
-    raise ConfigError(f"{where}: no preset {name!r}{_nearest(name, known)}; known: {', '.join(known)}")
+    raise ConfigError(f"{where}: no preset {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The known word nearest to a mistaken one, as the end of a message; empty where none is near."""
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
@@ -172,7 +179,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def _check_names(where: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in mapping:
         if key not in known:
-            raise ConfigError(f"{where}.{key}: unknown{_nearest(str(key), known)}; known: {', '.join(known)}")
+            raise ConfigError(f"{where}.{key}: unknown{did_you_mean(str(key), known)}; known: {', '.join(known)}")
 
 
 def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str:
@@ -188,7 +195,9 @@ def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             known = _valid_keys(item["loc"])
-            lines.append(f"{key}: unknown key{_nearest(location[-1], known)}; valid keys: {', '.join(sorted(known))}")
+            lines.append(
+                f"{key}: unknown key{did_you_mean(location[-1], known)}; valid keys: {', '.join(sorted(known))}"
+            )
         elif item["type"] == "missing":
             lines.append(f"{key}: required, and missing")
         else:

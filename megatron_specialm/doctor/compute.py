@@ -66,6 +66,9 @@ def product(device: torch.device) -> dict[str, Any]:
 def all_reduce(device: torch.device, *, rank: int, ranks: int, meeting: str) -> dict[str, Any]:
     """Sum a tensor over processes.
 
+    Args:
+        meeting: where they meet, as torch.distributed takes it.
+
     Returns:
         whether every element of the sum is right, and bytes per second over each process's link (bus bandwidth:
         2 (ranks - 1) / ranks times the tensor, as NCCL's own tests count).
@@ -73,9 +76,7 @@ def all_reduce(device: torch.device, *, rank: int, ranks: int, meeting: str) -> 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=MEETING_TIMEOUT
-    )
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks, timeout=MEETING_TIMEOUT)
     size = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     pattern = (torch.arange(size // 4, device=device) % PATTERN).float()
     values = pattern + rank
@@ -106,7 +107,7 @@ def main(check: str, *arguments: str) -> dict[str, Any]:
     if check == "product":
         return product(device)
     rank, ranks, meeting = arguments[1:]
-    return all_reduce(device, rank=int(rank), ranks=int(ranks), meeting=meeting)
+    return all_reduce(device, rank=int(rank), ranks=int(ranks), meeting=f"file://{meeting}")
 
 
 if __name__ == "__main__":

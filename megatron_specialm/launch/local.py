@@ -5,7 +5,6 @@ together at the end. Workers die with the launcher, however it ends.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import tempfile
@@ -18,11 +17,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
-from megatron_specialm.base.errors import MachineError, SpecialmError
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.base.errors import SpecialmError
+from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.config.graph import TaskId, processes_of
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.worker import work, worker_context
@@ -69,7 +69,7 @@ def run_local(
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    with _only_one(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
+    with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
         try:
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
@@ -105,22 +105,17 @@ def _startable(
     free = slots - sum(len(task.processes) for task in running.values())
     idle = not running
     for name, planned in list(waiting.items()):
-        needed = _ranks(pipeline, name)
+        needed = processes_of(pipeline.stages[name.stage])
         if unfinished.isdisjoint(planned.task.inputs) and (needed <= free or idle):
             yield name
             free -= needed
             idle = False
 
 
-def _ranks(pipeline: Pipeline, name: TaskId) -> int:
-    stage = pipeline.stages[name.stage]
-    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
-
-
 def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
     """Start a task's ranks. They meet at a file, so no port is needed."""
     name = planned.task.id
-    ranks = _ranks(pipeline, name)
+    ranks = processes_of(pipeline.stages[name.stage])
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     processes = []
@@ -128,7 +123,7 @@ def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root:
     for rank in range(ranks):
         world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(root, name, planned.digest, world, _log_path(root, name), sender), name=str(name)
+            target=work, args=(root, name, planned.digest, world, log_path(root, name), sender), name=str(name)
         )
         process.start()
         processes.append(process)
@@ -148,7 +143,7 @@ def _has_ended(task: _Running) -> bool:
 def _error_of(root: Path, task: _Running) -> str | None:
     """Why a task failed, or None. An exit code of 0 counts for nothing without the marker."""
     name = task.planned.task.id
-    log = _log_path(root, name)
+    log = log_path(root, name)
     codes = [process.exitcode for process in task.processes]
     if not any(codes):
         done = is_complete(root, *name, digest=task.planned.digest)
@@ -157,16 +152,7 @@ def _error_of(root: Path, task: _Running) -> str | None:
         return f"{task.errors.recv()}\n  log: {log}"
     worst = next(code for code in codes if code)
     how = f"signal {signal.Signals(-worst).name}" if worst < 0 else f"exit code {worst}"
-    return f"ended with {how}: {_last_line(log)}\n  log: {log}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _log_path(root: Path, name: TaskId) -> Path:
-    return root / "jobs" / f"{name.stage}.{name.key}.log"
+    return f"ended with {how}: {last_line(log)}\n  log: {log}"
 
 
 def _end(running: Mapping[TaskId, _Running], *, within: float = TERMINATION_SECONDS) -> None:
@@ -204,23 +190,6 @@ def _terminated_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Hold the run folder. The kernel lets go of the lock when its holder dies."""
-    with (root / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise MachineError(
-                f"{root}: another run (pid {lock.read().strip()}) is at work here: wait or end it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
 
 
 def _cores() -> int:

@@ -43,10 +43,18 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
 
 
 def select(
-    plan: Mapping[TaskId, PlannedTask], *, only: str | None, until: str | None, keys: Sequence[str] | None = None
+    plan: Mapping[TaskId, PlannedTask],
+    *,
+    only: str | None,
+    until: str | None,
+    keys: Sequence[str] | None = None,
+    check_inputs: bool = True,
 ) -> dict[TaskId, PlannedTask]:
     """The part of a plan that a run is about: one stage or some of its tasks, or a stage with all it rests on; default:
     everything.
+
+    Args:
+        check_inputs: of a stage that is to run alone, whether its inputs are done.
 
     Raises:
         ConfigError: there is no such stage, or it has no task of such a key.
@@ -60,7 +68,8 @@ def select(
     if only is not None:
         chosen = {name: planned for name, planned in plan.items() if name.stage == only}
         chosen = _of_keys(chosen, only, keys) if keys is not None else chosen
-        _check_inputs(plan, chosen)
+        if check_inputs:
+            _check_inputs(plan, chosen)
         return chosen
     if until is None:
         return dict(plan)

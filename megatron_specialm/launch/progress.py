@@ -49,7 +49,7 @@ class Progress:
     def update(self, folders: Mapping[TaskId, Path]) -> None:
         """Read how far the running trainings are from their records."""
         for name, folder in folders.items():
-            record = _last_record(folder / "metrics.jsonl")
+            record = last_record(folder / "metrics.jsonl")
             if record is None:
                 continue
             state = _describe(record)
@@ -68,8 +68,8 @@ def _describe(record: Mapping[str, Any]) -> str:
     return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes}:{seconds:02d} left"
 
 
-def _last_record(path: Path) -> dict[str, Any] | None:
-    """The newest whole record of a step near the file's end."""
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet."""
     if not path.exists():
         return None
     with path.open("rb") as file:

@@ -9,7 +9,7 @@ from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of, text_set
+from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of, text_set, train_stage
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -35,15 +35,26 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         steps = [_steps(pipeline, stage, key) for key in keys]
         tokens = max(steps) * setup.global_batch_size * setup.context_length
-        flops = sum(steps) * setup.step_flops
+        flops = training_flops(pipeline, name)
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
-        hours = [f"{flops / (TYPICAL_UTILISATION * peak) / 3600:,.2f}"] if peak else []
+        hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
         table.add_row(
             name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
             f"{tokens / 1e6:,.2f}M", f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
         )  # fmt: skip
     return table
+
+
+def training_flops(pipeline: Pipeline, name: str) -> int:
+    """FLOPs of all runs of a train stage, at most."""
+    steps = sum(_steps(pipeline, train_stage(pipeline, name), key) for key in model_keys(pipeline, name))
+    return steps * setup_of(pipeline, name).step_flops
+
+
+def planned_hours(flops: float, peak: float) -> float:
+    """GPU hours that so many FLOPs take on devices of this peak (FLOP/s)."""
+    return flops / (TYPICAL_UTILISATION * peak) / 3600
 
 
 def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:

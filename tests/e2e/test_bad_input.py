@@ -137,9 +137,9 @@ def test_one_run_at_a_time(folder: Path) -> None:
     (folder / "runs/smoke").mkdir(parents=True)
     with (folder / "runs/smoke/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
+        lock.write("4711 login7")
         lock.flush()
-        _fails(folder, 3, "another run (pid 4711)")
+        _fails(folder, 3, "another command (pid 4711 on login7)")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,6 +20,8 @@ LAYERS = {
     "stages": {"stages", "train", "convert", "clustering", "model", "data", "config", "base"},
     # torch-free: of the layers below it takes the reader of files and the context of a task, which are so too
     "launch": {"launch", "config", "base"},
+    # torch-free, as submitting and supervising jobs must be
+    "slurm": {"slurm", "launch", "config", "base"},
     # reports on the machine; only the command line asks for it
     "doctor": {"doctor", "base"},
 }
@@ -51,7 +53,8 @@ def test_megatron_core_is_imported_in_few_places() -> None:
 
 
 def test_the_command_line_the_launcher_and_the_doctor_import_no_torch() -> None:
-    modules = [f"megatron_specialm.launch.{path.stem}" for path in (PACKAGE / "launch").glob("*.py")]
+    folders = ("launch", "slurm")
+    modules = [f"megatron_specialm.{name}.{path.stem}" for name in folders for path in (PACKAGE / name).glob("*.py")]
     modules.append("megatron_specialm.doctor.report")  # its `compute` runs in processes of its own
     program = f"import sys, megatron_specialm.cli, {', '.join(modules)}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"

@@ -1,0 +1,50 @@
+"""One at a time in a run folder."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from megatron_specialm.base.errors import MachineError
+
+POLL_SECONDS = 0.1
+
+
+@contextlib.contextmanager
+def hold_folder(root: Path, *, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold a run folder, which is made where it is missing. The kernel lets go of the lock when its holder dies, however
+    it dies, and a shared filesystem does so for a holder on another machine.
+
+    Args:
+        wait_seconds: for another holder to let go.
+
+    Raises:
+        MachineError: another process holds it, with its number and its machine.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a+") as lock:
+        deadline = time.monotonic() + wait_seconds
+        while not _taken(lock):
+            if time.monotonic() >= deadline:
+                lock.seek(0)
+                pid, _, host = lock.read().partition(" ")
+                raise MachineError(
+                    f"{root}: another command (pid {pid}{host and ' on ' + host}) is at work here: wait or end it"
+                )
+            time.sleep(POLL_SECONDS)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

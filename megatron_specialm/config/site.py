@@ -1,0 +1,137 @@
+"""A site's profile: how the jobs of any pipeline are submitted and run on one cluster. No part of any digest.
+
+What ends up in a `#SBATCH` line is a `Word`, which cannot end the line or be taken for another option; everything else is
+quoted where the script is rendered.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.base import Settings
+from megatron_specialm.config.load import did_you_mean, read_page
+
+Launcher = Literal["srun", "torchrun", "mpi"]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+&|*()\[\]@/=-]+$", max_length=200)]
+Duration = Annotated[
+    str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="minutes, hours:minutes:seconds or days-hours")
+]
+
+
+class Resources(Settings):
+    """What a job of some stage asks Slurm for. A value that is not given is that of `default`."""
+
+    time: Duration = "04:00:00"
+    cpus_per_process: PositiveInt = 1
+    gpus_per_process: NonNegativeInt = 0
+    processes_per_node: PositiveInt = Field(default=8, description="ranks of a training that share a node")
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(default=None, description="per node, as 64G")
+    concurrency: PositiveInt = Field(default=16, description="tasks of an array that run at a time")
+    tasks_per_job: PositiveInt = Field(default=1, description="short tasks that one job does after each other")
+    account: Word | None = None
+    partition: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    reservation: Word | None = None
+    options: list[Annotated[Word, Field(pattern=r"^--")]] = Field(default=[], description="more options of sbatch")
+
+
+class Container(Settings):
+    """The image that the ranks run in; the supervisor beside them runs on the node itself."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    image: str
+    python: str = Field(default="python3", description="the interpreter inside")
+    mounts: list[Annotated[str, Field(pattern=r"^[^,]+$")]] = Field(
+        default=[], description="FROM:TO; the working directory and the run folder always are"
+    )
+
+
+class Limits(Settings):
+    """When a job is taken to be in trouble, and how often it may start again."""
+
+    warning_seconds: PositiveInt = Field(default=300, description="before the time limit: save and queue again")
+    heartbeat_seconds: PositiveFloat = 5
+    silent_seconds: PositiveFloat = Field(
+        default=60, description="without a heartbeat: the process or its node is lost"
+    )
+    hang_seconds: PositiveFloat = Field(default=900, description="without a step, once training has begun")
+    startup_seconds: PositiveFloat = Field(default=1800, description="until all ranks speak, and until the first step")
+    stop_seconds: PositiveFloat = Field(default=240, description="for ranks to save when they are asked to stop")
+    timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may run into")
+    failures: NonNegativeInt = Field(default=5, description="failures in all; three at the same step always end a job")
+
+
+class Preflight(Settings):
+    """The look at each node before ranks start there. A node that fails it is left out, and the job queued again."""
+
+    enabled: bool = True
+    seconds: PositiveFloat = Field(default=120, description="for a node to answer")
+    slower_than: PositiveFloat = Field(default=2.0, description="times the median of the others: a slow node")
+    free_disk: PositiveInt = Field(default=1 << 30, description="bytes free in the run folder")
+    clock_seconds: PositiveFloat = Field(default=5.0, description="by which a node's clock may differ from the first's")
+
+
+class Site(Settings):
+    """A cluster."""
+
+    template: str = Field(default="stage.sbatch.template", description="the script's, beside the profile")
+    launcher: Launcher = "srun"
+    python: str | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
+    gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
+    modules: list[str] = Field(default=[], description="for `module load`")
+    environment: dict[str, str] = Field(default={}, description="of all jobs, as the fabric's variables")
+    container: Container | None = None
+    exclude: list[Word] = Field(default=[], description="nodes not to use")
+    jobs: dict[str, Resources] = Field(default={}, description="`default`, a stage's kind or a stage's name")
+    limits: Limits = Limits()
+    preflight: Preflight = Preflight()
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        return value
+
+    def resources(self, stage: str, kind: str) -> Resources:
+        """What a stage's jobs ask for: its own settings over those of its kind over the default."""
+        merged = Resources()
+        for layer in (self.jobs[name] for name in ("default", kind, stage) if name in self.jobs):
+            merged = merged.model_copy(update={field: getattr(layer, field) for field in layer.model_fields_set})
+        return merged
+
+
+def load_site(path: Path) -> Site:
+    """Read a profile.
+
+    Raises:
+        ConfigError: naming the file, the key, the value and the fix.
+    """
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such site profile: copy slurm/site.yaml, fit it to your cluster, name it with --site"
+        )
+    page = read_page(path)
+    try:
+        return Site.model_validate(page)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+
+
+def dump_site(site: Site) -> str:
+    """The profile as YAML: what a submission keeps and its jobs run from."""
+    return yaml.safe_dump(site.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = [name for cls in (Site, Resources, Limits, Preflight, Container) for name in cls.model_fields]
+        return f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), known)}"
+    return f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"

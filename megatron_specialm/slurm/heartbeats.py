@@ -1,0 +1,161 @@
+"""The supervisor's end of the ranks' heartbeats: who has said what last, who has gone silent, and who does not get on.
+
+Ranks send datagrams (`base/heartbeat.py`); the answer to each says whether to stop. Where a network lets no datagrams through,
+ranks are never heard: then nothing is concluded from their silence, and hangs are left to the launcher's own time limits.
+"""
+
+import contextlib
+import json
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from megatron_specialm.config.site import Limits
+
+DATAGRAM_BYTES = 65_536
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank said last. `heard` and `advanced` are this process's monotonic seconds: of the datagram, and of the first
+    one with its present progress."""
+
+    rank: int
+    node: str
+    activity: str
+    progress: int | None
+    step: int | None
+    stack: tuple[str, ...]
+    heard: float
+    advanced: float
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Ranks that hold up a job. `nodes` are theirs, where that says anything about the nodes."""
+
+    reason: str
+    nodes: tuple[str, ...]
+
+
+@dataclass
+class Listener:
+    """Receives heartbeats in a thread of its own while it is entered. `stop` tells every rank that asks to stop."""
+
+    address: str
+    stop: bool = False
+    beats: dict[int, Beat] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        self._token = secrets.token_hex(16)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        self._socket.settimeout(LOOK_SECONDS)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="heartbeats", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._socket.close()
+
+    @property
+    def channel(self) -> str:
+        """The value of SPECIALM_HEARTBEAT for the ranks."""
+        return f"{self.address}:{self._socket.getsockname()[1]}:{self._token}"
+
+    @property
+    def step(self) -> int | None:
+        """The last training step that any rank spoke of."""
+        return max((beat.step for beat in list(self.beats.values()) if beat.step is not None), default=None)
+
+    def _listen(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(OSError):
+                datagram, sender = self._socket.recvfrom(DATAGRAM_BYTES)
+                said = parse(datagram, token=self._token)
+                if said is not None:
+                    beat = heard(said, self.beats.get(said["rank"]), now=time.monotonic())
+                    self.beats[beat.rank] = beat
+                    self._socket.sendto(json.dumps({"token": self._token, "stop": self.stop}).encode(), sender)
+
+
+def parse(datagram: bytes, *, token: str) -> dict[str, Any] | None:
+    """A heartbeat; None for what anybody else may have sent."""
+    try:
+        said = json.loads(datagram)
+        if said["token"] == token and isinstance(said["rank"], int):
+            return said
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def heard(said: Mapping[str, Any], before: Beat | None, *, now: float) -> Beat:
+    """A rank's new state."""
+    same = before is not None and (before.activity, before.progress) == (said["activity"], said["progress"])
+    return Beat(
+        rank=said["rank"], node=said["node"], activity=said["activity"], progress=said["progress"], step=said["step"],
+        stack=tuple(said["stack"]), heard=now, advanced=before.advanced if before is not None and same else now,
+    )  # fmt: skip
+
+
+def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble | None:
+    """What is wrong with ranks, by what they said; None while nothing is.
+
+    A rank that was heard and has gone silent is lost, or its node is. Where all speak and none gets on, those are named whose
+    innermost frames the fewest share: the others wait for them.
+    """
+    silent = [beat for beat in beats.values() if now - beat.heard > limits.silent_seconds]
+    if silent:
+        nodes = tuple(sorted({beat.node for beat in silent}))
+        return Trouble(f"no heartbeat for {limits.silent_seconds:g} s of {_who(silent)}", nodes)
+    if not beats or any(now - beat.advanced <= _patience(beat, limits) for beat in beats.values()):
+        return None
+    suspects = _fewest(list(beats.values()))
+    waited = now - max(beat.advanced for beat in beats.values())
+    where = " > ".join(suspects[0].stack[-3:])
+    if len(suspects) == len(beats):
+        return Trouble(f"no progress for {waited:.0f} s; all {len(beats)} ranks are in {where}", ())
+    nodes = tuple(sorted({beat.node for beat in suspects}))
+    return Trouble(f"no progress for {waited:.0f} s; {_who(suspects)} in {where}; the others wait", nodes)
+
+
+def _patience(beat: Beat, limits: Limits) -> float:
+    """Seconds without progress that are nothing unusual; for work that tells no progress, any number."""
+    if beat.progress is not None:
+        return limits.hang_seconds
+    return limits.startup_seconds if beat.activity == "starting" else float("inf")
+
+
+def _fewest(beats: list[Beat]) -> list[Beat]:
+    behind = min((beat.step for beat in beats if beat.step is not None), default=None)
+    if any(beat.step != behind for beat in beats):
+        return [beat for beat in beats if beat.step == behind]
+    counts = Counter(beat.stack[-1:] for beat in beats)
+    rarest = min(counts.values())
+    return [beat for beat in beats if counts[beat.stack[-1:]] == rarest] if len(counts) > 1 else beats
+
+
+def _who(beats: list[Beat]) -> str:
+    return ", ".join(f"rank {beat.rank} on {beat.node}" for beat in sorted(beats, key=lambda beat: beat.rank)[:8])
+
+
+def describe(beats: Mapping[int, Beat], *, now: float) -> str:
+    """All that is known of all ranks, for the log of a job that hung."""
+    lines = []
+    for beat in sorted(beats.values(), key=lambda beat: beat.rank):
+        lines.append(
+            f"rank {beat.rank} on {beat.node}: {beat.activity}, step {beat.step}, heard {now - beat.heard:.0f} s ago, "
+            f"without progress for {now - beat.advanced:.0f} s"
+        )
+        lines += [f"    {frame}" for frame in beat.stack]
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""Find the newest logs of a stage, from Slurm jobs or from runs on this machine, and read on in them."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch import logs as local
+from megatron_specialm.slurm.records import log_path, read_registry
+
+POLL_SECONDS = 0.5
+
+
+def newest_logs(pipeline: Pipeline, stage: str, key: str | None) -> list[Path]:
+    """One log per task of a stage, or of one of its tasks: of its newest job or of its newest run on this machine,
+    whichever was written last. Tasks that share a job share its log. The log that was written last stands last.
+
+    Raises:
+        ConfigError: there is no such stage, or no such task of it.
+        ArtifactError: nothing has written a log of it yet.
+    """
+    root = Path(pipeline.root)
+    keys = _keys(pipeline, stage, key)
+    in_jobs: dict[str, Path] = {}
+    for job in read_registry(root):
+        for number, element in enumerate(job.elements if job.stage == stage else ()):
+            in_jobs.update({task.key: log_path(root, job.submission, job.name, number) for task in element})
+    found = set()
+    for name in keys:
+        candidates = [local.log_path(root, TaskId(stage, name)), *([in_jobs[name]] if name in in_jobs else [])]
+        written = [path for path in candidates if path.exists()]
+        if written:
+            found.add(max(written, key=_written))
+    if not found:
+        raise ArtifactError(f"{root}: {stage}{f'/{key}' if key else ''} has no log yet: it has never run here")
+    return sorted(found, key=_written)
+
+
+def follow(path: Path) -> None:
+    """Print what is appended to a log from now on, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        while True:
+            print(file.read(), end="", flush=True)
+            time.sleep(POLL_SECONDS)
+
+
+def _keys(pipeline: Pipeline, stage: str, key: str | None) -> list[str]:
+    if stage not in pipeline.stages:
+        raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
+    keys = [name.key for name in build_graph(pipeline) if name.stage == stage]
+    if key is not None and key not in keys:
+        raise ConfigError(f"{stage} has no task {key!r}; it has {', '.join(keys)}")
+    return keys if key is None else [key]
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,59 @@
+"""What is neither done nor on its way: what a submit is to queue."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.slurm.queue import live_elements
+from megatron_specialm.slurm.records import JobRecord
+
+
+@dataclass(frozen=True)
+class Live:
+    """The element of a queued or running job that does a task, as Slurm names it (123_0), and for which digest."""
+
+    slurm_id: str
+    digest: str
+
+
+def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
+    """The tasks that queued and running jobs do.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    submitted = [job for job in jobs if job.slurm_id is not None]
+    alive = live_elements([str(job.slurm_id) for job in submitted])
+    return {
+        TaskId(job.stage, task.key): Live(f"{job.slurm_id}_{number}", task.digest)
+        for job in submitted
+        for number, element in enumerate(job.elements)
+        if (job.slurm_id, number) in alive
+        for task in element
+    }
+
+
+def missing_tasks(
+    plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask], live: Mapping[TaskId, Live]
+) -> dict[TaskId, PlannedTask]:
+    """The chosen tasks that are to be queued, in the graph's order.
+
+    Raises:
+        ConfigError: a job that is queued or running does one of the tasks from other settings or text.
+        ArtifactError: a task reads what is neither done, nor on its way, nor chosen.
+    """
+    for name, planned in chosen.items():
+        if name in live and live[name].digest != planned.digest:
+            raise ConfigError(
+                f"{name}: job {live[name].slurm_id} makes it from other settings or text: let it end, or `specialm cancel`"
+            )
+    missing = {name: planned for name, planned in chosen.items() if planned.state != "done" and name not in live}
+    for name, planned in missing.items():
+        for needed in planned.task.inputs:
+            if plan[needed].state != "done" and needed not in live and needed not in missing:
+                raise ArtifactError(
+                    f"{name} reads {needed}, which is {plan[needed].state} and in no job: submit --until {name.stage}"
+                )
+    return missing

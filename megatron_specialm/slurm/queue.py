@@ -1,0 +1,164 @@
+"""What Slurm says of our jobs: squeue, where it has forgotten them sacct, and scancel."""
+
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_specialm.base.errors import MachineError
+
+ElementId = tuple[str, int]  # the array's id and the element's number: 123_4
+ENDED = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+    "REVOKED",
+}  # fmt: skip
+COMMAND_SECONDS = 60
+RETRY_SECONDS = 30  # a controller that is being restarted is back by then
+# What a command says when the controller does not answer, as opposed to when it refuses.
+SILENT = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted", "Connection refused")
+# The reason stands last: it is the only one of which we do not know what it may hold.
+FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")
+
+
+@dataclass(frozen=True)
+class Element:
+    """An array's element as Slurm has it: `state` in Slurm's words, as RUNNING; `nodes` as node[1-2], empty where it has
+    none; `restarts`: how often it was queued again; `seconds_left` of its time limit while it runs and has one."""
+
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+    seconds_left: int | None
+
+    @property
+    def is_live(self) -> bool:
+        """Queued, running, or on its way from one to the other."""
+        return self.state not in ENDED
+
+
+def slurm(*command: str) -> str:
+    """What a Slurm command prints. It is tried again while the controller does not answer, as in a restart.
+
+    Raises:
+        MachineError: Slurm is not installed, refuses, or does not answer for `RETRY_SECONDS`.
+    """
+    deadline = time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            outcome = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, errors="replace")
+        except FileNotFoundError:
+            raise MachineError(
+                f"{command[0]}: not found: use a login node of the Slurm cluster, or put it on PATH"
+            ) from None
+        except subprocess.TimeoutExpired:
+            raise MachineError(f"{command[0]}: Slurm has not answered for {COMMAND_SECONDS} s: try later") from None
+        if outcome.returncode == 0:
+            return outcome.stdout
+        said = " ".join(outcome.stderr.split())
+        if not any(words in said for words in SILENT):
+            raise MachineError(f"{' '.join(command)}: {said or f'exit code {outcome.returncode}'}")
+        if time.monotonic() >= deadline:
+            raise MachineError(f"{command[0]}: {said}: try later; jobs run on meanwhile")
+        time.sleep(1)
+
+
+def elements(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
+    """All elements of arrays that Slurm still knows of; of those that squeue has forgotten, what the accounting says, where
+    there is one.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    if not slurm_ids:
+        return {}
+    found = _queued(slurm_ids)
+    forgotten = sorted(set(slurm_ids) - {job for job, _ in found}, key=int)
+    return {**_accounted(forgotten), **found} if forgotten else found
+
+
+def live_elements(slurm_ids: Sequence[str]) -> set[ElementId]:
+    """Those elements of arrays that are queued, running, or on their way from one to the other.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    return {name for name, element in _queued(slurm_ids).items() if element.is_live} if slurm_ids else set()
+
+
+def find_by_comment(comment: str) -> str | None:
+    """The id of the user's array, queued or ended not long ago, that was submitted with this comment.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    for line in slurm("squeue", "--me", "--states=all", "--noheader", "--format=%F|%k").splitlines():
+        job, _, said = line.partition("|")
+        if said.strip() == comment:
+            return job.strip()
+    return None
+
+
+def cancel_jobs(slurm_ids: Iterable[str]) -> None:
+    """Cancel whole arrays; those that have ended are passed over.
+
+    Raises:
+        MachineError: Slurm does not answer, or they are somebody else's.
+    """
+    slurm("scancel", *slurm_ids)
+
+
+def _queued(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
+    wanted = ["--array", "--states=all", "--noheader", f"--jobs={','.join(slurm_ids)}"]
+    try:
+        output = slurm("squeue", *wanted, f"--Format={','.join(f'{field}:|' for field in FIELDS)}")
+    except MachineError as error:
+        if "Invalid job id specified" in str(error):  # it says so when it knows none of them
+            return {}
+        raise
+    return dict(parse_squeue(output))
+
+
+def parse_squeue(output: str) -> Iterator[tuple[ElementId, Element]]:
+    """The elements in what squeue prints for `FIELDS`."""
+    for line in output.splitlines():
+        values = [value.strip() for value in line.split("|", len(FIELDS) - 1)]
+        if len(values) < len(FIELDS) or not values[1].isdecimal():
+            continue  # no element of an array: not ours
+        job, number, state, restarts, left, nodes, reason = values
+        known_reason = "" if reason.strip("|") == "None" else reason.strip("|")
+        seconds = _seconds(left) if state == "RUNNING" else None
+        yield (job, int(number)), Element(state, known_reason, nodes, int(restarts), seconds)
+
+
+def _seconds(text: str) -> int | None:
+    """Of Slurm's days-hours:minutes:seconds; None where there is no limit."""
+    days, _, clock = text.rpartition("-")
+    parts = [days or "0", *clock.split(":")]
+    if not all(part.isdecimal() for part in parts):
+        return None
+    total = 0
+    for part in parts[1:]:
+        total = total * 60 + int(part)
+    return int(parts[0]) * 86400 + total
+
+
+def _accounted(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
+    """Many a cluster keeps no accounting: then nothing is known, which is no error."""
+    wanted = ["--noheader", "--parsable2", "--allocations", f"--jobs={','.join(slurm_ids)}"]
+    try:
+        return dict(parse_sacct(slurm("sacct", *wanted, "--format=JobID,State,NodeList")))
+    except MachineError:
+        return {}
+
+
+def parse_sacct(output: str) -> Iterator[tuple[ElementId, Element]]:
+    """The elements in what sacct prints."""
+    for line in output.splitlines():
+        name, _, rest = line.partition("|")
+        state, _, nodes = rest.partition("|")
+        job, _, number = name.partition("_")
+        if number.isdecimal():
+            words = state.split()  # "CANCELLED by 1000"
+            nodes = "" if nodes == "None assigned" else nodes
+            yield (job, int(number)), Element(words[0], " ".join(words[1:]), nodes, 0, None)

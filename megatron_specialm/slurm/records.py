@@ -1,0 +1,193 @@
+"""What a run folder remembers of its Slurm jobs, and where it stands.
+
+    <root>/jobs/jobs.json                       the registry: every job ever submitted, rewritten after each sbatch
+    <root>/jobs/<submission>/                   one submission: the resolved page and site, then per job:
+        <job>.json  <job>.sbatch                what its elements are to do, and the script, always of an array
+        <job>.<element>.log                     the output of all attempts of an element
+        <job>.<element>/attempts.jsonl          one line as an attempt begins, one as it ends
+        <job>.<element>/attempt-<n>/            what the ranks of attempt n left
+
+Slurm forgets a job minutes after its end; these files do not.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, write_json
+
+Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task of a job's stage, and the digest that its artifact is to carry."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One submitted job: an array, whose elements do their tasks one after the other.
+
+    `name`: the stage's, or `<stage>.<wave>` where tasks of a stage read others of it. `slurm_id`: None while sbatch is
+    being called: the job is then found by its `comment`, which no other job has. `after`: Slurm's ids of the jobs that it
+    waits for. `submitted`: Unix time. `ranks`: processes per element.
+    """
+
+    submission: str
+    name: str
+    stage: str
+    slurm_id: str | None
+    comment: str
+    elements: tuple[tuple[TaskRecord, ...], ...]
+    after: tuple[str, ...]
+    submitted: float
+    ranks: int
+
+
+@dataclass(frozen=True)
+class AttemptBegin:
+    """An attempt at an element begins. `job`: Slurm's name of it, as 123_0. `time`: Unix time."""
+
+    attempt: int
+    job: str
+    nodes: tuple[str, ...]
+    ranks: int
+    time: float
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line."""
+
+    attempt: int
+    outcome: Outcome
+    step: int | None
+    reason: str
+    requeued: bool
+    time: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt. Without an end it is under way or was lost: its node died, or it was killed."""
+
+    begin: AttemptBegin
+    end: AttemptEnd | None
+
+
+def jobs_folder(root: Path) -> Path:
+    """Where a run folder keeps what is about jobs."""
+    return root / "jobs"
+
+
+def registry_path(root: Path) -> Path:
+    """Where the registry stands."""
+    return jobs_folder(root) / "jobs.json"
+
+
+def submission_folder(root: Path, submission: str) -> Path:
+    """Where one submission's files stand."""
+    return jobs_folder(root) / submission
+
+
+def excluded_folder(root: Path) -> Path:
+    """Where the nodes are listed that the run folder's jobs leave out."""
+    return jobs_folder(root) / "excluded"
+
+
+def job_path(root: Path, submission: str, job: str) -> Path:
+    """Where it stands what the elements of a job are to do."""
+    return submission_folder(root, submission) / f"{job}.json"
+
+
+def script_path(root: Path, submission: str, job: str) -> Path:
+    """Where a job's rendered script stands."""
+    return submission_folder(root, submission) / f"{job}.sbatch"
+
+
+def log_path(root: Path, submission: str, job: str, element: int) -> Path:
+    """Where an element's output of all attempts stands."""
+    return submission_folder(root, submission) / f"{job}.{element}.log"
+
+
+def state_folder(root: Path, submission: str, job: str, element: int) -> Path:
+    """Where the supervisor of an element keeps its state."""
+    return submission_folder(root, submission) / f"{job}.{element}"
+
+
+def attempt_folder(state: Path, attempt: int) -> Path:
+    """Where the ranks of an attempt leave their outcome."""
+    return state / f"attempt-{attempt}"
+
+
+def read_registry(root: Path) -> list[JobRecord]:
+    """All jobs ever submitted for a run folder, the oldest first.
+
+    Raises:
+        ArtifactError: the registry is damaged.
+    """
+    path = registry_path(root)
+    if not path.exists():
+        return []
+    try:
+        return [_job(value) for value in read_json(path)["jobs"]]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a registry of jobs ({error!r}): put it right or remove it") from None
+
+
+def _job(value: Mapping[str, Any]) -> JobRecord:
+    elements = tuple(tuple(TaskRecord(**task) for task in element) for element in value["elements"])
+    return JobRecord(**{**value, "elements": elements, "after": tuple(value["after"])})
+
+
+def write_registry(root: Path, jobs: Iterable[JobRecord]) -> None:
+    """Replace the registry, atomically. To be called under the run folder's lock."""
+    write_json(registry_path(root), {"jobs": [asdict(job) for job in jobs]})
+
+
+def record_begin(state: Path, begin: AttemptBegin) -> None:
+    """Note in an element's state folder that an attempt begins."""
+    _append(state, {"event": "begin", **asdict(begin)})
+
+
+def record_end(state: Path, end: AttemptEnd) -> None:
+    """Note in an element's state folder how an attempt ended."""
+    _append(state, {"event": "end", **asdict(end)})
+
+
+def _append(state: Path, event: Mapping[str, Any]) -> None:
+    """One line, durably. It starts on a new line even where a power loss has cut the one before."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "attempts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(event, allow_nan=False)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_attempts(state: Path) -> list[Attempt]:
+    """All attempts at an element, in order; none where it has never run."""
+    attempts: list[Attempt] = []
+    for event in _events(state / "attempts.jsonl"):
+        kind = event.pop("event")
+        if kind == "begin":
+            attempts.append(Attempt(AttemptBegin(**{**event, "nodes": tuple(event["nodes"])}), None))
+        elif attempts and attempts[-1].begin.attempt == event["attempt"]:
+            attempts[-1] = Attempt(attempts[-1].begin, AttemptEnd(**event))
+    return attempts
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # an empty line, or one that a power loss has cut
+            continue

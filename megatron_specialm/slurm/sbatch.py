@@ -1,0 +1,121 @@
+"""The script of a job, from the site's template: plain sbatch that an administrator can read.
+
+Every value that reaches the shell is quoted. What stands in an `#SBATCH` line is checked by `config/site.py` to be one word, or
+is a number or a name of ours; paths stand in none: sbatch is called in the submission's folder, and the log's name is relative.
+"""
+
+import shlex
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.site import Resources, Site
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Ranks of one task, and how many of them share a node."""
+
+    ranks: int
+    ranks_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, or parts of them."""
+        return self.ranks // self.ranks_per_node
+
+    def describe(self) -> str:
+        """Short: `1 process`, or `16 processes on 2 nodes`."""
+        if self.ranks == 1:
+            return "1 process"
+        return f"{self.ranks} processes on {self.nodes} node{'s' if self.nodes > 1 else ''}"
+
+
+def shape_of(ranks: int, resources: Resources, *, stage: str) -> Shape:
+    """Ranks spread evenly over as few nodes as hold them.
+
+    Raises:
+        ConfigError: they cannot be spread evenly.
+    """
+    per_node = min(ranks, resources.processes_per_node)
+    if ranks % per_node:
+        raise ConfigError(
+            f"stages.{stage}.parallel: {ranks} processes do not spread evenly over nodes of {per_node} "
+            "(processes_per_node of the site profile): change the layout, or set processes_per_node for this stage"
+        )
+    return Shape(ranks, per_node)
+
+
+def directives(
+    site: Site, resources: Resources, *, name: str, job: str, elements: int, shape: Shape, after: Sequence[str],
+    comment: str, exclude: Sequence[str],
+) -> list[str]:  # fmt: skip
+    """The options of sbatch, in order.
+
+    Args:
+        name: as the queue shows it.
+        job: the stem of the log's name.
+        after: ids of jobs, or elements of arrays, that must have succeeded.
+        comment: by which the job is found when its id was not learned.
+        exclude: nodes that failed a preflight, beside the site's own.
+    """
+    options = {
+        "job-name": name,
+        "comment": comment,
+        "array": f"0-{elements - 1}%{resources.concurrency}",
+        "output": f"{job}.%a.log",
+        "open-mode": "append",
+        "nodes": shape.nodes,
+        "ntasks": shape.ranks,
+        "ntasks-per-node": shape.ranks_per_node,
+        "cpus-per-task": resources.cpus_per_process,
+        "gpus-per-node": shape.ranks_per_node * resources.gpus_per_process or None,
+        "mem": resources.memory,
+        "time": resources.time,
+        "account": resources.account,
+        "partition": resources.partition,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "reservation": resources.reservation,
+        "exclude": ",".join(dict.fromkeys((*site.exclude, *exclude))) or None,
+        # The warning goes to the batch step alone: the supervisor asks the ranks, under any launcher.
+        "signal": f"B:USR1@{site.limits.warning_seconds}",
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
+        "kill-on-invalid-dep": "yes" if after else None,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return [*given, "--requeue", *resources.options]
+
+
+def render(
+    template: Path, site: Site, *, directives: Sequence[str], folder: Path, code: Path, command: Sequence[str | Path]
+) -> str:
+    """The script.
+
+    Args:
+        folder: the working directory of the job.
+        code: what goes on PYTHONPATH.
+        command: the program and its arguments, each quoted here.
+
+    Raises:
+        ConfigError: the template is missing, or has a `$` that is neither one of ours nor written `$$`.
+    """
+    try:
+        text = string.Template(template.read_text(encoding="utf-8"))
+        return text.substitute(
+            directives="\n".join(f"#SBATCH {option}" for option in directives),
+            folder=shlex.quote(str(folder)),
+            modules="\n".join(f"module load {shlex.quote(name)}" for name in site.modules),
+            environment=_exports({**site.environment, "PYTHONPATH": str(code)}),
+            command=shlex.join(map(str, command)),
+        )
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{template}: cannot be read ({error}): correct `template` in the site profile") from None
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{template}: {error}: write $$ for a dollar sign that is the shell's own") from None
+
+
+def _exports(variables: Mapping[str, str]) -> str:
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())

@@ -1,0 +1,181 @@
+"""How far a pipeline is: the markers say what is done, Slurm and the records what is under way, the metrics how fast."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.files import read_json
+from megatron_specialm.base.throughput import dense_peak
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.logs import last_line
+from megatron_specialm.launch.plan import PlannedTask, make_plan
+from megatron_specialm.launch.progress import last_record
+from megatron_specialm.launch.summary import planned_hours, training_flops
+from megatron_specialm.slurm.records import submission_folder
+from megatron_specialm.slurm.state import ElementState, element_states, newest
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far a running training is. `loss`: nats per token, None where it is not finite."""
+
+    key: str
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An element that ended without its tasks. `error`: the one line that says most."""
+
+    tasks: tuple[str, ...]
+    job: str
+    state: str
+    nodes: str
+    error: str
+    log: str
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage. `elements`: of jobs, those that have something to do with what is not done; `waiting`: how many other tasks
+    are not submitted, and how many are stale. Hours are of processes, one per GPU; on CPU each counts as one, too.
+    `planned_hours`: at the utilisation that a plan assumes; None where the GPU is not known, or nothing is trained."""
+
+    stage: str
+    tasks: int
+    done: int
+    elements: tuple[ElementState, ...]
+    waiting: Mapping[str, int]
+    trainings: tuple[Training, ...]
+    device_hours: float
+    planned_hours: float | None
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """A pipeline at a moment (Unix time)."""
+
+    pipeline: str
+    root: str
+    time: float
+    stages: tuple[StageStatus, ...]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a job is queued or running."""
+        return any(element.live for stage in self.stages for element in stage.elements)
+
+
+def read_status(pipeline: Pipeline, *, now: float | None = None) -> Status:
+    """Look at a page's run folder and at Slurm's queue; the queue is not asked where nothing was submitted.
+
+    Raises:
+        ArtifactError: a record in the run folder is damaged.
+        MachineError: Slurm does not answer.
+    """
+    root = Path(pipeline.root)
+    now = time.time() if now is None else now
+    plan = make_plan(pipeline, root)
+    states = element_states(root)
+    peak = _peak(root, states)
+    stages = dict.fromkeys(name.stage for name in plan)
+    return Status(
+        pipeline.name, str(root), now, tuple(_stage(pipeline, stage, plan, states, now, peak) for stage in stages)
+    )
+
+
+def _stage(
+    pipeline: Pipeline,
+    stage: str,
+    plan: Mapping[TaskId, PlannedTask],
+    states: Sequence[ElementState],
+    now: float,
+    peak: float | None,
+) -> StageStatus:
+    root = Path(pipeline.root)
+    tasks = {name: planned for name, planned in plan.items() if name.stage == stage}
+    ours = [state for state in states if state.job.stage == stage]
+    carriers = newest(ours)
+    carried: dict[TaskId, ElementState] = {}
+    waiting: dict[str, int] = {}
+    for name, planned in tasks.items():
+        if planned.state == "done":
+            continue
+        state, digest = carriers.get(name, (None, ""))
+        # What ended for another digest is history; while it lives it is in the way, and is shown.
+        if state is not None and (state.live or (digest == planned.digest and state.state != "finished")):
+            carried[name] = state
+        else:
+            word = "not submitted" if planned.state == "to do" else planned.state
+            waiting[word] = waiting.get(word, 0) + 1
+    elements = tuple(dict.fromkeys(carried.values()))
+    seconds = sum(state.job.ranks * state.seconds(root, now) for state in ours)
+    seconds += sum(_local_seconds(root, name) for name in tasks if name not in carriers)
+    trains = isinstance(pipeline.stages[stage], TrainStage)
+    return StageStatus(
+        stage=stage,
+        tasks=len(tasks),
+        done=sum(planned.state == "done" for planned in tasks.values()),
+        elements=elements,
+        waiting=waiting,
+        trainings=tuple(_trainings(root, tasks, carried)) if trains else (),
+        device_hours=seconds / 3600,
+        planned_hours=planned_hours(training_flops(pipeline, stage), peak) if trains and peak else None,
+        failures=tuple(
+            _failure(root, element, [name.key for name, state in carried.items() if state is element])
+            for element in elements
+            if element.state in ("failed", "lost")
+        ),
+    )
+
+
+def _trainings(
+    root: Path, tasks: Mapping[TaskId, PlannedTask], carried: Mapping[TaskId, ElementState]
+) -> list[Training]:
+    found = []
+    for name, state in carried.items():
+        folder = artifact_folder(root, *name)
+        label = folder / "task.json"
+        if state.state != "running" or not label.exists() or read_json(label)["digest"] != tasks[name].digest:
+            continue
+        record = last_record(folder / "metrics.jsonl")
+        if record is not None:
+            values = (record[field] for field in ("step", "steps", "loss", "tokens_per_second", "eta_seconds"))
+            found.append(Training(name.key, *values))
+    return found
+
+
+def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure:
+    log = element.log(root)
+    end = element.attempts[-1].end if element.attempts else None
+    error = end.reason if end is not None and end.reason else last_line(log)
+    tasks = tuple(f"{element.job.stage}/{key}" for key in keys)
+    return Failure(tasks, element.slurm_name, element.state, element.nodes, error, str(log))
+
+
+def _local_seconds(root: Path, name: TaskId) -> float:
+    """What a task cost that no job of ours did."""
+    marker = read_marker(root, *name)
+    return marker.cost.device_seconds if marker is not None else 0.0
+
+
+def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
+    """FLOP/s of the GPUs of the site that was submitted to last, where its profile names them."""
+    if not states:
+        return None
+    profile = submission_folder(root, states[-1].job.submission) / "site.yaml"
+    site: Any = yaml.safe_load(profile.read_text(encoding="utf-8")) if profile.exists() else None
+    gpu = site.get("gpu") if isinstance(site, dict) else None
+    return dense_peak(gpu) if gpu else None

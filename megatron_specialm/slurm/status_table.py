@@ -1,0 +1,146 @@
+"""A pipeline's status for people, at 80 columns and more, and for programs."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_specialm.slurm.state import ElementState
+from megatron_specialm.slurm.status import StageStatus, Status, Training
+
+SHOWN_FAILURES = 10
+SHOWN_NODES = 4
+COLOURS = {"running": "cyan", "failed": "red", "lost": "red", "done": "green"}
+# The living first, in the order in which a job passes through; whatever else Slurm may say stands between.
+ORDER = ("running", "completing", "configuring", "pending")
+
+
+def status_view(status: Status) -> RenderableType:
+    """A row per stage, and below the table what has failed."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True, padding=(0, 1))
+    table.add_column("stage", "in all", overflow="fold", max_width=24)
+    done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
+    table.add_column("done", f"{done}/{tasks}", justify="right", no_wrap=True)
+    table.add_column("state", overflow="fold", ratio=1)
+    plans = [stage.planned_hours for stage in status.stages if stage.planned_hours is not None]
+    so_far = sum(stage.device_hours for stage in status.stages)
+    table.add_column("GPU h", f"{so_far:,.2f}", justify="right", no_wrap=True)
+    table.add_column("plan", _hours(sum(plans) if plans else None), justify="right", no_wrap=True)
+    for stage in status.stages:
+        state = Text(state_text(stage), style=_colour(stage))
+        if stage.trainings:
+            state.append(f"\n{training_text(stage.trainings)}", style="default")
+        table.add_row(
+            stage.stage, f"{stage.done}/{stage.tasks}", state, f"{stage.device_hours:,.2f}", _hours(stage.planned_hours)
+        )
+    return Group(table, *_failures(status))
+
+
+def status_json(status: Status) -> dict[str, Any]:
+    """All that the table shows, and each element and training by itself."""
+    stages = [
+        {
+            **{name: value for name, value in asdict(stage).items() if name != "elements"},
+            "state": state_text(stage),
+            "elements": [_element(element) for element in stage.elements],
+        }
+        for stage in status.stages
+    ]
+    return {"pipeline": status.pipeline, "root": status.root, "time": status.time, "stages": stages}
+
+
+def state_text(stage: StageStatus) -> str:
+    """As `3 running on node[1-2], 2 pending (JobArrayTaskLimit), 1 not submitted`; without counts for a stage of one task."""
+    if stage.done == stage.tasks:
+        return "done"
+    groups: dict[tuple[str, str], list[ElementState]] = {}
+    for element in sorted(stage.elements, key=_order):
+        groups.setdefault((element.state, element.reason), []).append(element)
+    parts = []
+    for (state, reason), elements in groups.items():
+        count = f"{len(elements)} " if stage.tasks > 1 else ""
+        because = f" ({reason})" if reason else ""
+        restarts = sum(element.restarts for element in elements)
+        again = f", restarted {restarts}x" if restarts else ""
+        parts.append(f"{count}{state}{because}{_nodes(elements)}{again}")
+    parts += [f"{count} {word}" if stage.tasks > 1 else word for word, count in stage.waiting.items()]
+    return ", ".join(parts)
+
+
+def training_text(trainings: Sequence[Training]) -> str:
+    """Of several: the least and the most advanced, tokens of all together, and when the last one ends."""
+    steps = _range([training.step for training in trainings], "d")
+    longest = max(training.steps for training in trainings)
+    losses = [training.loss for training in trainings if training.loss is not None]
+    loss = _range(losses, ".3f") if losses else "not finite"
+    speed = sum(training.tokens_per_second for training in trainings)
+    eta = _clock(max(training.eta_seconds for training in trainings))
+    return f"step {steps}/{longest}, loss {loss}, {speed:,.0f} tokens/s, ETA {eta}"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _order(element: ElementState) -> tuple[int, str, int]:
+    known = ORDER.index(element.state) if element.state in ORDER else len(ORDER) - 1 if element.live else len(ORDER)
+    return known, element.reason, element.number
+
+
+def _nodes(elements: Sequence[ElementState]) -> str:
+    """Of what runs; failures name theirs below the table."""
+    nodes = Counter(element.nodes for element in elements if element.live and element.nodes)
+    if not nodes:
+        return ""
+    more = f" and {len(nodes) - SHOWN_NODES} more" if len(nodes) > SHOWN_NODES else ""
+    return f" on {', '.join(list(nodes)[:SHOWN_NODES])}{more}"
+
+
+def _colour(stage: StageStatus) -> str:
+    words = ["done"] if stage.done == stage.tasks else [element.state for element in stage.elements]
+    return next((colour for state, colour in COLOURS.items() if state in words), "default")
+
+
+def _hours(hours: float | None) -> str:
+    return "-" if hours is None else f"{hours:,.2f}"
+
+
+def _failures(status: Status) -> list[RenderableType]:
+    """Whole lines, which a terminal may break but a reader can copy."""
+    failures = [failure for stage in status.stages for failure in stage.failures]
+    shown: list[RenderableType] = []
+    for failure in failures[:SHOWN_FAILURES]:
+        where = f" on {failure.nodes}" if failure.nodes else ""
+        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job} {failure.state}{where}", style="red"))
+        shown.append(Text(f"  {failure.error}\n  log: {failure.log}", overflow="fold"))
+    if len(failures) > SHOWN_FAILURES:
+        shown.append(Text(f"and {len(failures) - SHOWN_FAILURES} more failures: --json lists them all"))
+    return shown
+
+
+def _element(element: ElementState) -> Mapping[str, Any]:
+    return {
+        "job": element.slurm_name,
+        "name": element.job.name,
+        "submission": element.job.submission,
+        "tasks": [task.key for task in element.job.elements[element.number]],
+        "ranks": element.job.ranks,
+        "state": element.state,
+        "reason": element.reason,
+        "nodes": element.nodes,
+        "restarts": element.restarts,
+        "seconds_left": element.seconds_left,
+        "attempts": [asdict(attempt) for attempt in element.attempts],
+    }

@@ -1,0 +1,196 @@
+"""Jobs into Slurm's queue, each behind those whose work it reads.
+
+Nothing is ever queued twice: the caller holds the run folder, a job's record is written before sbatch is called, and its
+id as soon as that has answered. When a submit dies between the two, the next one finds the job by its comment.
+"""
+
+import getpass
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.load import dump_pipeline
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.site import Site, dump_site
+from megatron_specialm.slurm import records
+from megatron_specialm.slurm.code import Code, freeze_code, this_code
+from megatron_specialm.slurm.jobs import Job
+from megatron_specialm.slurm.missing import Live
+from megatron_specialm.slurm.nodes import excluded_nodes
+from megatron_specialm.slurm.queue import find_by_comment
+from megatron_specialm.slurm.records import JobRecord
+from megatron_specialm.slurm.sbatch import directives, render
+
+SBATCH_SECONDS = 60
+LOCK_SECONDS = 120  # for another submit of the same run folder to end
+# What a launcher or a job around us may have set would mislead the job's own ranks.
+NOT_INHERITED = (
+    "SLURM_",
+    "OMPI_",
+    "PMIX_",
+    "PMI_",
+    "TORCHELASTIC_",
+    "SPECIALM_",
+    "MASTER_",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A folder of frozen inputs that jobs run from. `folder` is where `submit` was called; the page's paths start there."""
+
+    number: str
+    pipeline: Pipeline
+    site: Site
+    template: Path
+    root: Path
+    code: Code
+    folder: Path
+
+    @classmethod
+    def next(cls, pipeline: Pipeline, site: Site, template: Path, root: Path, known: Sequence[JobRecord]) -> Self:
+        """The one after those that are known. It writes nothing.
+
+        Raises:
+            ConfigError: Slurm would take the run folder's name for something else.
+        """
+        number = f"{1 + max((int(job.submission) for job in known), default=0):04d}"
+        root = root.resolve()  # ranks may stand elsewhere, in a container
+        if found := [character for character in "%\\\n" if character in str(root)]:
+            raise ConfigError(
+                f"root: {str(root)!r} has a {found[0]!r}, which Slurm reads otherwise in the names of logs: choose another root"
+            )
+        pipeline = pipeline.model_copy(update={"root": str(root)})
+        return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
+
+    def freeze(self) -> None:
+        """Write down the page, the profile and the code that its jobs run from."""
+        freeze_code(self.code)
+        home = records.submission_folder(self.root, self.number)
+        write_text(home / "pipeline.yaml", dump_pipeline(self.pipeline))
+        write_text(home / "site.yaml", dump_site(self.site))
+        code = {**asdict(self.code), "folder": str(self.code.folder)}
+        who = {"time": time.time(), "user": getpass.getuser(), "host": socket.gethostname(), "folder": str(self.folder)}
+        write_json(home / "submission.json", {**who, "code": code})
+
+    def script(self, job: Job, *, after: Sequence[str], comment: str) -> str:
+        """A job's script."""
+        options = directives(
+            self.site, job.resources, name=f"{self.pipeline.name}.{job.name}", job=job.name, elements=len(job.elements),
+            shape=job.shape, after=after, comment=comment, exclude=excluded_nodes(records.excluded_folder(self.root)),
+        )  # fmt: skip
+        home = records.submission_folder(self.root, self.number)
+        python = self.site.python or sys.executable
+        inside = self.site.container.python if self.site.container else python
+        supervise: list[Any] = [
+            python, "-m", "megatron_specialm", "supervise", "--site", home / "site.yaml", "--state", home / job.name,
+            "--excluded", records.excluded_folder(self.root), "--launcher", job.launcher,
+            "--ranks", job.shape.ranks, "--ranks-per-node", job.shape.ranks_per_node,
+        ]  # fmt: skip
+        work: list[Any] = [inside, "-m", "megatron_specialm", "work", home / f"{job.name}.json"]
+        return render(
+            self.template, self.site, directives=options, folder=self.folder, code=self.code.folder,
+            command=[*supervise, "--", *work],
+        )  # fmt: skip
+
+
+def recover(root: Path) -> list[JobRecord]:
+    """The registry, mended: a record without an id is of a submit that died while sbatch was called. It gets the id of the
+    job that sbatch has made, or is dropped where there is none."""
+    jobs = records.read_registry(root)
+    if all(job.slurm_id is not None for job in jobs):
+        return jobs
+    found = [job if job.slurm_id is not None else replace(job, slurm_id=find_by_comment(job.comment)) for job in jobs]
+    mended = [job for job in found if job.slurm_id is not None]
+    records.write_registry(root, mended)
+    return mended
+
+
+def submit(
+    submission: Submission, jobs: Sequence[Job], *, known: Sequence[JobRecord], live: Mapping[TaskId, Live]
+) -> list[JobRecord]:
+    """Queue jobs; the records of the new ones.
+
+    Raises:
+        ConfigError: the template cannot be used.
+        MachineError: sbatch refuses a job. Those before it are queued and on record: the same command goes on from there.
+    """
+    submission.freeze()
+    queued: list[JobRecord] = []
+    for job in jobs:
+        record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
+        place = submission.root, submission.number, job.name
+        write_json(records.job_path(*place), {"stage": job.stage, "elements": asdict(record)["elements"]})
+        script = records.script_path(*place)
+        write_text(script, submission.script(job, after=record.after, comment=record.comment))
+        records.write_registry(submission.root, [*known, *queued, record])
+        queued.append(replace(record, slurm_id=_sbatch(script)))
+        records.write_registry(submission.root, [*known, *queued])
+    return queued
+
+
+def preview(submission: Submission, jobs: Sequence[Job], *, live: Mapping[TaskId, Live]) -> Iterator[tuple[Job, str]]:
+    """Each job with the script that it would be queued by; where an id would stand, the job's name. Writes nothing."""
+    shown: list[JobRecord] = []
+    for job in jobs:
+        after = dependencies(job, zip(jobs, shown, strict=False), live)
+        record = replace(_record(submission, job, after=after), slurm_id=f"<{job.name}>")
+        yield job, submission.script(job, after=after, comment=record.comment)
+        shown.append(record)
+
+
+def _record(submission: Submission, job: Job, *, after: Sequence[str]) -> JobRecord:
+    return JobRecord(
+        submission=submission.number, name=job.name, stage=job.stage, slurm_id=None, comment=f"specialm-{uuid.uuid4().hex}",
+        elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.shape.ranks,
+    )  # fmt: skip
+
+
+def dependencies(job: Job, queued: Iterable[tuple[Job, JobRecord]], live: Mapping[TaskId, Live]) -> list[str]:
+    """What a job waits for: arrays as a whole where it reads of all their elements, otherwise those elements alone, so that
+    one which fails stops nobody who does not read it."""
+    found = {live[name].slurm_id for name in job.inputs if name in live}
+    for other, record in queued:
+        read = {number for name in job.inputs if (number := other.element_of(name)) is not None}
+        if len(read) == len(other.elements):
+            found.add(str(record.slurm_id))
+        else:
+            found.update(f"{record.slurm_id}_{number}" for number in read)
+    return sorted(found)
+
+
+def _sbatch(script: Path) -> str:
+    """Queue a script from its own folder, in which its log is to stand; Slurm's id of the job."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+    if "SLURM_CONF" in os.environ:
+        environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    try:
+        outcome = subprocess.run(
+            ["sbatch", "--parsable", script.name], cwd=script.parent, env=environment, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=SBATCH_SECONDS,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise MachineError(
+            "sbatch: not found: submit on a login node of a Slurm cluster, or use `specialm run`"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise MachineError(
+            f"{script}: sbatch did not answer within {SBATCH_SECONDS} s: submit again, nothing is queued twice"
+        ) from None
+    if outcome.returncode:
+        reason = " ".join(outcome.stderr.split()) or f"exit code {outcome.returncode}"
+        raise MachineError(f"{script}: {reason}: correct the site profile and submit again: what is queued stays")
+    return outcome.stdout.strip().partition(";")[0]

@@ -1,0 +1,234 @@
+"""What a job runs on its first node: looks at the nodes, starts the ranks, watches them, and when they end early, has the job
+queued again or says why not.
+
+Slurm's signals come here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed on
+to the ranks by the answers to their heartbeats, under any launcher; ranks save at their next step and end. After SIGTERM it is
+Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.config.site import Launcher, Site
+from megatron_specialm.slurm.allocation import Allocation
+from megatron_specialm.slurm.attempts import Ending, reason_to_end
+from megatron_specialm.slurm.heartbeats import Listener, describe, trouble
+from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
+from megatron_specialm.slurm.preflight import check_nodes
+from megatron_specialm.slurm.queue import slurm
+from megatron_specialm.slurm.ranks import rank_command, step_command
+from megatron_specialm.slurm.records import (
+    AttemptBegin,
+    AttemptEnd,
+    attempt_folder,
+    read_attempts,
+    record_begin,
+    record_end,
+)
+from megatron_specialm.slurm.sbatch import Shape
+
+POLL_SECONDS = 0.2
+STOPPED = 75  # the exit code of a rank that was asked to stop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to run, and where its state goes. `excluded`: the folder that lists the nodes to leave out."""
+
+    site: Site
+    allocation: Allocation
+    launcher: Launcher
+    shape: Shape
+    command: Sequence[str]
+    state: Path
+    excluded: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the ranks of this attempt leave their outcome."""
+        return attempt_folder(self.state, self.allocation.attempt)
+
+
+class _Asked:
+    """Which signal has asked for an end, if any has."""
+
+    by: signal.Signals | None = None
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        # SIGTERM is the last word: Slurm has decided by itself that the job ends here.
+        if self.by is not signal.SIGTERM:
+            self.by = signal.Signals(number)
+
+
+def supervise(work: Work) -> int:
+    """Run one attempt; the exit code for Slurm."""
+    allocation, before = work.allocation, read_attempts(work.state)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, work.shape.ranks, time.time())
+    record_begin(work.state, begin)
+    logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
+    with _hearing_signals() as asked:
+        try:
+            ending = _attempt(work, asked)
+        except MachineError as error:
+            ending = Ending("failed", str(error), exit_code=error.exit_code)
+        final = ending.outcome in ("finished", "stopped", "preempted")
+        end_reason = None if final else reason_to_end(ending, before, work.site.limits)
+        again = not final and end_reason is None
+        reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
+        logger.log(logging.INFO if final else logging.ERROR, "%s: %s", ending.outcome, reason)
+        end = AttemptEnd(allocation.attempt, ending.outcome, ending.step, reason, again, time.time())
+        record_end(work.state, end)
+        if again:
+            _queue_again(work, ending)
+    return 0 if final or again else ending.exit_code
+
+
+def _attempt(work: Work, asked: _Asked) -> Ending:
+    if bad := _unfit_nodes(work):
+        for node, reason in bad.items():
+            exclude_node(work.excluded, node, reason=reason)
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
+        return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
+    with Listener(work.allocation.address) as listener, _ranks(work, listener) as process:
+        asked_at: float | None = None
+        while not _is_over(work, process, asked, asked_at):
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            if asked.by is not None and asked_at is None:
+                logger.info("%s: the ranks are asked to save and stop", asked.by.name)
+                listener.stop, asked_at = True, now
+                _note_early(work, asked.by, listener.step)
+            if asked_at is None and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
+                logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
+                for node in found.nodes if len(work.allocation.nodes) > len(found.nodes) else ():
+                    exclude_node(work.excluded, node, reason=found.reason)
+                return Ending("hang", found.reason, listener.step, found.nodes)
+        return _ending(work, process.poll(), asked, listener.step)
+
+
+def _unfit_nodes(work: Work) -> dict[str, str]:
+    settings, allocation = work.site.preflight, work.allocation
+    if not settings.enabled:
+        return {}
+    folder = work.folder / "nodes"
+    step = step_command(
+        allocation, Shape(work.shape.nodes, 1), cpus=allocation.cpus_per_task * work.shape.ranks_per_node
+    )
+    meeting = f"{allocation.address}:{_free_port()}"
+    command = [*step, work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder), meeting]
+    return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
+
+
+@contextlib.contextmanager
+def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
+    """The launcher of the ranks. It is gone when this is left."""
+    allocation, port = work.allocation, _free_port()
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": allocation.address,
+        "MASTER_PORT": str(port),
+        "SPECIALM_LAUNCHER": work.launcher,
+        "SPECIALM_HEARTBEAT": listener.channel,
+        "SPECIALM_HEARTBEAT_SECONDS": str(work.site.limits.heartbeat_seconds),
+        "SPECIALM_ATTEMPT": str(work.folder.resolve()),
+        "SPECIALM_INCARNATION": f"{allocation.job}/{allocation.attempt}",
+    }
+    command = rank_command(
+        work.command, launcher=work.launcher, shape=work.shape, allocation=allocation, port=port,
+        container=work.site.container,
+    )  # fmt: skip
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _is_over(work: Work, process: subprocess.Popen, asked: _Asked, asked_at: float | None) -> bool:
+    """When the launcher is gone; but Slurm ends srun before the ranks when it ends a job, and those are waited for."""
+    if asked_at is not None and time.monotonic() - asked_at > work.site.limits.stop_seconds:
+        return True
+    if process.poll() is None:
+        return False
+    return asked.by is not signal.SIGTERM or any(work.folder.glob("*.json"))
+
+
+def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> Ending:
+    """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
+    if code == 0 and (work.folder / "finished.json").exists():
+        return Ending("finished", "all tasks are done", step)
+    if asked.by is not None:
+        return _stopped(work, asked.by, step)
+    errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob("error-*.json"))]
+    if errors:
+        # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
+        first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
+        at = first["step"] if first["step"] is not None else step
+        return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
+    return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
+
+
+def _stopped(work: Work, asked: signal.Signals, step: int | None) -> Ending:
+    saved = work.folder / "stopped.json"
+    if saved.exists():
+        step = json.loads(saved.read_text(encoding="utf-8"))["step"]
+        what = "stopped" if step is None else f"saved at step {step}"
+    else:
+        what = f"not saved within {work.site.limits.stop_seconds} s: it goes on from the checkpoint before"
+    if asked is signal.SIGUSR1:
+        return Ending("timeout", f"the time limit is near: {what}", step)
+    return Ending("preempted", f"ended by Slurm: {what}", step)
+
+
+def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
+    """After SIGTERM Slurm may kill this process at any moment: an attempt without an end would count as a lost one."""
+    if asked is signal.SIGTERM:
+        end = AttemptEnd(work.allocation.attempt, "preempted", step, "ended by Slurm", False, time.time())
+        record_end(work.state, end)
+
+
+def _queue_again(work: Work, ending: Ending) -> None:
+    """Have Slurm run the job once more, without the nodes that are no good. That ends this job: SIGTERM comes at once."""
+    job = work.allocation.job
+    out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
+    if not out:
+        slurm("scontrol", "requeue", job)
+        return
+    slurm("scontrol", "requeuehold", job)
+    slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
+    slurm("scontrol", "release", job)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _hearing_signals() -> Iterator[_Asked]:
+    asked = _Asked()
+    previous = {number: signal.signal(number, asked.hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked
+    finally:
+        sys.stdout.flush()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""Show a pipeline's status once, or until no job is left."""
+
+import contextlib
+import json
+import sys
+import time
+
+from rich.console import Console
+
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.slurm.status import Status, read_status
+from megatron_specialm.slurm.status_table import status_json, status_view
+
+
+def show_status(pipeline: Pipeline, *, as_json: bool) -> None:
+    """Print it once.
+
+    Raises:
+        ArtifactError: a record in the run folder is damaged.
+        MachineError: Slurm does not answer.
+    """
+    _show(read_status(pipeline), as_json=as_json)
+
+
+def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
+    """Look every so many seconds until no job is queued or running, or Ctrl-C. A terminal shows the newest look alone.
+    A controller that does not answer is told and asked again.
+
+    Raises:
+        ArtifactError: a record in the run folder is damaged.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                status = read_status(pipeline)
+            except MachineError as error:
+                print(f"{error}; looking again", file=sys.stderr)
+            else:
+                if not as_json and sys.stdout.isatty():
+                    Console().clear()
+                _show(status, as_json=as_json)
+                if not status.is_live:
+                    return
+            time.sleep(seconds)
+
+
+def _show(status: Status, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(status_json(status)), flush=True)
+    else:
+        Console().print(status_view(status))

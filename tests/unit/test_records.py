@@ -1,0 +1,93 @@
+"""The run folder's memory of its Slurm jobs, and the lock that guards it."""
+
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.errors import ArtifactError, MachineError
+from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.slurm.records import (
+    Attempt,
+    AttemptBegin,
+    AttemptEnd,
+    JobRecord,
+    TaskRecord,
+    read_attempts,
+    read_registry,
+    record_begin,
+    record_end,
+    registry_path,
+    write_registry,
+)
+
+JOB = JobRecord(
+    submission="0001", name="tuned", stage="tuned", slurm_id="17", comment="specialm-1f", after=("15", "16"),
+    elements=((TaskRecord("arts", "ab"), TaskRecord("law", "cd")), (TaskRecord("music", "ef"),)),
+    submitted=1764000000.5, ranks=4,
+)  # fmt: skip
+BEGIN = AttemptBegin(attempt=0, job="17_0", nodes=("node1", "node2"), ranks=4, time=100.0)
+END = AttemptEnd(attempt=0, outcome="timeout", step=40, reason="the time limit is near", requeued=True, time=160.0)
+
+
+def test_the_registry_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert read_registry(tmp_path) == []
+    jobs = [JOB, replace(JOB, name="tuned.1", slurm_id=None)]
+    write_registry(tmp_path, jobs)
+    assert read_registry(tmp_path) == jobs
+
+
+def test_a_damaged_registry_is_named(tmp_path: Path) -> None:
+    registry_path(tmp_path).parent.mkdir()
+    for text in ("{", "{}", '{"jobs": [{"stage": "tuned"}]}'):
+        registry_path(tmp_path).write_text(text)
+        with pytest.raises(ArtifactError, match=r"jobs\.json"):
+            read_registry(tmp_path)
+
+
+def test_attempts_are_paired_with_their_ends(tmp_path: Path) -> None:
+    assert read_attempts(tmp_path / "none") == []
+    record_begin(tmp_path, BEGIN)
+    record_end(tmp_path, END)
+    record_begin(tmp_path, lost := replace(BEGIN, attempt=1))
+    record_begin(tmp_path, last := replace(BEGIN, attempt=2, nodes=("node3",)))
+    record_end(tmp_path, end := replace(END, attempt=2, outcome="finished", step=None, requeued=False))
+    assert read_attempts(tmp_path) == [Attempt(BEGIN, END), Attempt(lost, None), Attempt(last, end)]
+
+
+def test_a_line_that_a_power_loss_has_cut_costs_no_other(tmp_path: Path) -> None:
+    record_begin(tmp_path, BEGIN)
+    path = tmp_path / "attempts.jsonl"
+    whole = path.read_bytes()
+    record_end(tmp_path, END)
+    path.write_bytes(path.read_bytes()[: len(whole) + 30])
+    record_begin(tmp_path, second := replace(BEGIN, attempt=1))
+    assert read_attempts(tmp_path) == [Attempt(BEGIN, None), Attempt(second, None)]
+
+
+def _hold(root: Path, ready: "multiprocessing.synchronize.Event") -> None:
+    with hold_folder(root):
+        ready.set()
+        signal.pause()
+
+
+def test_a_dead_process_holds_no_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "runs/new", ready))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        with (
+            pytest.raises(MachineError, match=f"pid {holder.pid} on {os.uname().nodename}"),
+            hold_folder(tmp_path / "runs/new"),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.join()
+    with hold_folder(tmp_path / "runs/new"):
+        pass

@@ -1,0 +1,107 @@
+"""The scripts of jobs: as the golden file has them, and whatever a page or a profile holds, no word of it is run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.site import Site, dump_site, load_site
+from megatron_specialm.slurm.sbatch import Shape, directives, render, shape_of
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "slurm" / "stage.sbatch.template"
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = "a b;touch hit '\"`touch hit`$(touch hit)\n#SBATCH --wrap=x\ntouch hit\\"
+
+
+def _script(site: Site, **changes: object) -> str:
+    resources = site.resources("slm", "train")
+    options = directives(
+        site, resources, name="smoke.slm", job="slm", elements=3, shape=shape_of(16, resources, stage="slm"),
+        after=["41", "42_3"], comment="specialm-0123", exclude=["node7"],
+    )  # fmt: skip
+    values = {
+        "folder": Path("/data/my project"),
+        "code": Path("/data/run/jobs/code-01"),
+        "command": ["python", "-m", "x"],
+    }
+    return render(TEMPLATE, site, directives=options, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_the_golden_script(request: pytest.FixtureRequest) -> None:
+    path = GOLDEN / "site.yaml"
+    assert _script(load_site(path)) == (GOLDEN / "slm.sbatch").read_text()
+
+
+def test_the_shipped_profile_loads_and_survives_being_frozen(tmp_path: Path) -> None:
+    site = load_site(ROOT / "slurm" / "site.yaml")
+    (tmp_path / "site.yaml").write_text(dump_site(site))
+    frozen = load_site(tmp_path / "site.yaml")
+    assert frozen == site
+    assert frozen.resources("slm", "train") == site.resources("slm", "train")
+    assert frozen.resources("slm", "train").time == "24:00:00"
+    assert frozen.resources("tokens", "tokenize").time == "04:00:00"
+
+
+def test_no_value_is_run_by_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / HOSTILE.replace("/", "-")
+    folder.mkdir()
+    program = "import json, os, sys; get = os.environ.get; values = [os.getcwd(), get('VALUE'), get('PYTHONPATH')]\n"
+    program += "print(json.dumps([*values, sys.argv[1:]]))"
+    site = Site(environment={"VALUE": HOSTILE})
+    command = [sys.executable, "-c", program, HOSTILE, ""]
+    script = tmp_path / "script"
+    script.write_text(_script(site, folder=folder, code=Path(HOSTILE), command=command))
+    outcome = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout) == [str(folder), HOSTILE, HOSTILE, [HOSTILE, ""]]
+    assert not list(tmp_path.rglob("hit"))
+
+
+def test_modules_are_quoted(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text("module() { printf '<%s>' \"$@\"; }\n" + _script(
+        Site(modules=[HOSTILE]), folder=tmp_path, command=["true"]
+    ))  # fmt: skip
+    outcome = subprocess.run(["bash", tmp_path / "script"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert outcome.stdout == f"<load><{HOSTILE}>" and not (tmp_path / "hit").exists()
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("jobs: {default: {partition: 'gpu\\n#SBATCH --wrap=x'}}", "jobs.default.partition"),
+        ("jobs: {train: {account: 'a --wrap=x'}}", "jobs.train.account"),
+        ("jobs: {train: {options: ['wrap']}}", "jobs.train.options.0"),
+        ("jobs: {train: {time: soon}}", "jobs.train.time"),
+        ("exclude: ['a b']", "exclude.0"),
+        ("environment: {'A B': x}", "no name of an environment variable"),
+        ("launcher: ssh", "launcher"),
+        ("jobs: {train: {gpus: 8}}", "did you mean"),
+        ("container: {runtime: pyxis, image: a, mounts: ['a,b:c']}", "container.mounts.0"),
+    ],
+)
+def test_what_a_profile_must_not_hold_is_named(tmp_path: Path, page: str, said: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(page)
+    with pytest.raises(ConfigError) as caught:
+        load_site(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_dollar_sign_in_a_template_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "template").write_text("echo $HOME $command")
+    with pytest.raises(ConfigError, match=r"template: .*write \$\$"):
+        render(tmp_path / "template", Site(), directives=[], folder=tmp_path, code=tmp_path, command=[])
+    with pytest.raises(ConfigError, match="missing: cannot be read"):
+        render(tmp_path / "missing", Site(), directives=[], folder=tmp_path, code=tmp_path, command=[])
+
+
+def test_ranks_spread_evenly_over_nodes() -> None:
+    resources = Site.model_validate({"jobs": {"default": {"processes_per_node": 4}}}).resources("slm", "train")
+    assert shape_of(2, resources, stage="slm") == Shape(2, 2)
+    assert shape_of(8, resources, stage="slm").nodes == 2
+    with pytest.raises(ConfigError, match=r"stages.slm.parallel: 6 processes .* nodes of 4"):
+        shape_of(6, resources, stage="slm")
