@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 def run(stage: TrainStage, context: Context) -> Report:
     """Train one model; the outcome is the step that `result.json` in the task's folder names."""
+    context.lifeline.begin("starting")
     world = context.world
     reading = read_for(stage, context)
     settings, store = reading.settings, reading.store
