@@ -125,7 +125,7 @@ def run(
     from rich.console import Console
 
     from megatron_specialm.base.environment import discover_world
-    from megatron_specialm.launch.inline import fit_to_world, run_inline
+    from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
@@ -134,29 +134,30 @@ def run(
     from megatron_specialm.launch.tables import results_in_two
 
     world = discover_world()
-    pipeline = _load(page, overrides)
-    root = Path(pipeline.root)
-    if world.launcher != "none":
-        pipeline = fit_to_world(pipeline, world)
-    chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
-    to_do = {name.stage for name in chosen if chosen[name].state != "done"}
-    refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
-    if world.is_first:
-        write_resolved(pipeline, root)
-    console = Console()
-    if world.launcher != "none":
-        run_inline(pipeline, chosen, root, world)
-    else:
-        missing = sum(planned.state != "done" for planned in chosen.values())
-        console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
-        with Progress(missing, console=console) as progress:
-            run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
-    if world.is_first:
-        outcome = write_results(pipeline, root)
-        if outcome["rows"]:
-            for table in results_in_two(outcome):
-                console.print(table.rich())
-        console.print(f"results: {root / 'results.json'}", highlight=False)
+    with attended(world) as lifeline:
+        pipeline = _load(page, overrides)
+        root = Path(pipeline.root)
+        if world.launcher != "none":
+            pipeline = fit_to_world(pipeline, world)
+        chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
+        to_do = {name.stage for name in chosen if chosen[name].state != "done"}
+        refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
+        if world.is_first:
+            write_resolved(pipeline, root)
+        console = Console()
+        if world.launcher != "none":
+            run_inline(pipeline, chosen, root, world, lifeline)
+        else:
+            missing = sum(planned.state != "done" for planned in chosen.values())
+            console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
+            with Progress(missing, console=console) as progress:
+                run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
+        if world.is_first:
+            outcome = write_results(pipeline, root)
+            if outcome["rows"]:
+                for table in results_in_two(outcome):
+                    console.print(table.rich())
+            console.print(f"results: {root / 'results.json'}", highlight=False)
 
 
 @app.command()
@@ -234,6 +235,22 @@ def supervise(
         state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
     )  # fmt: skip
     raise typer.Exit(run_attempt(work))
+
+
+@app.command(hidden=True)
+def work(
+    job_file: Annotated[Path, typer.Argument(help="RUN/jobs/SUBMISSION/JOB.json.", show_default=False)],
+    element: Annotated[
+        int | None, typer.Option(help="Of its elements this one; default: the Slurm array task's.", min=0)
+    ] = None,
+) -> None:
+    """Inside a job, in each rank: do what an element of a submitted job still lacks."""
+    import logging
+
+    from megatron_specialm.slurm.work import work as do_element
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    do_element(job_file, element=element)
 
 
 @app.command()

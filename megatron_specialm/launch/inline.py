@@ -4,14 +4,18 @@ Every rank walks the plan in order. All of them train together; other stages are
 wait for its marker.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.base.errors import ConfigError, machine_errors
+from megatron_specialm.base.heartbeat import heartbeat
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
@@ -43,13 +47,46 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
     return pipeline.model_copy(update={"stages": stages})
 
 
-def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
-    """Do what a plan still lacks, in this process and with the other ranks."""
+@contextlib.contextmanager
+def attended(world: World) -> Iterator[Lifeline]:
+    """The life of a rank that a launcher has started: it says where it stands, stops when it is asked to, and leaves its
+    outcome. A process that nobody has launched needs none of it."""
+    lifeline = Lifeline()
+    if world.launcher == "none":
+        yield lifeline
+        return
+    with (
+        lifeline.hearing_signals(),
+        recorded_outcome(world, lifeline),
+        machine_errors(),
+        heartbeat(lifeline, world),
+    ):
+        yield lifeline
+
+
+def run_inline(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
+) -> None:
+    """Do what a plan still lacks, in this process and with the other ranks.
+
+    Raises:
+        Stopped: this process was asked to stop.
+    """
     limit_threads(pipeline.local.threads)
-    for name, planned in plan.items():
-        if planned.state == "done":
-            continue
-        if world.is_first or isinstance(pipeline.stages[name.stage], TrainStage):
-            execute(pipeline, root, planned.task, planned.digest, world)
-        while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
-            time.sleep(POLL_SECONDS)
+    for planned in plan.values():
+        if planned.state != "done":
+            do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
+
+
+def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
+    """Do one task; every rank calls this, and none goes on before it is done.
+
+    Raises:
+        Stopped: this process was asked to stop.
+    """
+    lifeline.stop_if_asked()
+    if world.is_first or isinstance(pipeline.stages[task.id.stage], TrainStage):
+        execute(pipeline, root, task, digest, world, lifeline)
+    lifeline.begin(f"waiting for {task.id}")
+    while not is_complete(root, *task.id, digest=digest):  # the first rank's marker frees the others
+        time.sleep(POLL_SECONDS)

@@ -135,7 +135,7 @@ def _has_ended(task: _Running) -> bool:
     """Whether all ranks are gone. When one has failed, the others, who would wait for it in vain, are ended."""
     codes = [process.exitcode for process in task.processes]
     if any(code not in (0, None) for code in codes):
-        _end({task.planned.task.id: task})
+        _end({task.planned.task.id: task}, within=0)
         return True
     return None not in codes
 
@@ -155,12 +155,12 @@ def _error_of(root: Path, task: _Running) -> str | None:
     return f"ended with {how}: {last_line(log)}\n  log: {log}"
 
 
-def _end(running: Mapping[TaskId, _Running]) -> None:
-    """Ask all workers to end, and after a while make them."""
+def _end(running: Mapping[TaskId, _Running], *, within: float = TERMINATION_SECONDS) -> None:
+    """Ask all workers to end, trainings with a checkpoint, and after so many seconds make them."""
     processes = [process for task in running.values() for process in task.processes if process.exitcode is None]
     for process in processes:
         _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + TERMINATION_SECONDS
+    deadline = time.monotonic() + within
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:
