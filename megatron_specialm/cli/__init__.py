@@ -7,13 +7,12 @@ import typer
 
 from megatron_specialm import __version__
 from megatron_specialm.base.errors import SpecialmError, machine_errors
+from megatron_specialm.cli.app import app
 
 # Each adds its commands, in the order in which --help lists them.
-from megatron_specialm.cli import pages  # noqa: F401  # isort: split
-from megatron_specialm.cli import jobs  # noqa: F401  # isort: split
-from megatron_specialm.cli import results  # noqa: F401  # isort: split
-from megatron_specialm.cli import machines  # noqa: F401  # isort: split
-from megatron_specialm.cli.app import app
+# isort: off
+from megatron_specialm.cli import pages, jobs, results, machines  # noqa: F401
+# isort: on
 
 
 def main() -> None:

@@ -100,6 +100,7 @@ def run(
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.tables import results_in_two
+    from megatron_specialm.slurm.missing import refuse_live
 
     world = discover_world()
     with attended(world) as lifeline:
@@ -116,6 +117,7 @@ def run(
         if world.launcher != "none":
             run_inline(pipeline, chosen, root, world, lifeline)
         else:
+            refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
             missing = sum(planned.state != "done" for planned in chosen.values())
             console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
             with Progress(missing, console=console) as progress:

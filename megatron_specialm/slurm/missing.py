@@ -39,7 +39,7 @@ def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
 
 
 def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
-    """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know, and asks nobody.
+    """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know.
 
     Raises:
         MachineError: one does, or Slurm does not answer.
