@@ -1,8 +1,10 @@
 """The graph of tasks of a pipeline, derived from the fields of its stages.
 
-A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. A task is named by its stage
-and its key, reads the artifacts of other tasks, and has a digest over all that decides its result: its own settings, the
-seed, its inputs' digests and the content of the files it reads; not where or on how many processes it runs.
+A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
+shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made. A task
+is named by its stage and its key, reads the artifacts of other tasks, and has a digest over all that decides its result:
+its own settings, the seed, its inputs' digests and the content of the files it reads; not where or on how many processes
+it runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,8 @@ from megatron_specialm.config.lineage import (
     key_for,
     model_keys,
     setup_of,
+    shard_keys,
+    source_of,
     sources,
     text_set,
     tokenize_stage,
@@ -61,14 +65,30 @@ class TaskId(NamedTuple):
         return f"{self.stage}/{self.key}"
 
 
+class Shard(NamedTuple):
+    """Which range of a set's files: the one of this number, from 0, of so many ranges."""
+
+    number: int
+    shards: int
+
+
 @dataclass(frozen=True)
 class Task:
-    """One unit of work. `domain` is None where the work serves every domain: its cost is generic."""
+    """One unit of work. `domain` is None where the work serves every domain: its cost is generic. Of the files behind the
+    entries `files`, a `shard` reads a range only."""
 
     id: TaskId
     inputs: tuple[TaskId, ...]
     files: tuple[str, ...]
     domain: str | None
+    shard: Shard | None = None
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What the task reads, by the names under which its digest has their hashes: the entries, or the range of them."""
+        if self.shard is None:
+            return self.files
+        return (f"{' '.join(self.files)} [{self.shard.number + 1}/{self.shard.shards}]",)
 
 
 def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
@@ -106,7 +126,7 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
 
     Args:
         inputs: the digests of the task's inputs.
-        file_hashes: SHA-256 of the content of each of the task's files.
+        file_hashes: SHA-256 of each of the task's `contents`.
     """
     stage = pipeline.stages[task.id.stage]
     content = {
@@ -115,9 +135,9 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         "key": task.id.key,
         "seed": pipeline.seed,
         "inputs": {str(name): inputs[name] for name in task.inputs},
-        "files": {name: file_hashes[name] for name in task.files},
+        "files": {name: file_hashes[name] for name in task.contents},
     }
-    size = text_set(pipeline, task.id.key).train_tokens if isinstance(stage, TokenizeStage) else None
+    size = text_set(pipeline, source_of(task.id.key)).train_tokens if isinstance(stage, TokenizeStage) else None
     if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
         content["train_tokens"] = size
     return sha256_json(content)
@@ -194,10 +214,14 @@ def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> It
 
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:
+    tokenizer = TaskId(stage.tokenizer, GENERIC)
     for source in sources(pipeline):
-        files = text_set(pipeline, source)
-        everything = (*files.train, *files.validation, *files.test)
-        yield Task(TaskId(name, source), (TaskId(stage.tokenizer, GENERIC),), everything, domain_of(pipeline, source))
+        files, domain = text_set(pipeline, source), domain_of(pipeline, source)
+        shards = [TaskId(name, key) for key in shard_keys(pipeline, source)]
+        for number, shard in enumerate(shards):
+            yield Task(shard, (tokenizer,), tuple(files.train), domain, Shard(number, len(shards)))
+        own = (*files.validation, *files.test)
+        yield Task(TaskId(name, source), (tokenizer, *shards), own if shards else (*files.train, *own), domain)
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:

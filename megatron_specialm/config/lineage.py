@@ -26,6 +26,17 @@ def text_set(pipeline: Pipeline, source: str) -> TextSet:
     return pipeline.text.generic if source == GENERIC else pipeline.text.domains[source]
 
 
+def shard_keys(pipeline: Pipeline, source: str) -> list[str]:
+    """The keys of a set's shards, `generic.00000`, ...; none where the set is prepared as a whole."""
+    shards = text_set(pipeline, source).shards
+    return [f"{source}.{number:05d}" for number in range(shards)] if shards > 1 else []
+
+
+def source_of(key: str) -> str:
+    """The set that the key of a task over text is about: `generic` of `generic.00003`. No domain's name has a dot."""
+    return key.partition(".")[0]
+
+
 def domain_of(pipeline: Pipeline, key: str) -> str | None:
     """The domain that a task's key stands for; None for `generic` and for a cluster: their cost is for everybody."""
     return key if key in pipeline.text.domains else None

@@ -33,7 +33,7 @@ class Windows:
     @property
     def tokens(self) -> int:
         """Tokens of all windows."""
-        return int(np.sum(self._store.lengths))
+        return self._store.tokens
 
     def texts(self, ids: np.ndarray) -> list[str]:
         """The text of some windows."""

@@ -25,7 +25,7 @@ class CharacterStore:
 
     def __init__(self, texts: list[str]) -> None:
         self._texts = texts
-        self.lengths = np.array([len(text) for text in texts])
+        self.tokens = sum(map(len, texts))
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Self:
