@@ -8,7 +8,7 @@ it runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -17,6 +17,7 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
 from megatron_specialm.config.lineage import (
+    ENCODER,
     assign_stage,
     domain_of,
     key_for,
@@ -40,6 +41,7 @@ from megatron_specialm.config.schema import (
     SelectStage,
     SentenceBertEncoder,
     TeachStage,
+    TfidfEncoder,
     TokenizerStage,
     TokenizeStage,
 )
@@ -49,10 +51,10 @@ from megatron_specialm.config.training import TrainStage
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
 PLACEMENT: dict[str, Any] = {
     "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
-    "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
+    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
-ARTIFACT_FORMAT = 2  # raise it when the meaning of an artifact changes: older ones are then made again
+ARTIFACT_FORMAT = 3  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):
@@ -86,7 +88,7 @@ class Task:
     @property
     def contents(self) -> tuple[str, ...]:
         """What the task reads, by the names under which its digest has their hashes: the entries, or the range of them."""
-        if self.shard is None:
+        if self.shard is None or not self.files:
             return self.files
         return (f"{' '.join(self.files)} [{self.shard.number + 1}/{self.shard.shards}]",)
 
@@ -208,6 +210,15 @@ def _tasks(pipeline: Pipeline, name: str) -> Iterator[Task]:
     yield from _TASKS[type(stage)](pipeline, name, stage)
 
 
+def _parts(pipeline: Pipeline, name: str) -> Iterator[Task]:
+    """A task for each set, or for each shard of one and, with these as its inputs, for the set that they are of."""
+    for source in sources(pipeline):
+        domain, shards = domain_of(pipeline, source), [TaskId(name, key) for key in shard_keys(pipeline, source)]
+        for number, shard in enumerate(shards):
+            yield Task(shard, (), (), domain, Shard(number, len(shards)))
+        yield Task(TaskId(name, source), tuple(shards), (), domain)
+
+
 def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> Iterator[Task]:
     files = tuple(pipeline.text.generic.train) if stage.path is None else (stage.path,)
     yield Task(TaskId(name, GENERIC), (), files, None)
@@ -215,26 +226,25 @@ def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> It
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:
     tokenizer = TaskId(stage.tokenizer, GENERIC)
-    for source in sources(pipeline):
-        files, domain = text_set(pipeline, source), domain_of(pipeline, source)
-        shards = [TaskId(name, key) for key in shard_keys(pipeline, source)]
-        for number, shard in enumerate(shards):
-            yield Task(shard, (tokenizer,), tuple(files.train), domain, Shard(number, len(shards)))
-        own = (*files.validation, *files.test)
-        yield Task(TaskId(name, source), (tokenizer, *shards), own if shards else (*files.train, *own), domain)
+    for part in _parts(pipeline, name):
+        files = text_set(pipeline, source_of(part.id.key))
+        train = [] if part.inputs else files.train  # what shards have read is not read again
+        held_out = [] if part.shard else [*files.validation, *files.test]
+        yield replace(part, inputs=(tokenizer, *part.inputs), files=(*train, *held_out))
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:
-    # A window's text is what its tokens decode to. A domain's encoder is the one the generic task fitted or loaded.
+    # A window's text is what its tokens decode to. Every set is encoded by one encoder, fitted on the generic set or taken
+    # from a package, which then waits for no text.
     tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     encoder = stage.encoder
     # A model in a local folder is known by its content; one in a package or on a hub by its name.
     files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
-    for source in sources(pipeline):
-        fitted = () if source == GENERIC else (TaskId(name, GENERIC),)
-        yield Task(
-            TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), files, domain_of(pipeline, source)
-        )
+    made, read = TaskId(name, ENCODER), (tokenizer, TaskId(stage.tokens, GENERIC))
+    yield Task(made, read if isinstance(encoder, TfidfEncoder) else (), files, None)
+    for part in _parts(pipeline, name):
+        inputs = (made, tokenizer, TaskId(stage.tokens, part.id.key)) if not part.inputs else part.inputs
+        yield replace(part, inputs=inputs)
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:
@@ -242,9 +252,11 @@ def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterat
 
 
 def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator[Task]:
-    for source in sources(pipeline):
-        inputs = (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source))
-        yield Task(TaskId(name, source), inputs, (), domain_of(pipeline, source))
+    for part in _parts(pipeline, name):
+        inputs = (
+            (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, part.id.key)) if not part.inputs else part.inputs
+        )
+        yield replace(part, inputs=inputs)
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:

@@ -15,6 +15,8 @@ from megatron_specialm.config.setup import Setup
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
+ENCODER = f"{GENERIC}.encoder"  # the key of the task that makes an embed stage's encoder; no domain can have that name
+
 
 def sources(pipeline: Pipeline) -> list[str]:
     """The keys of the sets of text: `generic`, then the domains."""

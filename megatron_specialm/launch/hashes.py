@@ -29,7 +29,7 @@ def hash_texts(tasks: Iterable[Task], root: Path) -> dict[str, str]:
     """
     tasks = list(tasks)
     entries = list(dict.fromkeys(entry for task in tasks for entry in task.files))
-    shards = {task.contents[0]: shard_files(task.files, *task.shard) for task in tasks if task.shard is not None}
+    shards = {task.contents[0]: shard_files(task.files, *task.shard) for task in tasks if task.shard and task.files}
     files = dict.fromkeys(file for entry in entries for file in hashed_files(entry) if isinstance(file, Path))
     hashes = _hashes(list(files), root / CACHE)
     whole = {entry: hash_content(entry, hashes) for entry in entries}

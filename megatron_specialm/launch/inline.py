@@ -1,7 +1,7 @@
 """Run a plan inside the ranks that torchrun, srun or mpirun has started.
 
-Every rank walks the plan in order. All of them train together; other stages are the first rank's work, while the others
-wait for its marker.
+Every rank walks the plan in order. All of them train together and, under MPI, cluster together; other stages are the
+first rank's work, while the others wait for its marker.
 """
 
 import time
@@ -15,7 +15,7 @@ from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
-from megatron_specialm.launch.worker import execute, limit_threads
+from megatron_specialm.launch.worker import execute, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 
@@ -49,7 +49,7 @@ def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Pat
     for name, planned in plan.items():
         if planned.state == "done":
             continue
-        if world.is_first or isinstance(pipeline.stages[name.stage], TrainStage):
+        if world.is_first or works_together(pipeline.stages[name.stage], world):
             execute(pipeline, root, planned.task, planned.digest, world)
         while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
             time.sleep(POLL_SECONDS)

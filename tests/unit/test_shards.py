@@ -4,20 +4,22 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.base.errors import ConfigError, DataError
+from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
+from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import Shard, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline, TokenizeStage
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import shard_files
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.launch import hashes
 from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.stages import tokenize
+from megatron_specialm.stages import assign, cluster, embed, tokenize
 from megatron_specialm.stages.context import Context
 
 FILES, DOCUMENTS = 7, 30  # documents of a file
@@ -42,6 +44,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"Number {number} of generic: a model was small, and it was cheap." for number in range(200)]
     train_sentencepiece(texts, folder, vocabulary_size=300, algorithm="bpe", sample_characters=10_000)
     return folder
+
+
+HELD_OUT = {"validation": "held-out.jsonl"}  # so that shards hold out no documents of their own
 
 
 def _page(root: Path, *, shards: int = 1, **files: object) -> Pipeline:
@@ -121,17 +126,20 @@ def test_a_changed_file_is_read_again_alone(text: Path, monkeypatch: pytest.Monk
     assert read[1:] == ["generic.1.jsonl"]
 
 
-def _tokenize(page: Pipeline, root: Path, tokenizer: Path) -> Path:
-    """Run the tokenize tasks of the generic set; returns the set's own folder."""
+RUN = {"tokenize": tokenize.run, "embed": embed.run, "cluster": cluster.run, "assign": assign.run}
+
+
+def _prepare(page: Pipeline, root: Path, tokenizer: Path, *, until: str = "tokens") -> Path:
+    """Run the tasks up to a stage, in order; returns the root."""
     (root / "tokenizer").mkdir(parents=True)
     (root / "tokenizer" / "generic").symlink_to(tokenizer)
-    stage = page.stages["tokens"]
-    assert isinstance(stage, TokenizeStage)
+    order = list(page.stages)
     for task in build_graph(page).values():
-        if task.id.stage == "tokens" and task.id.key != "law":
+        if 0 < order.index(task.id.stage) <= order.index(until):
+            stage = page.stages[task.id.stage]
             folder = begin_artifact(root, *task.id, digest="t")
-            tokenize.run(stage, Context(page, task, root, folder, ALONE, threads=1))
-    return root / "tokens" / "generic"
+            RUN[stage.kind](stage, Context(page, task, root, folder, ALONE, threads=1))
+    return root
 
 
 def _windows(folder: Path, split: str) -> list[list[int]]:
@@ -140,16 +148,15 @@ def _windows(folder: Path, split: str) -> list[list[int]]:
 
 
 def test_shards_hold_the_windows_of_the_whole_set_in_its_order(text: Path, tokenizer: Path) -> None:
-    held_out = {"validation": "held-out.jsonl"}
-    whole = _tokenize(_page(text, **held_out), text / "whole", tokenizer)
-    sharded = _tokenize(_page(text, shards=3, **held_out), text / "sharded", tokenizer)
+    whole = _prepare(_page(text, **HELD_OUT), text / "whole", tokenizer)
+    sharded = _prepare(_page(text, shards=3, **HELD_OUT), text / "sharded", tokenizer)
     for split in ("train", "validation", "test"):
-        assert _windows(sharded, split) == _windows(whole, split)
+        assert _windows(sharded / "tokens/generic", split) == _windows(whole / "tokens/generic", split)
 
 
 def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> None:
-    sharded = _tokenize(_page(text, shards=3), text / "sharded", tokenizer)
-    whole = _tokenize(_page(text), text / "whole", tokenizer)
+    sharded = _prepare(_page(text, shards=3), text / "sharded", tokenizer) / "tokens/generic"
+    whole = _prepare(_page(text), text / "whole", tokenizer) / "tokens/generic"
     train, validation = _windows(sharded, "train"), _windows(sharded, "validation")
     assert sorted(train + validation) == sorted(_windows(whole, "train") + _windows(whole, "validation"))
     counts = [json.loads((text / "sharded/tokens" / key / "store.json").read_text())["splits"] for key in SHARDS]
@@ -158,3 +165,38 @@ def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> 
     store = json.loads((sharded / "store.json").read_text())["splits"]
     assert store["train"]["documents"] == FILES * DOCUMENTS - 21
     assert not list(sharded.glob("train.*")), "no token is copied"
+
+
+def test_vectors_clusters_and_assignment_are_those_of_the_whole_set(text: Path, tokenizer: Path) -> None:
+    whole = _prepare(_page(text, **HELD_OUT), text / "whole", tokenizer, until="assignment")
+    sharded = _prepare(_page(text, shards=3, **HELD_OUT), text / "sharded", tokenizer, until="assignment")
+    ours, theirs = (Vectors(root / "vectors/generic") for root in (sharded, whole))
+    assert ours.shape == theirs.shape
+    ids = np.arange(0, len(ours), 7)  # of all shards
+    np.testing.assert_array_equal(ours.rows(ids), theirs.rows(ids))
+    for name in ("clusters/generic/centroids", *(f"assignment/generic/{n}" for n in ("histogram", "order", "offsets"))):
+        np.testing.assert_array_equal(np.load(sharded / f"{name}.npy"), np.load(whole / f"{name}.npy"))
+    parts = [np.load(sharded / "assignment" / key / "clusters.npy") for key in SHARDS]
+    np.testing.assert_array_equal(np.concatenate(parts), np.load(whole / "assignment/generic/clusters.npy"))
+    assert not list((sharded / "vectors/generic").glob("*.npy")), "no vector is copied"
+
+
+def test_a_damaged_part_is_named(text: Path, tokenizer: Path) -> None:
+    page = _page(text, shards=3)
+    root = _prepare(page, text / "run", tokenizer, until="assignment")
+    path = root / "vectors" / SHARDS[1] / "train.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ArtifactError, match=r"vectors/generic\.00001/train\.npy: \d+ bytes, .* says"):
+        Vectors(root / "vectors/generic")
+    (root / "assignment" / SHARDS[2] / "clusters.npy").unlink()
+    task = build_graph(page)[TaskId("assignment", "generic")]
+    with pytest.raises(ArtifactError, match=r"assignment/generic\.00002/clusters\.npy: missing or damaged"):
+        assign.run(page.stages["assignment"], Context(page, task, root, root / "assignment/generic", ALONE, threads=1))
+
+
+def test_every_set_is_encoded_by_the_encoders_own_task(text: Path) -> None:
+    graph, made = build_graph(_page(text, shards=3)), TaskId("vectors", "generic.encoder")
+    readers = [name.key for name, task in graph.items() if made in task.inputs]
+    assert readers == [*SHARDS, "law"]
+    assert graph[made].inputs == (TaskId("tokenizer", "generic"), TaskId("tokens", "generic"))
+    assert graph[TaskId("vectors", "generic")].inputs == tuple(TaskId("vectors", key) for key in SHARDS)
