@@ -4,13 +4,16 @@ Every rank walks the plan in order. All of them train together and, under MPI, c
 first rank's work, while the others wait for its marker.
 """
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.errors import ConfigError, SpecialmError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -46,6 +49,11 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
 def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
     """Do what a plan still lacks, in this process and with the other ranks."""
     limit_threads(pipeline.local.threads)
+    with _ending_together(world):
+        _run(pipeline, plan, root, world)
+
+
+def _run(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
     for name, planned in plan.items():
         if planned.state == "done":
             continue
@@ -53,3 +61,19 @@ def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Pat
             execute(pipeline, root, planned.task, planned.digest, world)
         while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
             time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _ending_together(world: World) -> Iterator[None]:
+    """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
+    which wait for what it was to make."""
+    try:
+        yield
+    except Exception as error:
+        if not world.is_mpi:
+            raise
+        from mpi4py import MPI
+
+        message = f"error: {error}" if isinstance(error, SpecialmError) else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(error.exit_code if isinstance(error, SpecialmError) else 1)

@@ -36,7 +36,9 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10,000 unit vectors in three files; every other one is the same, so that clusters run empty."""
     pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
     folder = tmp_path_factory.mktemp("vectors")
-    values = np.random.default_rng(0).normal(size=(10_000, 32)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    # So far apart in size that sums in float64 would round, and differ by who adds first.
+    values = (rng.normal(size=(10_000, 32)) * 2.0 ** rng.integers(-45, 1, (10_000, 32))).astype(np.float32)
     values[::2] = values[0]
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     parts = [folder / f"generic.{number:05d}" for number in range(3)]

@@ -86,7 +86,10 @@ def test_blocks_change_nothing_but_the_last_bits(monkeypatch: pytest.MonkeyPatch
 def test_a_sum_is_the_same_whatever_is_added_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each cluster's vectors, to the last bit: ranks add their blocks in an order of their own."""
     monkeypatch.setattr(kmeans, "BLOCK", 64)
-    vectors, centroids = unit_vectors(640, 16), unit_vectors(5, 16, seed=1)
+    rng = np.random.default_rng(0)
+    # So far apart in size that sums in float64 would round, and differ by their order.
+    vectors = (unit_vectors(640, 16) * 2.0 ** rng.integers(-45, 1, (640, 16))).astype(np.float32)
+    centroids = unit_vectors(5, 16, seed=1)
     ahead = kmeans._Sample(vectors, np.arange(640), kmeans.Alone()).sums(centroids)
     backwards = kmeans._Sample(vectors.reshape(10, 64, 16)[::-1].reshape(640, 16), np.arange(640), kmeans.Alone())
     for one, other in zip(ahead, backwards.sums(centroids), strict=True):
