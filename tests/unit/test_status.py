@@ -1,120 +1,28 @@
-"""The status of a run folder, made by the functions that make real ones; Slurm's part as it printed it."""
+"""The status of a run folder: of each stage, of what has failed, and what it looks like."""
 
 import io
 import json
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
-from megatron_specialm.cli import app, main
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.config.lineage import setup_of
-from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.logs import log_path as local_log
-from megatron_specialm.launch.plan import PlannedTask, make_plan
-from megatron_specialm.slurm.logs import newest_logs
+from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
-from megatron_specialm.slurm.records import (
-    Attempt,
-    AttemptBegin,
-    AttemptEnd,
-    JobRecord,
-    Outcome,
-    TaskRecord,
-    log_path,
-    read_registry,
-    record_begin,
-    record_end,
-    state_folder,
-    submission_folder,
-    write_registry,
-)
+from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Outcome, log_path, submission_folder
 from megatron_specialm.slurm.state import judge
-from megatron_specialm.slurm.status import Status, read_status
-from megatron_specialm.slurm.status_table import state_text, status_json, status_view
+from megatron_specialm.slurm.status import Status
+from megatron_specialm.slurm.status_table import status_json, status_view
 from megatron_specialm.train.metrics import Metrics
-
-SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
-DOMAINS = ("scipy", "sklearn", "torch")
-
-
-@dataclass
-class Run:
-    """A run folder of the smoke page, and Slurm as far as its commands are asked."""
-
-    pipeline: Pipeline
-    root: Path
-    programs: Path
-    plan: dict[TaskId, PlannedTask]
-
-    def finish(self, *stages: str) -> None:
-        """Declare stages done."""
-        for name, planned in self.plan.items():
-            if name.stage in stages:
-                begin_artifact(self.root, *name, digest=planned.digest)
-                finish_artifact(self.root, *name, Marker(planned.digest, Cost(1, 1, 36.0, 36.0, "cpu", 1), {}, {}))
-
-    def submit(self, slurm_id: str | None, stage: str, *, keys: Sequence[str] = DOMAINS, ranks: int = 1) -> JobRecord:
-        """Register a job with an element per key."""
-        elements = tuple((TaskRecord(key, self.plan[TaskId(stage, key)].digest),) for key in keys)
-        job = JobRecord("0001", stage, stage, slurm_id, f"specialm-{stage}", elements, (), time.time(), ranks)
-        write_registry(self.root, [*read_registry(self.root), job])
-        submission_folder(self.root, "0001").mkdir(exist_ok=True)
-        return job
-
-    def attempt(self, job: JobRecord, element: int, *ends: tuple[Outcome, str] | None, seconds: float = 90) -> None:
-        """Record attempts of an element, each ending so; None: without an end."""
-        state = state_folder(self.root, job.submission, job.name, element)
-        for number, end in enumerate(ends):
-            begin = time.time() - (len(ends) - number) * seconds
-            record_begin(state, AttemptBegin(number, f"{job.slurm_id}_{element}", ("node1",), job.ranks, begin))
-            if end is not None:
-                requeued = number + 1 < len(ends)
-                record_end(state, AttemptEnd(number, end[0], 40, end[1], requeued, begin + seconds))
-
-    def train(self, stage: str, key: str, *, step: int, loss: float | None) -> None:
-        """Let a training have come to a step."""
-        folder = begin_artifact(self.root, stage, key, digest=self.plan[TaskId(stage, key)].digest)
-        metrics = Metrics(folder, step=0)
-        metrics.write(step=step, steps=400, loss=loss, tokens_per_second=12345.6, eta_seconds=3725.4, mfu=None)
-        metrics.close()
-
-    def slurm_says(self, squeue: str) -> None:
-        """What squeue prints from now on."""
-        (self.programs / "squeue.txt").write_text(squeue)
-
-    def status(self) -> Status:
-        return read_status(self.pipeline)
-
-    def text(self, stage: str) -> str:
-        return next(state_text(found) for found in self.status().stages if found.stage == stage)
+from tests.run_folder import DOMAINS, SMOKE, Run, make_run
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    monkeypatch.chdir(tmp_path)
-    pipeline = load_pipeline(SMOKE)
-    for files in (pipeline.text.generic, *pipeline.text.domains.values()):
-        for entry in (*files.train, *files.validation, *files.test):
-            Path(entry).parent.mkdir(parents=True, exist_ok=True)
-            Path(entry).write_text(json.dumps({"text": entry}) + "\n")
-    Path("page.yaml").write_text(f"extends: {SMOKE}\n")
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name, body in {"squeue": f"cat {programs}/squeue.txt", "scancel": f'echo "$@" >> {programs}/cancelled'}.items():
-        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
-    root = Path(pipeline.root)
-    yield Run(pipeline, root, programs, make_plan(pipeline, root))
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(tmp_path, monkeypatch)
 
 
 def test_nothing_submitted_needs_no_slurm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,76 +248,3 @@ def test_why_a_live_job_had_to_begin_again(
     run.slurm_says(f"7|0|{squeue}|1|UNLIMITED|node2|None|\n")
     said = _render(run.status(), 80)
     assert ("log:" not in said) if wanted is None else (f"slm/generic: {wanted}" in said)
-
-
-# --- the commands ------------------------------------------------------------------------------------------------------
-
-
-def test_status_from_the_command_line(run: Run) -> None:
-    run.submit("7", "slm", keys=["generic"])
-    run.slurm_says("7|0|COMPLETED|0|UNLIMITED|node1|None|\n")
-    printed = CliRunner().invoke(app, ["status", "page.yaml"])
-    assert printed.exit_code == 0 and "41 not submitted" in printed.output
-    watched = CliRunner().invoke(app, ["status", "page.yaml", "--watch", "--json"], catch_exceptions=False)
-    (line,) = watched.output.splitlines()
-    assert json.loads(line)["pipeline"] == "smoke", "no job is left: one look is enough"
-
-
-def test_cancel(run: Run) -> None:
-    def cancel(*more: str) -> str:
-        return CliRunner().invoke(app, ["cancel", "page.yaml", *more]).output
-
-    assert "no job is queued or running" in cancel()
-    assert not (run.root / ".lock").exists(), "nothing to hold"
-    run.submit("7", "slm-tuned")
-    run.submit("8", "slm-soup-tuned")
-    run.submit("9", "slm", keys=["generic"])
-    run.slurm_says(
-        "7|0|COMPLETED|0|UNLIMITED|node1|None|\n7|1|RUNNING|0|UNLIMITED|node1|None|\n7|2|PENDING|0|UNLIMITED||None|\n"
-        "8|0|PENDING|0|UNLIMITED||Dependency|\n9|0|FAILED|0|UNLIMITED|node1|None|\n"
-    )
-    assert cancel("slm-soup-tuned") == "cancelled 8: slm-soup-tuned, 1 of 3 elements\n"
-    assert cancel().splitlines() == [
-        "cancelled 8: slm-soup-tuned, 1 of 3 elements", "cancelled 7: slm-tuned, 2 of 3 elements"]  # fmt: skip
-    assert (run.programs / "cancelled").read_text() == "8\n8 7\n", "those that wait go before what they wait for"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["cancel", "page.yaml", "slm-x"], "no stage 'slm-x'; there are tokenizer,"),
-        (["logs", "page.yaml", "slm-x"], "no stage 'slm-x'"),
-        (["logs", "page.yaml", "slm-tuned", "c3"], "slm-tuned has no task 'c3'; it has scipy, sklearn, torch"),
-        (["logs", "page.yaml", "slm-tuned"], "slm-tuned has no log yet"),
-    ],
-)
-def test_mistakes_are_named(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    monkeypatch.setattr("sys.argv", ["specialm", *arguments])
-    with pytest.raises(SystemExit):
-        main()
-    assert message in capsys.readouterr().err
-
-
-def test_the_newest_log_wherever_it_ran(run: Run) -> None:
-    job = run.submit("7", "slm-tuned")
-    here, there = local_log(run.root, TaskId("slm-tuned", "scipy")), log_path(run.root, "0001", "slm-tuned", 0)
-    other = log_path(run.root, "0001", "slm-tuned", 2)
-    for path, age in ((here, 100), (there, 200), (other, 50)):
-        _write(path, age)
-    assert newest_logs(run.pipeline, "slm-tuned", None) == [other, there]
-    assert newest_logs(run.pipeline, "slm-tuned", "torch") == [other]
-    _write(here, 300)
-    assert newest_logs(run.pipeline, "slm-tuned", "scipy") == [here]
-    write_registry(run.root, [job, replace(job, submission="0002")])
-    _write(newer := log_path(run.root, "0002", "slm-tuned", 0), 400)
-    assert newest_logs(run.pipeline, "slm-tuned", None) == [other, newer]
-    printed = CliRunner().invoke(app, ["logs", "page.yaml", "slm-tuned", "--lines", "2"]).output
-    assert printed == f"{other}\n==> {newer} <==\nline 8\nline 9\n"
-
-
-def _write(path: Path, age: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"line {number}\n" for number in range(10)))
-    os.utime(path, (age, age))
