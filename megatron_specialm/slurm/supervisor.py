@@ -3,7 +3,8 @@ queued again or says why not.
 
 Slurm's signals come here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed on
 to the ranks by the answers to their heartbeats, under any launcher; ranks save at their next step and end. After SIGTERM it is
-Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here.
+Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here; and where
+the ranks alone were told to end, as they are when a partition's GraceTime begins.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ def supervise(work: Work) -> int:
             ending = _attempt(work, asked)
         except MachineError as error:
             ending = Ending("failed", str(error), exit_code=error.exit_code)
-        final = ending.outcome in ("finished", "stopped", "preempted")
+        final = ending.outcome == "finished" or asked.by is signal.SIGTERM
         end_reason = None if final else reason_to_end(ending, before, work.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
@@ -174,7 +175,7 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
     """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (work.folder / "finished.json").exists():
         return Ending("finished", "all tasks are done", step)
-    if asked.by is not None:
+    if asked.by is not None or (work.folder / "stopped.json").exists():
         return _stopped(work, asked.by, step)
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob("error-*.json"))]
     if errors:
@@ -185,13 +186,13 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
-def _stopped(work: Work, asked: signal.Signals, step: int | None) -> Ending:
+def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
     saved = work.folder / "stopped.json"
     if saved.exists():
         step = json.loads(saved.read_text(encoding="utf-8"))["step"]
         what = "stopped" if step is None else f"saved at step {step}"
     else:
-        what = f"not saved within {work.site.limits.stop_seconds} s: it goes on from the checkpoint before"
+        what = "nothing was saved, so it goes on from the checkpoint before"
     if asked is signal.SIGUSR1:
         return Ending("timeout", f"the time limit is near: {what}", step)
     return Ending("preempted", f"ended by Slurm: {what}", step)
