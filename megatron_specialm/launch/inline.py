@@ -1,17 +1,19 @@
 """Run a plan inside the ranks that torchrun, srun or mpirun has started.
 
-Every rank walks the plan in order. All of them train together; other stages are the first rank's work, while the others
-wait for its marker.
+Every rank walks the plan in order. All of them train together and, under MPI, cluster together; other stages are the
+first rank's work, while the others wait for its marker.
 """
 
 import contextlib
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ConfigError, machine_errors
+from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, machine_errors
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
@@ -19,7 +21,7 @@ from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
-from megatron_specialm.launch.worker import execute, limit_threads
+from megatron_specialm.launch.worker import execute, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 
@@ -56,6 +58,7 @@ def attended(world: World) -> Iterator[Lifeline]:
         yield lifeline
         return
     with (
+        _ending_together(world),
         lifeline.hearing_signals(),
         recorded_outcome(world, lifeline),
         machine_errors(),
@@ -85,8 +88,26 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
         Stopped: this process was asked to stop.
     """
     lifeline.stop_if_asked()
-    if world.is_first or isinstance(pipeline.stages[task.id.stage], TrainStage):
+    if world.is_first or works_together(pipeline.stages[task.id.stage], world):
         execute(pipeline, root, task, digest, world, lifeline)
     lifeline.begin(f"waiting for {task.id}")
     while not is_complete(root, *task.id, digest=digest):  # the first rank's marker frees the others
         time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _ending_together(world: World) -> Iterator[None]:
+    """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
+    which wait for what it was to make."""
+    try:
+        yield
+    except Stopped:  # all of them are
+        raise
+    except Exception as error:
+        if not world.is_mpi:
+            raise
+        from mpi4py import MPI
+
+        message = f"error: {error}" if isinstance(error, SpecialmError) else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(error.exit_code if isinstance(error, SpecialmError) else 1)

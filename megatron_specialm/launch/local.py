@@ -19,9 +19,10 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lock import hold_folder
-from megatron_specialm.config.graph import TaskId, processes_of
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
@@ -105,17 +106,22 @@ def _startable(
     free = slots - sum(len(task.processes) for task in running.values())
     idle = not running
     for name, planned in list(waiting.items()):
-        needed = processes_of(pipeline.stages[name.stage])
+        needed = _ranks(pipeline, name)
         if unfinished.isdisjoint(planned.task.inputs) and (needed <= free or idle):
             yield name
             free -= needed
             idle = False
 
 
+def _ranks(pipeline: Pipeline, name: TaskId) -> int:
+    stage = pipeline.stages[name.stage]
+    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
+
+
 def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
     """Start a task's ranks. They meet at a file, so no port is needed."""
     name = planned.task.id
-    ranks = processes_of(pipeline.stages[name.stage])
+    ranks = _ranks(pipeline, name)
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     processes = []

@@ -26,9 +26,10 @@ from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 
@@ -119,9 +120,15 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             seconds = report.wall_seconds if report.wall_seconds is not None else time.perf_counter() - start
-            processes = world.world_size if isinstance(stage, TrainStage) else 1  # the others are the first rank's work
+            processes = world.world_size if works_together(stage, world) else 1
             cost = Cost(report.tokens, report.flops, seconds, seconds * processes, _device_name(), processes)
             finish_artifact(root, *task.id, Marker(digest, cost, report.values, _versions()))
+
+
+def works_together(stage: Settings, world: World) -> bool:
+    """Whether all ranks do a stage's task together: what it takes is for them to call `execute`. Other stages are the first
+    rank's work."""
+    return isinstance(stage, TrainStage) or (isinstance(stage, ClusterStage) and world.is_mpi)
 
 
 def _begin(root: Path, task: Task, digest: str, world: World) -> Path:
