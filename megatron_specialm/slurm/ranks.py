@@ -16,7 +16,7 @@ def rank_command(
         command: what each rank runs; its first word is a Python interpreter.
         port: a free one on the first node, where torchrun's ranks meet.
     """
-    if launcher == "torchrun" and shape.ranks > 1:  # one rank needs nobody to start it
+    if launcher == "torchrun":
         agent = [
             command[0], "-m", "torch.distributed.run", f"--nnodes={shape.nodes}", f"--nproc-per-node={shape.ranks_per_node}",
             f"--master-addr={allocation.address}", f"--master-port={port}", "--no-python",

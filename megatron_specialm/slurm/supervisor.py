@@ -175,7 +175,7 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
     """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (work.folder / "finished.json").exists():
         return Ending("finished", "all tasks are done", step)
-    if asked.by is not None or (work.folder / "stopped.json").exists():
+    if asked.by is not None:
         return _stopped(work, asked.by, step)
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob("error-*.json"))]
     if errors:
@@ -183,6 +183,8 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
         first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
         at = first["step"] if first["step"] is not None else step
         return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
+    if (work.folder / "stopped.json").exists():  # torchrun tells ranks to stop when one fails: its error counts, above
+        return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
@@ -206,15 +208,19 @@ def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
 
 
 def _queue_again(work: Work, ending: Ending) -> None:
-    """Have Slurm run the job once more, without the nodes that are no good. That ends this job: SIGTERM comes at once."""
+    """Have Slurm run the job once more, without the nodes that are no good. That ends this attempt: SIGTERM comes at once, to
+    this process and to the commands it runs, which inherit that it is ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = work.allocation.job
     out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
     if not out:
         slurm("scontrol", "requeue", job)
         return
     slurm("scontrol", "requeuehold", job)
-    slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
-    slurm("scontrol", "release", job)
+    try:
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
+    finally:
+        slurm("scontrol", "release", job)
 
 
 def _free_port() -> int:
