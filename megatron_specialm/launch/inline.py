@@ -49,7 +49,7 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
 def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
     """Do what a plan still lacks, in this process and with the other ranks."""
     limit_threads(pipeline.local.threads)
-    with _ending_together(world):
+    with ending_together(world):
         _run(pipeline, plan, root, world)
 
 
@@ -64,7 +64,7 @@ def _run(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, wor
 
 
 @contextlib.contextmanager
-def _ending_together(world: World) -> Iterator[None]:
+def ending_together(world: World) -> Iterator[None]:
     """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
     which wait for what it was to make."""
     try:
