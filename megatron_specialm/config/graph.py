@@ -142,6 +142,8 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
     size = text_set(pipeline, source_of(task.id.key)).train_tokens if isinstance(stage, TokenizeStage) else None
     if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
         content["train_tokens"] = size
+    if isinstance(stage, TokenizerStage) and stage.path is None and pipeline.text.generic.shards > 1:
+        content["sample"] = "the beginning of each file"  # see stages/tokenizer.py
     return sha256_json(content)
 
 

@@ -26,7 +26,9 @@ class TokenizerStage(Settings):
     path: str | None = Field(default=None, description="a SentencePiece .model or a Hugging Face tokenizer folder")
     vocabulary_size: PositiveInt = 32_000
     algorithm: Literal["unigram", "bpe"] = "bpe"
-    sample_characters: PositiveInt = Field(default=20_000_000, description="training text, spread over the set")
+    sample_characters: PositiveInt = Field(
+        default=20_000_000, description="to train on, spread over the set or over its files"
+    )
 
 
 class TokenizeStage(Settings):

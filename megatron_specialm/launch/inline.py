@@ -58,7 +58,7 @@ def attended(world: World) -> Iterator[Lifeline]:
         yield lifeline
         return
     with (
-        _ending_together(world),
+        ending_together(world),
         lifeline.hearing_signals(),
         recorded_outcome(world, lifeline),
         machine_errors(),
@@ -97,7 +97,7 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
 
 
 @contextlib.contextmanager
-def _ending_together(world: World) -> Iterator[None]:
+def ending_together(world: World) -> Iterator[None]:
     """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
     which wait for what it was to make."""
     try:

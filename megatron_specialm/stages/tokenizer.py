@@ -1,10 +1,11 @@
 """The tokenizer of a pipeline: trained on the generic set, or taken as it is."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.config.schema import TokenizerStage
-from megatron_specialm.data.documents import read_documents
+from megatron_specialm.data.documents import read_documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
 from megatron_specialm.stages.context import Context
 
@@ -21,10 +22,26 @@ def run(stage: TokenizerStage, context: Context) -> Report:
 
 def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
     generic = context.pipeline.text.generic
+    if generic.shards > 1:
+        texts = beginnings(resolve_files(generic.train), stage.sample_characters, text_field=generic.text_field)
+    else:
+        texts = read_documents(generic.train, text_field=generic.text_field)
     return train_sentencepiece(
-        read_documents(generic.train, text_field=generic.text_field),
+        texts,
         context.folder,
         vocabulary_size=stage.vocabulary_size,
         algorithm=stage.algorithm,
         sample_characters=stage.sample_characters,
     )
+
+
+def beginnings(files: Sequence[Path | str], characters: int, *, text_field: str) -> Iterator[str]:
+    """The first documents of each file, together about so many characters: a set that is large enough to be cut in shards is
+    not read to its end for a sample."""
+    for file in files:
+        found = 0
+        for text in read_documents([str(file)], text_field=text_field):
+            yield text
+            found += len(text)
+            if found * len(files) >= characters:
+                break

@@ -1,5 +1,6 @@
 """The shipped pages hold together: each loads, its graph builds, and what it would train can be said."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,17 @@ def test_the_papers_page_is_planned_with_its_own_numbers(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     pipeline = load_pipeline(configs_folder() / "pipelines" / "paper.yaml")
     for files in (pipeline.text.generic, *pipeline.text.domains.values()):
-        for entry in (*files.train, *files.test):
-            path = tmp_path / entry.replace("*", "00000")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(entry.encode())
+        for entry in (*files.train, *files.validation, *files.test):
+            for number in range(files.shards):
+                path = tmp_path / re.sub(r"\[(\d)-\d\]", r"\1", entry).replace("*", f"{number:05d}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(entry.encode())
     plan = make_plan(pipeline, tmp_path / "run")
     assert len(pipeline.text.domains) == 9 * 3 and {planned.state for planned in plan.values()} == {"to do"}
     assert sum(name.stage == "slm-mix" for name in plan) == 16
+    assert (
+        sum(name.key.startswith("generic.") for name in plan if name.stage == "vectors") == 256 + 1
+    )  # and the encoder
     assert TaskId("slm-is", "wikipedia-64m") in plan and TaskId("slm-d", "arxiv-1m") in plan
     slm, llm, network = (setup_of(pipeline, name) for name in ("slm", "llm", "slm-pn"))
     assert network.model.trained_parameters(32_000) == pytest.approx(1_422e6, rel=0.05)  # Table 6: 32 experts

@@ -21,6 +21,7 @@ from megatron_specialm.launch import hashes
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.stages import assign, cluster, embed, tokenize
 from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.tokenizer import beginnings
 
 FILES, DOCUMENTS = 7, 30  # documents of a file
 SHARDS = ["generic.00000", "generic.00001", "generic.00002"]
@@ -200,3 +201,15 @@ def test_every_set_is_encoded_by_the_encoders_own_task(text: Path) -> None:
     assert readers == [*SHARDS, "law"]
     assert graph[made].inputs == (TaskId("tokenizer", "generic"), TaskId("tokens", "generic"))
     assert graph[TaskId("vectors", "generic")].inputs == tuple(TaskId("vectors", key) for key in SHARDS)
+
+
+def test_the_tokenizer_of_a_set_in_shards_reads_the_beginning_of_each_file(text: Path) -> None:
+    files = [Path(f"generic.{number}.jsonl") for number in range(FILES)]
+    texts = list(beginnings(files, FILES * 100, text_field="text"))
+    assert [texts.count(t) for t in texts] == [1] * 2 * FILES, "two documents of about 60 characters each reach 100"
+    assert {t.split(":")[0] for t in texts} == {
+        f"Number {number} of generic.{file}" for number in (0, 1) for file in range(FILES)
+    }
+    digests = {shards: make_plan(_page(text, shards=shards), text / "run") for shards in (1, 2, 3)}
+    made = {shards: plan[TaskId("tokenizer", "generic")].digest for shards, plan in digests.items()}
+    assert made[1] != made[2] == made[3]
