@@ -37,7 +37,10 @@ def _judged(**answers: dict[str, Any] | None) -> dict[str, str]:
 
 def test_fit_nodes() -> None:
     assert _judged(a={}, b={"bytes_per_second": 1e9}, c={"products": {"cuda:0": 4e14}}) == {}
-    assert judge({"a": {**FIT, "gpus": 0, "products": {}}}, nodes=["a"], gpus=0, settings=SETTINGS, between=(99, 106)) == {}
+    assert (
+        judge({"a": {**FIT, "gpus": 0, "products": {}}}, nodes=["a"], gpus=0, settings=SETTINGS, between=(99, 106))
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_what_is_not_for_the_nodes(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="no node answers: srun: error: no such option"):
         check_nodes(refused, tmp_path / "a", nodes=["n"], gpus=0, settings=SETTINGS)
     stuck = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with pytest.raises(MachineError, match="no node answers: no answer within 0.1 s"):
+    with pytest.raises(MachineError, match=r"no node answers: no answer within 0\.1 s"):
         check_nodes(stuck, tmp_path / "b", nodes=["n"], gpus=0, settings=Preflight(seconds=0.1, free_disk=1))
     with pytest.raises(MachineError, match=r"MiB free, .*preflight\.free_disk"):
         check_nodes(stuck, tmp_path / "c", nodes=["n"], gpus=0, settings=Preflight(free_disk=1 << 60))
