@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_specialm.base.environment import World
+from megatron_specialm.base.errors import Stopped
+from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
@@ -102,11 +104,23 @@ def _rank(folder: Path, world: World, settings: dict) -> None:
     with (folder / f"log-{world.rank}").open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    run_training(folder, world, stage(**settings))
+    lifeline = Lifeline()
+    try:
+        with lifeline.hearing_signals(), lifeline.at_step_boundaries():
+            run_training(folder, world, stage(**settings), lifeline=lifeline)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.exit_code)
 
 
 def run_training(
-    folder: Path, world: World, settings: TrainStage, *, windows: int = 64, objective: Objective = cross_entropy
+    folder: Path,
+    world: World,
+    settings: TrainStage,
+    *,
+    windows: int = 64,
+    objective: Objective = cross_entropy,
+    lifeline: Lifeline | None = None,
 ) -> Progress:
     """Train in a process group of its own."""
     shape = settings.model
@@ -146,5 +160,6 @@ def run_training(
                 processes=world.world_size,
                 peers=Peers.meet(),
                 saver=Saver(folder, Peers.meet()),
+                lifeline=lifeline or Lifeline(),
             ),
         )

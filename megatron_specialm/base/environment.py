@@ -32,6 +32,11 @@ class World:
         """Whether this rank speaks for all."""
         return self.rank == 0
 
+    @property
+    def is_mpi(self) -> bool:
+        """Whether the ranks can speak to each other by MPI."""
+        return self.launcher == "mpirun"
+
 
 ALONE = World(rank=0, world_size=1, local_rank=0, init_method="", launcher="none")
 

@@ -1,12 +1,14 @@
 """The graph of tasks of a pipeline, derived from the fields of its stages.
 
-A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. A task is named by its stage
-and its key, reads the artifacts of other tasks, and has a digest over all that decides its result: its own settings, the
-seed, its inputs' digests and the content of the files it reads; not where or on how many processes it runs.
+A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
+shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made. A task
+is named by its stage and its key, reads the artifacts of other tasks, and has a digest over all that decides its result:
+its own settings, the seed, its inputs' digests and the content of the files it reads; not where or on how many processes
+it runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -15,11 +17,14 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
 from megatron_specialm.config.lineage import (
+    ENCODER,
     assign_stage,
     domain_of,
     key_for,
     model_keys,
     setup_of,
+    shard_keys,
+    source_of,
     sources,
     text_set,
     tokenize_stage,
@@ -36,6 +41,7 @@ from megatron_specialm.config.schema import (
     SelectStage,
     SentenceBertEncoder,
     TeachStage,
+    TfidfEncoder,
     TokenizerStage,
     TokenizeStage,
 )
@@ -45,10 +51,10 @@ from megatron_specialm.config.training import TrainStage
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes.
 PLACEMENT: dict[str, Any] = {
     "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
-    "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
+    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
-ARTIFACT_FORMAT = 2  # raise it when the meaning of an artifact changes: older ones are then made again
+ARTIFACT_FORMAT = 3  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):
@@ -61,14 +67,30 @@ class TaskId(NamedTuple):
         return f"{self.stage}/{self.key}"
 
 
+class Shard(NamedTuple):
+    """Which range of a set's files: the one of this number, from 0, of so many ranges."""
+
+    number: int
+    shards: int
+
+
 @dataclass(frozen=True)
 class Task:
-    """One unit of work. `domain` is None where the work serves every domain: its cost is generic."""
+    """One unit of work. `domain` is None where the work serves every domain: its cost is generic. Of the files behind the
+    entries `files`, a `shard` reads a range only."""
 
     id: TaskId
     inputs: tuple[TaskId, ...]
     files: tuple[str, ...]
     domain: str | None
+    shard: Shard | None = None
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What the task reads, by the names under which its digest has their hashes: the entries, or the range of them."""
+        if self.shard is None or not self.files:
+            return self.files
+        return (f"{' '.join(self.files)} [{self.shard.number + 1}/{self.shard.shards}]",)
 
 
 def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
@@ -84,11 +106,6 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
         if isinstance(pipeline.stages[name], TrainStage):
             refuse(name, setup_of(pipeline, name))
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
-
-
-def processes_of(stage: Settings) -> int:
-    """Processes that do a task of a stage together."""
-    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
 
 
 def model_task(pipeline: Pipeline, key: str) -> TaskId:
@@ -111,7 +128,7 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
 
     Args:
         inputs: the digests of the task's inputs.
-        file_hashes: SHA-256 of the content of each of the task's files.
+        file_hashes: SHA-256 of each of the task's `contents`.
     """
     stage = pipeline.stages[task.id.stage]
     content = {
@@ -120,9 +137,9 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         "key": task.id.key,
         "seed": pipeline.seed,
         "inputs": {str(name): inputs[name] for name in task.inputs},
-        "files": {name: file_hashes[name] for name in task.files},
+        "files": {name: file_hashes[name] for name in task.contents},
     }
-    size = text_set(pipeline, task.id.key).train_tokens if isinstance(stage, TokenizeStage) else None
+    size = text_set(pipeline, source_of(task.id.key)).train_tokens if isinstance(stage, TokenizeStage) else None
     if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
         content["train_tokens"] = size
     return sha256_json(content)
@@ -193,29 +210,41 @@ def _tasks(pipeline: Pipeline, name: str) -> Iterator[Task]:
     yield from _TASKS[type(stage)](pipeline, name, stage)
 
 
+def _parts(pipeline: Pipeline, name: str) -> Iterator[Task]:
+    """A task for each set, or for each shard of one and, with these as its inputs, for the set that they are of."""
+    for source in sources(pipeline):
+        domain, shards = domain_of(pipeline, source), [TaskId(name, key) for key in shard_keys(pipeline, source)]
+        for number, shard in enumerate(shards):
+            yield Task(shard, (), (), domain, Shard(number, len(shards)))
+        yield Task(TaskId(name, source), tuple(shards), (), domain)
+
+
 def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> Iterator[Task]:
     files = tuple(pipeline.text.generic.train) if stage.path is None else (stage.path,)
     yield Task(TaskId(name, GENERIC), (), files, None)
 
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:
-    for source in sources(pipeline):
-        files = text_set(pipeline, source)
-        everything = (*files.train, *files.validation, *files.test)
-        yield Task(TaskId(name, source), (TaskId(stage.tokenizer, GENERIC),), everything, domain_of(pipeline, source))
+    tokenizer = TaskId(stage.tokenizer, GENERIC)
+    for part in _parts(pipeline, name):
+        files = text_set(pipeline, source_of(part.id.key))
+        train = [] if part.inputs else files.train  # what shards have read is not read again
+        held_out = [] if part.shard else [*files.validation, *files.test]
+        yield replace(part, inputs=(tokenizer, *part.inputs), files=(*train, *held_out))
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:
-    # A window's text is what its tokens decode to. A domain's encoder is the one the generic task fitted or loaded.
+    # A window's text is what its tokens decode to. Every set is encoded by one encoder, fitted on the generic set or taken
+    # from a package, which then waits for no text.
     tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     encoder = stage.encoder
     # A model in a local folder is known by its content; one in a package or on a hub by its name.
     files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
-    for source in sources(pipeline):
-        fitted = () if source == GENERIC else (TaskId(name, GENERIC),)
-        yield Task(
-            TaskId(name, source), (tokenizer, TaskId(stage.tokens, source), *fitted), files, domain_of(pipeline, source)
-        )
+    made, read = TaskId(name, ENCODER), (tokenizer, TaskId(stage.tokens, GENERIC))
+    yield Task(made, read if isinstance(encoder, TfidfEncoder) else (), files, None)
+    for part in _parts(pipeline, name):
+        inputs = (made, tokenizer, TaskId(stage.tokens, part.id.key)) if not part.inputs else part.inputs
+        yield replace(part, inputs=inputs)
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:
@@ -223,9 +252,11 @@ def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterat
 
 
 def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator[Task]:
-    for source in sources(pipeline):
-        inputs = (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, source))
-        yield Task(TaskId(name, source), inputs, (), domain_of(pipeline, source))
+    for part in _parts(pipeline, name):
+        inputs = (
+            (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, part.id.key)) if not part.inputs else part.inputs
+        )
+        yield replace(part, inputs=inputs)
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:

@@ -15,6 +15,8 @@ from megatron_specialm.config.setup import Setup
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
+ENCODER = f"{GENERIC}.encoder"  # the key of the task that makes an embed stage's encoder; no domain can have that name
+
 
 def sources(pipeline: Pipeline) -> list[str]:
     """The keys of the sets of text: `generic`, then the domains."""
@@ -24,6 +26,17 @@ def sources(pipeline: Pipeline) -> list[str]:
 def text_set(pipeline: Pipeline, source: str) -> TextSet:
     """The files of one set."""
     return pipeline.text.generic if source == GENERIC else pipeline.text.domains[source]
+
+
+def shard_keys(pipeline: Pipeline, source: str) -> list[str]:
+    """The keys of a set's shards, `generic.00000`, ...; none where the set is prepared as a whole."""
+    shards = text_set(pipeline, source).shards
+    return [f"{source}.{number:05d}" for number in range(shards)] if shards > 1 else []
+
+
+def source_of(key: str) -> str:
+    """The set that the key of a task over text is about: `generic` of `generic.00003`. No domain's name has a dot."""
+    return key.partition(".")[0]
 
 
 def domain_of(pipeline: Pipeline, key: str) -> str | None:

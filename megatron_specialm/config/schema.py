@@ -86,6 +86,9 @@ class ClusterStage(Settings):
     k: PositiveInt
     iterations: PositiveInt = 20
     sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, drawn without replacement")
+    processes: PositiveInt = Field(
+        default=1, description="MPI ranks to fit on, in a job; the result does not depend on it"
+    )
 
 
 class AssignStage(Settings):

@@ -1,7 +1,7 @@
 """The text of a pipeline's page: the generic set, and the domains with their sizes."""
 
 import re
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -20,6 +20,10 @@ class TextSet(Settings):
     train_tokens: PositiveInt | None = Field(
         default=None, description="train on the first documents that hold at most so many tokens; default: on all"
     )
+    shards: PositiveInt = Field(
+        default=1,
+        description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
+    )
     domain: str | None = Field(
         default=None, description="the domain that this is a size of; set where the page says `sizes` of a domain"
     )
@@ -28,6 +32,15 @@ class TextSet(Settings):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_cut(self) -> Self:
+        if self.shards > 1 and self.train_tokens is not None:
+            raise ValueError(
+                f"`shards: {self.shards}` with `train_tokens: {self.train_tokens}`: where a set of so many tokens ends is "
+                "known only when its documents are read in a row: leave one of them out"
+            )
+        return self
 
 
 class Text(Settings):

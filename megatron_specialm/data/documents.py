@@ -16,12 +16,12 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import DataError, MachineError
-from megatron_specialm.base.files import sha256_file, sha256_json
+from megatron_specialm.base.files import sha256_json
 
 HUB = "hf:"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
@@ -72,22 +72,44 @@ def resolve_files(entries: Iterable[str]) -> list[Path | str]:
     return [file for entry in entries for file in _resolve(entry)]
 
 
-def hash_entries(entry: str) -> str:
-    """SHA-256 that changes with the content behind one entry, and not with where the files stand.
-
-    A folder (of a tokenizer) stands for its files and their names in it; an `hf:` entry for its name only.
+def shard_files(entries: Sequence[str], number: int, shards: int) -> list[Path | str]:
+    """The files of one shard: range `number` of `shards` nearly equal ranges of the files behind the entries, in order.
 
     Raises:
-        DataError: nothing stands there, or it cannot be read.
+        DataError: more shards than files, or what `resolve_files` raises.
     """
+    files = resolve_files(entries)
+    if shards > len(files):
+        raise DataError(
+            f"shards: {shards} shards of the {len(files)} files behind {', '.join(entries)}: a shard is at least one file: "
+            f"set `shards` to {len(files)} or fewer, or cut the files smaller"
+        )
+    return files[len(files) * number // shards : len(files) * (number + 1) // shards]
+
+
+def hashed_files(entry: str) -> list[Path | str]:
+    """The files whose content stands for one entry: those of a folder (of a tokenizer), or those that are read."""
     folder = Path(entry)
-    try:
-        if folder.is_dir():
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return sha256_json([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
-        return sha256_json([sha256_file(file) if isinstance(file, Path) else file for file in _resolve(entry)])
-    except OSError as error:
-        raise DataError(f"{entry}: cannot be read: {error}") from None
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else _resolve(entry)
+
+
+def hash_content(entry: str, hashes: Mapping[Path, str]) -> str:
+    """SHA-256 that changes with the content behind one entry, and not with where the files stand.
+
+    A folder stands for its files and their names in it; an `hf:` entry for its name only.
+
+    Args:
+        hashes: SHA-256 of each of the `hashed_files`.
+    """
+    folder, files = Path(entry), hashed_files(entry)
+    if folder.is_dir():
+        return sha256_json([[Path(file).relative_to(folder).as_posix(), hashes[Path(file)]] for file in files])
+    return hash_files(files, hashes)
+
+
+def hash_files(files: Iterable[Path | str], hashes: Mapping[Path, str]) -> str:
+    """SHA-256 over the content of files in their order; see `hash_content`."""
+    return sha256_json([hashes[file] if isinstance(file, Path) else file for file in files])
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:

@@ -3,12 +3,17 @@
     train.bin  train.idx  validation.bin ... test.idx     the tokens, and where each window and document begins
     store.json                                            written last: sizes of the files, counts, tokenizer
 
-A document is cut into windows that do not overlap; its last window ends with the end-of-document token.
+A document is cut into windows that do not overlap; its last window ends with the end-of-document token. A split of a set
+that was tokenized in shards has no files of its own here: `store.json` names the shards' folders, and their windows are
+read in a row.
 
 Legend: B windows of a batch, T context length, N windows of a split.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -22,6 +27,9 @@ from megatron_specialm.base.files import fsync_path, read_json, write_json
 DESCRIPTION = "store.json"
 MIXTURE = "mixture"  # the note (B, K) float32: which mixture of a projected network's experts computes each window
 SPLITS = ("train", "validation", "test")
+COUNTS = ("documents", "windows", "tokens", "skipped")
+
+logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)  # it tells of each file it opens
 
 
 class Batch(NamedTuple):
@@ -48,22 +56,39 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.targets), change(self.mask), notes)
 
 
+class _Part:
+    """The windows of one pair of files, all mapped: what a process keeps does not grow with them."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._index = index = IndexedDataset(
+            str(folder / split), mmap=False
+        ).index  # to be kept: its end unmaps the file
+        self._lengths, self._starts = index.sequence_lengths, index.sequence_pointers  # in tokens, and in bytes
+        # A plain array on the mapped file: slices of np.memmap itself cost three times as much.
+        self._tokens = np.asarray(np.memmap(folder / f"{split}.bin", dtype=index.dtype, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def window(self, index: int) -> np.ndarray:
+        start = int(self._starts[index]) // self._tokens.itemsize
+        return self._tokens[start : start + int(self._lengths[index])]
+
+
 class TokenStore:
-    """The windows of one split. The tokens are memory-mapped; what is in memory is 20 bytes a window."""
+    """The windows of one split. Tokens and their index are memory-mapped: in memory are a few hundred bytes per shard."""
 
     def __init__(self, folder: Path, split: str, description: Mapping[str, Any]) -> None:
-        index = IndexedDataset(str(folder / split))
         self.folder = folder
         self.context_length: int = description["context_length"]
         self.vocabulary_size: int = description["vocabulary_size"]
         self.eod: int = description["eod"]
         self.tokenizer: str = description["tokenizer"]  # its fingerprint
-        self.lengths = np.array(index.sequence_lengths)  # (N,) int32: tokens of each window
-        # (N,) int64: the number of the document that each window is of
-        self.documents = np.repeat(np.arange(len(index.document_indices) - 1), np.diff(index.document_indices))
-        self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        # A plain array on the mapped file: slices of np.memmap itself cost three times as much.
-        self._tokens = np.asarray(np.memmap(folder / f"{split}.bin", dtype=index.index.dtype, mode="r"))
+        self.tokens: int = description["splits"][split]["tokens"]  # of all windows
+        folders = [folder / part["folder"] for part in _parts(description["splits"][split])]
+        _allow_open_files(2 * len(folders))
+        self._parts = [_Part(part, split) for part in folders]
+        self._firsts = np.cumsum([0, *map(len, self._parts)])  # the number of each part's first window; last, N
 
     @classmethod
     def open(cls, folder: Path, split: str, *, tokenizer: str | None = None) -> Self:
@@ -80,38 +105,62 @@ class TokenStore:
             )
         if split not in description["splits"]:
             raise ArtifactError(f"{folder}: has no split {split!r}; it has {', '.join(description['splits'])}")
-        for name, size in description["splits"][split]["bytes"].items():
-            path = folder / name
-            if not path.is_file():
-                raise ArtifactError(f"{path}: missing, though {DESCRIPTION} lists it: run the tokenize stage again")
-            if path.stat().st_size != size:
-                raise ArtifactError(
-                    f"{path}: {path.stat().st_size} bytes, {DESCRIPTION} says {size}: cut short or overwritten: "
-                    "remove the folder and run the tokenize stage again"
-                )
+        for part in _parts(description["splits"][split]):
+            _check_sizes((folder / part["folder"]).resolve(), part["bytes"])
         return cls(folder, split, description)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return int(self._firsts[-1])
 
     def window(self, index: int) -> np.ndarray:
         """The token ids of a window (at most T), the end-of-document token included where it ends its document."""
-        end = self._ends[index]
-        return self._tokens[end - self.lengths[index] : end]
+        (window,) = self._windows(np.array([index]))
+        return window
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The windows of `ids` (B,) as model input: the end-of-document token, then the window less its last token.
 
         So every token of a window is predicted exactly once. Padding is the end-of-document token with mask 0.
         """
-        lengths, ends = self.lengths[ids], self._ends[ids]
         targets = np.full((len(ids), self.context_length), self.eod, np.int64)
-        for row, end, length in zip(targets, ends.tolist(), lengths.tolist(), strict=True):
-            row[:length] = self._tokens[end - length : end]
+        mask = np.zeros((len(ids), self.context_length), np.float32)
+        for target, counts, window in zip(targets, mask, self._windows(ids), strict=True):
+            target[: len(window)], counts[: len(window)] = window, 1
         tokens = np.roll(targets, 1, axis=1)
         tokens[:, 0] = self.eod
-        mask = (np.arange(self.context_length) < lengths[:, None]).astype(np.float32)
         return Batch(tokens, targets, mask)
+
+    def _windows(self, ids: np.ndarray) -> Iterable[np.ndarray]:
+        """The token ids of each of the windows `ids` (B,)."""
+        parts = np.searchsorted(self._firsts, ids, side="right") - 1
+        places = ids - self._firsts[parts]
+        return (self._parts[part].window(place) for part, place in zip(parts.tolist(), places.tolist(), strict=True))
+
+
+def _parts(split: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The folders that hold a split's files, each with their sizes: the store's own, or those of its shards."""
+    return split.get("parts") or [{"folder": ".", "bytes": split["bytes"]}]
+
+
+def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing, though {DESCRIPTION} lists it: run the tokenize stage again")
+        if path.stat().st_size != size:
+            raise ArtifactError(
+                f"{path}: {path.stat().st_size} bytes, {DESCRIPTION} says {size}: cut short or overwritten: "
+                "remove the folder and run the tokenize stage again"
+            )
+
+
+def _allow_open_files(count: int) -> None:
+    """Python keeps a mapped file open: lift this process's limit, as far as it may, where many shards would exceed it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + len(os.listdir("/proc/self/fd")) + 256  # room for what else the process opens
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        lifted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lifted, hard))
 
 
 class StoreWriter:
@@ -146,6 +195,15 @@ class StoreWriter:
         }
 
 
+def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str, Any]:
+    """A split's part of the description of `store`, whose windows are those of the shards in `folders`, in that order."""
+    shards = [(os.path.relpath(folder, store), read_json(folder / DESCRIPTION)["splits"][split]) for folder in folders]
+    return {
+        **{name: sum(shard[name] for _, shard in shards) for name in COUNTS},
+        "parts": [{"folder": folder, "bytes": shard["bytes"]} for folder, shard in shards],
+    }
+
+
 def describe_store(
     folder: Path,
     *,
@@ -158,7 +216,7 @@ def describe_store(
     """Write `store.json`: from here on the store can be opened.
 
     Args:
-        splits: what `StoreWriter.finish` returned of each.
+        splits: what `StoreWriter.finish` or `join_shards` returned of each.
         tokenizer: the fingerprint of the tokenizer.
     """
     description = {

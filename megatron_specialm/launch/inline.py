@@ -1,21 +1,27 @@
 """Run a plan inside the ranks that torchrun, srun or mpirun has started.
 
-Every rank walks the plan in order. All of them train together; other stages are the first rank's work, while the others
-wait for its marker.
+Every rank walks the plan in order. All of them train together and, under MPI, cluster together; other stages are the
+first rank's work, while the others wait for its marker.
 """
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, machine_errors
+from megatron_specialm.base.heartbeat import heartbeat
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
-from megatron_specialm.launch.worker import execute, limit_threads
+from megatron_specialm.launch.worker import execute, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 
@@ -43,13 +49,65 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
     return pipeline.model_copy(update={"stages": stages})
 
 
-def run_inline(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World) -> None:
-    """Do what a plan still lacks, in this process and with the other ranks."""
+@contextlib.contextmanager
+def attended(world: World) -> Iterator[Lifeline]:
+    """The life of a rank that a launcher has started: it says where it stands, stops when it is asked to, and leaves its
+    outcome. A process that nobody has launched needs none of it."""
+    lifeline = Lifeline()
+    if world.launcher == "none":
+        yield lifeline
+        return
+    with (
+        _ending_together(world),
+        lifeline.hearing_signals(),
+        recorded_outcome(world, lifeline),
+        machine_errors(),
+        heartbeat(lifeline, world),
+    ):
+        yield lifeline
+
+
+def run_inline(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
+) -> None:
+    """Do what a plan still lacks, in this process and with the other ranks.
+
+    Raises:
+        Stopped: this process was asked to stop.
+    """
     limit_threads(pipeline.local.threads)
-    for name, planned in plan.items():
-        if planned.state == "done":
-            continue
-        if world.is_first or isinstance(pipeline.stages[name.stage], TrainStage):
-            execute(pipeline, root, planned.task, planned.digest, world)
-        while not is_complete(root, *name, digest=planned.digest):  # the first rank's marker frees the others
-            time.sleep(POLL_SECONDS)
+    for planned in plan.values():
+        if planned.state != "done":
+            do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
+
+
+def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
+    """Do one task; every rank calls this, and none goes on before it is done.
+
+    Raises:
+        Stopped: this process was asked to stop.
+    """
+    lifeline.stop_if_asked()
+    if world.is_first or works_together(pipeline.stages[task.id.stage], world):
+        execute(pipeline, root, task, digest, world, lifeline)
+    lifeline.begin(f"waiting for {task.id}")
+    while not is_complete(root, *task.id, digest=digest):  # the first rank's marker frees the others
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _ending_together(world: World) -> Iterator[None]:
+    """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
+    which wait for what it was to make."""
+    try:
+        yield
+    except Stopped:  # all of them are
+        raise
+    except Exception as error:
+        if not world.is_mpi:
+            raise
+        from mpi4py import MPI
+
+        message = f"error: {error}" if isinstance(error, SpecialmError) else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(error.exit_code if isinstance(error, SpecialmError) else 1)

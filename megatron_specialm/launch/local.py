@@ -19,9 +19,10 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lock import hold_folder
-from megatron_specialm.config.graph import TaskId, processes_of
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
@@ -105,17 +106,22 @@ def _startable(
     free = slots - sum(len(task.processes) for task in running.values())
     idle = not running
     for name, planned in list(waiting.items()):
-        needed = processes_of(pipeline.stages[name.stage])
+        needed = _ranks(pipeline, name)
         if unfinished.isdisjoint(planned.task.inputs) and (needed <= free or idle):
             yield name
             free -= needed
             idle = False
 
 
+def _ranks(pipeline: Pipeline, name: TaskId) -> int:
+    stage = pipeline.stages[name.stage]
+    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
+
+
 def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
     """Start a task's ranks. They meet at a file, so no port is needed."""
     name = planned.task.id
-    ranks = processes_of(pipeline.stages[name.stage])
+    ranks = _ranks(pipeline, name)
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     processes = []
@@ -135,7 +141,7 @@ def _has_ended(task: _Running) -> bool:
     """Whether all ranks are gone. When one has failed, the others, who would wait for it in vain, are ended."""
     codes = [process.exitcode for process in task.processes]
     if any(code not in (0, None) for code in codes):
-        _end({task.planned.task.id: task})
+        _end({task.planned.task.id: task}, within=0)
         return True
     return None not in codes
 
@@ -155,12 +161,12 @@ def _error_of(root: Path, task: _Running) -> str | None:
     return f"ended with {how}: {last_line(log)}\n  log: {log}"
 
 
-def _end(running: Mapping[TaskId, _Running]) -> None:
-    """Ask all workers to end, and after a while make them."""
+def _end(running: Mapping[TaskId, _Running], *, within: float = TERMINATION_SECONDS) -> None:
+    """Ask all workers to end, trainings with a checkpoint, and after so many seconds make them."""
     processes = [process for task in running.values() for process in task.processes if process.exitcode is None]
     for process in processes:
         _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + TERMINATION_SECONDS
+    deadline = time.monotonic() + within
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:

@@ -9,11 +9,11 @@ import yaml
 
 from megatron_specialm.base.artifacts import is_complete, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
-from megatron_specialm.base.files import read_json, write_json, write_text
+from megatron_specialm.base.files import write_text
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
 from megatron_specialm.config.load import dump_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.documents import hash_entries, resolve_files
+from megatron_specialm.launch.hashes import hash_texts
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class PlannedTask:
 
 
 def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
-    """All tasks in the graph's order. Reads the text's content (cached by size and time) and writes nothing else.
+    """All tasks in the graph's order. Reads the text's content (see `launch/hashes.py`) and writes nothing else.
 
     Raises:
         ConfigError: the graph does not hold together.
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
-    hashes = _hash_files(graph, root)
+    hashes = hash_texts(graph.values(), root)
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
         inputs = {name: plan[name].digest for name in task.inputs}
@@ -116,25 +116,3 @@ def _state(root: Path, task: TaskId, wanted: str) -> Literal["done", "stale", "t
     if is_complete(root, *task, digest=wanted):
         return "done"
     return "stale" if read_marker(root, *task) else "to do"
-
-
-def _hash_files(graph: Mapping[TaskId, Task], root: Path) -> dict[str, str]:
-    """SHA-256 of what stands behind each entry. A file is read again only when its size or time has changed."""
-    cache_path = root / "file_hashes.json"
-    old = read_json(cache_path) if cache_path.exists() else {}
-    new: dict[str, dict[str, str]] = {}
-    for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
-        stamp = _stamp(entry)
-        known = old.get(entry)
-        new[entry] = known if known and known["stamp"] == stamp else {"stamp": stamp, "sha256": hash_entries(entry)}
-    if new != old:
-        write_json(cache_path, new)
-    return {entry: value["sha256"] for entry, value in new.items()}
-
-
-def _stamp(entry: str) -> str:
-    files = [Path(entry)] if Path(entry).is_dir() else resolve_files([entry])
-    stats = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns) if isinstance(file, Path) else file for file in files
-    ]
-    return repr(stats)

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
-from megatron_specialm.config.lineage import is_finetuned, method_of
+from megatron_specialm.config.lineage import is_finetuned, method_of, sources
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import ledger_entry, model_cost
@@ -132,7 +132,7 @@ def _concentration(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list
     return [
         {"stage": name.stage, **_set_columns(pipeline, name.key), **marker.values, "seed": pipeline.seed}
         for name, marker in markers.items()
-        if isinstance(pipeline.stages[name.stage], AssignStage)
+        if isinstance(pipeline.stages[name.stage], AssignStage) and name.key in sources(pipeline)
     ]
 
 

@@ -25,9 +25,11 @@ from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_fold
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 
@@ -42,7 +44,8 @@ EXPECTED_WARNINGS = (
 
 def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path, errors: Connection) -> None:
     """The life of a worker process: do one task; what went wrong goes to the log, and through a pipe to the launcher,
-    which hears of it even where the disk is full."""
+    which hears of it even where the disk is full. SIGTERM ends a training after its step, with a checkpoint; other work,
+    which has nothing to save, at once."""
     os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
     _die_with_parent()
     with log.open("ab") as file:
@@ -52,7 +55,10 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     try:
         pipeline = load_pipeline(root / "pipeline.yaml")
-        execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world())
+        lifeline = Lifeline()
+        trains = isinstance(pipeline.stages[name.stage], TrainStage)
+        with lifeline.hearing_signals() if trains else contextlib.nullcontext():
+            execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world(), lifeline)
     except SpecialmError as error:
         errors.send(str(error))
         with contextlib.suppress(OSError):
@@ -96,25 +102,33 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
     return context
 
 
-def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World) -> None:
+def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
     """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
 
     Raises:
         SpecialmError: what the stage found wrong with its input or the machine.
+        Stopped: it was asked to stop.
     """
+    lifeline.begin(f"working on {task.id}")
     stage = pipeline.stages[task.id.stage]
     with machine_errors():
         folder = _begin(root, task, digest, world)
-        context = Context(pipeline, task, root, folder, world, pipeline.local.threads)
+        context = Context(pipeline, task, root, folder, world, pipeline.local.threads, lifeline)
         for name in task.inputs:
             context.marker(*name)
         start = time.perf_counter()
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             seconds = report.wall_seconds if report.wall_seconds is not None else time.perf_counter() - start
-            processes = world.world_size if isinstance(stage, TrainStage) else 1  # the others are the first rank's work
+            processes = world.world_size if works_together(stage, world) else 1
             cost = Cost(report.tokens, report.flops, seconds, seconds * processes, _device_name(), processes)
             finish_artifact(root, *task.id, Marker(digest, cost, report.values, _versions()))
+
+
+def works_together(stage: Settings, world: World) -> bool:
+    """Whether all ranks do a stage's task together: what it takes is for them to call `execute`. Other stages are the first
+    rank's work."""
+    return isinstance(stage, TrainStage) or (isinstance(stage, ClusterStage) and world.is_mpi)
 
 
 def _begin(root: Path, task: Task, digest: str, world: World) -> Path:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_specialm.config.graph import TaskId, processes_of
+from megatron_specialm.config.base import Settings
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.site import Launcher, Resources, Site
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.slurm.records import TaskRecord
 from megatron_specialm.slurm.sbatch import Shape, shape_of
@@ -51,7 +53,7 @@ def jobs_of(pipeline: Pipeline, site: Site, missing: Mapping[TaskId, PlannedTask
 
 def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[PlannedTask]) -> Job:
     settings = pipeline.stages[stage]
-    processes = processes_of(settings)
+    processes = _processes(settings)
     resources = site.resources(stage, settings.kind)
     found = [TaskRecord(planned.task.id.key, planned.digest) for planned in tasks]
     size = resources.tasks_per_job
@@ -62,6 +64,13 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,
-        # k-means adds over MPI, whatever trainings are launched by.
+        # k-means adds over MPI, whatever trainings are launched by
         launcher="mpi" if isinstance(settings, ClusterStage) and processes > 1 else site.launcher,
     )
+
+
+def _processes(stage: Settings) -> int:
+    """Ranks that do a task of a stage together."""
+    if isinstance(stage, TrainStage):
+        return stage.parallel.world_size
+    return stage.processes if isinstance(stage, ClusterStage) else 1

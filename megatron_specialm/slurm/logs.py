@@ -14,28 +14,26 @@ from megatron_specialm.slurm.records import log_path, read_registry
 POLL_SECONDS = 0.5
 
 
-def newest_logs(pipeline: Pipeline, stage: str, key: str | None) -> list[Path]:
-    """One log per task of a stage, or of one of its tasks: of its newest job or of its newest run on this machine,
-    whichever was written last. Tasks that share a job share its log. The log that was written last stands last.
+def newest_logs(pipeline: Pipeline, stage: str, only: str | None) -> list[Path]:
+    """One log per task of a stage, or of one of its tasks: of a job or of a run on this machine, whichever was written
+    last. Tasks that share a job share its log. The log that was written last stands last.
 
     Raises:
         ConfigError: there is no such stage, or no such task of it.
         ArtifactError: nothing has written a log of it yet.
     """
     root = Path(pipeline.root)
-    keys = _keys(pipeline, stage, key)
-    in_jobs: dict[str, Path] = {}
+    keys = _keys(pipeline, stage, only)
+    candidates = {key: [local.log_path(root, TaskId(stage, key))] for key in keys}
     for job in read_registry(root):
         for number, element in enumerate(job.elements if job.stage == stage else ()):
-            in_jobs.update({task.key: log_path(root, job.submission, job.name, number) for task in element})
-    found = set()
-    for name in keys:
-        candidates = [local.log_path(root, TaskId(stage, name)), *([in_jobs[name]] if name in in_jobs else [])]
-        written = [path for path in candidates if path.exists()]
-        if written:
-            found.add(max(written, key=_written))
+            for task in element:
+                if task.key in candidates:
+                    candidates[task.key].append(log_path(root, job.submission, job.name, number))
+    written = [[path for path in paths if path.exists()] for paths in candidates.values()]
+    found = {max(paths, key=_written) for paths in written if paths}
     if not found:
-        raise ArtifactError(f"{root}: {stage}{f'/{key}' if key else ''} has no log yet: it has never run here")
+        raise ArtifactError(f"{root}: {stage}{f'/{only}' if only else ''} has no log yet: it has never run here")
     return sorted(found, key=_written)
 
 

@@ -1,11 +1,14 @@
 """What is neither done nor on its way: what a submit is to queue."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.slurm import records
 from megatron_specialm.slurm.queue import live_elements
 from megatron_specialm.slurm.records import JobRecord
 
@@ -33,6 +36,21 @@ def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
         if (job.slurm_id, number) in alive
         for task in element
     }
+
+
+def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
+    """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know.
+
+    Raises:
+        MachineError: one does, or Slurm does not answer.
+    """
+    jobs = records.read_registry(root)
+    if not jobs or shutil.which("squeue") is None:
+        return
+    live = live_tasks(jobs)
+    for name in tasks:
+        if name in live:
+            raise MachineError(f"{name}: job {live[name].slurm_id} does it: let it end, or `specialm cancel` it")
 
 
 def missing_tasks(

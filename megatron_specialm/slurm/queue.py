@@ -1,5 +1,6 @@
 """What Slurm says of our jobs: squeue, where it has forgotten them sacct, and scancel."""
 
+import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ COMMAND_SECONDS = 60
 RETRY_SECONDS = 30  # a controller that is being restarted is back by then
 # What a command says when the controller does not answer, as opposed to when it refuses.
 SILENT = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted", "Connection refused")
+OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_")
 # The reason stands last: it is the only one of which we do not know what it may hold.
 FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")
 
@@ -44,9 +46,14 @@ def slurm(*command: str) -> str:
         MachineError: Slurm is not installed, refuses, or does not answer for `RETRY_SECONDS`.
     """
     deadline = time.monotonic() + RETRY_SECONDS
+    # The user's own filters and formats would hide jobs of ours; long lists of elements are not to be cut.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OPTIONS)}
+    environment["SLURM_BITSTR_LEN"] = "0"
     while True:
         try:
-            outcome = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, errors="replace")
+            outcome = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=COMMAND_SECONDS, env=environment
+            )
         except FileNotFoundError:
             raise MachineError(
                 f"{command[0]}: not found: use a login node of the Slurm cluster, or put it on PATH"
@@ -153,12 +160,20 @@ def _accounted(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
 
 
 def parse_sacct(output: str) -> Iterator[tuple[ElementId, Element]]:
-    """The elements in what sacct prints."""
+    """The elements in what sacct prints. Those that never ran stand in one line, as 27_[0-1,4]."""
     for line in output.splitlines():
         name, _, rest = line.partition("|")
         state, _, nodes = rest.partition("|")
-        job, _, number = name.partition("_")
-        if number.isdecimal():
-            words = state.split()  # "CANCELLED by 1000"
-            nodes = "" if nodes == "None assigned" else nodes
-            yield (job, int(number)), Element(words[0], " ".join(words[1:]), nodes, 0, None)
+        job, _, numbers = name.partition("_")
+        words = state.split()  # CANCELLED by 1000
+        nodes = "" if nodes == "None assigned" else nodes
+        for number in _numbers(numbers):
+            yield (job, number), Element(words[0], " ".join(words[1:]), nodes, 0, None)
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Of Slurm's 4 or [0-1,4%2]."""
+    for part in text.strip("[]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal():
+            yield from range(int(first), int(last if last.isdecimal() else first) + 1)

@@ -12,6 +12,8 @@ from megatron_specialm.slurm.records import Attempt, JobRecord
 # How Slurm ends what could not end by itself, so that the records have no say.
 BY_SLURM = {"TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
 
+RUNNING = {"running", "completing"}  # live states in which the last attempt is under way
+
 
 @dataclass(frozen=True)
 class ElementState:
@@ -39,15 +41,11 @@ class ElementState:
 
     def seconds(self, root: Path, now: float) -> float:
         """Of all its attempts. One that was lost lasted until the next began, or until the last sign of life in the log."""
-        starts = [attempt.begin.time for attempt in self.attempts[1:]]
-        ends: list[float] = []
-        for attempt, following in zip(self.attempts, [*starts, None], strict=True):
-            if attempt.end is not None:
-                ends.append(attempt.end.time)
-            elif following is not None:
-                ends.append(following)
-            else:
-                ends.append(now if self.live else _last_written(self.log(root)))
+        last_sign = now if self.state in RUNNING else _last_written(self.log(root))
+        limits = [*(attempt.begin.time for attempt in self.attempts[1:]), last_sign]
+        ends = [
+            attempt.end.time if attempt.end else limit for attempt, limit in zip(self.attempts, limits, strict=False)
+        ]
         return sum(max(0.0, end - attempt.begin.time) for attempt, end in zip(self.attempts, ends, strict=True))
 
 
@@ -102,7 +100,8 @@ def judge(element: Element | None, attempts: Sequence[Attempt]) -> tuple[str, st
     if element is not None and element.is_live:
         return element.state.lower(), element.reason
     if element is not None and element.state == "CANCELLED":
-        return "cancelled", element.reason if element.reason.startswith("Dependency") else ""
+        # Any other reason is what it last waited for.
+        return "cancelled", element.reason if element.reason == "DependencyNeverSatisfied" else ""
     if element is not None and element.state in BY_SLURM:
         return "failed", element.state.lower().replace("_", " ")
     end = attempts[-1].end if attempts else None

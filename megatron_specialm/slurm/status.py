@@ -19,7 +19,9 @@ from megatron_specialm.launch.plan import PlannedTask, make_plan
 from megatron_specialm.launch.progress import last_record
 from megatron_specialm.launch.summary import planned_hours, training_flops
 from megatron_specialm.slurm.records import submission_folder
-from megatron_specialm.slurm.state import ElementState, element_states, newest
+from megatron_specialm.slurm.state import RUNNING, ElementState, element_states, newest
+
+TROUBLE = {"failed", "hang", "bad-node"}  # outcomes of an attempt that nobody had asked for
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Failure:
-    """An element that ended without its tasks. `error`: the one line that says most."""
+    """An element that ended without its tasks, or had to begin again. `error`: the one line that says most."""
 
     tasks: tuple[str, ...]
     job: str
@@ -123,6 +125,10 @@ def _stage(
     elements = tuple(dict.fromkeys(carried.values()))
     seconds = sum(state.job.ranks * state.seconds(root, now) for state in ours)
     seconds += sum(_local_seconds(root, name) for name in tasks if name not in carriers)
+    failures = [
+        _failure(root, element, [name.key for name, state in carried.items() if state is element])
+        for element in elements
+    ]
     trains = isinstance(pipeline.stages[stage], TrainStage)
     return StageStatus(
         stage=stage,
@@ -133,11 +139,7 @@ def _stage(
         trainings=tuple(_trainings(root, tasks, carried)) if trains else (),
         device_hours=seconds / 3600,
         planned_hours=planned_hours(training_flops(pipeline, stage), peak) if trains and peak else None,
-        failures=tuple(
-            _failure(root, element, [name.key for name, state in carried.items() if state is element])
-            for element in elements
-            if element.state in ("failed", "lost")
-        ),
+        failures=tuple(failure for failure in failures if failure is not None),
     )
 
 
@@ -157,12 +159,23 @@ def _trainings(
     return found
 
 
-def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure:
+def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:
+    """Why an element ended without its tasks, or why it was last queued again; a time limit or a preemption is no failure."""
+    attempts = element.attempts
+    if element.live:
+        attempts = attempts[:-1] if element.state in RUNNING else attempts
+        if not attempts or (attempts[-1].end is not None and attempts[-1].end.outcome not in TROUBLE):
+            return None
+    elif element.state not in ("failed", "lost"):
+        return None
+    last = attempts[-1] if attempts else None
+    end = last.end if last is not None else None
+    state = f"{end.outcome if end is not None else 'lost'}, queued again" if element.live else element.state
+    nodes = element.nodes if last is None or not element.live else ",".join(last.begin.nodes)
     log = element.log(root)
-    end = element.attempts[-1].end if element.attempts else None
     error = end.reason if end is not None and end.reason else last_line(log)
     tasks = tuple(f"{element.job.stage}/{key}" for key in keys)
-    return Failure(tasks, element.slurm_name, element.state, element.nodes, error, str(log))
+    return Failure(tasks, element.slurm_name, state, nodes, error, str(log))
 
 
 def _local_seconds(root: Path, name: TaskId) -> float:

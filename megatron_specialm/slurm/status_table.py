@@ -22,21 +22,25 @@ ORDER = ("running", "completing", "configuring", "pending")
 
 def status_view(status: Status) -> RenderableType:
     """A row per stage, and below the table what has failed."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
     table.add_column("stage", "in all", overflow="fold", max_width=24)
     done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
     table.add_column("done", f"{done}/{tasks}", justify="right", no_wrap=True)
     table.add_column("state", overflow="fold", ratio=1)
     plans = [stage.planned_hours for stage in status.stages if stage.planned_hours is not None]
     so_far = sum(stage.device_hours for stage in status.stages)
-    table.add_column("GPU h", f"{so_far:,.2f}", justify="right", no_wrap=True)
+    table.add_column("GPU h", _hours(so_far or None), justify="right", no_wrap=True)
     table.add_column("plan", _hours(sum(plans) if plans else None), justify="right", no_wrap=True)
     for stage in status.stages:
         state = Text(state_text(stage), style=_colour(stage))
         if stage.trainings:
             state.append(f"\n{training_text(stage.trainings)}", style="default")
         table.add_row(
-            stage.stage, f"{stage.done}/{stage.tasks}", state, f"{stage.device_hours:,.2f}", _hours(stage.planned_hours)
+            stage.stage,
+            f"{stage.done}/{stage.tasks}",
+            state,
+            _hours(stage.device_hours or None),
+            _hours(stage.planned_hours),
         )
     return Group(table, *_failures(status))
 
@@ -55,7 +59,7 @@ def status_json(status: Status) -> dict[str, Any]:
 
 
 def state_text(stage: StageStatus) -> str:
-    """As `3 running on node[1-2], 2 pending (JobArrayTaskLimit), 1 not submitted`; without counts for a stage of one task."""
+    """As `3 running on node[1-2]; 2 pending (JobArrayTaskLimit); 1 not submitted`; without counts for a stage of one task."""
     if stage.done == stage.tasks:
         return "done"
     groups: dict[tuple[str, str], list[ElementState]] = {}
@@ -69,7 +73,7 @@ def state_text(stage: StageStatus) -> str:
         again = f", restarted {restarts}x" if restarts else ""
         parts.append(f"{count}{state}{because}{_nodes(elements)}{again}")
     parts += [f"{count} {word}" if stage.tasks > 1 else word for word, count in stage.waiting.items()]
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 def training_text(trainings: Sequence[Training]) -> str:
@@ -114,7 +118,11 @@ def _colour(stage: StageStatus) -> str:
 
 
 def _hours(hours: float | None) -> str:
-    return "-" if hours is None else f"{hours:,.2f}"
+    if hours is None:
+        return "-"
+    if hours < 0.005:
+        return "<0.01"
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _failures(status: Status) -> list[RenderableType]:
@@ -123,7 +131,7 @@ def _failures(status: Status) -> list[RenderableType]:
     shown: list[RenderableType] = []
     for failure in failures[:SHOWN_FAILURES]:
         where = f" on {failure.nodes}" if failure.nodes else ""
-        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job} {failure.state}{where}", style="red"))
+        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job}{where}: {failure.state}", style="red"))
         shown.append(Text(f"  {failure.error}\n  log: {failure.log}", overflow="fold"))
     if len(failures) > SHOWN_FAILURES:
         shown.append(Text(f"and {len(failures) - SHOWN_FAILURES} more failures: --json lists them all"))

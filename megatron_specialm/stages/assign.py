@@ -1,40 +1,75 @@
 """Each train window's cluster, and what they add up to, for one set.
 
-clusters.npy             (N,) int32, the cluster of each window
+clusters.npy             (N,) int32, the cluster of each window; of a set in shards, each shard has its own windows'
 histogram.npy            (K,) float64, the clusters' frequencies
 order.npy, offsets.npy   the same by cluster: cluster c has the windows order[offsets[c]:offsets[c + 1]]
 assign.json              k, windows, and how concentrated the set is
 """
 
 from dataclasses import asdict
+from pathlib import Path
 
 import faiss
 import numpy as np
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
+from megatron_specialm.clustering.vectors import Vectors
+from megatron_specialm.config.lineage import cluster_count, shard_keys
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.clusters import ClusterIndex, histogram
+from megatron_specialm.data.clusters import order_type, sort_by_cluster
 from megatron_specialm.stages.context import Context
 
 
 def run(stage: AssignStage, context: Context) -> Report:
-    """Find the nearest centroid of every window. flops: 2 k E per window. It reads no tokens."""
+    """Find the nearest centroid of every window of a set or shard; of a set, index them by cluster. It reads no tokens."""
+    shards = [] if context.task.shard else shard_keys(context.pipeline, context.key)
+    if shards:
+        return Report(values=_index(context, [context.artifact(context.task.id.stage, key) for key in shards]))
+    report = _assign(stage, context)
+    return report if context.task.shard else Report(flops=report.flops, values=_index(context, [context.folder]))
+
+
+def _assign(stage: AssignStage, context: Context) -> Report:
+    """flops: 2 k E per window."""
     faiss.omp_set_num_threads(context.threads)
-    vectors = np.load(context.artifact(stage.vectors, context.key) / "train.npy", mmap_mode="r", allow_pickle=False)
+    vectors = Vectors(context.artifact(stage.vectors, context.key))
     centroids = np.load(context.artifact(stage.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
-    k = len(centroids)
-    clusters = kmeans.assign(vectors, centroids)
-    index = ClusterIndex.from_assignment(clusters, k=k)
-    assert index.order is not None  # None for a single cluster that nobody assigned only
-    frequencies = histogram(clusters, k=k)
-    arrays = {"clusters": clusters, "histogram": frequencies, "order": index.order, "offsets": index.offsets}
-    for name, array in arrays.items():
-        with atomic_path(context.folder / f"{name}.npy") as path, path.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-    values = {"k": k, "windows": len(clusters), **asdict(concentration(frequencies))}
+    _save(context.folder, "clusters", kmeans.assign(vectors, centroids))
+    return Report(flops=2 * len(vectors) * centroids.size, values={"windows": len(vectors)})
+
+
+def _index(context: Context, folders: list[Path]) -> dict[str, object]:
+    """Write what follows from the clusters in some folders, in a row; returns the values to report."""
+    k = cluster_count(context.pipeline, context.task.id.stage)
+    parts = [_clusters(folder) for folder in folders]
+    windows = sum(map(len, parts))
+    with atomic_path(context.folder / "order.npy") as path:
+        order = np.lib.format.open_memmap(path, mode="w+", dtype=order_type(windows), shape=(windows,))
+        offsets = sort_by_cluster(parts, order, k=k)
+        order.flush()
+    _save(context.folder, "offsets", offsets)
+    frequencies = np.diff(offsets) / windows
+    _save(context.folder, "histogram", frequencies)
+    values = {"k": k, "windows": windows, **asdict(concentration(frequencies))}
     write_json(context.folder / "assign.json", values)
-    return Report(flops=2 * vectors.size * k, values=values)
+    return values
+
+
+def _clusters(folder: Path) -> np.ndarray:
+    path = folder / "clusters.npy"
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: missing or damaged ({error}): remove its folder and run the assign stage"
+        ) from None
+
+
+def _save(folder: Path, name: str, array: np.ndarray) -> None:
+    with atomic_path(folder / f"{name}.npy") as path, path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)

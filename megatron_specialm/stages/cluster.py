@@ -2,6 +2,8 @@
 
 centroids.npy   (K, E) float32
 clusters.json   how the fit went: k, vectors fitted on, inertia, empty clusters, smallest and largest size
+
+Under MPI every rank runs this, each on its share of the sample; the first one writes.
 """
 
 import faiss
@@ -10,6 +12,8 @@ import numpy as np
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
+from megatron_specialm.clustering.ranks import Alone, MpiRanks
+from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import ClusterStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.stages.context import Context
@@ -18,12 +22,14 @@ from megatron_specialm.stages.context import Context
 def run(stage: ClusterStage, context: Context) -> Report:
     """Find k centroids. flops: 2 k E per vector, for each iteration and the count at the end. It reads no tokens."""
     faiss.omp_set_num_threads(context.threads)
-    vectors = np.load(context.artifact(stage.vectors, GENERIC) / "train.npy", mmap_mode="r", allow_pickle=False)
     result = kmeans.fit(
-        vectors, k=stage.k, iterations=stage.iterations, seed=context.pipeline.seed, sample=stage.sample
+        Vectors(context.artifact(stage.vectors, GENERIC)),
+        k=stage.k,
+        iterations=stage.iterations,
+        seed=context.pipeline.seed,
+        sample=stage.sample,
+        ranks=MpiRanks() if context.world.is_mpi else Alone(),
     )
-    with atomic_path(context.folder / "centroids.npy") as path, path.open("wb") as file:
-        np.save(file, result.centroids, allow_pickle=False)
     fitted = int(result.sizes.sum())
     values = {
         "k": stage.k,
@@ -33,5 +39,8 @@ def run(stage: ClusterStage, context: Context) -> Report:
         "smallest_cluster": int(result.sizes.min()),
         "largest_cluster": int(result.sizes.max()),
     }
-    write_json(context.folder / "clusters.json", values)
+    if context.world.is_first:
+        with atomic_path(context.folder / "centroids.npy") as path, path.open("wb") as file:
+            np.save(file, result.centroids, allow_pickle=False)
+        write_json(context.folder / "clusters.json", values)
     return Report(flops=2 * result.centroids.size * fitted * (stage.iterations + 1), values=values)

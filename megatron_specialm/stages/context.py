@@ -1,18 +1,20 @@
 """What a stage function is given beside its own settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.schema import Pipeline
 
 
 @dataclass(frozen=True)
 class Context:
-    """The task to do: where to write (`folder`), what it may read (`artifact`), and who this process is (`world`)."""
+    """The task to do: where to write (`folder`), what it may read (`artifact`), who this process is (`world`), and who
+    watches it (`lifeline`)."""
 
     pipeline: Pipeline
     task: Task
@@ -20,6 +22,7 @@ class Context:
     folder: Path
     world: World
     threads: int
+    lifeline: Lifeline = field(default_factory=Lifeline)
 
     @property
     def key(self) -> str:

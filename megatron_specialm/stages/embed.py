@@ -1,7 +1,8 @@
 """Windows -> one vector each.
 
-train.npy   (N, E) float32, the vectors of the train windows in the store's order
-encoder/    generic task only: the fitted encoder, which the domains' tasks load
+encoder/       of the encoder's own task: fitted on the generic set or taken from a package, and loaded by all others
+train.npy      (N, E) float32, the vectors of the train windows in the store's order; shards have them for their set
+vectors.json   which files they are in (see clustering/vectors.py)
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from threadpoolctl import threadpool_limits
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path
-from megatron_specialm.clustering.encoders import Encoder, fit_encoder, load_encoder
-from megatron_specialm.config.schema import EmbedStage, TokenizeStage
+from megatron_specialm.clustering.encoders import fit_encoder, load_encoder
+from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
+from megatron_specialm.config.lineage import ENCODER, shard_keys, tokenize_stage
+from megatron_specialm.config.schema import EmbedStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -33,7 +36,7 @@ class Windows:
     @property
     def tokens(self) -> int:
         """Tokens of all windows."""
-        return int(np.sum(self._store.lengths))
+        return self._store.tokens
 
     def texts(self, ids: np.ndarray) -> list[str]:
         """The text of some windows."""
@@ -52,21 +55,41 @@ class Windows:
 
 
 def run(stage: EmbedStage, context: Context) -> Report:
-    """Encode the train windows of one set. flops: tokens times the encoder's estimate per token."""
-    tokenize = context.pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
-    windows = Windows(
-        TokenStore.open(context.artifact(stage.tokens, context.key), "train"),
-        Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC)),
-    )
+    """Make the encoder ready, encode the train windows of a set or shard, or gather a set's shards."""
     with threadpool_limits(context.threads):
-        encoder = _encoder(stage, context, windows)
-        with atomic_path(context.folder / "train.npy") as path:
-            shape = (len(windows), encoder.dimensions)
-            vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            for rows, texts in windows.batches():
-                vectors[rows] = encoder.encode(texts)
-            vectors.flush()
+        if context.key == ENCODER:
+            return _fit(stage, context)
+        shards = [] if context.task.shard else shard_keys(context.pipeline, context.key)
+        return _gather(stage, context, shards) if shards else _encode(stage, context)
+
+
+def _fit(stage: EmbedStage, context: Context) -> Report:
+    """Fit or fetch the encoder; its time is all that it is charged."""
+    seed = context.pipeline.seed
+    encoder = fit_encoder(
+        stage.encoder,
+        lambda count: _windows(stage, context, GENERIC).draw(count, seed=seed),
+        seed=seed,
+        threads=context.threads,
+    )
+    folder = context.folder / "encoder"
+    folder.mkdir(exist_ok=True)
+    encoder.save(folder)
+    return Report(values={"dimensions": encoder.dimensions, "encoder": stage.encoder.kind})
+
+
+def _encode(stage: EmbedStage, context: Context) -> Report:
+    """flops: tokens times the encoder's estimate per token."""
+    windows = _windows(stage, context, context.key)
+    folder = context.artifact(context.task.id.stage, ENCODER) / "encoder"
+    encoder = load_encoder(stage.encoder, folder, threads=context.threads)
+    with atomic_path(context.folder / FILE) as path:
+        shape = (len(windows), encoder.dimensions)
+        vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        for rows, texts in windows.batches():
+            vectors[rows] = encoder.encode(texts)
+        vectors.flush()
+    describe_vectors(context.folder)
     return Report(
         tokens=windows.tokens,
         flops=windows.tokens * encoder.flops_per_token,
@@ -74,16 +97,17 @@ def run(stage: EmbedStage, context: Context) -> Report:
     )
 
 
-def _encoder(stage: EmbedStage, context: Context, windows: Windows) -> Encoder:
-    """Fitted and kept by the generic task, read from there by the others."""
-    if context.key != GENERIC:
-        folder = context.artifact(context.task.id.stage, GENERIC) / "encoder"
-        return load_encoder(stage.encoder, folder, threads=context.threads)
-    seed = context.pipeline.seed
-    encoder = fit_encoder(
-        stage.encoder, lambda count: windows.draw(count, seed=seed), seed=seed, threads=context.threads
+def _gather(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
+    """Nothing is copied: the set's vectors stay in its shards."""
+    folders = [context.artifact(context.task.id.stage, key) for key in shards]
+    join_vectors(folders, folder=context.folder)
+    windows, dimensions = Vectors(context.folder).shape
+    return Report(values={"windows": windows, "dimensions": dimensions, "encoder": stage.encoder.kind})
+
+
+def _windows(stage: EmbedStage, context: Context, key: str) -> Windows:
+    tokenizer = tokenize_stage(context.pipeline, stage.tokens).tokenizer
+    return Windows(
+        TokenStore.open(context.artifact(stage.tokens, key), "train"),
+        Tokenizer.load(context.artifact(tokenizer, GENERIC)),
     )
-    folder = context.folder / "encoder"
-    folder.mkdir(exist_ok=True)
-    encoder.save(folder)
-    return encoder

@@ -132,7 +132,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         trainings=steps,
         domain_files=() if model_id.key == GENERIC else tuple(text_set(pipeline, model_id.key).train),
         generic_files=() if all(data == "domain" for _, data in steps) else tuple(pipeline.text.generic.train),
-        set_tokens=int(store.lengths.sum()),
+        set_tokens=store.tokens,
         phase=GENERIC if model_id.key == GENERIC else "specialization",
         steps=marker.values["steps"],
         cost=marker.cost,

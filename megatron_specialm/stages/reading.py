@@ -151,5 +151,5 @@ def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: C
             )  # fmt: skip
         return with_steps(stage, expert_steps(stage.steps, budget=stage.budget, size=size, sizes=index.sizes))
     if stage.recipe is not None:
-        return finetuning_recipe(stage, set_tokens=int(store.lengths.sum()))
+        return finetuning_recipe(stage, set_tokens=store.tokens)
     return stage

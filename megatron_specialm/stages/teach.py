@@ -28,7 +28,7 @@ def run(stage: TeachStage, context: Context) -> Report:
     served = read_served(find_final(context.artifact(*teacher)))
     store = open_store(stage.tokens, context, context.key)
     kept = Kept(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
-    _check_room(context.folder, kept, tokens=int(store.lengths.sum()))
+    _check_room(context.folder, kept, tokens=store.tokens)
     writer = CacheWriter(
         context.folder,
         kept,

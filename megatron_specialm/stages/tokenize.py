@@ -1,4 +1,8 @@
-"""Documents -> windows of token ids, for the train, validation and test splits of one set of text."""
+"""Documents -> windows of token ids, for the train, validation and test splits of one set of text.
+
+Of a set in shards, a shard's task reads its range of the training files and holds out of them what it validates with; the
+set's own task reads the other files and describes all as one store.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,17 +12,17 @@ import numpy as np
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.lineage import text_set
+from megatron_specialm.config.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.documents import Documents, read_documents
-from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
+from megatron_specialm.data.documents import Documents, read_documents, shard_files
+from megatron_specialm.data.store import COUNTS, SPLITS, StoreWriter, describe_store, join_shards
 from megatron_specialm.data.tokenizer import Encoder, Tokenizer
 from megatron_specialm.stages.context import Context
 
 
 def run(stage: TokenizeStage, context: Context) -> Report:
-    """Write the token store of one set. The report's `skipped` counts empty documents.
+    """Write the token store of one set or shard. The report's `skipped` counts empty documents.
 
     Raises:
         DataError: text that cannot be read, is empty, is too short to hold some out for validation, or holds less than
@@ -27,17 +31,23 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
     tokenizer = Tokenizer.load(tokenizer_folder)
     size = tokenizer.vocabulary_size
+    readers = _readers(context)
+    written = {*readers, "validation"} if "train" in readers and not _has_validation(context) else {*readers}
     writers = {
         split: StoreWriter(context.folder, split, context_length=stage.context_length, vocabulary_size=size)
         for split in SPLITS
+        if split in written
     }
-    readers = _readers(context)
     with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
         assigned = _assigned(stage, context, readers, encoder)
         for split, ids in assigned:
             writers[split].add_document(ids)
-    skipped = {split: readers[split].skipped if split in readers else 0 for split in SPLITS}
+    skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
+    tokens = sum(split["tokens"] for split in splits.values())
+    if context.task.shard is None:  # what a set in shards has not written itself
+        shards = [context.artifact(context.task.id.stage, key) for key in shard_keys(context.pipeline, context.key)]
+        splits |= {split: join_shards(shards, split, store=context.folder) for split in SPLITS if split not in splits}
     describe_store(
         context.folder,
         splits=splits,
@@ -46,35 +56,44 @@ def run(stage: TokenizeStage, context: Context) -> Report:
         vocabulary_size=size,
         eod=tokenizer.eod,
     )
-    names = ("documents", "windows", "tokens", "skipped")
-    values = {name: {split: splits[split][name] for split in SPLITS} for name in names}
-    return Report(tokens=sum(values["tokens"].values()), values=values)
+    values = {name: {split: splits[split][name] for split in SPLITS if split in splits} for name in COUNTS}
+    return Report(tokens=tokens, values=values)
 
 
 def _readers(context: Context) -> dict[str, Documents]:
-    """The documents of each split that has files of its own."""
-    files = text_set(context.pipeline, context.key)
+    """The documents of each split that this task reads files of."""
+    files, shard = text_set(context.pipeline, source_of(context.key)), context.task.shard
     entries = {"train": files.train, "validation": files.validation, "test": files.test}
+    if shard is not None:
+        entries = {"train": [str(file) for file in shard_files(files.train, *shard)]}
+    elif files.shards > 1:
+        del entries["train"]
     return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}
+
+
+def _has_validation(context: Context) -> bool:
+    """Whether the set has validation files: otherwise documents are held out of the training files."""
+    return bool(text_set(context.pipeline, source_of(context.key)).validation)
 
 
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
     """All documents of the set that are wanted, each with the split it belongs to."""
+    number = "" if context.task.shard is None else f"/{context.task.shard.number}"
     for split, documents in readers.items():
         encoded = encoder.encode(documents)
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
-        holds_out = split == "train" and "validation" not in readers
+        holds_out = split == "train" and not _has_validation(context)
         if holds_out:
             assigned = hold_out(
                 encoded,
                 fraction=stage.validation_fraction,
-                seed=context.pipeline.seed,
+                seed=f"{context.pipeline.seed}{number}",
                 context_length=stage.context_length,
                 name=f"text {context.key!r}",
             )
-        wanted = text_set(context.pipeline, context.key).train_tokens
+        wanted = text_set(context.pipeline, source_of(context.key)).train_tokens
         if split == "train" and wanted is not None:
             assigned = cut_training_set(
                 assigned, wanted, context_length=stage.context_length, name=context.key, holds_out=holds_out
@@ -113,7 +132,7 @@ def cut_training_set(
 
 
 def hold_out(
-    documents: Iterable[np.ndarray], *, fraction: float, seed: int, context_length: int, name: str
+    documents: Iterable[np.ndarray], *, fraction: float, seed: int | str, context_length: int, name: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Assign training documents to `train` and `validation`: of every 1 / fraction in a row, a drawn one is held out.
 
@@ -148,5 +167,5 @@ def _cut_document(
     yield "validation", ids[cut:]
 
 
-def _draw(seed: int, block: int) -> int:
+def _draw(seed: int | str, block: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:8])

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 def run(stage: TrainStage, context: Context) -> Report:
     """Train one model; the outcome is the step that `result.json` in the task's folder names."""
+    context.lifeline.begin("starting")
     world = context.world
     reading = read_for(stage, context)
     settings, store = reading.settings, reading.store
@@ -47,7 +48,8 @@ def run(stage: TrainStage, context: Context) -> Report:
     flops_per_step = replace(setup, vocabulary_size=store.vocabulary_size).step_flops
     if stage.data == "cluster" and world.is_first:
         _write_centroid(stage, context)
-    with process_group(world, parallel=stage.parallel, threads=context.threads):
+    grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
+    with context.lifeline.at_step_boundaries(), grouped:
         rank, copies = data_rank()
         engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
@@ -71,6 +73,7 @@ def run(stage: TrainStage, context: Context) -> Report:
                 processes=world.world_size,
                 peers=Peers.meet(),
                 saver=Saver(context.folder, Peers.meet()),
+                lifeline=context.lifeline,
             ),
         )
     records = read_metrics(context.folder) if world.is_first else []

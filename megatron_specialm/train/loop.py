@@ -1,7 +1,8 @@
 """The training loop: steps, records, validation, checkpoints, and when to stop.
 
 All that the loop knows beside the weights is in `Progress`, which every checkpoint carries; the data stream is a pure
-function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU.
+function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU. Where one
+process is asked to stop (`base/lifeline.py`), all of them stop at the same step and save it.
 """
 
 import contextlib
@@ -11,19 +12,21 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.base.errors import Stopped, TrainingError
+from megatron_specialm.base.files import verify_folder
+from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint
+from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint, step_folder
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
-from megatron_specialm.train.peers import Peers, is_lost_peer
+from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class Run:
     processes: int
     peers: Peers
     saver: Saver
+    lifeline: Lifeline = field(default_factory=Lifeline)
 
 
 def train(engine: Engine, run: Run) -> Progress:
@@ -81,21 +85,28 @@ def train(engine: Engine, run: Run) -> Progress:
 
     Raises:
         TrainingError: too many steps in a row whose loss or gradient is not finite, or another process has died.
+        Stopped: some process was asked to stop; the step at which all of them did is saved.
     """
+    run.lifeline.begin("training")
     with _lost_peers(run):
         return _train(engine, run)
 
 
 def _train(engine: Engine, run: Run) -> Progress:
     progress = _resume(engine, run)
+    saved = progress.step
     metrics = _open_metrics(run, progress)
     norms: deque[float] = deque(maxlen=100)
     clock = _Clock()
+    stop = Alarm(run.peers)
     if run.settings.early_stopping is not None and progress.best_step is None:
         # The first weights are a candidate too: a domain set may be too small to gain anything from it.
         progress = _evaluate(engine, run, progress, metrics)
         _save(engine, run, progress)
     while not _is_over(progress, run.settings):
+        run.lifeline.beat(step=progress.step)
+        if stop.is_heard(run.lifeline.stop_asked_by is not None):
+            _stop(engine, run, progress, metrics, is_saved=progress.step == saved)
         rate = learning_rate(
             progress.step,
             peak=run.settings.optimizer.learning_rate,
@@ -112,6 +123,7 @@ def _train(engine: Engine, run: Run) -> Progress:
         progress = _evaluate(engine, run, progress, metrics)
         if _is_time_to_save(progress, run.settings):
             _save(engine, run, progress)
+            saved = progress.step
     final = progress.step if progress.best_step is None else progress.best_step
     run.saver.wait()
     if run.peers.is_first:
@@ -120,6 +132,21 @@ def _train(engine: Engine, run: Run) -> Progress:
         metrics.write(event="end", step=progress.step, final_step=final)
         metrics.close()
     return progress
+
+
+def _stop(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, *, is_saved: bool) -> NoReturn:
+    """End all processes at this step, with a checkpoint of it that has been read back and verified."""
+    if not is_saved:
+        _save(engine, run, progress)
+    run.saver.wait()
+    saved = step_folder(run.folder, progress.step)
+    if progress.step:
+        run.peers.from_first(lambda: verify_folder(saved))
+    if metrics:
+        metrics.write(event="stop", step=progress.step)
+        metrics.close()
+    where = f"at step {progress.step}, saved in {saved}" if progress.step else "before the first step"
+    raise Stopped(f"stopped {where}: the same command goes on from there")
 
 
 class _Clock:
@@ -206,10 +233,17 @@ def _evaluate(engine: Engine, run: Run, progress: Progress, metrics: Metrics | N
     stopping = run.settings.early_stopping
     if stopping is None or (progress.step % stopping.evaluate_every and progress.step < run.settings.steps):
         return progress
-    loss = engine.evaluate(run.validation()).mean
+    loss = engine.evaluate(_heard(run.lifeline, run.validation())).mean
     if metrics:
         metrics.write(event="validation", step=progress.step, validation_loss=loss)
     return progress.evaluated(loss)
+
+
+def _heard(lifeline: Lifeline, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Validation is progress too."""
+    for batch in batches:
+        lifeline.beat()
+        yield batch
 
 
 def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_specialm.base.errors import SpecialmError
@@ -47,9 +48,41 @@ class Peers:
                 raise error
         return [value for value, _ in outcomes]  # type: ignore[misc]
 
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Ask whether anybody's flag is raised. What comes back waits for the answer, which is the same for all."""
+        if self._group is None:
+            return lambda: flag
+        raised = torch.tensor([flag], dtype=torch.uint8)
+        asking = dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert asking is not None
+
+        def answer() -> bool:
+            asking.wait()
+            return bool(raised.item())
+
+        return answer
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first process; its error, if it fails, is everybody's."""
         return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+
+class Alarm:
+    """A flag that anybody may raise and all hear of at the same call: at once where they hear it at the first call, else at
+    the call after. So the answer has a step's time to come, and nobody waits for it."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._asked: Callable[[], bool] | None = None
+
+    def is_heard(self, raised: bool) -> bool:
+        """Whether it was raised; all call this equally often."""
+        if self._asked is None:
+            self._asked = self._peers.begin_any(raised)
+            return self._asked()
+        heard = self._asked()
+        self._asked = self._peers.begin_any(raised)
+        return heard
 
 
 def _outcome(make: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -10,6 +10,7 @@ import pytest
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -25,7 +26,7 @@ class CharacterStore:
 
     def __init__(self, texts: list[str]) -> None:
         self._texts = texts
-        self.lengths = np.array([len(text) for text in texts])
+        self.tokens = sum(map(len, texts))
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Self:
@@ -101,6 +102,7 @@ def load(folder: Path, name: str) -> np.ndarray:
 def test_vectors(reports: dict[TaskId, Report], tmp_path: Path) -> None:
     for source, texts in TEXTS.items():
         vectors = load(tmp_path / "vectors" / source, "train")
+        assert np.array_equal(Vectors(tmp_path / "vectors" / source).rows(np.arange(len(texts))), vectors)
         assert (vectors.dtype, vectors.shape) == (np.float32, (len(texts), 8))
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
         characters = sum(map(len, texts))
@@ -150,7 +152,7 @@ def test_a_domain_like_the_generic_set_is_drawn_uniformly(reports: dict[TaskId, 
 def test_embedding_reads_the_tokenizer(pipeline: Pipeline) -> None:
     graph = build_graph(pipeline)
     assert graph[TaskId("vectors", "law")].inputs == (
+        TaskId("vectors", "generic.encoder"),
         TaskId("tokenizer", "generic"),
         TaskId("tokens", "law"),
-        TaskId("vectors", "generic"),
     )

@@ -249,7 +249,7 @@ def _model(shape: ModelConfig, *, seed: int) -> Gpt:
 
 def _taught(folder: Path, store: TokenStore, kept: Kept, *, batch_size: int = 5, seed: int = 0) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
-    assert teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, seed=seed) == store.lengths.sum()
+    assert teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, seed=seed) == store.tokens
     return TeacherCache.open(folder, teacher="t", store="s")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.encoders import fit_encoder, unit_rows
 from megatron_specialm.clustering.kmeans import KMeansResult, assign, fit
@@ -71,6 +72,37 @@ def test_same_seed_same_centroids_on_any_number_of_threads() -> None:
     assert np.array_equal(results[0], results[1])
     np.testing.assert_allclose(results[0], results[2], atol=1e-5)
     assert not np.array_equal(results[0], fitted(vectors, k=20, sample=2_000, seed=1).centroids)
+
+
+def test_blocks_change_nothing_but_the_last_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit_vectors(1_000, 16)
+    whole = fitted(vectors, k=5)
+    monkeypatch.setattr(kmeans, "BLOCK", 64)
+    blocks = fitted(vectors, k=5)
+    np.testing.assert_allclose(blocks.centroids, whole.centroids, atol=1e-5)
+    assert blocks.inertia == pytest.approx(whole.inertia, rel=1e-5)
+
+
+def test_a_sum_is_the_same_whatever_is_added_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each cluster's vectors, to the last bit: ranks add their blocks in an order of their own."""
+    monkeypatch.setattr(kmeans, "BLOCK", 64)
+    rng = np.random.default_rng(0)
+    # So far apart in size that sums in float64 would round, and differ by their order.
+    vectors = (unit_vectors(640, 16) * 2.0 ** rng.integers(-45, 1, (640, 16))).astype(np.float32)
+    centroids = unit_vectors(5, 16, seed=1)
+    ahead = kmeans._Sample(vectors, np.arange(640), kmeans.Alone()).sums(centroids)
+    backwards = kmeans._Sample(vectors.reshape(10, 64, 16)[::-1].reshape(640, 16), np.arange(640), kmeans.Alone())
+    for one, other in zip(ahead, backwards.sums(centroids), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_draw_is_without_replacement_and_uniform() -> None:
+    counts = np.zeros(50, int)
+    for seed in range(400):
+        rows = kmeans._draw(50, 10, seed=seed)
+        assert len(set(rows.tolist())) == 10
+        counts[rows] += 1
+    assert counts.sum() == 4_000 and counts.min() > 40 and counts.max() < 125  # mean 80, standard deviation 8
 
 
 def test_sample_bounds_what_is_fitted_on() -> None:

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.data.clusters import ClusterIndex, histogram, importance_weights
+from megatron_specialm.data import clusters as data_clusters
+from megatron_specialm.data.clusters import ClusterIndex, importance_weights, order_type, sort_by_cluster
 from megatron_specialm.data.permutation import shuffled
 from megatron_specialm.data.sampling import ImportanceStream
 
@@ -40,11 +41,21 @@ def test_target_equal_to_generic_is_uniform() -> None:
 
 
 def test_the_draws_histogram_is_the_targets() -> None:
-    target = histogram(np.array([0, 0, 1, 2, 2, 2]), k=4)
+    target = np.array([2, 1, 3, 0])
     weights, _ = importance_weights(target, np.array([500, 500, 500, 500]))
     stream = _stream([500] * 4, weights, batch=12)
     drawn = np.concatenate([stream.clusters(step) for step in range(10)])
-    np.testing.assert_allclose(histogram(drawn, k=4), target)
+    np.testing.assert_array_equal(np.bincount(drawn, minlength=4), 20 * target)
+
+
+def test_windows_are_sorted_by_cluster_in_blocks_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_clusters, "BLOCK", 64)
+    clusters = np.random.default_rng(0).integers(0, 9, 1_000).astype(np.int32)
+    clusters[clusters == 4] = 5  # one that holds none
+    order = np.empty(1_000, order_type(1_000))
+    offsets = sort_by_cluster([clusters[:130], clusters[130:131], clusters[131:]], order, k=9)
+    np.testing.assert_array_equal(order, np.argsort(clusters, kind="stable"))
+    np.testing.assert_array_equal(np.diff(offsets), np.bincount(clusters, minlength=9))
 
 
 def test_mass_on_empty_clusters_is_lost_and_said() -> None:

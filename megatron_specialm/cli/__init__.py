@@ -1,0 +1,32 @@
+"""The command line."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from megatron_specialm import __version__
+from megatron_specialm.base.errors import SpecialmError, machine_errors
+from megatron_specialm.cli.app import app
+
+# Each adds its commands, in the order in which --help lists them.
+# isort: off
+from megatron_specialm.cli import pages, jobs, results, machines  # noqa: F401
+# isort: on
+
+
+def main() -> None:
+    """Run the command line. Errors of ours are printed in one line, without a traceback."""
+    try:
+        with machine_errors():
+            app()
+    except SpecialmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

@@ -1,0 +1,175 @@
+"""Commands for a page as Slurm jobs, and those that jobs themselves run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.cli.app import Overrides, Page, app, load
+
+
+@app.command()
+def submit(
+    page: Page,
+    overrides: Overrides = None,
+    site: Annotated[Path, typer.Option(help="The cluster's profile.")] = Path("slurm/site.yaml"),
+    only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
+    ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; write and submit nothing.")] = False,
+) -> None:
+    """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
+    from megatron_specialm.base.lock import hold_folder
+    from megatron_specialm.config.site import load_site
+    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.slurm import submit as jobs
+    from megatron_specialm.slurm.jobs import jobs_of
+    from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+
+    pipeline, profile = load(page, overrides), load_site(site)
+    root = Path(pipeline.root)
+    with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
+        plan = make_plan(pipeline, root)
+        chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
+        known = jobs.recover(root)
+        live = live_tasks(known)
+        missing = missing_tasks(plan, chosen, live)
+        submission = jobs.Submission.next(pipeline, profile, site.parent / profile.template, root, known)
+        wanted = jobs_of(pipeline, profile, missing)
+        if dry_run:
+            for job, script in jobs.preview(submission, wanted, live=live):
+                typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            return
+        if wanted:
+            write_resolved(pipeline, root)
+        for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
+            after = f", after {', '.join(record.after)}" if record.after else ""
+            typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+    done = sum(planned.state == "done" for planned in chosen.values())
+    coming = len(chosen) - done - len(missing)
+    typer.echo(f"{pipeline.name}: {len(missing)} tasks submitted, {coming} on their way, {done} done, in {root}")
+
+
+@app.command()
+def status(
+    page: Page,
+    overrides: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
+) -> None:
+    """Say how far a page's jobs are, what they cost so far, and why some have failed."""
+    from megatron_specialm.slurm.watch import show_status, watch_status
+
+    pipeline = load(page, overrides)
+    if watch:
+        watch_status(pipeline, as_json=as_json, seconds=every)
+    else:
+        show_status(pipeline, as_json=as_json)
+
+
+@app.command()
+def cancel(
+    page: Page,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="[STAGE], of this one alone; and overrides.", show_default=False)
+    ] = None,
+) -> None:
+    """Cancel a page's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
+
+    (stage, *_), overrides = _names_and_overrides(words, most=1)
+    pipeline = load(page, overrides)
+    if stage is not None and stage not in pipeline.stages:
+        raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
+    cancelled = cancel_jobs_of(Path(pipeline.root), stage)
+    for job, alive in cancelled:
+        typer.echo(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
+    if not cancelled:
+        typer.echo(f"{pipeline.root}: no job is queued or running")
+
+
+@app.command()
+def logs(
+    page: Page,
+    words: Annotated[
+        list[str], typer.Argument(help="STAGE [KEY], one task of it, as c3; and overrides.", show_default=False)
+    ],
+    lines: Annotated[int, typer.Option(help="From the end.", min=1)] = 20,
+    go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
+) -> None:
+    """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
+    from megatron_specialm.launch.logs import tail
+    from megatron_specialm.slurm.logs import follow, newest_logs
+
+    (stage, key), overrides = _names_and_overrides(words, most=2)
+    if stage is None:
+        raise ConfigError("logs: of which stage? specialm logs PAGE STAGE [KEY] [OVERRIDES]")
+    pipeline = load(page, overrides)
+    *others, newest = newest_logs(pipeline, stage, key)
+    for path in others:
+        typer.echo(path)
+    typer.echo(f"==> {newest} <==")
+    typer.echo("\n".join(tail(newest, lines)))
+    if go_on:
+        follow(newest)
+
+
+@app.command(hidden=True)
+def supervise(
+    command: Annotated[list[str], typer.Argument(help="What each rank runs, behind --.", show_default=False)],
+    ranks: Annotated[int, typer.Option(help="Processes in all.", envvar="SLURM_NTASKS")],
+    ranks_per_node: Annotated[int, typer.Option(help="Processes that share a node.", envvar="SLURM_NTASKS_PER_NODE")],
+    state: Annotated[Path, typer.Option(help="A folder for the state; of an array's element, with its number behind.")],
+    site: Annotated[Path | None, typer.Option(help="The cluster's profile.", show_default=False)] = None,
+    excluded: Annotated[Path | None, typer.Option(help="The folder that lists nodes to leave out.")] = None,
+    launcher: Annotated[str | None, typer.Option(help="Instead of the profile's.", show_default=False)] = None,
+) -> None:
+    """Inside a job, on its first node: start the ranks, watch them, and queue the job again when they end early."""
+    import logging
+
+    from megatron_specialm.config.site import Site, load_site
+    from megatron_specialm.slurm.allocation import read_allocation
+    from megatron_specialm.slurm.sbatch import Shape
+    from megatron_specialm.slurm.supervisor import Work
+    from megatron_specialm.slurm.supervisor import supervise as run_attempt
+
+    logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
+    allocation = read_allocation()
+    profile = load_site(site) if site else Site()
+    element = "" if allocation.element is None else f".{allocation.element}"
+    work = Work(
+        profile, allocation, launcher or profile.launcher, Shape(ranks, ranks_per_node), command,  # type: ignore[arg-type]
+        state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
+    )  # fmt: skip
+    raise typer.Exit(run_attempt(work))
+
+
+@app.command(hidden=True)
+def work(
+    job_file: Annotated[Path, typer.Argument(help="RUN/jobs/SUBMISSION/JOB.json.", show_default=False)],
+    element: Annotated[
+        int | None, typer.Option(help="Of its elements this one; default: the Slurm array task's.", min=0)
+    ] = None,
+) -> None:
+    """Inside a job, in each rank: do what an element of a submitted job still lacks."""
+    import logging
+
+    from megatron_specialm.slurm.work import work as do_element
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    do_element(job_file, element=element)
+
+
+def _names_and_overrides(words: list[str] | None, *, most: int) -> tuple[list[str | None], list[str]]:
+    """At most so many names, None for those that are not given, and overrides of the page: those have a `=`."""
+    names = [word for word in words or () if "=" not in word]
+    if len(names) > most:
+        raise ConfigError(f"{' '.join(names[most:])}: too many names: at most {most} may stand behind the page")
+    return [*names, *[None] * (most - len(names))], [word for word in words or () if "=" in word]

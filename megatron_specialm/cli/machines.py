@@ -1,0 +1,108 @@
+"""Commands that try out layouts and machines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_specialm.cli.app import Overrides, Page, app, load
+
+
+@app.command()
+def parity(
+    page: Page,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    context_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    distributed_optimizer: Annotated[
+        bool | None, typer.Option(help="Instead of the page's.", show_default=False)
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+) -> None:
+    """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
+
+    Writes a certificate per train stage into the run folder; training copies it into its checkpoints.
+    """
+    from rich.console import Console
+
+    from megatron_specialm.base.files import write_json
+    from megatron_specialm.config.graph import build_graph
+    from megatron_specialm.config.lineage import distinct_setups, setup_of
+    from megatron_specialm.config.parity import parity_case
+    from megatron_specialm.launch import parity as run
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+
+    changes = {
+        "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
+        "parallel.virtual_pipeline": virtual_pipeline, "parallel.context_parallel": context_parallel,
+        "parallel.data_parallel": data_parallel, "parallel.sequence_parallel": sequence_parallel,
+        "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
+    }  # fmt: skip
+    given = {field: value for field, value in changes.items() if value is not None}
+    passed = True
+    pipeline = load(page, overrides)
+    for name in distinct_setups(pipeline, stage):
+        changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
+        pipeline = load(page, [*(overrides or []), *changed])
+        build_graph(pipeline)  # the layout must be one that the model itself can take
+        refuse_what_the_machine_lacks(pipeline, stages=[name])
+        case = parity_case(setup_of(pipeline, name))
+        outcome = run.certificate(case, run.compare(case))
+        path = run.certificate_path(Path(pipeline.root), name)
+        write_json(path, outcome)
+        Console().print(run.table(name, outcome))
+        typer.echo(
+            f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
+        )
+        passed = passed and outcome["passed"]
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune_precision(
+    page: Page,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+) -> None:
+    """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
+    from rich.console import Console
+
+    from megatron_specialm.config.lineage import distinct_setups
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+
+    for name in distinct_setups(load(page, overrides), stage):
+        pipeline = load(page, [*(overrides or []), f"stages.{name}.precision=fp8"])
+        refuse_what_the_machine_lacks(pipeline, stages=[name])
+
+        from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
+
+        timings = tuning.measure(distinct_setups(pipeline, name)[name])
+        Console().print(tuning.timings_table(timings, title=name))
+        typer.echo(f"stages.{name}: {tuning.advice(timings)}")
+
+
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="Look only: no matrix products, no all-reduce.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
+    from rich.console import Console
+
+    from megatron_specialm.doctor.finding import can_train
+    from megatron_specialm.doctor.report import as_json, examine, page
+
+    with Console(stderr=True).status("Looking at this machine"):
+        findings = examine(quick=quick)
+    if json:
+        typer.echo(as_json(findings))
+    else:
+        Console().print(page(findings))
+    if not can_train(findings):
+        raise typer.Exit(1)

@@ -1,0 +1,130 @@
+"""Commands that check, plan and run a page on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.cli.app import Overrides, Page, app, load
+
+
+def _print_capabilities(asked: bool) -> None:
+    if asked:
+        from rich.console import Console
+
+        from megatron_specialm.launch.summary import capabilities_table
+
+        Console().print(capabilities_table())
+        raise typer.Exit
+
+
+@app.command()
+def check(
+    page: Page,
+    overrides: Overrides = None,
+    _capabilities: Annotated[
+        bool,
+        typer.Option(
+            "--capabilities",
+            is_eager=True,
+            callback=_print_capabilities,
+            help="Print what can be trained in which layout, and exit.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
+    ] = None,
+) -> None:
+    """Find every mistake in a page before anything runs, and say what it would train."""
+    from rich.console import Console
+
+    from megatron_specialm.base.accelerator import find_accelerator
+    from megatron_specialm.config.graph import build_graph
+    from megatron_specialm.data.documents import resolve_files
+    from megatron_specialm.launch.preflight import lacks, planned_machine
+    from megatron_specialm.launch.summary import memory_table, training_table
+
+    pipeline = load(page, overrides)
+    graph = build_graph(pipeline)
+    for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
+        if not Path(entry).is_dir():
+            resolve_files([entry])
+    machine = planned_machine(gpu) if gpu else find_accelerator()
+    Console().print(training_table(pipeline, machine))
+    Console().print(memory_table(pipeline, machine))
+    reasons = [reason for _, reason in lacks(pipeline, machine)]
+    if gpu and reasons:
+        raise MachineError(reasons[0])
+    for reason in reasons:  # a login node has no GPU: the jobs may well have one
+        typer.echo(f"warning: `run` would refuse on this machine: {reason}")
+    typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+
+
+@app.command()
+def plan(page: Page, overrides: Overrides = None) -> None:
+    """List the tasks of a page in order, and which of them are done, stale or still to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_specialm.launch.plan import make_plan
+
+    pipeline = load(page, overrides)
+    table = Table("task", "state", "cost is", "reads")
+    for name, planned in make_plan(pipeline, Path(pipeline.root)).items():
+        reads = ", ".join(str(other) for other in planned.task.inputs)
+        table.add_row(str(name), planned.state, planned.task.domain or "generic", reads)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    page: Page,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
+    until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
+) -> None:
+    """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
+    from rich.console import Console
+
+    from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
+    from megatron_specialm.launch.local import run_local
+    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+    from megatron_specialm.launch.progress import Progress
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import results_in_two
+    from megatron_specialm.slurm.missing import refuse_live
+
+    world = discover_world()
+    with attended(world) as lifeline:
+        pipeline = load(page, overrides)
+        root = Path(pipeline.root)
+        if world.launcher != "none":
+            pipeline = fit_to_world(pipeline, world)
+        chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
+        to_do = {name.stage for name in chosen if chosen[name].state != "done"}
+        refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
+        if world.is_first:
+            write_resolved(pipeline, root)
+        console = Console()
+        if world.launcher != "none":
+            run_inline(pipeline, chosen, root, world, lifeline)
+        else:
+            refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
+            missing = sum(planned.state != "done" for planned in chosen.values())
+            console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
+            with Progress(missing, console=console) as progress:
+                run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
+        if world.is_first:
+            outcome = write_results(pipeline, root)
+            if outcome["rows"]:
+                for table in results_in_two(outcome):
+                    console.print(table.rich())
+            console.print(f"results: {root / 'results.json'}", highlight=False)

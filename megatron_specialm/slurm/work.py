@@ -1,0 +1,67 @@
+"""What each rank of a submitted job does: the tasks of its array element that are still missing, one after the other."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_specialm.base.artifacts import is_complete
+from megatron_specialm.base.environment import discover_world
+from megatron_specialm.base.errors import ArtifactError, MachineError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.launch.inline import attended, do_together
+from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+from megatron_specialm.launch.worker import limit_threads
+
+
+def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    """Do the tasks of an element of `<run folder>/jobs/<submission>/<job>.json`, by the resolved page beside it.
+
+    Args:
+        element: its number; by default that of this process's Slurm array task.
+
+    Raises:
+        SpecialmError: what is wrong with the job's file, the page, an input or the machine.
+        Stopped: this process was asked to stop.
+    """
+    world = discover_world()
+    with attended(world) as lifeline:
+        root = job_file.resolve().parents[2]
+        stage, tasks = _tasks(job_file, _element(environ) if element is None else element)
+        pipeline = load_pipeline(job_file.parent / "pipeline.yaml")
+        threads = _threads(environ) or pipeline.local.threads
+        limit_threads(threads)
+        pipeline = pipeline.model_copy(update={"local": pipeline.local.model_copy(update={"threads": threads})})
+        refuse_what_the_machine_lacks(pipeline, stages=[stage], alone=False)
+        graph = build_graph(pipeline)
+        for key, digest in tasks:
+            name = TaskId(stage, key)
+            if not is_complete(root, *name, digest=digest):
+                do_together(pipeline, root, graph[name], digest, world, lifeline)
+
+
+def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, str]]]:
+    """The stage, and key and digest of each task."""
+    job: dict[str, Any] = read_json(job_file)
+    try:
+        tasks = [(task["key"], task["digest"]) for task in job["elements"][element]]
+        return job["stage"], tasks
+    except (KeyError, TypeError, IndexError) as error:
+        raise ArtifactError(
+            f"{job_file}: does not say what element {element} is to do ({error!r}): submit again"
+        ) from None
+
+
+def _element(environ: Mapping[str, str]) -> int:
+    number = environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not number.isdecimal():
+        raise MachineError(f"SLURM_ARRAY_TASK_ID={number!r}: not in an array of Slurm's; say which one by --element")
+    return int(number)
+
+
+def _threads(environ: Mapping[str, str]) -> int | None:
+    """This rank's share of its Slurm task's CPUs: under torchrun all ranks of a node are one task."""
+    cpus = environ.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, int(cpus) // int(environ.get("LOCAL_WORLD_SIZE", "1"))) if cpus.isdecimal() else None

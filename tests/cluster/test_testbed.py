@@ -1,0 +1,113 @@
+"""The test cluster does what tests of larger things ask of it: run, lose a node, cut one off, lose its controller."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.testbed import Cluster, running_cluster
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_nodes(cluster: Cluster) -> None:
+    printed = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "printenv", "SLURMD_NODENAME")
+    assert sorted(printed.split()) == ["node1", "node1", "node2", "node2"]
+
+
+def test_power_loss(cluster: Cluster, tmp_path: Path) -> None:
+    """What ran on the node and its neighbour is requeued to others."""
+    job = cluster.submit("[ $SLURM_RESTART_COUNT ] || sleep 300", "--nodes=2", cwd=tmp_path)
+    nodes = cluster.wait_for(job, "RUNNING")["NodeList"]
+    assert nodes == "node[1-2]"
+    cluster.power_off("node2")
+    (done,) = cluster.wait(job)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1")
+    assert "node2" not in done["NodeList"] and cluster.node_state("node2").startswith("down")
+    cluster.power_on("node2")
+    cluster.wait_for_node("node2", "idle")
+
+
+def test_partition(cluster: Cluster) -> None:
+    cluster.partition("node4")
+    cluster.wait_for_node("node4", "down*", "down")
+    cluster.heal("node4")
+    cluster.wait_for_node("node4", "idle")
+
+
+def test_controller_restarts_while_a_job_runs(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit("while [ ! -e go ]; do sleep 0.1; done; echo went", "--output=log", cwd=tmp_path)
+    cluster.wait_for(job, "RUNNING")
+    cluster.restart_controller(seconds_off=1)
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    (tmp_path / "go").touch()
+    (done,) = cluster.wait(job)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "0")
+    assert (tmp_path / "log").read_text() == "went\n"
+
+
+def test_what_depends_on_a_failure_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    first = cluster.submit("exit 3", cwd=tmp_path)
+    second = cluster.submit("true", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", cwd=tmp_path)
+    (failed,), (cancelled,) = cluster.wait(first), cluster.wait(second)
+    assert (failed["JobState"], failed["ExitCode"]) == ("FAILED", "3:0")
+    assert cancelled["JobState"] == "CANCELLED"
+
+
+def test_elements_of_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    array = cluster.submit("exit $SLURM_ARRAY_TASK_ID", "--array=0-2%2", cwd=tmp_path)
+    states = {job["ArrayTaskId"]: job["ExitCode"] for job in cluster.wait(array)}
+    assert states == {"0": "0:0", "1": "1:0", "2": "2:0"}
+
+
+def test_the_urgent_preempt(cluster: Cluster, tmp_path: Path) -> None:
+    script = "trap 'echo TERM; exit 0' TERM; [ $SLURM_RESTART_COUNT ] && exit; sleep 300 & wait"
+    low = cluster.submit(script, "--nodes=4", "--exclusive", "--output=log", "--open-mode=append", cwd=tmp_path)
+    cluster.wait_for(low, "RUNNING")
+    high = cluster.submit("true", "--partition=urgent", cwd=tmp_path)
+    assert cluster.wait(high)[0]["JobState"] == "COMPLETED"
+    (done,) = cluster.wait(low)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1")
+    assert "TERM\n" in (tmp_path / "log").read_text()
+
+
+def test_without_namespaces(tmp_path: Path) -> None:
+    """A second cluster, of nodes that share this machine's network."""
+    with running_cluster(nodes=2, namespaces=False) as cluster:
+        job = cluster.submit("srun --nodes=2 sleep 300", "--nodes=2", "--no-requeue", cwd=tmp_path)
+        cluster.wait_for(job, "RUNNING")
+        cluster.power_off("node2")
+        cluster.partition("node1")
+        cluster.wait_for_node("node2", "down*", "down")
+        cluster.wait_for_node("node1", "down*", "down")
+        cluster.heal("node1")
+        cluster.wait_for_node("node1", "idle")
+    assert not cluster.slot.exists()
+
+
+KILLED = """
+import os, signal
+from tests.cluster.testbed import running_cluster
+with running_cluster(nodes=1) as cluster:
+    cluster.submit("sleep 1234", cwd=cluster.slot)
+    print(cluster.slot, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
+    """Its daemons end with it; the next cluster takes its folder and removes its bridge and mount."""
+    command = [sys.executable, "-c", KILLED]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    slot = Path(killed.stdout.strip())
+    assert slot.exists()
+    with running_cluster(nodes=1) as cluster:
+        assert cluster.slot == slot
+        cluster.run("srun", "true")
+    assert not slot.exists() and str(slot) not in Path("/proc/self/mounts").read_text()
+    assert not os.path.exists(f"/sys/class/net/specialm{slot.name}-")

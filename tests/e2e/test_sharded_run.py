@@ -1,0 +1,94 @@
+"""A page with its generic set in shards, through the command line: what is trained is what is trained without them."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_specialm.base.files import read_json
+from megatron_specialm.train.checkpoint import find_final, read_model
+from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+
+PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+OVERRIDES = [
+    "stages.tokenizer.vocabulary_size=300", "stages.slm-is.steps=10", "stages.slm-is.schedule.warmup_steps=2",
+    "stages.vectors.encoder.dimensions=64", "stages.slm-is.global_batch_size=16", "defaults.train.micro_batch_size=4",
+]  # fmt: skip
+RUN = ["-m", "megatron_specialm", "run", PAGE, *OVERRIDES]
+
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+
+
+@pytest.fixture
+def files(folder: Path) -> Path:  # noqa: F811
+    """The generic set in four files, and validation text of its own, so that no shard holds out documents."""
+    data = folder / "data" / "smoke"
+    lines = (data / "generic.train.jsonl").read_text().splitlines(keepends=True)
+    for number in range(4):
+        (data / f"part.{number}.jsonl").write_text("".join(lines[number * 10 : (number + 1) * 10]))
+    return folder
+
+
+def _generic(shards: int) -> list[str]:
+    files = {"train": "data/smoke/part.*.jsonl", "validation": "data/smoke/generic.test.jsonl"}
+    return [
+        f"text.generic={json.dumps({**files, 'test': 'data/smoke/generic.test.jsonl', 'shards': shards})}",
+        f"root=runs/{shards}",
+    ]
+
+
+def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:  # noqa: F811
+    outcome = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=250,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome
+
+
+def test_the_same_weights_in_shards_and_not(files: Path) -> None:
+    for shards in (1, 3):
+        _run(files, [sys.executable, *RUN, *_generic(shards), "--until", "slm-is"])
+    whole, sharded = (read_model(find_final(files / f"runs/{shards}/slm-is/torch")) for shards in (1, 3))
+    assert whole.keys() == sharded.keys()
+    for name in whole:
+        assert torch.equal(whole[name], sharded[name]), name
+    again = _run(files, [sys.executable, *RUN, *_generic(3), "--until", "slm-is"])
+    assert "0 of" in again.stdout, again.stdout
+
+
+needs_mpi = pytest.mark.skipif(
+    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None, reason="Open MPI or mpi4py is missing"
+)
+
+
+@needs_mpi
+def test_clusters_under_mpi_are_those_of_one_process(files: Path) -> None:
+    run = [sys.executable, *RUN, *_generic(3), "stages.slm.micro_batch_size=1", "--until", "assignment"]
+    _run(files, [*MPIRUN, *run])
+    cost = read_json(files / "runs/3/clusters/done/generic.json")["cost"]
+    assert cost["processes"] == 2 and cost["device_seconds"] == pytest.approx(2 * cost["wall_seconds"])
+    assert read_json(files / "runs/3/assignment/done/generic.json")["cost"]["processes"] == 1
+    together = np.load(files / "runs/3/clusters/generic/centroids.npy")
+    shutil.rmtree(files / "runs/3")
+    _run(files, run)
+    np.testing.assert_array_equal(together, np.load(files / "runs/3/clusters/generic/centroids.npy"))
+
+
+@needs_mpi
+def test_an_error_on_one_mpi_rank_ends_all(files: Path) -> None:
+    """The others wait for what the first one was to make."""
+    run = [sys.executable, *RUN, *_generic(3), "stages.vectors.encoder.dimensions=16", "--until", "vectors"]
+    outcome = subprocess.run(
+        [*MPIRUN, *run], cwd=files, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert outcome.returncode == 2, outcome.stderr
+    assert "error: encoder.dimensions 16: static vectors have 64, 128 or 256" in outcome.stderr
