@@ -20,9 +20,9 @@ def test_the_code_is_known_by_its_content_and_copied_whole_once(tmp_path: Path) 
     copy = code.folder / PACKAGE.name
     assert (copy / "slurm" / "code.py").read_bytes() == (PACKAGE / "slurm" / "code.py").read_bytes()
     assert not list(copy.rglob("__pycache__")) and [path.name for path in tmp_path.iterdir()] == [code.folder.name]
-    (copy / "cli.py").write_text("kept")
+    (copy / "__main__.py").write_text("kept")
     freeze_code(code)
-    assert (copy / "cli.py").read_text() == "kept", "jobs run from it"
+    assert (copy / "__main__.py").read_text() == "kept", "jobs run from it"
 
 
 def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
@@ -31,7 +31,9 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
     (rest / PACKAGE.name).mkdir(parents=True)
     (rest / PACKAGE.name / "old.py").touch()
     freeze_code(code)
-    assert not (code.folder / PACKAGE.name / "old.py").exists() and (code.folder / PACKAGE.name / "cli.py").exists()
+    assert (
+        not (code.folder / PACKAGE.name / "old.py").exists() and (code.folder / PACKAGE.name / "__main__.py").exists()
+    )
 
 
 def test_a_job_runs_the_frozen_code_though_it_stands_in_a_checkout_that_was_edited(tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ def test_inputs_must_be_there_or_come(plan: Plan, state: str) -> None:
 def test_each_stage_is_an_array_and_those_that_read_their_own_stage_two(pipeline: Pipeline, plan: Plan) -> None:
     jobs = _jobs(pipeline, plan)
     assert _keys(jobs["tokens"]) == [["generic"], ["scipy"], ["sklearn"], ["torch"]]
-    embeds = next(name for name, stage in pipeline.stages.items() if stage.kind == "embed")
-    assert _keys(jobs[embeds]) == [["generic"]] and jobs[f"{embeds}.1"].stage == embeds
-    assert ["generic"] not in _keys(jobs[f"{embeds}.1"]) and TaskId(embeds, "generic") in jobs[f"{embeds}.1"].inputs
+    assert _keys(jobs["vectors"]) == [["generic.encoder"]], "the others read it"
+    assert _keys(jobs["vectors.1"]) == [["generic"], ["scipy"], ["sklearn"], ["torch"]]
+    assert jobs["vectors.1"].stage == "vectors" and TaskId("vectors", "generic.encoder") in jobs["vectors.1"].inputs
     assert sum(len(job.elements) for job in jobs.values()) == len(plan)
     before: set[TaskId] = set()
     for job in jobs.values():
@@ -105,10 +105,16 @@ def test_each_stage_is_an_array_and_those_that_read_their_own_stage_two(pipeline
 
 
 def test_a_wave_is_counted_from_what_is_missing(pipeline: Pipeline, plan: Plan) -> None:
-    embeds = next(name for name, stage in pipeline.stages.items() if stage.kind == "embed")
-    missing = {name: planned for name, planned in plan.items() if name != TaskId(embeds, "generic")}
+    missing = {name: planned for name, planned in plan.items() if name != TaskId("vectors", "generic.encoder")}
     jobs = _jobs(pipeline, missing)
-    assert f"{embeds}.1" not in jobs and ["generic"] not in _keys(jobs[embeds])
+    assert "vectors.1" not in jobs and len(jobs["vectors"].elements) == 4
+
+
+def test_k_means_on_several_processes_adds_over_mpi(pipeline: Pipeline) -> None:
+    pipeline = load_pipeline(SMOKE, [f"root={pipeline.root}", "stages.clusters.processes=4"])
+    jobs = _jobs(pipeline, make_plan(pipeline, Path(pipeline.root)), launcher="torchrun")
+    assert (jobs["clusters"].launcher, jobs["clusters"].shape.ranks) == ("mpi", 4)
+    assert (jobs["clusters-4"].launcher, jobs["clusters-4"].shape.ranks) == ("torchrun", 1)
 
 
 def test_short_tasks_share_an_element(pipeline: Pipeline, plan: Plan) -> None:
