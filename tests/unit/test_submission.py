@@ -71,10 +71,25 @@ def test_what_is_done_or_on_its_way_is_not_missing(plan: Plan) -> None:
 
 def test_a_live_job_for_other_settings_is_in_the_way(plan: Plan) -> None:
     name = TaskId("tokens", "torch")
-    with pytest.raises(ConfigError, match=r"tokens/torch: job 12_3 .*specialm cancel"):
-        missing_tasks(plan, plan, {name: Live("12_3", "another")})
-    chosen = {other: planned for other, planned in plan.items() if other.stage == "tokenizer"}
-    assert missing_tasks(plan, chosen, {name: Live("12_3", "another")}) == chosen, "it is not what was asked for"
+    old = {name: Live("12_3", "another")}
+    with pytest.raises(ConfigError, match=r"tokens/torch: job 12_3 makes it from other .*specialm cancel"):
+        missing_tasks(plan, plan, old)
+    reader = TaskId("slm-nopt", "torch")
+    with pytest.raises(ConfigError, match=r"tokens/torch: job 12_3 makes it from other"):
+        missing_tasks(plan, {reader: plan[reader]}, old)
+    tokens = {other: planned for other, planned in plan.items() if other.stage == "tokens" and other != name}
+    done = {**plan, TaskId("tokenizer", "generic"): replace(plan[TaskId("tokenizer", "generic")], state="done")}
+    assert missing_tasks(done, tokens, old) == tokens, "nobody here reads it"
+    gone = {TaskId("removed", "generic"): Live("12_3", "another")}
+    assert missing_tasks(plan, plan, gone) == plan
+
+
+def test_nothing_is_made_anew_under_a_live_job_that_reads_it(plan: Plan) -> None:
+    reader = TaskId("slm-nopt", "torch")
+    chosen = {name: planned for name, planned in plan.items() if name.stage in ("tokenizer", "tokens")}
+    with pytest.raises(ConfigError, match=r"(tokens/torch|tokenizer/generic): job 12_3, for slm-nopt/torch, reads it"):
+        missing_tasks(plan, chosen, {reader: Live("12_3", "another")})
+    assert missing_tasks(plan, chosen, {reader: Live("12_3", plan[reader].digest)}) == chosen, "it waits for it"
 
 
 @pytest.mark.parametrize("state", ["to do", "stale"])
