@@ -29,6 +29,8 @@ def reason_to_end(ending: Ending, before: Sequence[Attempt], limits: Limits) -> 
     Args:
         before: the attempts before this one. One without an end was lost with its node, and counts as a failure.
     """
+    if ending.outcome == "preempted":
+        return None
     if ending.outcome == "timeout":
         timeouts = 1 + sum(attempt.end is not None and attempt.end.outcome == "timeout" for attempt in before)
         return f"{timeouts} time limits were reached (limits.timeouts)" if timeouts > limits.timeouts else None

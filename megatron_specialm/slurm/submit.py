@@ -78,6 +78,7 @@ class Submission:
                 "in PYTHONPATH: choose another root"
             )
         pipeline = pipeline.model_copy(update={"root": str(root)})
+        site = _mounting(site, root, Path.cwd())
         return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
 
     def freeze(self) -> None:
@@ -109,6 +110,14 @@ class Submission:
             self.template, self.site, directives=options, folder=self.folder, code=self.code.folder,
             command=[*supervise, "--", *work],
         )  # fmt: skip
+
+
+def _mounting(site: Site, *folders: Path) -> Site:
+    """The profile, with folders that its container is to show in their places."""
+    if site.container is None:
+        return site
+    mounts = dict.fromkeys([*site.container.mounts, *(f"{folder}:{folder}" for folder in folders)])
+    return site.model_copy(update={"container": site.container.model_copy(update={"mounts": list(mounts)})})
 
 
 def recover(root: Path) -> list[JobRecord]:

@@ -22,8 +22,9 @@ def _why(outcome: Outcome, *before: Attempt, step: int | None = None, exit_code:
     return reason_to_end(Ending(outcome, "why", step, exit_code=exit_code), before, LIMITS)
 
 
-def test_preemptions_before_count_for_nothing() -> None:
+def test_preemptions_count_for_nothing() -> None:
     many = [_ended("preempted", 1)] * 100
+    assert _why("preempted", *many, *[_ended("failed", 1)] * 100, step=1) is None
     assert _why("timeout", *many, step=1) is None
     assert _why("failed", *many, step=1) is None
 

@@ -320,3 +320,13 @@ def test_a_registry_without_gaps_needs_no_slurm(
     write_registry(Path(pipeline.root), [record, replace(record, slurm_id=None)])
     with pytest.raises(MachineError, match="squeue: not found"):
         submitting.recover(Path(pipeline.root))
+
+
+def test_a_container_shows_the_run_folder_and_the_working_directory(pipeline: Pipeline, tmp_path: Path) -> None:
+    here = f"{tmp_path}:{tmp_path}"
+    container = {"runtime": "pyxis", "image": "a", "mounts": ["/data:/data", here]}
+    submission = _submission(pipeline, container=container)
+    submission.freeze()
+    frozen = load_site(Path(pipeline.root) / "jobs" / "0001" / "site.yaml")
+    assert frozen.container is not None
+    assert frozen.container.mounts == ["/data:/data", here, f"{pipeline.root}:{pipeline.root}"]
