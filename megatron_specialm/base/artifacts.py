@@ -1,19 +1,27 @@
 """Artifacts: one folder per task, complete when its marker is there.
 
-    <root>/<stage>/<key>/            what the task made; task.json names the digest it is being made for
+    <root>/<stage>/<key>/            what the task made; task.json names the digest it is being made for, and by whom
     <root>/<stage>/done/<key>.json   the marker, written last: digest, report, cost, versions
 
 A reader asks for an artifact by its digest, so work that is stale (made from other settings, text or inputs) is never
 taken for what is wanted, and equal work is never done twice.
+
+A node that Slurm has given up may only be cut off, and its ranks still at work when their job runs again elsewhere. So each
+incarnation of a task writes its name when it begins, and looks whether it still stands there before it publishes anything.
 """
 
+import os
 import shutil
+import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, write_json
+
+LABEL = "task.json"
 
 
 @dataclass(frozen=True)
@@ -63,16 +71,40 @@ def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
     """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume."""
     folder = artifact_folder(root, stage, key)
     marker_path(root, stage, key).unlink(missing_ok=True)
-    label = folder / "task.json"
+    label = folder / LABEL
     if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(label, {"digest": digest})
+    write_json(label, {"digest": digest, "incarnation": incarnation()})
     return folder
 
 
+def incarnation(environ: Mapping[str, str] = os.environ) -> str:
+    """This process's name among all that may work at a task: its job and attempt, or its number and machine."""
+    return environ.get("SPECIALM_INCARNATION") or f"{os.getpid()}@{socket.gethostname()}"
+
+
+def refuse_if_taken_over(folder: Path) -> None:
+    """Before anything is published in an artifact's folder. A folder without a label is no task's.
+
+    Raises:
+        ArtifactError: another incarnation has begun the task since.
+    """
+    label = folder / LABEL
+    if label.exists() and (now := read_json(label).get("incarnation")) != incarnation():
+        raise ArtifactError(
+            f"{folder}: another incarnation of this task, {now}, has taken over from {incarnation()}, which publishes "
+            "nothing more: leave the folder to it"
+        )
+
+
 def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
-    """Declare an artifact complete."""
+    """Declare an artifact complete.
+
+    Raises:
+        ArtifactError: another incarnation has taken over.
+    """
+    refuse_if_taken_over(artifact_folder(root, stage, key))
     write_json(marker_path(root, stage, key), asdict(marker))
 
 

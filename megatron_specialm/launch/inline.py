@@ -21,7 +21,7 @@ from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
-from megatron_specialm.launch.worker import execute, limit_threads, works_together
+from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 
@@ -76,6 +76,7 @@ def run_inline(
         Stopped: this process was asked to stop.
     """
     limit_threads(pipeline.local.threads)
+    ignore_expected_warnings()
     for planned in plan.values():
         if planned.state != "done":
             do_together(pipeline, root, planned.task, planned.digest, world, lifeline)

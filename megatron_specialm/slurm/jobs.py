@@ -64,8 +64,12 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,
-        # k-means adds over MPI, whatever trainings are launched by
-        launcher="mpi" if isinstance(settings, ClusterStage) and processes > 1 else site.launcher,
+        # One rank needs nobody to start it, and k-means adds over MPI, whatever trainings are launched by.
+        launcher="srun"
+        if processes == 1
+        else "mpi"
+        if isinstance(settings, ClusterStage) and processes > 1
+        else site.launcher,
     )
 
 

@@ -19,7 +19,7 @@ def rank_command(
         port: a free one on the first node, where torchrun's ranks meet.
         folder: where ranks stand, also in a container.
     """
-    if launcher == "torchrun" and shape.ranks > 1:  # one rank needs nobody to start it
+    if launcher == "torchrun":
         agent = [
             command[0], "-m", "torch.distributed.run", f"--nnodes={shape.nodes}", f"--nproc-per-node={shape.ranks_per_node}",
             f"--master-addr={allocation.address}", f"--master-port={port}", "--no-python",

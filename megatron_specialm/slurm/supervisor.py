@@ -3,7 +3,8 @@ queued again or says why not.
 
 Slurm's signals come here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed on
 to the ranks by the answers to their heartbeats, under any launcher; ranks save at their next step and end. After SIGTERM it is
-Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here.
+Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here; and where
+the ranks alone were told to end, as they are when a partition's GraceTime begins.
 """
 
 import contextlib
@@ -189,16 +190,18 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
         first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
         at = first["step"] if first["step"] is not None else step
         return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
+    if (work.folder / "stopped.json").exists():  # torchrun tells ranks to stop when one fails: its error counts, above
+        return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
-def _stopped(work: Work, asked: signal.Signals, step: int | None) -> Ending:
+def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
     saved = work.folder / "stopped.json"
     if saved.exists():
         step = json.loads(saved.read_text(encoding="utf-8"))["step"]
         what = "stopped" if step is None else f"saved at step {step}"
     else:
-        what = f"not saved within {work.site.limits.stop_seconds} s: it goes on from the checkpoint before"
+        what = "nothing was saved, so it goes on from the checkpoint before"
     if asked is signal.SIGUSR1:
         return Ending("timeout", f"the time limit is near: {what}", step)
     return Ending("preempted", f"ended by Slurm: {what}", step)
@@ -212,7 +215,9 @@ def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
 
 
 def _queue_again(work: Work) -> None:
-    """Have Slurm run the job once more, without the nodes that are no good. That ends this job: SIGTERM comes at once."""
+    """Have Slurm run the job once more, without the nodes that are no good. That ends this attempt: SIGTERM comes at once, to
+    this process and to the commands it runs, which inherit that it is ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = work.allocation.job
     out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
     if not out:

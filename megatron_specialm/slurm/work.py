@@ -13,7 +13,7 @@ from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.inline import attended, do_together
 from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
-from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.launch.worker import ignore_expected_warnings, limit_threads
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
@@ -33,6 +33,7 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
         pipeline = load_pipeline(job_file.parent / "pipeline.yaml")
         threads = _threads(environ) or pipeline.local.threads
         limit_threads(threads)
+        ignore_expected_warnings()
         pipeline = pipeline.model_copy(update={"local": pipeline.local.model_copy(update={"threads": threads})})
         refuse_what_the_machine_lacks(pipeline, stages=[stage], alone=False)
         graph = build_graph(pipeline)

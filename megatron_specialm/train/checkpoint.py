@@ -11,9 +11,11 @@ construction; a reader checks the hashes all the same. Nothing in it is a pickle
 """
 
 import re
+import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_specialm.base.artifacts import refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
     FileSeal,
@@ -88,13 +91,17 @@ def save_checkpoint(
 
     Raises:
         OSError: a file cannot be written; on every process, whichever it befell. The step is not published.
+        ArtifactError: another incarnation of this training has taken over.
     """
     final = step_folder(folder, step)
-    aside = folder / f".{final.name}.tmp"
 
-    def make_aside() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
+    def make_aside() -> Path:
+        refuse_if_taken_over(folder)
+        for abandoned in folder.glob(".step_*.tmp"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        aside = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"  # no other incarnation writes into it
         aside.mkdir(parents=True)
+        return aside
 
     def write() -> dict[str, FileSeal]:
         parts = {"model": weights, "optimizer": optimizer_state}
@@ -106,23 +113,27 @@ def save_checkpoint(
         return seals
 
     def publish() -> None:
+        refuse_if_taken_over(folder)
         write_json(aside / "state.json", state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
         write_text(folder / "latest", final.name + "\n")
 
-    peers.from_first(make_aside)
+    aside = peers.from_first(make_aside)
     sealed = peers.agree(write)
     peers.from_first(publish)
     return final
 
 
 class Saver:
-    """Saves steps while training goes on. The tensors it is given must not change any more."""
+    """Saves steps while training goes on. The tensors it is given must not change any more.
+
+    A process that fails does not wait for its save, to which the others may never come: it must end, so that they hear of
+    it. Hence the daemon threads.
+    """
 
     def __init__(self, folder: Path, peers: Peers) -> None:
         self._folder, self._peers = folder, peers
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._pending: Future | None = None
+        self._pending: Future[None] | None = None
 
     def save(self, *, keep: int, best: int | None, **step: Any) -> None:
         """Begin `save_checkpoint(**step)`, then drop all but the newest `keep` steps and the best one.
@@ -131,13 +142,19 @@ class Saver:
             OSError: the step before could not be written.
         """
         self.wait()
+        outcome: Future[None] = Future()
 
         def work() -> None:
-            save_checkpoint(self._folder, peers=self._peers, **step)
-            if self._peers.is_first:
-                prune_checkpoints(self._folder, keep=keep, best=best)
+            try:
+                save_checkpoint(self._folder, peers=self._peers, **step)
+                if self._peers.is_first:
+                    prune_checkpoints(self._folder, keep=keep, best=best)
+                outcome.set_result(None)
+            except BaseException as error:  # `wait` raises it
+                outcome.set_exception(error)
 
-        self._pending = self._worker.submit(work)
+        self._pending = outcome
+        threading.Thread(target=work, name="save", daemon=True).start()
 
     def wait(self) -> None:
         """Return when the last step is durable.
@@ -191,7 +208,12 @@ def read_model(folder: Path) -> Mapping[str, torch.Tensor]:
 
 
 def declare_final(folder: Path, *, step: int) -> None:
-    """Name the step that is the outcome of training: the last, or with early stopping the best."""
+    """Name the step that is the outcome of training: the last, or with early stopping the best.
+
+    Raises:
+        ArtifactError: another incarnation of this training has taken over.
+    """
+    refuse_if_taken_over(folder)
     write_json(folder / "result.json", {"step": step, "folder": step_folder(folder, step).name})
 
 

@@ -30,16 +30,9 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(smoke_run: Path) -> Path:
     """A working directory in which the smoke pipeline has run to its end."""
-    folder = tmp_path_factory.mktemp("smoke")
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "smoke_corpus.py")], cwd=folder, check=True, env=_environment()
-    )
-    done = _specialm(folder, "run", str(PAGE))
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
+    return smoke_run
 
 
 def _results(folder: Path) -> dict:

@@ -34,7 +34,7 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_passed_over(tmp_
     data[-1] ^= 1
     path.write_bytes(data)
     (step_folder(tmp_path, 2) / "optimizer-00000.safetensors").unlink()
-    (tmp_path / ".step_0000004.tmp").mkdir()  # what a kill in the middle of a save leaves
+    (tmp_path / ".step_0000004.0123abcd.tmp").mkdir()  # what a kill in the middle of a save leaves
     found, passed_over = newest_checkpoint(tmp_path)
     assert found is not None and open_checkpoint(found).state["progress"]["step"] == 1
     assert ["step_0000003" in passed_over[0], "changed" in passed_over[0]] == [True, True]

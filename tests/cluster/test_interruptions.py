@@ -1,0 +1,132 @@
+"""A training of two ranks on two nodes, and all that ends one before its time: it goes on, and ends with the same bits."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
+from tests.cluster.testbed import Cluster
+
+pytestmark = pytest.mark.timeout(200)
+STEPS = 400
+OVERRIDES = [f"stages.slm.steps={STEPS}", "stages.slm.parallel.data_parallel=2", "stages.slm.checkpoint.every=20"]
+
+
+@pytest.fixture(scope="module")
+def straight(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the same training, on this machine and without interruption."""
+    folder = prepared(smoke_run, tmp_path_factory.mktemp("straight"), "tokenizer", "tokens")
+    run = Run(None, folder, OVERRIDES)  # type: ignore[arg-type]
+    subprocess.run(run.command("run", "--only", "slm"), cwd=folder, env=local_environment(), check=True, timeout=200)
+    return run.root / "slm/generic"
+
+
+@pytest.fixture
+def run(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> Run:
+    folder = prepared(smoke_run, tmp_path, "tokenizer", "tokens")
+    return Run(cluster, folder, list(OVERRIDES), site={"jobs": {"slm": {"processes_per_node": 1}}})
+
+
+def _begun(run: Run) -> None:
+    """Wait until the training has saved a step, and goes on."""
+    run.until(lambda: run.saved_step("slm") > 0, "a step is saved", 60)
+    assert run.saved_step("slm") < STEPS - 40, "the test came too late: the training has ended"
+
+
+def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") -> None:
+    """Wait for the end, after such attempts; it is that of the training without interruption."""
+    assert run.wait("slm", 120) == ["COMPLETED"], run.log("slm")
+    assert run.outcomes("slm", submission=submission) == [*before, "finished"]
+    assert_same_bits(run.root / "slm/generic", straight)
+
+
+def test_the_time_limit(run: Run, straight: Path) -> None:
+    """A real one: Slurm's shortest is a minute, and it looks twice a minute who is to be warned. To save every step keeps the
+    training busy until then."""
+    run.overrides = [*OVERRIDES[:-1], "stages.slm.checkpoint.every=1"]
+    run.site["jobs"]["slm"]["time"] = "1"
+    run.site["limits"] = {"warning_seconds": 15}
+    run.submit("--only", "slm")
+    run.until(lambda: "timeout" in run.outcomes("slm"), "the time limit is near", 90)
+    end = run.attempts("slm")[0].end
+    assert end is not None and end.requeued and end.step == run.saved_step("slm") < STEPS
+    _finished(run, straight, "timeout")
+
+
+def test_a_preemption(run: Run, straight: Path) -> None:
+    run.submit("--only", "slm")
+    _begun(run)
+    run.cluster.run("scontrol", "requeue", f"{run.job('slm')}_0")
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
+    end = run.attempts("slm")[0].end
+    assert end is not None and end.outcome == "preempted" and end.reason == f"ended by Slurm: saved at step {end.step}"
+    _finished(run, straight, "preempted")
+
+
+def test_cancelled_in_the_middle_of_a_save(run: Run, straight: Path) -> None:
+    """It stays cancelled; nothing that is half-written is taken for whole; and a second submit goes on."""
+    run.overrides = [*OVERRIDES[:-1], "stages.slm.checkpoint.every=1"]
+    run.submit("--only", "slm")
+    _begun(run)
+    run.until(lambda: any((run.root / "slm/generic").glob(".step_*.tmp")), "a save is under way", 30)
+    run.cluster.run("scancel", run.job("slm"))
+    assert run.wait("slm") == ["CANCELLED"]
+    assert run.status()["slm"]["done"] == 0
+    assert run.saved_step("slm") > 0
+    run.submit("--only", "slm")
+    _finished(run, straight, submission="0002")
+
+
+def test_power_loss_of_a_node(run: Run, straight: Path) -> None:
+    run.submit("--only", "slm")
+    _begun(run)
+    before = run.saved_step("slm")
+    run.cluster.power_off(run.attempts("slm")[0].begin.nodes[1])
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
+    assert not {run.attempts("slm")[0].begin.nodes[1]} & set(run.attempts("slm")[1].begin.nodes)
+    assert run.wait("slm", 120) == ["COMPLETED"], run.log("slm")
+    assert run.outcomes("slm")[0] in ("lost", "failed", "preempted", "hang") and run.outcomes("slm")[-1] == "finished"
+    assert f"resuming from {run.root}/slm/generic/step_" in run.log("slm") and before > 0
+    assert_same_bits(run.root / "slm/generic", straight)
+
+
+def test_a_network_partition(run: Run, straight: Path) -> None:
+    """The ranks of a node that nobody reaches are named, and the job goes on elsewhere."""
+    run.submit("--only", "slm")
+    _begun(run)
+    first = run.attempts("slm")[0].begin
+    run.cluster.partition(first.nodes[1])
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
+    assert first.nodes[1] not in run.attempts("slm")[1].begin.nodes
+    _finished(run, straight, run.outcomes("slm")[0])
+    assert f"rank 1 on {first.nodes[1]}" in run.log("slm")
+
+
+def test_a_rank_that_hangs(run: Run, straight: Path) -> None:
+    """It is named with its node, which is left out from then on."""
+    run.submit("--only", "slm")
+    _begun(run)
+    os.kill(run.rank(1).pid, signal.SIGSTOP)
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
+    first, second = run.attempts("slm")[:2]
+    node = first.begin.nodes[1]
+    assert first.end is not None and first.end.outcome == "hang" and f"rank 1 on {node}" in first.end.reason
+    assert node not in second.begin.nodes
+    _finished(run, straight, "hang")
+
+
+def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
+    """The look at one node does not come to its end: the job starts on others, and so do those that come after it."""
+    run.site["preflight"] = {"enabled": True, "seconds": 30, "free_disk": 1}
+    run.submit("--only", "slm")
+    node = run.until(lambda: run.attempts("slm") and run.attempts("slm")[0].begin.nodes[1], "the job has started", 60)
+    os.kill(run.process("node_check", SLURM_PROCID="1").pid, signal.SIGSTOP)
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
+    first, second = run.attempts("slm")[:2]
+    assert first.end is not None and first.end.outcome == "bad-node" and node in first.end.reason
+    assert node not in second.begin.nodes
+    assert f"#SBATCH --exclude={node}" in run.submit("--dry-run", "--only", "slm-nopt")
+    _finished(run, straight, "bad-node")

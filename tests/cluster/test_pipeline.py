@@ -1,0 +1,97 @@
+"""The smoke pipeline as Slurm jobs: what one machine makes, through dependencies and arrays, and by any launcher."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cluster.runs import PAGE, ROOT, Run, assert_same_bits, prepared, weights
+from tests.cluster.testbed import Cluster
+
+TEXT = ("tokenizer", "tokens")
+
+
+@pytest.mark.timeout(600)
+def test_the_whole_pipeline_makes_what_one_machine_makes(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+    run = Run(cluster, prepared(smoke_run, tmp_path))
+    said = run.submit()
+    assert "125 tasks submitted, 0 on their way, 0 done" in said
+    assert "0 tasks submitted" in run.submit()  # all of them are on their way
+    run.until(lambda: not cluster.run("squeue", "--noheader"), "all jobs have ended", 500)
+    assert {stage: (entry["done"], entry["failures"]) for stage, entry in run.status().items()} == {
+        stage: (entry["tasks"], []) for stage, entry in run.status().items()
+    }
+    assert "0 tasks submitted, 0 on their way, 125 done" in run.submit()
+    here, there = smoke_run / "runs/smoke", run.root
+    trained = [path.parent for path in here.glob("*/*/result.json") if not path.parent.name.startswith("trial")]
+    assert len(trained) > 40
+    for folder in trained:
+        assert_same_bits(folder, there / folder.relative_to(here))
+    run.specialm("results")
+    rows = {
+        name: json.loads((root / "results.json").read_text())["rows"]
+        for name, root in (("here", here), ("there", there))
+    }
+    assert [_outcome(row) for row in rows["there"]] == [_outcome(row) for row in rows["here"]]
+
+
+def _outcome(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("method", "domain", "finetuned", "nll", "tokens_evaluated", "generic_tokens"))
+
+
+LAUNCHERS = ("srun", "torchrun", "mpi")
+
+
+@pytest.mark.timeout(240)
+def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+    """The weights are equal whoever starts the ranks, and the perplexities those of one process."""
+    overrides = ["stages.slm.parallel.data_parallel=4", "stages.slm.micro_batch_size=4"]
+    runs = {}
+    for launcher in LAUNCHERS:
+        folder = prepared(smoke_run, tmp_path / launcher, *TEXT)
+        runs[launcher] = run = Run(cluster, folder, overrides, site={"launcher": launcher})
+        run.submit("--only", "slm")
+        if launcher == "srun":
+            assert "0 on their way" not in run.submit("--only", "perplexity", "--keys", "slm.generic")
+        assert run.wait("slm") == ["COMPLETED"], run.log("slm")
+        (attempt,) = run.attempts("slm")
+        assert len(attempt.begin.nodes) == 2 and attempt.begin.ranks == 4
+    for launcher in LAUNCHERS[1:]:
+        assert_same_bits(runs[launcher].root / "slm/generic", runs["srun"].root / "slm/generic")
+    alone = weights(smoke_run / "runs/smoke/slm/generic")
+    for name, tensor in weights(runs["srun"].root / "slm/generic").items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-2, atol=1e-3)
+    runs["srun"].wait("perplexity")
+    marker = "perplexity/done/slm.generic.json"
+    here, there = (
+        json.loads((root / marker).read_text())["values"] for root in (smoke_run / "runs/smoke", runs["srun"].root)
+    )
+    assert there["generic"]["nll"] == pytest.approx(here["generic"]["nll"], rel=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_kmeans_over_mpi_gives_the_centroids_of_one_process(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+    run = Run(cluster, prepared(smoke_run, tmp_path, *TEXT, "vectors"), ["stages.clusters.processes=4"])
+    run.submit("--only", "clusters")
+    assert run.wait("clusters") == ["COMPLETED"], run.log("clusters")
+    assert len(run.attempts("clusters")[0].begin.nodes) == 2
+    name = "clusters/generic/centroids.npy"
+    assert (run.root / name).read_bytes() == (smoke_run / "runs/smoke" / name).read_bytes()
+
+
+@pytest.mark.timeout(120)
+def test_by_hand(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+    """`sbatch slurm/stage.sbatch PAGE STAGE`, with the options of this cluster."""
+    run = Run(cluster, prepared(smoke_run, tmp_path, *TEXT))
+    page, root = str(PAGE), "root=runs/smoke"
+    options = ["--parsable", "--ntasks-per-node=2", "--nodes=1", "--cpus-per-task=1", "--mem=1G", "--time=10"]
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    command = ["sbatch", *options, "slurm/stage.sbatch", page, "slm", root, "stages.slm.steps=20"]
+    job = subprocess.check_output(command, cwd=tmp_path, env=run.environment, text=True).strip()
+    (ended,) = cluster.wait(job, 90)
+    log = (tmp_path / f"specialm-{job}.log").read_text()
+    assert ended["JobState"] == "COMPLETED", log
+    assert "finished: all tasks are done" in log and run.saved_step("slm") == 20
