@@ -19,7 +19,7 @@ def test_the_code_is_known_by_its_content_and_copied_whole_once(tmp_path: Path) 
     freeze_code(code)
     copy = code.folder / PACKAGE.name
     assert (copy / "slurm" / "code.py").read_bytes() == (PACKAGE / "slurm" / "code.py").read_bytes()
-    assert not list(copy.rglob("__pycache__")) and [path.name for path in tmp_path.iterdir()] == [code.folder.name]
+    assert [path.name for path in tmp_path.iterdir()] == [code.folder.name]
     (copy / "__main__.py").write_text("kept")
     freeze_code(code)
     assert (copy / "__main__.py").read_text() == "kept", "jobs run from it"
@@ -39,6 +39,8 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
 def test_a_job_runs_the_frozen_code_though_it_stands_in_a_checkout_that_was_edited(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(PACKAGE, checkout / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / PACKAGE.name / "__pycache__").mkdir()
+    (checkout / PACKAGE.name / "__pycache__" / "old.pyc").touch()
     freeze = "from pathlib import Path; from megatron_specialm.slurm.code import *; "
     freeze += "code = this_code(Path.cwd().parent / 'jobs'); freeze_code(code); print(code.folder, end='')"
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
@@ -51,6 +53,7 @@ def test_a_job_runs_the_frozen_code_though_it_stands_in_a_checkout_that_was_edit
         timeout=60,
         check=True,
     )
+    assert not list(Path(frozen.stdout).rglob("old.pyc"))
     (checkout / PACKAGE.name / "__init__.py").write_text("raise SystemExit('edited')\n")
     script = render(
         TEMPLATE, Site(), directives=[], folder=checkout, code=Path(frozen.stdout),

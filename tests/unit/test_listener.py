@@ -97,6 +97,7 @@ def test_progress_is_a_new_number_or_a_new_activity() -> None:
     assert (first.heard, first.advanced) == (10.0, 10.0)
     same = heard({**SAID, "step": 7, "stack": []}, first, now=20.0)
     assert (same.heard, same.advanced, same.step) == (20.0, 10.0, 7)
+    assert heard({**SAID, "step": 7}, same, now=25.0).advanced == 10.0
     assert heard({**SAID, "progress": 2}, same, now=30.0).advanced == 30.0
     assert heard({**SAID, "activity": "saving"}, same, now=30.0).advanced == 30.0
 
