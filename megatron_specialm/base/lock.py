@@ -1,6 +1,7 @@
 """One at a time in a run folder."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import IO
 from megatron_specialm.base.errors import MachineError
 
 POLL_SECONDS = 0.1
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without `flock`; NFS without its lock service
 
 
 @contextlib.contextmanager
@@ -23,7 +25,7 @@ def hold_folder(root: Path, *, wait_seconds: float = 0) -> Iterator[None]:
         wait_seconds: for another holder to let go.
 
     Raises:
-        MachineError: another process holds it, with its number and its machine.
+        MachineError: another process holds it, with its number and its machine; or the filesystem knows no locks.
     """
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("a+") as lock:
@@ -47,4 +49,11 @@ def _taken(lock: IO[str]) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise MachineError(
+            f"{lock.name}: the filesystem takes no locks ({error.strerror}): have it mounted with them (Lustre: -o flock), "
+            "or choose another root"
+        ) from None
     return True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
@@ -20,6 +20,16 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+&|*()\[\]@/=-]+$", max_len
 Duration = Annotated[
     str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="minutes, hours:minutes:seconds or days-hours")
 ]
+
+
+def seconds_of(duration: str) -> int:
+    """What Slurm takes a duration for: `5` are minutes, `5:30` minutes and seconds, `1-12` days and hours. 0 is no limit."""
+    days, dash, clock = duration.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class Resources(Settings):
@@ -88,7 +98,7 @@ class Site(Settings):
     container: Container | None = None
     exclude: list[Word] = Field(default=[], description="nodes not to use")
     jobs: dict[str, Resources] = Field(default={}, description="`default`, a stage's kind or a stage's name")
-    limits: Limits = Limits()
+    limits: Limits = Field(default=Limits(), validate_default=True)
     preflight: Preflight = Preflight()
 
     @field_validator("environment")
@@ -97,6 +107,21 @@ class Site(Settings):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _in_order(cls, value: Limits, info: ValidationInfo) -> Limits:
+        if value.silent_seconds <= value.heartbeat_seconds:
+            raise ValueError(
+                f"silent_seconds {value.silent_seconds:g} must be several times heartbeat_seconds {value.heartbeat_seconds:g}"
+            )
+        for name, resources in info.data.get("jobs", {}).items():
+            if 0 < seconds_of(resources.time) <= value.warning_seconds:
+                raise ValueError(
+                    f"warning_seconds {value.warning_seconds} must be less than jobs.{name}.time {resources.time} "
+                    f"({seconds_of(resources.time)} s): the warning would come as a job begins"
+                )
         return value
 
     def resources(self, stage: str, kind: str) -> Resources:

@@ -19,6 +19,7 @@ from megatron_specialm.config.site import Limits
 
 DATAGRAM_BYTES = 65_536
 LOOK_SECONDS = 0.2
+SAID = {"rank", "node", "activity", "progress", "step", "stack"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def parse(datagram: bytes, *, token: str) -> dict[str, Any] | None:
     """A heartbeat; None for what anybody else may have sent."""
     try:
         said = json.loads(datagram)
-        if said["token"] == token and isinstance(said["rank"], int):
+        if said["token"] == token and isinstance(said["rank"], int) and said.keys() >= SAID:
             return said
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets within brackets
         pass
     return None
 
@@ -137,9 +138,9 @@ def _patience(beat: Beat, limits: Limits) -> float:
 
 
 def _fewest(beats: list[Beat]) -> list[Beat]:
-    behind = min((beat.step for beat in beats if beat.step is not None), default=None)
-    if any(beat.step != behind for beat in beats):
-        return [beat for beat in beats if beat.step == behind]
+    steps = [-1 if beat.step is None else beat.step for beat in beats]  # one without a step has not even begun
+    if len(set(steps)) > 1:
+        return [beat for beat, step in zip(beats, steps, strict=True) if step == min(steps)]
     counts = Counter(beat.stack[-1:] for beat in beats)
     rarest = min(counts.values())
     return [beat for beat in beats if counts[beat.stack[-1:]] == rarest] if len(counts) > 1 else beats

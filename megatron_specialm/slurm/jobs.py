@@ -65,11 +65,7 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,
         # One rank needs nobody to start it, and k-means adds over MPI, whatever trainings are launched by.
-        launcher="srun"
-        if processes == 1
-        else "mpi"
-        if isinstance(settings, ClusterStage) and processes > 1
-        else site.launcher,
+        launcher="srun" if processes == 1 else "mpi" if isinstance(settings, ClusterStage) else site.launcher,
     )
 
 

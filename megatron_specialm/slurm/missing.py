@@ -59,15 +59,24 @@ def missing_tasks(
     """The chosen tasks that are to be queued, in the graph's order.
 
     Raises:
-        ConfigError: a job that is queued or running does one of the tasks from other settings or text.
+        ConfigError: a job that is queued or running does one of the tasks, or what they read, from other settings or text;
+            or it reads what one of the tasks makes anew.
         ArtifactError: a task reads what is neither done, nor on its way, nor chosen.
     """
-    for name, planned in chosen.items():
-        if name in live and live[name].digest != planned.digest:
-            raise ConfigError(
-                f"{name}: job {live[name].slurm_id} makes it from other settings or text: let it end, or `specialm cancel`"
-            )
     missing = {name: planned for name, planned in chosen.items() if planned.state != "done" and name not in live}
+    read = {needed for planned in missing.values() for needed in planned.task.inputs}
+    for name, job in live.items():
+        if name not in plan or job.digest == plan[name].digest:
+            continue
+        if name in chosen or name in read:
+            raise ConfigError(
+                f"{name}: job {job.slurm_id} makes it from other settings or text: let it end, or `specialm cancel`"
+            )
+        for needed in plan[name].task.inputs:
+            if needed in missing:  # which would take the old one from under it
+                raise ConfigError(
+                    f"{needed}: job {job.slurm_id}, for {name}, reads it as it was: let that end, or `specialm cancel`"
+                )
     for name, planned in missing.items():
         for needed in planned.task.inputs:
             if plan[needed].state != "done" and needed not in live and needed not in missing:

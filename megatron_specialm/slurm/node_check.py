@@ -14,6 +14,7 @@ error, joint_error    what went wrong on this node alone, and in computing with 
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -71,4 +72,6 @@ def _failure_as(answer: dict[str, Any], name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    # As a partition's GraceTime begins, Slurm sends it to ranks alone: half a look would speak against the node.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     look(Path(sys.argv[1]) / f"{node_name()}.json", sys.argv[2])

@@ -63,8 +63,8 @@ def judge(
         between: Unix times by the first node's clock, before and after the nodes looked at themselves.
     """
     bad = {node: reason for node in nodes if (reason := _fault(answers.get(node), gpus, settings, between))}
-    speeds = {node: min(answer["products"].values()) for node, answer in answers.items() if answer["products"]}
-    fit = {node: speed for node, speed in speeds.items() if node not in bad}
+    products = {node: answer["products"].values() for node, answer in answers.items() if node not in bad}
+    fit = {node: min(speeds) for node, speeds in products.items() if speeds}
     usual = statistics.median(fit.values()) if fit else 0.0
     for node, speed in fit.items():
         if speed * settings.slower_than < usual:

@@ -1,6 +1,7 @@
 """The command that starts a task's ranks inside an allocation: srun alone, torchrun on each node, or MPI through PMIx."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_specialm.config.site import Container, Launcher
 from megatron_specialm.slurm.allocation import Allocation
@@ -8,13 +9,15 @@ from megatron_specialm.slurm.sbatch import Shape
 
 
 def rank_command(
-    command: Sequence[str], *, launcher: Launcher, shape: Shape, allocation: Allocation, port: int, container: Container | None
+    command: Sequence[str], *, launcher: Launcher, shape: Shape, allocation: Allocation, port: int,
+    container: Container | None, folder: Path,
 ) -> list[str]:  # fmt: skip
     """The whole command line.
 
     Args:
         command: what each rank runs; its first word is a Python interpreter.
         port: a free one on the first node, where torchrun's ranks meet.
+        folder: where ranks stand, also in a container.
     """
     if launcher == "torchrun":
         agent = [
@@ -22,15 +25,26 @@ def rank_command(
             f"--master-addr={allocation.address}", f"--master-port={port}", "--no-python",
         ]  # fmt: skip
         # A node's number is known on the node; torchrun takes it from PET_NODE_RANK.
-        on_each_node = ["bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]
-        step = step_command(allocation, Shape(shape.nodes, 1), cpus=allocation.cpus_per_task * shape.ranks_per_node)
-        return [*step, *_pyxis(container), *on_each_node, *_apptainer(container), *agent, *command]
-    mpi = "pmix" if launcher == "mpi" else "none"
-    step = step_command(allocation, shape, cpus=allocation.cpus_per_task, mpi=mpi)
-    return [*step, *_pyxis(container), *_apptainer(container), *command]
+        numbered = ["bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]
+        step = _step_on_nodes(shape, allocation, container, folder)
+        return [*step, *numbered, *_apptainer(container, folder), *agent, *command]
+    step = _step(shape, cpus=allocation.cpus_per_task, mpi="pmix" if launcher == "mpi" else "none")
+    return [*step, *_pyxis(container, folder), *_apptainer(container, folder), *command]
 
 
-def step_command(allocation: Allocation, shape: Shape, *, cpus: int, mpi: str = "none") -> list[str]:
+def node_command(
+    command: Sequence[str], *, shape: Shape, allocation: Allocation, container: Container | None, folder: Path
+) -> list[str]:
+    """A command once on each node of `shape`, where its ranks would run it, and with all their CPUs."""
+    return [*_step_on_nodes(shape, allocation, container, folder), *_apptainer(container, folder), *command]
+
+
+def _step_on_nodes(shape: Shape, allocation: Allocation, container: Container | None, folder: Path) -> list[str]:
+    step = _step(Shape(shape.nodes, 1), cpus=allocation.cpus_per_task * shape.ranks_per_node)
+    return [*step, *_pyxis(container, folder)]
+
+
+def _step(shape: Shape, *, cpus: int, mpi: str = "none") -> list[str]:
     """An srun on the allocation's first nodes. A rank that fails must not leave the others waiting in a collective, and
     srun does not take the CPUs per task from sbatch by itself."""
     return [
@@ -39,14 +53,17 @@ def step_command(allocation: Allocation, shape: Shape, *, cpus: int, mpi: str = 
     ]  # fmt: skip
 
 
-def _pyxis(container: Container | None) -> list[str]:
+def _pyxis(container: Container | None, folder: Path) -> list[str]:
     if container is None or container.runtime != "pyxis":
         return []
-    return [f"--container-image={container.image}", f"--container-mounts={','.join(container.mounts)}"]
+    mounts = (
+        [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    )  # it refuses an empty list
+    return [f"--container-image={container.image}", *mounts, f"--container-workdir={folder}"]
 
 
-def _apptainer(container: Container | None) -> list[str]:
+def _apptainer(container: Container | None, folder: Path) -> list[str]:
     if container is None or container.runtime != "apptainer":
         return []
     mounts = [part for mount in container.mounts for part in ("--bind", mount)]
-    return ["apptainer", "exec", "--nv", *mounts, container.image]
+    return ["apptainer", "exec", "--nv", *mounts, "--pwd", str(folder), container.image]

@@ -108,7 +108,8 @@ def render(
             directives="\n".join(f"#SBATCH {option}" for option in directives),
             folder=shlex.quote(str(folder)),
             modules="\n".join(f"module load {shlex.quote(name)}" for name in site.modules),
-            environment=_exports({**site.environment, "PYTHONPATH": str(code)}),
+            # `python -m` would look in the working directory first, which may be a checkout that has been edited since.
+            environment=_exports({**site.environment, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}),
             command=shlex.join(map(str, command)),
         )
     except (FileNotFoundError, UnicodeDecodeError) as error:

@@ -33,8 +33,9 @@ from megatron_specialm.slurm.sbatch import directives, render
 
 SBATCH_SECONDS = 60
 LOCK_SECONDS = 120  # for another submit of the same run folder to end
-# What a launcher or a job around us may have set would mislead the job's own ranks.
+# What a launcher or a job around us may have set would mislead the job's own ranks; SBATCH_* overrule the script.
 NOT_INHERITED = (
+    "SBATCH_",
     "SLURM_",
     "OMPI_",
     "PMIX_",
@@ -65,15 +66,19 @@ class Submission:
         """The one after those that are known. It writes nothing.
 
         Raises:
-            ConfigError: Slurm would take the run folder's name for something else.
+            ConfigError: Slurm or Python would take the run folder's name for something else.
         """
-        number = f"{1 + max((int(job.submission) for job in known), default=0):04d}"
+        # A folder may be there of a submit that died: what its jobs have left must not be taken for that of ours.
+        folders = [path.name for path in records.jobs_folder(root).glob("*") if path.name.isdecimal()]
+        number = f"{1 + max(map(int, [*folders, *(job.submission for job in known)]), default=0):04d}"
         root = root.resolve()  # ranks may stand elsewhere, in a container
-        if found := [character for character in "%\\\n" if character in str(root)]:
+        if found := [character for character in "%\\\n:" if character in str(root)]:
             raise ConfigError(
-                f"root: {str(root)!r} has a {found[0]!r}, which Slurm reads otherwise in the names of logs: choose another root"
+                f"root: {str(root)!r} has a {found[0]!r}, which Slurm or Python would read otherwise in the names of logs and "
+                "in PYTHONPATH: choose another root"
             )
         pipeline = pipeline.model_copy(update={"root": str(root)})
+        site = _mounting(site, root, Path.cwd())
         return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
 
     def freeze(self) -> None:
@@ -105,6 +110,14 @@ class Submission:
             self.template, self.site, directives=options, folder=self.folder, code=self.code.folder,
             command=[*supervise, "--", *work],
         )  # fmt: skip
+
+
+def _mounting(site: Site, *folders: Path) -> Site:
+    """The profile, with folders that its container is to show in their places."""
+    if site.container is None:
+        return site
+    mounts = dict.fromkeys([*site.container.mounts, *(f"{folder}:{folder}" for folder in folders)])
+    return site.model_copy(update={"container": site.container.model_copy(update={"mounts": list(mounts)})})
 
 
 def recover(root: Path) -> list[JobRecord]:
@@ -193,4 +206,8 @@ def _sbatch(script: Path) -> str:
     if outcome.returncode:
         reason = " ".join(outcome.stderr.split()) or f"exit code {outcome.returncode}"
         raise MachineError(f"{script}: {reason}: correct the site profile and submit again: what is queued stays")
-    return outcome.stdout.strip().partition(";")[0]
+    # Some sites' sbatch greets before it answers, and in a federation the cluster's name stands behind the id.
+    slurm_id = (outcome.stdout.split() or [""])[-1].partition(";")[0]
+    if not slurm_id.isdecimal():
+        raise MachineError(f"{script}: sbatch answers {outcome.stdout.strip()!r}, which is no job's id: submit again")
+    return slurm_id

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +29,7 @@ from megatron_specialm.slurm.heartbeats import Listener, describe, trouble
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.preflight import check_nodes
 from megatron_specialm.slurm.queue import slurm
-from megatron_specialm.slurm.ranks import rank_command, step_command
+from megatron_specialm.slurm.ranks import node_command, rank_command
 from megatron_specialm.slurm.records import (
     AttemptBegin,
     AttemptEnd,
@@ -95,13 +95,20 @@ def supervise(work: Work) -> int:
         end = AttemptEnd(allocation.attempt, ending.outcome, ending.step, reason, again, time.time())
         record_end(work.state, end)
         if again:
-            _queue_again(work, ending)
-    return 0 if final or again else ending.exit_code
+            try:
+                _queue_again(work)
+            except MachineError as error:  # a cluster may forbid it: JobRequeue=0, or a job without --requeue
+                record_end(
+                    work.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
+                )
+                raise
+    # Never 0 where something is left to do: jobs that wait for this one would start, whoever has sent the signal.
+    return 0 if again or ending.outcome == "finished" else ending.exit_code
 
 
 def _attempt(work: Work, asked: _Asked) -> Ending:
     if bad := _unfit_nodes(work):
-        for node, reason in bad.items():
+        for node, reason in bad.items() if asked.by is not signal.SIGTERM else ():  # by which they have been cut short
             exclude_node(work.excluded, node, reason=reason)
         reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
@@ -127,11 +134,11 @@ def _unfit_nodes(work: Work) -> dict[str, str]:
     if not settings.enabled:
         return {}
     folder = work.folder / "nodes"
-    step = step_command(
-        allocation, Shape(work.shape.nodes, 1), cpus=allocation.cpus_per_task * work.shape.ranks_per_node
-    )
     meeting = f"{allocation.address}:{_free_port()}"
-    command = [*step, work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder), meeting]
+    command = node_command(
+        [work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), meeting],
+        shape=work.shape, allocation=allocation, container=work.site.container, folder=Path.cwd(),
+    )  # fmt: skip
     return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
 
 
@@ -151,7 +158,7 @@ def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
     }
     command = rank_command(
         work.command, launcher=work.launcher, shape=work.shape, allocation=allocation, port=port,
-        container=work.site.container,
+        container=work.site.container, folder=Path.cwd(),
     )  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     try:
@@ -207,7 +214,7 @@ def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
         record_end(work.state, end)
 
 
-def _queue_again(work: Work, ending: Ending) -> None:
+def _queue_again(work: Work) -> None:
     """Have Slurm run the job once more, without the nodes that are no good. That ends this attempt: SIGTERM comes at once, to
     this process and to the commands it runs, which inherit that it is ignored."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -219,8 +226,9 @@ def _queue_again(work: Work, ending: Ending) -> None:
     slurm("scontrol", "requeuehold", job)
     try:
         slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
-    finally:
-        slurm("scontrol", "release", job)
+    except MachineError as error:  # rather with a bad node than held for ever
+        logger.warning("%s", error)
+    slurm("scontrol", "release", job)
 
 
 def _free_port() -> int:

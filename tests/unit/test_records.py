@@ -1,8 +1,10 @@
 """The run folder's memory of its Slurm jobs, and the lock that guards it."""
 
+import errno
 import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,4 +92,34 @@ def test_a_dead_process_holds_no_folder(tmp_path: Path) -> None:
         holder.kill()
         holder.join()
     with hold_folder(tmp_path / "runs/new"):
+        pass
+
+
+def test_a_folder_is_waited_for(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        ended = threading.Event()
+        threading.Timer(0.5, lambda: (ended.set(), holder.kill())).start()
+        with hold_folder(tmp_path, wait_seconds=60):
+            assert ended.is_set()
+            assert (tmp_path / ".lock").read_text() == f"{os.getpid()} {os.uname().nodename}"
+    finally:
+        holder.kill()
+        holder.join()
+    mine = pytest.raises(MachineError, match=f"pid {os.getpid()} on")
+    with hold_folder(tmp_path), mine, hold_folder(tmp_path, wait_seconds=0.1):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_filesystem_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("megatron_specialm.base.lock.fcntl.flock", refuse)
+    with pytest.raises(MachineError, match=r"\.lock: the filesystem takes no locks"), hold_folder(tmp_path):
         pass

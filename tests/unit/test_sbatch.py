@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.site import Site, dump_site, load_site
+from megatron_specialm.config.site import Site, dump_site, load_site, seconds_of
 from megatron_specialm.slurm.sbatch import Shape, directives, render, shape_of
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,8 @@ def test_modules_are_quoted(tmp_path: Path) -> None:
         ("launcher: ssh", "launcher"),
         ("jobs: {train: {gpus: 8}}", "did you mean"),
         ("container: {runtime: pyxis, image: a, mounts: ['a,b:c']}", "container.mounts.0"),
+        ("jobs: {train: {time: '5'}}", "limits: warning_seconds 300 must be less than jobs.train.time 5 (300 s)"),
+        ("limits: {heartbeat_seconds: 60}", "limits: silent_seconds 60 must be several times heartbeat_seconds 60"),
     ],
 )
 def test_what_a_profile_must_not_hold_is_named(tmp_path: Path, page: str, said: str) -> None:
@@ -105,3 +107,24 @@ def test_ranks_spread_evenly_over_nodes() -> None:
     assert shape_of(8, resources, stage="slm").nodes == 2
     with pytest.raises(ConfigError, match=r"stages.slm.parallel: 6 processes .* nodes of 4"):
         shape_of(6, resources, stage="slm")
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("1:05:30", 3930),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("1-12:30:01", 131_401),
+        ("0", 0),
+    ],
+)
+def test_durations_are_read_as_slurm_reads_them(duration: str, seconds: int) -> None:
+    assert seconds_of(duration) == seconds
+
+
+def test_a_time_limit_that_is_longer_than_the_warning_or_none() -> None:
+    for duration in ("5:01", "0"):
+        Site.model_validate({"jobs": {"train": {"time": duration}}})

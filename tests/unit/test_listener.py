@@ -1,0 +1,162 @@
+"""The supervisor's end of heartbeats: over real datagrams of another process, and what is concluded from them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_specialm.base.heartbeat import Channel
+from megatron_specialm.config.site import Limits
+from megatron_specialm.slurm.heartbeats import Beat, Listener, describe, heard, parse, trouble
+
+ROOT = Path(__file__).parents[2]
+LIMITS = Limits(silent_seconds=60, hang_seconds=900, startup_seconds=1800)
+SAID = {"token": "t", "rank": 0, "node": "n0", "activity": "training", "progress": 1, "step": 1, "stack": ["a:1 f"]}
+RANK = """
+import time
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.heartbeat import heartbeat
+from megatron_specialm.base.lifeline import Lifeline
+lifeline = Lifeline()
+with lifeline.hearing_signals(), heartbeat(lifeline, World(2, 4, 0, "", "test")):
+    lifeline.begin("training")
+    for step in range(1, 6):
+        lifeline.beat(step=step)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener("127.0.0.1") as entered:
+        yield entered
+
+
+def _until(true: Callable[[], Any], *, of: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline and (of is None or of.poll() is None), "it does not come to that"
+        time.sleep(0.01)
+
+
+def test_a_rank_in_another_process_is_heard_and_stopped(listener: Listener) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANK], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "SPECIALM_HEARTBEAT": listener.channel, "SPECIALM_HEARTBEAT_SECONDS": "0.05",
+             "PYTHONPATH": str(ROOT), "SLURMD_NODENAME": "node7"},
+    )  # fmt: skip
+    try:
+        _until(lambda: listener.step == 5, of=process)
+        beat = listener.beats[2]
+        assert (beat.rank, beat.node, beat.activity, beat.progress) == (2, "node7", "training", 5)
+        assert beat.stack[-1].endswith("<module>") and beat.advanced <= beat.heard <= time.monotonic()
+        _until(lambda: listener.beats[2].heard > beat.heard, of=process)
+        assert listener.beats[2].advanced == beat.advanced or beat.progress != 5, "it has not got on since"
+        assert process.poll() is None, "nobody has asked it to stop"
+        listener.stop = True
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Stopped: stopped by SIGTERM while training" in said
+
+
+def _send(listener: Listener, *datagrams: bytes) -> None:
+    port = int(listener.channel.split(":")[1])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        for datagram in datagrams:
+            line.sendto(datagram, ("127.0.0.1", port))
+
+
+def test_what_anybody_may_send_neither_counts_nor_deafens(listener: Listener) -> None:
+    channel = Channel.of({"SPECIALM_HEARTBEAT": listener.channel})
+    assert channel is not None
+    guessed, cut = json.dumps({**SAID, "token": "guessed"}), json.dumps({"token": channel.token, "rank": 1})
+    _send(listener, b"", b"\xff\x00", b"null", b"[]", b"{}", b"[" * 60_000, guessed.encode(), cut.encode())
+    _send(listener, json.dumps({**SAID, "token": channel.token, "rank": 3}).encode())
+    _until(lambda: listener.beats)
+    assert list(listener.beats) == [3]
+
+
+def test_a_heartbeat_and_what_is_none() -> None:
+    assert parse(json.dumps(SAID).encode(), token="t") == SAID
+    for name in SAID:
+        assert parse(json.dumps({key: value for key, value in SAID.items() if key != name}).encode(), token="t") is None
+    assert parse(json.dumps({**SAID, "rank": "0"}).encode(), token="t") is None
+    assert parse(json.dumps(SAID).encode(), token="other") is None
+
+
+def test_progress_is_a_new_number_or_a_new_activity() -> None:
+    first = heard(SAID, None, now=10.0)
+    assert (first.heard, first.advanced) == (10.0, 10.0)
+    same = heard({**SAID, "step": 7, "stack": []}, first, now=20.0)
+    assert (same.heard, same.advanced, same.step) == (20.0, 10.0, 7)
+    assert heard({**SAID, "step": 7}, same, now=25.0).advanced == 10.0
+    assert heard({**SAID, "progress": 2}, same, now=30.0).advanced == 30.0
+    assert heard({**SAID, "activity": "saving"}, same, now=30.0).advanced == 30.0
+
+
+def _beats(*changes: dict[str, Any], **common: Any) -> dict[int, Beat]:
+    """Ranks 0, 1, ... on nodes n0, n1, ..., all in an all-reduce of step 5 since second 0, and last heard at second 1000."""
+    usual = {"activity": "training", "progress": 5, "step": 5, "stack": ("loop:9 run", "reduce:3 wait"), "heard": 1000.0,
+             "advanced": 0.0}  # fmt: skip
+    return {
+        rank: Beat(**{"rank": rank, "node": f"n{rank}", **usual, **common, **change})
+        for rank, change in enumerate(changes)
+    }
+
+
+def test_nothing_is_wrong() -> None:
+    assert trouble({}, LIMITS, now=1e9) is None, "a network without datagrams is no trouble"
+    assert trouble(_beats({}, {}, advanced=999.0), LIMITS, now=1001.0) is None
+    assert trouble(_beats({}, {}), LIMITS, now=900.0) is None
+    assert trouble(_beats({}, {"advanced": 500.0}), LIMITS, now=1001.0) is None, "one gets on: the others will"
+
+
+def test_a_silent_rank_is_lost_with_its_node() -> None:
+    found = trouble(_beats({}, {"heard": 900.0}, {"heard": 900.0, "node": "n1"}, advanced=899.0), LIMITS, now=961.0)
+    assert found is not None and found.nodes == ("n1",)
+    assert found.reason == "no heartbeat for 60 s of rank 1 on n1, rank 2 on n1"
+    assert trouble(_beats({}, {"heard": 900.0}, advanced=899.0), LIMITS, now=960.0) is None
+
+
+def test_the_rank_that_is_behind_is_named() -> None:
+    found = trouble(_beats({}, {"step": 4}, {}), LIMITS, now=1001.0)
+    assert found is not None and found.nodes == ("n1",)
+    assert found.reason == "no progress for 1001 s; rank 1 on n1 in loop:9 run > reduce:3 wait; the others wait"
+
+
+def test_a_rank_without_a_step_is_behind_all_others() -> None:
+    found = trouble(_beats({}, {"step": None}, {"step": 6}), LIMITS, now=1001.0)
+    assert found is not None and found.nodes == ("n1",)
+
+
+def test_the_rank_that_is_elsewhere_is_named() -> None:
+    found = trouble(_beats({}, {}, {"stack": ("loop:9 run", "data:7 read")}), LIMITS, now=1001.0)
+    assert found is not None and found.nodes == ("n2",)
+    assert "rank 2 on n2 in loop:9 run > data:7 read; the others wait" in found.reason
+
+
+def test_where_all_are_alike_nobody_is_blamed() -> None:
+    found = trouble(_beats({}, {}, {}), LIMITS, now=1001.0)
+    assert found is not None and found.nodes == ()
+    assert found.reason == "no progress for 1001 s; all 3 ranks are in loop:9 run > reduce:3 wait"
+
+
+def test_work_that_tells_no_progress_is_never_a_hang_but_a_start_is() -> None:
+    working = _beats({}, {"progress": 5}, activity="tokens/generic", progress=None, heard=1e6)
+    assert trouble(working, LIMITS, now=1e6) is None
+    starting = _beats({}, {}, activity="starting", progress=None, step=None, heard=1800.0)
+    assert trouble(starting, LIMITS, now=1800.0) is None
+    assert trouble(starting, LIMITS, now=1801.0) is not None
+
+
+def test_the_description_names_each_rank_and_its_frames() -> None:
+    said = describe(_beats({}, {"step": 4}), now=1010.0)
+    assert "rank 1 on n1: training, step 4, heard 10 s ago, without progress for 1010 s\n    loop:9 run" in said
