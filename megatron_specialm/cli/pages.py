@@ -106,10 +106,10 @@ def run(
     with attended(world) as lifeline:
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
-        if world.launcher != "none":
-            pipeline = fit_to_world(pipeline, world)
         chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
         to_do = {name.stage for name in chosen if chosen[name].state != "done"}
+        if world.launcher != "none":
+            pipeline = fit_to_world(pipeline, world, stages=to_do)
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
         if world.is_first:
             write_resolved(pipeline, root)

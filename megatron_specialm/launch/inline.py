@@ -8,7 +8,7 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
@@ -17,7 +17,7 @@ from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, m
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
-from megatron_specialm.config.graph import Task, TaskId
+from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
@@ -26,14 +26,17 @@ from megatron_specialm.launch.worker import execute, ignore_expected_warnings, l
 POLL_SECONDS = 0.2
 
 
-def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
-    """Train stages spread over all ranks: as many data-parallel copies of each stage's layout as there are ranks for.
+def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -> Pipeline:
+    """Train stages that are to run, spread over all ranks: as many data-parallel copies of each one's layout as there are
+    ranks for.
 
     Raises:
-        ConfigError: the ranks are no multiple of a stage's tensor x pipeline x context parallel processes.
+        ConfigError: the ranks are no multiple of a stage's tensor x pipeline x context parallel processes, or more than its
+            batch divides into.
     """
-    stages = dict(pipeline.stages)
-    for name, stage in stages.items():
+    fitted = dict(pipeline.stages)
+    for name in stages:
+        stage = fitted[name]
         if not isinstance(stage, TrainStage):
             continue
         copy = stage.parallel.world_size // stage.parallel.data_parallel
@@ -45,8 +48,10 @@ def fit_to_world(pipeline: Pipeline, world: World) -> Pipeline:
                 f"start {max(1, world.world_size // copy) * copy} ranks, or change the layout"
             )
         parallel = stage.parallel.model_copy(update={"data_parallel": world.world_size // copy})
-        stages[name] = stage.model_copy(update={"parallel": parallel})
-    return pipeline.model_copy(update={"stages": stages})
+        fitted[name] = stage.model_copy(update={"parallel": parallel})
+    pipeline = pipeline.model_copy(update={"stages": fitted})
+    build_graph(pipeline)  # refuses what a layout cannot do
+    return pipeline
 
 
 @contextlib.contextmanager

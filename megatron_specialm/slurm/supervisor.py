@@ -41,7 +41,6 @@ from megatron_specialm.slurm.records import (
 from megatron_specialm.slurm.sbatch import Shape
 
 POLL_SECONDS = 0.2
-STOPPED = 75  # the exit code of a rank that was asked to stop
 
 logger = logging.getLogger(__name__)
 

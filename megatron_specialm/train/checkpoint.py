@@ -10,6 +10,7 @@ of no consequence to a reader. A step is written aside, fsynced, hashed and rena
 construction; a reader checks the hashes all the same. Nothing in it is a pickle.
 """
 
+import os
 import re
 import secrets
 import shutil
@@ -108,7 +109,7 @@ def save_checkpoint(
         seals = {}
         for path, tensors in ((aside / f"{part}-{peers.rank:05d}.safetensors", parts[part]) for part in parts):
             if tensors:
-                save_file(dict(tensors), path)
+                _save_file(tensors, path)
                 seals[path.name] = seal_file(path)
         return seals
 
@@ -122,6 +123,17 @@ def save_checkpoint(
     sealed = peers.agree(write)
     peers.from_first(publish)
     return final
+
+
+def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors; what the operating system refuses is its own error, which safetensors wraps in words."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number.group(1))
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
 
 
 class Saver:

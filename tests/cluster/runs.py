@@ -152,7 +152,6 @@ def prepared(source: Path, folder: Path, *stages: str) -> Path:
     (folder / "data").symlink_to(source / "data")
     for stage in stages:
         shutil.copytree(source / "runs/smoke" / stage, folder / "runs/smoke" / stage)
-    shutil.copyfile(source / "runs/smoke/file_hashes.json", folder / "runs/smoke/file_hashes.json")
     return folder
 
 

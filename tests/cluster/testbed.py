@@ -144,12 +144,14 @@ class Cluster:
         self.nodes[name].reconnect()
         self.cut_off.discard(name)
 
-    def restart_controller(self, seconds_off: float = 0.0) -> None:
-        """Stop slurmctld, wait, and start it from the state that it saved."""
+    def stop_controller(self) -> None:
+        """Stop slurmctld. Jobs run on."""
         assert self.controller is not None
         self.controller.terminate()
         self.controller.wait()
-        time.sleep(seconds_off)
+
+    def start_controller(self) -> None:
+        """Start it again, from the state that it saved."""
         self._start_controller()
         self.until(self._answers, "slurmctld answers", 20)
         for name in self.nodes:  # a job that ends before its node has reported again leaves the node busy for minutes

@@ -150,10 +150,10 @@ def test_ranks_that_the_layout_does_not_divide() -> None:
     page = configs_folder() / "pipelines" / "smoke.yaml"
     pipeline = load_pipeline(page, ["stages.slm.parallel.tensor_parallel=2"])
     with pytest.raises(ConfigError) as refusal:
-        fit_to_world(pipeline, World(0, 5, 0, "env://", "torchrun"))
+        fit_to_world(pipeline, World(0, 5, 0, "env://", "torchrun"), stages=pipeline.stages)
     assert "stages.slm.parallel: 5 ranks (torchrun)" in str(refusal.value)
     assert str(refusal.value).endswith("start 4 ranks, or change the layout")
-    fitted = fit_to_world(pipeline, World(0, 4, 0, "env://", "torchrun"))
+    fitted = fit_to_world(pipeline, World(0, 4, 0, "env://", "torchrun"), stages=["tokens", "slm"])
     assert fitted.stages["slm"].parallel.data_parallel == 2  # type: ignore[union-attr]
 
 
