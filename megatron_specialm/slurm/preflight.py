@@ -46,7 +46,9 @@ def check_nodes(
         raise MachineError(f"preflight: no node answers: {said}")
     if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, time.time())):
         return bad
-    if joint := [f"{node}: {answer['joint_error']}" for node, answer in answers.items() if "joint_error" in answer]:
+    waiting = {node: "it waits for the others" for node, answer in answers.items() if "ended" not in answer}
+    errors = {node: answer["joint_error"] for node, answer in answers.items() if "joint_error" in answer}
+    if joint := [f"{node}: {error}" for node, error in {**waiting, **errors}.items()]:
         raise MachineError(f"preflight: the nodes cannot compute together: {'; '.join(joint)}")
     return {}
 
@@ -73,7 +75,7 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
     """What a node's answer says against it."""
     if answer is None:
         return "it does not answer"
-    if "ended" not in answer:
+    if "alone" not in answer:
         return "its computations do not end"
     if answer["gpus"] < gpus:
         return f"it shows {answer['gpus']} GPUs of {gpus}"
@@ -81,7 +83,7 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
         return f"matrix products on {', '.join(wrong)} are wrong"
     if answer.get("bytes_per_second", 0) is None:
         return "an all-reduce with the others gives a wrong sum"
-    early, late = between[0] - answer["began"], answer["ended"] - between[1]
+    early, late = between[0] - answer["began"], answer.get("ended", answer["alone"]) - between[1]
     if max(early, late) > settings.clock_seconds:
         return f"its clock differs by {max(early, late):.0f} s or more from the first node's"
     return answer.get("error")
