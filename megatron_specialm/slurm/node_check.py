@@ -2,14 +2,15 @@
 
 usage: python -m megatron_specialm.slurm.node_check ANSWER_FOLDER ADDRESS:PORT
 
-It leaves ANSWER_FOLDER/NODE.json at the beginning, after what it does alone, and at the end, so that a node which hangs is told
-from those that wait for it. torch is imported where there is something to compute on or with: GPUs, or other nodes.
+It leaves ANSWER_FOLDER/NODE.json, at the beginning and again at the end, so that a node which hangs is told from one that never
+began. torch is imported where there is something to compute on or with: GPUs, or other nodes.
 
-began, alone, ended   Unix times by this node's clock; what has not come is missing
-gpus                  how many the driver shows
-products              FLOP/s of matrix products by device, None where the result was wrong
-bytes_per_second      of an all-reduce with the other nodes, None where its sum was wrong; missing where there are no others
-error, joint_error    what went wrong on this node alone, and in computing with the others
+began, alone,      Unix time by this node's clock, as it began, had computed alone, and had also computed with the others;
+ended              what has not come yet is missing
+gpus               how many the driver shows
+products           FLOP/s of matrix products by device, None where the result was wrong
+bytes_per_second   of an all-reduce with the other nodes, None where its sum was wrong; missing where there are no others
+error, joint_error what went wrong on this node alone, and in computing with the others
 """
 
 import contextlib
@@ -35,8 +36,8 @@ def look(path: Path, meeting: str) -> None:
         with _failure_as(answer, "error"):
             answer["products"] = _products()
     answer["alone"] = time.time()
-    write_json(path, answer)
     if nodes > 1:
+        write_json(path, answer)  # from here on it may be others that it waits for
         with _failure_as(answer, "joint_error"):
             answer["bytes_per_second"] = _all_reduce(nodes, meeting)
     write_json(path, {**answer, "ended": time.time()})

@@ -46,10 +46,9 @@ def check_nodes(
         raise MachineError(f"preflight: no node answers: {said}")
     if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, time.time())):
         return bad
-    joint = [
-        f"{node}: {answer.get('joint_error', said)}" for node, answer in answers.items() if _fails_together(answer)
-    ]
-    if joint:
+    waiting = {node: "it waits for the others" for node, answer in answers.items() if "ended" not in answer}
+    errors = {node: answer["joint_error"] for node, answer in answers.items() if "joint_error" in answer}
+    if joint := [f"{node}: {error}" for node, error in {**waiting, **errors}.items()]:
         raise MachineError(f"preflight: the nodes cannot compute together: {'; '.join(joint)}")
     return {}
 
@@ -88,11 +87,6 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
     if max(early, late) > settings.clock_seconds:
         return f"its clock differs by {max(early, late):.0f} s or more from the first node's"
     return answer.get("error")
-
-
-def _fails_together(answer: Answer) -> bool:
-    """Whether the common computation went wrong or did not end: which node is to blame, nobody can say."""
-    return "joint_error" in answer or "ended" not in answer
 
 
 def _answer(path: Path) -> Answer | None:

@@ -19,7 +19,13 @@ from megatron_specialm.slurm.preflight import check_nodes, judge
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Preflight(seconds=120, free_disk=1)
-FIT: dict[str, Any] = {"began": 100.0, "ended": 105.0, "gpus": 2, "products": {"cuda:0": 6e14, "cuda:1": 6e14}}
+FIT: dict[str, Any] = {
+    "began": 100.0,
+    "alone": 103.0,
+    "ended": 105.0,
+    "gpus": 2,
+    "products": {"cuda:0": 6e14, "cuda:1": 6e14},
+}
 
 
 @pytest.fixture
@@ -60,11 +66,12 @@ def test_each_fault_is_the_nodes_own(changes: dict[str, Any] | None, reason: str
     assert _judged(a={}, b=changes, c={}) == {"b": reason}
 
 
-def test_computations_that_do_not_end() -> None:
-    stuck = {name: value for name, value in FIT.items() if name != "ended"}
-    assert judge({"a": stuck}, nodes=["a"], gpus=2, settings=SETTINGS, between=(99, 106)) == {
-        "a": "its computations do not end"
-    }
+def test_computations_that_do_not_end_are_not_held_against_those_who_wait() -> None:
+    stuck = {name: FIT[name] for name in ("began", "gpus")} | {"products": {}}
+    waits = {name: value for name, value in FIT.items() if name != "ended"}
+    answers = {"a": waits, "b": stuck, "c": waits}
+    found = judge(answers, nodes=list(answers), gpus=2, settings=SETTINGS, between=(99, 106))
+    assert found == {"b": "its computations do not end"}
 
 
 def _starting(tmp_path: Path) -> list[str]:
@@ -97,7 +104,7 @@ def test_a_third_node_that_says_nothing_is_named(tmp_path: Path) -> None:
     write = """
         import json, sys, time
         for node in ("node1", "node2"):
-            answer = {"began": time.time(), "ended": time.time(), "gpus": 0, "products": {"cpu": 1e9}}
+            answer = {"began": time.time(), "alone": time.time(), "ended": time.time(), "gpus": 0, "products": {"cpu": 1e9}}
             open(f"{sys.argv[1]}/{node}.json", "w").write(json.dumps(answer))
         open(f"{sys.argv[1]}/node3.json", "w").write("{")
     """
@@ -109,11 +116,22 @@ def test_a_third_node_that_says_nothing_is_named(tmp_path: Path) -> None:
 def test_nodes_that_cannot_compute_together_are_not_blamed(tmp_path: Path) -> None:
     write = """
         import json, sys, time
-        answer = {"began": time.time(), "ended": time.time(), "gpus": 0, "products": {}, "joint_error": "no route"}
+        answer = {"began": time.time(), "alone": time.time(), "ended": time.time(), "gpus": 0, "products": {}, "joint_error": "no route"}
         open(f"{sys.argv[1]}/node1.json", "w").write(json.dumps(answer))
     """
     command = [sys.executable, "-c", textwrap.dedent(write), str(tmp_path / "nodes")]
     with pytest.raises(MachineError, match="cannot compute together: node1: no route"):
+        check_nodes(command, tmp_path / "nodes", nodes=["node1"], gpus=0, settings=SETTINGS)
+
+
+def test_nodes_that_all_wait_for_each_other_are_not_blamed(tmp_path: Path) -> None:
+    write = """
+        import json, sys, time
+        answer = {"began": time.time(), "alone": time.time(), "gpus": 0, "products": {}}
+        open(f"{sys.argv[1]}/node1.json", "w").write(json.dumps(answer))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(write), str(tmp_path / "nodes")]
+    with pytest.raises(MachineError, match="cannot compute together: node1: it waits for the others"):
         check_nodes(command, tmp_path / "nodes", nodes=["node1"], gpus=0, settings=SETTINGS)
 
 

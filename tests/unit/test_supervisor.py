@@ -72,6 +72,16 @@ def test_exit_code_0_alone_is_no_success(programs: Path, tmp_path: Path) -> None
     assert (_end(work).outcome, _end(work).requeued, _asked(tmp_path)) == ("failed", True, ["requeue 7_0"])
 
 
+def test_ranks_that_slurm_alone_has_told_to_stop_are_queued_again_at_no_cost(programs: Path, tmp_path: Path) -> None:
+    """As it does when a partition's GraceTime begins: this process hears of it when that is over."""
+    stop = LEAVE.format(name="stopped.json", text='{"step": 7}', code=75)
+    for attempt in range(3):
+        work = _work(tmp_path, stop, attempt=attempt)
+        assert supervise(work) == 0
+        assert (_end(work).outcome, _end(work).step, _end(work).requeued) == ("preempted", 7, True)
+    assert _asked(tmp_path) == ["requeue 7_0"] * 3
+
+
 def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Path) -> None:
     assert supervise(_work(tmp_path, FAIL)) == 0
     second = _work(tmp_path, FAIL, attempt=1)
