@@ -116,7 +116,8 @@ def test_a_third_node_that_says_nothing_is_named(tmp_path: Path) -> None:
 def test_nodes_that_cannot_compute_together_are_not_blamed(tmp_path: Path) -> None:
     write = """
         import json, sys, time
-        answer = {"began": time.time(), "alone": time.time(), "ended": time.time(), "gpus": 0, "products": {}, "joint_error": "no route"}
+        answer = dict.fromkeys(("began", "alone", "ended"), time.time())
+        answer |= {"gpus": 0, "products": {}, "joint_error": "no route"}
         open(f"{sys.argv[1]}/node1.json", "w").write(json.dumps(answer))
     """
     command = [sys.executable, "-c", textwrap.dedent(write), str(tmp_path / "nodes")]
