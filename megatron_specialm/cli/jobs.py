@@ -22,17 +22,20 @@ def submit(
         str | None,
         typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts; write and submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
 ) -> None:
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
-    from megatron_specialm.config.site import load_site
+    from megatron_specialm.config.site import load_site, unknown_names
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.preflight import refuse_what_gpus_lack
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import live_tasks, missing_tasks
 
     pipeline, profile = load(page, overrides), load_site(site)
+    for warning in unknown_names(profile, pipeline):
+        typer.echo(f"warning: {site}: {warning}", err=True)
     root = Path(pipeline.root)
     with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         plan = make_plan(pipeline, root)
@@ -41,6 +44,7 @@ def submit(
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
         submission = jobs.Submission.next(pipeline, profile, site.parent / profile.template, root, known)
+        refuse_what_gpus_lack(pipeline, profile.gpu, stages={name.stage for name in missing})
         wanted = jobs_of(pipeline, profile, missing)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):

@@ -13,7 +13,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.load import did_you_mean, read_page
+from megatron_specialm.config.load import KINDS, did_you_mean, read_page
+from megatron_specialm.config.schema import Pipeline
 
 Launcher = Literal["srun", "torchrun", "mpi"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+&|*()\[\]@/=-]+$", max_length=200)]
@@ -73,14 +74,16 @@ class Limits(Settings):
     startup_seconds: PositiveFloat = Field(default=1800, description="until all ranks speak, and until the first step")
     stop_seconds: PositiveFloat = Field(default=240, description="for ranks to save when they are asked to stop")
     timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may run into")
-    failures: NonNegativeInt = Field(default=5, description="failures in all; three at the same step always end a job")
+    failures: NonNegativeInt = Field(
+        default=5, description="failures that come no further than those before; three at one step always end a job"
+    )
 
 
 class Preflight(Settings):
     """The look at each node before ranks start there. A node that fails it is left out, and the job queued again."""
 
     enabled: bool = True
-    seconds: PositiveFloat = Field(default=120, description="for a node to answer")
+    seconds: PositiveFloat = Field(default=300, description="for a node to answer; torch comes from a cold filesystem")
     slower_than: PositiveFloat = Field(default=2.0, description="times the median of the others: a slow node")
     free_disk: PositiveInt = Field(default=1 << 30, description="bytes free in the run folder")
     clock_seconds: PositiveFloat = Field(default=5.0, description="by which a node's clock may differ from the first's")
@@ -147,6 +150,16 @@ def load_site(path: Path) -> Site:
         return Site.model_validate(page)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+
+
+def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
+    """What stands under `jobs` and says nothing for a page: meant for another one, or mistyped."""
+    known = ["default", *KINDS, *pipeline.stages]
+    return [
+        f"jobs.{name}: neither a kind of stage nor a stage of this page{did_you_mean(name, known)}"
+        for name in site.jobs
+        if name not in known
+    ]
 
 
 def dump_site(site: Site) -> str:

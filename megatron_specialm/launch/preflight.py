@@ -26,7 +26,7 @@ def planned_machine(name: str) -> Accelerator:
         ConfigError: the name is not known.
     """
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(GPUS)}")
+        raise ConfigError(f"gpu {name}: not known; known are {', '.join(GPUS)}")
     capability, gib = GPUS[name]
     return Accelerator(name, capability, "2.9.0", gpus=8, memory_bytes=gib * GIB)
 
@@ -51,6 +51,18 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
                 f"stages.{name}.parallel: {stage.parallel.describe()} takes {stage.parallel.world_size} processes, one per "
                 f"GPU, and this machine has {machine.describe()}: lower it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
             )
+
+
+def refuse_what_gpus_lack(pipeline: Pipeline, gpu: str | None, *, stages: Collection[str]) -> None:
+    """Before jobs are queued: that train stages fit the GPUs they are to run on. An unknown GPU (None) is not judged.
+
+    Raises:
+        ConfigError: there is no such GPU in our table.
+        MachineError: naming the stage, what it needs and what would do.
+    """
+    for name, reason in lacks(pipeline, planned_machine(gpu), alone=False) if gpu else ():
+        if name in stages:
+            raise MachineError(reason)
 
 
 def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""Whether a job that has not finished is queued again. Preemptions are free; time limits and failures have a budget; and what
+"""Whether a job that has not finished is queued again. Preemptions are free. Time limits have a budget, and failures one that
+counts those which came no further than the ones before: a training that loses a node a day but goes on is not given up. What
 fails three times at the same step would fail a fourth time: a poisoned checkpoint or a loss that is not finite is no bad luck.
 """
 
@@ -39,10 +40,21 @@ def reason_to_end(ending: Ending, before: Sequence[Attempt], limits: Limits) -> 
     failed = [
         attempt for attempt in before if attempt.end is None or attempt.end.outcome in ("failed", "hang", "bad-node")
     ]
-    in_a_row = [attempt.end.step if attempt.end else None for attempt in failed[-SAME_STEP + 1 :]]
+    steps = [attempt.step for attempt in failed]
+    in_a_row = steps[-SAME_STEP + 1 :]
     if ending.outcome != "bad-node" and in_a_row == [ending.step] * (SAME_STEP - 1):
         where = "before the first step" if ending.step is None else f"at step {ending.step}"
         return f"it has failed {SAME_STEP} times {where}"
-    if len(failed) + 1 > limits.failures:
-        return f"{len(failed) + 1} attempts have failed (limits.failures)"
+    without_progress = _since_progress([*steps, ending.step])
+    if without_progress > limits.failures:
+        return f"{without_progress} attempts have failed and come no further (limits.failures)"
     return None
+
+
+def _since_progress(steps: Sequence[int | None]) -> int:
+    """How many failures there were from the last one that came further than all before it."""
+    best, count = -1, 0
+    for step in steps:
+        further = step is not None and step > best
+        best, count = (step, 1) if further and step is not None else (best, count + 1)
+    return count

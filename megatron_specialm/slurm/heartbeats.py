@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from megatron_specialm.config.site import Limits
@@ -77,6 +77,11 @@ class Listener:
     def step(self) -> int | None:
         """The last training step that any rank spoke of."""
         return max((beat.step for beat in list(self.beats.values()) if beat.step is not None), default=None)
+
+    def forgive(self, seconds: float) -> None:
+        """Take it that the ranks have been as unable to speak as this process was for so long."""
+        for rank, beat in list(self.beats.items()):
+            self.beats[rank] = replace(beat, heard=beat.heard + seconds, advanced=beat.advanced + seconds)
 
     def _listen(self) -> None:
         while not self._ended.is_set():

@@ -64,8 +64,8 @@ def judge(
     bad = {node: reason for node in nodes if (reason := _fault(answers.get(node), gpus, settings, between))}
     products = {node: answer["products"].values() for node, answer in answers.items() if node not in bad}
     fit = {node: min(speeds) for node, speeds in products.items() if speeds}
-    usual = statistics.median(fit.values()) if fit else 0.0
     for node, speed in fit.items():
+        usual = statistics.median([other for name, other in fit.items() if name != node] or [speed])
         if speed * settings.slower_than < usual:
             bad[node] = f"its matrix products are {usual / speed:.1f} times slower than the others'"
     return bad

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, write_json
 
+STEP = "step.json"
 Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
 
 
@@ -76,10 +77,17 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt. Without an end it is under way or was lost: its node died, or it was killed."""
+    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then the step of a
+    training that was noted last."""
 
     begin: AttemptBegin
     end: AttemptEnd | None
+    noted: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The last training step that it reached, as far as is known."""
+        return self.end.step if self.end else self.noted
 
 
 def jobs_folder(root: Path) -> Path:
@@ -177,10 +185,21 @@ def read_attempts(state: Path) -> list[Attempt]:
     for event in _events(state / "attempts.jsonl"):
         kind = event.pop("event")
         if kind == "begin":
-            attempts.append(Attempt(AttemptBegin(**{**event, "nodes": tuple(event["nodes"])}), None))
+            begin = AttemptBegin(**{**event, "nodes": tuple(event["nodes"])})
+            attempts.append(Attempt(begin, None, _noted_step(state, begin.attempt)))
         elif attempts and attempts[-1].begin.attempt == event["attempt"]:
-            attempts[-1] = Attempt(attempts[-1].begin, AttemptEnd(**event))
+            attempts[-1] = Attempt(attempts[-1].begin, AttemptEnd(**event), attempts[-1].noted)
     return attempts
+
+
+def note_step(state: Path, attempt: int, step: int) -> None:
+    """Note how far an attempt is, for the case that it is lost."""
+    write_json(attempt_folder(state, attempt) / STEP, {"step": step})
+
+
+def _noted_step(state: Path, attempt: int) -> int | None:
+    path = attempt_folder(state, attempt) / STEP
+    return read_json(path)["step"] if path.exists() else None
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:

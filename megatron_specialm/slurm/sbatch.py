@@ -6,7 +6,7 @@ is a number or a name of ours; paths stand in none: sbatch is called in the subm
 
 import shlex
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,15 +108,11 @@ def render(
             directives="\n".join(f"#SBATCH {option}" for option in directives),
             folder=shlex.quote(str(folder)),
             modules="\n".join(f"module load {shlex.quote(name)}" for name in site.modules),
-            # `python -m` would look in the working directory first, which may be a checkout that has been edited since.
-            environment=_exports({**site.environment, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}),
+            environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()),
+            code=shlex.quote(str(code)),
             command=shlex.join(map(str, command)),
         )
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ConfigError(f"{template}: cannot be read ({error}): correct `template` in the site profile") from None
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{template}: {error}: write $$ for a dollar sign that is the shell's own") from None
-
-
-def _exports(variables: Mapping[str, str]) -> str:
-    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())

@@ -6,6 +6,7 @@ id as soon as that has answered. When a submit dies between the two, the next on
 
 import getpass
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,11 +28,12 @@ from megatron_specialm.slurm.code import Code, freeze_code, this_code
 from megatron_specialm.slurm.jobs import Job
 from megatron_specialm.slurm.missing import Live
 from megatron_specialm.slurm.nodes import excluded_nodes
-from megatron_specialm.slurm.queue import find_by_comment
+from megatron_specialm.slurm.queue import find_by_comment, slurm
 from megatron_specialm.slurm.records import JobRecord
 from megatron_specialm.slurm.sbatch import directives, render
 
 SBATCH_SECONDS = 60
+SAFE_ARRAY = 1000  # elements that Slurm takes unless it is told to take fewer
 LOCK_SECONDS = 120  # for another submit of the same run folder to end
 # What a launcher or a job around us may have set would mislead the job's own ranks; SBATCH_* overrule the script.
 NOT_INHERITED = (
@@ -141,6 +143,9 @@ def submit(
         ConfigError: the template cannot be used.
         MachineError: sbatch refuses a job. Those before it are queued and on record: the same command goes on from there.
     """
+    if not jobs:
+        return []
+    _refuse_long_arrays(jobs)
     submission.freeze()
     queued: list[JobRecord] = []
     for job in jobs:
@@ -183,6 +188,18 @@ def dependencies(job: Job, queued: Iterable[tuple[Job, JobRecord]], live: Mappin
         else:
             found.update(f"{record.slurm_id}_{number}" for number in read)
     return sorted(found)
+
+
+def _refuse_long_arrays(jobs: Sequence[Job]) -> None:
+    longest = max(jobs, key=lambda job: len(job.elements))
+    if len(longest.elements) <= SAFE_ARRAY:
+        return
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", slurm("scontrol", "show", "config"))
+    if found and len(longest.elements) > int(found.group(1)) - 1:
+        raise ConfigError(
+            f"{longest.name}: {len(longest.elements)} elements, and this cluster's arrays have at most "
+            f"{int(found.group(1)) - 1} (MaxArraySize): raise jobs.{longest.stage}.tasks_per_job in the site profile"
+        )
 
 
 def _sbatch(script: Path) -> str:

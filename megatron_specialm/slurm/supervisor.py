@@ -34,6 +34,7 @@ from megatron_specialm.slurm.records import (
     AttemptBegin,
     AttemptEnd,
     attempt_folder,
+    note_step,
     read_attempts,
     record_begin,
     record_end,
@@ -41,6 +42,9 @@ from megatron_specialm.slurm.records import (
 from megatron_specialm.slurm.sbatch import Shape
 
 POLL_SECONDS = 0.2
+SUSPENDED_SECONDS = 5.0  # between two looks: Slurm has suspended the job, supervisor and ranks
+FINISHED, STOPPED, ERRORS = "finished.json", "stopped.json", "error-*.json"  # what ranks leave: base/outcome.py
+NOTE_SECONDS = 30.0  # between two notes of how far the ranks are
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +80,13 @@ class _Asked:
 
 def supervise(work: Work) -> int:
     """Run one attempt; the exit code for Slurm."""
-    allocation, before = work.allocation, read_attempts(work.state)
-    work.folder.mkdir(parents=True, exist_ok=True)
-    begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, work.shape.ranks, time.time())
-    record_begin(work.state, begin)
-    logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
+    allocation = work.allocation
     with _hearing_signals() as asked:
+        before = read_attempts(work.state)
+        work.folder.mkdir(parents=True, exist_ok=True)
+        begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, work.shape.ranks, time.time())
+        record_begin(work.state, begin)
+        logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
         try:
             ending = _attempt(work, asked)
         except MachineError as error:
@@ -113,14 +118,22 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
     with Listener(work.allocation.address) as listener, _ranks(work, listener) as process:
         asked_at: float | None = None
+        looked = noted = time.monotonic()
         while not _is_over(work, process, asked, asked_at):
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
+            if now - looked > SUSPENDED_SECONDS:
+                listener.forgive(now - looked)
+            looked = now
+            if now - noted > NOTE_SECONDS and listener.step is not None:
+                note_step(work.state, work.allocation.attempt, listener.step)
+                noted = now
             if asked.by is not None and asked_at is None:
                 logger.info("%s: the ranks are asked to save and stop", asked.by.name)
                 listener.stop, asked_at = True, now
                 _note_early(work, asked.by, listener.step)
-            if asked_at is None and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
+            watched = asked_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
+            if watched and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
                 logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
                 for node in found.nodes if len(work.allocation.nodes) > len(found.nodes) else ():
                     exclude_node(work.excluded, node, reason=found.reason)
@@ -174,28 +187,33 @@ def _is_over(work: Work, process: subprocess.Popen, asked: _Asked, asked_at: flo
         return True
     if process.poll() is None:
         return False
-    return asked.by is not signal.SIGTERM or any(work.folder.glob("*.json"))
+    return asked.by is not signal.SIGTERM or _left(work)
+
+
+def _left(work: Work) -> bool:
+    """Whether the ranks have left an outcome."""
+    return any((work.folder / name).exists() for name in (FINISHED, STOPPED)) or any(work.folder.glob(ERRORS))
 
 
 def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> Ending:
     """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
-    if code == 0 and (work.folder / "finished.json").exists():
+    if code == 0 and (work.folder / FINISHED).exists():
         return Ending("finished", "all tasks are done", step)
     if asked.by is not None:
         return _stopped(work, asked.by, step)
-    errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob("error-*.json"))]
+    errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob(ERRORS))]
     if errors:
         # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
         first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
         at = first["step"] if first["step"] is not None else step
         return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
-    if (work.folder / "stopped.json").exists():  # torchrun tells ranks to stop when one fails: its error counts, above
+    if (work.folder / STOPPED).exists():  # torchrun tells ranks to stop when one fails: its error counts, above
         return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
 def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
-    saved = work.folder / "stopped.json"
+    saved = work.folder / STOPPED
     if saved.exists():
         step = json.loads(saved.read_text(encoding="utf-8"))["step"]
         what = "stopped" if step is None else f"saved at step {step}"

@@ -30,7 +30,7 @@ def test_preemptions_count_for_nothing() -> None:
 
 
 def test_time_limits_have_a_budget_of_their_own() -> None:
-    failures = [_ended("failed", 1), LOST, _ended("hang", 3), _ended("bad-node")]
+    failures = [_ended("failed", 1), LOST, _ended("hang", 0), _ended("bad-node")]
     timeouts = [_ended("timeout", step) for step in range(3)]
     assert _why("timeout", *failures, *timeouts[:2], step=9) is None
     why = _why("timeout", *failures, *timeouts, step=9)
@@ -41,10 +41,19 @@ def test_time_limits_have_a_budget_of_their_own() -> None:
 @pytest.mark.parametrize("other", [_ended("failed", 1), _ended("hang", 1), _ended("bad-node"), LOST])
 @pytest.mark.parametrize("outcome", ["failed", "hang", "bad-node"])
 def test_failures_of_any_sort_share_one(outcome: Outcome, other: Attempt) -> None:
-    before = [_ended("failed", 10), _ended("failed", 20), other]
-    assert _why(outcome, *before, step=30) is None
-    why = _why(outcome, *before, _ended("failed", 40), step=50)
+    before = [_ended("failed", 20), _ended("failed", 10), other]
+    assert _why(outcome, *before, step=5) is None
+    why = _why(outcome, *before, _ended("failed", 4), step=5)
     assert why is not None and why.startswith("5 attempts have failed") and "limits.failures" in why
+
+
+def test_a_failure_that_came_further_than_all_before_starts_the_count_anew() -> None:
+    slow = [_ended("failed", step) for step in (10, 20, 30, 40, 50, 60)]
+    assert _why("failed", *slow, step=70) is None
+    assert _why("failed", *slow, step=60) is None
+    assert _why("failed", *slow, _ended("failed", 5), _ended("failed", 4), LOST, step=60) is not None
+    lost = [replace(LOST, noted=step) for step in (10, 20, 30, 40, 50, 60)]
+    assert _why("failed", *lost, step=61) is None
 
 
 def test_three_failures_in_a_row_at_one_step_are_no_bad_luck() -> None:

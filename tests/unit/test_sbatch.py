@@ -1,6 +1,7 @@
 """The scripts of jobs: as the golden file has them, and whatever a page or a profile holds, no word of it is run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,10 @@ def test_no_value_is_run_by_the_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, HOSTILE, ""]
     script = tmp_path / "script"
     script.write_text(_script(site, folder=folder, code=Path(HOSTILE), command=command))
-    outcome = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    outcome = subprocess.run(
+        ["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert outcome.returncode == 0, outcome.stderr
     assert json.loads(outcome.stdout) == [str(folder), HOSTILE, HOSTILE, [HOSTILE, ""]]
     assert not list(tmp_path.rglob("hit"))
