@@ -97,7 +97,9 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     Path("page.yaml").write_text(f"extends: {SMOKE}\n")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, body in {"squeue": f"cat {programs}/squeue.txt", "scancel": f'echo "$@" >> {programs}/cancelled'}.items():
+    end = f'for id; do sed -i -E "s/^($id[|][0-9]+[|])(RUNNING|PENDING)/\\1CANCELLED/" {programs}/squeue.txt; done'
+    stand_ins = {"squeue": f"cat {programs}/squeue.txt", "scancel": f'echo "$@" >> {programs}/cancelled\n{end}'}
+    for name, body in stand_ins.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")

@@ -40,14 +40,17 @@ def test_cancel(run: Run) -> None:
     run.submit("7", "slm-tuned")
     run.submit("8", "slm-soup-tuned")
     run.submit("9", "slm", keys=["generic"])
-    run.slurm_says(
+    queue = (
         "7|0|COMPLETED|0|UNLIMITED|node1|None|\n7|1|RUNNING|0|UNLIMITED|node1|None|\n7|2|PENDING|0|UNLIMITED||None|\n"
         "8|0|PENDING|0|UNLIMITED||Dependency|\n9|0|FAILED|0|UNLIMITED|node1|None|\n"
     )
+    run.slurm_says(queue)
     assert cancel("slm-soup-tuned") == "cancelled 8: slm-soup-tuned, 1 of 3 elements\n"
+    assert cancel() == "cancelled 7: slm-tuned, 2 of 3 elements\n"
+    run.slurm_says(queue)
     assert cancel().splitlines() == [
         "cancelled 8: slm-soup-tuned, 1 of 3 elements", "cancelled 7: slm-tuned, 2 of 3 elements"]  # fmt: skip
-    assert (run.programs / "cancelled").read_text() == "8\n8 7\n", "those that wait go before what they wait for"
+    assert (run.programs / "cancelled").read_text() == "8\n7\n8 7\n", "those that wait go before what they wait for"
 
 
 @pytest.mark.parametrize(
