@@ -98,7 +98,9 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     programs = tmp_path / "programs"
     programs.mkdir()
     end = f'for id; do sed -i -E "s/^($id[|][0-9]+[|])(RUNNING|PENDING)/\\1CANCELLED/" {programs}/squeue.txt; done'
-    stand_ins = {"squeue": f"cat {programs}/squeue.txt", "scancel": f'echo "$@" >> {programs}/cancelled\n{end}'}
+    wanted = 'for word; do case "$word" in --jobs=*) ids=$(echo "${word#--jobs=}" | tr , "|");; esac; done'
+    found = f'grep -E "^(${{ids:-.*}})[|]" {programs}/squeue.txt || true'
+    stand_ins = {"squeue": f"{wanted}\n{found}", "scancel": f'echo "$@" >> {programs}/cancelled\n{end}'}
     for name, body in stand_ins.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
