@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import node_name
+from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json
 
 
@@ -34,6 +35,7 @@ def look(path: Path, meeting: str) -> None:
     nodes = int(os.environ.get("SLURM_NTASKS", "1"))
     if answer["gpus"] or nodes > 1:
         with _failure_as(answer, "error"):
+            _ask_the_doctor(path.parent)
             answer["products"] = _products()
     answer["alone"] = time.time()
     if nodes > 1:
@@ -41,6 +43,19 @@ def look(path: Path, meeting: str) -> None:
         with _failure_as(answer, "joint_error"):
             answer["bytes_per_second"] = _all_reduce(nodes, meeting)
     write_json(path, {**answer, "ended": time.time()})
+
+
+def _ask_the_doctor(folder: Path) -> None:
+    """The doctor's quick form.
+
+    Raises:
+        MachineError: something that training needs is missing or broken here.
+    """
+    from megatron_specialm.doctor.report import examine
+
+    lacking = [finding for finding in examine(quick=True, folder=folder) if finding.needed and finding.state != "ok"]
+    if lacking:
+        raise MachineError("; ".join(f"{finding.name} is {finding.state}: {finding.detail}" for finding in lacking))
 
 
 def _products() -> dict[str, float | None]:

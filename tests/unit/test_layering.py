@@ -21,7 +21,7 @@ LAYERS = {
     # torch-free: of the layers below it takes the reader of files and the context of a task, which are so too
     "launch": {"launch", "config", "base"},
     # torch-free, as submitting and supervising jobs must be; the look at a node computes as the doctor does
-    "slurm": {"slurm", "launch", "config", "base", "doctor.compute"},
+    "slurm": {"slurm", "launch", "config", "base", "doctor"},
     # reports on the machine; only the command line asks for it
     "doctor": {"doctor", "base"},
 }
