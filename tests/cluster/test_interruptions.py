@@ -44,18 +44,23 @@ def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") 
 
 
 def test_the_time_limit(run: Run, straight: Path) -> None:
-    """A real one: Slurm's shortest is a minute, and it looks twice a minute who is to be warned. To save every step keeps the
-    training busy until then."""
-    run.overrides = [*OVERRIDES[:-1], "stages.slm.checkpoint.every=1"]
+    """A real one: Slurm's shortest is a minute, and it looks twice a minute who is to be warned. So that the training does not
+    end before, its ranks are frozen until the warning has come."""
     run.site["jobs"]["slm"]["time"] = "1"
-    run.site["limits"] = {"warning_seconds": 15}
+    run.site["limits"] = {"warning_seconds": 15, "silent_seconds": 100, "hang_seconds": 100}
     run.submit("--only", "slm")
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 120)
+    _begun(run)
+    ranks = [run.rank(0), run.rank(1)]
+    for rank in ranks:
+        rank.suspend()
+    run.until(lambda: "SIGUSR1: the ranks are asked to save and stop" in run.log("slm"), "the time limit is near", 90)
+    for rank in ranks:
+        rank.resume()
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
     end = run.attempts("slm")[0].end
     assert end is not None and end.outcome == "timeout" and end.requeued
     assert end.step and end.reason == f"the time limit is near: saved at step {end.step}"
-    run.wait("slm", 120)  # a second limit may strike before the end
-    _finished(run, straight, *["timeout"] * (len(run.attempts("slm")) - 1))
+    _finished(run, straight, "timeout")
 
 
 def test_a_preemption(run: Run, straight: Path) -> None:
