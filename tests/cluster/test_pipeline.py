@@ -69,7 +69,7 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
     here, there = (
         json.loads((root / marker).read_text())["values"] for root in (smoke_run / "runs/smoke", runs["srun"].root)
     )
-    assert there["generic"]["nll"] == pytest.approx(here["generic"]["nll"], rel=1e-4)
+    assert there["sets"]["generic"]["nll"] == pytest.approx(here["sets"]["generic"]["nll"], rel=1e-6)
 
 
 @pytest.mark.timeout(120)
