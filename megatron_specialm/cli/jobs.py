@@ -147,9 +147,11 @@ def supervise(
     logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
     allocation = read_allocation()
     profile = load_site(site) if site else Site()
+    if launcher is not None:
+        profile = Site.model_validate({**profile.model_dump(exclude_unset=True), "launcher": launcher})
     element = "" if allocation.element is None else f".{allocation.element}"
     work = Work(
-        profile, allocation, launcher or profile.launcher, Shape(ranks, ranks_per_node), command,  # type: ignore[arg-type]
+        profile, allocation, profile.launcher, Shape(ranks, ranks_per_node), command,
         state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
     )  # fmt: skip
     raise typer.Exit(run_attempt(work))

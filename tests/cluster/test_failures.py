@@ -1,6 +1,7 @@
 """What goes wrong with a stage, a task, a disk, the controller or a submit: it is said, it stays where it is, and the next
 submit finishes what is missing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -140,7 +141,7 @@ def test_words_of_a_page_are_no_commands(cluster: Cluster, smoke_run: Path, tmp_
     run = Run(cluster, folder, name=f"runs/{word}", site={"environment": {"NOTE": f"{word}\ntouch hit"}})
     text = folder / f"{word}.jsonl"
     text.write_bytes((smoke_run / "data/smoke/generic.train.jsonl").read_bytes())
-    run.overrides = [f"text.generic.train={[str(text.name)]!r}"] if "'" not in text.name else []
+    run.overrides = [f"text.generic.train={json.dumps([text.name])}"]
     run.submit("--until", "tokenizer")
     assert run.wait("tokenizer") == ["COMPLETED"]
     assert run.outcomes("tokenizer") == ["finished"]
