@@ -17,6 +17,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def resolve_files(entries: Iterable[str]) -> list[Path | str]:
     return [file for entry in entries for file in _resolve(entry)]
 
 
-def shard_files(entries: Sequence[str], number: int, shards: int) -> list[Path | str]:
-    """The files of one shard: range `number` of `shards` nearly equal ranges of the files behind the entries, in order.
+def cut_in_shards(entries: Sequence[str], shards: int) -> list[list[Path | str]]:
+    """The files of each shard: so many nearly equal ranges of the files behind the entries, in order.
 
     Raises:
         DataError: more shards than files, or what `resolve_files` raises.
@@ -84,7 +85,8 @@ def shard_files(entries: Sequence[str], number: int, shards: int) -> list[Path |
             f"shards: {shards} shards of the {len(files)} files behind {', '.join(entries)}: a shard is at least one file: "
             f"set `shards` to {len(files)} or fewer, or cut the files smaller"
         )
-    return files[len(files) * number // shards : len(files) * (number + 1) // shards]
+    ends = [len(files) * number // shards for number in range(shards + 1)]
+    return [files[start:end] for start, end in pairwise(ends)]
 
 
 def hashed_files(entry: str) -> list[Path | str]:

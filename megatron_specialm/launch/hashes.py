@@ -14,7 +14,7 @@ from typing import Any
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import read_json, sha256_file, write_json
 from megatron_specialm.config.graph import Task
-from megatron_specialm.data.documents import hash_content, hash_files, hashed_files, shard_files
+from megatron_specialm.data.documents import cut_in_shards, hash_content, hash_files, hashed_files
 
 CACHE = "file_hashes.json"
 THREADS = 16  # at most: more readers than that do not make a filesystem faster
@@ -29,11 +29,14 @@ def hash_texts(tasks: Iterable[Task], root: Path) -> dict[str, str]:
     """
     tasks = list(tasks)
     entries = list(dict.fromkeys(entry for task in tasks for entry in task.files))
-    shards = {task.contents[0]: shard_files(task.files, *task.shard) for task in tasks if task.shard and task.files}
+    in_shards = [(task, task.shard) for task in tasks if task.shard and task.files]
+    # Once per set: to look up a thousand files for each of hundreds of shards takes a shared filesystem its time.
+    cuts = {key: cut_in_shards(*key) for key in dict.fromkeys((task.files, shard.shards) for task, shard in in_shards)}
+    ranges = {task.contents[0]: cuts[task.files, shard.shards][shard.number] for task, shard in in_shards}
     files = dict.fromkeys(file for entry in entries for file in hashed_files(entry) if isinstance(file, Path))
     hashes = _hashes(list(files), root / CACHE)
     whole = {entry: hash_content(entry, hashes) for entry in entries}
-    return whole | {name: hash_files(parts, hashes) for name, parts in shards.items()}
+    return whole | {name: hash_files(parts, hashes) for name, parts in ranges.items()}
 
 
 def _hashes(files: list[Path], cache: Path) -> dict[Path, str]:

@@ -15,7 +15,7 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.documents import Documents, read_documents, shard_files
+from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
 from megatron_specialm.data.store import COUNTS, SPLITS, StoreWriter, describe_store, join_shards
 from megatron_specialm.data.tokenizer import Encoder, Tokenizer
 from megatron_specialm.stages.context import Context
@@ -65,7 +65,7 @@ def _readers(context: Context) -> dict[str, Documents]:
     files, shard = text_set(context.pipeline, source_of(context.key)), context.task.shard
     entries = {"train": files.train, "validation": files.validation, "test": files.test}
     if shard is not None:
-        entries = {"train": [str(file) for file in shard_files(files.train, *shard)]}
+        entries = {"train": [str(file) for file in cut_in_shards(files.train, shard.shards)[shard.number]]}
     elif files.shards > 1:
         del entries["train"]
     return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}

@@ -14,7 +14,7 @@ from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import Shard, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.documents import shard_files
+from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.launch import hashes
@@ -80,7 +80,7 @@ def test_each_shard_is_a_task_and_the_sets_own_task_gathers_them(text: Path) -> 
 
 
 def test_a_shard_is_a_range_of_the_files(text: Path) -> None:
-    ranges = [shard_files(["generic.?.jsonl"], number, 3) for number in range(3)]
+    ranges = cut_in_shards(["generic.?.jsonl"], 3)
     assert [len(files) for files in ranges] == [2, 2, 3]
     assert [file for files in ranges for file in files] == [Path(f"generic.{number}.jsonl") for number in range(FILES)]
 
