@@ -120,10 +120,9 @@ def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble
     A rank that was heard and has gone silent is lost, or its node is. Where all speak and none gets on, those are named whose
     innermost frames the fewest share: the others wait for them.
     """
-    silent = [beat for beat in beats.values() if now - beat.heard > limits.silent_seconds]
-    if silent:
+    if silent := not_heard(beats, limits.silent_seconds, now=now):
         nodes = tuple(sorted({beat.node for beat in silent}))
-        return Trouble(f"no heartbeat for {limits.silent_seconds:g} s of {_who(silent)}", nodes)
+        return Trouble(f"no heartbeat for {limits.silent_seconds:g} s of {who(silent)}", nodes)
     if not beats or any(now - beat.advanced <= _patience(beat, limits) for beat in beats.values()):
         return None
     suspects = _fewest(list(beats.values()))
@@ -132,7 +131,12 @@ def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble
     if len(suspects) == len(beats):
         return Trouble(f"no progress for {waited:.0f} s; all {len(beats)} ranks are in {where}", ())
     nodes = tuple(sorted({beat.node for beat in suspects}))
-    return Trouble(f"no progress for {waited:.0f} s; {_who(suspects)} in {where}; the others wait", nodes)
+    return Trouble(f"no progress for {waited:.0f} s; {who(suspects)} in {where}; the others wait", nodes)
+
+
+def not_heard(beats: Mapping[int, Beat], seconds: float, *, now: float) -> list[Beat]:
+    """The ranks that were heard once, and not for so long."""
+    return [beat for beat in beats.values() if now - beat.heard > seconds]
 
 
 def _patience(beat: Beat, limits: Limits) -> float:
@@ -151,7 +155,8 @@ def _fewest(beats: list[Beat]) -> list[Beat]:
     return [beat for beat in beats if counts[beat.stack[-1:]] == rarest] if len(counts) > 1 else beats
 
 
-def _who(beats: list[Beat]) -> str:
+def who(beats: list[Beat]) -> str:
+    """Ranks with their nodes, the first eight of them."""
     return ", ".join(f"rank {beat.rank} on {beat.node}" for beat in sorted(beats, key=lambda beat: beat.rank)[:8])
 
 

@@ -25,7 +25,7 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.site import Launcher, Site
 from megatron_specialm.slurm.allocation import Allocation
 from megatron_specialm.slurm.attempts import Ending, reason_to_end
-from megatron_specialm.slurm.heartbeats import Listener, describe, trouble
+from megatron_specialm.slurm.heartbeats import Listener, describe, not_heard, trouble, who
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.preflight import check_nodes
 from megatron_specialm.slurm.queue import slurm
@@ -44,6 +44,7 @@ from megatron_specialm.slurm.sbatch import Shape
 POLL_SECONDS = 0.2
 SUSPENDED_SECONDS = 5.0  # between two looks: Slurm has suspended the job, supervisor and ranks
 FINISHED, STOPPED, ERRORS = "finished.json", "stopped.json", "error-*.json"  # what ranks leave: base/outcome.py
+QUIET_BEATS = 4  # heartbeats that a rank has left out, which is worth telling
 NOTE_SECONDS = 30.0  # between two notes of how far the ranks are
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,9 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
                 logger.info("%s: the ranks are asked to save and stop", asked.by.name)
                 listener.stop, asked_at = True, now
                 _note_early(work, asked.by, listener.step)
+                # Slurm may have found a lost node before us: it does not say so here, but its ranks do not speak.
+                if quiet := not_heard(listener.beats, QUIET_BEATS * work.site.limits.heartbeat_seconds, now=now):
+                    logger.warning("not heard for some heartbeats: %s", who(quiet))
             watched = asked_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
             if watched and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
                 logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
