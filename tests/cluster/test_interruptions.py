@@ -74,6 +74,19 @@ def test_a_preemption(run: Run, straight: Path) -> None:
     _finished(run, straight, "preempted")
 
 
+def test_a_preemption_by_an_urgent_job(run: Run, straight: Path, tmp_path: Path) -> None:
+    """When a partition's GraceTime begins, ranks alone are told to end: they save, and the job is queued again at once."""
+    run.submit("--only", "slm")
+    _begun(run)
+    urgent = run.cluster.submit("sleep 1", "--partition=urgent", "--nodes=4", "--exclusive", cwd=tmp_path)
+    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
+    assert run.cluster.job(urgent)["JobState"] in ("COMPLETED", "COMPLETING")
+    end = run.attempts("slm")[0].end
+    assert end is not None and end.outcome == "preempted" and end.requeued
+    assert end.reason == f"ended by Slurm: saved at step {end.step}"
+    _finished(run, straight, "preempted")
+
+
 def test_cancelled_in_the_middle_of_a_save(run: Run, straight: Path) -> None:
     """It stays cancelled; nothing that is half-written is taken for whole; and a second submit goes on."""
     run.overrides = [*OVERRIDES[:-1], "stages.slm.checkpoint.every=1"]
@@ -128,7 +141,7 @@ def test_a_rank_that_hangs(run: Run, straight: Path) -> None:
 
 def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     """The look at one node does not come to its end: the job starts on others, and so do those that come after it."""
-    run.site["preflight"] = {"enabled": True, "seconds": 30, "free_disk": 1}
+    run.site["preflight"] = {"enabled": True, "seconds": 22, "free_disk": 1}
     run.submit("--only", "slm")
     node = run.until(lambda: run.attempts("slm") and run.attempts("slm")[0].begin.nodes[1], "the job has started", 60)
     os.kill(run.process("node_check", SLURM_PROCID="1").pid, signal.SIGSTOP)
