@@ -13,6 +13,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from megatron_specialm.base.errors import MachineError
 
@@ -135,3 +136,27 @@ def _mpi_world(environ: Mapping[str, str]) -> World:
         address = f"tcp://{environ.get('MASTER_ADDR') or socket.gethostname()}:{port}"
     local = communicator.Split_type(MPI.COMM_TYPE_SHARED).rank
     return World(communicator.rank, communicator.size, local, communicator.bcast(address), "mpirun")
+
+
+def help_gloo(meeting: str) -> None:
+    """Name the interface by which this node reaches the meeting point, for gloo. Left alone it takes that of this host's own
+    name, and where names do not resolve, the loopback."""
+    import psutil
+
+    host = os.environ.get("MASTER_ADDR") if meeting == "env://" else urlsplit(meeting).hostname
+    if not host or "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()) or _is_loopback(host):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+        probe.connect((host, 9))
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in {address.address for address in addresses}:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a name stands for this machine alone; one that does not resolve is no better."""
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_specialm.base.environment import World
+from megatron_specialm.base.environment import World, help_gloo
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.model import cpu
@@ -51,6 +51,7 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    help_gloo(world.init_method)
     meeting: dict = {"init_method": world.init_method} if world.world_size > 1 else {"store": dist.HashStore()}
     try:
         dist.init_process_group(
