@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 
-CERTIFICATE_FORMAT = 1
+CERTIFICATE_FORMAT = 2
+WORST = 5  # steps or weights that a certificate names per quantity
 TIMEOUT_SECONDS = 300.0
 # Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
 # relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
@@ -46,17 +47,38 @@ TOLERANCES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one quantity, and where it is: a step or a weight."""
+    """How far one quantity differs: by step or by weight."""
 
     quantity: str
-    largest: float
-    where: str
     tolerance: float
+    by_place: Mapping[str, float]
+
+    @property
+    def places(self) -> list[str]:
+        """Steps or weights, the worst first. What is as good as equal stands in the order of names, so that rounding, which
+        depends on the processor, decides nothing."""
+        return sorted(self.by_place, key=lambda place: (-_two_digits(self.by_place[place]), place))
+
+    @property
+    def largest(self) -> float:
+        """The largest difference; a NaN counts as infinite."""
+        return max(map(_infinite_if_nan, self.by_place.values()))
+
+    @property
+    def failed(self) -> list[str]:
+        """The steps or weights over the tolerance, the worst first; a NaN is over it."""
+        return [place for place in self.places if not self.by_place[place] <= self.tolerance]
 
     @property
     def passed(self) -> bool:
-        """Whether it is within the tolerance; a NaN is not."""
-        return self.largest <= self.tolerance
+        """Whether all are within the tolerance."""
+        return not self.failed
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"{self.quantity}: {self.largest:.1e}, within {self.tolerance:.0e}"
+        worst = ", ".join(f"{place} {self.by_place[place]:.1e}" for place in self.failed[:WORST])
+        return f"{self.quantity}: {len(self.failed)} of {len(self.by_place)} over {self.tolerance:.0e}: {worst}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,8 @@ def certificate_path(root: Path, stage: str) -> Path:
 
 
 def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str, Any]:
-    """The outcome for a file: layout, versions, the largest difference of each quantity, pass or fail."""
+    """The outcome for a file: layout, versions, pass or fail; of each quantity the largest difference, how many steps or
+    weights are over the tolerance, and the worst of all by name."""
     found = list(differences)
     packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine")
     return {
@@ -103,19 +126,44 @@ def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str
         "vocabulary_size": case.vocabulary_size,
         "steps": case.steps,
         "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in packages}},
-        "differences": [{**asdict(entry), "largest": _json(entry.largest), "passed": entry.passed} for entry in found],
+        "differences": [_entry(difference) for difference in found],
         "passed": all(entry.passed for entry in found),
+    }
+
+
+def _entry(difference: Difference) -> dict[str, Any]:
+    worst = difference.places[:WORST]
+    return {
+        "quantity": difference.quantity,
+        "tolerance": difference.tolerance,
+        "passed": difference.passed,
+        "largest": _json(difference.largest),
+        "compared": len(difference.by_place),
+        "failed": len(difference.failed),
+        "worst": [{"where": place, "difference": _json(difference.by_place[place])} for place in worst],
     }
 
 
 def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
-    found = Table("quantity", "largest difference", "tolerance", "where", title=f"{name}: {outcome['steps']} steps")
+    columns = ("quantity", "largest difference", "tolerance", "over it", "where")
+    found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
     for entry in outcome["differences"]:
         largest = "not finite" if entry["largest"] is None else f"{entry['largest']:.1e}"
         style = None if entry["passed"] else "bold red"
-        found.add_row(entry["quantity"], largest, f"{entry['tolerance']:.0e}", entry["where"], style=style)
+        over = f"{entry['failed']} of {entry['compared']}"
+        named = entry["worst"][: max(1, entry["failed"])]  # where all is well, the largest only
+        where = "\n".join(place["where"] for place in named)
+        found.add_row(entry["quantity"], largest, f"{entry['tolerance']:.0e}", over, where, style=style)
     return found
+
+
+def _infinite_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{_infinite_if_nan(value):.1e}")
 
 
 def _json(value: float) -> float | None:
@@ -191,7 +239,7 @@ def _differences(case: ParityCase, one: Run, many: Run) -> list[Difference]:
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
     }
     tolerances = TOLERANCES[case.precision]
-    return [_largest(quantity, found, tolerances[quantity]) for quantity, found in by_quantity.items()]
+    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items()]
 
 
 def _of_steps(one: list[float], many: list[float]) -> dict[str, float]:
@@ -215,8 +263,3 @@ def _norm_counts(case: ParityCase, run: Run) -> dict[str, float]:
         whole = float(np.square(gradient.astype(np.float64)).sum()) * factor**2
         counts[name] = run.squares.get(name, 0.0) / whole if whole else 1.0
     return counts
-
-
-def _largest(quantity: str, found: Mapping[str, float], tolerance: float) -> Difference:
-    where = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
-    return Difference(quantity, found[where], where, tolerance)
