@@ -29,6 +29,9 @@ from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
 
 VOCABULARY, CONTEXT = 100, 16
+# Of Adam, where two ways of adding up are compared: with the usual 1e-8, weights whose gradient is all rounding would be
+# moved by its sign, and the outcome would hang on the processor.
+EPSILON = 1e-3
 SHAPE = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=64, attention_heads=4)
 
 

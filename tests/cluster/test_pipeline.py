@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.cluster.runs import PAGE, ROOT, Run, assert_same_bits, prepared, weights
 from tests.cluster.testbed import Cluster
@@ -63,13 +62,13 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
         assert_same_bits(runs[launcher].root / "slm/generic", runs["srun"].root / "slm/generic")
     alone = weights(smoke_run / "runs/smoke/slm/generic")
     for name, tensor in weights(runs["srun"].root / "slm/generic").items():
-        torch.testing.assert_close(tensor, alone[name], rtol=1e-2, atol=1e-3)
+        assert float((tensor - alone[name]).norm() / alone[name].norm()) < 1e-2, name
     runs["srun"].wait("perplexity")
     marker = "perplexity/done/slm.generic.json"
     here, there = (
         json.loads((root / marker).read_text())["values"] for root in (smoke_run / "runs/smoke", runs["srun"].root)
     )
-    assert there["sets"]["generic"]["nll"] == pytest.approx(here["sets"]["generic"]["nll"], rel=1e-6)
+    assert there["sets"]["generic"]["nll"] == pytest.approx(here["sets"]["generic"]["nll"], rel=1e-4)
 
 
 @pytest.mark.timeout(120)

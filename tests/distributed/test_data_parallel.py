@@ -7,12 +7,14 @@ import torch
 
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.metrics import read_metrics
-from tests.training import run_layout
+from tests.training import EPSILON, run_layout
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    optimizer = {"learning_rate": 1e-2, "epsilon": EPSILON}
     for size in (1, 2):
-        run_layout(tmp_path / str(size), early_stopping={"evaluate_every": 6}, parallel={"data_parallel": size})
+        layout = {"data_parallel": size}
+        run_layout(tmp_path / str(size), early_stopping={"evaluate_every": 6}, parallel=layout, optimizer=optimizer)
     one, two = (
         [(r["loss"], r["gradient_norm"]) for r in read_metrics(tmp_path / size) if "loss" in r] for size in "12"
     )

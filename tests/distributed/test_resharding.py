@@ -8,7 +8,7 @@ import pytest
 
 from megatron_specialm.train.checkpoint import newest_checkpoint, open_checkpoint
 from megatron_specialm.train.metrics import read_metrics
-from tests.training import SHAPE, VOCABULARY, run_layout
+from tests.training import EPSILON, SHAPE, VOCABULARY, run_layout
 
 ONE: dict = {}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -27,7 +27,8 @@ PAIRS = [
 SAVED, STEPS = 4, 26
 SETTINGS = {
     "model": SHAPE.model_copy(update={"layers": 5}),  # no number of stages here divides it
-    "steps": STEPS, "optimizer": {"learning_rate": 1e-3}, "micro_batch_size": 2, "checkpoint": {"every": SAVED, "keep": 99},
+    "steps": STEPS, "optimizer": {"learning_rate": 1e-3, "epsilon": EPSILON},
+    "micro_batch_size": 2, "checkpoint": {"every": SAVED, "keep": 99},
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_training_goes_on_in_another_layout_with_the_same_loss(tmp_path: Path, b
     straight = _losses(tmp_path / "before", before)
     moved = _go_on(tmp_path / "before", tmp_path / "after", after)
     assert len(moved) == STEPS - SAVED >= 20
-    assert moved == pytest.approx(straight, rel=1e-6)
+    assert moved == pytest.approx(straight, rel=1e-5)
 
 
 def test_in_bf16_too(tmp_path: Path) -> None:

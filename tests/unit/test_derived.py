@@ -129,7 +129,7 @@ def test_with_one_hot_codes_it_is_independent_experts(shape: ModelConfig) -> Non
                 expected.setdefault(f"{name}_basis", torch.zeros(EXPERTS, *gradient.shape))[expert] = gradient
             else:
                 expected[name] = expected.get(name, 0) + gradient
-    assert loss.total == pytest.approx(total, rel=1e-6)
+    assert loss.total == pytest.approx(total, rel=1e-5)
     codes = {name for name in found if name == EXPERT_CODES or name.endswith("projection")}
     assert all(found[name].any() for name in codes)
     _assert_close({name: tensor for name, tensor in found.items() if name not in codes}, expected)
@@ -209,7 +209,7 @@ def test_evaluation_is_of_the_weights_as_they_are(neox: ModelConfig) -> None:
         for number, mixture_K in enumerate((_one_hot(0), _one_hot(1), mixture)):
             plain = _plain(config, project(weights, config, mixture_K))
             expected += score(plain, [held_out.rows(slice(4 * number, 4 * number + 4))]).total
-        assert engine.evaluate([held_out]).total == pytest.approx(expected, rel=1e-6)
+        assert engine.evaluate([held_out]).total == pytest.approx(expected, rel=1e-5)
 
 
 def test_windows_of_different_experts_in_a_micro_batch_are_refused(neox: ModelConfig) -> None:
@@ -243,7 +243,7 @@ def test_lora_trains_adapters_alone_and_merges(shape: ModelConfig, recompute: st
     after = engine.weights()
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(engine.gradients())
     merged = _plain(config, merge_lora(after, config))
-    assert engine.evaluate([_batch(1)]).total == pytest.approx(score(merged, [_batch(1)]).total, rel=1e-6)
+    assert engine.evaluate([_batch(1)]).total == pytest.approx(score(merged, [_batch(1)]).total, rel=1e-5)
     model = Gpt(config, vocabulary_size=VOCABULARY, context_length=CONTEXT)
     model.load(after)
     assert model.derived is not None
