@@ -71,6 +71,8 @@ def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> str | None:
     otherwise = "set it to 1 and share the sequence with sequence_parallel"
     if machine.capability is None:
         return f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU: {otherwise}"
+    if setup.precision == "fp32":
+        return f"{asked} needs Transformer Engine's attention, which takes no fp32: set precision: bf16, or {otherwise}"
     return _lacks_transformer_engine(asked, machine, otherwise)
 
 

@@ -48,8 +48,10 @@ def memory_of(setup: Setup, *, fused: bool) -> Memory:
     """What the process that needs most needs, of all pipeline stages.
 
     Args:
-        fused: layers are Transformer Engine's, whose activations and norms keep less for the backward pass.
+        fused: the machine has Transformer Engine's layers, whose activations and norms keep less for the backward pass;
+            they are not used in fp32. (GELU keeps the same in every form: what it reads and what it returns.)
     """
+    fused = fused and setup.precision != "fp32"
     stages = range(setup.parallel.pipeline_parallel)
     return max((_stage_memory(setup, stage, fused=fused) for stage in stages), key=lambda memory: memory.total)
 

@@ -5,9 +5,9 @@ V vocabulary, T context length.
 """
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.precision import LINEARS, Linear
@@ -37,6 +37,9 @@ class LowRank(Settings):
         return (self.alpha or self.rank) / self.rank
 
 
+Activation = Literal["gelu", "gelu_tanh"]
+
+
 class ModelConfig(Settings):
     """A decoder-only transformer. The families differ in norm, activation and biases only.
 
@@ -55,6 +58,10 @@ class ModelConfig(Settings):
     rotary_base: PositiveInt = 10_000
     norm_epsilon: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
+    activation: Activation = Field(
+        default="gelu",
+        description="of family neox: exact, or by its tanh approximation, which a GPU computes in one kernel",
+    )
     projection: Projection | None = Field(default=None, description="SLM-pn: many experts in one model")
     lora: LowRank | None = Field(default=None, description="set by a train stage's `lora`, not in a preset")
 
@@ -71,12 +78,29 @@ class ModelConfig(Settings):
             )
         if self.family == "neox" and self.kv_heads != self.attention_heads:
             raise ValueError("family neox has no grouped queries (GPT-NeoX cannot hold them): use family llama")
+        if self.family == "llama" and self.activation != "gelu":
+            raise ValueError(f"activation {self.activation} is for family neox; llama's is SwiGLU: leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_exact_gelu(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The activation is younger than the first models: those without one keep their description and digest."""
+        values = whole(self)
+        if values.get("activation") == "gelu":
+            del values["activation"]
+        return values
 
     @property
     def plain(self) -> "ModelConfig":
         """The shape of what is served: one expert, adapters merged."""
         return self.model_copy(update={"projection": None, "lora": None})
+
+    @property
+    def activation_name(self) -> str:
+        """The feed-forward part's activation, for a reader."""
+        if self.family == "llama":
+            return "SwiGLU"
+        return "exact GELU" if self.activation == "gelu" else "GELU by its tanh approximation"
 
     @property
     def kv_heads(self) -> int:

@@ -19,9 +19,11 @@ import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import Activation, ModelConfig
 
 Tensors = dict[str, torch.Tensor]
+
+_ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class _Row(NamedTuple):
@@ -143,7 +145,7 @@ def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_len
         settings |= {
             "architectures": ["GPTNeoXForCausalLM"],
             "layer_norm_eps": config.norm_epsilon,
-            "hidden_act": "gelu",  # exact; the tanh approximation is "gelu_new"
+            "hidden_act": _ACTIVATIONS[config.activation],
             "use_parallel_residual": False,
             "attention_bias": True,
         }

@@ -34,6 +34,7 @@ class ModelFacts:
     domain: str
     finetuned: bool
     family: str
+    activation: str
     parameters: int
     context_length: int
     vocabulary_size: int
@@ -75,8 +76,8 @@ def model_card(facts: ModelFacts) -> str:
 
 # {facts.name}
 
-A small specialized language model of {facts.parameters / 1e6:.1f}M parameters (family `{facts.family}`), made by the
-method `{facts.method}` of Grangier et al.,
+A small specialized language model of {facts.parameters / 1e6:.1f}M parameters (family `{facts.family}`, {facts.activation}),
+made by the method `{facts.method}` of Grangier et al.,
 [Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
 
 ## Use

@@ -1,11 +1,12 @@
 """The one model: Megatron-Core's `GPTModel`, built from a `ModelConfig` through a layer spec.
 
 The same definition runs on CPU and GPU, and in every layout. With Transformer Engine its fused layers are used; without
-it, Megatron-Core's own with PyTorch's fused attention. Which part of the canonical weights (`model/weights.py`) a
+it, and in fp32, Megatron-Core's own with PyTorch's fused attention. Which part of the canonical weights (`model/weights.py`) a
 process holds follows from the layout.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,9 +46,15 @@ _FUSED_NORMS = {
 }
 
 
-def use_transformer_engine() -> bool:
-    """Whether layers come from Transformer Engine: it is installed and there is a GPU for it."""
-    return HAVE_TE and torch.cuda.is_available()
+def use_transformer_engine(settings: TransformerConfig) -> bool:
+    """Whether layers come from Transformer Engine: it is installed, there is a GPU for it, and the numbers are not fp32,
+    which it would multiply in TF32, by ten of their bits."""
+    return HAVE_TE and torch.cuda.is_available() and settings.bf16
+
+
+def has_kernels() -> bool:
+    """Whether there is a GPU, and so kernels to fuse."""
+    return torch.cuda.is_available()
 
 
 class OwnWeight(NamedTuple):
@@ -228,8 +235,8 @@ def transformer_config(
     parallel: ParallelConfig,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """Megatron-Core's settings for a shape and a layout. Every fusion that needs a GPU kernel is off without one."""
-    on_gpu = torch.cuda.is_available()
+    """Megatron-Core's settings for a shape and a layout. Fused kernels stand where there is a GPU for them, and where they
+    compute what the CPU computes."""
     llama = config.family == "llama"
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return TransformerConfig(
@@ -241,7 +248,6 @@ def transformer_config(
         normalization="RMSNorm" if llama else "LayerNorm",
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=llama,
-        activation_func=functional.silu if llama else functional.gelu,
         add_bias_linear=not llama,
         add_qkv_bias=not llama,
         hidden_dropout=0.0,
@@ -252,8 +258,7 @@ def transformer_config(
         use_cpu_initialization=True,
         # Losses are sums over tokens; gradients are divided once by the global number of tokens. Exact for any layout.
         calculate_per_token_loss=True,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
+        bias_dropout_fusion=has_kernels(),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -263,10 +268,21 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_parallel,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel,
+        **_activation(config),
         **megatron_settings(precision, fp8),
         **_pipeline(config, vocabulary_size, parallel),
         **_RECOMPUTE[parallel.recompute],
     )
+
+
+def _activation(config: ModelConfig) -> dict:
+    """Megatron-Core knows its fused kernel by PyTorch's exact GELU, but what it computes is the tanh approximation: it
+    stands for that, and the exact one goes without."""
+    if config.family == "llama":
+        return {"activation_func": functional.silu, "bias_activation_fusion": has_kernels()}
+    if config.activation == "gelu_tanh" and not has_kernels():
+        return {"activation_func": partial(functional.gelu, approximate="tanh")}
+    return {"activation_func": functional.gelu, "bias_activation_fusion": config.activation == "gelu_tanh"}
 
 
 def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
@@ -297,7 +313,7 @@ _RECOMPUTE: dict[str, dict] = {
 
 def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """The modules of a chunk's layers."""
-    fused = use_transformer_engine()
+    fused = use_transformer_engine(settings)
     layer = (
         get_gpt_layer_with_transformer_engine_spec()
         if fused

@@ -125,6 +125,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         domain=model_id.key,
         finetuned=is_finetuned(pipeline, model_id.stage),
         family=shape.family,
+        activation=shape.activation_name,
         parameters=shape.parameters(store.vocabulary_size),
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,

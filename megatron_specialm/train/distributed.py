@@ -50,6 +50,7 @@ def process_group(
     device = device_of(world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # containers of vendors turn TF32 on
     timeout = datetime.timedelta(seconds=timeout_seconds)
     help_gloo(world.init_method)
     meeting: dict = {"init_method": world.init_method} if world.world_size > 1 else {"store": dist.HashStore()}

@@ -1,6 +1,7 @@
 """What only a GPU can show. Written without one at hand: `pytest -m gpu` on a machine that has one is their first run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.logits import SHAPES, TOLERANCES, difference, logits, logits_of_export, logits_on_cpu, trained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,6 +73,19 @@ def test_memory_is_as_estimated(preset: str, recompute: str) -> None:
         _losses(setup, steps=3)
         peak = torch.cuda.max_memory_allocated()
     assert memory_of(setup, fused=find_accelerator().has_fused_layers).total == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_are_those_of_a_cpu_and_of_the_export(shape: ModelConfig, precision: str, tmp_path: Path) -> None:
+    """Trained here, so that what training and evaluation compute is one function too."""
+    with process_group(ALONE):
+        weights = trained(shape)
+        ours = logits(shape, weights, precision)  # type: ignore[arg-type]
+    exported = logits_of_export(shape, weights, tmp_path)
+    on_cpu = logits_on_cpu(shape, weights, precision, tmp_path)  # type: ignore[arg-type]
+    assert difference(ours, exported, precision) < TOLERANCES[precision]  # type: ignore[arg-type, index]
+    assert difference(ours, on_cpu, precision) < TOLERANCES[precision]  # type: ignore[arg-type, index]
 
 
 def test_bf16_follows_fp32() -> None:

@@ -101,6 +101,7 @@ def test_fp8_needs_its_hardware() -> None:
         (_fp8(), replace(H100, transformer_engine=None), "it is not installed: pip install"),
         (_fp8(), replace(H100, transformer_engine="1.13"), "version 1.13 is installed"),
         (_layout(context_parallel=2), NO_GPU, "context_parallel 2 needs GPUs with Transformer Engine"),
+        (_layout(context_parallel=2), H100, "Transformer Engine's attention, which takes no fp32: set precision: bf16"),
     ):
         reason = lacking(setup, machine)
         assert reason is not None and words in reason

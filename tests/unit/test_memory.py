@@ -127,6 +127,11 @@ def test_every_share_is_smaller() -> None:
     assert shared.optimizer == whole.optimizer // 4
 
 
+def test_fp32_is_never_computed_by_transformer_engine() -> None:
+    full = replace(LARGE, model=LLAMA, precision="fp32")
+    assert memory_of(full, fused=True) == memory_of(full, fused=False)
+
+
 def test_the_smallest_change_fits() -> None:
     needed = memory_of(LARGE, fused=True).total
     assert smallest_change(LARGE, needed - 1, fused=True) == "set micro_batch_size: 8"

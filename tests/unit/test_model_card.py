@@ -12,6 +12,7 @@ FACTS = ModelFacts(
     domain="legal",
     finetuned=True,
     family="neox",
+    activation="exact GELU",
     parameters=1_234_567,
     context_length=128,
     vocabulary_size=4096,
