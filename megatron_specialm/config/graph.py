@@ -54,7 +54,7 @@ PLACEMENT: dict[str, Any] = {
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
-ARTIFACT_FORMAT = 3  # raise it when the meaning of an artifact changes: older ones are then made again
+ARTIFACT_FORMAT = 4  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):
