@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
-from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import read_for
+from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.checkpoint import Saver, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
@@ -62,12 +63,7 @@ def run(stage: TrainStage, context: Context) -> Report:
                 batches=TrainingBatches(
                     reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes
                 ),
-                validation=lambda: evaluation_batches(
-                    TokenStore.open(store.folder, "validation"),
-                    batch_size=stage.micro_batch_size,
-                    rank=rank,
-                    processes=copies,
-                ),
+                validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
                 description=_description(stage, context, shape, store),
                 flops_per_step=setup.step_flops,
                 device_name=device_name(world),
@@ -98,6 +94,11 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(read.max_repeats),
         },
     )
+
+
+def _validation(reading: Reading, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
+    assert reading.held_out is not None, "only early stopping validates"
+    return reading.held_out.batches(batch_size=batch_size, rank=rank, processes=processes)
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:
