@@ -302,6 +302,11 @@ def text_read(stage: TrainStage, key: str) -> list[str]:
     return [GENERIC, key] if stage.domain_fraction else [GENERIC]
 
 
+def text_validated(stage: TrainStage, key: str) -> str:
+    """The set on whose held-out text early stopping validates: a domain's for whatever reads the domain's text."""
+    return text_read(stage, key)[-1 if stage.domain_fraction else 0]
+
+
 def _select_tasks(pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator[Task]:
     experts = train_stage(pipeline, stage.experts)
     assert experts.assignment is not None

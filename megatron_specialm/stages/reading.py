@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
-from megatron_specialm.config.graph import text_read
+from megatron_specialm.config.graph import text_read, text_validated
 from megatron_specialm.config.lineage import (
     HELD_OUT,
     cluster_of,
@@ -135,8 +135,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     """What early stopping validates on; `weights` are the clusters' in training."""
     if stage.early_stopping is None:
         return None
-    source = text_read(stage, context.key)[-1 if stage.domain_fraction else 0]
-    store = open_store(stage.tokens, context, source, "validation")
+    store = open_store(stage.tokens, context, text_validated(stage, context.key), "validation")
     if not len(store):
         raise DataError(f"{store.folder}: no held-out windows to validate on: {_MORE_HELD_OUT}")
     if not validates_by_cluster(stage):
