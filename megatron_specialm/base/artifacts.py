@@ -26,8 +26,14 @@ LABEL = "task.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task cost. `tokens`: trained on (or read, for other stages); `flops`: of the model's or algorithm's own
-    arithmetic; `device_seconds`: wall seconds times processes, a process on CPU counting as one device."""
+    """What a task cost; docs/methods.md has the rule.
+
+    tokens: trained on (or read, for other stages), real ones.
+    slots: token positions of the windows that these came in, padding included; 0 where nothing was read in windows.
+    flops: of the model's or algorithm's own arithmetic, of every pass really made.
+    wall_seconds: from the task's beginning to its end, over all attempts of a training.
+    device_seconds: wall seconds times processes, a process on CPU counting as one device.
+    """
 
     tokens: int
     flops: int
@@ -35,26 +41,54 @@ class Cost:
     device_seconds: float
     device: str
     processes: int
+    slots: int = 0  # markers of earlier versions lack it
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A part of a task's cost."""
+
+    tokens: int = 0
+    slots: int = 0
+    flops: int = 0
+    seconds: float = 0.0  # wall seconds
+
+    def plus(self, other: "Spent") -> "Spent":
+        """Both together."""
+        return Spent(
+            self.tokens + other.tokens,
+            self.slots + other.slots,
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage function returns: its cost's parts that only it knows, and values worth telling."""
+    """What a stage function returns: its cost's parts that only it knows, and values worth telling.
+
+    lost_seconds: of attempts before this one, where the stage goes on from them.
+    apart: what was spent on work that decides nothing of the result: it is on record, and no part of the task's cost. Its
+        seconds are within those of all attempts.
+    """
 
     tokens: int = 0
     flops: int = 0
     values: dict[str, Any] = field(default_factory=dict)
-    wall_seconds: float | None = None  # over all attempts, where the stage resumes; default: of this attempt
+    slots: int = 0
+    lost_seconds: float = 0.0
+    apart: Spent = Spent()
 
 
 @dataclass(frozen=True)
 class Marker:
-    """The content of a completion marker."""
+    """The content of a completion marker. `apart` is the cost of work that decides nothing of the result."""
 
     digest: str
     cost: Cost
     values: dict[str, Any]
     versions: dict[str, str]
+    apart: Cost | None = None
 
 
 def artifact_folder(root: Path, stage: str, key: str) -> Path:
@@ -115,7 +149,8 @@ def read_marker(root: Path, stage: str, key: str) -> Marker | None:
         return None
     try:
         value = read_json(path)
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"])
+        apart = Cost(**value["apart"]) if value.get("apart") else None
+        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
 

@@ -18,6 +18,7 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
 from megatron_specialm.config.lineage import (
     ENCODER,
+    HELD_OUT,
     assign_stage,
     domain_of,
     key_for,
@@ -29,6 +30,7 @@ from megatron_specialm.config.lineage import (
     text_set,
     tokenize_stage,
     train_stage,
+    validates_by_cluster,
 )
 from megatron_specialm.config.relations import check_relations
 from megatron_specialm.config.schema import (
@@ -54,7 +56,7 @@ PLACEMENT: dict[str, Any] = {
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
-ARTIFACT_FORMAT = 3  # raise it when the meaning of an artifact changes: older ones are then made again
+ARTIFACT_FORMAT = 4  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):
@@ -247,6 +249,14 @@ def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[T
     for part in _parts(pipeline, name):
         inputs = (made, tokenizer, TaskId(stage.tokens, part.id.key)) if not part.inputs else part.inputs
         yield replace(part, inputs=inputs)
+    if any(assign_stage(pipeline, other).vectors == name for other in _held_out_assignments(pipeline)):
+        yield Task(TaskId(name, HELD_OUT), (made, tokenizer, TaskId(stage.tokens, GENERIC)), (), None)
+
+
+def _held_out_assignments(pipeline: Pipeline) -> set[str]:
+    """The assign stages by whose clusters a training is validated."""
+    trainings = [stage for stage in pipeline.stages.values() if isinstance(stage, TrainStage)]
+    return {stage.assignment or "" for stage in trainings if validates_by_cluster(stage)}
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:
@@ -259,6 +269,9 @@ def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator
             (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, part.id.key)) if not part.inputs else part.inputs
         )
         yield replace(part, inputs=inputs)
+    if name in _held_out_assignments(pipeline):
+        inputs = (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, HELD_OUT))
+        yield Task(TaskId(name, HELD_OUT), inputs, (), None)
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
@@ -269,6 +282,8 @@ def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[T
             inputs.append(TaskId(stage.assignment, GENERIC))
             if stage.data == "importance":
                 inputs.append(TaskId(stage.assignment, key))
+            if validates_by_cluster(stage):
+                inputs.append(TaskId(stage.assignment, HELD_OUT))
             if stage.data == "cluster":
                 inputs.append(TaskId(assign_stage(pipeline, stage.assignment).clusters, GENERIC))
         if stage.init is not None:
@@ -285,6 +300,11 @@ def text_read(stage: TrainStage, key: str) -> list[str]:
     if stage.data == "domain":
         return [key, GENERIC] if stage.replay_fraction else [key]
     return [GENERIC, key] if stage.domain_fraction else [GENERIC]
+
+
+def text_validated(stage: TrainStage, key: str) -> str:
+    """The set on whose held-out text early stopping validates: a domain's for whatever reads the domain's text."""
+    return text_read(stage, key)[-1 if stage.domain_fraction else 0]
 
 
 def _select_tasks(pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator[Task]:

@@ -15,7 +15,10 @@ from megatron_specialm.config.setup import Setup
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
-ENCODER = f"{GENERIC}.encoder"  # the key of the task that makes an embed stage's encoder; no domain can have that name
+# Keys of tasks of their own, which no domain can have as a name: the one that makes an embed stage's encoder, and those that
+# embed and assign the generic set's held-out windows, where a training is validated by their clusters.
+ENCODER = f"{GENERIC}.encoder"
+HELD_OUT = f"{GENERIC}.validation"
 
 
 def sources(pipeline: Pipeline) -> list[str]:
@@ -124,6 +127,12 @@ def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
 def has_online_teacher(stage: TrainStage) -> bool:
     """Whether a teacher computes beside the student."""
     return stage.distill is not None and stage.distill.cache is None and stage.distill.alpha > 0
+
+
+def validates_by_cluster(stage: TrainStage) -> bool:
+    """Whether early stopping asks which clusters the held-out generic windows are in. What reads the domain's text is
+    validated on the domain's."""
+    return stage.early_stopping is not None and stage.assignment is not None and not stage.domain_fraction
 
 
 def setup_of(pipeline: Pipeline, name: str) -> Setup:

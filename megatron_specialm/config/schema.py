@@ -132,7 +132,8 @@ class SelectStage(Settings):
     batch_size: PositiveInt = 32
     trial: Trial | None = Field(default=None, description="for `finetuned` and `halving`: how each expert is tried")
     compare: list[Literal["loss", "finetuned", "halving"]] = Field(
-        default=[], description="criteria to rank by as well, for the selection table; their cost counts"
+        default=[],
+        description="criteria to rank by as well, for the table; they decide nothing: their cost is told apart",
     )
     method: str | None = Field(default=None, description="the name in tables; default: that of `experts`")
 

@@ -1,13 +1,27 @@
 """What one training asks of its engine and of the machine: model, layout, precision, batch. All arithmetic, no torch."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 
 FP8_MULTIPLE = 16  # bytes, to which cuBLAS wants every row of an FP8 matrix aligned
+
+
+class Passes(NamedTuple):
+    """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
+    went forward only, as in validations; and how often a mixture of experts was projected for them."""
+
+    trained: int = 0
+    evaluated: int = 0
+    trained_variants: int = 0
+    evaluated_variants: int = 0
+
+    def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
+        """These, and `times` the others."""
+        return Passes(*(own + times * more for own, more in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -38,12 +52,20 @@ class Setup:
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of an optimizer step on whole windows: the model, the experts that are projected for it, and a teacher
-        that computes beside it."""
+        """FLOPs of an optimizer step, at most: where it computes with fewer experts than it has groups, fewer are
+        projected."""
+        return self.flops(Passes(trained=self.global_batch_size * self.context_length, trained_variants=self.variants))
+
+    def flops(self, passes: Passes) -> int:
+        """FLOPs of passes: the model's own, those of a teacher that computes beside it in training, and of projections,
+        whose backward pass costs twice their forward pass too."""
         sizes = self.vocabulary_size, self.context_length
-        per_token = self.model.training_flops(*sizes) + (self.teacher.forward_flops(*sizes) if self.teacher else 0)
-        tokens = self.global_batch_size * self.context_length
-        return tokens * per_token + (self.model.projection_flops(self.variants) if self.variants else 0)
+        per_trained = self.model.training_flops(*sizes) + (self.teacher.forward_flops(*sizes) if self.teacher else 0)
+        linears = passes.trained * per_trained + passes.evaluated * self.model.forward_flops(*sizes)
+        if self.model.projection is None:
+            return linears
+        projected = 3 * passes.trained_variants + passes.evaluated_variants
+        return linears + projected * self.model.projection_flops(1) // 3
 
     def recomputing(self, policy: str) -> "Setup":
         """The setup with another recomputation policy."""

@@ -39,7 +39,8 @@ class CheckpointPolicy(Settings):
 
 
 class EarlyStopping(Settings):
-    """Stop when the validation loss has not improved for `patience` evaluations in a row; the best checkpoint counts."""
+    """Stop when the validation loss has not improved for `patience` evaluations in a row; the best checkpoint counts. It is
+    of held-out text like the training's: data/validation.py says which."""
 
     evaluate_every: PositiveInt
     patience: PositiveInt = 3
@@ -175,10 +176,6 @@ class TrainStage(Settings):
             (
                 "`projection` goes with `data: generic` and a `model`: all experts are trained together, once for all domains"
             ),
-        )
-        yield (
-            projected and self.early_stopping is not None,
-            ("`early_stopping` does not go with `projection`: held-out windows have no cluster; drop it"),
         )
         yield (
             projected and self.domain_fraction > 0,

@@ -38,13 +38,13 @@ class TrainingBatches:
     def __init__(
         self, store: Windows, stream: Stream, *, rank: int, processes: int, notes: Notes = lambda *_: {}
     ) -> None:
-        self._store, self._stream, self._rank, self._processes = store, stream, rank, processes
+        self._store, self._stream, self._rank, self.processes = store, stream, rank, processes
         self._notes = notes
 
     def local(self, step: int) -> Batch:
         """The rows of optimizer step `step` (0-based) that fall to this process: a contiguous share."""
         ids = self._stream.global_batch(step)
-        share = len(ids) // self._processes
+        share = len(ids) // self.processes
         rows = slice(self._rank * share, (self._rank + 1) * share)
         return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
 

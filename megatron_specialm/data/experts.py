@@ -5,10 +5,12 @@ cluster's expert. A soup group (Soup-of-Experts, arXiv 2502.01804) draws a histo
 from these, and is computed by the experts' codes weighted by the histogram: so the model learns to be asked for a domain
 that is spread over clusters. Both are pure functions of (seed, step), as the importance stream is.
 
-Shapes: K clusters, B = global batch size, G = groups of a step.
-"""
+Plain groups are counted by themselves: the n-th one is draw n of an importance stream, however many soups stand between.
+Were groups of both kinds drawn from one schedule, soups could fall on the same clusters again and again, and those
+clusters' experts would never be trained alone.
 
-import math
+Shapes: K clusters, B = global batch size.
+"""
 
 import numpy as np
 
@@ -29,15 +31,19 @@ class ExpertStream:
         Raises:
             DataError: the batch is not made of whole groups.
         """
-        self._plain = ImportanceStream(
+        if global_batch_size < 1 or global_batch_size % windows_per_expert:
+            raise DataError(
+                f"global_batch_size is {global_batch_size}: it must be a positive multiple of {windows_per_expert}"
+            )
+        self._row, self._groups = windows_per_expert, global_batch_size // windows_per_expert
+        self._plain = ImportanceStream(  # a step of this stream is a plain group
             index,
             index.sizes.astype(np.float64),
-            global_batch_size=global_batch_size,
+            global_batch_size=windows_per_expert,
             seed=seed,
             windows_in_a_row=windows_per_expert,
         )
         self._index, self._soup, self._seed = index, soup, seed
-        self._row, self._groups = windows_per_expert, global_batch_size // windows_per_expert
 
     def global_batch(self, step: int) -> np.ndarray:
         """Window ids of optimizer step `step` (from 0), (B,) int64."""
@@ -48,19 +54,23 @@ class ExpertStream:
         return self._draw(step)[1]
 
     def report(self, steps: int) -> StreamReport:
-        """What a run of `steps` steps will read: soup groups draw their clusters by the same frequencies."""
-        return self._plain.report(steps)
+        """What a run of `steps` steps will read: each cluster as often as it is large, by plain groups to within two
+        groups, by soups on average."""
+        return self._plain.report(steps * self._groups)
 
     def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        windows = self._plain.global_batch(step)
-        mixtures = np.zeros((len(windows), len(self._index.sizes)), np.float32)
-        mixtures[np.arange(len(windows)), self._plain.clusters(step)] = 1
-        for group in range(self._groups):
-            number = step * self._groups + group
-            if self._soup is not None and _falls_to(number, self._soup.fraction):
-                rows = slice(group * self._row, (group + 1) * self._row)
-                windows[rows], mixtures[rows] = self._draw_soup(self._soup, number)
-        return windows, mixtures
+        if step < 0:
+            raise DataError(f"step is {step}: steps count from 0")
+        windows = np.empty((self._groups, self._row), np.int64)
+        mixtures = np.zeros((self._groups, self._row, len(self._index.sizes)), np.float32)
+        for group, number in enumerate(range(step * self._groups, (step + 1) * self._groups)):
+            soups = soups_before(number, self._soup)
+            if self._soup is not None and soups_before(number + 1, self._soup) > soups:
+                windows[group], mixtures[group] = self._draw_soup(self._soup, number)
+            else:
+                windows[group] = self._plain.global_batch(number - soups)
+                mixtures[group, :, self._plain.clusters(number - soups)[0]] = 1
+        return windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1)
 
     def _draw_soup(self, soup: Soup, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows (row,) and the histogram (K,) of one soup group."""
@@ -73,9 +83,13 @@ class ExpertStream:
         return self._index.members(drawn, generator.integers(0, sizes[drawn])), histogram.astype(np.float32)
 
 
-def _falls_to(number: int, fraction: float) -> bool:
-    """Whether the n-th of a sequence is among `fraction` of it, evenly spread."""
-    return math.floor((number + 1) * fraction) > math.floor(number * fraction)
+def soups_before(number: int, soup: Soup | None) -> int:
+    """How many of the groups 0 ... number - 1 are soups: they are spread evenly. In whole numbers, so that it grows by 0
+    or 1 from each group to the next."""
+    if soup is None:
+        return 0
+    numerator, denominator = soup.fraction.as_integer_ratio()
+    return number * numerator // denominator
 
 
 def expert_steps(steps: int, *, budget: str, size: int, sizes: np.ndarray) -> int:

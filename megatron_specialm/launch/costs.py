@@ -1,12 +1,13 @@
 """What a model cost: everything its training rests on, found by walking the graph.
 
 Tasks that serve every domain (training on the generic set, tokenizing, embedding and clustering it) are generic cost, paid
-once; tasks of a domain are specialization cost, paid for each domain again. `tokens` are those of trainings, trials of a
-selection left out; FLOPs and device-seconds are of all the tasks, so the clustering that SLM-is rests on is counted as its
-generic cost.
+once; tasks of a domain are specialization cost, paid for each domain again. `tokens` and `slots` are those of trainings,
+trials of a selection left out; FLOPs and device-seconds are of all the tasks, so the clustering that SLM-is rests on is
+counted as its generic cost. Criteria that a selection was only compared with are nobody's cost: they stand in the ledger by
+themselves. docs/methods.md has the rule.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,10 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 
 SPECIALIZATION = "specialization"
+COMPARISON = "comparison"  # in the ledger only: part of no model's cost
 COSTS = ("tokens", "flops", "device_seconds")
+COUNTS = ("tokens", "slots")  # that only trainings have
+_ALL = dict.fromkeys((*COSTS, *COUNTS))
 TASKS = (1, 7, 50)  # the numbers of domains that share the generic cost in the paper's total costs
 
 
@@ -34,32 +38,41 @@ def total_cost(costs: Mapping[str, Any], what: str, *, tasks: int) -> float:
 def model_cost(
     pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], model: TaskId
 ) -> dict[str, Any]:
-    """The columns of a model's cost: per phase, in total for some numbers of tasks, and the devices it was trained on.
+    """The columns of a model's cost: per phase, in total for some numbers of tasks, how full its training's windows were,
+    and the devices it was trained on.
 
     Args:
         markers: those of all the model's ancestors, at least.
     """
-    costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in COSTS}
+    costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in _ALL}
     devices = set()
     for name in ancestors(graph, model):
         cost = asdict(markers[name].cost)
         if isinstance(pipeline.stages[name.stage], TrainStage):
             devices.add(cost["device"])
         else:
-            cost["tokens"] = 0
-        for what in COSTS:
+            cost |= dict.fromkeys(COUNTS, 0)
+        for what in _ALL:
             costs[f"{phase_of(graph[name])}_{what}"] += cost[what]
     totals = {
         f"total_{what}_{tasks}": total_cost(costs, what, tasks=tasks)
         for what in ("flops", "device_seconds")
         for tasks in TASKS
     }
-    return {**costs, **totals, "devices": ", ".join(sorted(devices))}
+    return {**costs, **totals, "fill": fill(costs), "devices": ", ".join(sorted(devices))}
 
 
-def ledger_entry(task: Task, marker: Marker) -> dict[str, Any]:
-    """A task's own cost, and for whom it was paid."""
-    return {"task": str(task.id), "phase": phase_of(task), "domain": task.domain, **asdict(marker.cost)}
+def fill(costs: Mapping[str, Any]) -> float | None:
+    """Real tokens over slots of all trainings of a row; None where no slots were told."""
+    tokens, slots = (sum(costs[f"{phase}_{what}"] for phase in (GENERIC, SPECIALIZATION)) for what in COUNTS)
+    return tokens / slots if slots else None
+
+
+def ledger_entries(task: Task, marker: Marker) -> Iterator[dict[str, Any]]:
+    """A task's own cost, and for whom it was paid; and where it did work that decides nothing, that apart."""
+    yield {"task": str(task.id), "phase": phase_of(task), "domain": task.domain, **asdict(marker.cost)}
+    if marker.apart is not None:
+        yield {"task": str(task.id), "phase": COMPARISON, "domain": task.domain, **asdict(marker.apart)}
 
 
 def phase_of(task: Task) -> str:

@@ -19,7 +19,7 @@ from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
 from megatron_specialm.config.lineage import is_finetuned, method_of, sources
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.launch.costs import ledger_entry, model_cost
+from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.tables import results_table, to_csv
 
@@ -46,7 +46,8 @@ def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
         "concentration": _concentration(pipeline, markers),
         "selection": _selection(pipeline, markers),
     }
-    write_json(root / "ledger.json", [ledger_entry(graph[name], marker) for name, marker in markers.items()])
+    ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
+    write_json(root / "ledger.json", ledger)
     write_json(root / "results.json", results)
     if rows:
         write_text(root / "results.csv", to_csv(rows))
@@ -106,6 +107,7 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
         if own.keys() < set(domains):
             continue
         any_row = own[domains[0]]
+        costs = {key: _mean(row[key] for row in own.values()) for key in any_row if key.startswith(COST_PREFIXES)}
         entries.append(
             {
                 "method": method,
@@ -114,7 +116,8 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
                 "size": size,
                 "domains": len(domains),
                 "perplexity": math.exp(_mean(row["nll"] for row in own.values())),
-                **{key: _mean(row[key] for row in own.values()) for key in any_row if key.startswith(COST_PREFIXES)},
+                **costs,
+                "fill": fill(costs),
                 "devices": any_row["devices"],
                 "inference_parameters": any_row["inference_parameters"],
                 "seed": pipeline.seed,
@@ -147,7 +150,7 @@ def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dic
             "by": marker.values["by"],
             "criterion": criterion,
             "criterion_choice": told["choice"],
-            **{key: told.get(key) for key in ("rank", "tokens", "flops")},
+            **{key: told.get(key) for key in ("rank", "tokens", "slots", "flops", "seconds")},
             "seed": pipeline.seed,
         }
         for name, marker in markers.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.launch.costs import fill
 from megatron_specialm.launch.results import COST_PREFIXES
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
@@ -62,6 +63,7 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **first,
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
+        **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
         "seeds": sorted(entry["seed"] for entry in own),
     }

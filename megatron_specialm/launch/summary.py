@@ -1,17 +1,29 @@
-"""What a page would train, by arithmetic."""
+"""What a page would train, by arithmetic; and by what the run folder has of tokenized text, where it has."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from megatron_specialm.base.accelerator import Accelerator
+from megatron_specialm.base.artifacts import read_marker
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.config.lineage import distinct_setups, model_keys, setup_of, text_set, train_stage
+from megatron_specialm.config.graph import text_read, text_validated
+from megatron_specialm.config.lineage import (
+    distinct_setups,
+    model_keys,
+    setup_of,
+    text_set,
+    tokenize_stage,
+    train_stage,
+)
 from megatron_specialm.config.memory import memory_of
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.setup import Passes, Setup
 from megatron_specialm.config.training import TrainStage
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
@@ -22,10 +34,14 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs, and the GPU hours that
     they take at `TYPICAL_UTILISATION` of the peak, where the machine's is known.
 
-    Steps and tokens are of the longest run, and at most these: early stopping makes runs shorter, and windows shorter
-    than the context hold fewer. Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
+    Steps, slots and tokens are of the longest run, and at most these: early stopping makes runs shorter. Slots are what
+    windows take, and FLOPs are of; the real tokens in them, and their share, are told where the run folder has the set
+    that is read most, as it was tokenized last. FLOPs have the validations in them where it has the set that is held out.
+    Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
     """
-    table = Table("stage", "runs", "weights", "trained", "steps", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN)
+    table = Table(
+        "stage", "runs", "weights", "trained", "steps", "slots/run", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN
+    )
     peak = dense_peak(machine.name)
     if peak:
         table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
@@ -34,22 +50,63 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
             continue
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         steps = [_steps(pipeline, stage, key) for key in keys]
-        tokens = max(steps) * setup.global_batch_size * setup.context_length
+        slots = max(steps) * setup.global_batch_size * setup.context_length
+        tokens = _tokens(slots, _fill(pipeline, stage, keys))
         flops = training_flops(pipeline, name)
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
         table.add_row(
             name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
-            f"{tokens / 1e6:,.2f}M", f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
+            f"{slots / 1e6:,.2f}M", tokens, f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
         )  # fmt: skip
     return table
 
 
 def training_flops(pipeline: Pipeline, name: str) -> int:
-    """FLOPs of all runs of a train stage, at most."""
-    steps = sum(_steps(pipeline, train_stage(pipeline, name), key) for key in model_keys(pipeline, name))
-    return steps * setup_of(pipeline, name).step_flops
+    """FLOPs of all runs of a train stage, at most; those of its validations are left out where the held-out text has not
+    been tokenized yet."""
+    stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
+    total = 0
+    for key in model_keys(pipeline, name):
+        steps = _steps(pipeline, stage, key)
+        total += steps * setup.step_flops + setup.flops(_validations(pipeline, stage, setup, key, steps=steps))
+    return total
+
+
+def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, *, steps: int) -> Passes:
+    """Passes of a run's validations, at most: before the first step, every so many steps, and at the last."""
+    counts = _tokenized(pipeline, stage.tokens, text_validated(stage, key))
+    if stage.early_stopping is None or counts is None:
+        return Passes()
+    batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
+    if stage.projection is not None:
+        batches += stage.projection.experts  # a batch is of one expert: each may end with one that is not full
+    times, copies = 1 + -(-steps // stage.early_stopping.evaluate_every), stage.parallel.data_parallel
+    made = times * copies * -(-batches // copies)
+    slots = made * stage.micro_batch_size * setup.context_length
+    return Passes(evaluated=slots, evaluated_variants=made)
+
+
+def _tokenized(pipeline: Pipeline, tokens: str, source: str) -> Mapping[str, Any] | None:
+    """Counts by split of a set as it was tokenized last; None where it was not yet."""
+    marker = read_marker(Path(pipeline.root), tokens, source)
+    return None if marker is None else marker.values
+
+
+def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str]) -> float | None:
+    """The share of real tokens in the windows of the sets that runs read most of; None where one is not tokenized."""
+    fills = []
+    context = tokenize_stage(pipeline, stage.tokens).context_length
+    for source in dict.fromkeys(text_read(stage, key)[0] for key in keys):
+        if (counts := _tokenized(pipeline, stage.tokens, source)) is None:
+            return None
+        fills.append(counts["tokens"]["train"] / (counts["windows"]["train"] * context))
+    return sum(fills) / len(fills)
+
+
+def _tokens(slots: int, fill: float | None) -> str:
+    return "" if fill is None else f"{slots * fill / 1e6:,.2f}M ({fill:.0%})"
 
 
 def planned_hours(flops: float, peak: float) -> float:

@@ -61,7 +61,8 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The paper's table: perplexities, then costs; specialization cost is the mean over domains.
+    """The paper's table: perplexities, then costs; specialization cost is the mean over domains. `fill` is the share of
+    real tokens in the training's windows, which FLOPs are of as wholes.
 
     A line per method and state, and per stage and size where there are several. A model that all domains share is one
     line: it is the same for every size.
@@ -75,6 +76,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     header = [
         "method", "fine-tuned", *["stage"] * has_budgets, *["set size"] * has_sizes, *sets, "macro",
         *(f"{phase} {what}" for phase in ("gen.", "spec.") for what in ("tokens", "FLOPs", "s")),
+        "fill",
     ]  # fmt: skip
     groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
@@ -111,7 +113,13 @@ def _costs(own: Mapping[str, Mapping[str, Any]]) -> list[str]:
         _amount(what, sum(row[f"{phase}_{what}"] for row in of_domains) / len(of_domains))
         for phase in (GENERIC, SPECIALIZATION)
         for what in COSTS
-    ]
+    ] + [_fill(of_domains)]
+
+
+def _fill(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mean over domains."""
+    known = [row["fill"] for row in rows if row.get("fill") is not None]
+    return f"{sum(known) / len(known):.0%}" if known else ""
 
 
 def _amount(what: str, value: float) -> str:

@@ -21,7 +21,15 @@ from pathlib import Path
 
 from megatron_specialm import __version__
 from megatron_specialm.base.accelerator import installed_version
-from megatron_specialm.base.artifacts import Cost, Marker, Report, artifact_folder, begin_artifact, finish_artifact
+from megatron_specialm.base.artifacts import (
+    Cost,
+    Marker,
+    Report,
+    Spent,
+    artifact_folder,
+    begin_artifact,
+    finish_artifact,
+)
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json
@@ -116,13 +124,18 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         context = Context(pipeline, task, root, folder, world, pipeline.local.threads, lifeline)
         for name in task.inputs:
             context.marker(*name)
-        start = time.perf_counter()
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
-            seconds = report.wall_seconds if report.wall_seconds is not None else time.perf_counter() - start
             processes = world.world_size if works_together(stage, world) else 1
-            cost = Cost(report.tokens, report.flops, seconds, seconds * processes, _device_name(), processes)
-            finish_artifact(root, *task.id, Marker(digest, cost, report.values, _versions()))
+            seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
+            own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
+            apart = _cost(report.apart, processes) if report.apart != Spent() else None
+            finish_artifact(root, *task.id, Marker(digest, own, report.values, _versions(), apart))
+
+
+def _cost(spent: Spent, processes: int) -> Cost:
+    seconds = spent.seconds
+    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, _device_name(), processes, spent.slots)
 
 
 def works_together(stage: Settings, world: World) -> bool:

@@ -1,4 +1,5 @@
-"""Each train window's cluster, and what they add up to, for one set.
+"""Each train window's cluster, and what they add up to, for one set; under the key `generic.validation`, the same of the
+generic set's held-out windows.
 
 clusters.npy             (N,) int32, the cluster of each window; of a set in shards, each shard has its own windows'
 histogram.npy            (K,) float64, the clusters' frequencies
@@ -18,7 +19,7 @@ from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.vectors import Vectors
-from megatron_specialm.config.lineage import cluster_count, shard_keys
+from megatron_specialm.config.lineage import HELD_OUT, cluster_count, shard_keys
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.clusters import order_type, sort_by_cluster
@@ -27,7 +28,7 @@ from megatron_specialm.stages.context import Context
 
 def run(stage: AssignStage, context: Context) -> Report:
     """Find the nearest centroid of every window of a set or shard; of a set, index them by cluster. It reads no tokens."""
-    shards = [] if context.task.shard else shard_keys(context.pipeline, context.key)
+    shards = [] if context.task.shard or context.key == HELD_OUT else shard_keys(context.pipeline, context.key)
     if shards:
         return Report(values=_index(context, [context.artifact(context.task.id.stage, key) for key in shards]))
     report = _assign(stage, context)

@@ -1,5 +1,6 @@
 """What a stage function is given beside its own settings."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Context:
     world: World
     threads: int
     lifeline: Lifeline = field(default_factory=Lifeline)
+    started: float = field(default_factory=time.monotonic)  # when this attempt at the task began
 
     @property
     def key(self) -> str:

@@ -1,7 +1,8 @@
 """Windows -> one vector each.
 
 encoder/       of the encoder's own task: fitted on the generic set or taken from a package, and loaded by all others
-train.npy      (N, E) float32, the vectors of the train windows in the store's order; shards have them for their set
+train.npy      (N, E) float32, the vectors of the train windows in the store's order; shards have them for their set. The
+               task `generic.validation` has those of the generic set's held-out windows under the same name
 vectors.json   which files they are in (see clustering/vectors.py)
 """
 
@@ -11,10 +12,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder
 from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
-from megatron_specialm.config.lineage import ENCODER, shard_keys, tokenize_stage
+from megatron_specialm.config.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.config.schema import EmbedStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
@@ -25,7 +27,7 @@ BATCH = 2_000  # windows whose text is in memory at a time
 
 
 class Windows:
-    """The train windows of a set as text: what their tokens decode to, so each method sees the same text."""
+    """The windows of a set as text: what their tokens decode to, so each method sees the same text."""
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer) -> None:
         self._store, self._tokenizer = store, tokenizer
@@ -55,11 +57,15 @@ class Windows:
 
 
 def run(stage: EmbedStage, context: Context) -> Report:
-    """Make the encoder ready, encode the train windows of a set or shard, or gather a set's shards."""
+    """Make the encoder ready, encode the windows of a set or shard, or gather a set's shards.
+
+    Raises:
+        DataError: there are none.
+    """
     with threadpool_limits(context.threads):
         if context.key == ENCODER:
             return _fit(stage, context)
-        shards = [] if context.task.shard else shard_keys(context.pipeline, context.key)
+        shards = [] if context.task.shard or context.key == HELD_OUT else shard_keys(context.pipeline, context.key)
         return _gather(stage, context, shards) if shards else _encode(stage, context)
 
 
@@ -81,6 +87,8 @@ def _fit(stage: EmbedStage, context: Context) -> Report:
 def _encode(stage: EmbedStage, context: Context) -> Report:
     """flops: tokens times the encoder's estimate per token."""
     windows = _windows(stage, context, context.key)
+    if not len(windows):
+        raise DataError(f"{context.task.id}: there are no windows to embed: add text")
     folder = context.artifact(context.task.id.stage, ENCODER) / "encoder"
     encoder = load_encoder(stage.encoder, folder, threads=context.threads)
     with atomic_path(context.folder / FILE) as path:
@@ -107,7 +115,8 @@ def _gather(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
 
 def _windows(stage: EmbedStage, context: Context, key: str) -> Windows:
     tokenizer = tokenize_stage(context.pipeline, stage.tokens).tokenizer
+    source, split = (GENERIC, "validation") if key == HELD_OUT else (key, "train")
     return Windows(
-        TokenStore.open(context.artifact(stage.tokens, key), "train"),
+        TokenStore.open(context.artifact(stage.tokens, source), split),
         Tokenizer.load(context.artifact(tokenizer, GENERIC)),
     )

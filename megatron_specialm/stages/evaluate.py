@@ -40,6 +40,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     write_json(context.folder / "evaluation.json", results)
     return Report(
         tokens=tokens,
+        slots=slots,
         flops=slots * served.shape.forward_flops(served.vocabulary_size, served.context_length),
         values={"sets": results, "parameters": served.shape.parameters(served.vocabulary_size)},
     )

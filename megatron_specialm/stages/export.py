@@ -69,12 +69,15 @@ def run(stage: ExportStage, context: Context) -> Report:
         publish_folder(aside, context.folder / "model")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    compared = min(WINDOWS_COMPARED, len(store)) * store.context_length
     return Report(
+        slots=compared,
+        flops=2 * compared * shape.forward_flops(store.vocabulary_size, store.context_length),  # ours and Transformers'
         values={
             "logit_difference": difference,
             "folder": str(context.folder / "model"),
             "parameters": shape.parameters(store.vocabulary_size),
-        }
+        },
     )
 
 

@@ -8,8 +8,15 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
-from megatron_specialm.config.graph import text_read
-from megatron_specialm.config.lineage import cluster_of, key_for, tokenize_stage, trained_clusters
+from megatron_specialm.config.graph import text_read, text_validated
+from megatron_specialm.config.lineage import (
+    HELD_OUT,
+    cluster_of,
+    key_for,
+    tokenize_stage,
+    trained_clusters,
+    validates_by_cluster,
+)
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import Notes, Stream, Windows
@@ -20,6 +27,7 @@ from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
 from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
@@ -27,21 +35,22 @@ logger = logging.getLogger(__name__)
 
 class Reading(NamedTuple):
     """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
-    for. `store` is of the set by which the model is validated."""
+    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`."""
 
     settings: TrainStage
     store: TokenStore
     windows: Windows
     stream: Stream
     notes: Notes
+    held_out: HeldOut | None
 
 
 def read_for(stage: TrainStage, context: Context) -> Reading:
     """Open what a train task reads.
 
     Raises:
-        DataError: fewer windows than a batch, in the whole set or in an expert's cluster; or generic windows in none of
-            the clusters that the domain has.
+        DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
+            the clusters that the domain has; or no held-out windows to validate on.
     """
     stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
@@ -52,12 +61,16 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
         )
     if stage.projection is not None:
         experts = _experts(stage, context)
-        reading = Reading(stage, store, windows, experts, lambda step, rows, _: _mixtures(experts, step, rows))
+        held_out = _held_out(stage, context, np.ones(stage.projection.experts))
+        reading = Reading(
+            stage, store, windows, experts, lambda step, rows, _: _mixtures(experts, step, rows), held_out
+        )
     else:
         index, weights = _clusters(stage, context, stores)
         stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
         settings = _to_measure(stage, context, store, index)
-        reading = Reading(settings, store, windows, stream, _notes(stage, context))
+        held_out = _held_out(stage, context, weights)
+        reading = Reading(settings, store, windows, stream, _notes(stage, context), held_out)
     for warning in reading.stream.report(reading.settings.steps).warnings:
         logger.warning("%s", warning)
     return reading
@@ -118,8 +131,42 @@ def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> 
     return index, weights
 
 
-def _generic_index(stage: TrainStage, context: Context) -> ClusterIndex:
-    folder = context.artifact(stage.assignment or "", GENERIC)
+def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldOut | None:
+    """What early stopping validates on; `weights` are the clusters' in training."""
+    if stage.early_stopping is None:
+        return None
+    store = open_store(stage.tokens, context, text_validated(stage, context.key), "validation")
+    if not len(store):
+        raise DataError(f"{store.folder}: no held-out windows to validate on: {_MORE_HELD_OUT}")
+    if not validates_by_cluster(stage):
+        return all_windows(store)
+    index = _generic_index(stage, context, HELD_OUT)
+    if stage.projection is not None:
+        return by_expert(store, index)
+    if stage.data == "cluster":
+        for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+            if not index.sizes[cluster]:
+                raise DataError(
+                    f"cluster {cluster} has none of the {len(store)} held-out generic windows, so its expert cannot be "
+                    f"validated: use fewer clusters (k), name others in `clusters`, or {_MORE_HELD_OUT}"
+                )
+        return of_cluster(store, index, cluster_of(context.key))
+    try:
+        held_out, lost = like(store, index, weights)
+    except DataError as error:
+        raise DataError(f"{context.task.id}: {error}: use fewer clusters (k), or {_MORE_HELD_OUT}") from None
+    if lost:
+        logger.warning("%.2f%% of %s lies in clusters without a held-out generic window", 100 * lost, context.key)
+    return held_out
+
+
+_MORE_HELD_OUT = (
+    "hold out more text (`validation` files, or the tokenize stage's `validation_fraction`), or drop `early_stopping`"
+)
+
+
+def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC) -> ClusterIndex:
+    folder = context.artifact(stage.assignment or "", key)
     return ClusterIndex(
         np.load(folder / "order.npy", mmap_mode="r", allow_pickle=False),
         np.load(folder / "offsets.npy", allow_pickle=False),

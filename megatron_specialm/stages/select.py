@@ -2,15 +2,20 @@
 
 step_0000000/    result.json     the model, as a training would leave it
 selection.json   the choice, and for each criterion its own choice, the rank it gives ours, and what it cost or would have
+trials/          while fine-tunings decide: a folder per criterion and expert
 """
 
 import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.lineage import expert_key, model_of, train_stage, trained_clusters
@@ -18,60 +23,77 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
-from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
 from megatron_specialm.train.checkpoint import find_final
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.selection import (
-    Load,
-    Ranking,
-    Spent,
+    Order,
     by_finetuning,
     by_frequency,
     by_halving,
     by_loss,
-    halving_steps,
+    halving_plan,
+    trial_validations,
 )
-from megatron_specialm.train.served import one_hot, read_served, read_trained, write_served
+from megatron_specialm.train.served import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
+from megatron_specialm.train.work import Work
 
 
 def run(stage: SelectStage, context: Context) -> Report:
-    """Rank the experts, and write the first as a model. The report has what all criteria that were run have cost.
+    """Rank the experts, and write the first as a model. The report has what the criterion that decides has cost, and what
+    those that were run for comparison have, apart.
 
     Raises:
         DataError: no window of the domain is in a cluster that has an expert.
+        TrainingError: no expert has a finite loss.
     """
-    experts = train_stage(context.pipeline, stage.experts)
+    stage_of_experts = train_stage(context.pipeline, stage.experts)
     keys = [expert_key(cluster) for cluster in trained_clusters(context.pipeline, stage.experts)]
-    histogram_K = np.load(context.artifact(experts.assignment or "", context.key) / "histogram.npy", allow_pickle=False)
+    folder = context.artifact(stage_of_experts.assignment or "", context.key)
+    histogram_K = np.load(folder / "histogram.npy", allow_pickle=False)
     store = open_store(stage.tokens, context, context.key)
-    load = _loader(stage, context, torch.from_numpy(histogram_K).float())
-    costs = _costs(stage, model_of(context.pipeline, stage.experts).plain, store, experts=len(keys))
-    rankings = {"frequency": by_frequency(keys, histogram_K, domain=context.key)}
+    experts = _Experts(stage, context, torch.from_numpy(histogram_K).float())
+    orders: dict[str, Order] = {"frequency": by_frequency(keys, histogram_K, domain=context.key)}
+    spent: dict[str, Spent] = {"frequency": Spent()}
     trials = context.folder / "trials"
+    lost = {name: sum(Work.read(path).seconds for path in (trials / name).glob("*")) for name in _TRIED}
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
         for name in dict.fromkeys([stage.by, *stage.compare]):
+            if name in ("frequency", "histogram"):
+                continue
+            began, projected = time.monotonic(), experts.flops
             if name == "loss":
                 sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
-                rankings[name] = by_loss(keys, load, sample, costs[name])
-            elif name in _TRIED:
+                orders[name] = by_loss(keys, experts.load, sample)
+                passes = _passes(sample, experts.shape, store, times=len(keys))
+            else:
                 assert stage.trial is not None
-                tried = Trials(stage.trial, store, load, folder=trials / name, seed=context.pipeline.seed)
-                rankings[name] = _TRIED[name](keys, tried.tune, stage.trial.steps, costs[name])
-    choice = rankings[stage.by].order[0] if stage.by in rankings else stage.by
-    model = load(choice)
+                tried = Trials(stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed)
+                orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
+                passes = tried.spent
+            seconds = lost.get(name, 0.0) + time.monotonic() - began
+            spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)
+    choice = orders[stage.by][0] if stage.by in orders else stage.by
+    projected = experts.flops
+    model = experts.load(choice)
     write_served(model, context.folder)
-    summaries = {name: _summary(rankings.get(name), choice, cost) for name, cost in costs.items()}
+    planned = _planned(stage, experts.shape, store, experts=len(keys))
+    summaries = {name: _summary(orders.get(name), choice, spent.get(name, planned[name])) for name in planned}
     values: dict[str, Any] = {"choice": choice, "by": stage.by, "experts": len(keys), "criteria": summaries}
     write_json(context.folder / "selection.json", values)
     shutil.rmtree(trials, ignore_errors=True)
     parameters = model.shape.parameters(model.vocabulary_size)
     untrained = {"steps": 0, "best_step": None, "validation_loss": None, "parameters": parameters}
+    decided = spent.get(stage.by, Spent())
     return Report(
-        tokens=sum(ranking.spent.tokens for ranking in rankings.values()),
-        flops=sum(ranking.spent.flops for ranking in rankings.values()),
+        tokens=decided.tokens,
+        slots=decided.slots,
+        flops=decided.flops + experts.flops - projected,
+        lost_seconds=sum(lost.values()),
+        apart=reduce(Spent.plus, (cost for name, cost in spent.items() if name != stage.by), Spent()),
         values={**values, **untrained},
     )
 
@@ -79,32 +101,53 @@ def run(stage: SelectStage, context: Context) -> Report:
 _TRIED = {"finetuned": by_finetuning, "halving": by_halving}
 
 
-def _loader(stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> Load:
-    """An expert by its key: a checkpoint of a mixture, or projected from a network that is read once; of that, under
-    `histogram`, the mixture of all too."""
-    experts = train_stage(context.pipeline, stage.experts)
-    if experts.projection is None:
-        return lambda key: read_served(find_final(context.artifact(stage.experts, key)))
-    network = read_trained(find_final(context.artifact(stage.experts, GENERIC)))
-    mixtures = {expert_key(cluster): one_hot(cluster, experts=len(histogram_K)) for cluster in range(len(histogram_K))}
-    mixtures["histogram"] = histogram_K
-    return lambda key: network.served(mixtures[key])
+class _Experts:
+    """Experts as ordinary models, by key: checkpoints of a mixture, or projected from a network that is read once; of that,
+    under `histogram`, the mixture of all too. `flops` are those of the projections made so far."""
+
+    def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
+        model = model_of(context.pipeline, stage.experts)
+        self.shape, self.flops = model.plain, 0
+        self._folder = lambda key: find_final(context.artifact(stage.experts, key))
+        self._network = None if model.projection is None else read_trained(self._folder(GENERIC))
+        self._price = 0 if model.projection is None else model.projection_flops(1) // 3  # its forward pass
+        count = len(histogram_K)
+        self._mixtures = {expert_key(cluster): one_hot(cluster, experts=count) for cluster in range(count)}
+        self._mixtures["histogram"] = histogram_K
+
+    def load(self, key: str) -> ServedModel:
+        """The expert of that key."""
+        if self._network is None:
+            return read_served(self._folder(key))
+        self.flops += self._price
+        return self._network.served(self._mixtures[key])
 
 
-def _costs(stage: SelectStage, model: ModelConfig, store: TokenStore, *, experts: int) -> dict[str, Spent]:
-    """What each criterion costs, run or not; of trials where the page says how an expert is tried."""
-    sizes = store.vocabulary_size, store.context_length
-    sample = experts * min(stage.sample_windows, len(store)) * store.context_length
-    costs = {"frequency": Spent(), "loss": Spent(sample, sample * model.forward_flops(*sizes))}
-    if stage.trial is not None:
-        steps = {"finetuned": experts * stage.trial.steps, "halving": halving_steps(experts, stage.trial.steps)}
-        for name, count in steps.items():
-            tokens = count * stage.trial.global_batch_size * store.context_length
-            costs[name] = Spent(tokens, tokens * model.training_flops(*sizes))
+def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times: int) -> Spent:
+    """A forward pass of so many experts over a sample."""
+    tokens = times * sum(int(batch.mask.sum()) for batch in sample)
+    slots = times * sum(batch.mask.size for batch in sample)
+    return Spent(tokens, slots, slots * shape.forward_flops(store.vocabulary_size, store.context_length))
+
+
+def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
+    """What each criterion would cost, projections left out; of trials where the page says how an expert is tried."""
+    sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
+    slots = experts * min(stage.sample_windows, len(store)) * store.context_length
+    costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * shape.forward_flops(*sizes))}
+    if (trial := stage.trial) is not None:
+        validation = len(TokenStore.open(store.folder, "validation")) * store.context_length
+        plans = {"finetuned": [(experts, 0, trial.steps)], "halving": halving_plan(experts, trial.steps)}
+        for name, plan in plans.items():
+            steps = sum(left * (until - before) for left, before, until in plan)
+            slots = steps * trial.global_batch_size * store.context_length
+            evaluated = trial_validations(plan, every=trial.evaluate_every) * validation
+            flops = slots * shape.training_flops(*sizes) + evaluated * shape.forward_flops(*sizes)
+            costs[name] = Spent(round(slots * fill), slots, flops)
     return costs
 
 
-def _summary(ranking: Ranking | None, choice: str, cost: Spent) -> dict[str, Any]:
-    order = list(ranking.order) if ranking else []
-    rank = order.index(choice) + 1 if choice in order else None
-    return {"choice": order[0] if order else None, "rank": rank, "order": order, **cost._asdict()}
+def _summary(order: Order | None, choice: str, cost: Spent) -> dict[str, Any]:
+    keys = list(order or ())
+    rank = keys.index(choice) + 1 if choice in keys else None
+    return {"choice": keys[0] if keys else None, "rank": rank, "order": keys, **asdict(cost)}

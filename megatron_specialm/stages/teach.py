@@ -41,7 +41,7 @@ def run(stage: TeachStage, context: Context) -> Report:
     positions = len(store) * store.context_length
     flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
-    return Report(tokens=tokens, flops=flops, values={"windows": len(store), "bytes": size})
+    return Report(tokens=tokens, slots=positions, flops=flops, values={"windows": len(store), "bytes": size})
 
 
 def _check_room(folder: Path, kept: Kept, *, tokens: int) -> None:

@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,20 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
-from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import read_for
+from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.checkpoint import Saver, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.metrics import read_metrics, seconds_of_all_attempts
 from megatron_specialm.train.peers import Peers
 from megatron_specialm.train.served import read_served
+from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def run(stage: TrainStage, context: Context) -> Report:
     shape = model_of(context.pipeline, context.task.id.stage)
     setup = setup_of(context.pipeline, context.task.id.stage)
     # The page's vocabulary is a wish where the tokenizer was there before.
-    flops_per_step = replace(setup, vocabulary_size=store.vocabulary_size).step_flops
+    setup = replace(setup, vocabulary_size=store.vocabulary_size)
+    lost_seconds = Work.read(context.folder).seconds
     if stage.data == "cluster" and world.is_first:
         _write_centroid(stage, context)
     grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
@@ -61,39 +63,42 @@ def run(stage: TrainStage, context: Context) -> Report:
                 batches=TrainingBatches(
                     reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes
                 ),
-                validation=lambda: evaluation_batches(
-                    TokenStore.open(store.folder, "validation"),
-                    batch_size=stage.micro_batch_size,
-                    rank=rank,
-                    processes=copies,
-                ),
+                validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
                 description=_description(stage, context, shape, store),
-                flops_per_step=flops_per_step,
+                flops_per_step=setup.step_flops,
                 device_name=device_name(world),
                 processes=world.world_size,
                 peers=Peers.meet(),
                 saver=Saver(context.folder, Peers.meet()),
                 lifeline=context.lifeline,
+                started=context.started,
             ),
         )
-    records = read_metrics(context.folder) if world.is_first else []
+    work = Work.read(context.folder)
     read = reading.stream.report(max(progress.step, 1))
     return Report(
         tokens=progress.tokens,
-        flops=flops_per_step * progress.step,
-        wall_seconds=seconds_of_all_attempts(records) if records else None,
+        slots=(progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length,
+        flops=setup.flops(work.passes),
+        lost_seconds=lost_seconds,
         values={
             "steps": progress.step,
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
+            "passes": work.passes._asdict(),
             "parameters": shape.plain.parameters(store.vocabulary_size),
             "trained_parameters": shape.trained_parameters(store.vocabulary_size),
             "effective_sample_size": float(read.effective_sample_size),
             "max_repeats": float(read.max_repeats),
         },
     )
+
+
+def _validation(reading: Reading, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
+    assert reading.held_out is not None, "only early stopping validates"
+    return reading.held_out.batches(batch_size=batch_size, rank=rank, processes=processes)
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:

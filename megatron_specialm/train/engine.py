@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_specialm.config.setup import Passes
 from megatron_specialm.data.store import Batch
 
 
@@ -29,7 +30,10 @@ class StepStats(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model with its optimizer, spread over the processes of a run."""
+    """A model with its optimizer, spread over the processes of a run. `passes` are those that this process's copy of the
+    model has made so far."""
+
+    passes: Passes
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
         """One optimizer step on this process's share of the global batch; gradient accumulation inside."""

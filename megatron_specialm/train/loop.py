@@ -28,6 +28,7 @@ from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.schedule import learning_rate
+from megatron_specialm.train.work import WorkRecord
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Progress:
     spikes: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    evaluations: int = 0
     evaluations_without_gain: int = 0
 
     def after(self, stats: StepStats, *, spike: bool) -> "Progress":
@@ -57,15 +59,17 @@ class Progress:
         )
 
     def evaluated(self, loss: float) -> "Progress":
-        """The progress after a validation."""
-        if self.best_loss is None or loss < self.best_loss:
-            return replace(self, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
-        return replace(self, evaluations_without_gain=self.evaluations_without_gain + 1)
+        """The progress after a validation. A loss that is not finite is never the best."""
+        counted = replace(self, evaluations=self.evaluations + 1)
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(counted, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
+        return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one training needs beside its engine. `validation` gives this process's batches anew at every call."""
+    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `started` is
+    when this attempt at the task began, by `time.monotonic`."""
 
     folder: Path
     settings: TrainStage
@@ -78,30 +82,32 @@ class Run:
     peers: Peers
     saver: Saver
     lifeline: Lifeline = field(default_factory=Lifeline)
+    started: float = field(default_factory=time.monotonic)
 
 
 def train(engine: Engine, run: Run) -> Progress:
     """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
 
     Raises:
-        TrainingError: too many steps in a row whose loss or gradient is not finite, or another process has died.
+        TrainingError: too many steps in a row whose loss or gradient is not finite, no validation whose loss is, or
+            another process has died.
         Stopped: some process was asked to stop; the step at which all of them did is saved.
     """
     run.lifeline.begin("training")
-    with _lost_peers(run):
-        return _train(engine, run)
+    with _lost_peers(run), _work_record(engine, run) as note_work:
+        return _train(engine, run, note_work)
 
 
-def _train(engine: Engine, run: Run) -> Progress:
+def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
     norms: deque[float] = deque(maxlen=100)
     clock = _Clock()
     stop = Alarm(run.peers)
-    if run.settings.early_stopping is not None and progress.best_step is None:
+    if run.settings.early_stopping is not None and not progress.evaluations:
         # The first weights are a candidate too: a domain set may be too small to gain anything from it.
-        progress = _evaluate(engine, run, progress, metrics)
+        progress = _evaluate(engine, run, progress, metrics, note_work)
         _save(engine, run, progress)
     while not _is_over(progress, run.settings):
         run.lifeline.beat(step=progress.step)
@@ -113,19 +119,24 @@ def _train(engine: Engine, run: Run) -> Progress:
             steps=run.settings.steps,
             schedule=run.settings.schedule,
         )
-        stats = engine.train_step(run.batches.local(progress.step), learning_rate=rate)
+        batch = run.batches.local(progress.step)
+        stats = engine.train_step(batch, learning_rate=rate)
+        note_work()
         spike = len(norms) >= 20 and stats.gradient_norm > run.settings.spike_factor * statistics.median(norms)
         progress = progress.after(stats, spike=spike)
         if math.isfinite(stats.gradient_norm):
             norms.append(stats.gradient_norm)
-        _record_step(metrics, run, progress, stats, rate, spike=spike, clock=clock)
+        slots = batch.tokens.size * run.batches.processes
+        _record_step(metrics, run, progress, stats, rate, slots=slots, spike=spike, clock=clock)
         _stop_if_poisoned(progress, run, stats)
-        progress = _evaluate(engine, run, progress, metrics)
+        progress = _evaluate(engine, run, progress, metrics, note_work)
         if _is_time_to_save(progress, run.settings):
             _save(engine, run, progress)
             saved = progress.step
-    final = progress.step if progress.best_step is None else progress.best_step
     run.saver.wait()
+    if run.settings.early_stopping is not None and progress.best_step is None:
+        raise TrainingError(_no_best(run, progress))
+    final = progress.step if progress.best_step is None else progress.best_step
     if run.peers.is_first:
         declare_final(run.folder, step=final)
     if metrics:
@@ -160,6 +171,17 @@ class _Clock:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
+
+
+@contextlib.contextmanager
+def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], None]]:
+    """What notes the work done by now. Only the first process keeps it."""
+    if not run.peers.is_first:
+        yield lambda: None
+        return
+    before = engine.passes  # an engine may have worked for another run
+    with WorkRecord(run.folder, copies=run.batches.processes, started=run.started) as record:
+        yield lambda: record.write(engine.passes.plus(before, times=-1))
 
 
 @contextlib.contextmanager
@@ -229,21 +251,35 @@ def _save(engine: Engine, run: Run, progress: Progress) -> None:
     )
 
 
-def _evaluate(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
+def _evaluate(
+    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], None]
+) -> Progress:
     stopping = run.settings.early_stopping
     if stopping is None or (progress.step % stopping.evaluate_every and progress.step < run.settings.steps):
         return progress
-    loss = engine.evaluate(_heard(run.lifeline, run.validation())).mean
+    loss = engine.evaluate(_heard(run, note_work)).mean
+    note_work()
+    if not math.isfinite(loss):
+        logger.warning("step %d: the validation loss is %s: it counts as no gain", progress.step, loss)
     if metrics:
-        metrics.write(event="validation", step=progress.step, validation_loss=loss)
+        metrics.write(event="validation", step=progress.step, validation_loss=loss if math.isfinite(loss) else None)
     return progress.evaluated(loss)
 
 
-def _heard(lifeline: Lifeline, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Validation is progress too."""
-    for batch in batches:
-        lifeline.beat()
+def _heard(run: Run, note_work: Callable[[], None]) -> Iterator[Batch]:
+    """The validation's batches: it is progress, and work, too."""
+    for batch in run.validation():
+        run.lifeline.beat()
+        note_work()
         yield batch
+
+
+def _no_best(run: Run, progress: Progress) -> str:
+    return (
+        f"{run.folder}: none of {progress.evaluations} validations up to step {progress.step} had a finite loss, so no "
+        "checkpoint can be called the best. If the weights that it starts from are sound, lower optimizer.learning_rate "
+        f"(now {run.settings.optimizer.learning_rate}) and run it again"
+    )
 
 
 def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:
@@ -265,10 +301,12 @@ def _record_step(
     stats: StepStats,
     rate: float,
     *,
+    slots: int,
     spike: bool,
     clock: _Clock,
 ) -> None:
-    """A record every `log_every` steps, and at once where a step was skipped or spiked."""
+    """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
+    positions, of which padding fills some."""
     clock.steps += 1
     settings = run.settings
     if stats.skipped or spike:
@@ -281,6 +319,7 @@ def _record_step(
     steps, seconds = clock.steps, clock.lap()
     clock.steps = 0
     per_step = seconds / steps
+    slots_so_far = (progress.step - progress.skipped_steps) * slots
     metrics.write(
         step=progress.step,
         steps=settings.steps,
@@ -288,6 +327,8 @@ def _record_step(
         gradient_norm=stats.gradient_norm if math.isfinite(stats.gradient_norm) else None,
         learning_rate=rate,
         tokens=progress.tokens,
+        slots=slots_so_far,
+        fill=progress.tokens / slots_so_far if slots_so_far else None,
         tokens_per_second=stats.loss.tokens / per_step,
         mfu=utilisation(flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name),
         eta_seconds=per_step * (settings.steps - progress.step),

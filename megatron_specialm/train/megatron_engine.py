@@ -18,6 +18,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.setup import Passes
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.cpu import cuda_type_names
@@ -66,6 +67,8 @@ class MegatronEngine:
         self._optimizer = _build_optimizer(self._chunks, optimizer, parallel, bf16=self._config.bf16)
         self._has_moments = False
         self._forward_backward = get_forward_backward_func()
+        self.passes = Passes()
+        self._variants = 0  # that the micro-batches made last compute with
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
         """See `Engine.train_step`."""
@@ -205,7 +208,7 @@ class MegatronEngine:
 
     def _run(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> list[torch.Tensor]:
         """Megatron-Core's schedule over micro-batches: the loss sums, on the last pipeline stage only."""
-        return self._forward_backward(
+        sums = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self._chunks],
             model=self._chunks,
@@ -214,6 +217,10 @@ class MegatronEngine:
             micro_batch_size=self._micro_batch_size,
             forward_only=forward_only,
         )
+        slots = len(micro_batches) * micro_batches[0].tokens.numel() * self._parallel.context_parallel
+        made = Passes(0, slots, 0, self._variants) if forward_only else Passes(slots, 0, self._variants, 0)
+        self.passes = self.passes.plus(made)
+        return sums
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
@@ -252,7 +259,9 @@ class MegatronEngine:
                 found.append(self._on_device(part, variant))
         if self._model.derived is not None:
             self._finish_gathering()
-            self._model.derived.derive(variants.table().to(self._model.device))
+            table = variants.table()
+            self._variants = len(table)
+            self._model.derived.derive(table.to(self._model.device))
         return found
 
     def _finish_gathering(self) -> None:

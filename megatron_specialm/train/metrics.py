@@ -1,7 +1,7 @@
 """The record of a run: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people who use them.
 
-Every attempt (a start or a restart) begins with a record of its own, so the seconds that a run really took, lost steps
-included, can be read off afterwards.
+Every attempt (a start or a restart) begins with a record of its own. `tokens` are real ones, of `slots` that padded
+windows take; `fill` is their ratio. What a run cost, lost steps included, is in `work.json` (train/work.py).
 """
 
 import json
@@ -56,17 +56,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
-
-
-def seconds_of_all_attempts(records: list[dict[str, Any]]) -> float:
-    """Wall seconds from each attempt's start to its last record, added up."""
-    total, start, last = 0.0, 0.0, 0.0
-    for record in records:
-        if record.get("event") == "start":
-            total += last - start
-            start = record["time"]
-        last = record["time"]
-    return total + last - start
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,44 +1,28 @@
 """Which expert serves a domain best: by its clusters, by loss, or by trying (Grangier et al., arXiv 2402.01093, section
 4: most frequent cluster, best pretrained, best fine-tuned; successive halving is ours).
 
-A criterion puts the experts in an order, best first, and says what that cost.
+A criterion puts the experts in an order, best first.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.errors import DataError, TrainingError
 from megatron_specialm.config.lineage import cluster_of
 from megatron_specialm.data.store import Batch
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.served import ServedModel
 
-
-class Spent(NamedTuple):
-    """Tokens that all experts together read, at most (windows may be shorter than the context), and FLOPs."""
-
-    tokens: int = 0
-    flops: int = 0
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The experts' keys, best first."""
-
-    order: tuple[str, ...]
-    spent: Spent
-
-
+Order = tuple[str, ...]  # the experts' keys, best first
 Load = Callable[[str], ServedModel]
-# Fine-tune an expert until it has had so many steps, going on from where it stood: its validation loss.
+# Fine-tune an expert until it has had so many steps, going on from where it stood: its validation loss, which is not finite
+# where it came to nothing.
 Tune = Callable[[str, int], float]
 
 
-def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -> Ranking:
+def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -> Order:
     """By how much of the domain lies in the expert's cluster. Costs nothing: the clusters are known.
 
     Raises:
@@ -50,30 +34,43 @@ def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -
             f"{domain}: none of its windows is in a cluster that an expert was trained for ({', '.join(keys)}): train the "
             f"expert c{int(histogram_K.argmax())}, of its most frequent cluster"
         )
-    return Ranking(tuple(sorted(keys, key=lambda key: -shares[key])), Spent())
+    return tuple(sorted(keys, key=lambda key: -shares[key]))
 
 
-def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch], cost: Spent) -> Ranking:
+def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch]) -> Order:
     """By the loss on a sample of the domain, before any fine-tuning: one forward pass of every expert."""
-    losses = {key: score(load(key).build(), sample).mean for key in keys}
-    return Ranking(_best_first(losses), cost)
+    return best_first({key: score(load(key).build(), sample).mean for key in keys})
 
 
-def by_finetuning(keys: Sequence[str], tune: Tune, steps: int, cost: Spent) -> Ranking:
+def by_finetuning(keys: Sequence[str], tune: Tune, steps: int) -> Order:
     """By validation loss after each expert has been fine-tuned to the end."""
-    return Ranking(_best_first({key: tune(key, steps) for key in keys}), cost)
+    return best_first({key: tune(key, steps) for key in keys})
 
 
-def by_halving(keys: Sequence[str], tune: Tune, steps: int, cost: Spent) -> Ranking:
+def by_halving(keys: Sequence[str], tune: Tune, steps: int) -> Order:
     """By successive halving: fine-tune all a little, keep the better half, and again, so that the last one has had
     `steps` steps."""
-    left: tuple[str, ...] = tuple(keys)
-    dropped: tuple[str, ...] = ()
+    left: Order = tuple(keys)
+    dropped: Order = ()
     for until in halving_rounds(len(keys), steps):
-        order = _best_first({key: tune(key, until) for key in left})
+        order = best_first({key: tune(key, until) for key in left})
         kept = math.ceil(len(left) / 2)
         left, dropped = order[:kept], (*order[kept:], *dropped)
-    return Ranking((*left, *dropped), cost)
+    return (*left, *dropped)
+
+
+def best_first(losses: Mapping[str, float]) -> Order:
+    """Keys by their loss. One that is not finite is the worst.
+
+    Raises:
+        TrainingError: none is finite.
+    """
+    if not any(map(math.isfinite, losses.values())):
+        raise TrainingError(
+            f"none of the experts {', '.join(losses)} has a finite loss: look at their trainings, and lower the learning "
+            "rate of those, or of the `trial`"
+        )
+    return tuple(sorted(losses, key=lambda key: losses[key] if math.isfinite(losses[key]) else math.inf))
 
 
 def halving_rounds(experts: int, steps: int) -> list[int]:
@@ -84,11 +81,20 @@ def halving_rounds(experts: int, steps: int) -> list[int]:
 
 def halving_steps(experts: int, steps: int) -> int:
     """Steps of all experts together under successive halving."""
-    total, before, left = 0, 0, experts
+    return sum(left * (until - before) for left, before, until in halving_plan(experts, steps))
+
+
+def halving_plan(experts: int, steps: int) -> list[tuple[int, int, int]]:
+    """Of each round: how many experts are left, and the steps that each has had before it and at its end."""
+    plan, before, left = [], 0, experts
     for until in halving_rounds(experts, steps):
-        total, before, left = total + left * (until - before), until, math.ceil(left / 2)
-    return total
+        plan.append((left, before, until))
+        before, left = until, math.ceil(left / 2)
+    return plan
 
 
-def _best_first(losses: dict[str, float]) -> tuple[str, ...]:
-    return tuple(sorted(losses, key=lambda key: losses[key]))
+def trial_validations(plan: Sequence[tuple[int, int, int]], *, every: int) -> int:
+    """Validations of trials by such a plan: each expert's first weights, every so many steps, and each round's end."""
+    return plan[0][0] + sum(
+        left * (until // every - before // every + bool(until % every)) for left, before, until in plan
+    )

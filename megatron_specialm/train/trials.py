@@ -1,11 +1,15 @@
 """Fine-tunings of experts on a domain, by which they are told apart. Each has a folder of its own, where it goes on: after
 an interruption, and when it is given more steps."""
 
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from megatron_specialm.base.artifacts import Spent
+from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
@@ -13,10 +17,13 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.train.checkpoint import Saver
-from megatron_specialm.train.loop import Run, train
+from megatron_specialm.train.loop import Progress, Run, train
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
 from megatron_specialm.train.served import ServedModel
+from megatron_specialm.train.work import Work
+
+logger = logging.getLogger(__name__)
 
 
 class Trials:
@@ -30,19 +37,37 @@ class Trials:
             ClusterIndex.single(len(store)), np.ones(1), global_batch_size=trial.global_batch_size, seed=seed
         )
         self._validation = TokenStore.open(store.folder, "validation")
+        self._spent: dict[str, Spent] = {}
+
+    @property
+    def spent(self) -> Spent:
+        """What all have cost, over all attempts."""
+        total = Spent()
+        for spent in self._spent.values():
+            total = total.plus(spent)
+        return total
 
     def tune(self, key: str, steps: int) -> float:
-        """Fine-tune an expert until it has had so many steps in all: its best validation loss, nats per token."""
-        folder = self._folder / key
+        """Fine-tune an expert until it has had so many steps in all: its best validation loss, nats per token; NaN where
+        it came to none."""
+        start, progress = self._load(key), Progress()
+        try:
+            progress = self._train(key, start, steps)
+        except TrainingError as error:
+            logger.warning("%s is out of the choice: %s", key, error)
+        self._spent[key] = self._work(key, start, progress)
+        return math.nan if progress.best_loss is None else progress.best_loss
+
+    def _train(self, key: str, start: ServedModel, steps: int) -> Progress:
+        folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
-        settings, start = self._settings(steps), self._load(key)
         engine = MegatronEngine(
             start.build(precision=settings.precision),
             parallel=settings.parallel,
             optimizer=settings.optimizer,
             micro_batch_size=settings.micro_batch_size,
         )
-        progress = train(
+        return train(
             engine,
             Run(
                 folder=folder,
@@ -50,15 +75,21 @@ class Trials:
                 batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
                 validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
                 description=start.state,
-                flops_per_step=0,  # the criterion counts them
+                flops_per_step=0,  # nobody looks at a trial's utilisation
                 device_name="",
                 processes=1,
                 peers=Peers(),
                 saver=Saver(folder, Peers()),
             ),
         )
-        assert progress.best_loss is not None
-        return progress.best_loss
+
+    def _work(self, key: str, model: ServedModel, progress: Progress) -> Spent:
+        work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
+        flops = work.passes.trained * model.shape.training_flops(*sizes)
+        flops += work.passes.evaluated * model.shape.forward_flops(*sizes)
+        steps = progress.step - progress.skipped_steps
+        slots = steps * self._trial.global_batch_size * model.context_length
+        return Spent(progress.tokens, slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:
         """Validated now and then and at the end of `steps`, and never stopped before."""

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
-from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
+from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps, soups_before
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
@@ -65,6 +67,70 @@ def test_soup_groups_are_drawn_from_the_histogram_that_computes_them() -> None:
     assert 0.35 < mixed / drawn <= 0.5  # half are soups; one of three equal clusters is a plain expert again
     np.testing.assert_allclose(seen / drawn, expected / drawn, atol=0.02)
     np.testing.assert_allclose(seen / drawn, np.array(SIZES) / 400, atol=0.03)
+
+
+@st.composite
+def _soups(draw: st.DrawFn) -> tuple[list[int], int, int, float]:
+    """Sizes of clusters, windows per group, groups per step, fraction of soups."""
+    row = draw(st.integers(1, 4))
+    sizes = draw(st.one_of(
+        st.lists(st.integers(row, 60), min_size=1, max_size=12),
+        st.tuples(st.integers(row, 20), st.sampled_from([2, 4, 8, 16])).map(lambda drawn: [drawn[0]] * drawn[1]),
+    ))  # fmt: skip
+    fraction = draw(st.one_of(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.floats(0.01, 0.99)))
+    return sizes, row, draw(st.sampled_from([1, 2, 3, 8])), fraction
+
+
+@settings(max_examples=60, deadline=None)
+@given(_soups(), st.integers(0, 5), st.integers(0, 10_000))
+def test_plain_groups_keep_the_bound_and_the_order_beside_soups(
+    case: tuple[list[int], int, int, float], seed: int, far: int
+) -> None:
+    sizes, row, groups, fraction = case
+    soup = Soup(fraction=fraction, clusters=2)
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    index = ClusterIndex.from_assignment(clusters, k=len(sizes))
+    stream, other = (
+        ExpertStream(index, global_batch_size=row * groups, windows_per_expert=row, soup=soup, seed=seed)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(stream.global_batch(far), other.global_batch(far))  # reached directly
+    counts, drawn, due = np.zeros(len(sizes)), np.zeros(sum(sizes)), np.array(sizes) / sum(sizes)
+    for step in range(25):
+        windows = stream.global_batch(step).reshape(groups, row)
+        for group, number in enumerate(range(step * groups, (step + 1) * groups)):
+            if soups_before(number + 1, soup) > soups_before(number, soup):
+                continue
+            (cluster,) = set(clusters[windows[group]])
+            assert stream.mixtures(step).reshape(groups, row, -1)[group].argmax(1).tolist() == [cluster] * row
+            counts[cluster] += 1
+            np.add.at(drawn, windows[group], 1)
+            assert (np.abs(counts - counts.sum() * due) < 2).all()
+    plain = 25 * groups - soups_before(25 * groups, soup)
+    assert counts.sum() == plain and abs(plain - 25 * groups * (1 - fraction)) <= 1
+    for cluster in range(len(sizes)):
+        own = drawn[clusters == cluster]
+        assert own.max() - own.min() <= 1, "every window once before any comes again"
+
+
+@pytest.mark.parametrize("k", [2, 4, 16])
+def test_with_half_soups_every_expert_has_its_plain_groups(k: int) -> None:
+    index = ClusterIndex.from_assignment(np.repeat(np.arange(k), 50), k=k)
+    soup = Soup(fraction=0.5, clusters=2)
+    stream = ExpertStream(index, global_batch_size=16, windows_per_expert=2, soup=soup, seed=0)
+    steps = 8 * k
+    groups = np.concatenate([stream.mixtures(step)[::2] for step in range(steps)])
+    plain = [groups[n] for n in range(len(groups)) if soups_before(n + 1, soup) == soups_before(n, soup)]
+    assert np.sum(plain, axis=0).tolist() == [32] * k
+
+
+def test_the_report_is_of_what_is_read() -> None:
+    stream, steps = _stream(Soup(fraction=0.5, clusters=3)), 200
+    read = np.concatenate([stream.global_batch(step) for step in range(steps)])
+    report = stream.report(steps)
+    assert report.windows_drawn == len(read) and report.effective_sample_size == pytest.approx(400)
+    repeats = np.bincount(CLUSTERS[read]) / SIZES
+    np.testing.assert_allclose(report.expected_repeats, repeats, rtol=0.15)
 
 
 def test_a_step_is_a_pure_function_of_the_seed() -> None:

@@ -1,19 +1,31 @@
+import math
 import os
 import shutil
 import signal
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.data.store import Batch
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.train.engine import LossSum
+from megatron_specialm.train.loop import Progress
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
-from megatron_specialm.train.metrics import Metrics, read_metrics, seconds_of_all_attempts
-from tests.training import run_training, stage
+from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.train.metrics import Metrics, read_metrics
+from megatron_specialm.train.work import Work
+from tests.training import CONTEXT, SHAPE, run_training, stage
 
 
 def _final(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,9 +75,119 @@ def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path)
     assert [record["loss"] for record in skipped] == [None] * 3
 
 
-def test_seconds_count_every_attempt(tmp_path: Path) -> None:
-    records = [{"event": "start", "time": 10.0}, {"time": 14.0}, {"event": "start", "time": 100.0}, {"time": 101.0}]
-    assert seconds_of_all_attempts(records) == 5.0
+EARLY: dict[str, Any] = {"early_stopping": {"evaluate_every": 4, "patience": 3}}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path, bad: float) -> None:
+    progress = Progress().evaluated(bad)
+    assert (progress.best_step, progress.evaluations_without_gain) == (None, 1)
+    progress = replace(progress, step=4).evaluated(2.0)
+    assert (progress.best_step, progress.best_loss, progress.evaluations_without_gain) == (4, 2.0, 0)
+    assert replace(progress, step=8).evaluated(bad).best_step == 4
+
+
+def _with_validations(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """The first validations' losses, given; those behind them as they are."""
+    real, given = MegatronEngine.evaluate, iter(losses)
+
+    def evaluate(engine: MegatronEngine, batches: Iterable[Batch]) -> LossSum:
+        found = real(engine, batches)
+        return LossSum(next(given, found.mean) * found.tokens, found.tokens)
+
+    monkeypatch.setattr(MegatronEngine, "evaluate", evaluate)
+
+
+def test_a_first_validation_of_nan_is_no_candidate_also_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_validations(monkeypatch, [math.nan])
+    progress = run_training(tmp_path, ALONE, stage(**EARLY))
+    assert progress.best_step in (4, 8, 12) and progress.evaluations == 4
+    assert find_final(tmp_path).name == f"step_{progress.best_step:07d}"
+    records = [r for r in read_metrics(tmp_path) if r.get("event") == "validation"]
+    assert [r["step"] for r in records] == [0, 4, 8, 12] and records[0]["validation_loss"] is None
+    broken = tmp_path / "broken"
+    _with_validations(monkeypatch, [math.nan])
+    _stopped_at(broken, 2, **EARLY)
+    assert run_training(broken, ALONE, stage(**EARLY)) == progress
+
+
+def test_without_a_finite_validation_a_training_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_validations(monkeypatch, [math.nan] * 9)
+    for _ in range(2):  # and again, where it is started again
+        with pytest.raises(
+            TrainingError, match=r"none of 3 validations up to step 8 .*finite.*learning_rate \(now 0.01\)"
+        ):
+            run_training(tmp_path, ALONE, stage(**EARLY))
+    assert not (tmp_path / "result.json").exists()
+
+
+# --- what a training costs -----------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """What every pass of any model puts through its output layer, counted by a hook: slots forward, and backward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.forward = self.backward = 0
+        real = MegatronEngine.__init__
+
+        def hooked(engine: MegatronEngine, model: Gpt, **settings: Any) -> None:
+            real(engine, model, **settings)
+            model.chunks[0].output_layer.register_forward_hook(self._count)
+
+        monkeypatch.setattr(MegatronEngine, "__init__", hooked)
+
+    def _count(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        logits = output[0]
+        slots = logits.shape[0] * logits.shape[1]
+        self.forward += slots
+        if logits.requires_grad:
+            logits.register_hook(lambda _: setattr(self, "backward", self.backward + slots))
+
+
+def test_every_pass_is_counted_also_those_that_an_interruption_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    calls = iter(range(10_000))
+
+    def interrupted(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
+        if next(calls) == 2 * 7 and not (tmp_path / "interrupted").exists():  # two micro-batches a step
+            (tmp_path / "interrupted").touch()
+            raise KeyboardInterrupt
+        return cross_entropy(logits, batch, **share)
+
+    settings = stage(log_every=5, **EARLY)  # the record knows of step 5, the checkpoint of step 4
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, ALONE, settings, objective=interrupted)
+    lost = Work.read(tmp_path)
+    assert lost.passes.trained == 7 * 8 * 16 and lost.seconds > 0
+    counted.forward -= 4 * 16  # the micro-batch in which it was interrupted
+    progress = run_training(tmp_path, ALONE, settings, objective=interrupted)
+    work = Work.read(tmp_path)
+    assert work.passes.trained == counted.backward == (7 + progress.step - 4) * 8 * 16
+    assert work.passes.trained + work.passes.evaluated == counted.forward
+    assert work.passes.evaluated == (progress.evaluations) * 16 * 16
+    assert work.seconds > lost.seconds
+
+
+def test_the_flops_of_passes_are_those_of_their_matrix_products(tmp_path: Path) -> None:
+    """A whole training with early stopping under torch's own counter, which on a CPU knows matrix products only: without
+    attention our formula gives their number. Megatron-Core pads the vocabulary of 100 to 128 columns."""
+    with FlopCounterMode(display=False) as counter:
+        run_training(tmp_path, ALONE, stage(**EARLY))
+    passes = Work.read(tmp_path).passes
+    attention = (3 * passes.trained + passes.evaluated) * 2 * SHAPE.layers * SHAPE.hidden_size * CONTEXT
+    computed = Setup(SHAPE, ParallelConfig(), "fp32", 128, CONTEXT, 8, 4).flops(passes) - attention
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == computed
+
+
+def test_slots_and_fill_stand_beside_tokens(tmp_path: Path) -> None:
+    progress = run_training(tmp_path, ALONE, stage())
+    last = [record for record in read_metrics(tmp_path) if "loss" in record][-1]
+    assert last["slots"] == 12 * 8 * CONTEXT and last["fill"] == progress.tokens / last["slots"] < 1
 
 
 def test_a_torn_record_does_not_swallow_the_next(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import distinct_setups, setup_of
 from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.setup import Passes
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.preflight import lacks, planned_machine
-from megatron_specialm.launch.summary import memory_table, training_table
+from megatron_specialm.launch.summary import memory_table, training_flops, training_table
 
 PAGES = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 
@@ -26,6 +28,33 @@ def test_a_page_holds_together_and_says_what_it_would_train(page: Path) -> None:
     console.print(training_table(pipeline, machine), memory_table(pipeline, machine))
     said = console.export_text()
     assert all(name in said for name in distinct_setups(pipeline, None))
+
+
+def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Path) -> None:
+    pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml", [f"root={tmp_path}"])
+    machine = planned_machine("A100")
+
+    def said() -> str:
+        console = Console(width=200, record=True)
+        console.print(training_table(pipeline, machine))
+        return console.export_text()
+
+    assert "%)" not in said()
+    setup, before = setup_of(pipeline, "slm-tuned"), training_flops(pipeline, "slm-tuned")
+    assert before == 3 * 30 * setup.step_flops
+    for source, windows in {"generic": 100, "scipy": 9, "sklearn": 17, "torch": 8}.items():
+        values = {
+            "tokens": {"train": 1600 if source == "generic" else 640},
+            "windows": {"train": 50, "validation": windows},
+        }
+        marker = Marker("d", Cost(0, 0, 0.0, 0.0, "cpu", 1), values, {})
+        begin_artifact(tmp_path, "tokens", source, digest="d")
+        finish_artifact(tmp_path, "tokens", source, marker)
+    assert "0.16M" in said() and "(50%)" in said() and "(20%)" in said()  # of 160 steps of 16 windows of 64 slots
+    # Validations: before the first step and at three more, of two, three and one batches of eight windows.
+    evaluated = Passes(evaluated=4 * (2 + 3 + 1) * 8 * 64)
+    assert training_flops(pipeline, "slm-tuned") == before + setup.flops(evaluated)
+    assert training_flops(pipeline, "slm") == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
 
 
 def test_the_papers_page_is_planned_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline,
 
 
 def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
-    """Every task of the smoke page declared done: training cost 10 tokens, anything 100 FLOPs and 2 seconds."""
+    """Every task of the smoke page declared done: training cost 10 tokens in 40 slots, anything 100 FLOPs and 2 seconds."""
     root = folder / "run"
     pipeline = load_pipeline(SMOKE, [f"root={root}", *overrides])
     for files in (pipeline.text.generic, *pipeline.text.domains.values()):
@@ -44,9 +44,9 @@ def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
             values = {"parameters": 7, "sets": _sets(pipeline, name.key, number)}
         if isinstance(stage, AssignStage):
             values = {"k": 16, "windows": 40, "top_share": 0.5, "entropy": 1.5, "effective_clusters": math.exp(1.5)}
-        tokens = 10 if isinstance(stage, TrainStage) else 1000
+        tokens, slots = (10, 40) if isinstance(stage, TrainStage) else (1000, 1000)
         begin_artifact(root, *name, digest=planned.digest)
-        finish_artifact(root, *name, Marker(planned.digest, Cost(tokens, 100, 2.0, 2.0, "cpu", 1), values, {}))
+        finish_artifact(root, *name, Marker(planned.digest, Cost(tokens, 100, 2.0, 2.0, "cpu", 1, slots), values, {}))
     return pipeline, root
 
 
@@ -71,6 +71,45 @@ def test_rows_and_costs(finished: tuple[Pipeline, Path]) -> None:
     assert resampled["generic_tokens"] == 0 and resampled["specialization_tokens"] == 10
     assert resampled["generic_flops"] > pretrained["generic_flops"] - 100
     assert rows["slm-nopt", domain, True]["generic_tokens"] == 0
+
+
+def test_slots_and_fill_stand_beside_tokens(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    results = write_results(pipeline, root)
+    for row in results["rows"]:
+        assert (row["generic_slots"], row["specialization_slots"]) == (
+            4 * row["generic_tokens"],
+            4 * row["specialization_tokens"],
+        )
+        assert row["fill"] == 0.25
+    assert {entry["fill"] for entry in results["macro"]} == {0.25}
+    table = results_table(results)
+    assert {line[table.header.index("fill")] for line in table.lines} == {"25%"}
+    assert {entry["slots"] for entry in json.loads((root / "ledger.json").read_text())} == {40, 1000}
+
+
+def test_markers_of_earlier_versions_have_no_slots(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    for path in root.glob("*/done/*.json"):
+        marker = json.loads(path.read_text())
+        del marker["cost"]["slots"], marker["apart"]
+        path.write_text(json.dumps(marker))
+    results = write_results(pipeline, root)
+    assert {row["fill"] for row in results["rows"]} == {None}
+    assert {line[-1] for line in results_table(results).lines} == {""}
+
+
+def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    before = write_results(pipeline, root)["rows"]
+    marker = read_marker(root, "slm-mix-chosen", "scipy")
+    assert marker is not None
+    apart = Cost(0, 10**9, 50.0, 50.0, "cpu", 1)
+    finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, apart=apart))
+    assert read_marker(root, "slm-mix-chosen", "scipy") == dataclasses.replace(marker, apart=apart)
+    assert write_results(pipeline, root)["rows"] == before
+    ledger = [e for e in json.loads((root / "ledger.json").read_text()) if e["task"] == "slm-mix-chosen/scipy"]
+    assert [(entry["phase"], entry["flops"]) for entry in ledger] == [("specialization", 100), ("comparison", 10**9)]
 
 
 def test_macro_is_of_the_log_likelihoods(finished: tuple[Pipeline, Path]) -> None:
@@ -136,7 +175,7 @@ def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline,
         {
             "method": "slm-mix", "stage": "slm-mix-chosen", "domain": "scipy", "base_domain": "scipy", "size": None,
             "choice": "c3", "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1,
-            "tokens": 64, "flops": 9, "seed": 0,
+            "tokens": 64, "slots": None, "flops": 9, "seconds": None, "seed": 0,
         }
     ]  # fmt: skip
 

@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.errors import DataError, TrainingError
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.model import LowRank
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.train.selection import (
-    Spent,
+    best_first,
     by_finetuning,
     by_frequency,
     by_halving,
@@ -36,12 +36,9 @@ class Tuned:
         return self.final[key] + (self.start[key] - self.final[key]) * (1 - steps / 12)
 
 
-COST = Spent(640, 8_000)
-
-
 def test_frequency_is_the_domains_histogram_over_trained_clusters() -> None:
     ranking = by_frequency(["c0", "c2", "c3"], np.array([0.1, 0.5, 0.15, 0.25, 0.0]), domain="law")
-    assert ranking.order == ("c3", "c2", "c0") and ranking.spent == Spent(0, 0)
+    assert ranking == ("c3", "c2", "c0")
 
 
 def test_a_domain_in_no_trained_cluster_is_refused_with_the_expert_it_wants() -> None:
@@ -51,25 +48,32 @@ def test_a_domain_in_no_trained_cluster_is_refused_with_the_expert_it_wants() ->
 
 def test_fine_tune_all() -> None:
     tune = Tuned()
-    ranking = by_finetuning(KEYS, tune, 12, COST)
-    assert ranking.order == ("c3", "c1", "c2", "c0", "c4")
+    assert by_finetuning(KEYS, tune, 12) == ("c3", "c1", "c2", "c0", "c4")
     assert set(tune.steps.values()) == {12}
-    assert ranking.spent == COST
 
 
-def test_halving_keeps_the_better_half_and_says_what_it_cost() -> None:
+def test_halving_keeps_the_better_half() -> None:
     tune = Tuned()
-    ranking = by_halving(KEYS, tune, 12, COST)
-    assert ranking.order[0] == "c3" and sorted(ranking.order) == KEYS and ranking.order[-1] == "c4"
+    order = by_halving(KEYS, tune, 12)
+    assert order[0] == "c3" and sorted(order) == KEYS and order[-1] == "c4"
     assert halving_rounds(5, 12) == [4, 8, 12]  # five, three, two experts
     assert tune.steps["c4"] == 4 and tune.steps["c3"] == 12
     assert sum(tune.steps.values()) == halving_steps(5, 12) == 5 * 4 + 3 * 4 + 2 * 4
-    assert ranking.spent == COST
 
 
 def test_halving_of_one_expert_is_its_fine_tuning() -> None:
-    assert by_halving(["c7"], lambda _, steps: float(steps), 12, COST).order == ("c7",)
+    assert by_halving(["c7"], lambda _, steps: float(steps), 12) == ("c7",)
     assert halving_steps(1, 12) == 12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_the_worst(bad: float) -> None:
+    assert best_first({"c0": bad, "c1": 3.0, "c2": bad, "c3": 2.0}) == ("c3", "c1", "c0", "c2")
+    losses = {"c0": bad, "c1": 3.0, "c2": 4.0, "c3": 2.0, "c4": bad}
+    assert by_finetuning(KEYS, lambda key, _: losses[key], 4)[0] == "c3"
+    assert by_halving(KEYS, lambda key, _: losses[key], 4)[0] == "c3"
+    with pytest.raises(TrainingError, match="none of the experts c0, c1 has a finite loss"):
+        best_first({"c0": bad, "c1": bad})
 
 
 @pytest.mark.parametrize(

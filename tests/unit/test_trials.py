@@ -11,7 +11,7 @@ from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import find_final, open_checkpoint, save_checkpoint
-from megatron_specialm.train.selection import Spent, by_halving
+from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
 from megatron_specialm.train.served import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
 
@@ -75,12 +75,42 @@ def test_steps_in_parts_are_the_same_steps(trials: dict[str, Trials], tmp_path: 
 
 
 def test_halving_trains_in_every_round(trials: dict[str, Trials], tmp_path: Path) -> None:
-    ranking = by_halving(["c0", "c1", "c2"], trials["in-parts"].tune, 6, Spent())
+    order = by_halving(["c0", "c1", "c2"], trials["in-parts"].tune, 6)
     steps = {
         key: max(int(path.name.removeprefix("step_")) for path in (tmp_path / "in-parts" / key).glob("step_*"))
         for key in ("c0", "c1", "c2")
     }
-    assert steps[ranking.order[0]] == steps[ranking.order[1]] == 6 and steps[ranking.order[2]] == 3
+    assert steps[order[0]] == steps[order[1]] == 6 and steps[order[2]] == 3
+
+
+def test_what_trials_cost_is_what_was_computed(trials: dict[str, Trials]) -> None:
+    tried = trials["in-parts"]
+    order = by_halving(["c0", "c1", "c2"], tried.tune, 6)
+    # Three have 3 steps, two of them 3 more, of 4 windows; 12 validation windows before the first step, and at the steps
+    # 2, 3, 4, 6 as far as an expert comes.
+    trained, evaluated = (3 * 3 + 2 * 3) * 4 * 8, (3 * 3 + 2 * 2) * 12 * 8
+    expected = trained * SHAPE.training_flops(40, 8) + evaluated * SHAPE.forward_flops(40, 8)
+    assert tried.spent.flops == expected and tried.spent.slots == tried.spent.tokens == trained
+    tried.tune(order[0], 6)  # what is done is not paid again
+    assert tried.spent.flops == expected
+
+
+def test_planned_validations_are_those_that_are_made(trials: dict[str, Trials]) -> None:
+    by_halving(["c0", "c1", "c2"], trials["in-parts"].tune, 6)
+    assert halving_plan(3, 6) == [(3, 0, 3), (2, 3, 6)]
+    assert trial_validations(halving_plan(3, 6), every=2) == 3 * 3 + 2 * 2
+    assert trial_validations([(3, 0, 6)], every=10) == 3 * 2
+
+
+def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path, alone: None) -> None:
+    store = _store(tmp_path / "tokens")
+    experts = {f"c{number}": _expert(tmp_path / f"expert-{number}", number) for number in range(3)}
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in experts["c0"].weights.items()}
+    experts["c0"] = ServedModel(experts["c0"].shape, broken, experts["c0"].state)
+    order = by_halving(
+        ["c0", "c1", "c2"], Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / "t", seed=0).tune, 6
+    )
+    assert order[-1] == "c0"
 
 
 def test_a_served_model_is_written_and_read_as_it_is(tmp_path: Path, alone: None) -> None:

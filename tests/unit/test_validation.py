@@ -1,0 +1,267 @@
+"""Early stopping validates on text that is like what the model is trained for: which windows, and the mean over them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.artifacts import begin_artifact
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.config.lineage import HELD_OUT
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import Optimizer, TrainStage
+from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
+from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.stages import assign, cluster, embed, tokenize, tokenizer, train
+from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.reading import read_for
+from megatron_specialm.train.evaluation import score
+from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.train.metrics import read_metrics
+from tests.training import SHAPE, VOCABULARY, MemoryStore
+
+CLUSTERS = np.array([0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 2])  # of eleven held-out windows; none is in cluster 3
+INDEX = ClusterIndex.from_assignment(CLUSTERS, k=4)
+STORE = MemoryStore(len(CLUSTERS), seed=3)
+
+
+@pytest.fixture
+def engine(alone: None) -> MegatronEngine:
+    model = Gpt(SHAPE, vocabulary_size=VOCABULARY, context_length=16)
+    model.initialize(seed=0)
+    return MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=4)
+
+
+def _window_losses() -> list[tuple[float, int]]:
+    """Of each held-out window alone: its summed loss and its tokens."""
+    model = Gpt(SHAPE, vocabulary_size=VOCABULARY, context_length=16)
+    model.initialize(seed=0)
+    return [tuple(score(model, [STORE.batch(np.array([number]))])) for number in range(len(CLUSTERS))]
+
+
+def _mean(held_out: HeldOut, engine: MegatronEngine) -> float:
+    return engine.evaluate(held_out.batches(batch_size=4)).mean
+
+
+def test_clusters_are_those_of_the_index() -> None:
+    assert clusters_of(INDEX).tolist() == CLUSTERS.tolist()
+
+
+def test_a_clusters_expert_is_validated_on_its_own_windows(engine: MegatronEngine) -> None:
+    held_out = of_cluster(STORE, INDEX, 2)
+    assert held_out.ids.tolist() == [1, 5, 10]
+    losses = _window_losses()
+    total, tokens = (sum(losses[number][part] for number in (1, 5, 10)) for part in (0, 1))
+    assert _mean(held_out, engine) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_importance_is_the_weighted_mean(engine: MegatronEngine) -> None:
+    target = np.array([0.1, 0.6, 0.2, 0.1])
+    held_out, lost = like(STORE, INDEX, target)
+    assert held_out.ids.tolist() == list(range(11)) and lost == pytest.approx(0.1)
+    weights = (target[:3] / [6, 2, 3])[CLUSTERS]
+    losses = _window_losses()
+    total, tokens = (sum(w * loss[part] for w, loss in zip(weights, losses, strict=True)) for part in (0, 1))
+    assert _mean(held_out, engine) == pytest.approx(total / tokens, rel=1e-5)
+    assert abs(_mean(held_out, engine) - _mean(all_windows(STORE), engine)) > 1e-3, (
+        "another number than without weights"
+    )
+
+
+def test_a_domain_like_the_generic_set_is_validated_as_the_generic_set(engine: MegatronEngine) -> None:
+    held_out, lost = like(STORE, INDEX, np.array([6, 2, 3, 0]) / 11)
+    assert lost == 0
+    assert _mean(held_out, engine) == pytest.approx(_mean(all_windows(STORE), engine), rel=1e-6)
+
+
+def test_clusters_that_are_not_trained_on_are_not_computed() -> None:
+    held_out, _ = like(STORE, INDEX, np.array([0.0, 1.0, 0.0, 0.0]))
+    assert held_out.ids.tolist() == [2, 8]
+    with pytest.raises(
+        DataError, match=r"the 11 held-out .* in 3 clusters, and none of the 1 clusters that are trained"
+    ):
+        like(STORE, INDEX, np.array([0.0, 0.0, 0.0, 1.0]))
+
+
+def test_windows_of_a_network_go_to_their_clusters_experts() -> None:
+    held_out = by_expert(STORE, INDEX)
+    seen = []
+    for batch in held_out.batches(batch_size=4):
+        mixtures = batch.notes[MIXTURE]
+        assert mixtures.shape[1] == 4 and (mixtures == mixtures[0]).all()
+        expected = STORE.batch(np.flatnonzero(mixtures[0].argmax() == CLUSTERS))
+        assert all(row in expected.tokens.tolist() for row in batch.tokens.tolist())
+        seen += batch.tokens.tolist()
+    assert sorted(seen) == sorted(STORE.batch(np.arange(11)).tokens.tolist())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("held_out", [all_windows(STORE), by_expert(STORE, INDEX), of_cluster(STORE, INDEX, 1)])
+def test_all_processes_have_equally_many_batches_and_every_window_counts_once(
+    held_out: HeldOut, processes: int
+) -> None:
+    dealt = [list(held_out.batches(batch_size=4, rank=rank, processes=processes)) for rank in range(processes)]
+    assert len({len(batches) for batches in dealt}) == 1 and dealt[0]
+    tokens = sum(batch.mask.sum() for batches in dealt for batch in batches)
+    assert tokens == STORE.batch(held_out.ids).mask.sum()
+    for batches in dealt:
+        assert all((MIXTURE in batch.notes) == (held_out.clusters is not None) for batch in batches)
+
+
+# --- the tasks that it takes ----------------------------------------------------------------------------------------------
+
+TOPICS = ("sea", "law", "sun")
+EARLY = {"evaluate_every": 2}
+MODEL = {"layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "attention_heads": 2}
+TRAIN: dict[str, Any] = {
+    "kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "model": MODEL,
+    "schedule": {"warmup_steps": 0}, "early_stopping": EARLY,
+}  # fmt: skip
+BY_CLUSTER = {"assignment": "assignment"}
+STAGES: dict[str, Any] = {
+    "tokenizer": {"kind": "tokenizer", "vocabulary_size": 280},
+    "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32, "validation_fraction": 0.2},
+    "vectors": {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "tfidf", "dimensions": 3}},
+    "clusters": {"kind": "cluster", "vectors": "vectors", "k": 3},
+    "assignment": {"kind": "assign", "clusters": "clusters", "vectors": "vectors"},
+    "slm": {**TRAIN, "data": "generic"},
+    "mix": {**TRAIN, **BY_CLUSTER, "data": "cluster"},
+    "is": {**TRAIN, **BY_CLUSTER, "data": "importance"},
+    "early": {**TRAIN, "data": "generic", "domain_fraction": 0.2},
+    "is-early": {**TRAIN, **BY_CLUSTER, "data": "importance", "domain_fraction": 0.2},
+    "pn": {
+        **TRAIN, **BY_CLUSTER, "data": "generic", "projection": {"experts": 3, "capacity": 2, "code_size": 2},
+        "windows_per_expert": 2,
+    },
+    "tuned": {**TRAIN, "data": "domain", "init": "slm", "model": None},
+}  # fmt: skip
+RUN = {
+    "tokenizer": tokenizer.run, "tokenize": tokenize.run, "embed": embed.run, "cluster": cluster.run, "assign": assign.run,
+}  # fmt: skip
+
+
+def _text(topics: list[int], *, seed: int) -> str:
+    """A document a line; a topic's words are its own."""
+    generator = np.random.default_rng(seed)
+    words = [[f"{TOPICS[topic]}{number}" for number in generator.integers(0, 8, 6)] for topic in topics]
+    return "".join(f'{{"text": "{" ".join(document)}"}}\n' for document in words)
+
+
+def _page(root: Path, **generic: object) -> Pipeline:
+    generic = {"train": str(root / "generic*.jsonl"), "test": str(root / "law.jsonl"), **generic}
+    domain = {"train": str(root / "law.jsonl"), "test": str(root / "law.jsonl")}
+    text = {"generic": generic, "domains": {"law": domain}}
+    return Pipeline.model_validate({"name": "v", "root": str(root / "run"), "text": text, "stages": STAGES})
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Path]:
+    """Text of three topics, and all that a training reads, of a set in one piece and in two shards."""
+    folder = tmp_path_factory.mktemp("text")
+    for part in range(2):
+        (folder / f"generic{part}.jsonl").write_text(_text([0, 1, 2] * 40, seed=part))
+    (folder / "law.jsonl").write_text(_text([1] * 30, seed=2))
+    page, root = _page(folder, shards=request.param), folder / "run"
+    for task in build_graph(page).values():
+        stage = page.stages[task.id.stage]
+        if stage.kind in RUN:
+            made = begin_artifact(root, *task.id, digest="t")
+            RUN[stage.kind](stage, Context(page, task, root, made, ALONE, threads=1))
+    return page, root
+
+
+def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
+    page, root = prepared
+    task, settings = build_graph(page)[TaskId(stage, key)], page.stages[stage]
+    assert isinstance(settings, TrainStage)
+    reading = read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
+    assert reading.held_out is not None
+    return reading.held_out
+
+
+def _topics(prepared: tuple[Pipeline, Path], held_out: HeldOut) -> Iterator[str]:
+    """Of each window that is validated on, its topic: the store's text decoded."""
+    _, root = prepared
+    words = tokenizer.Tokenizer.load(root / "tokenizer/generic")
+    assert isinstance(held_out.store, TokenStore)
+    for number in held_out.ids:
+        yield words.decode(held_out.store.window(int(number))).strip()[:3]
+
+
+def test_each_kind_of_training_is_validated_on_its_own_text(prepared: tuple[Pipeline, Path]) -> None:
+    generic = _held_out(prepared, "slm", "generic")
+    assert len(generic.ids) == len(generic.store) and set(_topics(prepared, generic)) >= set(TOPICS)
+    found = {}
+    for number in range(3):
+        held_out = _held_out(prepared, "mix", f"c{number}")
+        (topic,) = {topic for topic in _topics(prepared, held_out) if topic in TOPICS}
+        found[topic] = set(held_out.ids.tolist())
+    assert set(found) == set(TOPICS) and sum(map(len, found.values())) == len(generic.ids)
+    assert set(_held_out(prepared, "is", "law").ids.tolist()) == found["law"], "all of the domain is in one cluster"
+    network = _held_out(prepared, "pn", "generic")
+    assert network.clusters is not None
+    for topic, ids in found.items():
+        assert len(set(network.clusters[sorted(ids)])) == 1, topic
+    for stage in ("tuned", "early", "is-early"):
+        held_out = _held_out(prepared, stage, "law")
+        assert isinstance(held_out.store, TokenStore) and held_out.store.folder.name == "law"
+        assert len(held_out.ids) == len(held_out.store)
+
+
+@pytest.mark.parametrize(("stage", "key"), [("mix", "c1"), ("is", "law"), ("pn", "generic"), ("early", "law")])
+def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline, Path], stage: str, key: str) -> None:
+    page, root = prepared
+    held_out, task = _held_out(prepared, stage, key), build_graph(page)[TaskId(stage, key)]
+    folder = begin_artifact(root, stage, key, digest="t")
+    report = train.run(page.stages[stage], Context(page, task, root, folder, ALONE, threads=1))
+    validations = [record for record in read_metrics(folder) if record.get("event") == "validation"]
+    assert [record["step"] for record in validations] == [0, 2, 4]
+    assert report.values["validation_loss"] == min(record["validation_loss"] for record in validations)
+    parts = np.zeros(len(held_out.ids)) if held_out.clusters is None else held_out.clusters
+    batches = sum(-(-count // 2) for count in np.unique(parts, return_counts=True)[1])  # of two windows
+    assert report.values["passes"]["evaluated"] == 3 * batches * 2 * 32
+    assert report.values["passes"]["trained"] == report.slots == 4 * 4 * 32
+
+
+def test_a_cluster_without_held_out_windows_is_refused_before_training(
+    prepared: tuple[Pipeline, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, root = prepared
+    folder = root / "assignment" / HELD_OUT
+    order, offsets = np.load(folder / "order.npy"), np.load(folder / "offsets.npy")
+    law = int(np.load(root / "assignment/law/histogram.npy").argmax())
+    kept = np.repeat(np.where(np.arange(3) == law, (law + 1) % 3, np.arange(3)), np.diff(offsets))
+    emptied = np.empty(len(order), np.int64)
+    emptied[order] = kept
+    index = ClusterIndex.from_assignment(emptied, k=3)
+    real = np.load
+    arrays = {folder / "order.npy": index.order, folder / "offsets.npy": index.offsets}
+    monkeypatch.setattr(np, "load", lambda path, **how: arrays.get(path) if path in arrays else real(path, **how))
+    with pytest.raises(DataError, match=rf"cluster {law} has none of the \d+ held-out generic windows.*early_stopping"):
+        _held_out(prepared, "mix", "c0")
+    with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):
+        _held_out(prepared, "is", "law")
+
+
+def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(prepared: tuple[Pipeline, Path]) -> None:
+    page, root = prepared
+    graph = build_graph(page)
+    held_out = TaskId("vectors", HELD_OUT), TaskId("assignment", HELD_OUT)
+    assert all(graph[name].domain is None for name in held_out)
+    readers = {name.stage for name, task in graph.items() if held_out[1] in task.inputs}
+    assert readers == {"mix", "is", "pn"}
+    silent = {name: {**stage, "early_stopping": None} if "steps" in stage else stage for name, stage in STAGES.items()}
+    plain = Pipeline.model_validate({**page.model_dump(mode="json"), "stages": silent})
+    assert not set(held_out) & set(build_graph(plain))
+    ours, theirs = make_plan(page, root), make_plan(plain, root)
+    for name in theirs:
+        if name.stage not in ("slm", "mix", "is", "early", "is-early", "pn", "tuned"):
+            assert ours[name].digest == theirs[name].digest, "what was prepared before serves on"
