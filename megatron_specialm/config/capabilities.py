@@ -4,8 +4,9 @@ Each capability says when a training asks for it and which conditions it then pu
 refused with all numbers and the nearest value that would do. Nothing else in the project says what is allowed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -18,6 +19,7 @@ from megatron_specialm.config.setup import FP8_MULTIPLE, Setup
 TRANSFORMER_ENGINE = ">=2.9,<2.12"  # what megatron-core 0.16 works with
 # The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+REACH = 10_000  # values that are tried for one that would do, the nearest first
 USE_BF16 = "use `precision: bf16`"
 
 
@@ -287,11 +289,17 @@ def _way_out(condition: Condition, setup: Setup) -> str:
     if condition.otherwise:
         return condition.otherwise
     present = setup.value(condition.field)
-    for value in sorted(range(1, 2 * present + setup.shard), key=lambda value: abs(value - present)):
+    for value in islice(_nearest(present, below=2 * present + setup.shard), REACH):
         candidate = setup.changed(condition.field, value)
         if _holds(condition, candidate):
             return f"the nearest {condition.field} that does is {value}"
     return "no other value of it would do: change the layout"
+
+
+def _nearest(present: int, *, below: int) -> Iterator[int]:
+    """The numbers from 1, the nearest to the present one first."""
+    for distance in range(below):
+        yield from (value for value in {present - distance: 0, present + distance: 0} if 0 < value < below)
 
 
 def _holds(condition: Condition, setup: Setup) -> bool:

@@ -3,13 +3,14 @@
 A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
 shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made. A task
 is named by its stage and its key, reads the artifacts of other tasks, and has a digest over all that decides its result:
-its own settings, the seed, its inputs' digests and the content of the files it reads; not where or on how many processes
-it runs.
+its own settings, what it reads of the page beside them, the seed, its inputs' digests and the content of the files it reads
+by their role; not where or on how many processes it runs, nor how files are named. A setting at its default is not in it, so
+that a new setting leaves what there is as it was.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from megatron_specialm.base.errors import ConfigError
@@ -22,6 +23,7 @@ from megatron_specialm.config.lineage import (
     assign_stage,
     domain_of,
     key_for,
+    method_of,
     model_keys,
     setup_of,
     shard_keys,
@@ -41,22 +43,28 @@ from megatron_specialm.config.schema import (
     ExportStage,
     Pipeline,
     SelectStage,
-    SentenceBertEncoder,
+    StaticEncoder,
     TeachStage,
     TfidfEncoder,
     TokenizerStage,
     TokenizeStage,
 )
-from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
-# Settings that say where, in what portions and how talkatively a task runs, not what it computes.
+# Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
+# the digest under another name.
 PLACEMENT: dict[str, Any] = {
     "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
+    "path": True, "encoder": {"model"},  # the content is in it, whatever its place
+    "method": True,  # a name in tables and on model cards: the export's matter
 }  # fmt: skip
-ARTIFACT_FORMAT = 4  # raise it when the meaning of an artifact changes: older ones are then made again
+# Raise it when the meaning of an artifact or the default of a setting changes: what there is, is then made again.
+ARTIFACT_FORMAT = 4
+STATIC_MODEL = "package:wordllama"
+TOKENIZER, ENCODING_MODEL = "tokenizer", "encoder"  # roles of files that are no text
 
 
 class TaskId(NamedTuple):
@@ -78,21 +86,19 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work. `domain` is None where the work serves every domain: its cost is generic. Of the files behind the
-    entries `files`, a `shard` reads a range only."""
+    """One unit of work. `domain` is None where the work serves every domain: its cost is generic.
+
+    files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`) the entries that it reads; of those behind `train` a
+        `shard` reads a range only.
+    elsewhere: what it reads of the page beside its own stage.
+    """
 
     id: TaskId
     inputs: tuple[TaskId, ...]
-    files: tuple[str, ...]
+    files: Mapping[str, tuple[str, ...]]
     domain: str | None
     shard: Shard | None = None
-
-    @property
-    def contents(self) -> tuple[str, ...]:
-        """What the task reads, by the names under which its digest has their hashes: the entries, or the range of them."""
-        if self.shard is None or not self.files:
-            return self.files
-        return (f"{' '.join(self.files)} [{self.shard.number + 1}/{self.shard.shards}]",)
+    elsewhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
@@ -130,22 +136,18 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
 
     Args:
         inputs: the digests of the task's inputs.
-        file_hashes: SHA-256 of each of the task's `contents`.
+        file_hashes: of each role in the task's `files`, SHA-256 of the content.
     """
     stage = pipeline.stages[task.id.stage]
     content = {
         "format": ARTIFACT_FORMAT,
-        "settings": stage.model_dump(mode="json", exclude=PLACEMENT),
+        "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
+        "elsewhere": dict(task.elsewhere),
         "key": task.id.key,
         "seed": pipeline.seed,
         "inputs": {str(name): inputs[name] for name in task.inputs},
-        "files": {name: file_hashes[name] for name in task.contents},
+        "files": {role: file_hashes[role] for role in task.files},
     }
-    size = text_set(pipeline, source_of(task.id.key)).train_tokens if isinstance(stage, TokenizeStage) else None
-    if size is not None:  # absent where there is none, so that sets which were never cut keep their digests
-        content["train_tokens"] = size
-    if isinstance(stage, TokenizerStage) and stage.path is None and pipeline.text.generic.shards > 1:
-        content["sample"] = "the beginning of each file"  # see stages/tokenizer.py
     return sha256_json(content)
 
 
@@ -219,33 +221,57 @@ def _parts(pipeline: Pipeline, name: str) -> Iterator[Task]:
     for source in sources(pipeline):
         domain, shards = domain_of(pipeline, source), [TaskId(name, key) for key in shard_keys(pipeline, source)]
         for number, shard in enumerate(shards):
-            yield Task(shard, (), (), domain, Shard(number, len(shards)))
-        yield Task(TaskId(name, source), tuple(shards), (), domain)
+            yield Task(shard, (), {}, domain, Shard(number, len(shards)))
+        yield Task(TaskId(name, source), tuple(shards), {}, domain)
 
 
 def _tokenizer_tasks(pipeline: Pipeline, name: str, stage: TokenizerStage) -> Iterator[Task]:
-    files = tuple(pipeline.text.generic.train) if stage.path is None else (stage.path,)
-    yield Task(TaskId(name, GENERIC), (), files, None)
+    made = Task(TaskId(name, GENERIC), (), {}, None)
+    if stage.path is not None:
+        yield replace(made, files={TOKENIZER: (stage.path,)})
+        return
+    generic = pipeline.text.generic
+    sample = {"sample": "the beginning of each file"} if generic.shards > 1 else {}  # see stages/tokenizer.py
+    yield replace(made, files=_entries(generic, "train"), elsewhere={**_given(generic, "text_field"), **sample})
+
+
+def _entries(files: TextSet, *roles: str) -> dict[str, tuple[str, ...]]:
+    return {role: tuple(entries) for role in roles if (entries := getattr(files, role))}
+
+
+def _given(files: TextSet, *names: str) -> dict[str, Any]:
+    """Of a set's settings those that are not at their defaults."""
+    return files.model_dump(mode="json", include=set(names), exclude_defaults=True)
 
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:
     tokenizer = TaskId(stage.tokenizer, GENERIC)
     for part in _parts(pipeline, name):
         files = text_set(pipeline, source_of(part.id.key))
-        train = [] if part.inputs else files.train  # what shards have read is not read again
-        held_out = [] if part.shard else [*files.validation, *files.test]
-        yield replace(part, inputs=(tokenizer, *part.inputs), files=(*train, *held_out))
+        train = [] if part.inputs else ["train"]  # what shards have read is not read again
+        held_out = [] if part.shard else ["validation", "test"]
+        yield replace(
+            part,
+            inputs=(tokenizer, *part.inputs),
+            files=_entries(files, *train, *held_out),
+            elsewhere={
+                **_given(files, "text_field", "train_tokens"),
+                # Then nothing of the training files is held out. A shard does not read the validation files itself.
+                **({"has_validation": True} if part.shard and files.validation else {}),
+            },
+        )
 
 
 def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[Task]:
     # A window's text is what its tokens decode to. Every set is encoded by one encoder, fitted on the generic set or taken
     # from a package, which then waits for no text.
     tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
-    encoder = stage.encoder
-    # A model in a local folder is known by its content; one in a package or on a hub by its name.
-    files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
     made, read = TaskId(name, ENCODER), (tokenizer, TaskId(stage.tokens, GENERIC))
-    yield Task(made, read if isinstance(encoder, TfidfEncoder) else (), files, None)
+    if isinstance(stage.encoder, TfidfEncoder):
+        yield Task(made, read, {}, None)
+    else:
+        model = STATIC_MODEL if isinstance(stage.encoder, StaticEncoder) else stage.encoder.model
+        yield Task(made, (), {ENCODING_MODEL: (model,)}, None)
     for part in _parts(pipeline, name):
         inputs = (made, tokenizer, TaskId(stage.tokens, part.id.key)) if not part.inputs else part.inputs
         yield replace(part, inputs=inputs)
@@ -260,7 +286,7 @@ def _held_out_assignments(pipeline: Pipeline) -> set[str]:
 
 
 def _cluster_tasks(pipeline: Pipeline, name: str, stage: ClusterStage) -> Iterator[Task]:
-    yield Task(TaskId(name, GENERIC), (TaskId(stage.vectors, GENERIC),), (), None)
+    yield Task(TaskId(name, GENERIC), (TaskId(stage.vectors, GENERIC),), {}, None)
 
 
 def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator[Task]:
@@ -292,7 +318,7 @@ def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[T
             inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
         if stage.distill is not None and stage.distill.cache is not None:
             inputs.append(TaskId(stage.distill.cache, key))
-        yield Task(TaskId(name, key), tuple(inputs), (), domain_of(pipeline, key))
+        yield Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
 
 
 def text_read(stage: TrainStage, key: str) -> list[str]:
@@ -314,14 +340,14 @@ def _select_tasks(pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator
     models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
     for domain in pipeline.text.domains:
         inputs = (tokenizer, TaskId(stage.tokens, domain), TaskId(experts.assignment, domain), *models)
-        yield Task(TaskId(name, domain), inputs, (), domain)
+        yield Task(TaskId(name, domain), inputs, {}, domain)
 
 
 def _teach_tasks(pipeline: Pipeline, name: str, stage: TeachStage) -> Iterator[Task]:
     tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     for domain in pipeline.text.domains:
         teacher = TaskId(stage.teacher, key_for(pipeline, stage.teacher, domain))
-        yield Task(TaskId(name, domain), (tokenizer, TaskId(stage.tokens, domain), teacher), (), domain)
+        yield Task(TaskId(name, domain), (tokenizer, TaskId(stage.tokens, domain), teacher), {}, domain)
 
 
 def _evaluate_tasks(pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
@@ -330,7 +356,7 @@ def _evaluate_tasks(pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iter
             sets = sources(pipeline) if key == GENERIC else [key]
             tokens = tuple(TaskId(stage.tokens, source) for source in sets)
             inputs = (TaskId(model, key), *tokens)
-            yield Task(TaskId(name, f"{model}.{key}"), inputs, (), domain_of(pipeline, key))
+            yield Task(TaskId(name, f"{model}.{key}"), inputs, {}, domain_of(pipeline, key))
 
 
 def _export_tasks(pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator[Task]:
@@ -338,7 +364,8 @@ def _export_tasks(pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator
     for model in stage.models:
         for key in model_keys(pipeline, model):
             inputs = (TaskId(model, key), tokenizer, TaskId(stage.tokens, key))
-            yield Task(TaskId(name, f"{model}.{key}"), inputs, (), domain_of(pipeline, key))
+            card = {"method": method_of(pipeline, model)}
+            yield Task(TaskId(name, f"{model}.{key}"), inputs, {}, domain_of(pipeline, key), elsewhere=card)
 
 
 _TASKS: dict[type[Settings], Callable[[Pipeline, str, Any], Iterator[Task]]] = {

@@ -4,19 +4,20 @@ In this order: `extends` (the page is laid over another one), dotted overrides f
 kind, model presets by name, validation. What comes out is resolved: writing it down and loading it again gives the same.
 """
 
-import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 import megatron_specialm
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import schema
+from megatron_specialm.config.explain import did_you_mean, explain
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
+from megatron_specialm.config.yaml_file import dump_yaml, read_yaml, read_yaml_file
 
 PACKAGE = Path(megatron_specialm.__file__).parent
 
@@ -49,22 +50,30 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     page = read_page(path)
     for override in overrides:
         _apply_override(page, override)
-    defaults = page.pop("defaults", {})
+    return resolve_page(page, path)
+
+
+def resolve_page(page: dict[str, Any], path: Path) -> Pipeline:
+    """Resolve and validate what a page's file and overrides have given; see `load_pipeline`."""
+    defaults = page.pop("defaults", None) or {}
     if not isinstance(defaults, dict):
-        raise ConfigError(f"{path}: defaults: must map stage kinds to settings")
+        raise ConfigError(
+            f"{path}: defaults: must map stage kinds to settings, as in {{train: {{...}}}} (got {defaults!r})"
+        )
     stages = page.get("stages")
     if isinstance(stages, dict):
-        _check_names(f"{path}: defaults", defaults, list(KINDS))
+        _check_defaults(f"{path}: defaults", defaults)
         page["stages"] = {name: _resolve_stage(path, name, stage, defaults) for name, stage in stages.items()}
     try:
         return Pipeline.model_validate(page)
     except ValidationError as error:
-        raise ConfigError(_explain(path, page, error)) from None
+        lines = explain(error, key_of=_key_of, valid_keys=_valid_keys)
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
     """The resolved page as YAML: what a run folder keeps and its tasks run from."""
-    return yaml.safe_dump(pipeline.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(pipeline.model_dump(mode="json"))
 
 
 def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -73,46 +82,22 @@ def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of pages.
     """
-    if path.resolve() in seen:
-        chain = " -> ".join(str(item) for item in (*seen, path.resolve()))
-        raise ConfigError(f"{path}: extends itself: {chain}")
+    place = Path(os.path.realpath(path))
+    if place in seen:
+        raise ConfigError(f"{path}: extends itself: {' -> '.join(map(str, (*seen, place)))}")
     try:
-        text = path.read_text(encoding="utf-8")
+        page = read_yaml_file(path)
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{did_you_mean(path.name, siblings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        page = _unshared(yaml.load(text, _UniqueKeyLoader))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(page, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(page).__name__}")
     base = page.pop("extends", None)
     if base is None:
         return page
-    return _merge(read_page(path.parent / str(base), (*seen, path.resolve())), page)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets a later key silently replace an equal earlier one; a page that does so is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set, and they win
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which each mapping stands once: YAML's aliases are one object, and an override of one stage would change
-    all that were merged from its anchor."""
-    if isinstance(value, dict):
-        return {key: _unshared(part) for key, part in value.items()}
-    return [_unshared(part) for part in value] if isinstance(value, list) else value
+    if not isinstance(base, str) or not base.isprintable():
+        raise ConfigError(f"{path}: extends: must be the path of a page, from this one's folder (got {base!r})")
+    return _merge(read_page(path.parent / os.path.expanduser(base), (*seen, place)), page)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -127,10 +112,7 @@ def _apply_override(page: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
-    try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    value = read_yaml(text, where=f"override {override!r}")
     *parents, last = key.split(".")
     place = page
     for depth, part in enumerate(parents):
@@ -144,11 +126,11 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
     if not isinstance(stage, dict):
         raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
     kind = stage.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(
             f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"
         )
-    own = _without_inherited_shape(defaults.get(str(kind), {}), stage)
+    own = _without_inherited_shape(defaults.get(kind) or {}, stage)
     stage = _merge(own, stage)
     if isinstance(stage.get("model"), str):
         stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
@@ -162,49 +144,31 @@ def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, An
 
 def _preset(where: str, page: Path, name: str) -> Any:
     folders = [page.parent / "models", page.parent.parent / "models", configs_folder() / "models"]
-    for folder in folders:
-        candidate = folder / f"{name}.yaml"
-        if candidate.is_file():
-            return {"name": name, **read_page(candidate)}
-    known = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
-    raise ConfigError(f"{where}: no preset {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    known = {entry.stem: entry for folder in reversed(folders) for entry in sorted(folder.glob("*.yaml"))}
+    if name in known:
+        return {"name": name, **read_page(known[name])}
+    raise ConfigError(
+        f"{where}: no preset {name!r}{did_you_mean(name, list(known))}; known: {', '.join(sorted(known))}"
+    )
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The known word nearest to a mistaken one, as the end of a message; empty where none is near."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
+    known = list(KINDS)
+    for kind, settings in defaults.items():
+        if kind not in known:
+            raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, known)}; known: {', '.join(known)}")
+        if not isinstance(settings, dict | None):
+            raise ConfigError(f"{where}.{kind}: must be settings of such stages, as in {{...: ...}} (got {settings!r})")
 
 
-def _check_names(where: str, mapping: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"{where}.{key}: unknown{did_you_mean(str(key), known)}; known: {', '.join(known)}")
-
-
-def _explain(path: Path, page: Mapping[str, Any], error: ValidationError) -> str:
-    """One line per mistake: dotted key, what is wrong, the value, and for unknown keys the nearest valid one."""
-    lines = []
-    for item in error.errors():
-        tags = {*KINDS, *ENCODERS}
-        location = [
-            str(part)
-            for index, part in enumerate(item["loc"])
-            if not (index and part in tags and index == _tag_index(item["loc"], index))
-        ]
-        key = ".".join(location)
-        if item["type"] == "extra_forbidden":
-            known = _valid_keys(item["loc"])
-            lines.append(
-                f"{key}: unknown key{did_you_mean(location[-1], known)}; valid keys: {', '.join(sorted(known))}"
-            )
-        elif item["type"] == "missing":
-            lines.append(f"{key}: required, and missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(f"{key}: {message}{value}" if key else f"{message}{value}")
-    return "\n".join(f"{path}: {line}" for line in lines)
+def _key_of(location: tuple[int | str, ...]) -> str:
+    """The dotted key as it stands in the page."""
+    tags = {*KINDS, *ENCODERS}
+    return ".".join(
+        str(part)
+        for index, part in enumerate(location)
+        if not (index and part in tags and index == _tag_index(location, index))
+    )
 
 
 def _tag_index(location: tuple[int | str, ...], index: int) -> int:

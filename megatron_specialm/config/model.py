@@ -49,7 +49,7 @@ class ModelConfig(Settings):
 
     name: str = Field(default="custom", description="shown in tables and model cards")
     family: Literal["neox", "llama"] = "neox"
-    layers: PositiveInt
+    layers: PositiveInt = Field(le=10_000)
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     attention_heads: PositiveInt

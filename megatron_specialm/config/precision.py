@@ -28,7 +28,10 @@ class Fp8Config(Settings):
         default="hybrid", description="hybrid: gradients in E5M2 (wider range), all else in E4M3 (finer)"
     )
     linears: tuple[Linear, ...] = Field(
-        default=LINEARS, min_length=1, description="those in FP8, the others bf16: `specialm tune-precision` finds them"
+        default=LINEARS,
+        min_length=1,
+        strict=False,
+        description="those in FP8, the others bf16: `specialm tune-precision` finds them",
     )
     bf16_first_layers: NonNegativeInt = Field(default=0, description="so many first layers stay bf16")
     bf16_last_layers: NonNegativeInt = Field(default=0, description="so many last layers stay bf16")

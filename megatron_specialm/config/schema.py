@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from megatron_specialm.config.base import Settings
+from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer, TrainStage
 
@@ -23,7 +23,7 @@ class TokenizerStage(Settings):
     """Train a SentencePiece model on the generic set, or take an existing tokenizer."""
 
     kind: Literal["tokenizer"]
-    path: str | None = Field(default=None, description="a SentencePiece .model or a Hugging Face tokenizer folder")
+    path: PathText | None = Field(default=None, description="a SentencePiece .model or a Hugging Face tokenizer folder")
     vocabulary_size: PositiveInt = 32_000
     algorithm: Literal["unigram", "bpe"] = "bpe"
     sample_characters: PositiveInt = Field(
@@ -61,7 +61,9 @@ class SentenceBertEncoder(Settings):
     """A Sentence-BERT model through sentence-transformers, as in the paper."""
 
     kind: Literal["sentence-bert"]
-    model: str = Field(description="a folder, an installed package that carries one (`package:NAME`), or a hub name")
+    model: PathText = Field(
+        description="a folder, an installed package that carries one (`package:NAME`), or a hub name"
+    )
     batch_size: PositiveInt = 64
     chunk_words: PositiveInt = Field(
         default=180, description="the model truncates long text: windows are cut so and their embeddings averaged"
@@ -85,7 +87,7 @@ class ClusterStage(Settings):
 
     kind: Literal["cluster"]
     vectors: str
-    k: PositiveInt
+    k: PositiveInt = Field(le=1_000_000)
     iterations: PositiveInt = 20
     sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, drawn without replacement")
     processes: PositiveInt = Field(
@@ -214,8 +216,8 @@ class Pipeline(Settings):
     """One YAML page: which text, which stages, in which folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    root: str = Field(description="the run folder, relative to the working directory")
-    seed: NonNegativeInt = 0
+    root: PathText = Field(description="the run folder, relative to the working directory")
+    seed: NonNegativeInt = Field(default=0, le=2**32 - 1)
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)
     local: Local = Local()

@@ -1,23 +1,26 @@
 """A site's profile: how the jobs of any pipeline are submitted and run on one cluster. No part of any digest.
 
 What ends up in a `#SBATCH` line is a `Word`, which cannot end the line or be taken for another option; everything else is
-quoted where the script is rendered.
+quoted where the script is rendered. A type has one pattern: of two that stand in each other, pydantic keeps the outer one.
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, get_args
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.base import Settings
-from megatron_specialm.config.load import KINDS, did_you_mean, read_page
+from megatron_specialm.config.base import PathText, Settings
+from megatron_specialm.config.explain import did_you_mean, explain
+from megatron_specialm.config.load import KINDS, read_page
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.yaml_file import dump_yaml
 
 Launcher = Literal["srun", "torchrun", "mpi"]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+&|*()\[\]@/=-]+$", max_length=200)]
+_WORD = r"[A-Za-z0-9_.,:+&|*()\[\]@/=-]"
+Word = Annotated[str, Field(pattern=f"^{_WORD}+$", max_length=200)]
+Option = Annotated[str, Field(pattern=f"^--{_WORD}+$", max_length=200)]
 Duration = Annotated[
     str, Field(pattern=r"^(\d+-)?\d+(:\d\d){0,2}$", description="minutes, hours:minutes:seconds or days-hours")
 ]
@@ -48,16 +51,16 @@ class Resources(Settings):
     qos: Word | None = None
     constraint: Word | None = None
     reservation: Word | None = None
-    options: list[Annotated[Word, Field(pattern=r"^--")]] = Field(default=[], description="more options of sbatch")
+    options: list[Option] = Field(default=[], description="more options of sbatch")
 
 
 class Container(Settings):
     """The image that the ranks run in; the supervisor beside them runs on the node itself."""
 
     runtime: Literal["pyxis", "apptainer"]
-    image: str
+    image: PathText
     python: str = Field(default="python3", description="the interpreter inside")
-    mounts: list[Annotated[str, Field(pattern=r"^[^,]+$")]] = Field(
+    mounts: list[Annotated[PathText, Field(pattern=r"^[^,]+$")]] = Field(
         default=[], description="FROM:TO; the working directory and the run folder always are"
     )
 
@@ -92,9 +95,9 @@ class Preflight(Settings):
 class Site(Settings):
     """A cluster."""
 
-    template: str = Field(default="stage.sbatch.template", description="the script's, beside the profile")
+    template: PathText = Field(default="stage.sbatch.template", description="the script's, beside the profile")
     launcher: Launcher = "srun"
-    python: str | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
+    python: PathText | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
     gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
     modules: list[str] = Field(default=[], description="for `module load`")
     environment: dict[str, str] = Field(default={}, description="of all jobs, as the fabric's variables")
@@ -149,7 +152,8 @@ def load_site(path: Path) -> Site:
     try:
         return Site.model_validate(page)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors())) from None
+        lines = explain(error, key_of=lambda location: ".".join(map(str, location)), valid_keys=_valid_keys)
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
@@ -164,12 +168,15 @@ def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
 
 def dump_site(site: Site) -> str:
     """The profile as YAML: what a submission keeps and its jobs run from."""
-    return yaml.safe_dump(site.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    return dump_yaml(site.model_dump(mode="json", exclude_unset=True))
 
 
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = [name for cls in (Site, Resources, Limits, Preflight, Container) for name in cls.model_fields]
-        return f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), known)}"
-    return f"{key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the mapping that a location's last part is in: a field's of the profile, or `jobs.NAME`."""
+    if len(location) == 1:
+        return list(Site.model_fields)
+    annotation = Site.model_fields[str(location[0])].annotation
+    inside = next(
+        one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Settings)
+    )
+    return list(inside.model_fields)

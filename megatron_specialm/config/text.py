@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from megatron_specialm.config.base import Settings
+from megatron_specialm.config.base import PathText, Settings
 
 GENERIC = "generic"  # the key of the generic set, and of tasks that serve every domain
 
@@ -13,15 +13,16 @@ GENERIC = "generic"  # the key of the generic set, and of tasks that serve every
 class TextSet(Settings):
     """The files of one set. Entries are paths, globs, or `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset."""
 
-    train: list[str] = Field(min_length=1)
-    test: list[str] = Field(min_length=1)
-    validation: list[str] = Field(default=[], description="default: a share of the training documents is held out")
+    train: list[PathText] = Field(min_length=1)
+    test: list[PathText] = Field(min_length=1)
+    validation: list[PathText] = Field(default=[], description="default: a share of the training documents is held out")
     text_field: str = Field(default="text", description="the key or column that holds a document's text")
     train_tokens: PositiveInt | None = Field(
         default=None, description="train on the first documents that hold at most so many tokens; default: on all"
     )
     shards: PositiveInt = Field(
         default=1,
+        le=99_999,
         description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
     )
     domain: str | None = Field(

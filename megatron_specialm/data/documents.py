@@ -8,7 +8,7 @@
 | .txt                          | the whole file                                         |
 | hf:NAME[:CONFIG[:SPLIT]]      | one example of a Hugging Face dataset (split: train)   |
 
-The order is that of the entries, of the sorted names behind a glob, and of the lines or rows. The launcher hashes files
+The order is that of the entries, of the sorted names behind a glob, and of the lines or rows. The launcher looks up files
 through this module, so it imports neither torch nor, before they are needed, the readers of rarer formats.
 """
 
@@ -16,13 +16,13 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import DataError, MachineError
-from megatron_specialm.base.files import sha256_json
+from megatron_specialm.config.explain import did_you_mean
 
 HUB = "hf:"
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
@@ -87,31 +87,6 @@ def cut_in_shards(entries: Sequence[str], shards: int) -> list[list[Path | str]]
         )
     ends = [len(files) * number // shards for number in range(shards + 1)]
     return [files[start:end] for start, end in pairwise(ends)]
-
-
-def hashed_files(entry: str) -> list[Path | str]:
-    """The files whose content stands for one entry: those of a folder (of a tokenizer), or those that are read."""
-    folder = Path(entry)
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else _resolve(entry)
-
-
-def hash_content(entry: str, hashes: Mapping[Path, str]) -> str:
-    """SHA-256 that changes with the content behind one entry, and not with where the files stand.
-
-    A folder stands for its files and their names in it; an `hf:` entry for its name only.
-
-    Args:
-        hashes: SHA-256 of each of the `hashed_files`.
-    """
-    folder, files = Path(entry), hashed_files(entry)
-    if folder.is_dir():
-        return sha256_json([[Path(file).relative_to(folder).as_posix(), hashes[Path(file)]] for file in files])
-    return hash_files(files, hashes)
-
-
-def hash_files(files: Iterable[Path | str], hashes: Mapping[Path, str]) -> str:
-    """SHA-256 over the content of files in their order; see `hash_content`."""
-    return sha256_json([hashes[file] if isinstance(file, Path) else file for file in files])
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
@@ -187,7 +162,10 @@ def _text_field(record: dict[str, Any], where: str, text_field: str) -> str:
     """The text of a record, checked to be one that can be encoded."""
     keys = ", ".join(map(repr, record)) or "none"
     if text_field not in record:
-        raise DataError(f"{where}: no key {text_field!r}; its keys are {keys}: set text_field to the one with the text")
+        near = did_you_mean(text_field, list(record))
+        raise DataError(
+            f"{where}: no key {text_field!r}{near}; its keys are {keys}: set text_field to the one with the text"
+        )
     text = record[text_field]
     if not isinstance(text, str):
         kind = type(text).__name__
@@ -257,7 +235,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             names = file.schema_arrow.names
             if text_field not in names:
                 columns = ", ".join(map(repr, names))
-                raise DataError(f"{path}: no column {text_field!r}; its columns are {columns}: set text_field")
+                near = did_you_mean(text_field, names)
+                raise DataError(f"{path}: no column {text_field!r}{near}; its columns are {columns}: set text_field")
             row = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 for value in batch.column(0):

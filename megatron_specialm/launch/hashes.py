@@ -1,74 +1,171 @@
-"""What the text of a page is, as SHA-256: read once, and again only where a file's size or time has changed.
+"""What a page's files are, as SHA-256 of their content: read once, and again only where a file may have changed.
 
-    <root>/file_hashes.json   per file: its size, time and SHA-256
+    <root>/file_hashes.json   per file: its size, times and inode, when it was read, and its SHA-256
 
-Hashing waits for the disk and frees the interpreter's lock, so several files are read at a time.
+What counts is the content and the order of files, not their names: `./a.jsonl` is `a.jsonl`, and a glob is the list of what is
+behind it. Of a folder (a tokenizer's, an encoder's) the names in it count, of a text file how it is read: as lines, rows or a
+whole. What has no file here (`hf:`, a hub's model) is known by its name, what an installed package carries by its version.
+
+The cache believes a file whose size, times and inode are as they were. Times of modification can be set at will, those of
+change (ctime) cannot; but they stand still for as long as the filesystem's clock ticks, so a file that was changed shortly
+before it was read may have been changed after it too, unseen, and is read again (as Git does with its index). The device is
+not asked: a network filesystem has another number on each node. Hashing waits for the disk and frees the interpreter's lock,
+so several files are read at a time.
 """
 
+import contextlib
+import importlib.metadata
 import os
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_specialm.base.errors import DataError
-from megatron_specialm.base.files import read_json, sha256_file, write_json
-from megatron_specialm.config.graph import Task
-from megatron_specialm.data.documents import cut_in_shards, hash_content, hash_files, hashed_files
+from megatron_specialm.base.errors import ArtifactError, DataError
+from megatron_specialm.base.files import read_json, sha256_file, sha256_json, write_json
+from megatron_specialm.config.graph import ENCODING_MODEL, TOKENIZER, Task, TaskId
+from megatron_specialm.data.documents import JSON_LINES, cut_in_shards, resolve_files
 
 CACHE = "file_hashes.json"
 THREADS = 16  # at most: more readers than that do not make a filesystem faster
 KEEP_EVERY = 64  # files after which the hashes so far are kept, so that an interrupted reading goes on where it was
+TICK_NS = 2_000_000_000  # the coarsest clock of a filesystem, FAT's
+PACKAGE = "package:"
 
 
-def hash_texts(tasks: Iterable[Task], root: Path) -> dict[str, str]:
-    """SHA-256 of all that the tasks read, by the names of `Task.contents`.
+class Part(NamedTuple):
+    """A file, and what beside its bytes decides how it is read; no file where a name says all."""
+
+    label: str
+    file: Path | None
+
+
+def hash_files(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, str]]:
+    """SHA-256 of all that each task reads, by role.
 
     Raises:
-        DataError: text that a task needs is missing or cannot be read, or a set has more shards than files.
+        DataError: a file that a task needs is missing or cannot be read, or a set has more shards than files.
     """
-    tasks = list(tasks)
-    entries = list(dict.fromkeys(entry for task in tasks for entry in task.files))
-    in_shards = [(task, task.shard) for task in tasks if task.shard and task.files]
-    # Once per set: to look up a thousand files for each of hundreds of shards takes a shared filesystem its time.
-    cuts = {key: cut_in_shards(*key) for key in dict.fromkeys((task.files, shard.shards) for task, shard in in_shards)}
-    ranges = {task.contents[0]: cuts[task.files, shard.shards][shard.number] for task, shard in in_shards}
-    files = dict.fromkeys(file for entry in entries for file in hashed_files(entry) if isinstance(file, Path))
+    parts = look_up(tasks)
+    files = dict.fromkeys(
+        part.file for roles in parts.values() for found in roles.values() for part in found if part.file
+    )
     hashes = _hashes(list(files), root / CACHE)
-    whole = {entry: hash_content(entry, hashes) for entry in entries}
-    return whole | {name: hash_files(parts, hashes) for name, parts in ranges.items()}
+    return {
+        name: {
+            role: sha256_json([[part.label, hashes[part.file] if part.file else ""] for part in found])
+            for role, found in roles.items()
+        }
+        for name, roles in parts.items()
+    }
+
+
+def look_up(tasks: Iterable[Task]) -> dict[TaskId, dict[str, list[Part]]]:
+    """What stands behind the entries of each task and role. A set is looked up once: a thousand files for each of hundreds of
+    shards takes a shared filesystem its time.
+
+    Raises:
+        DataError: a file that a task needs is missing, or a set has more shards than files.
+    """
+    known: dict[tuple[tuple[str, ...], int], list[list[Part]]] = {}
+
+    def behind(task: Task, role: str) -> list[Part]:
+        entries = task.files[role]
+        if role in (TOKENIZER, ENCODING_MODEL):
+            return [part for entry in entries for part in _model_parts(entry, role)]
+        key = entries, task.shard.shards if task.shard else 1
+        if key not in known:
+            cut = cut_in_shards(*key) if task.shard else [resolve_files(entries)]
+            known[key] = [[_text_part(file) for file in files] for files in cut]
+        return known[key][task.shard.number if task.shard else 0]
+
+    return {task.id: {role: behind(task, role) for role in task.files} for task in tasks}
+
+
+def _text_part(file: Path | str) -> Part:
+    if isinstance(file, str):
+        return Part(file, None)
+    return Part("lines" if file.name.endswith(JSON_LINES) else file.suffix, file)
+
+
+def _model_parts(entry: str, role: str) -> list[Part]:
+    folder = Path(entry)
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return [Part(path.relative_to(folder).as_posix(), path) for path in files]
+    if role == TOKENIZER:
+        return [Part("", Path(file)) for file in resolve_files([entry])]
+    version = ""
+    if entry.startswith(PACKAGE):  # where it is missing, the task itself says so
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            version = importlib.metadata.version(entry.removeprefix(PACKAGE))
+    return [Part(f"{entry} {version}", None)]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def _hashes(files: list[Path], cache: Path) -> dict[Path, str]:
     """The files' hashes, those that are not in the cache read in parallel."""
-    known: dict[str, Any] = read_json(cache) if cache.exists() else {}
+    known = _read_cache(cache)
     stamps = {file: _stamp(file) for file in files}
-    new = {str(file): known[str(file)] for file in files if known.get(str(file), {}).get("stamp") == stamps[file]}
-    missing = [file for file in files if str(file) not in new]
-    for number, (file, digest) in enumerate(_read(missing), start=1):
-        new[str(file)] = {"stamp": stamps[file], "sha256": digest}
+    new = {name: known[name] for file in files if (name := _name(file)) in known}
+    missing = [file for file in files if not _is_current(new.get(_name(file)), stamps[file])]
+    for number, (file, entry) in enumerate(_read(missing, stamps), start=1):
+        new[_name(file)] = entry
         if number % KEEP_EVERY == 0:
-            write_json(cache, new)
+            _write_cache(cache, new)
     if new != known:
-        write_json(cache, new)
-    return {file: new[str(file)]["sha256"] for file in files}
+        _write_cache(cache, new)
+    return {file: new[_name(file)]["sha256"] for file in files}
 
 
-def _read(files: list[Path]) -> Iterator[tuple[Path, str]]:
+def _name(file: Path) -> str:
+    """Its name in the cache, from wherever it is looked at."""
+    return str(file.absolute())
+
+
+def _is_current(entry: Any, stamp: list[int]) -> bool:
+    """Whether a file has still the content that it had when it was read."""
+    return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"]
+
+
+def _read_cache(cache: Path) -> dict[str, Any]:
+    """What is in it; nothing where it is missing, damaged or of an older version, since its loss costs time only."""
+    try:
+        entries = read_json(cache)
+        wanted = {"stamp", "read", "sha256"}
+        return {name: entry for name, entry in entries.items() if entry.keys() == wanted}
+    except (ArtifactError, OSError, AttributeError):
+        return {}
+
+
+def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # who looks at a run need not be able to write there
+        write_json(cache, entries)
+
+
+def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each file with its entry. Its stamp was taken, and its time is, before it is read."""
     with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as pool:
         try:
-            yield from zip(files, pool.map(_sha256, files), strict=True)
+            for file, (now, digest) in zip(files, pool.map(_sha256, files), strict=True):
+                yield file, {"stamp": stamps[file], "read": now, "sha256": digest}
         finally:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for what has not begun
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path) -> tuple[int, str]:
     try:
-        return sha256_file(file)
+        return time.time_ns(), sha256_file(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
 
 
 def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from megatron_specialm.base.artifacts import is_complete, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import write_text
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
-from megatron_specialm.config.load import dump_pipeline
+from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.hashes import hash_texts
+from megatron_specialm.launch.hashes import hash_files
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,11 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
-    hashes = hash_texts(graph.values(), root)
+    hashes = hash_files(graph.values(), root)
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
         inputs = {name: plan[name].digest for name in task.inputs}
-        wanted = digest(pipeline, task, inputs=inputs, file_hashes=hashes)
+        wanted = digest(pipeline, task, inputs=inputs, file_hashes=hashes[task.id])
         plan[task.id] = PlannedTask(task, wanted, _state(root, task.id, wanted))
     return plan
 
@@ -104,7 +102,7 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
     """
     path = root / "pipeline.yaml"
     if path.exists():
-        name = yaml.safe_load(path.read_text(encoding="utf-8")).get("name")
+        name = read_page(path).get("name")
         if name != pipeline.name:
             raise ConfigError(
                 f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"

@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterator
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
-from megatron_specialm.config.lineage import setup_of
+from megatron_specialm.config.lineage import setup_of, sources, text_set
 from megatron_specialm.config.memory import memory_of, smallest_change
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.setup import Setup
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.documents import HUB, read_documents
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
@@ -17,6 +18,20 @@ USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what
 GPUS = {
     "B200": ((10, 0), 178), "H200": ((9, 0), 140), "H100": ((9, 0), 79), "A100": ((8, 0), 79), "L40S": ((8, 9), 44),
 }  # fmt: skip
+
+
+def read_first_documents(pipeline: Pipeline) -> None:
+    """Find text that cannot be read, or has no such `text_field`, before hours of work reach it: the first document of each
+    set's training, validation and test files. A hub is not asked.
+
+    Raises:
+        DataError: as reading them all would.
+    """
+    for files in (text_set(pipeline, source) for source in sources(pipeline)):
+        for entries in (files.train, files.validation, files.test):
+            local = [entry for entry in entries if not entry.startswith(HUB)]
+            if local:
+                next(read_documents(local, text_field=files.text_field))
 
 
 def planned_machine(name: str) -> Accelerator:

@@ -1,0 +1,61 @@
+"""What pydantic found wrong, in words that name the value and the fix."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_specialm.config.yaml_file import Guessed
+
+LONGEST = 200  # characters of a value in a message
+_FIXES = {
+    "string_type": "quote it",
+    "int_type": "write a whole number, without quotes, point or exponent, as in 1000",
+    "float_type": "write a number without quotes, as in 0.5 or 1e-4",
+    "bool_type": "write true or false, without quotes",
+    "list_type": "write a list, as in [a, b]",
+    "tuple_type": "write a list, as in [a, b]",
+    "dict_type": "write keys and values, one a line, or leave the key out",
+    "model_type": "write keys and values, one a line, or leave the key out",
+}
+
+
+def explain(
+    error: ValidationError,
+    *,
+    key_of: Callable[[tuple[int | str, ...]], str],
+    valid_keys: Callable[[tuple[int | str, ...]], Sequence[str]],
+) -> list[str]:
+    """One line per mistake: dotted key, what is wrong, the value, and for unknown keys the nearest valid one.
+
+    Args:
+        key_of: the dotted key of a pydantic location.
+        valid_keys: the keys that the mapping around a location's last part takes.
+    """
+    return [_line(item, key_of(item["loc"]), valid_keys) for item in error.errors()]
+
+
+def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Sequence[str]]) -> str:
+    if item["type"] == "extra_forbidden":
+        known = valid_keys(item["loc"])
+        return f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), known)}; valid keys: {', '.join(sorted(known))}"
+    if item["type"] == "missing":
+        return f"{key}: required, and missing"
+    value = item["input"]
+    if isinstance(value, Guessed):
+        return f"{key}: {value}"
+    message = item["msg"].removeprefix("Value error, ")
+    if fix := "give a value, or leave the key out" if value is None else _FIXES.get(item["type"]):
+        message += f": {fix}"
+    shown = repr(value)
+    got = "" if isinstance(value, dict) else f" (got {shown if len(shown) <= LONGEST else shown[:LONGEST] + '...'})"
+    return f"{key}: {message}{got}" if key else f"{message}{got}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The known word nearest to a mistaken one, as the end of a message; empty where none is near."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
+        one for one in known if word and one.startswith(word)
+    ]
+    return f"; did you mean {matches[0]!r}?" if matches else ""
