@@ -12,6 +12,7 @@ launcher. So Slurm's count only in a step that somebody has started with srun, w
 there is one task there are no fellows.
 """
 
+import getpass
 import os
 import re
 import socket
@@ -80,6 +81,19 @@ def _launcher(environ: Mapping[str, str]) -> str:
     if environ.get("PMI_SIZE", "1") != "1":  # MPICH's and Intel MPI's mpirun
         return "mpi"
     return "mpi" if "PMIX_RANK" in environ and not in_step else "none"
+
+
+def user_name() -> str:
+    """Who runs this, for records: a container's user may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # what it raises differs between versions of Python
+        return f"uid {os.getuid()}"
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def node_name() -> str:
