@@ -5,9 +5,14 @@ reads them. Nothing here imports torch.
 
 Several may be there at once. `srun` on a cluster whose default is PMIx sets PMIx's variables for programs that are no MPI
 programs, so there Slurm's count; `mpirun` inside a Slurm job leaves Slurm's variables of its own daemons, so Open MPI's own
-count more. SPECIALM_LAUNCHER=srun|torchrun|mpi decides, as for `srun --mpi=pmix`, which looks like either.
+count more. SPECIALM_LAUNCHER=srun|torchrun|mpi|none decides, as for `srun --mpi=pmix`, which looks like either.
+
+Variables say less than they seem to: those of a Slurm job stand in every shell inside it, and children inherit those of a
+launcher. So Slurm's count only in a step that somebody has started with srun, with the step's own number of tasks, and where
+there is one task there are no fellows.
 """
 
+import getpass
 import os
 import re
 import socket
@@ -40,6 +45,9 @@ class World:
 
 
 ALONE = World(rank=0, world_size=1, local_rank=0, init_method="", launcher="none")
+SPECIAL_STEPS = (
+    0xFFFFFFF0  # from here on Slurm's numbers of steps are its own: batch, interactive (salloc's shell), extern
+)
 
 
 def discover_world(environ: Mapping[str, str] = os.environ) -> World:
@@ -52,22 +60,40 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
         rank = _integer(environ, "RANK")
         return World(rank, _integer(environ, "WORLD_SIZE"), rank, environ["SPECIALM_RENDEZVOUS"], "specialm")
     launcher = environ.get("SPECIALM_LAUNCHER") or _launcher(environ)
-    if launcher is None:
+    if launcher == "none":
         return ALONE
     read = {"torchrun": _torchrun_world, "srun": _slurm_world, "mpi": _mpi_world}
     if launcher not in read:
-        raise MachineError(f"SPECIALM_LAUNCHER={launcher!r}: must be one of {', '.join(read)}")
+        raise MachineError(f"SPECIALM_LAUNCHER={launcher!r}: must be one of {', '.join(read)}, none")
     return read[launcher](environ)
 
 
-def _launcher(environ: Mapping[str, str]) -> str | None:
+def _launcher(environ: Mapping[str, str]) -> str:
+    """Whose variables count. Where there is one process only, nobody's."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return "torchrun"
+        return "none" if environ["WORLD_SIZE"] == "1" else "torchrun"
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        return "mpi"
-    if environ.get("SLURM_STEP_ID", "") not in ("", "4294967291") and "SLURM_PROCID" in environ:
+        return "none" if environ["OMPI_COMM_WORLD_SIZE"] == "1" else "mpi"
+    step = environ.get("SLURM_STEP_ID", "")
+    in_step = step.isdecimal() and "SLURM_PROCID" in environ
+    if in_step and int(step) < SPECIAL_STEPS and _tasks_of_step(environ) != 1:
         return "srun"
-    return "mpi" if "PMIX_RANK" in environ else None
+    if environ.get("PMI_SIZE", "1") != "1":  # MPICH's and Intel MPI's mpirun
+        return "mpi"
+    return "mpi" if "PMIX_RANK" in environ and not in_step else "none"
+
+
+def user_name() -> str:
+    """Who runs this, for records: a container's user may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # what it raises differs between versions of Python
+        return f"uid {os.getuid()}"
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def node_name() -> str:
@@ -100,7 +126,7 @@ def _torchrun_world(environ: Mapping[str, str]) -> World:
 
 def _slurm_world(environ: Mapping[str, str]) -> World:
     """Ranks of an `srun`. The meeting point is the first node and a port that follows from the job's id."""
-    size = _integer(environ, "SLURM_NTASKS")
+    size = _tasks_of_step(environ)
     host = environ.get("MASTER_ADDR") or first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
     port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
     return _checked(
@@ -108,6 +134,11 @@ def _slurm_world(environ: Mapping[str, str]) -> World:
             _integer(environ, "SLURM_PROCID"), size, _integer(environ, "SLURM_LOCALID"), f"tcp://{host}:{port}", "srun"
         )
     )
+
+
+def _tasks_of_step(environ: Mapping[str, str]) -> int:
+    """SLURM_NTASKS may be the job's."""
+    return _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
 
 
 def first_slurm_host(nodelist: str) -> str:

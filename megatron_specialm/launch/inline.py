@@ -13,10 +13,11 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, machine_errors
+from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -24,6 +25,7 @@ from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
 
 POLL_SECONDS = 0.2
+GRACE_SECONDS = 30.0  # for the last marker of a first rank that has ended to be seen, on a filesystem that caches
 
 
 def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -> Pipeline:
@@ -92,12 +94,22 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
 
     Raises:
         Stopped: this process was asked to stop.
+        MachineError: not all ranks have come.
+        TrainingError: the first rank has ended without finishing the task.
     """
     lifeline.stop_if_asked()
+    meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
         execute(pipeline, root, task, digest, world, lifeline)
     lifeline.begin(f"waiting for {task.id}")
+    last_alive = time.monotonic()
     while not is_complete(root, *task.id, digest=digest):  # the first rank's marker frees the others
+        if is_alive(world):
+            last_alive = time.monotonic()
+        elif time.monotonic() - last_alive > GRACE_SECONDS:
+            raise TrainingError(
+                f"{task.id}: rank 0, whose work it is, has ended without finishing it; see what it said"
+            )
         time.sleep(POLL_SECONDS)
 
 

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
+from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.graph import TaskId
@@ -65,7 +66,7 @@ def run_local(
         Interrupted: by Ctrl-C or SIGTERM; the workers have been ended.
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    slots = jobs or pipeline.local.parallel_tasks or max(1, _cores() // pipeline.local.threads)
+    slots = jobs or pipeline.local.parallel_tasks or max(1, usable_cores() // pipeline.local.threads)
     waiting = {name: planned for name, planned in plan.items() if planned.state != "done"}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
@@ -196,7 +197,3 @@ def _terminated_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,6 +34,7 @@ from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.rendezvous import meet
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
@@ -124,6 +125,8 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         context = Context(pipeline, task, root, folder, world, pipeline.local.threads, lifeline)
         for name in task.inputs:
             context.marker(*name)
+        if works_together(stage, world):
+            meet(world)  # here a signal ends the wait at once
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1

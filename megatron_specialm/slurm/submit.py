@@ -4,9 +4,10 @@ Nothing is ever queued twice: the caller holds the run folder, a job's record is
 id as soon as that has answered. When a submit dies between the two, the next one finds the job by its comment.
 """
 
-import getpass
+import contextlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_specialm.base.environment import user_name
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import TaskId
@@ -49,6 +51,10 @@ NOT_INHERITED = (
     "LOCAL_RANK",
     "WORLD_SIZE",
 )
+
+
+class NotQueued(MachineError):
+    """A job that Slurm has not got, for certain."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Submission:
         write_text(home / "pipeline.yaml", dump_pipeline(self.pipeline))
         write_text(home / "site.yaml", dump_site(self.site))
         code = {**asdict(self.code), "folder": str(self.code.folder)}
-        who = {"time": time.time(), "user": getpass.getuser(), "host": socket.gethostname(), "folder": str(self.folder)}
+        who = {"time": time.time(), "user": user_name(), "host": socket.gethostname(), "folder": str(self.folder)}
         write_json(home / "submission.json", {**who, "code": code})
 
     def script(self, job: Job, *, after: Sequence[str], comment: str) -> str:
@@ -142,22 +148,47 @@ def submit(
     Raises:
         ConfigError: the template cannot be used.
         MachineError: sbatch refuses a job. Those before it are queued and on record: the same command goes on from there.
+            Where there are none, nothing is left.
     """
     if not jobs:
         return []
     _refuse_long_arrays(jobs)
-    submission.freeze()
     queued: list[JobRecord] = []
-    for job in jobs:
-        record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
-        place = submission.root, submission.number, job.name
-        write_json(records.job_path(*place), {"stage": job.stage, "elements": asdict(record)["elements"]})
-        script = records.script_path(*place)
-        write_text(script, submission.script(job, after=record.after, comment=record.comment))
-        records.write_registry(submission.root, [*known, *queued, record])
-        queued.append(replace(record, slurm_id=_sbatch(script)))
-        records.write_registry(submission.root, [*known, *queued])
+    with _leaving_no_half(submission):
+        submission.freeze()
+        for job in jobs:
+            record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
+            place = submission.root, submission.number, job.name
+            write_json(records.job_path(*place), {"stage": job.stage, "elements": asdict(record)["elements"]})
+            script = records.script_path(*place)
+            write_text(script, submission.script(job, after=record.after, comment=record.comment))
+            records.write_registry(submission.root, [*known, *queued, record])
+            try:
+                queued.append(replace(record, slurm_id=_sbatch(script, record.comment)))
+            except NotQueued:
+                records.write_registry(submission.root, [*known, *queued])
+                raise
+            records.write_registry(submission.root, [*known, *queued])
     return queued
+
+
+@contextlib.contextmanager
+def _leaving_no_half(submission: Submission) -> Iterator[None]:
+    """Where submitting fails before a job is, or may be, queued: leave nothing of the submission."""
+    fresh_code = not submission.code.folder.exists()
+    try:
+        yield
+    except BaseException:
+        registry = records.read_registry(submission.root)
+        if all(job.submission != submission.number for job in registry):
+            shutil.rmtree(records.submission_folder(submission.root, submission.number), ignore_errors=True)
+            if fresh_code:
+                shutil.rmtree(submission.code.folder, ignore_errors=True)
+        if not registry:
+            records.registry_path(submission.root).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are in it
+                records.jobs_folder(submission.root).rmdir()
+        raise
 
 
 def preview(submission: Submission, jobs: Sequence[Job], *, live: Mapping[TaskId, Live]) -> Iterator[tuple[Job, str]]:
@@ -202,29 +233,56 @@ def _refuse_long_arrays(jobs: Sequence[Job]) -> None:
         )
 
 
-def _sbatch(script: Path) -> str:
-    """Queue a script from its own folder, in which its log is to stand; Slurm's id of the job."""
+def _sbatch(script: Path, comment: str) -> str:
+    """Queue a script from its own folder, in which its log is to stand; Slurm's id of the job.
+
+    Sites wrap sbatch: it may fail, or say nothing that we understand, after the job has been queued. Then Slurm is asked.
+
+    Raises:
+        NotQueued: sbatch refuses, and Slurm knows no such job.
+        MachineError: whether the job is queued cannot be told.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
     if "SLURM_CONF" in os.environ:
         environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:
         outcome = subprocess.run(
             ["sbatch", "--parsable", script.name], cwd=script.parent, env=environment, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=SBATCH_SECONDS,
+            errors="replace", stdin=subprocess.DEVNULL, timeout=SBATCH_SECONDS,
         )  # fmt: skip
     except FileNotFoundError:
-        raise MachineError(
-            "sbatch: not found: submit on a login node of a Slurm cluster, or use `specialm run`"
-        ) from None
+        raise NotQueued("sbatch: not found: submit on a login node of a Slurm cluster, or use `specialm run`") from None
     except subprocess.TimeoutExpired:
+        what, refused = f"sbatch did not answer within {SBATCH_SECONDS} s", False
+    else:
+        if outcome.returncode == 0 and (slurm_id := id_in(outcome.stdout)):
+            return slurm_id
+        refused = outcome.returncode != 0
+        what = " ".join(outcome.stderr.split()) or f"exit code {outcome.returncode}"
+        if not refused:
+            what = f"sbatch answers {outcome.stdout.strip()!r}, in which there is no job's id"
+    try:
+        found = find_by_comment(comment)
+    except MachineError as error:
         raise MachineError(
-            f"{script}: sbatch did not answer within {SBATCH_SECONDS} s: submit again, nothing is queued twice"
+            f"{script}: {what}; whether the job is queued cannot be asked ({error}): submit again: that looks for a job with "
+            f"the comment {comment}, and queues nothing twice"
         ) from None
-    if outcome.returncode:
-        reason = " ".join(outcome.stderr.split()) or f"exit code {outcome.returncode}"
-        raise MachineError(f"{script}: {reason}: correct the site profile and submit again: what is queued stays")
-    # Some sites' sbatch greets before it answers, and in a federation the cluster's name stands behind the id.
-    slurm_id = (outcome.stdout.split() or [""])[-1].partition(";")[0]
-    if not slurm_id.isdecimal():
-        raise MachineError(f"{script}: sbatch answers {outcome.stdout.strip()!r}, which is no job's id: submit again")
-    return slurm_id
+    if found is not None:
+        return found
+    if refused:
+        raise NotQueued(f"{script}: {what}: correct the site profile and submit again: what is queued stays")
+    raise MachineError(
+        f"{script}: {what}, and squeue shows no job with the comment {comment}: look for it, cancel it if it is there, and "
+        "submit again"
+    )
+
+
+def id_in(answer: str) -> str | None:
+    """The job's id in what sbatch prints: `123` or, in a federation, `123;cluster` in a line of its own, or the sentence
+    that wrappers give instead. None where there is none, or more than one."""
+    found = re.findall(
+        r"^[ \t]*(\d+)(?:;\S*)?[ \t\r]*$|\bSubmitted batch job (\d+)\b", answer, re.MULTILINE | re.IGNORECASE
+    )
+    ids = {alone or spoken for alone, spoken in found}
+    return ids.pop() if len(ids) == 1 else None

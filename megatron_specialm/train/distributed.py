@@ -1,8 +1,9 @@
 """The process group of a run, from its opening to its closing."""
 
+import collections
 import contextlib
 import datetime
-import os
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +13,12 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_specialm.base.environment import World, help_gloo
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.rendezvous import meet, meeting_point
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.model import cpu
+
+# Of a world's groups: all its ranks open the same ones in the same order, and the first one others of its own between.
+_numbers: dict[World, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def device_of(world: World) -> torch.device:
@@ -37,7 +42,7 @@ def process_group(
     """Join the other processes (gloo on CPU, NCCL on GPU), in the groups of a layout; leave on the way out.
 
     Raises:
-        MachineError: the meeting point cannot be reached or its port is taken, or the layout is for another number of
+        MachineError: not all processes come, the meeting point cannot be used, or the layout is for another number of
             processes.
     """
     if world.world_size != parallel.world_size:
@@ -53,20 +58,20 @@ def process_group(
         torch.set_float32_matmul_precision("highest")  # containers of vendors turn TF32 on
     timeout = datetime.timedelta(seconds=timeout_seconds)
     help_gloo(world.init_method)
-    meeting: dict = {"init_method": world.init_method} if world.world_size > 1 else {"store": dist.HashStore()}
+    store = dist.PrefixStore(f"group-{next(_numbers[world])}", meet(world))
+    store.set_timeout(timeout)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=store,
             rank=world.rank,
             world_size=world.world_size,
             timeout=timeout,
-            **meeting,
         )
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, ValueError) as error:
-        address = world.init_method if world.init_method != "env://" else _torchrun_address()
+    except RuntimeError as error:  # the base of torch's own
         raise MachineError(
-            f"rank {world.rank} of {world.world_size} cannot meet the others at {address}: {error}. "
-            "If the port is in use, choose another (torchrun --master-port, or MASTER_PORT)"
+            f"rank {world.rank} of {world.world_size} cannot reach the others, whom it has met at {meeting_point(world)}: "
+            f"{error}"
         ) from None
     try:
         parallel_state.initialize_model_parallel(
@@ -87,7 +92,3 @@ def process_group(
 def data_rank() -> tuple[int, int]:
     """Which of the data-parallel copies this process belongs to, and how many there are."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-
-def _torchrun_address() -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -67,7 +67,7 @@ def test_the_supervisors_word_on_the_launcher_decides() -> None:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"SPECIALM_LAUNCHER": "slurm"}, "must be one of torchrun, srun, mpi"),
+        ({"SPECIALM_LAUNCHER": "slurm"}, "must be one of torchrun, srun, mpi, none"),
         ({"SPECIALM_LAUNCHER": "srun"}, "SLURM_NTASKS=None"),
         ({**SLURM, "SLURM_STEP_NODELIST": ""}, "not a node list"),
     ],
@@ -75,3 +75,35 @@ def test_the_supervisors_word_on_the_launcher_decides() -> None:
 def test_a_launcher_that_left_nothing(variables: dict[str, str], says: str) -> None:
     with pytest.raises(MachineError, match=says):
         discover_world(variables)
+
+
+STEP = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)},  # the interactive step
+        {**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA), "PMIX_RANK": "0"},  # on a cluster whose default is PMIx
+        {**STEP, "SLURM_STEP_ID": str(0xFFFFFFFB), "SLURM_STEP_NUM_TASKS": "4"},  # batch
+        {**STEP, "SLURM_STEP_ID": str(0xFFFFFFFC)},  # extern
+        {**STEP, "SLURM_STEP_ID": "0"},  # srun --pty bash
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a shell that is in no step
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},
+        {**TORCHRUN, "SPECIALM_LAUNCHER": "none"},
+    ],
+)
+def test_where_there_is_one_task_it_is_alone(variables: dict[str, str]) -> None:
+    assert discover_world(variables) == ALONE
+
+
+def test_ranks_are_counted_by_the_step_not_by_the_job() -> None:
+    world = discover_world({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"})
+    assert (world.rank, world.world_size, world.launcher) == (1, 2, "srun")
+
+
+def test_one_rank_of_a_supervised_job_has_its_launcher() -> None:
+    world = discover_world({**STEP, "SPECIALM_LAUNCHER": "srun"})
+    assert (world.rank, world.world_size, world.launcher) == (0, 1, "srun")

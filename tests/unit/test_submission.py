@@ -268,25 +268,90 @@ def test_ids_are_on_record_and_stand_in_the_next_script(
     assert len({record.comment for record in found}) == len(found)
 
 
+def _squeue(folder: Path, body: str) -> None:
+    """A squeue that prints `id|comment` lines; `$(comment)` is that of the script which sbatch was given last."""
+    program = folder / "bin" / "squeue"
+    comment = f"comment() {{ grep -o 'specialm-[0-9a-f]*' {folder}/run/jobs/*/$(cat {folder}/last) | head -1; }}"
+    program.write_text(f"#!/bin/bash\n{comment}\n{body}\n")
+    program.chmod(0o755)
+
+
 def test_a_refusal_leaves_those_before_it_on_record(
     pipeline: Pipeline, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _sbatch(
         tmp_path, '[ "$2" != tokens.sbatch ] || { echo "error: no such account" >&2; exit 1; }; echo 41', monkeypatch
     )
+    _squeue(tmp_path, "echo '41|another'")
     jobs = jobs_of(pipeline, Site(), plan)
     with pytest.raises(MachineError, match=r"tokens\.sbatch: error: no such account"):
         submit(_submission(pipeline), jobs, known=[], live={})
     on_record = read_registry(Path(pipeline.root))
-    assert [(record.name, record.slurm_id) for record in on_record[-2:]] == [("tokenizer", "41"), ("tokens", None)]
+    assert [(record.name, record.slurm_id) for record in on_record] == [("tokenizer", "41")]
+    assert (Path(pipeline.root) / "jobs" / "0001" / "tokenizer.sbatch").exists()
 
 
-def test_an_answer_without_an_id_is_refused(
+@pytest.mark.parametrize("fault", ["refused", "no sbatch", "bad template"])
+def test_a_submit_that_queues_nothing_leaves_nothing(
+    pipeline: Pipeline, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    _sbatch(tmp_path, "exit 1", monkeypatch)
+    _squeue(tmp_path, "true")
+    submission = _submission(pipeline)
+    if fault == "no sbatch":
+        (tmp_path / "bin" / "sbatch").unlink()
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if fault == "bad template":
+        submission = replace(submission, template=tmp_path / "none")
+    with pytest.raises((MachineError, ConfigError)):
+        submit(submission, jobs_of(pipeline, Site(), plan), known=[], live={})
+    assert not (Path(pipeline.root) / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'echo "Submitted batch job 41 on cluster big"',
+        "echo 41; echo 'Your project has 300 hours left'",
+        "printf 'Budget:\n300\n41\n'",  # two numbers alone in a line: Slurm decides
+        "echo 'dear user'",
+        "printf '\377 ok\n'",  # not UTF-8
+        "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1",  # queued, and then it failed
+        "sleep 60",  # queued, and then it hung
+    ],
+)
+def test_what_slurm_has_got_is_queued_whatever_sbatch_says(
+    pipeline: Pipeline, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    monkeypatch.setattr(submitting, "SBATCH_SECONDS", 2)
+    _sbatch(tmp_path, f'echo "$2" > {tmp_path}/last; {answer}', monkeypatch)
+    _squeue(tmp_path, 'echo "41|$(comment)"')
+    jobs = jobs_of(pipeline, Site(), plan)[:1]
+    found = submit(_submission(pipeline), jobs, known=[], live={})
+    assert [record.slurm_id for record in found] == ["41"]
+    assert submitting.recover(Path(pipeline.root)) == found, "a second submit knows of it"
+
+
+def test_where_slurm_cannot_be_asked_the_job_stays_on_record(
     pipeline: Pipeline, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _sbatch(tmp_path, "echo 'dear user'", monkeypatch)
-    with pytest.raises(MachineError, match="'dear user', which is no job's id"):
-        submit(_submission(pipeline), jobs_of(pipeline, Site(), plan), known=[], live={})
+    _sbatch(tmp_path, f"echo \"$2\" > {tmp_path}/last; echo 'dear user'", monkeypatch)
+    _squeue(tmp_path, "echo 'Access denied' >&2; exit 1")
+    with pytest.raises(MachineError, match=r"'dear user'.*Access denied.*specialm-\w+, and queues nothing twice"):
+        submit(_submission(pipeline), jobs_of(pipeline, Site(), plan)[:1], known=[], live={})
+    _squeue(tmp_path, 'echo "41|$(comment)"')
+    assert [record.slurm_id for record in submitting.recover(Path(pipeline.root))] == ["41"]
+
+
+def test_a_user_without_a_name_is_recorded_by_number(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[f"getpwuid(): uid not found: {uid}"])
+    _submission(pipeline).freeze()
+    record = read_json(Path(pipeline.root) / "jobs" / "0001" / "submission.json")
+    assert record["user"] == f"uid {os.getuid()}"
 
 
 def test_what_is_set_around_a_submit_does_not_reach_the_job(

@@ -1,0 +1,150 @@
+"""Many documents -> token ids, on several processes.
+
+A worker process is held by a pipe, and a thread of ours waits for each answer. Python's own pools need semaphores, which
+are files in /dev/shm; containers and sandboxes may have none.
+"""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.data.documents import cut_text
+from megatron_specialm.data.tokenizer import Tokenizer
+
+PIECE = 1_000_000  # characters encoded at once: bounds the memory that a long document takes
+CHUNK = 250_000  # characters sent to a worker at least: enough that sending costs little
+AHEAD = 3  # chunks in flight per worker, so that none waits
+
+
+class _Piece(NamedTuple):
+    text: str
+    ends_document: bool
+
+
+class Encoder:
+    """Encodes streams of documents on several processes, in order, holding only a few chunks of text in memory.
+
+    Use it as a context manager. One worker is this process itself.
+    """
+
+    def __init__(self, folder: Path, *, workers: int) -> None:
+        self._tokenizer = Tokenizer.load(folder)
+        # Forked, so that a worker need not import again what the main module imports, which takes longer than encoding
+        # a small set; and forked now, before any reader has started threads.
+        self._workers = [_Worker(self._tokenizer) for _ in range(workers)] if workers > 1 else []
+        self._threads = ThreadPoolExecutor(workers)
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for worker in reversed(self._workers):  # each holds the pipes of those that were forked before it
+            worker.end()
+
+    def encode(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
+        """The token ids of each document, int32, the last one the end-of-document token.
+
+        Raises:
+            MachineError: a worker process died.
+        """
+        eod = np.array([self._tokenizer.eod], np.int32)
+        parts: list[np.ndarray] = []
+        for chunk, encoded in self._encode_chunks(_chunks(documents)):
+            for piece, ids in zip(chunk, encoded, strict=True):
+                parts.append(ids)
+                if piece.ends_document:
+                    yield np.concatenate([*parts, eod])
+                    parts = []
+
+    def _encode_chunks(self, chunks: Iterable[list[_Piece]]) -> Iterator[tuple[list[_Piece], list[np.ndarray]]]:
+        if not self._workers:
+            for chunk in chunks:
+                yield chunk, self._tokenizer.encode([piece.text for piece in chunk])
+            return
+        pending: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
+        for chunk in chunks:
+            pending.append((chunk, self._threads.submit(self._encode_in_worker, [piece.text for piece in chunk])))
+            if len(pending) > AHEAD * len(self._workers):
+                first, future = pending.popleft()
+                yield first, future.result()
+        for chunk, future in pending:
+            yield chunk, future.result()
+
+    def _encode_in_worker(self, texts: list[str]) -> list[np.ndarray]:
+        worker = self._idle.get()
+        try:
+            return worker.encode(texts)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A process that answers each list of texts with their ids, until the pipe to it is closed."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(tokenizer, self._pipe, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Called by one thread at a time.
+
+        Raises:
+            MachineError: the process has died.
+        """
+        try:
+            self._pipe.send(texts)
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise MachineError("a tokenizing process was killed, perhaps for memory: lower `workers`") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(tokenizer: Tokenizer, parents: Connection, pipe: Connection) -> None:
+    parents.close()  # otherwise the pipe would outlive the parent
+    while True:
+        try:
+            texts = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: object = tokenizer.encode(texts)
+        except Exception as error:  # it is the parent's to handle
+            answer = error
+        pipe.send(answer)
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[_Piece]]:
+    """Pieces of documents in lists of CHUNK to CHUNK + PIECE characters."""
+    chunk: list[_Piece] = []
+    characters = 0
+    for document in documents:
+        *head, tail = cut_text(document, PIECE)
+        for piece in (*(_Piece(text, False) for text in head), _Piece(tail, True)):
+            chunk.append(piece)
+            characters += len(piece.text)
+            if characters >= CHUNK:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk

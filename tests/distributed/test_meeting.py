@@ -1,0 +1,81 @@
+"""Ranks that meet: who is missing is named, no wait is without an end, and a signal counts at once."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+RANK = """
+import sys
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.rendezvous import is_alive, meet
+rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+world = World(rank, size, rank, address, "test")
+with Lifeline().hearing_signals():
+    print("here", flush=True)
+    meet(world)
+    print("met", flush=True)
+    if rank:
+        sys.stdin.read(1)
+        print("rank 0 is there" if is_alive(world) else "rank 0 is gone", flush=True)
+"""
+
+
+def _start(rank: int, size: int, address: str, *, seconds: float = 60) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK, str(rank), str(size), address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SPECIALM_MEETING_SECONDS": str(seconds)},
+    )  # fmt: skip
+
+
+def _address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "file"])
+def test_the_missing_are_named_and_the_wait_ends(tmp_path: Path, kind: str) -> None:
+    address = _address() if kind == "tcp" else f"file://{tmp_path}/a #1%20?x"
+    ranks = [_start(rank, 4, address, seconds=12) for rank in (0, 2)]
+    for rank, process in zip((0, 2), ranks, strict=True):
+        _, said = process.communicate(timeout=100)
+        assert f"rank {rank} of 4 (test) has waited 12 s" in said and "for ranks 1, 3:" in said, said
+
+
+def test_a_first_rank_that_does_not_come_is_named() -> None:
+    _, said = _start(1, 2, _address(), seconds=1).communicate(timeout=100)
+    assert "for rank 0, which has not opened it" in said
+    _, said = _start(1, 2, "tcp://no-such-host.invalid:1", seconds=1).communicate(timeout=100)
+    assert "for rank 0, which has not opened it" in said
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_ends_the_wait(rank: int, number: signal.Signals) -> None:
+    process = _start(rank, 2, _address(), seconds=600)
+    assert process.stdout is not None and process.stdout.readline() == "here\n"
+    time.sleep(1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=100)
+    assert ("errors.Stopped: stopped by SIGTERM" if number == signal.SIGTERM else "KeyboardInterrupt") in said, said
+
+
+def test_two_that_say_they_are_the_same_rank(tmp_path: Path) -> None:
+    ranks = [_start(1, 3, f"file://{tmp_path}/meeting", seconds=5) for _ in range(2)]
+    assert any("two processes are rank 1 of 3" in process.communicate(timeout=100)[1] for process in ranks)
+
+
+def test_those_who_wait_notice_the_end_of_the_first() -> None:
+    address = _address()
+    first, second = _start(0, 2, address), _start(1, 2, address)
+    assert "met" in first.communicate(timeout=100)[0]
+    assert "rank 0 is gone" in second.communicate("x", timeout=100)[0]
