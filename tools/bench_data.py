@@ -22,8 +22,9 @@ import sentencepiece
 import tokenizers
 
 from megatron_specialm.data.documents import read_documents
+from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.store import StoreWriter
-from megatron_specialm.data.tokenizer import JSON, MODEL, Encoder, Tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import JSON, MODEL, Tokenizer, train_sentencepiece
 
 
 def main() -> None:

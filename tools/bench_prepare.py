@@ -81,8 +81,9 @@ def _text(folder: Path, size: int) -> None:
 def tokenize(folder: Path, args: argparse.Namespace) -> str:
     """Reading, encoding and writing the store, in one process."""
     from megatron_specialm.data.documents import read_documents
+    from megatron_specialm.data.encoding import Encoder
     from megatron_specialm.data.store import StoreWriter, describe_store
-    from megatron_specialm.data.tokenizer import Encoder, Tokenizer
+    from megatron_specialm.data.tokenizer import Tokenizer
 
     size, split = Tokenizer.load(folder).vocabulary_size, {}
     writer = StoreWriter(folder, "train", context_length=CONTEXT, vocabulary_size=size)

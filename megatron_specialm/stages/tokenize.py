@@ -16,8 +16,9 @@ from megatron_specialm.config.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
+from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.store import COUNTS, SPLITS, StoreWriter, describe_store, join_shards
-from megatron_specialm.data.tokenizer import Encoder, Tokenizer
+from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
 
 
