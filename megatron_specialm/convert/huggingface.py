@@ -113,8 +113,11 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     return result
 
 
-def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int) -> PretrainedConfig:
-    """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token."""
+def huggingface_config(
+    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int, pad: int | None = None
+) -> PretrainedConfig:
+    """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token, and so
+    is what batches are padded with, where the tokenizer has no token of its own for it."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,
@@ -127,6 +130,7 @@ def huggingface_config(config: ModelConfig, *, vocabulary_size: int, context_len
         "initializer_range": config.init_std,
         "bos_token_id": eod,
         "eos_token_id": eod,
+        "pad_token_id": eod if pad is None else pad,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0},
     }
     exported: PretrainedConfig

@@ -1,32 +1,38 @@
 """Documents from files, one string at a time.
 
-| name                          | a document is                                          |
-|-------------------------------|--------------------------------------------------------|
-| .jsonl, .jsonl.gz, .jsonl.zst | one line: a JSON object whose `text_field` is its text |
-| .json.gz                      | the same, as c4 is published                           |
-| .parquet                      | one row: its column `text_field`                       |
-| .txt                          | the whole file                                         |
-| hf:NAME[:CONFIG[:SPLIT]]      | one example of a Hugging Face dataset (split: train)   |
+| name                     | a document is                                          |
+|--------------------------|--------------------------------------------------------|
+| .jsonl                   | one line: a JSON object whose `text_field` is its text |
+| .json, compressed        | the same, as c4 is published                           |
+| .parquet                 | one row: its column `text_field`                       |
+| .txt                     | the whole file                                         |
+| hf:NAME[:CONFIG[:SPLIT]] | one example of a Hugging Face dataset (split: train)   |
+
+All but parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz` behind the name (`data/compressed.py`). Endings count in any
+case. Text is UTF-8; a byte order mark at the beginning of a file, a line or a text is dropped. Of a key that a JSON object
+has twice, the last counts.
 
 The order is that of the entries, of the sorted names behind a glob, and of the lines or rows. The launcher looks up files
 through this module, so it imports neither torch nor, before they are needed, the readers of rarer formats.
 """
 
+import codecs
 import glob
-import gzip
 import json
-import zlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import DataError, MachineError
+from megatron_specialm.base.packages import import_package
 from megatron_specialm.config.explain import did_you_mean
+from megatron_specialm.data.compressed import plain_name, read_blocks
 
 HUB = "hf:"
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-READ_BYTES = 1 << 20  # of a file at a time
+LINE_BYTES = 1 << 30  # of one line at most: what is longer is no document but a file without line breaks
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Documents(Iterator[str]):
@@ -49,7 +55,8 @@ class Documents(Iterator[str]):
     def _read(self) -> Iterator[str]:
         empty = True
         for source in resolve_files(self._entries):
-            for document in _read_source(source, self._text_field):
+            for found in _read_source(source, self._text_field):
+                document = found.removeprefix(BYTE_ORDER_MARK)
                 if not document.strip():
                     self.skipped += 1
                 else:
@@ -104,51 +111,108 @@ def _resolve(entry: str) -> list[Path | str]:
     if entry.startswith(HUB):
         return [entry]
     path = Path(entry)
-    if path.is_file():
+    if os.path.isfile(entry):  # of os.path, which answers False where a pathlib method would raise
         return [path]
-    if path.is_dir():
+    if os.path.isdir(entry):
         raise DataError(f"{entry}: is a folder: name its files, as in {path / '*.jsonl'}")
-    files = sorted(Path(name) for name in glob.glob(entry, recursive=True) if Path(name).is_file())
+    if os.path.lexists(entry):
+        raise DataError(f"{entry}: {_no_file(entry)}")
+    names = sorted(glob.glob(entry, recursive=True))
+    files = [Path(name) for name in names if os.path.isfile(name)]
+    for name in names:  # what a glob finds is wanted: nothing but its folders is passed over
+        if not os.path.isfile(name) and not os.path.isdir(name):
+            raise DataError(f"{name}: {_no_file(name)}")
     if not files:
         what = "no file matches" if glob.has_magic(entry) else "no such file"
         raise DataError(f"{entry}: {what} (looked from {Path.cwd()}): correct the path")
     return list(files)
 
 
+def _no_file(name: str) -> str:
+    if os.path.islink(name):
+        return f"a link to {os.readlink(name)}, where no file is: correct the link or remove it"
+    return "neither a file nor a folder: name files only"
+
+
+def text_format(source: Path) -> str:
+    """How a file is read, by its name: as `lines`, one `text`, or the rows of a `table`.
+
+    Raises:
+        DataError: none of these.
+    """
+    name = plain_name(source)
+    if name.endswith(".jsonl") or (name.endswith(".json") and name != source.name.lower()):
+        return "lines"
+    if name.endswith(".txt"):
+        return "text"
+    if source.suffix.lower() == ".parquet":
+        return "table"
+    raise DataError(
+        f"{source}: not a known kind of text: use .jsonl or .txt (also with .gz, .zst, .bz2 or .xz), or .parquet"
+    )
+
+
 def _read_source(source: Path | str, text_field: str) -> Iterator[str]:
     if isinstance(source, str):
         return _read_hub(source, text_field)
-    if source.name.endswith(JSON_LINES):
+    kind = text_format(source)
+    if kind == "lines":
         return _read_lines(source, text_field)
-    if source.suffix == ".parquet":
-        return _read_parquet(source, text_field)
-    if source.suffix == ".txt":
-        return _read_text(source)
-    raise DataError(f"{source}: not a known kind of text: use .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt")
+    return _read_text(source) if kind == "text" else _read_parquet(source, text_field)
 
 
 # --- one JSON object a line -------------------------------------------------------------------------------------------
 
+# An integer is given its length for a value: nobody reads it, and Python refuses to convert one of many digits.
+_DECODER = json.JSONDecoder(parse_int=len)
+
 
 def _read_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(_bytes(path)), start=1):
-        if line.strip():
-            yield _text_of_line(line, f"{path}:{number}", text_field)
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}:{number}"
+        text = _decoded(line, where)
+        if text.strip():
+            yield _text_of_line(text, where, text_field)
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield rest
+def _lines(path: Path) -> Iterator[bytes]:
+    """The file's lines, without their ends; the last one may have none."""
+    number, size = 1, 0  # of the line that has begun
+    parts: list[bytes] = []  # of it, joined once, however long it is
+    for block in read_blocks(path):
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        size += len(first)
+        if others:
+            *whole, rest = others
+            yield b"".join(parts)
+            yield from whole
+            number, parts, size = number + len(others), [rest], len(rest)
+        if size > LINE_BYTES:
+            raise DataError(
+                f"{path}:{number}: a line of more than {LINE_BYTES / 2**30:g} GiB: write one JSON object a line, and cut "
+                "longer documents"
+            )
+    yield b"".join(parts)
 
 
-def _text_of_line(line: bytes, where: str, text_field: str) -> str:
+def _decoded(content: bytes, where: str) -> str:
+    """The text of some bytes, without a byte order mark."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # UTF-32's little-endian mark begins alike
+        raise DataError(f"{where}: UTF-16 or UTF-32 by its byte order mark: convert the file to UTF-8")
     try:
-        value = json.loads(line.decode())
+        return content.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error}): convert the file to UTF-8") from None
+
+
+def _text_of_line(line: str, where: str, text_field: str) -> str:
+    try:
+        value = _DECODER.decode(line)
+    except RecursionError:
+        raise DataError(
+            f"{where}: JSON nested too deeply to be read: remove what is not needed beside the text"
+        ) from None
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}): write one JSON object a line") from None
     if not isinstance(value, dict):
@@ -160,76 +224,36 @@ def _text_of_line(line: bytes, where: str, text_field: str) -> str:
 
 def _text_field(record: dict[str, Any], where: str, text_field: str) -> str:
     """The text of a record, checked to be one that can be encoded."""
+    if isinstance(text := record.get(text_field), str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character, as in "\ud83d"
+            raise DataError(
+                f"{where}: {text_field!r} is no Unicode text ({error}): remove the lone surrogate"
+            ) from None
+        return text
     keys = ", ".join(map(repr, record)) or "none"
     if text_field not in record:
         near = did_you_mean(text_field, list(record))
         raise DataError(
             f"{where}: no key {text_field!r}{near}; its keys are {keys}: set text_field to the one with the text"
         )
-    text = record[text_field]
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise DataError(
-            f"{where}: {text_field!r} is {kind}, not text; the keys are {keys}: correct it or set text_field"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character, as in "\ud83d"
-        raise DataError(f"{where}: {text_field!r} is no Unicode text ({error}): remove the lone surrogate") from None
-    return text
-
-
-def _bytes(path: Path) -> Iterator[bytes]:
-    """The decompressed content, in blocks."""
-    try:
-        yield from _zstd(path) if path.suffix == ".zst" else _plain_or_gzip(path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: cut short or damaged ({error}): copy it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _plain_or_gzip(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            yield block
-
-
-def _zstd(path: Path) -> Iterator[bytes]:
-    """Frame by frame: the library's own reader takes the end of the file for the end of a frame that was cut short."""
-    import zstandard
-
-    frame, inside = zstandard.ZstdDecompressor().decompressobj(), False
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            while block:
-                try:
-                    yield frame.decompress(block)
-                except zstandard.ZstdError as error:
-                    raise DataError(f"{path}: not zstd or damaged ({error}): copy it again") from None
-                block, inside = frame.unused_data, not frame.eof
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-    if inside:
-        raise DataError(f"{path}: cut short: the last zstd frame has no end: copy it again")
+    kind = "null" if text is None else type(text).__name__
+    raise DataError(f"{where}: {text_field!r} is {kind}, not text; the keys are {keys}: correct it or set text_field")
 
 
 # --- other sources ----------------------------------------------------------------------------------------------------
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error}): convert the file to UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    yield _decoded(b"".join(read_blocks(path)), str(path))
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -237,13 +261,23 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
                 columns = ", ".join(map(repr, names))
                 near = did_you_mean(text_field, names)
                 raise DataError(f"{path}: no column {text_field!r}{near}; its columns are {columns}: set text_field")
-            row = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 for value in batch.column(0):
                     row += 1
-                    yield _text_field({text_field: value.as_py()}, f"{path}: row {row}", text_field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole parquet file of UTF-8 text ({error}): copy or write it again") from None
+                    text = value.as_py()
+                    # Some writers leave out that a column of bytes is text.
+                    text = text.decode() if isinstance(text, bytes) else text
+                    yield _text_field({text_field: text}, f"{path}: row {row}", text_field)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: row {row}: not UTF-8 ({error}): convert the text to UTF-8") from None
+    except pyarrow.ArrowNotImplementedError as error:
+        raise DataError(
+            f"{path}: of a kind that pyarrow {pyarrow.__version__} cannot read ({error}): write it otherwise"
+        ) from None
+    except (PermissionError, FileNotFoundError) as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}: correct its permissions or path") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a whole parquet file ({error}): copy or write it again") from None
 
 
 def _read_hub(entry: str, text_field: str) -> Iterator[str]:
@@ -254,7 +288,7 @@ def _read_hub(entry: str, text_field: str) -> Iterator[str]:
 def _hub_examples(entry: str) -> Iterator[dict[str, Any]]:
     name, config, split = [*entry.removeprefix(HUB).split(":", 2), "", ""][:3]
     try:
-        import datasets
+        datasets = import_package("datasets")
     except ImportError as error:
         raise MachineError(f"{entry}: {error}: pip install 'megatron_specialm[hub]', or name files instead") from None
     try:

@@ -2,7 +2,8 @@
 
     tokenizer.json        the tokenizer as the `tokenizers` library reads it: what is exported
     sentencepiece.model   where it is a SentencePiece model, the model it was converted from
-    settings.json         {"library": which of the two encodes, "eod": the end-of-document token}
+    settings.json         {"library": which of the two encodes, "eod": the end-of-document token,
+                           "kept": what an imported tokenizer says beyond that, under tokenizer_config.json's names}
 
 A SentencePiece BPE model encodes with SentencePiece, which is faster, and converts exactly. A unigram model encodes
 with `tokenizers`: SentencePiece adds up log-probabilities in 32 bits, so on long documents it picks between nearly
@@ -10,11 +11,12 @@ equal segmentations by rounding, which nothing else can repeat.
 
 Trained models neither normalize nor add anything, and spell unknown characters in bytes, so decode(encode(x)) == x; the
 one exception is U+2581, SentencePiece's sign for a space, which becomes one. Text never encodes to the end-of-document
-token, not even where it spells it out.
+token, not even where it spells it out: an imported tokenizer in which it would is refused.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,24 +28,47 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
 from megatron_specialm.data.documents import cut_text
+from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
+from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
 
-JSON, MODEL, SETTINGS = "tokenizer.json", "sentencepiece.model", "settings.json"
+MODEL, SETTINGS = "sentencepiece.model", "settings.json"
 EOD = "</s>"
 SENTENCE = 10_000  # characters of a training sentence; a longer document is several
+UNKNOWN = "▅"  # SentencePiece's own sign: it trains on no sentence in which it stands
 Encode = Callable[[str], list[int]]
 Decode = Callable[[list[int]], str]
 
 
+# What a tokenizer, its conversion and its export have to agree on.
+PROBES = (
+    "The  quick\tbrown fox,\n\n  jumps over 1234567 lazy dogs!?  ",
+    "for i in range(10):\r\n        x[i] += 0.5  # naïve café, Ångström ½ ﬁ",
+    "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
+    "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
+)
+
+
 class Tokenizer:
-    """Text to token ids and back. Immutable; cheap to load (no torch)."""
+    """Text to token ids and back. Immutable; cheap to load (no torch).
+
+    Attributes:
+        eod: id of the end-of-document token.
+        pad: id of the token that fills batches of texts: the tokenizer's own, or the end-of-document token.
+        special_tokens: what an exported folder has to say of them, under tokenizer_config.json's names.
+        added: the tokens that stand beside the model's vocabulary, special or not.
+    """
 
     def __init__(
-        self, folder: Path, encode: Encode, decode: Decode, *, vocabulary_size: int, eod: int, fingerprint: str
+        self, folder: Path, encode: Encode, decode: Decode, exported: tokenizers.Tokenizer, settings: dict[str, Any]
     ) -> None:
-        self._folder, self._encode, self._decode = folder, encode, decode
-        self.vocabulary_size = vocabulary_size
-        self.eod = eod
-        self.fingerprint = fingerprint
+        self.folder, self._encode, self._decode = folder, encode, decode
+        eod = settings["eod"]
+        self.special_tokens = {"pad_token": eod, **settings.get("kept", {}), "bos_token": eod, "eos_token": eod}
+        self.added = [token.content for token in exported.get_added_tokens_decoder().values()]
+        self.vocabulary_size = _size(exported)
+        self.eod, self.pad = _id(exported, eod), _id(exported, self.special_tokens["pad_token"])
+        files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
+        self.fingerprint = sha256_json({path.name: sha256_file(path) for path in files})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -61,20 +86,7 @@ class Tokenizer:
             raise ArtifactError(
                 f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again"
             ) from None
-        files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
-        eod = exported.token_to_id(settings["eod"])
-        if eod is None:
-            raise ArtifactError(
-                f"{folder / SETTINGS}: its eod {settings['eod']!r} is no token: make the tokenizer again"
-            )
-        return cls(
-            folder,
-            encode,
-            decode,
-            vocabulary_size=_size(exported),
-            eod=eod,
-            fingerprint=sha256_json({path.name: sha256_file(path) for path in files}),
-        )
+        return cls(folder, encode, decode, exported, settings)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of token ids per text, in one thread, without special tokens."""
@@ -84,21 +96,9 @@ class Tokenizer:
         """The text of token ids; special tokens have none."""
         return self._decode(np.asarray(ids).tolist())
 
-    def save_huggingface(self, folder: Path) -> None:
-        """Write the files from which `transformers.AutoTokenizer` makes the same ids. bos and eos are the eod token."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / JSON, (self._folder / JSON).read_text(encoding="utf-8"))
-        eod = read_json(self._folder / SETTINGS)["eod"]
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": eod,
-                "eos_token": eod,
-                "split_special_tokens": True,  # text that spells a special token stays text
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+    def probes(self) -> list[str]:
+        """Texts that tell apart tokenizers which are not the same: of many scripts, and of all added tokens' names."""
+        return [*PROBES, " ".join(f"a{name}b {name}" for name in self.added)]
 
 
 def _sentencepiece_calls(path: Path) -> tuple[Encode, Decode]:
@@ -114,6 +114,13 @@ def _tokenizers_calls(tokenizer: tokenizers.Tokenizer) -> tuple[Encode, Decode]:
         return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     return encode, tokenizer.decode
+
+
+def _id(tokenizer: tokenizers.Tokenizer, name: str) -> int:
+    number = tokenizer.token_to_id(name)
+    if number is None:
+        raise ArtifactError(f"{SETTINGS} names {name!r}, which is no token of {JSON}: make the tokenizer again")
+    return number
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:
@@ -143,7 +150,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample),
+            sentence_iterator=(sentence.replace(UNKNOWN, " ") for sentence in sample),
             model_writer=model,
             model_type=algorithm,
             vocab_size=vocabulary_size,
@@ -152,6 +159,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
+            required_chars=SPACE,  # also where no training text has a space: in bytes, its sign would not be one again
             max_sentence_length=4 * SENTENCE,  # in bytes; longer ones would be dropped
             unk_id=0,
             eos_id=1,
@@ -173,13 +181,19 @@ def import_tokenizer(path: Path, folder: Path) -> Tokenizer:
     """Take a SentencePiece `.model` file or a Hugging Face folder with a `tokenizer.json`.
 
     Raises:
-        DataError: it is neither, has no end-of-sentence token, or cannot be exported without changing its ids.
+        DataError: it is neither, has no end-of-sentence token or one that text can encode to, cannot be exported without
+            changing its ids, or decodes to other text than it encodes.
     """
     if path.suffix == ".model" and path.is_file():
-        _check_importable(path)
+        _check_sentencepiece(path)
         return _save_sentencepiece(path.read_bytes(), folder)
     if (path / JSON).is_file():
-        return _save_huggingface(path, folder)
+        description, settings = read_huggingface(path)
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        _check_calls(path, *_tokenizers_calls(tokenizer), tokenizer, settings["eod"])
+        write_json(folder / JSON, description)
+        write_json(folder / SETTINGS, {"library": "tokenizers", **settings})
+        return Tokenizer.load(folder)
     raise DataError(
         f"{path}: neither a SentencePiece .model file nor a folder with a {JSON}: correct the tokenizer's path"
     )
@@ -209,16 +223,24 @@ def _reason(error: RuntimeError) -> str:
 def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:
     """Write a SentencePiece model, its conversion and the settings that name them."""
     proto = schema.ModelProto.FromString(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     is_bpe = proto.trainer_spec.model_type == schema.TrainerSpec.BPE
+    kept = {} if processor.pad_id() < 0 else {"pad_token": processor.id_to_piece(processor.pad_id())}
     with atomic_path(folder / MODEL) as path:
         path.write_bytes(model)
-    write_text(folder / JSON, _converted(proto).to_str())
-    eod = proto.pieces[proto.trainer_spec.eos_id].piece
-    write_json(folder / SETTINGS, {"library": "sentencepiece" if is_bpe else "tokenizers", "eod": eod})
+    write_text(folder / JSON, converted(proto).to_str())
+    write_json(
+        folder / SETTINGS,
+        {
+            "library": "sentencepiece" if is_bpe else "tokenizers",
+            "eod": processor.id_to_piece(processor.eos_id()),
+            "kept": kept,
+        },
+    )
     return Tokenizer.load(folder)
 
 
-def _check_importable(source: Path) -> None:
+def _check_sentencepiece(source: Path) -> None:
     """Refuse a SentencePiece model that has no end of sentence, or whose conversion gives other ids than itself."""
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
@@ -226,112 +248,40 @@ def _check_importable(source: Path) -> None:
         raise DataError(f"{source}: not a SentencePiece model ({error}): correct the tokenizer's path") from None
     if processor.eos_id() < 0:
         raise DataError(f"{source}: has no end-of-sentence piece to end documents with: train it with eos_id set")
-    converted, _ = _tokenizers_calls(_converted(schema.ModelProto.FromString(processor.serialized_model_proto())))
-    for text in PROBES:
-        if processor.encode(text) != converted(text):
+    tokenizer = converted(schema.ModelProto.FromString(processor.serialized_model_proto()))
+    encode, _ = _tokenizers_calls(tokenizer)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    for text in (*PROBES, *(f"a{name}b {name}" for name in added)):
+        if processor.encode(text) != encode(text):
             raise DataError(
                 f"{source}: exported, it would give other ids, for instance of {text!r}: "
                 "give it as a Hugging Face folder with a tokenizer.json"
             )
+    end = processor.id_to_piece(processor.eos_id())
+    _check_calls(source, processor.encode, processor.decode, tokenizer, end)
 
 
-def _save_huggingface(source: Path, folder: Path) -> Tokenizer:
-    """Keep a Hugging Face tokenizer, less what adds tokens to a text, cuts or pads it."""
-    description = read_json(source / JSON) | {"post_processor": None, "truncation": None, "padding": None}
-    eod = _eos_token(source)
-    known = [token["content"] for token in description.get("added_tokens", [])]
-    if eod not in known:
+def _check_calls(source: Path, encode: Encode, decode: Decode, tokenizer: tokenizers.Tokenizer, end: str) -> None:
+    """Refuse a tokenizer in which text can encode to the end token, or whose decoder is not that of its model."""
+    eod = tokenizer.token_to_id(end)
+    wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in end)  # NFKC undoes it
+    for name in (end, end.lower(), end.upper(), wide):
+        for text in (name, f"a {name} b", f"a{name}b", f"{name}{name}"):
+            if eod in encode(text):
+                raise DataError(
+                    f"{source}: the text {text!r} encodes to the end token {end!r} itself, so it would end its document: "
+                    "take the token out of the model's ordinary vocabulary (a user-defined symbol, or a word of it), or "
+                    "name another eos_token"
+                )
+    ids = encode(text := "the time of the year")
+    if encode(decode(ids)) != ids and not _unknown(tokenizer) & set(ids):
         raise DataError(
-            f"{source}: its eos_token is {eod!r}, not one of its special tokens {known}: name one of those there"
+            f"{source}: {text!r} becomes {decode(ids)!r} when it is encoded and decoded: name the decoder that belongs to "
+            f"its model in {JSON}"
         )
-    write_json(folder / JSON, description)
-    write_json(folder / SETTINGS, {"library": "tokenizers", "eod": eod})
-    return Tokenizer.load(folder)
 
 
-def _eos_token(source: Path) -> str | None:
-    """The end-of-sentence token that a Hugging Face folder names: text, or a mapping with the text as its `content`."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(source / name).get("eos_token") if (source / name).is_file() else None
-        if token is not None:
-            return token["content"] if isinstance(token, dict) else token
-    return None
-
-
-# --- SentencePiece -> tokenizers --------------------------------------------------------------------------------------
-
-SPACE = "▁"
-NEVER = -1e6  # the log-probability of pieces that no text may match: </s>, or a byte's piece <0x0A>
-
-# What an imported model and its conversion have to agree on.
-PROBES = (
-    "The  quick\tbrown fox,\n\n  jumps over 1234567 lazy dogs!?  ",
-    "for i in range(10):\r\n        x[i] += 0.5  # naïve café, Ångström ½ ﬁ",
-    "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
-    "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
-)
-
-
-def _converted(proto: Any) -> tokenizers.Tokenizer:
-    """The tokenizer that a SentencePiece model describes.
-
-    SentencePiece BPE knows no merges, only pieces: it always joins the neighbours whose union has the best score. That
-    is the same as merging any pair of pieces whose union is a piece, ranked by the union's score.
-    """
-    kind = schema.ModelProto.SentencePiece
-    spec = proto.trainer_spec
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL}
-    if spec.model_type == schema.TrainerSpec.BPE:
-        ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-        model: Any = tokenizers.models.BPE(
-            ids,
-            sorted(_pairs(normal), key=lambda pair: (-normal[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]])),
-            unk_token=proto.pieces[spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=spec.byte_fallback,
-        )
-    else:
-        scores = [(piece.piece, normal.get(piece.piece, NEVER)) for piece in proto.pieces]
-        model = tokenizers.models.Unigram(scores, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
-    tokenizer.decoder = _decoder(proto.normalizer_spec)
-    tokenizer.add_special_tokens([_token(piece.piece) for piece in proto.pieces if piece.type == kind.CONTROL])
-    tokenizer.add_tokens([_token(piece.piece) for piece in proto.pieces if piece.type == kind.USER_DEFINED])
-    return tokenizer
-
-
-def _pairs(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
-    known = set(pieces)
-    for piece in known:
-        for cut in range(1, len(piece)):
-            if piece[:cut] in known and piece[cut:] in known:
-                yield piece[:cut], piece[cut:]
-
-
-def _token(text: str) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(text, normalized=False)
-
-
-def _normalizer(spec: Any) -> tokenizers.normalizers.Normalizer:
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(tokenizers.normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""))
-        steps.append(tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
-    if spec.add_dummy_prefix:
-        steps.append(tokenizers.normalizers.Prepend(SPACE))
-    steps.append(tokenizers.normalizers.Replace(" ", SPACE))
-    return tokenizers.normalizers.Sequence(steps)
-
-
-def _decoder(spec: Any) -> tokenizers.decoders.Decoder:
-    steps: list[Any] = [
-        tokenizers.decoders.Replace(SPACE, " "),
-        tokenizers.decoders.ByteFallback(),
-        tokenizers.decoders.Fuse(),
-    ]
-    if spec.add_dummy_prefix:
-        steps.append(tokenizers.decoders.Strip(" ", 1, 0))
-    return tokenizers.decoders.Sequence(steps)
+def _unknown(tokenizer: tokenizers.Tokenizer) -> set[int]:
+    """The ids of text that the model does not know: such text is lost, with any decoder."""
+    names = (getattr(tokenizer.model, "unk_token", None), "<unk>", "[UNK]")
+    return {number for name in names if name and (number := tokenizer.token_to_id(name)) is not None}

@@ -3,7 +3,6 @@
 usage: python -m megatron_specialm.doctor.packages NAME
 """
 
-import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from megatron_specialm.base.packages import import_package
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.process import Outcome, send_answer
 
@@ -86,7 +86,7 @@ _TABLE = (
 PACKAGES = {package.name: package for package in _TABLE}
 
 
-def describe(package: Package, load: Import = importlib.import_module) -> dict[str, Any] | None:
+def describe(package: Package, load: Import = import_package) -> dict[str, Any] | None:
     """Import a package and its working parts: its version and facts; None where it is not installed.
 
     Raises:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import read_json, sha256_file, sha256_json, write_json
 from megatron_specialm.config.graph import ENCODING_MODEL, TOKENIZER, Task, TaskId
-from megatron_specialm.data.documents import JSON_LINES, cut_in_shards, resolve_files
+from megatron_specialm.data.documents import cut_in_shards, resolve_files, text_format
 
 CACHE = "file_hashes.json"
 THREADS = 16  # at most: more readers than that do not make a filesystem faster
@@ -84,9 +84,7 @@ def look_up(tasks: Iterable[Task]) -> dict[TaskId, dict[str, list[Part]]]:
 
 
 def _text_part(file: Path | str) -> Part:
-    if isinstance(file, str):
-        return Part(file, None)
-    return Part("lines" if file.name.endswith(JSON_LINES) else file.suffix, file)
+    return Part(file, None) if isinstance(file, str) else Part(text_format(file), file)
 
 
 def _model_parts(entry: str, role: str) -> list[Part]:

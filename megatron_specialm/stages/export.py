@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
@@ -21,6 +21,7 @@ from megatron_specialm.config.schema import ExportStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
+from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -36,8 +37,8 @@ WINDOWS_COMPARED = 4
 def run(stage: ExportStage, context: Context) -> Report:
     """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
 
-    It is written aside and takes its name only when Transformers, loading it, gives our logits on held-out windows and
-    our token ids on their text; otherwise nothing is left.
+    It is written aside and takes its name only when Transformers, loading it, gives our logits on held-out windows, our
+    token ids on their text, and batches of the model's length; otherwise nothing is left.
 
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
@@ -86,12 +87,14 @@ def _write(
 ) -> None:
     """All that Transformers reads."""
     config = huggingface_config(
-        shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length, eod=store.eod
-    )
+        shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length, eod=store.eod,
+        pad=tokenizer.pad,
+    )  # fmt: skip
     config.save_pretrained(folder)
     save_file(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
-    GenerationConfig(bos_token_id=store.eod, eos_token_id=store.eod, pad_token_id=store.eod).save_pretrained(folder)
-    tokenizer.save_huggingface(folder)
+    ends = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
+    GenerationConfig(**ends).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, context_length=store.context_length)
 
 
 @torch.no_grad()
@@ -109,11 +112,11 @@ def _logit_difference(
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> None:
     text = "".join(tokenizer.decode(store.window(index)) for index in range(min(WINDOWS_COMPARED, len(store))))
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text).input_ids
-    if theirs != tokenizer.encode([text])[0].tolist():
+    found = disagreement(folder, tokenizer, context_length=store.context_length, texts=[text])
+    if found is not None:
         raise ArtifactError(
-            f"{folder.parent}: not exported: AutoTokenizer of transformers {transformers.__version__} gives other "
-            "token ids than the tokenizer the model was trained with"
+            f"{folder.parent}: not exported: AutoTokenizer of transformers {transformers.__version__} {found}; the tokenizer "
+            "stage found no such thing: use the version of transformers that it ran with"
         )
 
 

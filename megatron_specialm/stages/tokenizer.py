@@ -2,9 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import transformers
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.schema import TokenizerStage
+from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.documents import read_documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
 from megatron_specialm.stages.context import Context
@@ -14,9 +19,11 @@ def run(stage: TokenizerStage, context: Context) -> Report:
     """Write a tokenizer folder.
 
     Raises:
-        DataError: text or a tokenizer that cannot be read, or a vocabulary that does not suit the text.
+        DataError: text or a tokenizer that cannot be read, a vocabulary that does not suit the text, or a tokenizer that
+            could not be exported.
     """
     tokenizer = _train(stage, context) if stage.path is None else import_tokenizer(Path(stage.path), context.folder)
+    _check_exported(tokenizer)
     return Report(values={"vocabulary_size": tokenizer.vocabulary_size, "fingerprint": tokenizer.fingerprint})
 
 
@@ -33,6 +40,18 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
         algorithm=stage.algorithm,
         sample_characters=stage.sample_characters,
     )
+
+
+def _check_exported(tokenizer: Tokenizer) -> None:
+    """What the export asks of a tokenizer, asked before anything is trained with it."""
+    with TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder), context_length=32)
+        found = disagreement(Path(folder), tokenizer, context_length=32)
+    if found is not None:
+        raise DataError(
+            f"{tokenizer.folder}: cannot be exported: transformers {transformers.__version__} {found}: use another "
+            "tokenizer, or another version of transformers"
+        )
 
 
 def beginnings(files: Sequence[Path | str], characters: int, *, text_field: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.packages import import_package
 
 
 class Metrics:
@@ -70,7 +71,7 @@ def _tensorboard(folder: Path) -> Any:
 
 def _wandb(folder: Path, project: str) -> Any:
     try:
-        import wandb
+        wandb = import_package("wandb")
     except ImportError:
         raise MachineError(
             "wandb_project is set, but wandb is not installed: pip install 'megatron_specialm[wandb]'"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.environment import ALONE, World
@@ -257,6 +258,20 @@ def test_an_export_is_whole_and_its_cards_example_runs(pipeline: Pipeline) -> No
     done = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("</s>Once")
+    _check_batches(folder)
+
+
+def _check_batches(folder: Path) -> None:
+    """What a user does next: fill a batch, cut what is too long, generate."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = {(settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) for settings in
+           (tokenizer, model.config, model.generation_config)}  # fmt: skip
+    assert ids == {(tokenizer.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)}
+    batch = tokenizer(["Once", "Once upon a time"], padding=True, return_tensors="pt")
+    written = model.generate(**batch, max_new_tokens=3, min_new_tokens=3)
+    assert written.shape == (2, batch.input_ids.shape[1] + 3)
+    assert batch.attention_mask[0, 0] == 0 and batch.attention_mask[:, -1].all()
+    assert len(tokenizer("Once " * 100, truncation=True).input_ids) == CONTEXT
 
 
 @pytest.mark.parametrize("inputs", [True], indirect=True, ids=["weights with a NaN"])

@@ -1,0 +1,59 @@
+"""A tokenizer as `transformers.AutoTokenizer` loads it: written, and compared with the one that the model is trained with."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.data.huggingface_tokenizer import CONFIG, JSON
+from megatron_specialm.data.tokenizer import Tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -> None:
+    """Write the files from which Transformers makes the same ids. bos and eos are the end-of-document token.
+
+    Args:
+        context_length: of the model, to which `truncation=True` cuts a text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / JSON, (tokenizer.folder / JSON).read_text(encoding="utf-8"))
+    write_json(
+        folder / CONFIG,
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",  # so that `generate` goes on where the texts of a batch end
+            **tokenizer.special_tokens,
+            "model_max_length": context_length,
+            "model_input_names": ["input_ids", "attention_mask"],  # the models take no others
+            "split_special_tokens": True,  # text that spells a special token stays text
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer as a user of Transformers has it."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, texts: Iterable[str] = ()) -> str | None:
+    """What Transformers, loading the folder, makes otherwise than we do: the ids of texts, those given and the tokenizer's
+    probes, or a padded and truncated batch. None if there is nothing."""
+    theirs = load_tokenizer(folder)
+    for text in (*texts, *tokenizer.probes()):
+        if theirs(text, truncation=False).input_ids != tokenizer.encode([text])[0].tolist():
+            return f"gives other ids than tokenizers, for instance of {text[:80]!r}"
+    long = "".join(tokenizer.probes()) * context_length
+    batch = theirs([long, "a"], padding=True, truncation=True)
+    if set(batch) != {"input_ids", "attention_mask"}:
+        return f"makes batches of {', '.join(batch)}"
+    wanted = min(context_length, len(tokenizer.encode([long])[0]))
+    if {len(row) for row in batch.input_ids} != {wanted}:
+        return (
+            f"cuts texts to {', '.join(str(len(row)) for row in batch.input_ids)} ids for a context of {context_length}"
+        )
+    ids, masks = batch.input_ids[1], batch.attention_mask[1]
+    filling = {number for number, counts in zip(ids, masks, strict=True) if not counts}
+    return None if filling <= {tokenizer.pad} else f"fills batches with {filling}, not with {tokenizer.pad}"

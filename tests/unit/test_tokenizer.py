@@ -1,0 +1,197 @@
+"""Tokenizers that are imported: what could go wrong at the export is found before anything is trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.convert.tokenizer import disagreement, load_tokenizer, save_tokenizer
+from megatron_specialm.data.encoding import Encoder
+from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
+
+END = "<|end|>"
+WORDS = [f"{a}{b}{c}" for a in "ktpm" for b in "aeiou" for c in ("n", "l", "rs")]
+SPELLED = [f"a text that quotes {END} in the middle", END, f"{END}{END}"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Byte-level BPE, as most of today's models have it."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def save(tokenizer: tokenizers.Tokenizer, folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, **config}))
+    return folder
+
+
+def ended(special: bool, **flags: bool) -> tokenizers.Tokenizer:
+    tokenizer = byte_level()
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add([AddedToken(END, special=special, **{"normalized": False, **flags})])
+    return tokenizer
+
+
+def check(tokenizer: Tokenizer, folder: Path) -> Any:
+    """Text never becomes the end token, and Transformers agrees; returns its tokenizer."""
+    for text in SPELLED:
+        assert tokenizer.eod not in tokenizer.encode([text])[0]
+    assert tokenizer.decode(tokenizer.encode(["tan kel"])[0]).strip() == "tan kel"
+    save_tokenizer(tokenizer, folder, context_length=32)
+    assert disagreement(folder, tokenizer, context_length=32, texts=SPELLED) is None
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_text_that_spells_the_end_token_stays_text(special: bool, flags: dict[str, bool], tmp_path: Path) -> None:
+    imported = import_tokenizer(save(ended(special, **flags), tmp_path / "source"), tmp_path / "ours")
+    assert imported.eod == 300 and imported.vocabulary_size == 301
+    check(imported, tmp_path / "theirs")
+
+
+def test_an_end_token_of_a_unigram_models_ordinary_pieces(tmp_path: Path) -> None:
+    """As in the tokenizers of T5 and XLM-R: `</s>` has the score 0, the best of all."""
+    pieces = [("<unk>", 0.0), (END, 0.0), *((letter, -9.0) for letter in " <|>abcdefghijklmnopqrstuvwxyz▁")]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert 1 in tokenizer.encode(SPELLED[0]).ids
+    check(import_tokenizer(save(tokenizer, tmp_path / "source"), tmp_path / "ours"), tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.Lowercase(), normalizers.NFKC()])
+def test_an_end_token_that_is_a_word_of_the_model_is_refused(normalizer: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, END: 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    with pytest.raises(DataError, match=r"encodes to the end token '<\|end\|>' itself"):
+        import_tokenizer(save(tokenizer, tmp_path / "source"), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_user_defined_symbols_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    def train(**settings: Any) -> Path:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS)] * 5), model_prefix=str(tmp_path / "m"), vocab_size=300, byte_fallback=True,
+            model_type="bpe", hard_vocab_limit=False, minloglevel=2, **settings,
+        )  # fmt: skip
+        return tmp_path / "m.model"
+
+    plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    symbols = import_tokenizer(train(user_defined_symbols=["<tab>"], pad_id=3, **plain), tmp_path / "symbols")
+    assert symbols.special_tokens["pad_token"] == "<pad>"
+    check(symbols, tmp_path / "theirs")
+    with pytest.raises(DataError, match="has no end-of-sentence piece"):
+        import_tokenizer(train(user_defined_symbols=["</s>"], **plain), tmp_path / "ours")
+    with pytest.raises(DataError, match="exported, it would give other ids, for instance of 'a<tab>b"):
+        import_tokenizer(train(user_defined_symbols=["<tab>"]), tmp_path / "ours")  # a space before each part
+
+
+def test_the_missing_decoder_is_noticed(tmp_path: Path) -> None:
+    tokenizer = ended(True)
+    tokenizer.decoder = None
+    with pytest.raises(DataError, match="name the decoder"):
+        import_tokenizer(save(tokenizer, tmp_path / "source"), tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"eos_token": None}, "names no eos_token"),
+        ({"eos_token": "</s>"}, "eos_token '</s>' is not a token"),
+        ({"eos_token": [END, "</s>"]}, "is not a token"),
+        ({"eos_token": {"content": "</s>"}}, "is not a token"),
+    ],
+)
+def test_an_end_token_that_is_none(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        import_tokenizer(save(ended(True), tmp_path / "source", **config), tmp_path / "ours")
+    assert words in str(error.value) and "tokenizer_config.json" in str(error.value) and END in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"version": "1.0", "model": {"type": "New"}}', "[" * 100_000])
+def test_a_folder_that_cannot_be_read(content: str, tmp_path: Path) -> None:
+    source = save(ended(True), tmp_path / "source")
+    (source / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"source/tokenizer\.json"):
+        import_tokenizer(source, tmp_path / "ours")
+
+
+def test_what_a_source_says_is_kept(tmp_path: Path) -> None:
+    tokenizer = ended(True)
+    tokenizer.add_tokens([AddedToken("<pad>", normalized=False)])  # not special: its role makes it so
+    source = save(tokenizer, tmp_path / "source", pad_token="<pad>", padding_side="right", chat_template=TEMPLATE)
+    imported = import_tokenizer(source, tmp_path / "ours")
+    theirs = check(imported, tmp_path / "theirs")
+    assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("<pad>", imported.pad, "right")
+    assert imported.pad != imported.eod == theirs.eos_token_id == theirs.bos_token_id
+    said = theirs.apply_chat_template([{"role": "user", "content": "tan"}], tokenize=False)
+    assert said == "tan"
+
+
+def test_what_a_source_does_not_say_is_set(tmp_path: Path) -> None:
+    source = save(ended(True), tmp_path / "source", pad_token="[PAD]", unk_token="[UNK]")  # no tokens of tokenizer.json
+    imported = import_tokenizer(source, tmp_path / "ours")
+    theirs = check(imported, tmp_path / "theirs")
+    assert theirs.pad_token == END and theirs.padding_side == "left" and theirs.model_max_length == 32
+    assert len(theirs) == imported.vocabulary_size  # nothing was added that no model has a row for
+    assert len(theirs("tan kel " * 100, truncation=True).input_ids) == 32
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_a_trained_tokenizer_makes_batches(algorithm: Any, tmp_path: Path) -> None:
+    trained = train_sentencepiece(
+        [f"{''.join(WORDS)}▅" for _ in range(20)],  # SentencePiece would pass over sentences with its own sign
+        tmp_path / "ours", vocabulary_size=285, algorithm=algorithm, sample_characters=10**6,
+    )  # fmt: skip
+    theirs = check(trained, tmp_path / "theirs")  # no text had a space, and yet one is decoded to itself
+    assert theirs.pad_token_id == theirs.eos_token_id == trained.pad == trained.eod
+
+
+def test_ids_may_have_holes(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "tan": 5, "kel": 9, END: 20}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    imported = import_tokenizer(save(tokenizer, tmp_path / "source"), tmp_path / "ours")
+    assert imported.vocabulary_size == 21
+    check(imported, tmp_path / "theirs")
+
+
+def test_an_end_inside_a_document_is_noticed_whatever_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_tokenizer(save(ended(True), tmp_path / "source"), tmp_path / "ours")
+    with Encoder(tmp_path / "ours", workers=1) as encoder:
+        assert [ids[-1] for ids in encoder.encode(SPELLED)] == [300] * 3
+        monkeypatch.setattr(Tokenizer, "encode", lambda self, texts: [np.array([1, self.eod, 2], np.int32)])
+        with pytest.raises(
+            DataError, match="end-of-document token 300 is among the ids of a text that begins with 'a te"
+        ):
+            list(encoder.encode(SPELLED[:1]))
+
+
+def test_what_transformers_makes_otherwise_is_said(tmp_path: Path) -> None:
+    imported = import_tokenizer(save(ended(True), tmp_path / "source"), tmp_path / "ours")
+    folder = tmp_path / "theirs"
+    for change, words in (
+        ({"split_special_tokens": False}, "gives other ids than tokenizers, for instance of"),
+        ({"model_max_length": 40}, "cuts texts to 40, 40 ids for a context of 32"),
+        ({"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}, "makes batches of"),
+        ({"pad_token": "a"}, "fills batches with"),
+    ):
+        save_tokenizer(imported, folder, context_length=32)
+        config = folder / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+        assert words in str(disagreement(folder, imported, context_length=32))
