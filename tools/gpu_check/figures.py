@@ -2,10 +2,12 @@
 
 import math
 import traceback
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import NamedTuple, TypeVar
 
 from megatron_specialm.base.errors import SpecialmError
+
+T = TypeVar("T")
 
 
 class Figure(NamedTuple):
@@ -28,18 +30,18 @@ def between(name: str, value: float, low: float, high: float, unit: str = "", *,
     return Figure(name, value, unit, f"{low:g} to {high:g}", low <= value <= high if judged else None)
 
 
-def attempt(name: str, figures: Iterable[Figure]) -> Iterator[Figure]:
-    """Figures of one of several measurements. What it raises becomes a figure too, so that the others are still made; but
-    what the machine lacks ends the part."""
+def attempt(name: str, figures: Generator[Figure, None, T]) -> Generator[Figure, None, T | None]:
+    """Figures of one of several measurements, and what it returns. What it raises becomes a figure too, and None, so that
+    the others are still made; but what the machine lacks ends the part."""
     try:
-        yield from figures
+        return (yield from figures)
     except (SpecialmError, ImportError):
         raise
     except Exception as error:
         traceback.print_exc()
-        yield Figure(
-            name, f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}", good=False
-        )
+        first_line = str(error).strip().partition("\n")[0][:120]
+        yield Figure(name, f"failed: {type(error).__name__}: {first_line}", good=False)
+        return None
 
 
 def row(figure: Figure) -> str:

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from bench_projected import PAPER, QUICKSTART, compare
+
 from gpu_check.figures import Figure, at_most
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.train.distributed import process_group

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from gpu_check.figures import Figure
@@ -28,7 +28,7 @@ def run(*, tiny: bool) -> Iterator[Figure]:
                 return
 
 
-def _once(outcomes: Path, done: list[str]) -> Iterator[Figure]:
+def _once(outcomes: Path, done: list[str]) -> Generator[Figure, None, bool]:
     """One pytest over all tests but those in `done`, which grows. Returns whether it ended early."""
     command = [sys.executable, "-m", "pytest", "-p", "gpu_check.outcomes", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
     command += ["-o", "timeout=0", *(f"--deselect={test}" for test in done), "tests/gpu"]

@@ -1,8 +1,9 @@
 """Loss curves on real text, byte by byte, from the same first weights over the same windows: fp32, bf16 and FP8."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
+from smoke_corpus import docstrings, take
 
 from gpu_check.figures import Figure, at_most
 from gpu_check.training import RECIPES, engine_of, free, preset
@@ -17,7 +18,6 @@ from megatron_specialm.config.training import Schedule
 from megatron_specialm.data.store import Batch
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.schedule import learning_rate
-from smoke_corpus import docstrings, take
 
 PACKAGES = ("torch", "numpy")  # whose docstrings are read: where anything trains, these are
 CHARACTERS = 2_000_000
@@ -42,7 +42,7 @@ def loss_curves(*, tiny: bool) -> Iterator[Figure]:
 
 def _curve(
     name: str, precision: Precision, fp8: Fp8Config | None, text: np.ndarray, steps: int, windows: int, *, tiny: bool
-) -> Iterator[Figure]:
+) -> Generator[Figure, None, list[float]]:
     """Yields figures; returns the losses, nats per byte."""
     context = 16 if tiny else 128
     setup = Setup(
