@@ -1,6 +1,6 @@
 """Transformer Engine's matrix products beside torch's, forward and backward: do numbers agree, and how fast are they?"""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def products(*, tiny: bool) -> Iterator[Figure]:
 
 def _beside_exact(
     name: str, linear: Any, product: Product, bounds: tuple[tuple[float, float], ...]
-) -> Iterator[Figure]:
+) -> Generator[Figure, None, None]:
     with torch.no_grad():
         linear.weight.copy_(product.weight)
     inputs = product.inputs.clone().requires_grad_()
@@ -75,7 +75,7 @@ def _beside_exact(
     yield Figure(f"{name}: forward and backward", rate / 1e12, "TFLOP/s")
 
 
-def _transformer_engine_linear(size: int) -> torch.nn.Module:
+def _transformer_engine_linear(size: int) -> Any:
     import transformer_engine.pytorch as te  # not on every machine
 
     return te.Linear(size, size, bias=False, params_dtype=torch.bfloat16, device="cuda")
@@ -98,7 +98,7 @@ class _InFp8(torch.nn.Module):
         )
 
     @property
-    def weight(self) -> torch.nn.Parameter:
+    def weight(self) -> Any:
         """The linear's."""
         return self._linear.weight
 

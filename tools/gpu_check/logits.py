@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ def compare(*, tiny: bool) -> Iterator[Figure]:
         yield from attempt(family, _family(family, on_cpu, tiny=tiny))
 
 
-def _family(family: str, on_cpu: dict[str, torch.Tensor], *, tiny: bool) -> Iterator[Figure]:
+def _family(family: str, on_cpu: dict[str, torch.Tensor], *, tiny: bool) -> Generator[Figure, None, None]:
     exact = on_cpu[f"{family} fp32"]
     yield Figure(f"{family}: largest logit", float(exact.abs().max()))
     for precision in ("fp32", "bf16"):

@@ -1,6 +1,6 @@
 """Peak memory of training steps against the estimate of `config/memory.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -34,7 +34,7 @@ def against_estimate(*, tiny: bool) -> Iterator[Figure]:
         raise MachineError(refused or "the peak is CUDA's count, and there is no GPU")
 
 
-def _ratio(name: str, setup: Setup, *, fused: bool) -> Iterator[Figure]:
+def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, None]:
     free()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     engine, batch = engine_of(setup, first_weights=drawn_on_device), random_batch(setup)

@@ -57,14 +57,14 @@ def fp8_beside_bf16(*, tiny: bool) -> Iterator[Figure]:
         yield Figure(f"bf16: loss after {steps} steps", expected[-1])
         yield from _measure("bf16", half, _ours, tiny=tiny)
         for recipe in RECIPES:
-            low = replace(half, precision="fp8", fp8=Fp8Config(recipe=recipe))  # type: ignore[arg-type]
+            low = replace(half, precision="fp8", fp8=Fp8Config(recipe=recipe))
             if reason := lacking(low, find_accelerator()):
                 raise MachineError(reason)
             yield from attempt(f"FP8 {recipe}", _fp8(f"FP8 {recipe}", low, expected, tiny=tiny))
         yield from attempt("tune-precision", _tuning(low))
 
 
-def _fp8(name: str, setup: Setup, expected: list[float], *, tiny: bool) -> Iterator[Figure]:
+def _fp8(name: str, setup: Setup, expected: list[float], *, tiny: bool) -> Generator[Figure, None, None]:
     losses = _losses(setup, len(expected))
     gap = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
     yield at_most(f"{name}: largest relative gap of losses to bf16", gap, LOSS_GAP)
@@ -72,7 +72,7 @@ def _fp8(name: str, setup: Setup, expected: list[float], *, tiny: bool) -> Itera
     yield from _measure(name, setup, _ours, tiny=tiny)
 
 
-def _tuning(setup: Setup) -> Iterator[Figure]:
+def _tuning(setup: Setup) -> Generator[Figure, None, None]:
     from megatron_specialm.train.tune_precision import advice, measure
 
     timings = measure(setup)

@@ -16,22 +16,22 @@ TEST_SECONDS = 90.0
 POLL_SECONDS = 0.2
 
 
-def run(*, tiny: bool) -> Iterator[Figure]:
-    """All tests marked `gpu`, as often as it takes. Without a GPU they are skipped, which shows that they can be found."""
+def run(*, tiny: bool, tests: Path = ROOT / "tests" / "gpu") -> Iterator[Figure]:
+    """All tests marked `gpu`. Without a GPU they are skipped, which shows that they can be found."""
     import pytest  # noqa: F401  (its lack is the machine's)
 
     done: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         while True:
-            rest = yield from _once(Path(folder, f"outcomes-{len(done)}"), done)
-            if not rest:
+            ended_early = yield from _once(tests, done, Path(folder, f"outcomes-{len(done)}"))
+            if not ended_early:
                 return
 
 
-def _once(outcomes: Path, done: list[str]) -> Generator[Figure, None, bool]:
+def _once(tests: Path, done: list[str], outcomes: Path) -> Generator[Figure, None, bool]:
     """One pytest over all tests but those in `done`, which grows. Returns whether it ended early."""
     command = [sys.executable, "-m", "pytest", "-p", "gpu_check.outcomes", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
-    command += ["-o", "timeout=0", *(f"--deselect={test}" for test in done), "tests/gpu"]
+    command += ["-o", "timeout=0", *(f"--deselect={test}" for test in done), str(tests)]
     environment = {**os.environ, "GPU_CHECK_OUTCOMES": str(outcomes)}
     process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, env=environment)
     running, since, read = "", time.monotonic(), 0

@@ -36,7 +36,7 @@ def loss_curves(*, tiny: bool) -> Iterator[Figure]:
         half = yield from _curve("bf16", "bf16", None, text, steps, windows, tiny=tiny)
         yield from _gaps("bf16", half, exact, GAPS["bf16"], judged=not tiny)
         for recipe in RECIPES:
-            low = yield from _curve(f"FP8 {recipe}", "fp8", Fp8Config(recipe=recipe), text, steps, windows, tiny=tiny)  # type: ignore[arg-type]
+            low = yield from _curve(f"FP8 {recipe}", "fp8", Fp8Config(recipe=recipe), text, steps, windows, tiny=tiny)
             yield from _gaps(f"FP8 {recipe}", low, exact, GAPS["fp8"], judged=not tiny)
 
 

@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from megatron_specialm.train.megatron_engine import MegatronEngine
 
 T = TypeVar("T")
 
-RECIPES = ("delayed", "tensorwise", "blockwise")
+RECIPES: tuple[Literal["delayed", "tensorwise", "blockwise"], ...] = ("delayed", "tensorwise", "blockwise")
 
 
 def preset(name: str) -> ModelConfig:
