@@ -1,0 +1,70 @@
+"""Peak memory of training steps against the estimate of `config/memory.py`."""
+
+from collections.abc import Generator, Iterator
+
+import torch
+
+from gpu_check.figures import Figure, attempt, between
+from gpu_check.training import drawn_on_device, engine_of, free, preset, random_batch
+from megatron_specialm.base.accelerator import find_accelerator
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.config.capabilities import lacking
+from megatron_specialm.config.memory import memory_of
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.precision import Fp8Config
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.train.distributed import process_group
+
+MIB = 2**20
+
+
+def against_estimate(*, tiny: bool) -> Iterator[Figure]:
+    """The ratio of the peak to the estimate, over precisions, recomputation, families, projected networks and LoRA."""
+    machine, refused = find_accelerator(), ""
+    with process_group(ALONE):
+        for name, setup in _setups(tiny=tiny):
+            if reason := lacking(setup, machine):
+                yield Figure(name, "not possible here")
+                refused = reason
+            else:
+                yield from attempt(name, _ratio(name, setup, fused=machine.has_fused_layers))
+    if refused or not torch.cuda.is_available():
+        raise MachineError(refused or "the peak is CUDA's count, and there is no GPU")
+
+
+def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, None]:
+    free()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    engine, batch = engine_of(setup, first_weights=drawn_on_device), random_batch(setup)
+    for _ in range(3):
+        engine.train_step(batch, learning_rate=1e-4)
+    estimate = memory_of(setup, fused=fused).total
+    yield Figure(f"{name}: estimate", estimate / MIB, "MiB")
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() - before
+        yield Figure(f"{name}: peak", peak / MIB, "MiB")
+        yield between(f"{name}: peak / estimate", peak / estimate, 0.9, 1.1)
+
+
+def _setups(*, tiny: bool) -> Iterator[tuple[str, Setup]]:
+    neox, llama = (preset(name) for name in (("smoke", "llama-tiny") if tiny else ("slm-126m", "llama-130m")))
+    yield "neox fp32", _setup(neox, "fp32", tiny=tiny)
+    for recompute in ("none", "selective", "full"):
+        yield f"neox bf16, recompute {recompute}", _setup(neox, "bf16", tiny=tiny, recompute=recompute)
+    yield "llama bf16", _setup(llama, "bf16", tiny=tiny)
+    projection = {"projection": Projection(experts=8, capacity=6, code_size=8)}
+    yield "neox bf16, projected", _setup(neox.model_copy(update=projection), "bf16", tiny=tiny)
+    yield "neox bf16, LoRA", _setup(neox.model_copy(update={"lora": LowRank(rank=64)}), "bf16", tiny=tiny)
+    yield "neox FP8 tensorwise", _setup(neox, "fp8", tiny=tiny)
+
+
+def _setup(model: ModelConfig, precision: str, *, tiny: bool, recompute: str = "none") -> Setup:
+    vocabulary, context, micro_batch = (304, 32, 2) if tiny else (32_000, 1024, 8)
+    projected = model.projection is not None
+    return Setup(
+        model, ParallelConfig(recompute=recompute), precision, vocabulary, context,  # type: ignore[arg-type]
+        global_batch_size=4 * micro_batch if projected else micro_batch, micro_batch_size=micro_batch,
+        fp8=Fp8Config() if precision == "fp8" else None, variants=4 if projected else 0,
+    )  # fmt: skip

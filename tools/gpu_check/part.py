@@ -1,0 +1,79 @@
+"""A part, as a process of its own: it prints each figure and writes all of them so far into a file."""
+
+import ctypes
+import importlib
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_check.figures import Figure, row
+from megatron_specialm.base.errors import SpecialmError
+from megatron_specialm.base.files import write_json
+
+NOT_POSSIBLE = 3  # exit code: the machine lacks something; the last line of stderr says what
+
+
+@dataclass(frozen=True)
+class Part:
+    """`measure` is MODULE.FUNCTION of this package. Seconds: a part is not begun with less than `needs`, and ended after
+    `limit`."""
+
+    title: str
+    measure: str
+    needs: float
+    limit: float
+
+
+# In order of worth: what comes late may find no time.
+PARTS = {
+    "machine": Part("what this machine is", "machine.describe", 5, 60),
+    "gemm": Part("matrix products of Transformer Engine beside torch's", "gemm.products", 10, 75),
+    "logits": Part("logits of GPU, CPU and export", "logits.compare", 15, 90),
+    "tests": Part("tests/gpu", "suite.run", 30, 180),
+    "mfu": Part("training steps beside Transformers with torch.compile", "speed.beside_transformers", 25, 130),
+    "fp8": Part("FP8 beside bf16 on llm-771m", "speed.fp8_beside_bf16", 20, 75),
+    "projected": Part("a projected network's step beside the SLM's", "projected.beside_slm", 20, 75),
+    "memory": Part("peak memory against the estimate", "memory.against_estimate", 15, 60),
+    "text": Part("300 steps on text: fp32, bf16, FP8", "text.loss_curves", 20, 75),
+}
+
+
+def be(name: str, path: Path, *, tiny: bool) -> int:
+    """Measure one part into `path`.
+
+    Returns:
+        the exit code: 0, or NOT_POSSIBLE. What else goes wrong is raised.
+    """
+    _die_with_parent()
+    module, _, function = PARTS[name].measure.partition(".")
+    found: list[dict[str, Any]] = []
+    try:
+        for figure in getattr(importlib.import_module(f"gpu_check.{module}"), function)(tiny=tiny):
+            found.append(_plain(figure))
+            print(row(figure), flush=True)
+            write_json(path, found)
+    except SpecialmError as error:
+        reason = str(error)
+    except ImportError as error:
+        reason = f"a package is missing: {error}"
+    else:
+        return 0
+    print(reason.replace("\n", " "), file=sys.stderr)
+    return NOT_POSSIBLE
+
+
+def _plain(figure: Figure) -> dict[str, Any]:
+    """For JSON, which knows no NaN."""
+    known = figure._asdict()
+    if isinstance(figure.value, float) and not math.isfinite(figure.value):
+        known["value"] = str(figure.value)
+    return known
+
+
+def _die_with_parent() -> None:
+    """Whoever kills the whole command must not leave a part behind that holds the GPU (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

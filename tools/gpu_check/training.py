@@ -1,0 +1,109 @@
+"""What several parts train, and how they time it."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.megatron_engine import MegatronEngine
+
+T = TypeVar("T")
+
+RECIPES: tuple[Literal["delayed", "tensorwise", "blockwise"], ...] = ("delayed", "tensorwise", "blockwise")
+
+
+def preset(name: str) -> ModelConfig:
+    """A model of configs/models."""
+    page = configs_folder() / "pipelines" / "smoke.yaml"
+    shape = load_pipeline(page, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr]
+    assert shape is not None
+    return shape
+
+
+def engine_of(setup: Setup, *, first_weights: Callable[[Gpt], None]) -> MegatronEngine:
+    """A training of a setup, before its first step."""
+    model = Gpt(
+        setup.model, vocabulary_size=setup.vocabulary_size, context_length=setup.context_length,
+        precision=setup.precision, fp8=setup.fp8, parallel=setup.parallel,
+    )  # fmt: skip
+    first_weights(model)
+    return MegatronEngine(
+        model, parallel=setup.parallel, optimizer=Optimizer(), micro_batch_size=setup.micro_batch_size
+    )
+
+
+@torch.no_grad()
+def drawn_on_device(model: Gpt) -> None:
+    """First weights for a short measurement. `Gpt.initialize` draws on the CPU, whatever the device, which takes a large
+    model longer than the measurement. Norms and biases are left as they were built."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    for weight in model.weights():
+        if weight.parameter.dim() > 1:
+            weight.parameter.normal_(std=model.config.init_std, generator=generator)
+
+
+def random_batch(setup: Setup) -> Batch:
+    """A step's windows of a skewed vocabulary, so that there is something to learn. Of a projected network, each
+    micro-batch is of one expert."""
+    generator = np.random.default_rng(0)
+    rows, shape = setup.global_batch_size, (setup.global_batch_size, setup.context_length + 1)
+    windows = generator.zipf(1.3, shape).clip(max=setup.vocabulary_size) - 1
+    notes = {}
+    if setup.model.projection is not None:
+        experts = setup.model.projection.experts
+        chosen = generator.integers(0, experts, rows // setup.micro_batch_size).repeat(setup.micro_batch_size)
+        notes[MIXTURE] = np.eye(experts, dtype=np.float32)[chosen]
+    return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), notes)
+
+
+def seconds_per_call(call: Callable[[], object], *, warmup: int, repeats: int, calls: int) -> float:
+    """The median over repeats. The device has ended its work when a repeat begins and when it ends."""
+    for _ in range(warmup):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+        seconds.append((time.perf_counter() - start) / calls)
+    return statistics.median(seconds)
+
+
+def synchronize() -> None:
+    """Wait for the device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Give back what nothing refers to any more. Megatron-Core's wrappers refer to themselves, so the collector must run."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def with_smaller_batches(measure: Callable[[int], T], size: int) -> tuple[T, int]:
+    """`measure` of a micro-batch of `size`, or of the largest half, quarter ... of it that the memory holds; and that
+    size."""
+    while True:
+        free()
+        try:
+            return measure(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size //= 2
+        print(f"  out of memory: again with micro-batches of {size}", flush=True)
