@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 from transformers import GPTNeoXForCausalLM
@@ -20,6 +19,7 @@ from transformers import GPTNeoXForCausalLM
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.terminal import console
 from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
@@ -156,7 +156,7 @@ def _print(name: str, shape: ModelConfig, batch: Batch, seconds: dict[str, float
         table.add_row(
             contender, f"{value * 1e3:,.1f}", f"{rate:,.0f}", f"{mfu:.1%}" if mfu else "", f"{ours / value:.2f}"
         )
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.terminal import console
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
@@ -68,7 +68,7 @@ def main() -> None:
         for windows in size.windows:
             batch = _batch(size, windows)
             table.add_row(str(windows), *_measure([_step(engine, batch) for engine in engines], args))
-    Console().print(table)
+    console().print(table)
 
 
 def _engine(shape: ModelConfig, size: Size) -> MegatronEngine:

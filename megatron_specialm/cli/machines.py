@@ -28,9 +28,8 @@ def parity(
 
     Writes a certificate per train stage into the run folder; training copies it into its checkpoints.
     """
-    from rich.console import Console
-
     from megatron_specialm.base.files import write_json
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.config.lineage import distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
@@ -55,7 +54,7 @@ def parity(
         outcome = run.certificate(case, run.compare(case))
         path = run.certificate_path(Path(pipeline.root), name)
         write_json(path, outcome)
-        Console().print(run.table(name, outcome))
+        console().print(run.table(name, outcome))
         typer.echo(
             f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
         )
@@ -71,8 +70,7 @@ def tune_precision(
     stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
 ) -> None:
     """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
-    from rich.console import Console
-
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.config.lineage import distinct_setups
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 
@@ -83,7 +81,7 @@ def tune_precision(
         from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
 
         timings = tuning.measure(distinct_setups(pipeline, name)[name])
-        Console().print(tuning.timings_table(timings, title=name))
+        console().print(tuning.timings_table(timings, title=name))
         typer.echo(f"stages.{name}: {tuning.advice(timings)}")
 
 
@@ -95,6 +93,7 @@ def doctor(
     """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
     from rich.console import Console
 
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
     from megatron_specialm.doctor.report import as_json, examine, page
 
@@ -103,6 +102,6 @@ def doctor(
     if json:
         typer.echo(as_json(findings))
     else:
-        Console().print(page(findings))
+        console().print(page(findings))
     if not can_train(findings):
         raise typer.Exit(1)

@@ -15,8 +15,7 @@ def results(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """Print the table of a page's run folder again."""
-    from rich.console import Console
-
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.tables import results_in_two, results_table
 
@@ -25,7 +24,7 @@ def results(
     if markdown:
         typer.echo(results_table(outcome).markdown())
     else:
-        Console().print(*(table.rich() for table in results_in_two(outcome)))
+        console().print(*results_in_two(outcome))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors.numpy import load_file
 
 from megatron_specialm.base.accelerator import installed_version
@@ -110,7 +110,8 @@ def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str
 
 def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
-    found = Table("quantity", "largest difference", "tolerance", "where", title=f"{name}: {outcome['steps']} steps")
+    columns = (Column(heading, overflow="fold") for heading in ("quantity", "largest difference", "tolerance", "where"))
+    found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
     for entry in outcome["differences"]:
         largest = "not finite" if entry["largest"] is None else f"{entry['largest']:.1e}"
         style = None if entry["passed"] else "bold red"

@@ -1,11 +1,7 @@
 """What a page would train, by arithmetic."""
 
-from typing import Any
-
-from rich import box
-from rich.table import Table
-
 from megatron_specialm.base.accelerator import Accelerator
+from megatron_specialm.base.terminal import Table
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
@@ -15,7 +11,6 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
-_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
 
 
 def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
@@ -25,10 +20,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     Steps and tokens are of the longest run, and at most these: early stopping makes runs shorter, and windows shorter
     than the context hold fewer. Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
     """
-    table = Table("stage", "runs", "weights", "trained", "steps", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN)
+    header = ["stage", "runs", "weights", "trained", "steps", "tokens/run", "FLOPs/step", "FLOPs"]
+    lines: list[list[str]] = []
     peak = dense_peak(machine.name)
     if peak:
-        table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
+        header.append(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
@@ -39,11 +35,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
-        table.add_row(
+        lines.append([
             name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
             f"{tokens / 1e6:,.2f}M", f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    return Table("", header, lines, 1)
 
 
 def training_flops(pipeline: Pipeline, name: str) -> int:
@@ -68,15 +64,14 @@ def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     setups = distinct_setups(pipeline, None)
     fused = machine.has_fused_layers
     memories = [memory_of(setup, fused=fused) for setup in setups.values()]
-    table = Table("GiB per process", *setups, **_PLAIN)
-    table.add_row("layout", *(setup.parallel.describe() for setup in setups.values()))
+    lines = [["layout", *(setup.parallel.describe() for setup in setups.values())]]
     for part in ("weights", "gradients", "optimizer", "teacher", "derived"):
-        table.add_row(part, *(_gib(getattr(memory, part)) for memory in memories))
+        lines.append([part, *(_gib(getattr(memory, part)) for memory in memories)])
     for recompute in ("none", "selective", "full"):
         others = [memory_of(setup.recomputing(recompute), fused=fused) for setup in setups.values()]
-        table.add_row(f"activations, recompute {recompute}", *(_gib(one.activations + one.working) for one in others))
-    table.add_row("in all, as set", *(_gib(memory.total) for memory in memories))
-    return table
+        lines.append([f"activations, recompute {recompute}", *(_gib(one.activations + one.working) for one in others)])
+    lines.append(["in all, as set", *(_gib(memory.total) for memory in memories)])
+    return Table("", ["GiB per process", *setups], lines, 1)
 
 
 def _gib(count: int) -> str:
@@ -86,7 +81,4 @@ def _gib(count: int) -> str:
 def capabilities_table() -> Table:
     """What can be trained in which layout: `config/capabilities.py` for a reader."""
     rows = capabilities.rows()
-    table = Table(*rows[0], **_PLAIN)
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+    return Table("", list(rows[0]), [list(row.values()) for row in rows], len(rows[0]))
