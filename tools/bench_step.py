@@ -93,9 +93,7 @@ def _print(rates: dict[str, list[float]]) -> None:
         table.add_row(name, *(f"{value:,.0f}" for value in (statistics.median(values), min(values), max(values))))
     screen = console()
     screen.print(table)
-    screen.print(
-        f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
-    )
+    screen.print(f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

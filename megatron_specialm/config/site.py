@@ -13,9 +13,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.load import KINDS, did_you_mean, read_page
+from megatron_specialm.config.load import KINDS, did_you_mean, read_page, shipped_folder
 from megatron_specialm.config.schema import Pipeline
 
+TEMPLATE = "stage.sbatch.template"
 Launcher = Literal["srun", "torchrun", "mpi"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:+&|*()\[\]@/=-]+$", max_length=200)]
 Duration = Annotated[
@@ -92,7 +93,9 @@ class Preflight(Settings):
 class Site(Settings):
     """A cluster."""
 
-    template: str = Field(default="stage.sbatch.template", description="the script's, beside the profile")
+    template: str | None = Field(
+        default=None, description="the script's, a path from the profile's folder; default: slurm/stage.sbatch.template"
+    )
     launcher: Launcher = "srun"
     python: str | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
     gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
@@ -135,6 +138,17 @@ class Site(Settings):
         return merged
 
 
+def find_profile(named: Path | None) -> Path:
+    """The profile that is named, or `slurm/site.yaml` where there is one, or the one that comes with the code."""
+    here = Path("slurm/site.yaml")
+    return named or (here if here.is_file() else shipped_folder("slurm") / here.name)
+
+
+def template_of(site: Site, profile: Path) -> Path:
+    """The script's template: the site's own, or the one that comes with the code."""
+    return shipped_folder("slurm") / TEMPLATE if site.template is None else profile.parent / site.template
+
+
 def load_site(path: Path) -> Site:
     """Read a profile.
 
@@ -143,7 +157,8 @@ def load_site(path: Path) -> Site:
     """
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no such site profile: copy slurm/site.yaml, fit it to your cluster, name it with --site"
+            f"{path}: no such site profile: copy {shipped_folder('slurm') / 'site.yaml'}, fit it to your cluster, name it "
+            "with --site"
         )
     page = read_page(path)
     try:

@@ -37,7 +37,7 @@ def _render(width: int, shown: Iterable[RenderableType]) -> str:
     return output.getvalue()
 
 
-def _long_page(folder: Path) -> Path:
+def long_page(folder: Path) -> Path:
     """A page with a stage of a long name, and its text."""
     for name in ("generic", "law"):
         (folder / f"{name}.txt").write_text("some words of text\n")
@@ -72,7 +72,7 @@ def _results() -> list[Table]:
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_no_number_is_cut_or_broken(tmp_path: Path, width: int) -> None:
-    pages = [load_pipeline(configs_folder() / "pipelines" / "paper.yaml"), load_pipeline(_long_page(tmp_path))]
+    pages = [load_pipeline(configs_folder() / "pipelines" / "paper.yaml"), load_pipeline(long_page(tmp_path))]
     machine = planned_machine("H100")
     tables = [*_results(), *(make(page, machine) for page in pages for make in (training_table, memory_table))]
     for table in tables:
@@ -105,7 +105,7 @@ def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
-    _long_page(tmp_path)
+    long_page(tmp_path)
     narrow = {"COLUMNS": "80", "TERM": "dumb", "FORCE_COLOR": "1"}
     planned = _specialm(tmp_path, "plan", "long.yaml", **narrow)
     (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic" in line)
@@ -120,7 +120,7 @@ def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_it_is_as_wide_as_that(tmp_path: Path) -> None:
-    _long_page(tmp_path)
+    long_page(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
