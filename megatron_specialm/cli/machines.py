@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -26,7 +27,8 @@ def parity(
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
 
-    Writes a certificate per train stage into the run folder; training copies it into its checkpoints.
+    Without --stage, for every setup of the page that can be in the layout; the others are listed with the reason. Writes a
+    certificate per train stage into the run folder; training copies it into its checkpoints.
     """
     from megatron_specialm.base.files import write_json
     from megatron_specialm.base.terminal import console
@@ -43,13 +45,20 @@ def parity(
         "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
     }  # fmt: skip
     given = {field: value for field, value in changes.items() if value is not None}
-    passed = True
     pipeline = load(page, overrides)
+    build_graph(pipeline)
+    outcomes: list[bool] = []
+    refusals: list[str] = []
     for name in distinct_setups(pipeline, stage):
-        changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
-        pipeline = load(page, [*(overrides or []), *changed])
-        build_graph(pipeline)  # the layout must be one that the model itself can take
-        refuse_what_the_machine_lacks(pipeline, stages=[name])
+        try:
+            pipeline = load(page, [*(overrides or []), *(f"stages.{name}.{field}={given[field]}" for field in given)])
+            build_graph(pipeline)  # the layout must be one that the model itself can take
+            refuse_what_the_machine_lacks(pipeline, stages=[name])
+        except (ConfigError, MachineError) as error:
+            if stage is not None:
+                raise
+            refusals.append(f"{name}: not run: {error}")
+            continue
         case = parity_case(setup_of(pipeline, name))
         outcome = run.certificate(case, run.compare(case))
         path = run.certificate_path(Path(pipeline.root), name)
@@ -58,8 +67,12 @@ def parity(
         typer.echo(
             f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
         )
-        passed = passed and outcome["passed"]
-    if not passed:
+        outcomes.append(outcome["passed"])
+    for refusal in refusals:
+        typer.echo(refusal)
+    if not outcomes:
+        raise ConfigError(f"{page}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
+    if not all(outcomes):
         raise typer.Exit(1)
 
 

@@ -40,16 +40,18 @@ def check(
     from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.data.documents import cut_in_shards, resolve_files
+    from megatron_specialm.launch.hashes import naming_what_makes
     from megatron_specialm.launch.preflight import lacks, planned_machine
     from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = load(page, overrides)
     graph = build_graph(pipeline)
-    for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
-        if not Path(entry).is_dir():
-            resolve_files([entry])
-    for files, shards in {(task.files, task.shard.shards) for task in graph.values() if task.shard and task.files}:
-        cut_in_shards(files, shards)
+    with naming_what_makes(pipeline.text):
+        for entry in dict.fromkeys(entry for task in graph.values() for entry in task.files):
+            if not Path(entry).is_dir():
+                resolve_files([entry])
+        for files, shards in {(task.files, task.shard.shards) for task in graph.values() if task.shard and task.files}:
+            cut_in_shards(files, shards)
     machine = planned_machine(gpu) if gpu else find_accelerator()
     console().print(training_table(pipeline, machine), memory_table(pipeline, machine))
     reasons = [reason for _, reason in lacks(pipeline, machine)]

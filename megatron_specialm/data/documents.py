@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_specialm.base.errors import DataError, MachineError
+from megatron_specialm.base.errors import DataError, MachineError, MissingTextError
 from megatron_specialm.base.files import sha256_json
 
 HUB = "hf:"
@@ -136,7 +136,7 @@ def _resolve(entry: str) -> list[Path | str]:
     files = sorted(Path(name) for name in glob.glob(entry, recursive=True) if Path(name).is_file())
     if not files:
         what = "no file matches" if glob.has_magic(entry) else "no such file"
-        raise DataError(f"{entry}: {what} (looked from {Path.cwd()}): correct the path")
+        raise MissingTextError(f"{entry}: {what} (looked from {Path.cwd()}): correct the path")
     return list(files)
 
 

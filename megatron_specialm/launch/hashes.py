@@ -5,15 +5,17 @@
 Hashing waits for the disk and frees the interpreter's lock, so several files are read at a time.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.errors import DataError, MissingTextError
 from megatron_specialm.base.files import read_json, sha256_file, write_json
 from megatron_specialm.config.graph import Task
+from megatron_specialm.config.text import Text
 from megatron_specialm.data.documents import cut_in_shards, hash_content, hash_files, hashed_files
 
 CACHE = "file_hashes.json"
@@ -37,6 +39,17 @@ def hash_texts(tasks: Iterable[Task], root: Path) -> dict[str, str]:
     hashes = _hashes(list(files), root / CACHE)
     whole = {entry: hash_content(entry, hashes) for entry in entries}
     return whole | {name: hash_files(parts, hashes) for name, parts in ranges.items()}
+
+
+@contextlib.contextmanager
+def naming_what_makes(text: Text) -> Iterator[None]:
+    """Say with a missing file which command makes it, where the page knows."""
+    try:
+        yield
+    except MissingTextError as error:
+        if text.made_by is None:
+            raise
+        raise MissingTextError(f"{error}, or make this page's text: {text.made_by}") from None
 
 
 def _hashes(files: list[Path], cache: Path) -> dict[Path, str]:
