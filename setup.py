@@ -2,9 +2,14 @@
 
 from setuptools import find_packages, setup
 
-# The model presets live in the top-level folder `configs/`, where people read them; a wheel carries them inside the package.
+# Pages, models, the site profile and the job's template stand in folders at the top, where people read them; a wheel carries
+# them inside the package, where `shipped_folder` of config/load.py finds them.
+SHIPPED = {
+    "megatron_specialm.shipped.configs": ["models/*.yaml", "pipelines/*.yaml"],
+    "megatron_specialm.shipped.slurm": ["README.md", "site.yaml", "stage.sbatch", "stage.sbatch.template"],
+}
 setup(
-    packages=[*find_packages(include=["megatron_specialm", "megatron_specialm.*"]), "megatron_specialm.configs"],
-    package_dir={"megatron_specialm.configs": "configs"},
-    package_data={"megatron_specialm.configs": ["models/*.yaml", "pipelines/*.yaml", "sites/*.yaml"]},
+    packages=[*find_packages(include=["megatron_specialm", "megatron_specialm.*"]), *SHIPPED],
+    package_dir={package: package.rpartition(".")[2] for package in SHIPPED},
+    package_data=SHIPPED,
 )

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from megatron_specialm.base.environment import World
+from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
@@ -99,7 +99,7 @@ def _print(rates: dict[str, list[float]]) -> None:
             name, f"{statistics.median(measured):,.0f}", f"{statistics.median(ratios):.2f}",
             " ".join(f"{ratio:.2f}" for ratio in ratios),
         )  # fmt: skip
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 from gpu_check.training import drawn_on_device, engine_of, preset, random_batch, synchronize
-from rich.console import Console
 from rich.table import Table
 
 from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Precision
@@ -65,7 +65,7 @@ def main() -> None:
         for one in compare(size, size.windows, rounds=args.rounds, steps=args.steps):
             ratios = (f"{of(one.ratios):.2f}" for of in (statistics.median, min, max))
             table.add_row(str(one.windows), f"{one.plain:,.0f}", f"{one.projected:,.0f}", *ratios)
-    Console().print(table)
+    console().print(table)
 
 
 def compare(size: Size, windows: Sequence[int], *, rounds: int, steps: int) -> Iterator[Comparison]:

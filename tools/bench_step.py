@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 from transformers import GPTNeoXForCausalLM
 
 from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
@@ -91,11 +91,9 @@ def _print(rates: dict[str, list[float]]) -> None:
     table = Table("", "tokens/s, median", "min", "max")
     for name, values in rates.items():
         table.add_row(name, *(f"{value:,.0f}" for value in (statistics.median(values), min(values), max(values))))
-    console = Console()
-    console.print(table)
-    console.print(
-        f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
-    )
+    screen = console()
+    screen.print(table)
+    screen.print(f"ratio ours / theirs: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything from a fresh clone to the paper's table: an environment, real text, models, results.
+# Everything from a fresh clone to the paper's table and figures: an environment, real text, models, results.
 #
 # usage: tools/quickstart.sh [OPTIONS OF specialm run ...]
 # Needs Python 3.11 or 3.12 and a package index. About 20 minutes on 2 cores; stop it at any time, it goes on where it was.
@@ -12,5 +12,14 @@ cd "$(dirname "$0")/.."
 . tools/environment.sh static
 echo "== fetching text"
 python tools/quickstart_corpus.py
-echo "== specialm run configs/pipelines/quickstart.yaml $*"
-exec specialm run configs/pipelines/quickstart.yaml "$@"
+page=configs/pipelines/quickstart.yaml
+echo "== specialm run $page $*"
+specialm run "$page" "$@"
+overrides=()
+for word in "$@"; do
+  case $word in -*) ;; *=*) overrides+=("$word") ;; esac
+done
+echo "== specialm figures $page"
+specialm figures "$page" ${overrides[@]+"${overrides[@]}"}
+echo "== specialm samples $page"
+specialm samples "$page" ${overrides[@]+"${overrides[@]}"}

@@ -23,6 +23,10 @@ class DataError(SpecialmError):
     """Text that cannot be read or is too little: bad JSON, not UTF-8, empty corpus, fewer windows than a batch."""
 
 
+class MissingTextError(DataError):
+    """A file of text that a page names is not there."""
+
+
 class ArtifactError(SpecialmError):
     """An artifact on disk that is missing, incomplete, damaged, or made for something else."""
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -39,6 +40,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def give_usual_mode(*files: Path) -> None:
+    """Give files the mode that any new file gets where they stand, by the umask or the folder's default access list: some
+    libraries, as safetensors, write theirs for the owner alone."""
+    for path in files:
+        probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

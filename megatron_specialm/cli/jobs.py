@@ -13,7 +13,13 @@ from megatron_specialm.cli.app import Overrides, Page, app, load
 def submit(
     page: Page,
     overrides: Overrides = None,
-    site: Annotated[Path, typer.Option(help="The cluster's profile.")] = Path("slurm/site.yaml"),
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            help="The cluster's profile; default: slurm/site.yaml, or the one that comes with the code.",
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
     until: Annotated[
         str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
@@ -26,16 +32,17 @@ def submit(
 ) -> None:
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
-    from megatron_specialm.config.site import load_site, unknown_names
+    from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_what_gpus_lack
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import live_tasks, missing_tasks
 
-    pipeline, profile = load(page, overrides), load_site(site)
+    path = find_profile(site)
+    pipeline, profile = load(page, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
-        typer.echo(f"warning: {site}: {warning}", err=True)
+        typer.echo(f"warning: {path}: {warning}", err=True)
     root = Path(pipeline.root)
     with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         plan = make_plan(pipeline, root)
@@ -43,7 +50,7 @@ def submit(
         known = jobs.recover(root)
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
-        submission = jobs.Submission.next(pipeline, profile, site.parent / profile.template, root, known)
+        submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
         refuse_what_gpus_lack(pipeline, profile.gpu, stages={name.stage for name in missing})
         wanted = jobs_of(pipeline, profile, missing)
         if dry_run:

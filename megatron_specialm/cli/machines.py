@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -26,11 +27,11 @@ def parity(
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
 
-    Writes a certificate per train stage into the run folder; training copies it into its checkpoints.
+    Without --stage, for every setup of the page that can be in the layout; the others are listed with the reason. Writes a
+    certificate per train stage into the run folder; training copies it into its checkpoints.
     """
-    from rich.console import Console
-
     from megatron_specialm.base.files import write_json
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.config.lineage import distinct_setups, setup_of
     from megatron_specialm.config.parity import parity_case
@@ -44,23 +45,34 @@ def parity(
         "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
     }  # fmt: skip
     given = {field: value for field, value in changes.items() if value is not None}
-    passed = True
     pipeline = load(page, overrides)
+    build_graph(pipeline)
+    outcomes: list[bool] = []
+    refusals: list[str] = []
     for name in distinct_setups(pipeline, stage):
-        changed = [f"stages.{name}.{field}={value}" for field, value in given.items()]
-        pipeline = load(page, [*(overrides or []), *changed])
-        build_graph(pipeline)  # the layout must be one that the model itself can take
-        refuse_what_the_machine_lacks(pipeline, stages=[name])
+        try:
+            pipeline = load(page, [*(overrides or []), *(f"stages.{name}.{field}={given[field]}" for field in given)])
+            build_graph(pipeline)  # the layout must be one that the model itself can take
+            refuse_what_the_machine_lacks(pipeline, stages=[name])
+        except (ConfigError, MachineError) as error:
+            if stage is not None:
+                raise
+            refusals.append(f"{name}: not run: {error}")
+            continue
         case = parity_case(setup_of(pipeline, name))
         outcome = run.certificate(case, run.compare(case))
         path = run.certificate_path(Path(pipeline.root), name)
         write_json(path, outcome)
-        Console().print(run.table(name, outcome))
+        console().print(run.table(name, outcome))
         typer.echo(
             f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
         )
-        passed = passed and outcome["passed"]
-    if not passed:
+        outcomes.append(outcome["passed"])
+    for refusal in refusals:
+        typer.echo(refusal)
+    if not outcomes:
+        raise ConfigError(f"{page}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
+    if not all(outcomes):
         raise typer.Exit(1)
 
 
@@ -71,8 +83,7 @@ def tune_precision(
     stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
 ) -> None:
     """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
-    from rich.console import Console
-
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.config.lineage import distinct_setups
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 
@@ -83,7 +94,7 @@ def tune_precision(
         from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
 
         timings = tuning.measure(distinct_setups(pipeline, name)[name])
-        Console().print(tuning.timings_table(timings, title=name))
+        console().print(tuning.timings_table(timings, title=name))
         typer.echo(f"stages.{name}: {tuning.advice(timings)}")
 
 
@@ -95,6 +106,7 @@ def doctor(
     """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
     from rich.console import Console
 
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
     from megatron_specialm.doctor.report import as_json, examine, page
 
@@ -103,6 +115,6 @@ def doctor(
     if json:
         typer.echo(as_json(findings))
     else:
-        Console().print(page(findings))
+        console().print(page(findings))
     if not can_train(findings):
         raise typer.Exit(1)

@@ -11,11 +11,10 @@ from megatron_specialm.cli.app import Overrides, Page, app, load
 
 def _print_capabilities(asked: bool) -> None:
     if asked:
-        from rich.console import Console
-
+        from megatron_specialm.base.terminal import console
         from megatron_specialm.launch.summary import capabilities_table
 
-        Console().print(capabilities_table())
+        console().print(capabilities_table())
         raise typer.Exit
 
 
@@ -37,21 +36,20 @@ def check(
     ] = None,
 ) -> None:
     """Find every mistake in a page before anything runs, and say what it would train."""
-    from rich.console import Console
-
     from megatron_specialm.base.accelerator import find_accelerator
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
-    from megatron_specialm.launch.hashes import look_up
+    from megatron_specialm.launch.hashes import look_up, naming_what_makes
     from megatron_specialm.launch.preflight import lacks, planned_machine, read_first_documents
     from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = load(page, overrides)
     graph = build_graph(pipeline)
-    look_up(graph.values())
+    with naming_what_makes(pipeline.text):
+        look_up(graph.values())
     read_first_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()
-    Console().print(training_table(pipeline, machine))
-    Console().print(memory_table(pipeline, machine))
+    console().print(training_table(pipeline, machine), memory_table(pipeline, machine))
     reasons = [reason for _, reason in lacks(pipeline, machine)]
     if gpu and reasons:
         raise MachineError(reasons[0])
@@ -63,17 +61,15 @@ def check(
 @app.command()
 def plan(page: Page, overrides: Overrides = None) -> None:
     """List the tasks of a page in order, and which of them are done, stale or still to do."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from megatron_specialm.base.terminal import Table, console
     from megatron_specialm.launch.plan import make_plan
 
     pipeline = load(page, overrides)
-    table = Table("task", "state", "cost is", "reads")
+    lines = []
     for name, planned in make_plan(pipeline, Path(pipeline.root)).items():
         reads = ", ".join(str(other) for other in planned.task.inputs)
-        table.add_row(str(name), planned.state, planned.task.domain or "generic", reads)
-    Console().print(table)
+        lines.append([str(name), planned.state, planned.task.domain or "generic", reads])
+    console().print(Table("", ["task", "state", "cost is", "reads"], lines, 4))
 
 
 @app.command()
@@ -89,9 +85,8 @@ def run(
     jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
-    from rich.console import Console
-
     from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
@@ -112,18 +107,17 @@ def run(
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
         if world.is_first:
             write_resolved(pipeline, root)
-        console = Console()
+        screen = console()
         if world.launcher != "none":
             run_inline(pipeline, chosen, root, world, lifeline)
         else:
             refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
             missing = sum(planned.state != "done" for planned in chosen.values())
-            console.print(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}", highlight=False)
-            with Progress(missing, console=console) as progress:
+            typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}")
+            with Progress(missing, console=screen) as progress:
                 run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
         if world.is_first:
             outcome = write_results(pipeline, root)
             if outcome["rows"]:
-                for table in results_in_two(outcome):
-                    console.print(table.rich())
-            console.print(f"results: {root / 'results.json'}", highlight=False)
+                screen.print(*results_in_two(outcome))
+            typer.echo(f"results: {root / 'results.json'}")

@@ -15,8 +15,7 @@ def results(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
 ) -> None:
     """Print the table of a page's run folder again."""
-    from rich.console import Console
-
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.tables import results_in_two, results_table
 
@@ -25,7 +24,7 @@ def results(
     if markdown:
         typer.echo(results_table(outcome).markdown())
     else:
-        Console().print(*(table.rich() for table in results_in_two(outcome)))
+        console().print(*results_in_two(outcome))
 
 
 @app.command()
@@ -51,6 +50,75 @@ def figures(
         typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
     for path in draw(outcome, root):
         typer.echo(path)
+
+
+@app.command()
+def generate(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...", help="RUN/STAGE/KEY of a training, or an exported folder.", show_default=False
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="How the text begins.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="To write, at most.", min=1)] = 60,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
+) -> None:
+    """Let models go on with a text, for a look at what they have learned."""
+    from megatron_specialm.launch.worker import ignore_expected_warnings
+
+    ignore_expected_warnings()
+    from megatron_specialm.stages.generation import open_model  # imports Megatron-Core
+
+    for folder in models:
+        text = open_model(folder).write(prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+        _print_text(f"==> {folder} <==\n{text}" if len(models) > 1 else text)
+
+
+@app.command()
+def samples(
+    page: Page,
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(help="To write, at most.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
+) -> None:
+    """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
+    from megatron_specialm.base.artifacts import artifact_folder, read_marker
+    from megatron_specialm.config.lineage import finetuned_models, tokenize_stage, train_stage
+    from megatron_specialm.config.text import GENERIC
+    from megatron_specialm.launch.worker import ignore_expected_warnings
+
+    pipeline = load(page, overrides)
+    root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
+    models = {
+        method: stage
+        for method, stage in finetuned_models(pipeline).items()
+        if read_marker(root, stage, domain) is not None
+    }
+    if not models:
+        typer.echo(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
+        return
+    ignore_expected_warnings()
+    from megatron_specialm.stages.generation import held_out_words, open_model  # imports Megatron-Core
+
+    store = train_stage(pipeline, next(iter(models.values()))).tokens
+    tokenizer = artifact_folder(root, tokenize_stage(pipeline, store).tokenizer, GENERIC)
+    prompt = held_out_words(artifact_folder(root, store, domain), tokenizer)
+    _print_text(f"{domain}: how each method goes on from {prompt!r}")
+    for method, stage in models.items():
+        writer = open_model(artifact_folder(root, stage, domain))
+        text = writer.write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
+        _print_text(f"{method}: {' '.join(text.split())}")
+
+
+def _print_text(text: str) -> None:
+    """Whatever a model says is text: no markup, and nothing that would steer a terminal."""
+    from megatron_specialm.base.terminal import console
+
+    plain = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+    console().print(plain, markup=False, highlight=False, emoji=False)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
-from megatron_specialm.base.files import atomic_path, read_json, write_json
+from megatron_specialm.base.files import atomic_path, give_usual_mode, read_json, write_json
 from megatron_specialm.config.schema import Encoder as EncoderSettings
 from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
 
@@ -252,6 +252,7 @@ class SentenceBert:
     def save(self, folder: Path) -> None:
         """The weights are copied: compute nodes may not reach the hub, and a name on it may change its meaning."""
         self._model.save(str(folder / "model"), create_model_card=False)
+        give_usual_mode(*(path for path in (folder / "model").rglob("*") if path.is_file()))
 
     @property
     def dimensions(self) -> int:

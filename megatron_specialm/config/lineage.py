@@ -198,6 +198,12 @@ def is_finetuned(pipeline: Pipeline, name: str) -> bool:
     return stage.data == "domain" or (stage.init is not None and is_finetuned(pipeline, stage.init))
 
 
+def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
+    """For each method the last stage of the page that fine-tunes a model of it."""
+    stages = [name for name, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
+    return {method_of(pipeline, name): name for name in stages if is_finetuned(pipeline, name)}
+
+
 def trainings(pipeline: Pipeline, name: str) -> list[tuple[str, str]]:
     """The stages that make a model, oldest first, each with the data it was trained on or how it was selected."""
     stage = pipeline.stages[name]

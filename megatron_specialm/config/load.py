@@ -31,10 +31,15 @@ KINDS = _by_kind(schema.Stage)
 ENCODERS = _by_kind(schema.Encoder)
 
 
+def shipped_folder(name: str) -> Path:
+    """A folder that comes with the code: inside the package in a wheel, at the top of the repository in a checkout."""
+    packaged = PACKAGE / "shipped" / name
+    return packaged if packaged.is_dir() else PACKAGE.parent / name
+
+
 def configs_folder() -> Path:
-    """The folder of shipped pages: inside the package in a wheel, at the top of the repository in a checkout."""
-    packaged = PACKAGE / "configs"
-    return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
+    """The shipped pages and models."""
+    return shipped_folder("configs")
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:

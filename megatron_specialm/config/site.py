@@ -13,10 +13,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.explain import did_you_mean, explain
-from megatron_specialm.config.load import KINDS, read_page
+from megatron_specialm.config.load import KINDS, read_page, shipped_folder
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.yaml_file import dump_yaml
 
+TEMPLATE = "stage.sbatch.template"
 Launcher = Literal["srun", "torchrun", "mpi"]
 _WORD = r"[A-Za-z0-9_.,:+&|*()\[\]@/=-]"
 Word = Annotated[str, Field(pattern=f"^{_WORD}+$", max_length=200)]
@@ -95,7 +96,9 @@ class Preflight(Settings):
 class Site(Settings):
     """A cluster."""
 
-    template: PathText = Field(default="stage.sbatch.template", description="the script's, beside the profile")
+    template: PathText | None = Field(
+        default=None, description="the script's, a path from the profile's folder; default: slurm/stage.sbatch.template"
+    )
     launcher: Launcher = "srun"
     python: PathText | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
     gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
@@ -138,6 +141,17 @@ class Site(Settings):
         return merged
 
 
+def find_profile(named: Path | None) -> Path:
+    """The profile that is named, or `slurm/site.yaml` where there is one, or the one that comes with the code."""
+    here = Path("slurm/site.yaml")
+    return named or (here if here.is_file() else shipped_folder("slurm") / here.name)
+
+
+def template_of(site: Site, profile: Path) -> Path:
+    """The script's template: the site's own, or the one that comes with the code."""
+    return shipped_folder("slurm") / TEMPLATE if site.template is None else profile.parent / site.template
+
+
 def load_site(path: Path) -> Site:
     """Read a profile.
 
@@ -146,7 +160,8 @@ def load_site(path: Path) -> Site:
     """
     if not path.is_file():
         raise ConfigError(
-            f"{path}: no such site profile: copy slurm/site.yaml, fit it to your cluster, name it with --site"
+            f"{path}: no such site profile: copy {shipped_folder('slurm') / 'site.yaml'}, fit it to your cluster, name it "
+            "with --site"
         )
     page = read_page(path)
     try:

@@ -53,6 +53,9 @@ class Text(Settings):
 
     generic: TextSet
     domains: dict[str, TextSet] = Field(min_length=1)
+    made_by: str | None = Field(
+        default=None, description="the command that makes these files, to be named where one is missing; never run"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_specialm.base.errors import DataError, MachineError
+from megatron_specialm.base.errors import DataError, MachineError, MissingTextError
 from megatron_specialm.base.packages import import_package
 from megatron_specialm.config.explain import did_you_mean
 from megatron_specialm.data.compressed import plain_name, read_blocks
@@ -124,7 +124,7 @@ def _resolve(entry: str) -> list[Path | str]:
             raise DataError(f"{name}: {_no_file(name)}")
     if not files:
         what = "no file matches" if glob.has_magic(entry) else "no such file"
-        raise DataError(f"{entry}: {what} (looked from {Path.cwd()}): correct the path")
+        raise MissingTextError(f"{entry}: {what} (looked from {Path.cwd()}): correct the path")
     return list(files)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from megatron_specialm.doctor import accelerator, machine
@@ -85,16 +85,21 @@ def as_json(findings: list[Finding]) -> str:
     return json.dumps(value, indent=2)
 
 
+def _table(*header: str) -> Table:
+    """Long words are folded, not cut."""
+    return Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
+
+
 def page(findings: list[Finding]) -> Group:
     """The findings as a table that fits 80 columns, and below it how to get what is not ok."""
-    table = Table("part", "state", "version", "", box=None, pad_edge=False)
+    table = _table("part", "state", "version", "")
     parts_of: dict[str, list[str]] = {}
     for finding in findings:
         state = Text(finding.state, STYLES[finding.state])
         table.add_row(finding.name, state, Text(finding.version), Text(finding.detail))
         if finding.state != "ok" and finding.remedy:
             parts_of.setdefault(finding.remedy, []).append(finding.name)
-    remedies = Table("to get", "", box=None, pad_edge=False)
+    remedies = _table("to get", "")
     for remedy, parts in parts_of.items():
         remedies.add_row("\n".join(parts), Text(remedy, overflow="fold"))
     if can_train(findings):

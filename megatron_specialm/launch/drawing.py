@@ -1,10 +1,14 @@
 """How figures look: a colour and marker per method, logarithmic axes with readable ticks, names beside their curves.
 
-matplotlib is imported where it is used: the launcher imports fast without it, and nothing here needs a display.
+matplotlib is imported where it is used, within `our_style`: the launcher imports fast without it, and nothing here needs a
+display or listens to settings of the user's own figures.
 """
 
+import contextlib
+import importlib.util
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +85,23 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
             line, (colour, marker) = next(others)
             found[method] = Look(colour, marker, line)
     return found
+
+
+@contextlib.contextmanager
+def our_style() -> Iterator[None]:
+    """Draw with Agg and our style alone, whatever the environment says: matplotlib refuses the `MPLBACKEND` of a notebook
+    where that is not installed, and a matplotlibrc of the user's would change what is drawn."""
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None and spec.origin is not None
+    # Both are read when matplotlib is first imported.
+    os.environ["MPLBACKEND"] = "agg"
+    os.environ["MATPLOTLIBRC"] = str(Path(spec.origin).parent / "mpl-data" / "matplotlibrc")
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
 def new_figure(

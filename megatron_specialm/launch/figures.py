@@ -31,11 +31,9 @@ Entry = Mapping[str, Any]
 
 def draw(results: dict[str, Any], root: Path) -> list[Path]:
     """Write all figures (PNG and SVG) and tables (Markdown and CSV) into `root/figures`; returns what was written."""
-    import matplotlib
-
     folder = root / "figures"
     written = []
-    with matplotlib.rc_context(drawing.STYLE):
+    with drawing.our_style():
         for name, figure in _figures(results):
             written += drawing.save(figure, folder / name)
     for part, table in (

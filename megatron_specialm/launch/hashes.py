@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_specialm.base.errors import ArtifactError, DataError
+from megatron_specialm.base.errors import ArtifactError, DataError, MissingTextError
 from megatron_specialm.base.files import read_json, sha256_file, sha256_json, write_json
 from megatron_specialm.config.graph import ENCODING_MODEL, TOKENIZER, Task, TaskId
+from megatron_specialm.config.text import Text
 from megatron_specialm.data.documents import cut_in_shards, resolve_files, text_format
 
 CACHE = "file_hashes.json"
@@ -102,6 +103,17 @@ def _model_parts(entry: str, role: str) -> list[Part]:
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming_what_makes(text: Text) -> Iterator[None]:
+    """Say with a missing file which command makes it, where the page knows."""
+    try:
+        yield
+    except MissingTextError as error:
+        if text.made_by is None:
+            raise
+        raise MissingTextError(f"{error}, or make this page's text: {text.made_by}") from None
 
 
 def _hashes(files: list[Path], cache: Path) -> dict[Path, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors.numpy import load_file
 
 from megatron_specialm.base.accelerator import installed_version
@@ -146,7 +146,8 @@ def _entry(difference: Difference) -> dict[str, Any]:
 
 def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
-    columns = ("quantity", "largest difference", "tolerance", "over it", "where")
+    headings = ("quantity", "largest difference", "tolerance", "over it", "where")
+    columns = (Column(heading, overflow="fold") for heading in headings)
     found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
     for entry in outcome["differences"]:
         largest = "not finite" if entry["largest"] is None else f"{entry['largest']:.1e}"

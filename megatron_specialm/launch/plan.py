@@ -11,7 +11,7 @@ from megatron_specialm.base.files import write_text
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
 from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.hashes import hash_files
+from megatron_specialm.launch.hashes import hash_files, naming_what_makes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
-    hashes = hash_files(graph.values(), root)
+    with naming_what_makes(pipeline.text):
+        hashes = hash_files(graph.values(), root)
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
         inputs = {name: plan[name].digest for name in task.inputs}

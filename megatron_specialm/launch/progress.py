@@ -22,7 +22,7 @@ class Progress:
         self._console, self._total, self._done = console, total, 0
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+            TimeElapsedColumn(), console=console, disable=not console.is_interactive, transient=True,
         )  # fmt: skip
         self._rows: dict[TaskId, TaskID] = {}
         self._told: dict[TaskId, float] = {}
@@ -54,7 +54,7 @@ class Progress:
                 continue
             state = _describe(record)
             self._bars.update(self._rows[name], total=record["steps"], completed=record["step"], state=state)
-            if not self._console.is_terminal and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
+            if not self._console.is_interactive and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
                 self._told[name] = time.monotonic()
                 self._console.print(
                     f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False

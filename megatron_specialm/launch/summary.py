@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.artifacts import read_marker
+from megatron_specialm.base.terminal import Table
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
@@ -27,7 +25,6 @@ from megatron_specialm.config.setup import Passes, Setup
 from megatron_specialm.config.training import TrainStage
 
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
-_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False}
 
 
 def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
@@ -39,12 +36,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     that is read most, as it was tokenized last. FLOPs have the validations in them where it has the set that is held out.
     Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
     """
-    table = Table(
-        "stage", "runs", "weights", "trained", "steps", "slots/run", "tokens/run", "FLOPs/step", "FLOPs", **_PLAIN
-    )
+    header = ["stage", "runs", "weights", "trained", "steps", "slots/run", "tokens/run", "FLOPs/step", "FLOPs"]
+    lines: list[list[str]] = []
     peak = dense_peak(machine.name)
     if peak:
-        table.add_column(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
+        header.append(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
@@ -56,11 +52,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
-        table.add_row(
+        lines.append([
             name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
             f"{slots / 1e6:,.2f}M", tokens, f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    return Table("", header, lines, 1)
 
 
 def training_flops(pipeline: Pipeline, name: str) -> int:
@@ -125,15 +121,14 @@ def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     setups = distinct_setups(pipeline, None)
     fused = machine.has_fused_layers
     memories = [memory_of(setup, fused=fused) for setup in setups.values()]
-    table = Table("GiB per process", *setups, **_PLAIN)
-    table.add_row("layout", *(setup.parallel.describe() for setup in setups.values()))
+    lines = [["layout", *(setup.parallel.describe() for setup in setups.values())]]
     for part in ("weights", "gradients", "optimizer", "teacher", "derived"):
-        table.add_row(part, *(_gib(getattr(memory, part)) for memory in memories))
+        lines.append([part, *(_gib(getattr(memory, part)) for memory in memories)])
     for recompute in ("none", "selective", "full"):
         others = [memory_of(setup.recomputing(recompute), fused=fused) for setup in setups.values()]
-        table.add_row(f"activations, recompute {recompute}", *(_gib(one.activations + one.working) for one in others))
-    table.add_row("in all, as set", *(_gib(memory.total) for memory in memories))
-    return table
+        lines.append([f"activations, recompute {recompute}", *(_gib(one.activations + one.working) for one in others)])
+    lines.append(["in all, as set", *(_gib(memory.total) for memory in memories)])
+    return Table("", ["GiB per process", *setups], lines, 1)
 
 
 def _gib(count: int) -> str:
@@ -143,7 +138,4 @@ def _gib(count: int) -> str:
 def capabilities_table() -> Table:
     """What can be trained in which layout: `config/capabilities.py` for a reader."""
     rows = capabilities.rows()
-    table = Table(*rows[0], **_PLAIN)
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+    return Table("", list(rows[0]), [list(row.values()) for row in rows], len(rows[0]))

@@ -3,51 +3,11 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table as RichTable
-
+from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text. The first `words` columns hold words, the others numbers."""
-
-    title: str
-    header: list[str]
-    lines: list[list[str]]
-    words: int
-
-    def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
-        """The numbers before a column, and from it on, each behind the words: for a terminal, which is narrow."""
-        middle = self.header.index(column)
-        ranges = (range(self.words, middle), range(middle, len(self.header)))
-
-        def part(title: str, numbers: range) -> "Table":
-            columns = [*range(self.words), *numbers]
-            lines = [[line[index] for index in columns] for line in self.lines]
-            return Table(title, [self.header[index] for index in columns], lines, self.words)
-
-        return part(titles[0], ranges[0]), part(titles[1], ranges[1])
-
-    def rich(self) -> RichTable:
-        """For the terminal."""
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, name in enumerate(self.header):
-            is_word = index < self.words
-            table.add_column(name, justify="left" if is_word else "right", no_wrap=is_word)
-        for line in self.lines:
-            table.add_row(*line)
-        return table
-
-    def markdown(self) -> str:
-        """Without the title."""
-        rule = ["---" if index < self.words else "---:" for index in range(len(self.header))]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.lines)) + "\n"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ ORDER = ("running", "completing", "configuring", "pending")
 def status_view(status: Status) -> RenderableType:
     """A row per stage, and below the table what has failed."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
-    table.add_column("stage", "in all", overflow="fold", max_width=24)
+    table.add_column("stage", "in all", overflow="fold")
     done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
     table.add_column("done", f"{done}/{tasks}", justify="right", no_wrap=True)
     table.add_column("state", overflow="fold", ratio=1)

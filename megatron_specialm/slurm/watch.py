@@ -5,9 +5,8 @@ import json
 import sys
 import time
 
-from rich.console import Console
-
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.terminal import console
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.slurm.status import Status, read_status
 from megatron_specialm.slurm.status_table import status_json, status_view
@@ -38,7 +37,7 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
                 print(f"{error}; looking again", file=sys.stderr)
             else:
                 if not as_json and sys.stdout.isatty():
-                    Console().clear()
+                    console().clear()
                 _show(status, as_json=as_json)
                 if not status.is_live:
                     return
@@ -49,4 +48,4 @@ def _show(status: Status, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(status_json(status)), flush=True)
     else:
-        Console().print(status_view(status))
+        console().print(status_view(status))

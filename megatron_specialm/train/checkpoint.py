@@ -29,6 +29,7 @@ from megatron_specialm.base.artifacts import refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
     FileSeal,
+    give_usual_mode,
     publish_folder,
     read_json,
     seal_file,
@@ -129,6 +130,7 @@ def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors; what the operating system refuses is its own error, which safetensors wraps in words."""
     try:
         save_file(dict(tensors), path)
+        give_usual_mode(path)
     except SafetensorError as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             code = int(number.group(1))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core.fp8_utils import get_fp8_recipe
-from rich.table import Table
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Linear
 from megatron_specialm.config.setup import Setup
@@ -124,14 +124,15 @@ def _medians_in_turns(contenders: Sequence[Callable[[], None]]) -> list[float]:
 
 def timings_table(timings: Sequence[Timing], *, title: str) -> Table:
     """A row per shape: its size, microseconds in bf16 and FP8, the ratio, and what it says."""
-    table = Table("linear", "tokens x in x out", "bf16 us", "FP8 us", "ratio", "keep", title=title)
+    header = ["linear", "tokens x in x out", "bf16 us", "FP8 us", "ratio", "keep"]
+    lines = []
     for timing in timings:
         shape = timing.shape
-        table.add_row(
+        lines.append([
             shape.name, f"{shape.tokens:,} x {shape.inputs:,} x {shape.outputs:,}", f"{timing.bf16 * 1e6:,.1f}",
             f"{timing.fp8 * 1e6:,.1f}", f"{timing.ratio:.2f}", "FP8" if timing.wins else "bf16",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    return Table(title, header, lines, 2)
 
 
 def advice(timings: Sequence[Timing]) -> str:

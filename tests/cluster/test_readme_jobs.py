@@ -17,7 +17,6 @@ def test_the_readmes_commands(cluster: Cluster, tmp_path: Path) -> None:
     make_own_text(tmp_path)
     profile = tmp_path / "slurm"
     profile.mkdir()
-    (profile / "stage.sbatch.template").symlink_to(ROOT / "slurm" / "stage.sbatch.template")
     (profile / "site.yaml").write_text("jobs: {default: {time: '00:10:00', memory: 1G}}\npreflight: {free_disk: 1}\n")
     environment = {**cluster.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     commands = [command for command in COMMANDS if command.startswith(ON_A_CLUSTER)]

@@ -89,7 +89,7 @@ def test_documents_that_are_none(folder: Path, content: bytes, words: list[str])
 
 def test_a_missing_file_and_an_unknown_key_are_said_before_anything_runs(folder: Path) -> None:
     (folder / "data/smoke/scipy.test.jsonl").unlink()
-    _fails(folder, 2, "scipy.test.jsonl", "no such file")
+    _fails(folder, 2, "scipy.test.jsonl", "no such file", "or make this page's text: python tools/smoke_corpus.py")
     _fails(folder, 2, "stages.slm.stepz", "did you mean 'steps'", overrides=("stages.slm.stepz=3",))
     assert not (folder / "runs/smoke/pipeline.yaml").exists()
 

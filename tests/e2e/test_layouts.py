@@ -54,6 +54,8 @@ def test_a_layout_that_differs_is_found_out(folder: Path) -> None:
     refused = _specialm(folder, "parity", str(PAGE), "--stage", "slm", "--tensor-parallel", "3")
     assert refused.returncode == 2 and "must divide the model's attention_heads" in refused.stderr
     assert "the nearest parallel.tensor_parallel that does is" in refused.stderr
+    none = _specialm(folder, "parity", str(PAGE), "--tensor-parallel", "3")
+    assert none.returncode == 2 and none.stdout.count(": not run: stages.") == 7
     missing = _specialm(folder, "parity", str(PAGE), "--stage", "nothing")
     assert missing.returncode == 2 and "no train stage of that name; there are slm" in missing.stderr
 

@@ -123,6 +123,13 @@ def test_the_table_is_printed(finished: Path) -> None:
         assert word in table
 
 
+def test_all_files_may_be_read_by_whom_the_umask_lets(finished: Path) -> None:
+    probe = finished / "probe"
+    probe.touch()
+    modes = {oct(path.stat().st_mode) for path in (finished / "runs").rglob("*") if path.is_file()}
+    assert modes == {oct(probe.stat().st_mode)}
+
+
 def test_transformers_gives_our_perplexity(finished: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +168,30 @@ def test_numbers_of_ticks() -> None:
 def test_nothing_draws_before_it_is_asked_to() -> None:
     program = "import sys, megatron_specialm.cli, megatron_specialm.launch.figures; print('matplotlib' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+def test_figures_are_the_same_in_any_environment(tmp_path: Path) -> None:
+    """A notebook's backend, a display that is not there, settings of the user's own figures, no home and no cache."""
+    (tmp_path / "results.json").write_text(json.dumps(invented(methods=("slm", "llm"))))
+    rc = tmp_path / "rc" / "matplotlibrc"
+    rc.parent.mkdir()
+    rc.write_text("text.usetex: True\nsavefig.dpi: 10\nfont.family: Nowhere\n")
+    hostile = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline", "DISPLAY": ":77", "HOME": "/nonexistent",
+        "MATPLOTLIBRC": str(rc), "MPLCONFIGDIR": "/proc/nowhere",
+    }  # fmt: skip
+    program = (
+        "import json, sys; from pathlib import Path; from megatron_specialm.launch.figures import draw\n"
+        "draw(json.loads(Path('results.json').read_text()), Path(sys.argv[1]))"
+    )
+    drawn = []
+    for name, variables in (("plain", {}), ("hostile", hostile)):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+        command = [sys.executable, "-c", program, name]
+        outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr
+        drawn.append({path.name: path.read_bytes() for path in (tmp_path / name / "figures").iterdir()})
+    assert any(name.endswith(".svg") for name in drawn[0]) and drawn[0] == drawn[1]
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,13 @@
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import atomic_path, publish_folder, read_json, verify_folder, write_json
+from megatron_specialm.train.checkpoint import save_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -51,3 +55,26 @@ def test_a_folder_without_its_manifest_is_not_whole(tmp_path: Path) -> None:
     (final / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="no such file"):
         verify_folder(final)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077], ids=oct)
+def test_files_and_folders_follow_the_umask_and_the_folders_group(tmp_path: Path, mask: int) -> None:
+    """Checkpoints too, although safetensors writes for the owner alone."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    group = next(iter({*os.getgroups(), os.getgid()} - {os.getegid()}), os.getegid())
+    group = 12345 if os.geteuid() == 0 else group
+    os.chown(shared, -1, group)
+    shared.chmod(0o2775)
+    before = os.umask(mask)
+    try:
+        _published(shared)
+        save_checkpoint(shared / "slm", step=1, weights={"w": torch.ones(2)}, optimizer_state={}, state={})
+    finally:
+        os.umask(before)
+    made = [path for path in shared.rglob("*")]
+    assert {path.name for path in made} >= {"a.bin", "manifest.json", "model-00000.safetensors", "latest"}
+    for path in made:
+        status = path.stat()
+        wanted = (0o2777 if path.is_dir() else 0o666) & ~mask
+        assert (oct(stat.S_IMODE(status.st_mode)), status.st_gid) == (oct(wanted), group), path

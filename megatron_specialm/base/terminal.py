@@ -1,0 +1,103 @@
+"""What people read: as wide as their terminal; in a pipe, a file or a log, as wide as it comes.
+
+No number is cut or broken over two lines. A table that is wider than the terminal is printed in parts, each with the words
+that its lines begin with, and long words are folded.
+"""
+
+import io
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.table import Table as RichTable
+from rich.text import Text
+
+UNLIMITED = 100_000  # columns, where nobody's window ends
+WORD_COLUMNS = 12  # of a column of words, and of a heading, at least, before numbers go into another part
+
+
+def console() -> Console:
+    """The standard output. Where it is no terminal nothing is wrapped and nothing moves, whatever `COLUMNS`, `TERM` or
+    `FORCE_COLOR` say; what its encoding lacks is written as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is not None and sys.stdout.isatty():
+        return Console(width=shutil.get_terminal_size().columns)
+    return Console(width=UNLIMITED, height=25, force_interactive=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. The first `words` columns hold words, the others numbers."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+    words: int
+
+    def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
+        """The numbers before a column, and from it on, each behind the words."""
+        middle, end = self.header.index(column), len(self.header)
+        return (
+            self._part(titles[0], range(self.words, middle)),
+            self._part(titles[1], range(middle, end)),
+        )
+
+    def markdown(self) -> str:
+        """Without the title."""
+        rule = ["---" if index < self.words else "---:" for index in range(len(self.header))]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.lines)) + "\n"
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        """For the terminal: in one part where it fits, else with as many numbers in each as fit beside the words."""
+        fitting: list[int] = []
+        first = True
+        for index in range(self.words, len(self.header)):
+            if fitting and _width(self._part("", [*fitting, index])._least()) > options.max_width:
+                yield self._part(self.title if first else "", fitting)._rich(options.max_width)
+                fitting, first = [], False
+            fitting.append(index)
+        yield self._part(self.title if first else "", fitting)._rich(options.max_width)
+
+    def _part(self, title: str, numbers: Sequence[int]) -> "Table":
+        columns = [*range(self.words), *numbers]
+        lines = [[line[index] for index in columns] for line in self.lines]
+        return Table(title, [self.header[index] for index in columns], lines, self.words)
+
+    def _natural(self) -> list[int]:
+        """The columns' widths with nothing folded."""
+        return [max(map(cell_len, column)) for column in zip(self.header, *self.lines, strict=True)]
+
+    def _least(self) -> list[int]:
+        """The widths down to which columns may be folded: a number's cells stand whole, its heading in lines of words."""
+        least = [min(width, WORD_COLUMNS) for width in self._natural()]
+        for index in range(self.words, len(self.header)):
+            cells = max((cell_len(line[index]) for line in self.lines), default=0)
+            heading = max(map(cell_len, self.header[index].split()), default=0)
+            least[index] = max(cells, min(heading, WORD_COLUMNS))
+        return least
+
+    def _rich(self, limit: int) -> RichTable:
+        widths, natural = self._least(), self._natural()
+        while (
+            _width(widths) < limit and widths != natural
+        ):  # the room that is left goes round among those who can use it
+            for index, wanted in enumerate(natural):
+                widths[index] += widths[index] < wanted and _width(widths) < limit
+        title = Text(self.title) if self.title else None
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
+            justify = "left" if index < self.words else "right"
+            table.add_column(Text(name), justify=justify, overflow="fold", width=width)  # type: ignore[arg-type]
+        for line in self.lines:
+            table.add_row(*map(Text, line))
+        return table
+
+
+def _width(columns: Sequence[int]) -> int:
+    """Of a table with columns of these widths: three characters between any two, and one on either side."""
+    return sum(columns) + 3 * (len(columns) - 1) + 2

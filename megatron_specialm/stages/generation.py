@@ -1,0 +1,126 @@
+"""A few words of a model, to see what it has learned: of a training in a run folder, or of an exported folder.
+
+Both go through Transformers: a checkpoint's weights are converted in memory, as the export converts them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.config.lineage import tokenize_stage
+from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.config.schema import SelectStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
+from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.train.checkpoint import find_final
+from megatron_specialm.train.served import read_served
+
+PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model of Transformers with its tokenizer. `start` is the end-of-document token, which stands before every text."""
+
+    model: Any
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    start: int
+
+    @torch.no_grad()
+    def write(self, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+        """The prompt and how the model goes on, at most so many tokens, or until it ends the document.
+
+        Args:
+            temperature: of the softmax; 0 takes the likeliest token each time.
+            top_k: draw among so many of the likeliest.
+            seed: equal seeds give equal text on the same machine.
+
+        Raises:
+            ConfigError: the prompt leaves no room in the model's context.
+        """
+        ids = [self.start, *self.encode(prompt)]
+        room = self.model.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise ConfigError(
+                f"the prompt has {len(ids) - 1} tokens, and the model's context {room + len(ids)}: give a shorter one"
+            )
+        drawn = (
+            {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            written = self.model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), pad_token_id=self.start,
+                eos_token_id=self.start, max_new_tokens=min(tokens, room), **drawn,
+            )  # fmt: skip
+        return self.decode([token for token in written[0].tolist() if token != self.start])
+
+
+def open_model(folder: Path) -> Writer:
+    """The model of a folder: RUN/STAGE/KEY of a training that has ended or of a selection, or an exported one.
+
+    Raises:
+        ConfigError: the folder is neither.
+        ArtifactError: a file is missing or damaged, or the tokenizer is not the model's.
+        CheckpointError: it is a projected network, which is many models.
+    """
+    if (folder / "config.json").is_file():
+        return _exported(folder)
+    if (folder / "model" / "config.json").is_file():
+        return _exported(folder / "model")
+    stage_name, root = folder.resolve().parent.name, folder.resolve().parent.parent
+    if (folder / "result.json").is_file() and (root / "pipeline.yaml").is_file():
+        pipeline = load_pipeline(root / "pipeline.yaml")
+        stage = pipeline.stages.get(stage_name)
+        if isinstance(stage, TrainStage | SelectStage):
+            return _trained(folder, root / tokenize_stage(pipeline, stage.tokens).tokenizer / GENERIC)
+    raise ConfigError(
+        f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, or an exported one, "
+        "RUN/export/STAGE.KEY/model"
+    )
+
+
+def held_out_words(tokens: Path, tokenizer: Path) -> str:
+    """The beginning of a set's first test document.
+
+    Args:
+        tokens: the set's folder, RUN/STAGE/KEY of a tokenize stage.
+        tokenizer: the folder of its tokenizer.
+    """
+    return Tokenizer.load(tokenizer).decode(TokenStore.open(tokens, "test").window(0)[:PROMPT_TOKENS])
+
+
+def _exported(folder: Path) -> Writer:
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}: Transformers cannot load it: {error}") from None
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), model.config.bos_token_id)
+
+
+def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
+    served, tokenizer = read_served(find_final(folder)), Tokenizer.load(tokenizer_folder)
+    if tokenizer.fingerprint != served.state["tokenizer"]:
+        raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the page again")
+    shape, sizes = served.shape, (served.vocabulary_size, served.context_length)
+    config = huggingface_config(shape, vocabulary_size=sizes[0], context_length=sizes[1], eod=tokenizer.eod)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model.load_state_dict(to_huggingface(served.weights, shape), strict=not shape.tie_embeddings)
+    model.tie_weights()
+    return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.eod)

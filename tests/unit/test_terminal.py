@@ -1,0 +1,142 @@
+"""What is printed: at 80 columns no number is cut or broken, and in a pipe or a log nothing is."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console, RenderableType
+
+from megatron_specialm.base.terminal import Table
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.doctor.finding import Finding
+from megatron_specialm.doctor.report import page as doctor_page
+from megatron_specialm.launch import parity
+from megatron_specialm.launch.preflight import planned_machine
+from megatron_specialm.launch.summary import capabilities_table, memory_table, training_table
+from megatron_specialm.launch.tables import concentration_table, results_in_two, selection_table
+from tests.unit.test_figures import invented
+
+ROOT = Path(__file__).parents[2]
+LONG = "a-stage-whose-name-is-longer-than-half-of-a-terminal"
+NUMBER = re.compile(r"\d[\d.,e+]*[A-Za-z]?")
+
+
+def _render(width: int, shown: Iterable[RenderableType]) -> str:
+    output = io.StringIO()
+    Console(file=output, width=width).print(*shown)
+    return output.getvalue()
+
+
+def long_page(folder: Path) -> Path:
+    """A page with a stage of a long name, and its text."""
+    for name in ("generic", "law"):
+        (folder / f"{name}.txt").write_text("some words of text\n")
+    sets = {"train": "generic.txt", "test": "law.txt"}
+    page = {
+        "name": "long", "root": "run", "text": {"generic": sets, "domains": {"law": sets}},
+        "stages": {
+            "tokenizer": {"kind": "tokenizer", "vocabulary_size": 300},
+            "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32},
+            **{
+                f"{LONG}-{number}": {
+                    "kind": "train", "data": "generic", "tokens": "tokens", "model": "smoke", "steps": 10 ** (3 + number),
+                    "global_batch_size": 8 * number,
+                }
+                for number in range(1, 6)
+            },
+            "perplexity": {"kind": "evaluate", "tokens": "tokens", "models": [f"{LONG}-1"]},
+        },
+    }  # fmt: skip
+    path = folder / "long.yaml"
+    path.write_text(yaml.safe_dump(page))
+    return path
+
+
+def _results() -> list[Table]:
+    results = invented()
+    for part in ("rows", "macro"):
+        for row in results[part]:
+            row["method"] = f"{row['method']}-{LONG}"
+    return [*results_in_two(results), concentration_table(results), selection_table(results)]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_number_is_cut_or_broken(tmp_path: Path, width: int) -> None:
+    pages = [load_pipeline(configs_folder() / "pipelines" / "paper.yaml"), load_pipeline(long_page(tmp_path))]
+    machine = planned_machine("H100")
+    tables = [*_results(), *(make(page, machine) for page in pages for make in (training_table, memory_table))]
+    for table in tables:
+        said = _render(width, [table])
+        assert "…" not in said and max(map(len, said.splitlines())) <= width
+        numbers = {cell for line in table.lines for cell in line[table.words :] if NUMBER.fullmatch(cell)}
+        assert numbers and numbers <= set(said.split())
+
+
+def test_words_are_folded_not_cut() -> None:
+    certificate = {
+        "steps": 4, "passed": False,
+        "differences": [
+            {"quantity": "gradients", "largest": 1.0, "tolerance": 1e-5, "passed": False,
+             "where": "decoder.layers.11.self_attention.linear_qkv.layer_norm_weight.of.some.more.depth"},
+        ],
+    }  # fmt: skip
+    finding = Finding("torch", "broken", "2.11.0+cu130", f"/shared/{LONG}/{LONG}/{LONG}", f"pip install {LONG}{LONG}")
+    for shown in (parity.table(LONG, certificate), doctor_page([finding]), capabilities_table()):
+        said = _render(80, [shown])
+        assert "…" not in said and max(map(len, said.splitlines())) <= 80
+
+
+def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
+    command = [sys.executable, "-m", "megatron_specialm", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
+    long_page(tmp_path)
+    narrow = {"COLUMNS": "80", "TERM": "dumb", "FORCE_COLOR": "1"}
+    planned = _specialm(tmp_path, "plan", "long.yaml", **narrow)
+    (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic" in line)
+    assert line.split() == [
+        f"perplexity/{LONG}-1.generic", "to", "do", "generic", f"{LONG}-1/generic,", "tokens/generic,", "tokens/law",
+    ]  # fmt: skip
+    checked = _specialm(tmp_path, "check", "long.yaml", **narrow)
+    assert "…" not in checked and sum(checked.count(f" {LONG}-{number} ") for number in range(1, 6)) >= 5
+    assert "\x1b[2K" not in planned + checked and "\x1b[?25l" not in planned + checked  # nothing moves
+    status = _specialm(tmp_path, "status", "long.yaml", **narrow)
+    assert "…" not in status and all(f"{LONG}-{number}" in status for number in range(1, 6))
+
+
+def test_on_a_terminal_it_is_as_wide_as_that(tmp_path: Path) -> None:
+    long_page(tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "megatron_specialm", "plan", "long.yaml"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=side, env={**environment, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    )
+    os.close(side)
+    said = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other side has ended
+            break
+        said += part
+    os.close(main)
+    assert process.wait() == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).splitlines()
+    assert "…" not in said.decode() and 60 < max(map(len, lines)) <= 80
