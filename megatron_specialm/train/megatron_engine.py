@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -23,6 +24,7 @@ from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
+from megatron_specialm.model.weights import decays
 from megatron_specialm.train.engine import LossSum, StepStats
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 from megatron_specialm.train.shares import Share, gather_whole, keep_original, share_of, take_share
@@ -63,7 +65,7 @@ class MegatronEngine:
         self._config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [chunk.no_sync for chunk in self._chunks]
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._optimizer = _build_optimizer(self._chunks, optimizer, parallel, bf16=self._config.bf16)
+        self._optimizer = _build_optimizer(self._chunks, model, optimizer, parallel)
         self._has_moments = False
         self._forward_backward = get_forward_backward_func()
 
@@ -368,8 +370,9 @@ def _data_parallel(chunk: GPTModel, parallel: ParallelConfig, number: int) -> Di
 
 
 def _build_optimizer(
-    chunks: list[DistributedDataParallel], settings: Optimizer, parallel: ParallelConfig, *, bf16: bool
+    chunks: list[DistributedDataParallel], model: Gpt, settings: Optimizer, parallel: ParallelConfig
 ) -> MegatronOptimizer:
+    bf16 = model.chunks[0].config.bf16
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -383,8 +386,11 @@ def _build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_communication and parallel.distributed_optimizer,
     )
+    # Megatron-Core's own rule goes by names that are not canonical, and is left to its scheduler, which is not used here.
+    constant = {weight.parameter for weight in model.weights() if not decays(weight.name)}
+    undecayed = ParamKey(predicate=ParamPredicate("undecayed", constant.__contains__))
     with cuda_type_names():
-        (single,) = get_megatron_optimizer(config, chunks).chained_optimizers
+        (single,) = get_megatron_optimizer(config, chunks, {undecayed: {"weight_decay": 0.0}}).chained_optimizers
     if not torch.cuda.is_available():  # otherwise it is Transformer Engine's or apex's, where there is one
         for group in single.param_groups:
             group["fused"] = True  # torch's own loops over the weights once, not once per operation
