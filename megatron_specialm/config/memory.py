@@ -72,10 +72,10 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     activations = round(tokens * kept)
     loss = last * (DISTILLATION if setup.teacher else LOSS) * _vocabulary(setup)
     teacher = _stage_weights(replace(setup, model=setup.teacher), stage, last=last) if setup.teacher else 0
-    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis, which
-    # is computed in fp32.
+    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis. Before
+    # all forward passes: an fp32 copy of one basis.
     rounded = 0 if element == FP32 else element
-    returned = derived * rounded + _largest_basis(setup) * (FP32 + rounded)
+    alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
         weights=weights * element + (frozen + kept_fp32) * (FP32 - element),
         gradients=trained * FP32,
@@ -83,7 +83,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
-        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), returned - activations),
+        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), alone - activations),
     )
 
 

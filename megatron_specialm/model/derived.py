@@ -181,7 +181,8 @@ def _combine(coefficients_JH: torch.Tensor, basis: nn.Parameter) -> torch.Tensor
 
 class _Product(torch.autograd.Function):
     """(J, H) in fp32 and (H, N) -> (J, N) in the second one's precision, multiplied in fp32 and rounded once: rounded
-    coefficients would make experts equal that differ little. Of the second one no fp32 copy is kept."""
+    coefficients would make experts equal that differ little. Of the second one no fp32 copy is kept; gradients, whose
+    rounding hides nothing, are multiplied in its precision."""
 
     @staticmethod
     def forward(ctx: Any, left_JH: torch.Tensor, right_HN: torch.Tensor) -> torch.Tensor:
@@ -191,8 +192,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_JN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         left_JH, right_HN = ctx.saved_tensors
-        gradient_JN = gradient_JN.float()
-        return gradient_JN @ right_HN.float().t(), (left_JH.t() @ gradient_JN).to(right_HN.dtype)
+        return (gradient_JN @ right_HN.t()).to(left_JH.dtype), left_JH.to(right_HN.dtype).t() @ gradient_JN
 
 
 class _SumOverStages(torch.autograd.Function):
@@ -237,7 +237,11 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
                 plain = linear.weight
                 del linear.weight
                 out, into = plain.shape
-                for own, shape in (("weight", (out, into)), ("lora_a", (lora.rank, into)), ("lora_b", (out, lora.rank))):
+                for own, shape in (
+                    ("weight", (out, into)),
+                    ("lora_a", (lora.rank, into)),
+                    ("lora_b", (out, lora.rank)),
+                ):
                     spec = specs[f"decoder.layers.0.{LINEAR_PLACES[name]}.{own}"]
                     linear.register_parameter(own.replace("weight", "base_weight"), _parameter(shape, plain, spec))
                 linear.base_weight.requires_grad_(False)

@@ -204,7 +204,12 @@ class _Chunk(GPTModel):
 
     def bfloat16(self) -> "_Chunk":
         """Round all weights to bf16 but those that are kept in fp32 (`model/derived.py`)."""
-        return self._apply(lambda tensor: tensor if getattr(tensor, "keep_fp32", False) else tensor.bfloat16())
+
+        def rounded(tensor: torch.Tensor) -> torch.Tensor:
+            keep = getattr(tensor, "keep_fp32", False) or not tensor.is_floating_point()
+            return tensor if keep else tensor.bfloat16()
+
+        return self._apply(rounded)
 
     def _is_in_embd_group(self) -> bool:
         """Megatron-Core asks before it copies tied embeddings from the first stage to the last, by way of a GPU. Both
