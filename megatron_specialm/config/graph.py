@@ -276,7 +276,7 @@ def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[T
         inputs = (made, tokenizer, TaskId(stage.tokens, part.id.key)) if not part.inputs else part.inputs
         yield replace(part, inputs=inputs)
     if any(assign_stage(pipeline, other).vectors == name for other in _held_out_assignments(pipeline)):
-        yield Task(TaskId(name, HELD_OUT), (made, tokenizer, TaskId(stage.tokens, GENERIC)), (), None)
+        yield Task(TaskId(name, HELD_OUT), (made, tokenizer, TaskId(stage.tokens, GENERIC)), {}, None)
 
 
 def _held_out_assignments(pipeline: Pipeline) -> set[str]:
@@ -297,7 +297,7 @@ def _assign_tasks(pipeline: Pipeline, name: str, stage: AssignStage) -> Iterator
         yield replace(part, inputs=inputs)
     if name in _held_out_assignments(pipeline):
         inputs = (TaskId(stage.clusters, GENERIC), TaskId(stage.vectors, HELD_OUT))
-        yield Task(TaskId(name, HELD_OUT), inputs, (), None)
+        yield Task(TaskId(name, HELD_OUT), inputs, {}, None)
 
 
 def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:

@@ -63,8 +63,9 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     trained = weights if setup.model.lora is None else layers * _adapter_weights(setup)
     derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
+    frozen, kept_fp32 = _kept_in_fp32(setup, layers)
     # Half-precision weights have an fp32 original, which is the optimizer's.
-    state = trained * (MOMENTS + (0 if element == FP32 else FP32))
+    state = trained * MOMENTS + (0 if element == FP32 else (trained - kept_fp32) * FP32)
     copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
     tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
     passes = min(setup.micro_batches * parallel.virtual_pipeline, _passes_under_way(setup, stage))
@@ -73,16 +74,18 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     activations = round(tokens * kept)
     loss = last * (DISTILLATION if setup.teacher else LOSS) * _vocabulary(setup)
     teacher = _stage_weights(replace(setup, model=setup.teacher), stage, last=last) if setup.teacher else 0
-    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis.
-    returned = (0 if element == FP32 else derived * element) + _largest_basis(setup) * element
+    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis. Before
+    # all forward passes: an fp32 copy of one basis.
+    rounded = 0 if element == FP32 else element
+    alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
-        weights=weights * element,
+        weights=weights * element + (frozen + kept_fp32) * (FP32 - element),
         gradients=trained * FP32,
         optimizer=state // copies,
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
-        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), returned - activations),
+        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), alone - activations),
     )
 
 
@@ -161,6 +164,18 @@ def _derived_weights(setup: Setup) -> int:
             sum(math.prod(model.linear_sizes()[name]) for name in model.lora.linears) // setup.parallel.tensor_parallel
         )
     return 0
+
+
+def _kept_in_fp32(setup: Setup, layers: int) -> tuple[int, int]:
+    """Weights that are fp32 in a half-precision model: frozen ones, which adapters are added to, and trained ones, of
+    which weights are computed."""
+    model = setup.model
+    if model.projection is not None:
+        size = model.projection.code_size
+        return 0, layers * size * model.projection.capacity + size * model.projection.experts
+    if model.lora is not None:
+        return layers * _derived_weights(setup), layers * _adapter_weights(setup)
+    return 0, 0
 
 
 def _passes_under_way(setup: Setup, stage: int) -> int:

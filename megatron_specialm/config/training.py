@@ -18,7 +18,11 @@ class Optimizer(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0,
+        description="AdamW's, of the weights of linears, embeddings, projected bases and LoRA's adapters; norms, biases, "
+        "codes and projections do not decay",
+    )
     clip_grad: PositiveFloat = Field(default=5.0, description="global gradient norm")
 
 

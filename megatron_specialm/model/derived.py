@@ -4,6 +4,10 @@ They are computed once per optimizer step, all variants that the step needs in o
 and their gradients, summed over the micro-batches in fp32, return to the parameters in one pass at the step's end. A
 linear is none the wiser: its `weight` is a tensor that was put there.
 
+In bf16 they are computed in fp32 and rounded once, as an optimizer's fp32 weights are: what a step uses is what serving
+computes from the same parameters, in bf16. So what they are computed from is not rounded before: adapters and their
+base, codes and projections stay fp32. Only the bases, which are many and have fp32 originals in the optimizer, are bf16.
+
 A variant is a mixture of experts in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own
 expert, a histogram for a soup of them (arXiv 2502.01804). To LoRA all variants are one.
 
@@ -25,6 +29,7 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.model.merge import adapted
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES, PROJECTED, WeightSpec
 
 
@@ -104,10 +109,13 @@ def _layers(chunk: GPTModel) -> Iterator[Any]:
     yield from chunk.decoder.layers
 
 
-def _parameter(shape: Sequence[int], like: torch.Tensor, spec: WeightSpec) -> nn.Parameter:
+def _parameter(
+    shape: Sequence[int], like: torch.Tensor, spec: WeightSpec, *, dtype: torch.dtype = torch.float32
+) -> nn.Parameter:
     """An uninitialized parameter, this process's share of `spec`, with the marks by which Megatron-Core sums and counts
-    its gradient."""
-    parameter = nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device))
+    its gradient. One in fp32 is kept so, whatever the model's precision."""
+    parameter = nn.Parameter(torch.empty(*shape, dtype=dtype, device=like.device))
+    parameter.keep_fp32 = dtype == torch.float32  # type: ignore[attr-defined]
     set_tensor_model_parallel_attributes(parameter, spec.cut is not None, -1 if spec.cut is None else spec.cut, 1)
     return parameter
 
@@ -137,10 +145,9 @@ def _project(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, W
     chunks[0].register_parameter(EXPERT_CODES, codes)
 
     def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
-        # In fp32, as merged weights are: they are small, and each scales a whole matrix.
-        codes_JM = mixtures_JK.float() @ _SumOverStages.apply(codes.float())
+        codes_JM = mixtures_JK.float() @ _SumOverStages.apply(codes)
         for chunk, own in zip(chunks, places, strict=True):
-            coefficients = [codes_JM @ layer.mlp.projection.float() for layer in _layers(chunk)]
+            coefficients = [codes_JM @ layer.mlp.projection for layer in _layers(chunk)]
             per_layer = len(own) // len(coefficients)
             for number, place in enumerate(own):
                 basis = getattr(place.linear, f"{place.attribute}_basis")
@@ -156,7 +163,7 @@ def _replace_by_basis(linear: Any, name: str, config: ModelConfig, specs: dict[s
         if plain is None or not plain.numel():
             continue
         spec = specs[f"decoder.layers.0.{name}.{attribute}_basis"]
-        basis = _parameter((config.projection.capacity, *plain.shape), plain, spec)
+        basis = _parameter((config.projection.capacity, *plain.shape), plain, spec, dtype=plain.dtype)
         # Under sequence parallelism each process sees the gradients of its own positions only.
         basis.sequence_parallel = getattr(plain, "sequence_parallel", False)  # type: ignore[attr-defined]
         delattr(linear, attribute)
@@ -169,7 +176,23 @@ def _combine(coefficients_JH: torch.Tensor, basis: nn.Parameter) -> torch.Tensor
     coefficients are summed over them."""
     if basis.tensor_model_parallel or basis.sequence_parallel:  # type: ignore[attr-defined]
         coefficients_JH = copy_to_tensor_model_parallel_region(coefficients_JH)
-    return (coefficients_JH.to(basis.dtype) @ basis.flatten(1)).view(-1, *basis.shape[1:])
+    return _Product.apply(coefficients_JH, basis.flatten(1)).view(-1, *basis.shape[1:])
+
+
+class _Product(torch.autograd.Function):
+    """(J, H) in fp32 and (H, N) -> (J, N) in the second one's precision, multiplied in fp32 and rounded once: rounded
+    coefficients would make experts equal that differ little. Of the second one no fp32 copy is kept; gradients, whose
+    rounding hides nothing, are multiplied in its precision."""
+
+    @staticmethod
+    def forward(ctx: Any, left_JH: torch.Tensor, right_HN: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left_JH, right_HN)
+        return (left_JH @ right_HN.float()).to(right_HN.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_JN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        left_JH, right_HN = ctx.saved_tensors
+        return (gradient_JN @ right_HN.t()).to(left_JH.dtype), left_JH.to(right_HN.dtype).t() @ gradient_JN
 
 
 class _SumOverStages(torch.autograd.Function):
@@ -192,9 +215,14 @@ class _SumOverStages(torch.autograd.Function):
 
 
 def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]) -> DerivedWeights:
-    """Freeze everything, and add `factor * B A` to the chosen linears. The base weight stays, as `base_weight`."""
+    """Freeze everything, and add `factor * B A` to the chosen linears. The base weight stays, as `base_weight`.
+
+    Changes are much smaller than the weights: added to a rounded base, those under half a unit in the last place would
+    be lost. Added to the fp32 one, each has its chance to move the sum over a rounding's edge, and shows on average.
+    """
     lora = config.lora
     assert lora is not None
+    dtype = chunks[0].config.params_dtype
     places: list[list[Place]] = []
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -206,13 +234,17 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
         for layer in _layers(chunk):
             for name in lora.linears:
                 linear = layer.get_submodule(LINEAR_PLACES[name])
-                out, into = linear.weight.shape
-                for factor, shape in (("lora_a", (lora.rank, into)), ("lora_b", (out, lora.rank))):
-                    spec = specs[f"decoder.layers.0.{LINEAR_PLACES[name]}.{factor}"]
-                    linear.register_parameter(factor, _parameter(shape, linear.weight, spec))
-                base = linear.weight
+                plain = linear.weight
                 del linear.weight
-                linear.register_parameter("base_weight", base)
+                out, into = plain.shape
+                for own, shape in (
+                    ("weight", (out, into)),
+                    ("lora_a", (lora.rank, into)),
+                    ("lora_b", (out, lora.rank)),
+                ):
+                    spec = specs[f"decoder.layers.0.{LINEAR_PLACES[name]}.{own}"]
+                    linear.register_parameter(own.replace("weight", "base_weight"), _parameter(shape, plain, spec))
+                linear.base_weight.requires_grad_(False)
                 places[-1].append(Place(linear, "weight"))
 
     def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -223,6 +255,7 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
                 factor if factor.tensor_model_parallel else copy_to_tensor_model_parallel_region(factor)
                 for factor in (linear.lora_a, linear.lora_b)
             )
-            yield torch.add(linear.base_weight, b @ a, alpha=lora.factor).expand(len(mixtures_JK), -1, -1)
+            weight = adapted(linear.base_weight, a, b, factor=lora.factor)
+            yield weight.to(dtype).expand(len(mixtures_JK), -1, -1)
 
     return DerivedWeights(places, compute)

@@ -209,6 +209,15 @@ class _Chunk(GPTModel):
         """(T, B, V with padding) -> (T, B, V): padding is cut off here, for all that follows."""
         return logits[..., : self._real_columns]
 
+    def bfloat16(self) -> "_Chunk":
+        """Round all weights to bf16 but those that are kept in fp32 (`model/derived.py`)."""
+
+        def rounded(tensor: torch.Tensor) -> torch.Tensor:
+            keep = getattr(tensor, "keep_fp32", False) or not tensor.is_floating_point()
+            return tensor if keep else tensor.bfloat16()
+
+        return self._apply(rounded)
+
     def _is_in_embd_group(self) -> bool:
         """Megatron-Core asks before it copies tied embeddings from the first stage to the last, by way of a GPU. Both
         are filled from the same canonical weight here."""

@@ -40,6 +40,11 @@ def merge_lora(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict
     for number in range(config.layers):
         for linear in config.lora.linears:
             place = f"decoder.layers.{number}.{LINEAR_PLACES[linear]}"
-            change = weights[f"{place}.lora_b"].float() @ weights[f"{place}.lora_a"].float()
-            plain[f"{place}.weight"] = plain[f"{place}.weight"] + config.lora.factor * change
+            base, a, b = (weights[f"{place}.{part}"].float() for part in ("weight", "lora_a", "lora_b"))
+            plain[f"{place}.weight"] = adapted(base, a, b, factor=config.lora.factor)
     return plain
+
+
+def adapted(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, factor: float) -> torch.Tensor:
+    """`base + factor * b a`: (out, in), (rank, in), (out, rank) -> (out, in)."""
+    return torch.add(base, b @ a, alpha=factor)

@@ -14,6 +14,7 @@ from megatron_specialm.config.parallel import padded_vocabulary
 from megatron_specialm.config.precision import Linear
 
 EXPERT_CODES = "expert_codes"
+PROJECTION = "mlp.projection"
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
@@ -48,6 +49,12 @@ class WeightSpec:
             blocks = zip(*(part.chunk(self.blocks, self.cut) for part in parts), strict=True)
             whole = torch.cat([part for block in blocks for part in block], self.cut)
         return whole[: self.shape[0]]
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay reaches a canonical weight: the matrices of linears, embeddings and bases, and LoRA's factors
+    do decay. Norms and biases do not; nor do codes and projections, each of which scales whole matrices."""
+    return "layernorm" not in name and not name.endswith(("bias", "bias_basis", EXPERT_CODES, PROJECTION))
 
 
 def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: int = 1) -> dict[str, WeightSpec]:
@@ -99,7 +106,7 @@ def _derived(model: ModelConfig, layer: dict[str, WeightSpec]) -> dict[str, Weig
     """A layer's weights where some linears are computed from others (`model/derived.py`)."""
     found = dict(layer)
     if model.projection is not None:
-        found["mlp.projection"] = WeightSpec((model.projection.code_size, model.projection.capacity))
+        found[PROJECTION] = WeightSpec((model.projection.code_size, model.projection.capacity))
         for name in [name for name in layer if name.startswith(tuple(LINEAR_PLACES[one] for one in PROJECTED))]:
             spec = found.pop(name)
             cut = None if spec.cut is None else spec.cut + 1

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -21,11 +20,11 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Passes
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.engine import LossSum, StepStats
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
+from megatron_specialm.train.optimizer import build_optimizer
 from megatron_specialm.train.shares import Share, gather_whole, keep_original, share_of, take_share
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,11 +59,11 @@ class MegatronEngine:
         self._copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._vocabulary = _vocabulary_share(model)
         self._config = model.chunks[0].config
-        self._chunks = [_data_parallel(chunk, parallel, number) for number, chunk in enumerate(model.chunks)]
+        self._chunks = [_data_parallel(chunk, parallel) for chunk in model.chunks]
         self._config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [chunk.no_sync for chunk in self._chunks]
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self._optimizer = _build_optimizer(self._chunks, optimizer, parallel, bf16=self._config.bf16)
+        self._optimizer = build_optimizer(self._chunks, model, optimizer, parallel)
         self._has_moments = False
         self._forward_backward = get_forward_backward_func()
         self.passes = Passes()
@@ -364,7 +363,7 @@ def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
     return VocabularyShare(group.rank() * padded // group.size(), group)
 
 
-def _data_parallel(chunk: GPTModel, parallel: ParallelConfig, number: int) -> DistributedDataParallel:
+def _data_parallel(chunk: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -372,29 +371,5 @@ def _data_parallel(chunk: GPTModel, parallel: ParallelConfig, number: int) -> Di
         overlap_param_gather=parallel.overlap_communication and parallel.distributed_optimizer,
     )
     inner = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-    # Buckets let reductions start early; the chunks behind the first are reduced as wholes, as Megatron-LM does.
-    return DistributedDataParallel(chunk.config, settings, inner, disable_bucketing=number > 0)
-
-
-def _build_optimizer(
-    chunks: list[DistributedDataParallel], settings: Optimizer, parallel: ParallelConfig, *, bf16: bool
-) -> MegatronOptimizer:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_eps=settings.epsilon,
-        clip_grad=0.0,  # `apply_gradients` clips: a step that is not finite must be seen before it is made
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=parallel.overlap_communication and parallel.distributed_optimizer,
-    )
-    with cuda_type_names():
-        (single,) = get_megatron_optimizer(config, chunks).chained_optimizers
-    if not torch.cuda.is_available():  # otherwise it is Transformer Engine's or apex's, where there is one
-        for group in single.param_groups:
-            group["fused"] = True  # torch's own loops over the weights once, not once per operation
-    return single
+    # Megatron-LM makes one bucket group of each chunk behind the first. Of two precisions in a group, gloo gathers garbage.
+    return DistributedDataParallel(chunk.config, settings, inner)

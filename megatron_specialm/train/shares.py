@@ -35,7 +35,10 @@ def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Sha
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if parameter not in optimizer.model_param_group_index_map:
         return Share(None, slice(0, 0), copies)
-    group, index = optimizer.model_param_group_index_map[parameter]
+    group, _ = optimizer.model_param_group_index_map[parameter]
+    # Its index there does not hold for a group of both precisions: the optimizer's list has those in fp32 first.
+    trained = [*optimizer.model_fp32_groups[group], *optimizer.model_float16_groups[group]]
+    index = next(index for index, other in enumerate(trained) if other is parameter)
     elements = optimizer._get_model_param_range_map(parameter)["param"]
     main = optimizer.optimizer.param_groups[group]["params"][index]
     return Share(main, slice(elements.start, elements.end), copies)

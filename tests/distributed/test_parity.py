@@ -118,6 +118,21 @@ ALL = ""
 
 
 @pytest.mark.parametrize(
+    ("model", "precision", "layout"),
+    [
+        (LLAMA, "fp32", {"tensor_parallel": 2, "sequence_parallel": True}),
+        (NEOX, "fp32", {"data_parallel": 2, "distributed_optimizer": True}),
+        # Codes and projections are fp32 beside bf16 bases: of both, from two chunks, the optimizer has shards in one list.
+        (NEOX.model_copy(update=PROJECTION), "bf16", SPECIAL[1]),
+    ],
+    ids=_label,
+)
+def test_updates_are_those_of_adamw_with_weight_decay(model: ModelConfig, precision: str, layout: dict) -> None:
+    differences = _compare(layout, model, precision, measure="tests.adamw:measure_beside_adamw")
+    assert not [difference for difference in differences if not difference.passed]
+
+
+@pytest.mark.parametrize(
     ("fault", "layout", "quantity", "wrong"),
     [
         ("no_forward_reduction", {"tensor_parallel": 2}, "gradients", ALL),

@@ -13,10 +13,11 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
-from megatron_specialm.model.weights import EXPERT_CODES
+from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.adamw import Follower
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3
 PROJECTION = Projection(experts=EXPERTS, capacity=4, code_size=5)
@@ -253,6 +254,88 @@ def test_lora_trains_adapters_alone_and_merges(shape: ModelConfig, recompute: st
     torch.testing.assert_close(model.logits(tokens), merged.logits(tokens), rtol=0, atol=1e-5)
 
 
+# --- in bf16 ----------------------------------------------------------------------------------------------------------
+
+
+def _in_bf16(config: ModelConfig) -> tuple[Gpt, MegatronEngine]:
+    """A model, wide enough for averages over its weights, and its engine."""
+    wide = config.model_copy(update={"hidden_size": 128, "ffn_hidden_size": 256})
+    model = Gpt(wide, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision="bf16")
+    model.initialize(seed=0)
+    return model, MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=4)
+
+
+def _computed(model: Gpt, mixture_K: torch.Tensor) -> Weights:
+    """The weights that a model computes, by the names that they have in an ordinary one."""
+    assert model.derived is not None
+    with torch.no_grad():
+        model.derived.derive(mixture_K[None])
+    model.derived.use(0, 0)
+    found = {}
+    for layer in range(model.config.layers):
+        for place in (f"decoder.layers.{layer}.{place}" for place in LINEAR_PLACES.values()):
+            weight = model.chunks[0].get_submodule(place).weight
+            if not isinstance(weight, torch.nn.Parameter):
+                found[f"{place}.weight"] = weight.detach()
+    return found
+
+
+def _check_served(model: Gpt, computed: Weights, served: Weights) -> None:
+    """What is trained is the served model, rounded once: so are its weights, but for sums at a rounding's edge, and its
+    logits are that model's in bf16."""
+    for name, weight in computed.items():
+        assert weight.dtype == torch.bfloat16
+        assert (weight != served[name].bfloat16()).float().mean() < 1e-3, name
+    plain = Gpt(model.config.plain, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision="bf16")
+    plain.load(served)
+    plain.chunks[0].bfloat16()
+    tokens = torch.from_numpy(_batch(1).tokens)
+    with torch.no_grad():
+        apart = (model.logits(tokens).float() - plain.logits(tokens).float()).abs().mean()
+    assert apart < 1e-4
+
+
+def _share_seen(changes: Weights, wanted: Weights) -> float:
+    """How much of the wanted changes there is, on average: 1 is all."""
+    there = sum(float((changes[name].float() * wanted[name]).sum()) for name in wanted)
+    return there / sum(float(change.square().sum()) for change in wanted.values())
+
+
+@FAMILIES
+def test_small_changes_of_lora_show_in_bf16(shape: ModelConfig) -> None:
+    """The first steps at a small rate are far below a unit in the weights' last place."""
+    model, engine = _in_bf16(_with(shape, lora=LORA))
+    base, first = engine.weights(), _computed(model, torch.zeros(1))
+    for step in range(2):
+        engine.train_step(_batch(step), learning_rate=1e-5)
+    after = engine.weights()
+    served, computed = merge_lora(after, model.config), _computed(model, torch.zeros(1))
+    wanted = {name: served[name] - base[name] for name in computed}
+    assert max(float(change.abs().max()) for change in wanted.values()) < 2**-15
+    assert _share_seen({name: computed[name].float() - first[name] for name in wanted}, wanted) == pytest.approx(1, 0.1)
+    _check_served(model, computed, served)
+
+
+@FAMILIES
+def test_experts_that_differ_little_differ_in_bf16(shape: ModelConfig) -> None:
+    """Codes that are equal when they are rounded."""
+    model, engine = _in_bf16(_with(shape, projection=PROJECTION))
+    weights = engine.weights()
+    codes_KM = weights[EXPERT_CODES]
+    codes_KM[0] = codes_KM[0].bfloat16()
+    codes_KM[1] = codes_KM[0] * (1 + 2**-10)
+    assert torch.equal(codes_KM[0].bfloat16(), codes_KM[1].bfloat16())
+    # As the model holds them: what is compared is what is computed of them.
+    weights |= {name: tensor.bfloat16().float() for name, tensor in weights.items() if name.endswith("basis")}
+    engine.load(weights, None)
+    served = [project(weights, model.config, _one_hot(expert)) for expert in (0, 1)]
+    computed = [_computed(model, _one_hot(expert)) for expert in (0, 1)]
+    wanted = {name: served[1][name] - served[0][name] for name in computed[0]}
+    changes = {name: computed[1][name].float() - computed[0][name] for name in wanted}
+    assert _share_seen(changes, wanted) == pytest.approx(1, 0.1)
+    _check_served(model, computed[1], served[1])
+
+
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +360,20 @@ def test_going_on_from_saved_state_is_exact(derived: ModelConfig, precision: str
     straight, resumed = (_train(one, range(2, 4)) for one in (engine, restored))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert any(not torch.equal(straight[name], weights[name]) for name in straight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weight_decay_reaches_bases_and_adapters(derived: ModelConfig, precision: str) -> None:
+    """The oracle: torch's AdamW with explicit groups. Biases' bases, codes and projections do not decay."""
+    settings = {"weight_decay": 0.3, "epsilon": 1e-3}
+    engine = _engine(derived, precision=precision, **settings)
+    follower = Follower(engine, Optimizer(clip_grad=1e6, **settings))
+    for step in range(3):
+        batch = _batch(step, _one_hot(step % EXPERTS), torch.tensor([0.5, 0.5, 0.0]))
+        loss, gradients = engine.accumulate_gradients(batch), engine.gradients()
+        stats = engine.apply_gradients(loss, learning_rate=1e-2)
+        follower.follow(gradients, stats, learning_rate=1e-2)
+        follower.check(engine)
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights(derived: ModelConfig) -> None:

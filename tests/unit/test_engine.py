@@ -8,6 +8,7 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.adamw import Follower
 from tests.training import EPSILON
 
 VOCABULARY, CONTEXT = 100, 16
@@ -60,6 +61,24 @@ def test_one_step_is_plain_pytorch(neox: ModelConfig) -> None:
     weights = engine.weights()
     for name, parameter, spec in model.weights():
         torch.testing.assert_close(weights[name], spec.join([parameter.detach()]), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_weight_decay_reaches_matrices_alone(family: str, precision: str, request: pytest.FixtureRequest) -> None:
+    """The oracle: torch's AdamW with explicit groups, before and after going on from saved state."""
+    shape, settings = request.getfixturevalue(family), {"weight_decay": 0.3, "epsilon": 1e-3}
+    engine = _engine(shape, precision=precision, **settings)
+    follower = Follower(engine, Optimizer(**settings))
+    for step in range(4):
+        if step == 2:
+            weights, state = engine.weights(), engine.optimizer_state()
+            engine = _engine(shape, precision=precision, **settings)
+            engine.load(weights, state)
+        loss, gradients = engine.accumulate_gradients(_batch(step)), engine.gradients()
+        stats = engine.apply_gradients(loss, learning_rate=1e-2)
+        follower.follow(gradients, stats, learning_rate=1e-2)
+        follower.check(engine)
 
 
 def test_accumulation_over_micro_batches_changes_nothing(neox: ModelConfig) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.memory import memory_of, smallest_change
@@ -82,6 +83,7 @@ def _check(
             teacher=beside if teacher else None,
         )
         held = sum(parameter.nbytes for _, parameter, _ in gpt.weights())
+        rounded = [one for _, one, _ in gpt.weights() if one.requires_grad and one.dtype == torch.bfloat16]
         gradients = sum(gradient.nbytes for gradient in engine.gradients().values())
         windows = np.random.default_rng(0).integers(0, vocabulary, (12, 129))
         notes = {MIXTURE: np.eye(EXPERTS, dtype=np.float32)[[0, 2, 3]].repeat(4, 0)} if model.projection else {}
@@ -90,7 +92,7 @@ def _check(
         with PeakMemory() as taken:
             engine.accumulate_gradients(batch)
         state = sum(tensor.nbytes for name, tensor in engine.optimizer_state().items() if name != "step")
-    originals = 0 if precision == "fp32" else gradients
+    originals = sum(2 * parameter.nbytes for parameter in rounded)
     assert memory.derived + memory.activations + memory.working == pytest.approx(taken.peak, rel=0.1)
     # Checkpoints have no padding of the vocabulary; a process has.
     assert memory.weights == held
