@@ -22,6 +22,7 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.adamw import Follower
 from tests.logits import SHAPES, TOLERANCES, difference, logits, logits_of_export, logits_on_cpu, trained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,15 +54,13 @@ def _losses(setup: Setup, *, steps: int) -> list[float]:
     return [engine.train_step(batch, learning_rate=1e-4).loss.mean for _ in range(steps)]
 
 
-def _engine(setup: Setup) -> MegatronEngine:
+def _engine(setup: Setup, optimizer: Optimizer = Optimizer()) -> MegatronEngine:  # noqa: B008 (frozen)
     model = Gpt(
         setup.model, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision=setup.precision, fp8=setup.fp8,
         parallel=setup.parallel,
     )  # fmt: skip
     model.initialize(seed=0)
-    return MegatronEngine(
-        model, parallel=setup.parallel, optimizer=Optimizer(), micro_batch_size=setup.micro_batch_size
-    )
+    return MegatronEngine(model, parallel=setup.parallel, optimizer=optimizer, micro_batch_size=setup.micro_batch_size)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -181,3 +180,19 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
             plain.load(project(weights, shape, torch.eye(4)[expert]), None)
             expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(notes={})]).total
     assert whole.total == pytest.approx(expected, rel=1e-3 if fp8 is None else 1e-2)
+
+
+def test_weight_decay_reaches_matrices_alone() -> None:
+    """Transformer Engine's norms are parts of its linears, and its Adam has groups of its own."""
+    setup = _setup(_shallow(_preset("slm-126m"), 2), "bf16")
+    settings = Optimizer(weight_decay=0.3, epsilon=1e-3)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (8, CONTEXT + 1))
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, CONTEXT), np.float32))
+    with process_group(ALONE, parallel=setup.parallel):
+        engine = _engine(setup, settings)
+        follower = Follower(engine, settings)
+        for _ in range(2):
+            loss, gradients = engine.accumulate_gradients(batch), engine.gradients()
+            stats = engine.apply_gradients(loss, learning_rate=1e-2)
+            follower.follow(gradients, stats, learning_rate=1e-2)
+            follower.check(engine)
