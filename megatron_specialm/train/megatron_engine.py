@@ -100,6 +100,7 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
+        self._finish_gathering()  # by all copies, before passes that one without windows does not make
         for chunk in self._chunks:
             chunk.eval()
         sums: list[torch.Tensor] = []
@@ -264,8 +265,9 @@ class MegatronEngine:
         return found
 
     def _finish_gathering(self) -> None:
-        """Have all parameters as the last step left them. Where communication overlaps, the copies gather what each has
-        updated as late as the forward pass of the module that holds it; weights are derived before any."""
+        """Have all parameters as the last step left them; all copies call this at once. Where communication overlaps, they
+        gather what each has updated as late as the forward pass of the module that holds it: too late for weights that are
+        derived before any, and a wait without end for a copy whose fellow makes no pass."""
         if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
             for chunk in self._chunks:
                 for group in reversed(

@@ -1,0 +1,91 @@
+"""Copies with unequal numbers of validation windows, none among them: nobody waits for a pass that another does not make."""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.config.model import LowRank
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.data.batches import evaluation_batches
+from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.distributed import data_rank, process_group
+from megatron_specialm.train.megatron_engine import MegatronEngine
+from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ranks
+
+PLAIN = SHAPE.model_copy(update={"layers": 4})
+LORA = PLAIN.model_copy(update={"lora": LowRank(rank=4)})
+WINDOWS = (1, 0, 3, 21)  # of a set, after a step each: on two copies 1 and 0, none, 2 and 1, 11 and 10
+DP2, SHARED = {"data_parallel": 2}, {"distributed_optimizer": True, "overlap_communication": True}
+LAYOUTS = [
+    (PLAIN, {**DP2, **SHARED}),
+    (LORA, {**DP2, **SHARED}),
+    (PLAIN, {**DP2, "distributed_optimizer": True}),
+    (PLAIN, {**DP2, "pipeline_parallel": 2, **SHARED}),
+    (LORA, {**DP2, "pipeline_parallel": 2, "virtual_pipeline": 2, **SHARED}),
+    (PLAIN, {**DP2, "tensor_parallel": 2, "sequence_parallel": True, **SHARED}),
+]
+
+
+def _losses(case: int | None, world: World, file: Path) -> None:
+    """Train and evaluate in turns, in a layout or on one process."""
+    with file.with_suffix(".log").open("wb") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    shape, layout = (PLAIN, {}) if case is None else LAYOUTS[case]
+    parallel = ParallelConfig(**layout)
+    with process_group(world, parallel=parallel, timeout_seconds=30):
+        model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, parallel=parallel)
+        model.initialize(seed=0)
+        settings = Optimizer(epsilon=EPSILON)
+        engine = MegatronEngine(model, parallel=parallel, optimizer=settings, micro_batch_size=1)
+        rank, copies = data_rank()
+        share = 8 // copies
+        batch = MemoryStore(8).batch(np.arange(rank * share, (rank + 1) * share))
+        losses = []
+        for windows in WINDOWS:
+            engine.train_step(batch, learning_rate=1e-2)
+            held_out = MemoryStore(windows, seed=1)
+            own = evaluation_batches(held_out, batch_size=1, rank=rank, processes=copies) if windows else iter(())
+            losses.append(engine.evaluate(own))
+    file.write_text(json.dumps(losses))
+
+
+def _run(case: int | None, folder: Path, size: int) -> list[list]:
+    limit_threads(1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    worlds = [World(rank, size, rank, f"file://{folder}/meeting-{size}", "test") for rank in range(size)]
+    files = [folder / f"{size}-{world.rank}.json" for world in worlds]
+    processes = [context.Process(target=_losses, args=(case, *of)) for of in zip(worlds, files, strict=True)]
+    for process in processes:
+        process.start()
+    said = [file.with_suffix(".log") for file in files]
+    assert Ranks(processes).join(120) == [0] * size, "\n".join(log.read_text() for log in said if log.exists())
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> list:
+    return _run(None, tmp_path_factory.mktemp("one"), 1)[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    range(len(LAYOUTS)),
+    ids=lambda case: f"{'lora-' * (LAYOUTS[case][0] is LORA)}{ParallelConfig(**LAYOUTS[case][1]).describe()}",
+)
+def test_copies_evaluate_what_they_have(case: int, one_process: list, tmp_path: Path) -> None:
+    shape, layout = LAYOUTS[case]
+    found = _run(case, tmp_path, ParallelConfig(**layout).world_size)
+    assert all(losses == found[0] for losses in found), "one loss for all processes"
+    for (total, tokens), (expected, counted) in zip(found[0], one_process, strict=True):
+        assert tokens == counted
+        if shape is PLAIN:
+            assert total == pytest.approx(expected, rel=1e-5)
