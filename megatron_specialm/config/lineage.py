@@ -1,6 +1,8 @@
 """What a stage's models are: for whom, of which shape and method, and from which weights. Answers follow from the page,
 through `init`, `experts` and `teacher`; the graph (`config/graph.py`) has checked that these name what they must."""
 
+from typing import Literal
+
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import (
@@ -189,13 +191,22 @@ def method_of(pipeline: Pipeline, name: str) -> str:
     return stage.method or (method_of(pipeline, before) if before else name)
 
 
-def is_finetuned(pipeline: Pipeline, name: str) -> bool:
-    """Whether a model has been trained on the domain's own text."""
+def domain_text(pipeline: Pipeline, name: str) -> Literal["none", "mixed in", "fine-tuned"]:
+    """How a model has read the domain's own text: not at all, mixed into the text of a pretraining (`domain_fraction`), or
+    as what it was trained on."""
     stage = pipeline.stages[name]
     if isinstance(stage, SelectStage):
-        return False
+        return domain_text(pipeline, stage.experts)
     assert isinstance(stage, TrainStage)
-    return stage.data == "domain" or (stage.init is not None and is_finetuned(pipeline, stage.init))
+    if stage.data == "domain":
+        return "fine-tuned"
+    before = domain_text(pipeline, stage.init) if stage.init is not None else "none"
+    return "mixed in" if stage.domain_fraction and before == "none" else before
+
+
+def is_finetuned(pipeline: Pipeline, name: str) -> bool:
+    """Whether a model has been trained on the domain's own text, alone or mixed in."""
+    return domain_text(pipeline, name) != "none"
 
 
 def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
@@ -205,9 +216,11 @@ def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
 
 
 def trainings(pipeline: Pipeline, name: str) -> list[tuple[str, str]]:
-    """The stages that make a model, oldest first, each with the data it was trained on or how it was selected."""
+    """The stages that make a model, oldest first, each with how it was selected or the data it was trained on; behind a
+    plus what was mixed in."""
     stage = pipeline.stages[name]
     if isinstance(stage, SelectStage):
         return [*trainings(pipeline, stage.experts), (name, stage.by)]
     assert isinstance(stage, TrainStage)
-    return [*(trainings(pipeline, stage.init) if stage.init else []), (name, stage.data)]
+    mixed = f"+{GENERIC}" if stage.replay_fraction else "+domain" if stage.domain_fraction else ""
+    return [*(trainings(pipeline, stage.init) if stage.init else []), (name, f"{stage.data}{mixed}")]

@@ -12,6 +12,9 @@ READS = {
     "cluster": "the generic text of one cluster",
     "importance": "the generic text, resampled to the domain's cluster histogram",
     "domain": "the domain's text",
+    "generic+domain": "the generic text, with the domain's mixed in from the start",
+    "importance+domain": "the generic text, resampled to the domain's cluster histogram, with the domain's mixed in",
+    "domain+generic": "the domain's text, with generic text mixed in",
     "frequency": "not trained: the expert of the domain's most frequent cluster",
     "loss": "not trained: the expert with the lowest loss on a sample of the domain's text",
     "finetuned": "not trained: the expert that was best after all were fine-tuned on the domain's text",
@@ -24,7 +27,8 @@ READS = {
 class ModelFacts:
     """What a model card says.
 
-    `trainings` are the train stages that made the model, oldest first, each with its `data`. `cost` is that of the last
+    `finetuned` says that it has read the domain's own text. `trainings` are the stages that made the model, oldest first,
+    each with what it read, a key of `READS`. `cost` is that of the last
     one alone. `set_tokens` counts the domain's training set once (the generic set's, for a model of no domain);
     `cost.tokens` counts repeats. `validation_loss` is in nats per token.
     """
@@ -60,7 +64,6 @@ def model_card(facts: ModelFacts) -> str:
         "license": "unknown",
         "tags": ["megatron_specialm", facts.method, facts.domain],
     }
-    tuned = f"then fine-tuned on the domain `{facts.domain}`" if facts.finetuned else "not fine-tuned"
     trainings = "\n".join(f"{n}. `{name}`: {READS[data]}" for n, (name, data) in enumerate(facts.trainings, 1))
     cost = (
         f"`{facts.trainings[-1][0]}`",
@@ -78,7 +81,7 @@ def model_card(facts: ModelFacts) -> str:
 
 A small specialized language model of {facts.parameters / 1e6:.1f}M parameters (family `{facts.family}`, {facts.activation}),
 made by the method `{facts.method}` of Grangier et al.,
-[Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {tuned}.
+[Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {_specialized(facts)}.
 
 ## Use
 
@@ -135,6 +138,14 @@ for whoever shares the model to state.
 }}
 ```
 """
+
+
+def _specialized(facts: ModelFacts) -> str:
+    if not facts.finetuned:
+        return "not fine-tuned"
+    if any(data.startswith("domain") for _, data in facts.trainings):
+        return f"then fine-tuned on the domain `{facts.domain}`"
+    return f"with the text of the domain `{facts.domain}` mixed into its pretraining"
 
 
 def _files(files: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch import drawing
 from megatron_specialm.launch.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.launch.drawing import Curve, Look
-from megatron_specialm.launch.tables import concentration_table, results_table, selection_table, to_csv
+from megatron_specialm.launch.tables import concentration_table, is_tuned, results_table, selection_table, to_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,12 +52,12 @@ def draw(results: dict[str, Any], root: Path) -> list[Path]:
 def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
     rows = [row for row in results["rows"] if row["domain"] != GENERIC]
     looks = drawing.looks(dict.fromkeys(row["method"] for row in rows))
-    tuned = [entry for entry in results["macro"] if entry["finetuned"]]
+    tuned = [entry for entry in results["macro"] if is_tuned(entry)]
     if tuned:
         yield from _cost_figures(tuned, looks)
     if unsized := [row for row in rows if row["size"] is None]:
         yield "domains", _domains(unsized, looks)
-    if sized := [row for row in _largest_budget(rows) if row["size"] is not None and row["finetuned"]]:
+    if sized := [row for row in _largest_budget(rows) if row["size"] is not None and is_tuned(row)]:
         yield "domains-by-size", _by_size(sized, looks, title=lambda row: row["base_domain"], what="perplexity")
     if sized := [entry for entry in _largest_budget(tuned) if entry["size"] is not None]:
         yield "set-size", _by_size(sized, looks, title=lambda _: "", what="macro perplexity")
@@ -155,7 +155,7 @@ def _largest_budget(entries: Sequence[Entry]) -> list[Entry]:
     """Those of the stage of each (method, fine-tuned) that cost most."""
     largest: dict[tuple[str, bool], Entry] = {}
     for entry in sorted(entries, key=lambda entry: entry["total_flops_1"]):
-        largest[entry["method"], entry["finetuned"]] = entry
+        largest[entry["method"], is_tuned(entry)] = entry
     stages = {entry["stage"] for entry in largest.values()}
     return [entry for entry in entries if entry["stage"] in stages]
 
@@ -175,7 +175,7 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
 def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
     """A line per method, the best at the top; before (hollow) and after fine-tuning."""
     domains = dict.fromkeys(row["domain"] for row in rows)
-    chosen = {(row["method"], row["domain"], row["finetuned"]): row for row in _largest_budget(rows)}
+    chosen = {(row["method"], row["domain"], is_tuned(row)): row for row in _largest_budget(rows)}
     means = {
         method: _best_mean([row for (name, *_), row in chosen.items() if name == method])
         for method in dict.fromkeys(row["method"] for row in rows)
@@ -203,7 +203,7 @@ def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
 
 def _best_mean(rows: Sequence[Entry]) -> float:
     """The mean log-likelihood of the state that a method ends in."""
-    last = [row["nll"] for row in rows if row["finetuned"]] or [row["nll"] for row in rows]
+    last = [row["nll"] for row in rows if is_tuned(row)] or [row["nll"] for row in rows]
     return sum(last) / len(last)
 
 
@@ -211,7 +211,7 @@ def _draw_states(axes: "Axes", place: int, states: Sequence[Entry], look: Look) 
     xs = [state["perplexity"] for state in states]
     axes.plot(xs, [place] * len(xs), color=look.colour, linewidth=0.8)
     for state, x in zip(states, xs, strict=True):
-        face = look.colour if state["finetuned"] else "white"
+        face = look.colour if is_tuned(state) else "white"
         axes.errorbar(
             x, place, xerr=state.get("perplexity_sd") or None, color=look.colour, markerfacecolor=face,
             markeredgewidth=0.9, elinewidth=0.8, capsize=2, **look.marker_style,

@@ -5,7 +5,8 @@
     concentration   per assign stage and set: in how few clusters it is
     selection       per select stage, domain and criterion: which expert, and what choosing it cost
 
-Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
+`finetuned` says that a model has read its domain's own text, `domain_text` how: mixed into its pretraining, or fine-tuned on
+it. Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any
 from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
-from megatron_specialm.config.lineage import is_finetuned, method_of, sources
+from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, sources
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
@@ -71,6 +72,7 @@ def _rows(
             "stage": model.stage,
             **_set_columns(pipeline, source),
             "finetuned": is_finetuned(pipeline, model.stage),
+            "domain_text": domain_text(pipeline, model.stage),
             "nll": score["nll"],
             "perplexity": math.exp(score["nll"]),
             "tokens_evaluated": score["tokens"],
@@ -112,6 +114,7 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
             {
                 "method": method,
                 "finetuned": finetuned,
+                "domain_text": any_row["domain_text"],
                 "stage": stage,
                 "size": size,
                 "domains": len(domains),

@@ -87,7 +87,7 @@ def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, 
 def _tokenized(pipeline: Pipeline, tokens: str, source: str) -> Mapping[str, Any] | None:
     """Counts by split of a set as it was tokenized last; None where it was not yet."""
     marker = read_marker(Path(pipeline.root), tokens, source)
-    return None if marker is None else marker.values
+    return marker.values if marker is not None and "windows" in marker.values else None
 
 
 def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str]) -> float | None:

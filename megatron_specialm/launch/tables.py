@@ -29,7 +29,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """
     rows = results["rows"]
     sets = list(dict.fromkeys(row["base_domain"] for row in rows))
-    states = {(row["method"], row["finetuned"], row["stage"]) for row in rows}
+    states = {(row["method"], _state(row), row["stage"]) for row in rows}
     has_budgets = len({state[:2] for state in states}) < len(states)
     has_sizes = any(row["size"] is not None for row in rows)
     shared = {row["stage"] for row in rows if row["domain"] == GENERIC}
@@ -41,11 +41,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
     groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         size = None if row["stage"] in shared else row["size"]
-        group = (row["method"], row["finetuned"], row["stage"], size)
+        group = (row["method"], _state(row), row["stage"], size)
         groups.setdefault(group, {})[row["base_domain"]] = row
     lines = []
-    for (method, finetuned, stage, size), own in groups.items():
-        names = [method, "yes" if finetuned else "no", *[stage] * has_budgets, *[_size(size)] * has_sizes]
+    for (method, state, stage, size), own in groups.items():
+        names = [method, state, *[stage] * has_budgets, *[_size(size)] * has_sizes]
         perplexities = [_spread(own[name], "perplexity", ".1f") if name in own else "" for name in sets]
         lines.append([*names, *perplexities, _average(results["macro"], stage, size, stage in shared), *_costs(own)])
     words = 2 + has_budgets + has_sizes
@@ -88,6 +88,15 @@ def _amount(what: str, value: float) -> str:
     if what == "flops":
         return f"{value:.1e}"
     return f"{value / 1e6:.2f}M"
+
+
+def is_tuned(entry: Mapping[str, Any]) -> bool:
+    """Whether a model was fine-tuned: the domain's text that was only mixed into its pretraining does not make it so."""
+    return entry["finetuned"] and entry.get("domain_text") != "mixed in"
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    return "yes" if is_tuned(entry) else "mixed in" if entry["finetuned"] else "no"
 
 
 def _size(tokens: int | None) -> str:

@@ -179,9 +179,11 @@ def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure 
 
 
 def _local_seconds(root: Path, name: TaskId) -> float:
-    """What a task cost that no job of ours did."""
+    """What a task cost that no job of ours did, with what it did for comparison only."""
     marker = read_marker(root, *name)
-    return marker.cost.device_seconds if marker is not None else 0.0
+    if marker is None:
+        return 0.0
+    return marker.cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
 
 
 def _peak(root: Path, states: Sequence[ElementState]) -> float | None:

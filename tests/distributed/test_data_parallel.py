@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_specialm.config.setup import Passes
 from megatron_specialm.train.checkpoint import find_final, read_model
 from megatron_specialm.train.metrics import read_metrics
-from tests.training import EPSILON, run_layout
+from megatron_specialm.train.work import Work
+from tests.training import CONTEXT, EPSILON, run_layout
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -19,6 +21,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         [(r["loss"], r["gradient_norm"]) for r in read_metrics(tmp_path / size) if "loss" in r] for size in "12"
     )
     assert len(one) == 12
+    # Both pay for the same passes: 12 steps of 8 windows, and validations of 16 before the first step and after 6 and 12.
+    passes = [Work.read(tmp_path / size).passes for size in "12"]
+    assert passes == [Passes(trained=12 * 8 * CONTEXT, evaluated=3 * 16 * CONTEXT)] * 2
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-5)
     weights_one, weights_two = (read_model(find_final(tmp_path / size)) for size in "12")

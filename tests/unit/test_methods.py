@@ -8,9 +8,10 @@ import yaml
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
-from megatron_specialm.config.lineage import is_finetuned, method_of, model_of
+from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, model_of, trainings
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.convert.model_card import READS
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
 TRAIN: dict[str, Any] = {
@@ -91,6 +92,22 @@ def test_what_is_selected_is_an_ordinary_model_of_its_method(tmp_path: Path) -> 
     assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").plain == model_of(pipeline, "llm")
     assert [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned")] == ["mix", "mix", "pn-soup"]
     assert [is_finetuned(pipeline, name) for name in ("chosen", "tuned", "mix")] == [False, True, False]
+
+
+def test_a_model_says_how_it_has_read_the_domains_text(tmp_path: Path) -> None:
+    tuned_later = {**TRAIN, "data": "domain", "init": "early"}
+    importance = {**STAGES["early"], "data": "importance", "assignment": "assignment"}
+    pipeline = _load(tmp_path, **{"early-tuned": tuned_later, "is-early": importance})
+    said = {
+        "slm": "none", "chosen": "none", "early": "mixed in", "is-early": "mixed in", "early-tuned": "fine-tuned",
+        "replay": "fine-tuned",
+    }  # fmt: skip
+    assert {name: domain_text(pipeline, name) for name in said} == said
+    assert {name: is_finetuned(pipeline, name) for name in said} == {name: how != "none" for name, how in said.items()}
+    read = [("early", "generic+domain"), ("early-tuned", "domain")]
+    assert trainings(pipeline, "early-tuned") == read and trainings(pipeline, "is-early")[0][1] == "importance+domain"
+    assert trainings(pipeline, "replay")[-1] == ("replay", "domain+generic")
+    assert {data for name in said for _, data in trainings(pipeline, name)} <= READS.keys()
 
 
 def test_a_student_reads_its_teacher_and_a_cached_one_the_cache_too(tmp_path: Path) -> None:

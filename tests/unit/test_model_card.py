@@ -76,3 +76,11 @@ def test_what_is_unknown_is_said_to_be() -> None:
     card = model_card(replace(FACTS, validation_loss=None, generic_files=(), finetuned=False))
     for said in ("| validation perplexity | not measured |", "| generic text | none |", "not fine-tuned"):
         assert said in card
+
+
+def test_the_domain_in_pretraining_is_not_called_fine_tuning_nor_passed_over() -> None:
+    card = model_card(replace(FACTS, trainings=(("early", "generic+domain"),)))
+    assert "with the text of the domain `legal` mixed into its pretraining" in card and "fine-tuned" not in card
+    assert "1. `early`: the generic text, with the domain's mixed in from the start" in card
+    both = model_card(replace(FACTS, trainings=(("early", "generic+domain"), ("tuned", "domain+generic"))))
+    assert "then fine-tuned on the domain `legal`" in both and "generic text mixed in" in both

@@ -99,6 +99,22 @@ def test_markers_of_earlier_versions_have_no_slots(finished: tuple[Pipeline, Pat
     assert {line[-1] for line in results_table(results).lines} == {""}
 
 
+def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    early = "{kind: train, data: generic, domain_fraction: 0.1, model: smoke, steps: 20, global_batch_size: 8}"
+    pipeline, root = declare_finished(
+        tmp_path,
+        f"stages.early={early}",
+        "stages.slm-tuned.init=early",
+        "stages.perplexity.models=[slm, early, slm-tuned]",
+    )
+    results = write_results(pipeline, root)
+    facts = {row["stage"]: (row["finetuned"], row["domain_text"]) for row in results["rows"]}
+    assert facts == {"slm": (False, "none"), "early": (True, "mixed in"), "slm-tuned": (True, "fine-tuned")}
+    table = results_table(results)
+    assert [line[:2] for line in table.lines] == [["slm", "no"], ["early", "mixed in"], ["early", "yes"]]
+
+
 def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     before = write_results(pipeline, root)["rows"]
