@@ -21,12 +21,16 @@ MOST_VALUES = 200_000  # of a page with its aliases written out: ten lines of al
 INTEGERS = range(-(2**63), 2**63)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Guessed:
     """An unquoted scalar as it was written, and what YAML takes it for. It is of no type that a setting has."""
 
     text: str
     guess: str
+
+    def __repr__(self) -> str:
+        """As it was written."""
+        return self.text
 
     def __str__(self) -> str:
         """What to do about it."""

@@ -9,6 +9,7 @@ from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import make_plan, select, write_resolved
+from megatron_specialm.launch.preflight import read_first_documents
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
@@ -80,6 +81,17 @@ def test_missing_text_is_said_before_anything_runs(text: Path) -> None:
     (text / "torch.test.jsonl").unlink()
     with pytest.raises(DataError, match=r"torch\.test\.jsonl: no such file"):
         make_plan(_load(), Path("run"))
+
+
+def test_check_reads_the_first_documents(text: Path) -> None:
+    read_first_documents(_load())
+    with pytest.raises(
+        DataError, match=r"torch\.train\.jsonl:1: no key 'texd'; did you mean 'text'\?; its keys are 'text'"
+    ):
+        read_first_documents(_load("text.domains.torch.text_field=texd"))
+    (text / "scipy.test.jsonl").write_text("no JSON\n")
+    with pytest.raises(DataError, match=r"scipy\.test\.jsonl:1: not JSON"):
+        read_first_documents(_load())
 
 
 def test_a_part_of_the_plan(text: Path) -> None:

@@ -74,6 +74,44 @@ def test_modules_are_quoted(tmp_path: Path) -> None:
     assert outcome.stdout == f"<load><{HOSTILE_LINE}>" and not (tmp_path / "hit").exists()
 
 
+VALUES = ("$(touch hit)", "`touch hit`", "'; touch hit; '", '"; touch hit; "', "& touch hit &", "| touch hit", "\\", "a b",
+          "a\nb", "a\rb", "a\tb", "a\0b", "a\x1bb", "a\n#SBATCH --wrap=x", "a\x85b")  # fmt: skip
+FIELDS = {
+    "python": "{}", "modules": ["{}"], "environment": {"A": "{}"}, "exclude": ["{}"], "gpu": "{}",
+    "container": {"runtime": "pyxis", "image": "{}", "python": "{}", "mounts": ["{}"]},
+    "jobs": {"train": {name: "{}" for name in ("account", "partition", "qos", "constraint", "reservation", "memory", "time")}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_of_any_field_is_one_line_and_run_by_no_shell(tmp_path: Path, value: str) -> None:
+    """Each alone: it is refused by name, or the script runs as if it were any word."""
+    pages = [{name: _filled(part, value)} for name, part in FIELDS.items() if name != "jobs"]
+    pages += [{"jobs": {"train": {name: value}}} for name in FIELDS["jobs"]["train"]]  # type: ignore[index, call-overload]
+    pages.append({"jobs": {"train": {"options": [f"--comment={value}"]}}})
+    for page in pages:
+        (tmp_path / "site.yaml").write_text(json.dumps(page))
+        try:
+            site = load_site(tmp_path / "site.yaml")
+        except ConfigError as error:
+            assert "site.yaml: " in str(error)
+            continue
+        assert value.isprintable() and "jobs" not in page, page
+        container = [site.container.image, site.container.python, *site.container.mounts] if site.container else []
+        command = [site.python or "true", "true", *container]
+        (tmp_path / "script").write_text(
+            "module() { :; }\n" + _script(site, folder=tmp_path, command=["true", *command])
+        )
+        subprocess.run(["bash", "script"], cwd=tmp_path, check=True, timeout=60)
+        assert not (tmp_path / "hit").exists(), page
+
+
+def _filled(part: object, value: str) -> object:
+    if isinstance(part, dict):
+        return {name: _filled(inner, value) for name, inner in part.items()}
+    return [value] if isinstance(part, list) else value if part == "{}" else part
+
+
 @pytest.mark.parametrize(
     ("page", "said"),
     [
@@ -81,6 +119,22 @@ def test_modules_are_quoted(tmp_path: Path) -> None:
         ("jobs: {train: {account: 'a --wrap=x'}}", "jobs.train.account"),
         ("jobs: {train: {options: ['wrap']}}", "jobs.train.options.0"),
         ("jobs: {train: {time: soon}}", "jobs.train.time"),
+        ("jobs: {train: {options: ['--comment=x\\ntouch hit']}}", "jobs.train.options.0"),
+        ("jobs: {train: {options: ['a --wrap']}}", "jobs.train.options.0"),
+        (
+            "jobs: {train: {time: 24:00:00}}",
+            "jobs.train.time: 24:00:00 without quotes is a number in base 60 to YAML: quote it",
+        ),
+        ("jobs: {train: {time: 240}}", "jobs.train.time: Input should be a valid string: quote it (got 240)"),
+        (
+            "jobs: {train: {partition: no}}",
+            "jobs.train.partition: Input should be a valid string: quote it (got False)",
+        ),
+        ("modules: [12.4]", "modules.0: Input should be a valid string: quote it (got 12.4)"),
+        ("environment: {A: 1}", "environment.A: Input should be a valid string: quote it (got 1)"),
+        ("environment: {A: 2024-01-01}", "environment.A: 2024-01-01 without quotes is a date to YAML: quote it"),
+        ("gpu: 010", "gpu: 010 without quotes is a number in base 8 to YAML: quote it"),
+        ("preflight: {enabled: 1}", "preflight.enabled: Input should be a valid boolean: write true or false"),
         ("exclude: ['a b']", "exclude.0"),
         ("environment: {'A B': x}", "no name of an environment variable"),
         ("launcher: ssh", "launcher"),

@@ -1,0 +1,193 @@
+"""Files are known by their content, order and role: whatever their names and times, other bytes have another digest, and the
+same ones the same."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_specialm.config.graph import TaskId
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch import hashes
+from megatron_specialm.launch.plan import make_plan
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files of `_page`, each of its own text."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("g0", "g1", "g2", "gt", "law", "lawt", "tax", "taxt"):
+        Path(f"{name}.jsonl").write_text(json.dumps({"text": name, "body": name}) + "\n")
+    return tmp_path
+
+
+def _page(folder: Path, **text: Any) -> Pipeline:
+    sets = {
+        "generic": {"train": ["g0.jsonl", "g1.jsonl", "g2.jsonl"], "test": ["gt.jsonl"]},
+        "law": {"train": ["law.jsonl"], "test": ["lawt.jsonl"]},
+        "tax": {"train": ["tax.jsonl"], "test": ["taxt.jsonl"]},
+    }
+    for name, changes in text.items():
+        sets[name] = {**sets[name], **changes}
+    shape = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
+    train = {"kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 8, "schedule": {"warmup_steps": 1}}
+    return Pipeline.model_validate(
+        {
+            "name": "page",
+            "root": str(folder / "run"),
+            "text": {"generic": sets.pop("generic"), "domains": sets},
+            "stages": {
+                "tokenizer": {"kind": "tokenizer"},
+                "tokens": {"kind": "tokenize", "tokenizer": "tokenizer"},
+                "vectors": {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "tfidf"}},
+                "clusters": {"kind": "cluster", "vectors": "vectors", "k": 2},
+                "assignment": {"kind": "assign", "clusters": "clusters", "vectors": "vectors"},
+                "slm": {**train, "data": "generic", "model": shape},
+                "tuned": {**train, "data": "domain", "init": "slm"},
+                "perplexity": {"kind": "evaluate", "tokens": "tokens", "models": ["slm", "tuned"]},
+            },
+        }
+    )
+
+
+def _plan(folder: Path, **text: Any) -> dict[str, str]:
+    page = _page(folder, **text)
+    return {str(name): planned.digest for name, planned in make_plan(page, Path(page.root)).items()}
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+OF_LAW = {"tokens/law", "vectors/law", "assignment/law", "tuned/law", "perplexity/tuned.law"}
+# It is the one task that reads all sets: a model for everybody is evaluated on each.
+OF_ALL = {"perplexity/slm.generic"}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_same_bytes_have_the_same_digests_however_they_are_named(text: Path, shards: int) -> None:
+    before = _plan(text, generic={"shards": shards})
+    (text / "link.jsonl").symlink_to("law.jsonl")
+    (text / "moved").mkdir()
+    for number, name in enumerate("abc"):
+        shutil.copy(text / f"g{number}.jsonl", text / "moved" / f"{name}.jsonl")
+    for spelling in (
+        {"generic": {"train": ["./g0.jsonl", str(text / "g1.jsonl"), "moved/../g2.jsonl"]}},
+        {"generic": {"train": ["g[0-2].jsonl"]}},
+        {"generic": {"train": ["g[01].jsonl", "g2.jsonl"]}},
+        {"generic": {"train": ["moved/*.jsonl"]}},
+        {"law": {"train": ["link.jsonl"]}},
+    ):
+        spelling["generic"] = {"shards": shards, **spelling.get("generic", {})}
+        assert _plan(text, **spelling) == before, spelling
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_domains_text_changes_its_own_tasks_alone(text: Path, shards: int) -> None:
+    generic = {"shards": shards}
+    before = _plan(text, generic=generic)
+    for change in (
+        {"train": ["lawt.jsonl"], "test": ["law.jsonl"]},
+        {"validation": ["tax.jsonl"]},
+        {"text_field": "body"},
+        {"train": ["law.jsonl", "tax.jsonl"]},
+        {"train_tokens": 100},
+        {"test": ["taxt.jsonl"]},
+    ):
+        assert _changed(before, _plan(text, generic=generic, law=change)) == OF_LAW | OF_ALL, change
+    (text / "law.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
+    assert _changed(before, _plan(text, generic=generic)) == OF_LAW | OF_ALL
+
+
+def test_a_new_domain_leaves_what_is_there(text: Path) -> None:
+    before, more = _plan(text), _page(text)
+    domains = {**more.text.domains, "new": more.text.domains["law"]}
+    more = more.model_copy(update={"text": more.text.model_copy(update={"domains": domains})})
+    after = {str(name): planned.digest for name, planned in make_plan(more, text / "run").items()}
+    assert {name for name in before if before[name] != after[name]} == OF_ALL
+
+
+def test_the_order_of_files_counts_and_so_does_moving_one_to_another_set(text: Path) -> None:
+    before = _plan(text, law={"train": ["law.jsonl", "tax.jsonl"]})
+    assert _changed(before, _plan(text, law={"train": ["tax.jsonl", "law.jsonl"]})) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text, law={"train": ["law.jsonl"], "validation": ["tax.jsonl"]})) == OF_LAW | OF_ALL
+    everything = _changed(before, _plan(text, generic={"train": ["g1.jsonl", "g0.jsonl", "g2.jsonl"]}))
+    assert {"tokenizer/generic", "tokens/generic", "slm/generic"} <= everything
+    for shards in (2, 3):
+        one = _plan(text, generic={"shards": shards})
+        other = _plan(text, generic={"shards": shards, "train": ["g1.jsonl", "g0.jsonl", "g2.jsonl"]})
+        assert one["tokens/generic.00000"] != other["tokens/generic.00000"]
+        assert (
+            one["tokens/generic.00000"]
+            != _plan(text, generic={"shards": shards, "text_field": "body"})["tokens/generic.00000"]
+        )
+        held = _plan(text, generic={"shards": shards, "validation": ["tax.jsonl"]})
+        assert one["tokens/generic.00000"] != held["tokens/generic.00000"], "nothing of the shard is held out now"
+
+
+def test_the_same_bytes_read_as_lines_or_as_a_whole_are_other_documents(text: Path) -> None:
+    shutil.copy(text / "law.jsonl", text / "law.txt")
+    assert _changed(_plan(text), _plan(text, law={"train": ["law.txt"]})) == OF_LAW | OF_ALL
+
+
+def test_an_edit_that_leaves_size_and_time_as_they_were_is_noticed(text: Path) -> None:
+    before, path = _plan(text), text / "law.jsonl"
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"law", b"LAW"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size and path.stat().st_mtime_ns == status.st_mtime_ns
+    assert _changed(before, _plan(text)) == OF_LAW | OF_ALL
+
+
+def test_an_edit_within_one_tick_of_the_clock_is_noticed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filesystem whose times stand still, as between two ticks: they say nothing of a file that was just written."""
+    now = (text / "law.jsonl").stat().st_ctime_ns
+    monkeypatch.setattr(hashes, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
+    before = _plan(text)
+    (text / "law.jsonl").write_bytes((text / "law.jsonl").read_bytes().replace(b"law", b"LAW"))
+    assert _changed(before, _plan(text)) == OF_LAW | OF_ALL
+
+
+def test_a_file_that_was_written_long_ago_is_read_once(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = (text / "law.jsonl").stat().st_ctime_ns - 10 * hashes.TICK_NS
+    monkeypatch.setattr(hashes, "_stamp", lambda file: [file.stat().st_size, old, old, 1])
+    before = _plan(text)
+    monkeypatch.setattr(hashes, "sha256_file", lambda file: pytest.fail(f"{file} is read again"))
+    assert _plan(text) == before == _plan(text, generic={"train": ["./g[0-2].jsonl"]})
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": {"stamp": 1}}', "{"])
+def test_a_damaged_cache_is_made_again(text: Path, content: str) -> None:
+    before, cache = _plan(text), text / "run" / hashes.CACHE
+    cache.write_text(content)
+    assert _plan(text) == before and len(json.loads(cache.read_text())) == 8
+
+
+def _encoder(pipeline: Pipeline, model: str, root: Path) -> str:
+    encoder = pipeline.stages["vectors"].encoder.model_copy(update={"model": model})  # type: ignore[union-attr]
+    stage = pipeline.stages["vectors"].model_copy(update={"encoder": encoder})
+    changed = pipeline.model_copy(update={"stages": {**pipeline.stages, "vectors": stage}})
+    return make_plan(changed, root)[TaskId("vectors", "generic.encoder")].digest
+
+
+def test_a_model_is_its_files_and_one_in_a_package_its_version(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = _page(text)
+    vectors = {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "sentence-bert", "model": "x"}}
+    page = Pipeline.model_validate({**page.model_dump(), "stages": {**page.model_dump()["stages"], "vectors": vectors}})
+    for name in ("model", "same"):
+        (text / name / "inside").mkdir(parents=True)
+        (text / name / "config.json").write_text("{}")
+        (text / name / "inside" / "weights").write_text("abc")
+    first = _encoder(page, "model", text / "run")
+    assert first == _encoder(page, "./model", text / "run") == _encoder(page, str(text / "same"), text / "run")
+    (text / "same" / "inside" / "weights").write_text("abd")
+    assert first != _encoder(page, "same", text / "run")
+    (text / "model" / "config.json").rename(text / "model" / "other.json")
+    assert first != _encoder(page, "model", text / "run"), "the names in a folder decide how it is read"
+    assert _encoder(page, "some/hub-name", text / "run") != _encoder(page, "other/hub-name", text / "run")
+    installed, missing = _encoder(page, "package:numpy", text / "run"), _encoder(page, "package:nothing", text / "run")
+    monkeypatch.setattr(hashes.importlib.metadata, "version", lambda name: "0.0.1")
+    assert installed != _encoder(page, "package:numpy", text / "run") and missing != installed
