@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.tokenizer import Tokenizer
 
@@ -36,6 +36,7 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, *, workers: int) -> None:
+        self._folder = folder
         self._tokenizer = Tokenizer.load(folder)
         # Forked, so that a worker need not import again what the main module imports, which takes longer than encoding
         # a small set; and forked now, before any reader has started threads.
@@ -57,12 +58,18 @@ class Encoder:
         """The token ids of each document, int32, the last one the end-of-document token.
 
         Raises:
+            DataError: a text that encodes to the end-of-document token, which would end its document early.
             MachineError: a worker process died.
         """
         eod = np.array([self._tokenizer.eod], np.int32)
         parts: list[np.ndarray] = []
         for chunk, encoded in self._encode_chunks(_chunks(documents)):
             for piece, ids in zip(chunk, encoded, strict=True):
+                if (ids == self._tokenizer.eod).any():
+                    raise DataError(
+                        f"{self._folder}: its end-of-document token {self._tokenizer.eod} is among the ids of a text that "
+                        f"begins with {piece.text[:60]!r}: use a tokenizer whose end token no text can spell"
+                    )
                 parts.append(ids)
                 if piece.ends_document:
                     yield np.concatenate([*parts, eod])

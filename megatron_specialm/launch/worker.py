@@ -27,6 +27,7 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
@@ -98,6 +99,7 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
     limit_threads(threads)
     if Path("/dev/nvidiactl").exists():
         return multiprocessing.get_context("spawn")
+    place_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(modules)
     return context
