@@ -6,7 +6,9 @@ traceback and exits with `exit_code`; anything else that escapes is a bug of our
 
 import contextlib
 import errno
+import traceback
 from collections.abc import Iterator
+from pathlib import PurePath
 
 
 class SpecialmError(ValueError):
@@ -54,21 +56,29 @@ class Stopped(SpecialmError):
 
 
 _REFUSALS = {
-    errno.ENOSPC: "the disk is full: free space or choose another root; the same command goes on",
-    errno.EDQUOT: "the disk quota is used up: free space or choose another root; the same command goes on",
-    errno.EACCES: "no permission: choose a root that you may write to",
-    errno.EPERM: "no permission: choose a root that you may write to",
-    errno.EROFS: "the filesystem is read-only: choose another root",
-    errno.ENOTDIR: "a file stands where a folder is needed: remove it or choose another root",
+    errno.ENOSPC: "the disk is full: free space there, or choose another place; the same command goes on",
+    errno.EDQUOT: "the disk quota is used up: free space there, or choose another place; the same command goes on",
+    errno.EACCES: "no permission: change that, or choose another place",
+    errno.EPERM: "no permission: change that, or choose another place",
+    errno.EROFS: "the filesystem is read-only: choose another place",
+    errno.ENOTDIR: "a file stands where a folder is needed: remove it, or choose another place",
 }
 
 
 @contextlib.contextmanager
 def machine_errors() -> Iterator[None]:
-    """Say the operating system's refusals in terms of what to do."""
+    """Say the operating system's refusals in terms of what to do. Where it does not say which file it was, neither do we:
+    only which line of code asked for it."""
     try:
         yield
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        raise MachineError(f"{error.filename or 'writing'}: {_REFUSALS[error.errno]} ({error.strerror})") from None
+        where = error.filename if error.filename is not None else f"a file that {_caller(error)} works on"
+        raise MachineError(f"{where}: {_REFUSALS[error.errno]} ({error.strerror})") from None
+
+
+def _caller(error: OSError) -> str:
+    """The code that an error comes from, as `folder/file.py:line function`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"

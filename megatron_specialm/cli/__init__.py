@@ -7,6 +7,7 @@ import typer
 
 from megatron_specialm import __version__
 from megatron_specialm.base.errors import SpecialmError, machine_errors
+from megatron_specialm.base.output import lasting_output
 from megatron_specialm.cli.app import app
 
 # Each adds its commands, in the order in which --help lists them.
@@ -14,15 +15,18 @@ from megatron_specialm.cli.app import app
 from megatron_specialm.cli import pages, jobs, results, machines  # noqa: F401
 # isort: on
 
+WORK = (["run"], ["work"], ["supervise"])  # commands that print news of what they do; of the others it is all they do
+
 
 def main() -> None:
     """Run the command line. Errors of ours are printed in one line, without a traceback."""
-    try:
-        with machine_errors():
-            app()
-    except SpecialmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    with lasting_output(may_be_lost=sys.argv[1:2] in WORK):
+        try:
+            with machine_errors():
+                app()
+        except SpecialmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,5 +1,6 @@
 """Commands for a page as Slurm jobs, and those that jobs themselves run."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -38,16 +39,18 @@ def submit(
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+    from megatron_specialm.slurm.state import submitted_jobs
 
     path = find_profile(site)
     pipeline, profile = load(page, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
         typer.echo(f"warning: {path}: {warning}", err=True)
     root = Path(pipeline.root)
-    with hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
+    # Who only looks need not be able to write.
+    with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         plan = make_plan(pipeline, root)
         chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
-        known = jobs.recover(root)
+        known = submitted_jobs(root) if dry_run else jobs.recover(root)
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
         submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)

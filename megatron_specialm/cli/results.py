@@ -1,5 +1,6 @@
 """Commands about what a page has made."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def results(
     from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = load(page, overrides)
-    outcome = write_results(pipeline, Path(pipeline.root))
+    outcome = write_results(pipeline, Path(pipeline.root), must_write=False)
     if markdown:
         typer.echo(results_table(outcome).markdown())
     else:
@@ -35,6 +36,10 @@ def figures(
         list[Path] | None,
         typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where `figures/` is made; default: the run folder.", show_default=False),
+    ] = None,
 ) -> None:
     """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
     from megatron_specialm.launch.figures import draw
@@ -43,12 +48,16 @@ def figures(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
-    outcome = write_results(pipeline, root)
+    outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
     if not outcome["rows"]:
         typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
-    for path in draw(outcome, root):
+    place = output or root
+    if output is None and not os.access(root, os.W_OK):
+        place = Path()
+        typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
+    for path in draw(outcome, place):
         typer.echo(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.doctor.finding import Finding, guarded, one_line
 from megatron_specialm.doctor.machine import DRIVER_REMEDY, GIB
@@ -143,7 +144,7 @@ def _products(devices: Mapping[str, tuple[str, str]], environment: Mapping[str, 
 
 def _all_reduce(backend: str, gpus: int, environment: Mapping[str, str]) -> Finding:
     devices = [f"cuda:{index}" for index in range(gpus)] if backend == "nccl" else ["cpu"] * GLOO_PROCESSES
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(dir=short_place()) as folder, contextlib.ExitStack() as stack:
         meeting = str(Path(folder) / "meeting")
         processes = [
             stack.enter_context(

@@ -20,6 +20,7 @@ from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
@@ -71,7 +72,7 @@ def run_local(
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory() as meeting:
+    with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):

@@ -21,6 +21,7 @@ from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 
@@ -101,7 +102,7 @@ def compare(case: ParityCase, *, measure: str = "megatron_specialm.train.parity:
         TrainingError: a process failed, with the last line it said.
     """
     context = worker_context(["megatron_specialm.train.parity"], threads=1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, case.on_one_process(), one, "megatron_specialm.train.parity:measure")
         _run(context, case, many, measure)

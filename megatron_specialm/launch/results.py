@@ -9,6 +9,7 @@
 it. Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,13 +25,18 @@ from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.tables import results_table, to_csv
 
+logger = logging.getLogger(__name__)
+
 COST_PREFIXES = ("generic_", "specialization_", "total_")
 
 
-def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
+def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) -> dict[str, Any]:
     """Collect what has been evaluated so far; writes the files named above and returns the content of `results.json`.
 
     Only artifacts that are current count: a number made from other settings or text is never shown beside new ones.
+
+    Args:
+        must_write: False for one who only looks: that the run folder cannot be written to is a warning.
     """
     plan = make_plan(pipeline, root)
     graph = {name: planned.task for name, planned in plan.items()}
@@ -48,11 +54,16 @@ def write_results(pipeline: Pipeline, root: Path) -> dict[str, Any]:
         "selection": _selection(pipeline, markers),
     }
     ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
-    write_json(root / "ledger.json", ledger)
-    write_json(root / "results.json", results)
-    if rows:
-        write_text(root / "results.csv", to_csv(rows))
-        write_text(root / "results.md", results_table(results).markdown())
+    try:
+        write_json(root / "ledger.json", ledger)
+        write_json(root / "results.json", results)
+        if rows:
+            write_text(root / "results.csv", to_csv(rows))
+            write_text(root / "results.md", results_table(results).markdown())
+    except OSError as error:
+        if must_write:
+            raise
+        logger.warning("warning: %s is not brought up to date: %s", root / "results.json", error.strerror)
     return results
 
 

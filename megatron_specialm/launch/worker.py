@@ -34,7 +34,9 @@ from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
@@ -58,21 +60,21 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
     os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
     _die_with_parent()
     with log.open("ab") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    try:
-        pipeline = load_pipeline(root / "pipeline.yaml")
-        lifeline = Lifeline()
-        trains = isinstance(pipeline.stages[name.stage], TrainStage)
-        with lifeline.hearing_signals() if trains else contextlib.nullcontext():
-            execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world(), lifeline)
-    except SpecialmError as error:
-        errors.send(str(error))
-        with contextlib.suppress(OSError):
+    with lasting_output(may_be_lost=True):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        try:
+            pipeline = load_pipeline(root / "pipeline.yaml")
+            lifeline = Lifeline()
+            trains = isinstance(pipeline.stages[name.stage], TrainStage)
+            with lifeline.hearing_signals() if trains else contextlib.nullcontext():
+                execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world(), lifeline)
+        except SpecialmError as error:
+            errors.send(str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+            sys.exit(error.exit_code)
 
 
 def _die_with_parent() -> None:
@@ -106,6 +108,7 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
     limit_threads(threads)
     if Path("/dev/nvidiactl").exists():
         return multiprocessing.get_context("spawn")
+    place_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(modules)
     return context

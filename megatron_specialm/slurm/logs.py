@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.output import nobody_reads
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch import logs as local
@@ -38,10 +39,10 @@ def newest_logs(pipeline: Pipeline, stage: str, only: str | None) -> list[Path]:
 
 
 def follow(path: Path) -> None:
-    """Print what is appended to a log from now on, until Ctrl-C."""
+    """Print what is appended to a log from now on, until Ctrl-C or until nobody reads it."""
     with contextlib.suppress(KeyboardInterrupt), path.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
-        while True:
+        while not nobody_reads():
             print(file.read(), end="", flush=True)
             time.sleep(POLL_SECONDS)
 

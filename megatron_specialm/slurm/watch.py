@@ -6,6 +6,7 @@ import sys
 import time
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.output import nobody_reads
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.slurm.status import Status, read_status
@@ -39,7 +40,7 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
                 if not as_json and sys.stdout.isatty():
                     console().clear()
                 _show(status, as_json=as_json)
-                if not status.is_live:
+                if not status.is_live or nobody_reads():
                     return
             time.sleep(seconds)
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.errors import ArtifactError, MachineError, machine_errors
 from megatron_specialm.base.files import atomic_path, publish_folder, read_json, verify_folder, write_json
 from megatron_specialm.train.checkpoint import save_checkpoint
 
@@ -18,6 +19,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert read_json(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_written(tmp_path: Path) -> None:
+    """The system's own error names no file here."""
+    path = tmp_path / "value.json"
+    with pytest.raises(MachineError, match=rf"^{path}: the disk is full"), machine_errors(), atomic_path(path):
+        Path("/dev/full").write_text("x")
+
+
+def test_an_error_without_a_file_is_said_of_none() -> None:
+    """Semaphores, sockets and open files: no word of the run folder, but of the code that asked."""
+    with (
+        pytest.raises(MachineError, match=r"^a file that unit/test_files.py:\d+ \w+ works on: .*read-only"),
+        machine_errors(),
+    ):
+        raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_nan_is_not_json(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""A place for sockets and for files where processes meet.
+
+The name of a Unix socket has room for about a hundred bytes, and a job's TMPDIR may alone be longer; not every filesystem
+holds sockets; and where processes meet is told as a URL, in which a # means something else.
+"""
+
+import contextlib
+import multiprocessing.util
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+
+from megatron_specialm.base.errors import MachineError
+
+SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+SOCKET_NAME = "x" * 30  # longer than any of multiprocessing's below its folder
+PLAIN = re.compile(r"[\w/.+-]+", re.ASCII)
+
+
+def short_place() -> str:
+    """The temporary folder, or where sockets cannot be made in it, the first of the usual short ones where they can.
+
+    Raises:
+        MachineError: there is none.
+    """
+    places = list(dict.fromkeys([*_temporary_folder(), *SHORT_PLACES]))
+    for place in places:
+        if PLAIN.fullmatch(place) and _holds_sockets(place):
+            return place
+    raise MachineError(
+        f"{', '.join(places)}: in none of these folders can a socket be made: set TMPDIR to a folder with a short name, on a "
+        "local disk, that you may write to"
+    )
+
+
+def place_sockets() -> None:
+    """Have `multiprocessing` make its sockets in a short place, below a folder of ours alone, which it removes at its end."""
+    before, tempfile.tempdir = tempfile.tempdir, short_place()
+    try:
+        multiprocessing.util.get_temp_dir()  # made at the first call, and then used until the end
+    finally:
+        tempfile.tempdir = before
+
+
+def _temporary_folder() -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError):  # neither TMPDIR nor any usual folder may be written to
+        yield tempfile.gettempdir()
+
+
+def _holds_sockets(place: str) -> bool:
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=place) as folder:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"{folder}/{SOCKET_NAME}")
+        return True
+    return False
