@@ -5,6 +5,7 @@ A stage names the stages it reads in its own fields (`tokens: tokens`, `init: sl
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -13,6 +14,8 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer, TrainStage
 
+PACKAGE = "package:"  # before the name of an installed package that carries a model
+SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
 RESERVED = ("jobs", "parity")  # other folders of a run
 
 
@@ -61,12 +64,20 @@ class SentenceBertEncoder(Settings):
     """A Sentence-BERT model through sentence-transformers, as in the paper."""
 
     kind: Literal["sentence-bert"]
-    model: str = Field(description="a folder, an installed package that carries one (`package:NAME`), or a hub name")
+    model: str = Field(
+        description="`package:NAME`, an installed package that carries one; else a folder; else a hub name"
+    )
     batch_size: PositiveInt = 64
     chunk_words: PositiveInt = Field(
-        default=180, description="the model truncates long text: windows are cut so and their embeddings averaged"
+        default=180,
+        description="windows are cut so, and further where the model would still cut text off; their embeddings are averaged",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def folder(self) -> str | None:
+        """The local folder that `model` names, which is known by its content; None for a package or a hub name."""
+        return self.model if not self.model.startswith(PACKAGE) and Path(self.model).is_dir() else None
 
 
 Encoder = Annotated[TfidfEncoder | StaticEncoder | SentenceBertEncoder, Field(discriminator="kind")]
