@@ -28,15 +28,15 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError,
 from megatron_specialm.base.files import atomic_path, read_json, write_json
 from megatron_specialm.base.packages import import_package
 from megatron_specialm.clustering.words import words
+from megatron_specialm.config.schema import Encoder as EncoderSettings
 from megatron_specialm.config.schema import (
-    PACKAGE,
-    SENTENCE_BERT_MARK,
     SentenceBertEncoder,
     StaticEncoder,
     TfidfEncoder,
 )
-from megatron_specialm.config.schema import Encoder as EncoderSettings
 
+PACKAGE = "package:"  # before the name of an installed package that carries a model
+SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
 STATIC_DIMENSIONS = (64, 128, 256)  # wordllama's vectors may be cut to these lengths, and no others
 
 

@@ -9,6 +9,7 @@ it runs.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from megatron_specialm.base.errors import ConfigError
@@ -53,7 +54,7 @@ PLACEMENT: dict[str, Any] = {
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
 }  # fmt: skip
-ARTIFACT_FORMAT = 4  # raise it when the meaning of an artifact changes: older ones are then made again
+ARTIFACT_FORMAT = 3  # raise it when the meaning of an artifact changes: older ones are then made again
 
 
 class TaskId(NamedTuple):
@@ -240,7 +241,7 @@ def _embed_tasks(pipeline: Pipeline, name: str, stage: EmbedStage) -> Iterator[T
     tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
     encoder = stage.encoder
     # A model in a local folder is known by its content; one in a package or on a hub by its name.
-    files = (encoder.folder,) if isinstance(encoder, SentenceBertEncoder) and encoder.folder else ()
+    files = (encoder.model,) if isinstance(encoder, SentenceBertEncoder) and Path(encoder.model).is_dir() else ()
     made, read = TaskId(name, ENCODER), (tokenizer, TaskId(stage.tokens, GENERIC))
     yield Task(made, read if isinstance(encoder, TfidfEncoder) else (), files, None)
     for part in _parts(pipeline, name):

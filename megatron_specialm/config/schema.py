@@ -5,7 +5,6 @@ A stage names the stages it reads in its own fields (`tokens: tokens`, `init: sl
 """
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -14,8 +13,6 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer, TrainStage
 
-PACKAGE = "package:"  # before the name of an installed package that carries a model
-SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
 RESERVED = ("jobs", "parity")  # other folders of a run
 
 
@@ -73,11 +70,6 @@ class SentenceBertEncoder(Settings):
         description="windows are cut so, and further where the model would still cut text off; their embeddings are averaged",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
-
-    @property
-    def folder(self) -> str | None:
-        """The local folder that `model` names, which is known by its content; None for a package or a hub name."""
-        return self.model if not self.model.startswith(PACKAGE) and Path(self.model).is_dir() else None
 
 
 Encoder = Annotated[TfidfEncoder | StaticEncoder | SentenceBertEncoder, Field(discriminator="kind")]
