@@ -2,7 +2,8 @@
 
 Three, from the cheapest to the paper's own (Sentence-BERT; Grangier et al., arXiv 2402.01093, section 3):
 
-    tfidf          words weighted by rarity, projected by truncated SVD; fitted on the generic set, needs no download
+    tfidf          words (clustering/words.py) weighted by rarity, projected by truncated SVD; fitted on the generic set,
+                   needs no download
     static         the mean of word-piece embeddings that the package wordllama ships
     sentence-bert  a transformer through sentence-transformers
 
@@ -12,6 +13,7 @@ that a domain that comes later is embedded exactly as the generic set was.
 
 import contextlib
 import importlib.metadata
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,9 +26,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
 from megatron_specialm.base.files import atomic_path, give_usual_mode, read_json, write_json
+from megatron_specialm.base.packages import import_package
+from megatron_specialm.clustering.words import words
 from megatron_specialm.config.schema import Encoder as EncoderSettings
-from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
+from megatron_specialm.config.schema import (
+    SentenceBertEncoder,
+    StaticEncoder,
+    TfidfEncoder,
+)
 
+PACKAGE = "package:"  # before the name of an installed package that carries a model
 SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
 STATIC_DIMENSIONS = (64, 128, 256)  # wordllama's vectors may be cut to these lengths, and no others
 
@@ -42,6 +51,11 @@ class Encoder(Protocol):
     @property
     def flops_per_token(self) -> int:
         """Arithmetic per token of text, an estimate; each class says how it is made."""
+        ...
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is worth telling of the texts encoded so far, by name."""
         ...
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -107,10 +121,10 @@ class Tfidf:
     such products over its sample; they are in its wall seconds only.
     """
 
-    def __init__(self, words: list[str], frequencies: np.ndarray, components: np.ndarray) -> None:
-        """words: V; frequencies: (V,) inverse document frequencies; components: (E, V) singular vectors."""
-        self._words, self._frequencies, self._components = words, frequencies, components
-        self._vectorizer = _vectorizer(vocabulary={word: column for column, word in enumerate(words)})
+    def __init__(self, vocabulary: list[str], frequencies: np.ndarray, components: np.ndarray) -> None:
+        """vocabulary: V words; frequencies: (V,) inverse document frequencies; components: (E, V) singular vectors."""
+        self._words, self._frequencies, self._components = vocabulary, frequencies, components
+        self._vectorizer = _vectorizer(vocabulary={word: column for column, word in enumerate(vocabulary)})
         self._vectorizer.idf_ = frequencies
 
     @classmethod
@@ -125,7 +139,7 @@ class Tfidf:
         try:
             counts = vectorizer.fit_transform(texts)
         except ValueError:
-            raise DataError(f"the {len(texts)} generic windows have no words of two or more letters") from None
+            raise DataError(f"the {len(texts)} generic windows have no words") from None
         if min(counts.shape) <= settings.dimensions:
             raise DataError(
                 f"encoder.dimensions {settings.dimensions} needs more than that many windows and words, but there are "
@@ -156,13 +170,17 @@ class Tfidf:
     def flops_per_token(self) -> int:
         return 2 * self.dimensions
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def encode(self, texts: list[str]) -> np.ndarray:
         return unit_rows(self._vectorizer.transform(texts) @ self._components.T)
 
 
 def _vectorizer(**vocabulary: object) -> TfidfVectorizer:
     """Fitting and loading must count words alike. Sublinear: a word repeated ten times says little more than once."""
-    return TfidfVectorizer(sublinear_tf=True, dtype=np.float32, **vocabulary)
+    return TfidfVectorizer(analyzer=words, sublinear_tf=True, dtype=np.float32, **vocabulary)
 
 
 # --- word pieces ------------------------------------------------------------------------------------------------------
@@ -178,10 +196,10 @@ class StaticWordPieces:
         if dimensions not in STATIC_DIMENSIONS:
             raise ConfigError(f"encoder.dimensions {dimensions}: static vectors have 64, 128 or 256")
         try:
-            import wordllama
+            wordllama = import_package("wordllama")
         except ImportError as error:
             raise MachineError(f"the static encoder cannot be used ({error}): pip install wordllama") from None
-        package = Path(wordllama.__file__).parent
+        package = Path(str(wordllama.__file__)).parent
         # The package looks for its own tokenizer in the wrong folder; as its cache, the right one is found.
         self._model = wordllama.WordLlama.load(trunc_dim=dimensions, disable_download=True, cache_dir=package)
         self._dimensions = dimensions
@@ -209,6 +227,10 @@ class StaticWordPieces:
     def flops_per_token(self) -> int:
         return self._dimensions
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def encode(self, texts: list[str]) -> np.ndarray:
         return unit_rows(self._model.embed(texts))
 
@@ -220,8 +242,10 @@ class SentenceBert:
     """A Sentence-BERT model (Reimers and Gurevych 2019, arXiv 1908.10084).
 
     Such models cut text off after a few hundred word pieces (all-MiniLM-L6-v2: 256), often short of a window. So a
-    window is cut into chunks of `chunk_words` words, and its vector is their mean, each chunk counting by its words.
+    window is cut into chunks of `chunk_words` words, and those that are still too long for the model, as of code or
+    formulas, are halved until it reads all of them. Its vector is their mean, each chunk counting by its word pieces.
 
+    counts: `encoder_tokens`, the word pieces of all texts, and `encoder_tokens_read`, those that the model did not cut off.
     flops_per_token: 2 per parameter outside the embedding tables; attention, and padding, come on top.
     """
 
@@ -229,24 +253,33 @@ class SentenceBert:
         """model: a folder or a hub name.
 
         Raises:
+            ConfigError: a folder that is no model.
             MachineError: sentence-transformers is missing, or the model is neither here nor to be had from the hub.
         """
         try:
             import torch
-            from sentence_transformers import SentenceTransformer
+
+            sentence_transformers = import_package("sentence_transformers")
         except ImportError as error:
             raise MachineError(
                 f"the sentence-bert encoder cannot be used ({error}): pip install 'megatron_specialm[bert]'"
             ) from None
         torch.set_num_threads(threads)
         try:
-            self._model = SentenceTransformer(model)
-        except OSError as error:
+            self._model = sentence_transformers.SentenceTransformer(model)
+        except (OSError, ValueError) as error:
+            if Path(model).is_dir():
+                raise ConfigError(
+                    f"encoder.model {model!r}: the folder {Path(model).resolve()} is no sentence-transformers model ({error}): "
+                    "name another; for a package write package:NAME; for the hub's model of this name rename the folder"
+                ) from None
             raise MachineError(
                 f"encoder.model {model!r}: no sentence-transformers folder, and not to be had from the hub ({error}): "
                 "give a local folder, or package:NAME of an installed package that carries the model"
             ) from None
         self._settings = settings
+        self.counts = {"encoder_tokens": 0, "encoder_tokens_read": 0}
+        self._room = self._find_room()
         self._dimensions = len(self._encode_chunks([""])[0])
 
     def save(self, folder: Path) -> None:
@@ -263,11 +296,39 @@ class SentenceBert:
         return 2 * sum(values.numel() for name, values in self._model.named_parameters() if "embeddings" not in name)
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        chunks = [split_words(text, size=self._settings.chunk_words) for text in texts]
+        chunks = [self._chunks(text) for text in texts]
         starts = np.cumsum([0, *map(len, chunks[:-1])])
         everything = [chunk for chunks_of_text in chunks for chunk in chunks_of_text]
-        words = np.array([[len(chunk.split())] for chunk in everything], dtype=np.float32)
-        return unit_rows(np.add.reduceat(self._encode_chunks(everything) * words, starts))
+        lengths = np.array([[length] for _, length in everything], dtype=np.float32)
+        self.counts["encoder_tokens"] += int(lengths.sum())
+        self.counts["encoder_tokens_read"] += int(np.minimum(lengths, self._room).sum())
+        vectors = self._encode_chunks([chunk for chunk, _ in everything])
+        return unit_rows(np.add.reduceat(vectors * lengths, starts))
+
+    def _chunks(self, text: str) -> list[tuple[str, int]]:
+        """What the model reads of a text at a time, with its number of word pieces."""
+        chunks = split_words(text, size=self._settings.chunk_words)
+        return [part for chunk in chunks for part in cut_to_fit(chunk, self._room, self._length)]
+
+    def _find_room(self) -> float:
+        """Word pieces that the model reads beside its own special tokens and the prompt it puts before a text."""
+        limit = self._model.max_seq_length
+        if limit is None or not self._tokenizes():
+            return math.inf
+        prompt = (self._model.prompts or {}).get(self._model.default_prompt_name or "") or ""
+        return max(1, limit - len(self._model.tokenizer(prompt)["input_ids"]))
+
+    def _length(self, text: str) -> int:
+        """Word pieces of a text; its words, where the model is not one of word pieces."""
+        if not self._tokenizes():
+            return len(text.split())
+        return len(self._model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _tokenizes(self) -> bool:
+        """Whether the model has a tokenizer of Transformers; models of word vectors have others, and read without limit."""
+        from transformers import PreTrainedTokenizerBase
+
+        return isinstance(self._model.tokenizer, PreTrainedTokenizerBase)
 
     def _encode_chunks(self, chunks: list[str]) -> np.ndarray:
         """(chunks, E) float32."""
@@ -284,18 +345,31 @@ def split_words(text: str, *, size: int) -> list[str]:
     return [" ".join(words[start : start + size]) for start in range(0, max(len(words), 1), size)]
 
 
+def cut_to_fit(text: str, room: float, length: Callable[[str], int]) -> list[tuple[str, int]]:
+    """The text halved, at a space where there is one, until each part's `length` is at most `room`; with the lengths."""
+    size = length(text)
+    if size <= room or len(text) < 2:
+        return [(text, size)]
+    middle = len(text) // 2
+    cut = max(text.rfind(" ", 1, middle + 1), text.find(" ", 1)) if " " in text[1:-1] else middle
+    return [part for half in (text[:cut], text[cut:].lstrip(" ")) for part in cut_to_fit(half, room, length)]
+
+
 @contextlib.contextmanager
 def sentence_bert_folder(model: str) -> Iterator[str]:
     """What sentence-transformers can open: the folder or hub name itself, or the folder inside `package:NAME`, unpacked
     for the time being where the package carries it as a zip file. The package is not imported.
 
+    A name in the form `package:NAME` is always the package, whatever lies in the working directory. Of any other name a
+    folder wins over the hub, as sentence-transformers has it; a folder that is no model is refused when it is loaded.
+
     Raises:
         MachineError: the package is not installed, or carries no model.
     """
-    if not model.startswith("package:"):
+    if not model.startswith(PACKAGE):
         yield model
         return
-    name = model.removeprefix("package:")
+    name = model.removeprefix(PACKAGE)
     try:
         files = [Path(str(file.locate())) for file in importlib.metadata.files(name) or []]
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
 """The vectors of a set's train windows, in one file or in those of its shards.
 
-vectors.json   rows and dimensions, and of each file in order: its path from here, its rows and its size
+vectors.json   rows and dimensions, and of each file in order: its path from here, its rows, its size, and how many of its
+               vectors are zero
 train.npy      (N, E) float32, in the token store's order; absent where the files are those of shards
 """
 
@@ -39,6 +40,7 @@ class Vectors:
                 )
         self._firsts = np.cumsum([0, *(part["rows"] for part in description["parts"])])  # of each file; last, N
         self.shape: tuple[int, int] = (int(self._firsts[-1]), description["dimensions"])
+        self.zero: int = sum(part["zero"] for part in description["parts"])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -57,11 +59,11 @@ class Vectors:
         return vectors
 
 
-def describe_vectors(folder: Path) -> None:
-    """Describe the one file that stands in the folder."""
+def describe_vectors(folder: Path, *, zero: int = 0) -> None:
+    """Describe the one file that stands in the folder, of whose vectors so many are zero."""
     path = folder / FILE
     rows, dimensions = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    _write(folder, dimensions, [{"path": FILE, "rows": rows, "bytes": path.stat().st_size}])
+    _write(folder, dimensions, [{"path": FILE, "rows": rows, "bytes": path.stat().st_size, "zero": zero}])
 
 
 def join_vectors(folders: Iterable[Path], *, folder: Path) -> None:

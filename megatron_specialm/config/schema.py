@@ -62,11 +62,12 @@ class SentenceBertEncoder(Settings):
 
     kind: Literal["sentence-bert"]
     model: PathText = Field(
-        description="a folder, an installed package that carries one (`package:NAME`), or a hub name"
+        description="`package:NAME`, an installed package that carries one; else a folder; else a hub name"
     )
     batch_size: PositiveInt = 64
     chunk_words: PositiveInt = Field(
-        default=180, description="the model truncates long text: windows are cut so and their embeddings averaged"
+        default=180,
+        description="windows are cut so, and further where the model would still cut text off; their embeddings are averaged",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
 

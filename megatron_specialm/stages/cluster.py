@@ -6,10 +6,13 @@ clusters.json   how the fit went: k, vectors fitted on, inertia, empty clusters,
 Under MPI every rank runs this, each on its share of the sample; the first one writes.
 """
 
+import logging
+
 import faiss
 import numpy as np
 
 from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path, write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.ranks import Alone, MpiRanks
@@ -18,9 +21,15 @@ from megatron_specialm.config.schema import ClusterStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.stages.context import Context
 
+logger = logging.getLogger(__name__)
+
 
 def run(stage: ClusterStage, context: Context) -> Report:
-    """Find k centroids. flops: 2 k E per vector, for each iteration and the count at the end. It reads no tokens."""
+    """Find k centroids. flops: 2 k E per vector, for each iteration and the count at the end. It reads no tokens.
+
+    Raises:
+        DataError: fewer windows than clusters, or so few different vectors that half of the clusters have none.
+    """
     faiss.omp_set_num_threads(context.threads)
     result = kmeans.fit(
         Vectors(context.artifact(stage.vectors, GENERIC)),
@@ -31,6 +40,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
         ranks=MpiRanks() if context.world.is_mpi else Alone(),
     )
     fitted = int(result.sizes.sum())
+    _check_different(result, fitted)
     values = {
         "k": stage.k,
         "vectors": fitted,
@@ -44,3 +54,13 @@ def run(stage: ClusterStage, context: Context) -> Report:
             np.save(file, result.centroids, allow_pickle=False)
         write_json(context.folder / "clusters.json", values)
     return Report(flops=2 * result.centroids.size * fitted * (stage.iterations + 1), values=values)
+
+
+def _check_different(result: kmeans.KMeansResult, fitted: int) -> None:
+    """A cluster stays empty where there are fewer different vectors than clusters."""
+    k = len(result.sizes)
+    found = f"{result.empty} of {k} clusters are empty: the {fitted} vectors that were fitted on point in too few directions"
+    if 2 * result.empty >= k:
+        raise DataError(f"{found}: use fewer clusters (k), more or other generic text, or another encoder")
+    if result.empty:
+        logger.warning("%s for k = %d", found, k)

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path
+from megatron_specialm.clustering.coverage import Coverage
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder
 from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
 from megatron_specialm.config.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
@@ -85,23 +86,36 @@ def _fit(stage: EmbedStage, context: Context) -> Report:
 
 
 def _encode(stage: EmbedStage, context: Context) -> Report:
-    """flops: tokens times the encoder's estimate per token."""
+    """flops: tokens times the encoder's estimate per token.
+
+    Raises:
+        DataError: the encoder knows nothing of half of the windows, or gives vectors that are not finite.
+    """
     windows = _windows(stage, context, context.key)
     if not len(windows):
         raise DataError(f"{context.task.id}: there are no windows to embed: add text")
     folder = context.artifact(context.task.id.stage, ENCODER) / "encoder"
     encoder = load_encoder(stage.encoder, folder, threads=context.threads)
+    coverage = Coverage(context.key)
     with atomic_path(context.folder / FILE) as path:
         shape = (len(windows), encoder.dimensions)
         vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         for rows, texts in windows.batches():
             vectors[rows] = encoder.encode(texts)
+            coverage.add(vectors[rows])
         vectors.flush()
-    describe_vectors(context.folder)
+        coverage.check()
+    describe_vectors(context.folder, zero=coverage.zero)
     return Report(
         tokens=windows.tokens,
         flops=windows.tokens * encoder.flops_per_token,
-        values={"windows": len(windows), "dimensions": encoder.dimensions, "encoder": stage.encoder.kind},
+        values={
+            "windows": len(windows),
+            "zero_vectors": coverage.zero,
+            "dimensions": encoder.dimensions,
+            "encoder": stage.encoder.kind,
+            **encoder.counts,
+        },
     )
 
 
@@ -109,8 +123,10 @@ def _gather(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
     """Nothing is copied: the set's vectors stay in its shards."""
     folders = [context.artifact(context.task.id.stage, key) for key in shards]
     join_vectors(folders, folder=context.folder)
-    windows, dimensions = Vectors(context.folder).shape
-    return Report(values={"windows": windows, "dimensions": dimensions, "encoder": stage.encoder.kind})
+    vectors = Vectors(context.folder)
+    windows, dimensions = vectors.shape
+    values = {"windows": windows, "zero_vectors": vectors.zero, "dimensions": dimensions}
+    return Report(values={**values, "encoder": stage.encoder.kind})
 
 
 def _windows(stage: EmbedStage, context: Context, key: str) -> Windows:

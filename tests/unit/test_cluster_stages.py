@@ -9,6 +9,7 @@ import pytest
 
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import TaskId, build_graph
@@ -80,11 +81,18 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 @pytest.fixture
 def reports(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[TaskId, Report]:
-    """The reports of all tasks, run into `tmp_path`. The batch is so small that there are several."""
+    """The reports of all tasks, run into `tmp_path`."""
+    return run_all(pipeline, tmp_path, monkeypatch, TEXTS)
+
+
+def run_all(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict[str, list[str]]
+) -> dict[TaskId, Report]:
+    """Run all tasks. The batch is so small that there are several."""
     monkeypatch.setattr(embed, "TokenStore", CharacterStore)
     monkeypatch.setattr(embed, "Tokenizer", SimpleNamespace(load=lambda folder: SimpleNamespace(decode=decode)))
     monkeypatch.setattr(embed, "BATCH", 50)
-    for source, texts in TEXTS.items():
+    for source, texts in sets.items():
         write_json(tmp_path / "tokens" / source / "train.json", texts)
     done = {}
     for task in build_graph(pipeline).values():
@@ -110,6 +118,32 @@ def test_vectors(reports: dict[TaskId, Report], tmp_path: Path) -> None:
             characters,
             characters * 2 * 8,
         )
+
+
+def test_windows_of_which_nothing_is_known_are_counted(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whitespace, and words that the generic set does not have."""
+    sets = {**TEXTS, "law": [*TEXTS["law"], " \n", "strange"]}
+    reports = run_all(pipeline, tmp_path, monkeypatch, sets)
+    assert reports[TaskId("vectors", "law")].values["zero_vectors"] == 2
+    assert reports[TaskId("vectors", "both")].values["zero_vectors"] == 0
+    with pytest.raises(DataError, match=r"text 'law': the encoder knows nothing of 22 of 42 windows"):
+        run_all(pipeline, tmp_path, monkeypatch, {**TEXTS, "law": [*TEXTS["law"], *["strange"] * 22]})
+
+
+def test_fewer_different_windows_than_clusters(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = (TEXTS["generic"][topic * WINDOWS] for topic in range(3))
+
+    def run(texts: list[str]) -> None:
+        run_all(pipeline, tmp_path, monkeypatch, dict.fromkeys(TEXTS, texts))
+
+    run([*[first] * 20, *[second] * 20, third])
+    assert "1 of 4 clusters are empty: the 41 vectors" in caplog.text
+    with pytest.raises(DataError, match=r"2 of 4 clusters are empty: .*use fewer clusters"):
+        run([*[first] * 20, *[second] * 20])
 
 
 def test_clusters_are_the_topics(reports: dict[TaskId, Report], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Each encoder gives unit vectors, gives them again after saving and loading, and says what is missing."""
 
+import re
 import shutil
 import sys
 import zipfile
@@ -10,14 +11,17 @@ import pytest
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
 from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.clustering.coverage import Coverage
 from megatron_specialm.clustering.encoders import (
     Encoder,
+    cut_to_fit,
     fit_encoder,
     load_encoder,
     sentence_bert_folder,
     split_words,
     unit_rows,
 )
+from megatron_specialm.clustering.words import words
 from megatron_specialm.config.schema import Encoder as EncoderSettings
 from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
 
@@ -87,6 +91,63 @@ def test_tfidf_needs_more_text_than_dimensions() -> None:
 def test_tfidf_names_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"tfidf\.npz: missing"):
         load_encoder(TFIDF, tmp_path, threads=1)
+
+
+def test_tfidf_of_text_without_spaces() -> None:
+    """Two topics of Chinese characters, no spaces: windows of one point one way, and none is unknown."""
+    rng = np.random.default_rng(0)
+    topics = [
+        ["".join(chr(first + rng.integers(300)) for _ in range(2)) for _ in range(40)] for first in (0x4E00, 0x6000)
+    ]
+    texts = ["，".join("".join(rng.choice(topics[number % 2], 6)) for _ in range(5)) + "。" for number in range(80)]
+    encoder = fit_encoder(TFIDF, lambda count: texts[:40], seed=0, threads=1)
+    vectors = encoder.encode(texts[40:])
+    assert vectors.any(axis=1).all()
+    alike = vectors @ vectors.T
+    assert alike[::2, ::2].mean() > 0.5 > alike[::2, 1::2].max()
+
+
+def test_words_are_scikit_learns_where_spaces_set_them_apart() -> None:
+    ordinary = re.compile(r"(?u)\b\w\w+\b")
+    corpus = [path.read_text() for path in sorted((Path(__file__).parents[2]).glob("*/*.md"))]
+    corpus += ["Ünïcödé naïve café, Ελληνικά русский العربية 한국어 문장 x_1 3.14 a I'm --no"]
+    assert all(words(text) == ordinary.findall(text.lower()) for text in corpus) and len(corpus) > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("中文文本, A1 一 x", ["a1", "中文", "文文", "文本", "一"]),
+        ("日本語テキスト", ["日本", "本語", "語テ", "テキ", "キス", "スト"]),
+        ("ไทย", ["ไท", "ทย"]),
+        ("ខ្មែរ", ["ខ្", "្ម", "មែ", "ែរ"]),
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा"]),
+        ("the中文cat", ["the", "cat", "中文"]),
+        ("？！。 ", []),
+    ],
+)
+def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+# --- windows of which nothing is known ----------------------------------------------------------------------------------
+
+
+def test_zero_vectors_are_counted_warned_of_and_refused(caplog: pytest.LogCaptureFixture) -> None:
+    known, unknown = np.ones((5, 3), np.float32), np.zeros((5, 3), np.float32)
+    coverage = Coverage("law")
+    coverage.add(known)
+    coverage.check()
+    assert not caplog.records
+    coverage.add(unknown[:2])
+    coverage.check()
+    assert "text 'law': the encoder knows nothing of 2 of 7 windows (28.6%)" in caplog.text
+    coverage.add(unknown[:3])
+    with pytest.raises(DataError, match=r"text 'law': .* 5 of 10 windows \(50\.0%\).*static, sentence-bert"):
+        coverage.check()
+    known[1, 2] = np.nan
+    with pytest.raises(DataError, match=r"text 'law': .*vectors of 1 of 5 windows from 10 on are not finite"):
+        coverage.add(known)
 
 
 # --- word pieces ------------------------------------------------------------------------------------------------------
@@ -179,6 +240,30 @@ def test_sentence_bert_averages_the_chunks_of_long_text(tiny_bert: Path) -> None
     np.testing.assert_allclose(short, unit_rows(last[None])[0], atol=1e-5)
 
 
+def test_sentence_bert_reads_what_is_longer_than_the_model_reads_at_once(tiny_bert: Path) -> None:
+    """The model reads 16 word pieces, two of them its own. A chunk of 40 is halved twice, and all of it counts."""
+    from sentence_transformers import SentenceTransformer
+
+    quarters = [" ".join(f"{animal} {verb}" for _ in range(5)) for animal, verb in
+                (("cat", "sits"), ("dog", "runs"), ("cat", "runs"), ("dog", "sits"))]  # fmt: skip
+    encoder = fitted(sentence_bert(tiny_bert))
+    found = encoder.encode([" ".join(quarters), "dog runs"])
+    mean = SentenceTransformer(str(tiny_bert)).encode(quarters).mean(axis=0)
+    np.testing.assert_allclose(found[0], unit_rows(mean[None])[0], atol=1e-5)
+    assert encoder.counts == {"encoder_tokens": 42, "encoder_tokens_read": 42}
+
+
+def test_cut_to_fit() -> None:
+    def letters(text: str) -> int:
+        return len(text.replace(" ", ""))
+
+    for text in ("abc", "ab cd ef gh ij", "a " + "x" * 50, "x" * 50 + " a b", "", "é" * 9):
+        parts = cut_to_fit(text, 5, letters)
+        assert "".join(part for part, _ in parts).replace(" ", "") == text.replace(" ", "")
+        assert all(size == letters(part) <= 5 for part, size in parts)
+    assert cut_to_fit("ab cd ef gh", 4, letters) == [("ab cd", 4), ("ef gh", 4)]
+
+
 def test_sentence_bert_in_bf16_is_nearly_the_same(tiny_bert: Path) -> None:
     full = fitted(sentence_bert(tiny_bert)).encode(TEXTS)
     half = fitted(sentence_bert(tiny_bert, precision="bf16")).encode(TEXTS)
@@ -196,6 +281,23 @@ def test_sentence_bert_of_an_installed_package(
     expected = fitted(sentence_bert(tiny_bert)).encode(TEXTS)
     assert np.array_equal(fitted(sentence_bert("package:tiny-bert")).encode(TEXTS), expected)
     assert package not in sys.modules
+
+
+def test_which_wins_of_a_folder_a_package_and_the_hub(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, tiny_bert, zipped=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package:tiny-bert").mkdir()  # never looked at: what is written as a package is the package
+    expected = fitted(sentence_bert(tiny_bert)).encode(TEXTS)
+    assert np.array_equal(fitted(sentence_bert("package:tiny-bert")).encode(TEXTS), expected)
+    shutil.copytree(tiny_bert, tmp_path / "hub" / "name")
+    assert np.array_equal(fitted(sentence_bert("hub/name")).encode(TEXTS), expected)
+    (tmp_path / "hub" / "name" / "modules.json").unlink()
+    (tmp_path / "hub" / "name" / "config.json").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"hub/name.* is no sentence-transformers model .* rename the folder"):
+        fitted(sentence_bert("hub/name"))
 
 
 def install(site: Path, model: Path, *, zipped: bool) -> str:
