@@ -103,3 +103,30 @@ def test_evaluation_counts_every_real_token_once(neox: ModelConfig) -> None:
     rows = [batch.rows(slice(row, row + 1)) for row in range(len(batch.tokens))]
     assert whole.tokens == int(batch.mask.sum())
     assert engine.evaluate(rows).total == pytest.approx(whole.total, rel=1e-6)
+
+
+def test_fused_optimizers_that_are_installed_are_not_used_without_a_gpu(
+    neox: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Megatron-Core finds itself where Transformer Engine is installed: its kernels end with "no NVIDIA driver"."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as scalings
+
+    from megatron_specialm.model import cpu
+
+    def kernel(*_, **__):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(optimizer, "Adam", kernel)
+    for module, names in (
+        (clip_grads, ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl")),
+        (scalings, ("multi_tensor_applier", "multi_tensor_scale_impl")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, kernel)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        _engine(neox, precision="bf16")
+    cpu._take_no_fused_optimizer()
+    _train(_engine(neox, precision="bf16"))
