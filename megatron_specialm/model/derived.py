@@ -47,6 +47,10 @@ class DerivedWeights:
         self, places: Sequence[Sequence[Place]], compute: Callable[[torch.Tensor], Iterator[torch.Tensor]]
     ) -> None:
         self._places, self._compute = places, compute
+        for place in chain.from_iterable(places):
+            # Transformer Engine would have a linear's parameters all in its input's precision. What its weight is computed
+            # from may be of another.
+            place.linear.allow_different_data_and_param_types = True
         self._values: list[torch.Tensor] = []
         self._variants: list[list[torch.Tensor]] = []  # per place, the rows as leaves that micro-batches use
         self._gradients: list[torch.Tensor] = []

@@ -139,7 +139,9 @@ def test_going_on_from_a_checkpoint_of_the_cpu_layout() -> None:
         ours, theirs = (engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight))
         assert ours == pytest.approx(theirs, rel=1e-4)
         last = [engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight)]
+        counts = [float(engine.optimizer_state()["step"]) for engine in (again, straight)]
     assert last[0] == pytest.approx(last[1], rel=1e-3)
+    assert counts == [4, 4]
 
 
 @pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise"])
