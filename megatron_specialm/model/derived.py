@@ -47,10 +47,6 @@ class DerivedWeights:
         self, places: Sequence[Sequence[Place]], compute: Callable[[torch.Tensor], Iterator[torch.Tensor]]
     ) -> None:
         self._places, self._compute = places, compute
-        for place in chain.from_iterable(places):
-            # Transformer Engine would have a linear's parameters all in its input's precision. What its weight is computed
-            # from may be of another.
-            place.linear.allow_different_data_and_param_types = True
         self._values: list[torch.Tensor] = []
         self._variants: list[list[torch.Tensor]] = []  # per place, the rows as leaves that micro-batches use
         self._gradients: list[torch.Tensor] = []
@@ -60,6 +56,10 @@ class DerivedWeights:
         self._release()
         self._values = list(self._compute(mixtures_JK))
         self._variants = [list(value.detach().unbind()) for value in self._values]
+        for place, value in zip(chain.from_iterable(self._places), self._values, strict=True):
+            # Else Transformer Engine looks, and refuses parameters that are of another precision than its input: what a
+            # weight is computed from may be.
+            place.linear.activation_dtype = value.dtype
         if torch.is_grad_enabled():
             for value, rows in zip(self._values, self._variants, strict=True):
                 total = torch.zeros_like(value, dtype=torch.float32)

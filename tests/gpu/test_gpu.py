@@ -11,7 +11,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.memory import memory_of
-from megatron_specialm.config.model import ModelConfig, Projection
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
 from megatron_specialm.config.setup import Setup
@@ -168,3 +168,14 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
             plain.load(project(weights, shape, torch.eye(4)[expert]), None)
             expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(notes={})]).total
     assert whole.total == pytest.approx(expected, rel=1e-3 if fp8 is None else 1e-2)
+
+
+def test_adapters_train_in_transformer_engines_linears() -> None:
+    shape = _shallow(_preset("slm-126m"), 2).model_copy(update={"lora": LowRank(rank=8)})
+    setup = _setup(shape, "bf16")
+    windows = np.random.default_rng(0).zipf(1.3, (8, CONTEXT + 1)).clip(max=VOCABULARY - 1)
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, CONTEXT), np.float32))
+    with process_group(ALONE, parallel=setup.parallel):
+        engine = _engine(setup)
+        losses = [engine.train_step(batch, learning_rate=1e-2).loss.mean for _ in range(5)]
+    assert losses[-1] < losses[0] - 0.1
