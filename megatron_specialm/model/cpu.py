@@ -81,6 +81,21 @@ def install() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    _take_no_fused_optimizer()
+
+
+def _take_no_fused_optimizer() -> None:
+    """Transformer Engine and apex may be installed where no GPU is, as on a login node or in a container. Megatron-Core then
+    takes its Adam, norms and scalings from them, which are kernels: here it has its own again."""
+    optimizers, norms, scalings = (
+        importlib.import_module(f"megatron.core.optimizer{name}") for name in ("", ".clip_grads", ".optimizer")
+    )
+    utils = importlib.import_module("megatron.core.utils")
+    optimizers.USING_PYTORCH_OPTIMIZER = True  # type: ignore[attr-defined]
+    norms.l2_norm_impl = utils.local_multi_tensor_l2_norm  # type: ignore[attr-defined]
+    for module in (norms, scalings):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier  # type: ignore[attr-defined]
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale  # type: ignore[attr-defined]
 
 
 def _keep_freed_memory() -> None:

@@ -61,6 +61,10 @@ class DerivedWeights:
         self._release()
         self._values = list(self._compute(mixtures_JK))
         self._variants = [list(value.detach().unbind()) for value in self._values]
+        for place, value in zip(chain.from_iterable(self._places), self._values, strict=True):
+            # Else Transformer Engine looks, and refuses parameters that are of another precision than its input: what a
+            # weight is computed from may be.
+            place.linear.activation_dtype = value.dtype
         if torch.is_grad_enabled():
             for value, rows in zip(self._values, self._variants, strict=True):
                 total = torch.zeros_like(value, dtype=torch.float32)

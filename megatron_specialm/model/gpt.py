@@ -334,7 +334,7 @@ def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | Tr
         return layer
     layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     norm = layer.submodules.input_layernorm
-    if norm is WrappedTorchNorm:  # otherwise apex's fused one
+    if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise apex's fused one
         norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
     layers = [layer] * get_num_layers_to_build(settings, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

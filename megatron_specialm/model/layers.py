@@ -52,5 +52,5 @@ def keep_in_bf16(model: torch.nn.Module, linears: Sequence[Linear]) -> None:
 def _without_fp8(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     import transformer_engine.pytorch as te  # FP8 comes from it, so it is there
 
-    with te.fp8_autocast(enabled=False):
+    with te.autocast(enabled=False):
         return forward(*args, **kwargs)

@@ -165,14 +165,15 @@ class MegatronEngine:
                     if optimizer_state:
                         self._load_moments(weight, share, share.main, optimizer_state)
         if optimizer_state:
-            for group in self._optimizer.param_groups:
-                group["step"] = int(optimizer_state["step"])  # where fused optimizers keep it
+            if self._counts_by_group:
+                for group in self._optimizer.param_groups:
+                    group["step"] = int(optimizer_state["step"])
             self._has_moments = True
 
     def _load_moments(
         self, weight: OwnWeight, share: Share, main: torch.Tensor, state: Mapping[str, torch.Tensor]
     ) -> None:
-        own = self._optimizer.optimizer.state[main] = {"step": state["step"].clone()}
+        own = self._optimizer.optimizer.state[main] = {} if self._counts_by_group else {"step": state["step"].clone()}
         for moment in _MOMENTS:
             name = f"{moment}/{weight.name}"
             if name not in state:
@@ -183,9 +184,15 @@ class MegatronEngine:
         return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
 
     def _steps(self) -> float:
-        """How many updates the moments are of. PyTorch's Adam counts per parameter, fused ones per group."""
-        state = next(iter(self._optimizer.optimizer.state.values()))
-        return float(state["step"] if "step" in state else self._optimizer.param_groups[0]["step"])
+        """How many updates the moments are of."""
+        if self._counts_by_group:  # but not for a group of which this process holds nothing
+            return float(max(group.get("step", 0) for group in self._optimizer.param_groups))
+        return float(next(iter(self._optimizer.optimizer.state.values()))["step"])
+
+    @property
+    def _counts_by_group(self) -> bool:
+        """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
+        return not isinstance(self._optimizer.optimizer, torch.optim.AdamW)
 
     def _shares(self) -> Iterator[tuple[OwnWeight, Share]]:
         for weight in self._model.weights():

@@ -98,7 +98,7 @@ def _measure(shape: LinearShape, recipe: Any) -> Timing:
     gradient = torch.randn(shape.tokens, shape.outputs, dtype=torch.bfloat16, device="cuda")
 
     def one_pass(*, in_fp8: bool) -> None:
-        with te.fp8_autocast(enabled=in_fp8, fp8_recipe=recipe):
+        with te.autocast(enabled=in_fp8, recipe=recipe):
             output = linear(tokens)
         output.backward(gradient)
         linear.weight.grad = tokens.grad = None

@@ -12,7 +12,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.memory import memory_of
-from megatron_specialm.config.model import ModelConfig, Projection
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
 from megatron_specialm.config.setup import Setup
@@ -153,7 +153,9 @@ def test_going_on_from_a_checkpoint_of_the_cpu_layout() -> None:
         ours, theirs = (engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight))
         assert ours == pytest.approx(theirs, rel=1e-4)
         last = [engine.train_step(batch, learning_rate=1e-3).loss.mean for engine in (again, straight)]
+        counts = [float(engine.optimizer_state()["step"]) for engine in (again, straight)]
     assert last[0] == pytest.approx(last[1], rel=1e-3)
+    assert counts == [4, 4]
 
 
 @pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise"])
@@ -196,3 +198,14 @@ def test_weight_decay_reaches_matrices_alone() -> None:
             stats = engine.apply_gradients(loss, learning_rate=1e-2)
             follower.follow(gradients, stats, learning_rate=1e-2)
             follower.check(engine)
+
+
+def test_adapters_train_in_transformer_engines_linears() -> None:
+    shape = _shallow(_preset("slm-126m"), 2).model_copy(update={"lora": LowRank(rank=8)})
+    setup = _setup(shape, "bf16")
+    windows = np.random.default_rng(0).zipf(1.3, (8, CONTEXT + 1)).clip(max=VOCABULARY - 1)
+    batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((8, CONTEXT), np.float32))
+    with process_group(ALONE, parallel=setup.parallel):
+        engine = _engine(setup)
+        losses = [engine.train_step(batch, learning_rate=1e-2).loss.mean for _ in range(5)]
+    assert losses[-1] < losses[0] - 0.1

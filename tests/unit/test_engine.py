@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.optim.adamw import adamw
 
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
@@ -123,3 +124,72 @@ def test_evaluation_counts_every_real_token_once(neox: ModelConfig) -> None:
     rows = [batch.rows(slice(row, row + 1)) for row in range(len(batch.tokens))]
     assert whole.tokens == int(batch.mask.sum())
     assert engine.evaluate(rows).total == pytest.approx(whole.total, rel=1e-5)
+
+
+def test_fused_optimizers_that_are_installed_are_not_used_without_a_gpu(
+    neox: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Megatron-Core finds itself where Transformer Engine is installed: its kernels end with "no NVIDIA driver"."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as scalings
+
+    from megatron_specialm.model import cpu
+
+    def kernel(*_, **__):
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(optimizer, "Adam", kernel)
+    for module, names in (
+        (clip_grads, ("multi_tensor_applier", "l2_norm_impl", "multi_tensor_scale_impl")),
+        (scalings, ("multi_tensor_applier", "multi_tensor_scale_impl")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, kernel)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        _engine(neox, precision="bf16")
+    cpu._take_no_fused_optimizer()
+    _train(_engine(neox, precision="bf16"))
+
+
+class _AdamOfGroups(torch.optim.Optimizer):
+    """Counts as Transformer Engine's FusedAdam does: per group, and not for one that is empty."""
+
+    def __init__(self, params, *, adam_w_mode: bool, **settings) -> None:
+        super().__init__(params, settings)
+        assert adam_w_mode
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update({name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")})
+                counted = torch.tensor(float(group["step"] - 1))
+                adamw(
+                    [parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [counted],
+                    amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                )  # fmt: skip
+
+
+def test_going_on_twice_with_an_adam_that_counts_per_group(neox: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import optimizer
+
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(optimizer, "Adam", _AdamOfGroups)
+    straight = _train(_engine(neox), steps=6)
+    engine = _engine(neox)
+    for attempt in range(3):
+        _train(engine, steps=2, start=2 * attempt)
+        weights, moments = engine.weights(), engine.optimizer_state()
+        assert float(moments["step"]) == 2 * (attempt + 1)
+        engine = _engine(neox)
+        engine.load(weights, moments)
+    for name, weight in engine.weights().items():
+        torch.testing.assert_close(weight, straight[name], rtol=0, atol=0)

@@ -106,5 +106,5 @@ class _InFp8(torch.nn.Module):
         """The linear's result."""
         import transformer_engine.pytorch as te
 
-        with te.fp8_autocast(enabled=True, fp8_recipe=self._recipe):
+        with te.autocast(enabled=True, recipe=self._recipe):
             return self._linear(inputs)
