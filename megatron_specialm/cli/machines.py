@@ -1,5 +1,7 @@
 """Commands that try out layouts and machines."""
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -110,7 +112,7 @@ def doctor(
     from megatron_specialm.doctor.finding import can_train
     from megatron_specialm.doctor.report import as_json, examine, page
 
-    with Console(stderr=True).status("Looking at this machine"):
+    with Console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
         findings = examine(quick=quick)
     if json:
         typer.echo(as_json(findings))

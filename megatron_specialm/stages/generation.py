@@ -3,18 +3,20 @@
 Both go through Transformers: a checkpoint's weights are converted in memory, as the export converts them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.lineage import tokenize_stage
 from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -118,9 +120,23 @@ def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
     served, tokenizer = read_served(find_final(folder)), Tokenizer.load(tokenizer_folder)
     if tokenizer.fingerprint != served.state["tokenizer"]:
         raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the page again")
-    shape, sizes = served.shape, (served.vocabulary_size, served.context_length)
-    config = huggingface_config(shape, vocabulary_size=sizes[0], context_length=sizes[1], eod=tokenizer.eod)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    model.load_state_dict(to_huggingface(served.weights, shape), strict=not shape.tie_embeddings)
-    model.tie_weights()
+    model = transformers_model(
+        served.shape, served.weights, vocabulary_size=served.vocabulary_size, context_length=served.context_length,
+        eod=tokenizer.eod,
+    )  # fmt: skip
     return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.eod)
+
+
+def transformers_model(
+    shape: ModelConfig, weights: Mapping[str, torch.Tensor], *, vocabulary_size: int, context_length: int, eod: int
+) -> Any:
+    """An ordinary model's canonical weights as a model of Transformers, in fp32."""
+    config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=eod)
+    logging.disable_progress_bar()
+    assert config.architectures is not None
+    # Not `load_state_dict`: versions of Transformers rename weights as they load them.
+    model, report = getattr(transformers, config.architectures[0]).from_pretrained(
+        None, config=config, state_dict=to_huggingface(weights, shape), output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.float().eval()

@@ -1,4 +1,9 @@
-"""Every command of the README, in its short form: scripts are asked for help, pipelines stop after their first stage."""
+"""Every command of the README and the other pages of documentation: run, or with the reason why not at least parsed.
+
+A command is a line of a `bash` block, or an inline `specialm ...`, `tools/...`, `python tools/...` and the like. Those that
+need a cluster, a GPU, a package index or a quarter of an hour are listed in `NOT_RUN`; all others run, shortened. A command
+of a kind that is not known here fails until it is given a place.
+"""
 
 import json
 import os
@@ -6,16 +11,50 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 
+from megatron_specialm.cli import app
 from tests.e2e.test_bad_input import ROOT, WORDS
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
+PROGRAMS = r"(?:specialm|python tools/\S+|tools/\S+|torchrun|srun|mpirun|sbatch|pip|time specialm)(?: .+)?"
 ON_A_CLUSTER = ("specialm submit", "specialm status", "specialm logs", "specialm cancel")  # tests/cluster runs these
 SHORT = ["--until", "tokenizer", "stages.tokenizer.vocabulary_size=300"]
+# What a command's beginning, as a pattern, says of why it is not run here.
+NOT_RUN = {
+    r"specialm (submit|status|logs|cancel)\b(?!.*--dry-run)": "a cluster; tests/cluster/test_readme_jobs.py runs them",
+    r"specialm tune-precision\b": "a GPU",
+    r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",
+    r"specialm( run| check| parity| figures)?$": "a mention, which says no more than the name",
+    r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as PAGE or STAGE",
+    r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
+    r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
+    r"(torchrun|srun|mpirun|sbatch)\b": "several processes, or a cluster; tests/distributed/test_launchers.py, tests/cluster",
+    r"pip install": "a package index",
+}  # fmt: skip
+
+
+def _blocks(text: str) -> list[str]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [" ".join(line.split(" #")[0].split()) for line in lines if line.strip()]
+
+
+def _inline(text: str) -> list[str]:
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    words = [" ".join(span.split()) for span in spans]
+    return [span.removeprefix("time ") for span in words if re.fullmatch(PROGRAMS, span)]
+
+
+COMMANDS = list(dict.fromkeys(_blocks(PAGES[0].read_text())))
+DOCUMENTED = list(
+    dict.fromkeys(command for page in PAGES for find in (_blocks, _inline) for command in find(page.read_text()))
+)
+RUN = [command for command in DOCUMENTED if not any(re.match(pattern, command) for pattern in NOT_RUN)]
 
 
 @pytest.fixture
@@ -38,28 +77,80 @@ def make_own_text(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(ON_A_CLUSTER)])
-def test_readme_command(command: str, own_text: Path) -> None:
-    program, *arguments = shlex.split(command)
-    if program.startswith("tools/"):
-        full = [str(ROOT / program), "--help"]
-    else:
-        assert program == "specialm", f"the README has a command that this test does not know: {command}"
-        arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
-        override = "text.generic.train=my-text/generic/*.jsonl"  # the page says .zst
-        full = [
-            sys.executable,
-            "-m",
-            "megatron_specialm",
-            *arguments,
-            override,
-            *(SHORT if arguments[0] == "run" else []),
-        ]
-    outcome = subprocess.run(
-        full, cwd=own_text, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+def _specialm(folder: Path, words: list[str]) -> str:
+    command = [sys.executable, "-m", "megatron_specialm", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    outcome = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, env=environment)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome.stdout
 
 
-def test_there_are_commands() -> None:
-    assert {"tools/quickstart.sh", "tools/test.sh"} <= set(COMMANDS)
+@pytest.mark.parametrize("command", [command for command in RUN if not re.search("smoke|quickstart", command)])
+def test_a_command_on_own_text(command: str, own_text: Path) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "specialm", f"a command of a kind that this test does not know: {command}"
+    words = [str(ROOT / word) if re.match("(configs|slurm)/", word) else word for word in arguments]
+    if any(word.startswith("configs/") for word in arguments):
+        words.append("text.generic.train=my-text/generic/*.jsonl")  # the page says .zst
+    _specialm(own_text, [*words, *(SHORT if arguments[0] == "run" else [])])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("command", [command for command in RUN if re.search("smoke|quickstart", command)])
+def test_a_command_on_a_finished_run(command: str, smoke_run: Path, tmp_path: Path) -> None:
+    """In a folder with the smoke page's text and run, which stands for the quickstart's: same stages, other domains."""
+    program, *arguments = shlex.split(command)
+    assert program == "specialm", f"a command of a kind that this test does not know: {command}"
+    for name in ("data", "runs") if arguments[0] != "parity" else ():  # a certificate would go into later trainings
+        (tmp_path / name).symlink_to(smoke_run / name)
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
+    words = [word.replace("runs/quickstart/", "runs/smoke/").replace("/legal", "/scipy") for word in words]
+    said = _specialm(tmp_path, words)
+    if arguments[0] == "parity":  # the fine-tunings have one micro-batch for two stages
+        assert said.count("equals one process") == 3 and said.count("not run: stages.") == 4
+    if arguments[0] == "generate":
+        assert said.startswith(arguments[-1])
+
+
+def test_each_way_not_to_run_a_command_is_needed() -> None:
+    for pattern in NOT_RUN:
+        assert any(re.match(pattern, command) for command in DOCUMENTED), f"{pattern}: no documented command is like it"
+    assert {"tools/quickstart.sh", "tools/test.sh"} <= set(COMMANDS) and len(RUN) > 10
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in DOCUMENTED if "specialm" in command and "pip " not in command]
+)
+def test_specialm_takes_what_is_documented(command: str) -> None:
+    """The command exists, and it has the options."""
+    words = shlex.split(command[re.search(r"\b(megatron_)?specialm\b", command).end() :])  # type: ignore[union-attr]
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    own = group.commands.get(words[0]) if words and not words[0].startswith("-") else group  # type: ignore[union-attr]
+    assert own is not None, f"specialm has no command {words[0]!r}"
+    known = {option for parameter in own.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize(
+    "tool", sorted({match for c in DOCUMENTED for match in re.findall(r"tools/\w+\.(?:py|sh)", c)})
+)
+def test_a_tool_takes_what_is_documented(tool: str) -> None:
+    command = [sys.executable, str(ROOT / tool)] if tool.endswith(".py") else ["bash", str(ROOT / tool)]
+    outcome = subprocess.run(
+        [*command, "--help"], capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    for documented in (command for command in DOCUMENTED if tool in command):
+        assert all(word in outcome.stdout for word in shlex.split(documented) if word.startswith("--"))
+
+
+def test_what_else_is_documented_is_there() -> None:
+    """Extras to install, and scripts for sbatch."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in DOCUMENTED:
+        if found := re.match(r"pip install '?megatron_specialm\[(\w+)\]", command):
+            assert found.group(1) in extras
+        if command.startswith("sbatch "):
+            subprocess.run(["bash", "-n", str(ROOT / command.split()[1])], check=True)

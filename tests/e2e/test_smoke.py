@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,24 @@ def test_all_files_may_be_read_by_whom_the_umask_lets(finished: Path) -> None:
     probe.touch()
     modes = {oct(path.stat().st_mode) for path in (finished / "runs").rglob("*") if path.is_file()}
     assert modes == {oct(probe.stat().st_mode)}
+
+
+def test_models_go_on_with_a_text(finished: Path) -> None:
+    """A checkpoint says what its export says; equal seeds say the same, and each method's fine-tuned model is heard."""
+    models = ("runs/smoke/slm-tuned/scipy", "runs/smoke/export/slm-tuned.scipy", "runs/smoke/slm-tuned/scipy")
+    said = _specialm(finished, "generate", *models, "Compute the", "--tokens", "20")
+    assert said.returncode == 0, said.stderr
+    parts = re.split(r"==> (.*) <==\n", said.stdout)[1:]
+    assert tuple(parts[::2]) == models and len(set(parts[1::2])) == 1
+    assert parts[1].startswith("Compute the") and len(parts[1].strip()) > len("Compute the")
+
+    sampled = _specialm(finished, "samples", str(PAGE))
+    first, *others = sampled.stdout.splitlines()
+    assert first.startswith("scipy: how each method goes on from ")
+    methods = ["llm", "llm-lora", "slm", "slm-d", "slm-is", "slm-mix", "slm-nopt", "slm-pn", "slm-pn-soup"]
+    assert sorted(line.partition(":")[0] for line in others) == methods, sampled.stdout + sampled.stderr
+    network = _specialm(finished, "generate", "runs/smoke/slm-pn/generic", "Compute the")
+    assert network.returncode == 2 and "say which expert" in network.stderr
 
 
 def test_transformers_gives_our_perplexity(finished: Path) -> None:
