@@ -26,7 +26,7 @@ class Accelerator:
 
     @property
     def has_fused_layers(self) -> bool:
-        """Whether layers come from Transformer Engine."""
+        """Whether layers come from Transformer Engine, except in fp32."""
         return self.gpus > 0 and self.transformer_engine is not None
 
     def describe(self) -> str:

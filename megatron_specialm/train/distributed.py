@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,19 +75,45 @@ def process_group(
             f"{error}"
         ) from None
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel,
-            pipeline_model_parallel_size=parallel.pipeline_parallel,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            context_parallel_size=parallel.context_parallel,
-            distributed_timeout_minutes=timeout_seconds / 60,
-        )
+        with _one_group_per_lone_process():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_parallel,
+                pipeline_model_parallel_size=parallel.pipeline_parallel,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+                if parallel.virtual_pipeline > 1
+                else None,
+                context_parallel_size=parallel.context_parallel,
+                distributed_timeout_minutes=timeout_seconds / 60,
+            )
         # Asked for by Transformer Engine and recomputation; nothing is drawn from it.
         model_parallel_cuda_manual_seed(0)
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _one_group_per_lone_process() -> Iterator[None]:
+    """While Megatron-Core makes its groups, those of one and the same process are one. It makes twenty, of which a small
+    layout's have mostly one member: nothing is sent in them, and each has threads of its own that look for messages.
+    Groups are made by all processes in one order, and so are these."""
+    make = parallel_state.create_group
+    made: dict[tuple[int, str], dist.ProcessGroup] = {}
+
+    def create_group(ranks: list[int], *args: Any, backend: str | None = None, **settings: Any) -> dist.ProcessGroup:
+        if len(ranks) > 1:
+            return make(ranks, *args, backend=backend, **settings)
+        whose = ranks[0], backend or dist.get_backend()
+        if whose not in made:
+            made[whose] = make(ranks, *args, backend=backend, **settings)
+        return made[whose]
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = make
 
 
 def data_rank() -> tuple[int, int]:

@@ -103,7 +103,7 @@ def test_it_is_the_closed_form(alpha: float, temperature: float) -> None:
     expected = (((1 - alpha) * from_text + alpha * temperature**2 * divergence) * batch.mask).sum()
     (gradient,) = torch.autograd.grad(expected, leaf)
     loss, own = _loss(_logits(0), _online(teacher), alpha=alpha, temperature=temperature)
-    torch.testing.assert_close(loss, expected.detach().float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected.detach().float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(own, gradient.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kept: Kept | None) -
 def test_a_cache_of_the_whole_vocabulary_is_the_teacher(kept: Kept) -> None:
     student, teacher = _logits(0), _logits(1)
     online, cached = _loss(student, _online(teacher)), _loss(student, _kept(teacher, kept), teacher=kept.kind)
-    torch.testing.assert_close(cached[0], online[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(cached[0], online[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(cached[1], online[1], rtol=1e-5, atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_top_k_is_the_divergence_of_merged_events(count: int) -> None:
     expected = TEMPERATURE**2 * (divergence * _batch().mask).sum()
     (gradient,) = torch.autograd.grad(expected, leaf)
     loss, own = _loss(student, notes, teacher="top-k")
-    torch.testing.assert_close(loss, expected.detach().float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected.detach().float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(own, gradient.float(), rtol=1e-4, atol=2e-6)
 
 
