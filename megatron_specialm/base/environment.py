@@ -189,5 +189,5 @@ def _is_loopback(host: str) -> bool:
     """Whether a name stands for this machine alone; one that does not resolve is no better."""
     try:
         return socket.gethostbyname(host).startswith("127.")
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what cannot be a name
         return True
