@@ -69,9 +69,9 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
-    """Whose variables count. Where there is one process only, nobody's."""
+    """Whose variables count. Where they say that there is one process only, Slurm's and MPI's do not."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return "none" if environ["WORLD_SIZE"] == "1" else "torchrun"
+        return "torchrun"
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return "none" if environ["OMPI_COMM_WORLD_SIZE"] == "1" else "mpi"
     step = environ.get("SLURM_STEP_ID", "")
@@ -119,7 +119,7 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 def _torchrun_world(environ: Mapping[str, str]) -> World:
     rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
     local = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
-    if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
+    if size > 1 and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
         raise MachineError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: launch with torchrun")
     return _checked(World(rank, size, local, "env://", "torchrun"))
 
@@ -189,5 +189,5 @@ def _is_loopback(host: str) -> bool:
     """Whether a name stands for this machine alone; one that does not resolve is no better."""
     try:
         return socket.gethostbyname(host).startswith("127.")
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what cannot be a name
         return True

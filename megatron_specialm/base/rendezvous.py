@@ -79,7 +79,11 @@ class _Patience:
     def __init__(self, world: World) -> None:
         self._world = world
         self._began = self._told = time.monotonic()
-        self._seconds = float(os.environ.get("SPECIALM_MEETING_SECONDS", MEETING_SECONDS))
+        seconds = os.environ.get("SPECIALM_MEETING_SECONDS", str(MEETING_SECONDS))
+        try:
+            self._seconds = float(seconds)
+        except ValueError:
+            raise MachineError(f"SPECIALM_MEETING_SECONDS={seconds!r}: must be a number") from None
 
     def look_again(self, missing: Callable[[], str]) -> None:
         """Sleep until the next look.

@@ -118,18 +118,18 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
     """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
 
     Raises:
-        SpecialmError: what the stage found wrong with its input or the machine.
+        SpecialmError: what the stage found wrong with its input or the machine, or ranks that do not come.
         Stopped: it was asked to stop.
     """
     lifeline.begin(f"working on {task.id}")
     stage = pipeline.stages[task.id.stage]
     with machine_errors():
+        if works_together(stage, world):
+            meet(world)  # here a signal ends the wait at once
         folder = _begin(root, task, digest, world)
         context = Context(pipeline, task, root, folder, world, pipeline.local.threads, lifeline)
         for name in task.inputs:
             context.marker(*name)
-        if works_together(stage, world):
-            meet(world)  # here a signal ends the wait at once
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1

@@ -65,4 +65,6 @@ def _commit() -> tuple[str | None, bool]:
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=GIT_SECONDS
+    ).stdout.strip()

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 
 RANK = """
 import sys
+import torch.distributed
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.rendezvous import is_alive, meet
@@ -21,6 +22,7 @@ rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 world = World(rank, size, rank, address, "test")
 with Lifeline().hearing_signals():
     print("here", flush=True)
+    sys.stdin.readline()
     meet(world)
     print("met", flush=True)
     if rank:
@@ -37,6 +39,16 @@ def _start(rank: int, size: int, address: str, *, seconds: float = 60) -> subpro
     )  # fmt: skip
 
 
+def _go(*processes: subprocess.Popen) -> None:
+    """Let them meet, once all have imported what they need."""
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
 def _address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,23 +58,24 @@ def _address() -> str:
 @pytest.mark.parametrize("kind", ["tcp", "file"])
 def test_the_missing_are_named_and_the_wait_ends(tmp_path: Path, kind: str) -> None:
     address = _address() if kind == "tcp" else f"file://{tmp_path}/a #1%20?x"
-    ranks = [_start(rank, 4, address, seconds=12) for rank in (0, 2)]
+    ranks = [_start(rank, 4, address, seconds=3) for rank in (0, 2)]
+    _go(*ranks)
     for rank, process in zip((0, 2), ranks, strict=True):
         _, said = process.communicate(timeout=100)
-        assert f"rank {rank} of 4 (test) has waited 12 s" in said and "for ranks 1, 3:" in said, said
+        assert f"rank {rank} of 4 (test) has waited 3 s" in said and "for ranks 1, 3:" in said, said
 
 
 def test_a_first_rank_that_does_not_come_is_named() -> None:
-    _, said = _start(1, 2, _address(), seconds=1).communicate(timeout=100)
+    _, said = _start(1, 2, _address(), seconds=1).communicate("go\n", timeout=100)
     assert "for rank 0, which has not opened it" in said
-    _, said = _start(1, 2, "tcp://no-such-host.invalid:1", seconds=1).communicate(timeout=100)
+    _, said = _start(1, 2, "tcp://no-such-host.invalid:1", seconds=1).communicate("go\n", timeout=100)
     assert "for rank 0, which has not opened it" in said
 
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_a_signal_ends_the_wait(rank: int, number: signal.Signals) -> None:
     process = _start(rank, 2, _address(), seconds=600)
-    assert process.stdout is not None and process.stdout.readline() == "here\n"
+    _go(process)
     time.sleep(1)
     process.send_signal(number)
     _, said = process.communicate(timeout=100)
@@ -70,12 +83,41 @@ def test_a_signal_ends_the_wait(rank: int, number: signal.Signals) -> None:
 
 
 def test_two_that_say_they_are_the_same_rank(tmp_path: Path) -> None:
-    ranks = [_start(1, 3, f"file://{tmp_path}/meeting", seconds=5) for _ in range(2)]
+    ranks = [_start(1, 3, f"file://{tmp_path}/meeting", seconds=3) for _ in range(2)]
+    _go(*ranks)
     assert any("two processes are rank 1 of 3" in process.communicate(timeout=100)[1] for process in ranks)
 
 
 def test_those_who_wait_notice_the_end_of_the_first() -> None:
     address = _address()
     first, second = _start(0, 2, address), _start(1, 2, address)
+    _go(first, second)
     assert "met" in first.communicate(timeout=100)[0]
     assert "rank 0 is gone" in second.communicate("x", timeout=100)[0]
+
+
+WAIT = """
+import sys
+from pathlib import Path
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.launch import inline
+inline.GRACE_SECONDS = 0.5
+pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
+task = build_graph(pipeline)[TaskId("tokenizer", "generic")]
+inline.do_together(pipeline, Path(sys.argv[1]), task, "0" * 64, World(1, 2, 1, sys.argv[2], "test"), Lifeline())
+"""
+
+
+def test_nobody_waits_for_the_work_of_a_first_rank_that_has_ended(tmp_path: Path) -> None:
+    address = _address()
+    first = _start(0, 2, address)
+    _go(first)
+    second = subprocess.run(
+        [sys.executable, "-c", WAIT, str(tmp_path), address], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert first.wait(100) == 0
+    assert "tokenizer/generic: rank 0, whose work it is, has ended without finishing it" in second.stderr, second.stderr

@@ -90,13 +90,16 @@ STEP = {**SLURM, "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS
         {**STEP, "SLURM_STEP_ID": "0"},  # srun --pty bash
         {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a shell that is in no step
-        {"RANK": "0", "WORLD_SIZE": "1"},
         {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},
         {**TORCHRUN, "SPECIALM_LAUNCHER": "none"},
     ],
 )
 def test_where_there_is_one_task_it_is_alone(variables: dict[str, str]) -> None:
     assert discover_world(variables) == ALONE
+
+
+def test_one_rank_of_torchrun_needs_no_meeting_point() -> None:
+    assert discover_world({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
 
 
 def test_ranks_are_counted_by_the_step_not_by_the_job() -> None:
