@@ -151,7 +151,8 @@ class TeachStage(Settings):
     """A teacher's next-token distributions on every training window of a domain, for its students to read.
 
     `exact`: all log-probabilities. `top-k`: the `count` largest and the rest's mass as one event; biased. `sampled`:
-    `count` draws per token, unbiased (arXiv 2503.16870).
+    `count` draws per token, unbiased (arXiv 2503.16870), and the same in every epoch: the marker's `gradient_noise`, which
+    falls as 1 / `count`, does not average out.
     """
 
     kind: Literal["teach"]

@@ -11,6 +11,11 @@
 | top-k   | the K likeliest ids, their log-probabilities, that of all others together  | K (4 + id) + 4  |
 | sampled | K draws from the teacher's distribution, and that distribution's entropy   | K id + 4        |
 
+The draws of a sampled cache are fixed: a training that reads a window again, in another epoch, finds the same ones. Loss and
+gradient are right on average over caches, but reading one for many epochs does not average its noise out; `noise_of_draws` says
+how large it is. No choice among K stored draws would do better: to use all of them each time has the least noise that they
+allow, in a step and on average. What does is a larger K, or another kind.
+
 An id takes 2 bytes in a vocabulary of up to 65,536 tokens, 4 in a larger one. Probabilities are those at the cache's
 temperature; logarithms are nats, in fp32: with 16 bits an exact cache would be another teacher than the one it is of.
 
@@ -35,6 +40,7 @@ IDS = "ids"
 LOG_PROBABILITIES = "log_probabilities"
 TAIL = "tail"
 ENTROPY = "entropy"
+NOISE_TOKENS = 50_000  # of which the noise of a cache is estimated
 
 Kind = Literal["exact", "top-k", "sampled"]
 
@@ -136,6 +142,26 @@ class TeacherCache:
             for row, end, length in zip(notes[name], ends, lengths, strict=True):
                 row[:length] = array[end - length : end]
         return notes
+
+    def noise(self) -> float | None:
+        """Of a sampled cache, what its draws add to the gradient (`noise_of_draws`), estimated on evenly spread tokens."""
+        if self.kept.kind != "sampled":
+            return None
+        ids_NK = self._arrays[IDS]
+        return noise_of_draws(ids_NK[:: max(1, len(ids_NK) // NOISE_TOKENS)])
+
+
+def noise_of_draws(ids_NK: np.ndarray) -> float | None:
+    """Mean over tokens of the expected squared distance between the distribution of K draws (1/K each) and the teacher's,
+    which is that between the gradients by a student's scores: (1 - sum of p squared) / K. The chance that two draws are
+    equal estimates the sum without bias; None where there is one draw only.
+    """
+    count = ids_NK.shape[1]
+    if count < 2:
+        return None
+    ordered_NK = np.sort(ids_NK, axis=1)
+    equal = sum(int((ordered_NK[:, lag:] == ordered_NK[:, :-lag]).sum()) for lag in range(1, count))
+    return (1 - equal / (len(ids_NK) * count * (count - 1) / 2)) / count
 
 
 class CacheWriter:

@@ -8,7 +8,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.lineage import key_for
 from megatron_specialm.config.schema import TeachStage
-from megatron_specialm.data.teacher import CacheWriter, Kept
+from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
 from megatron_specialm.train.checkpoint import find_final
@@ -18,7 +18,8 @@ from megatron_specialm.train.teaching import teach
 
 
 def run(stage: TeachStage, context: Context) -> Report:
-    """Run the teacher over the domain's training windows once, on one process. flops: its forward passes.
+    """Run the teacher over the domain's training windows once, on one process. flops: its forward passes. Of draws the
+    values have `gradient_noise`, which stays the same in every epoch that a student reads (`data/teacher.py`).
 
     Raises:
         ConfigError: more entries per token than the vocabulary has.
@@ -29,19 +30,19 @@ def run(stage: TeachStage, context: Context) -> Report:
     store = open_store(stage.tokens, context, context.key)
     kept = Kept(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
     _check_room(context.folder, kept, tokens=store.tokens)
-    writer = CacheWriter(
-        context.folder,
-        kept,
-        context_length=store.context_length,
-        teacher=context.marker(*teacher).digest,
-        store=context.marker(stage.tokens, context.key).digest,
-    )
+    made_of = {
+        "teacher": context.marker(*teacher).digest,
+        "store": context.marker(stage.tokens, context.key).digest,
+    }
+    writer = CacheWriter(context.folder, kept, context_length=store.context_length, **made_of)
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
         tokens = teach(served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed)
+    noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if kept.kind == "sampled" else {}
     positions = len(store) * store.context_length
     flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
-    return Report(tokens=tokens, slots=positions, flops=flops, values={"windows": len(store), "bytes": size})
+    values = {"windows": len(store), "bytes": size, **noise}
+    return Report(tokens=tokens, slots=positions, flops=flops, values=values)
 
 
 def _check_room(folder: Path, kept: Kept, *, tokens: int) -> None:

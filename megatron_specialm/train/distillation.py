@@ -13,7 +13,8 @@ The teacher runs beside the student, or has left a cache (`data/teacher.py`):
 | exact   | exact, to rounding the same                                                                            |
 | top-k   | over K + 1 events, the K ids and all others together: never above the exact one, and so biased; what   |
 |         | the student makes of the others' shares among themselves goes uncorrected                              |
-| sampled | -H(p) + mean over draws of -log q: unbiased, and so is its gradient, for any K (arXiv 2503.16870)      |
+| sampled | -H(p) + mean over draws of -log q: unbiased, and so is its gradient, for any K (arXiv 2503.16870);     |
+|         | over caches: the draws of one are the same in every epoch (`data/teacher.py`)                          |
 
 Under tensor parallelism a distribution's columns lie on several processes. A softmax over one's own columns would be a
 softmax of something else, so every maximum and every sum here is taken over the share's group: one number per token each.

@@ -13,7 +13,16 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch, StoreWriter, TokenStore, describe_store
-from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheWriter, Kept, TeacherCache
+from megatron_specialm.data.teacher import (
+    ENTROPY,
+    IDS,
+    LOG_PROBABILITIES,
+    TAIL,
+    CacheWriter,
+    Kept,
+    TeacherCache,
+    noise_of_draws,
+)
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, cross_entropy
@@ -196,6 +205,26 @@ def test_sampled_is_unbiased_in_loss_and_gradient() -> None:
     assert 0.7 < float(off[often].square().mean()) < 1.3
 
 
+def test_the_noise_of_draws_stays_in_every_epoch() -> None:
+    """A student of scores that are free for every token goes to the draws' own distribution, however often it reads them:
+    its distance from the teacher is the noise that the cache tells. Fresh draws for every epoch would average out."""
+    tokens, epochs, kept = 2_000, 16, Kept("sampled", VOCABULARY, TEMPERATURE, 8)
+    teacher = torch.softmax(3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)), 0)
+    caches = [
+        keep(teacher.log().expand(tokens, -1), kept, np.random.default_rng((seed, 0)))[IDS] for seed in range(epochs)
+    ]
+    drawn = torch.stack([functional.one_hot(ids, VOCABULARY).double().mean(1) for ids in caches])
+    expected = float(1 - (teacher**2).sum()) / kept.count
+
+    def distance(read: torch.Tensor) -> float:
+        return float(((read - teacher) ** 2).sum(1).mean())
+
+    assert distance(drawn[:1].expand(epochs, -1, -1).mean(0)) == pytest.approx(expected, rel=0.05)
+    assert distance(drawn.mean(0)) == pytest.approx(expected / epochs, rel=0.05)
+    assert noise_of_draws(caches[0].numpy()) == pytest.approx(expected, rel=0.05)
+    assert noise_of_draws(caches[0].numpy()[:, :1]) is None
+
+
 @pytest.mark.parametrize("teacher", ["online", "exact", "top-k", "sampled"])
 def test_padding_does_not_count(teacher: Teacher) -> None:
     student, logits = _logits(0), _logits(1)
@@ -332,6 +361,10 @@ def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore
     )
     # Batches of another size may round a probability otherwise, and a draw that falls between the two is another id.
     assert (one != other).mean() < 0.01 and (one != another).mean() > 0.1
+    cache = TeacherCache.open(next(tmp_path.glob("*-0")), teacher="t", store="s")
+    assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same
+    assert 0 < (cache.noise() or 0) < 1 / kept.count
+    assert _taught(tmp_path / "exact", store, _some("exact")).noise() is None
 
 
 @pytest.mark.usefixtures("alone")
