@@ -53,6 +53,13 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
     return Accelerator(name, capability, transformer_engine, gpus=len(rows), memory_bytes=memory_bytes)
 
 
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    count = find_accelerator(environment).gpus
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+
+
 def parse_gpus(table: str) -> list[tuple[str, tuple[int, int], int]]:
     """Name, compute capability and bytes of memory per line of `name, 9.0, 143771` (MiB). Lines of words, with which
     nvidia-smi says that there is no GPU, are none."""

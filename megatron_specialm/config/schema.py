@@ -210,7 +210,9 @@ Stage = Annotated[
 class Local(Settings):
     """How `specialm run` uses this machine. No part of any digest."""
 
-    parallel_tasks: PositiveInt | None = Field(default=None, description="tasks at a time; default: cores / threads")
+    parallel_tasks: PositiveInt | None = Field(
+        default=None, description="tasks at a time; default: GPUs, else cores / threads"
+    )
     threads: PositiveInt = Field(default=1, description="CPU threads per process")
 
 

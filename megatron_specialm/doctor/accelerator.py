@@ -85,7 +85,8 @@ def fused_finding(megatron_facts: Mapping[str, Any], gpus: int) -> Finding:
         remedy = PACKAGES["transformer-engine"].remedy
         return Finding("fused layers", "missing", source, f"Megatron-Core's own layers, {adam}", remedy)
     if gpus == 0:
-        return Finding("fused layers", "missing", "none", f"{source} is there, a GPU for it is not; {adam}")
+        # What it would take is kernels, and stays unused (`model/cpu.py`).
+        return Finding("fused layers", "missing", "none", f"{source} is there, a GPU for it is not; Adam from torch")
     return Finding("fused layers", "ok", source, adam)
 
 

@@ -1,4 +1,5 @@
-"""Run a plan on this machine: as many tasks at a time as there are cores for, each in worker processes of its own.
+"""Run a plan on this machine: as many tasks at a time as there are cores for, or GPUs where there are any, each in worker
+processes of its own.
 
 A task starts when its inputs are done. When one fails, what does not depend on it goes on; the failures are reported
 together at the end. Workers die with the launcher, however it ends.
@@ -9,13 +10,15 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megatron_specialm.base.accelerator import visible_gpus
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
@@ -48,11 +51,12 @@ class Interrupted(SpecialmError):
 
 @dataclass
 class _Running:
-    """A task's worker processes, one per rank."""
+    """A task's worker processes, one per rank, and the GPUs that they see."""
 
     planned: PlannedTask
     processes: list[BaseProcess]
     errors: Connection  # what the ranks say before they end with an error
+    gpus: Sequence[str] = ()
     started: float = field(default_factory=time.monotonic)
 
 
@@ -72,11 +76,15 @@ def run_local(
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
+    gpus = visible_gpus()
+    if gpus and not (jobs or pipeline.local.parallel_tasks):
+        slots = len(gpus)  # two trainings would rarely fit on one
     with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
-                    running[name] = _start(context, pipeline, waiting.pop(name), root, Path(meeting))
+                    own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))
+                    running[name] = _start(context, pipeline, waiting.pop(name), root, Path(meeting), own)
                     progress.started(name)
                 if not running:
                     break  # everything that is left rests on a failure
@@ -120,23 +128,32 @@ def _ranks(pipeline: Pipeline, name: TaskId) -> int:
     return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
 
 
-def _start(context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path) -> _Running:
-    """Start a task's ranks. They meet at a file, so no port is needed."""
+def least_used(gpus: Sequence[str], used: Iterable[Iterable[str]], *, count: int) -> list[str]:
+    """`count` GPUs for a task's ranks: those that the fewest of the running tasks use."""
+    uses = Counter(gpu for task in used for gpu in task)
+    return sorted(gpus, key=lambda gpu: uses[gpu])[:count]
+
+
+def _start(
+    context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path, gpus: Sequence[str]
+) -> _Running:
+    """Start a task's ranks. They meet at a file, so no port is needed. Of the GPUs they see their own, each a rank's."""
     name = planned.task.id
     ranks = _ranks(pipeline, name)
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     processes = []
     errors, sender = context.Pipe(duplex=False)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     for rank in range(ranks):
-        world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
+        world = {**visible, "RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
         process = context.Process(  # type: ignore[attr-defined]
             target=work, args=(root, name, planned.digest, world, log_path(root, name), sender), name=str(name)
         )
         process.start()
         processes.append(process)
     sender.close()
-    return _Running(planned, processes, errors)
+    return _Running(planned, processes, errors, gpus)
 
 
 def _has_ended(task: _Running) -> bool:

@@ -23,8 +23,21 @@ _numbers: dict[World, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def device_of(world: World) -> torch.device:
-    """The device of this process: its node's GPU of its local rank, or the CPU."""
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this process: its node's GPU of its local rank, or the CPU. Where each process is shown one GPU alone, as
+    by `srun --gpus-per-task`, it is that one.
+
+    Raises:
+        MachineError: there are more processes on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if 1 < visible <= world.local_rank:
+        raise MachineError(
+            f"process {world.local_rank} of this node (counted from 0) has no GPU of its own, as {visible} are visible: start "
+            "one process per GPU"
+        )
+    return torch.device("cuda", world.local_rank if visible > 1 else 0)
 
 
 def device_name(world: World) -> str:

@@ -302,6 +302,7 @@ def test_fused_layers(have_te: bool, have_apex: bool, gpus: int, state: str, ver
     facts = {"have_te": have_te, "have_apex": have_apex, "adam": "apex"}
     finding = accelerator.fused_finding(facts, gpus)
     assert (finding.state, finding.version) == (state, version)
+    assert finding.detail.endswith("Adam from apex" if gpus else "Adam from torch")
 
 
 def test_a_product_beside_the_peak() -> None:
