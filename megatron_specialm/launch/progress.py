@@ -9,6 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from megatron_specialm.config.graph import TaskId
 
@@ -21,8 +22,8 @@ class Progress:
     def __init__(self, total: int, *, console: Console) -> None:
         self._console, self._total, self._done = console, total, 0
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), console=console, disable=not console.is_interactive, transient=True,
+            _folded("{task.description}"), BarColumn(bar_width=12), _folded("{task.fields[state]}"), TimeElapsedColumn(),
+            console=console, disable=not console.is_interactive, transient=True,
         )  # fmt: skip
         self._rows: dict[TaskId, TaskID] = {}
         self._told: dict[TaskId, float] = {}
@@ -59,6 +60,11 @@ class Progress:
                 self._console.print(
                     f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False
                 )
+
+
+def _folded(text: str) -> TextColumn:
+    """In as many lines as it takes: a number is never cut."""
+    return TextColumn(text, table_column=Column(overflow="fold"), markup=False)
 
 
 def _describe(record: Mapping[str, Any]) -> str:

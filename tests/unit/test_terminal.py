@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -17,11 +18,13 @@ import yaml
 from rich.console import Console, RenderableType
 
 from megatron_specialm.base.terminal import Table
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.report import page as doctor_page
 from megatron_specialm.launch import parity
 from megatron_specialm.launch.preflight import planned_machine
+from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.summary import capabilities_table, memory_table, training_table
 from megatron_specialm.launch.tables import concentration_table, results_in_two, selection_table
 from tests.unit.test_figures import invented
@@ -94,6 +97,25 @@ def test_words_are_folded_not_cut() -> None:
     for shown in (parity.table(LONG, certificate), doctor_page([finding]), capabilities_table()):
         said = _render(80, [shown])
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
+
+
+def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
+    record = {
+        "step": 12_000,
+        "steps": 40_000,
+        "loss": 3.412,
+        "tokens_per_second": 182_000.0,
+        "mfu": 0.41,
+        "eta_seconds": 3_725,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    output = io.StringIO()
+    name = TaskId("a-stage-of-an-ordinary-name", "encyclopedia")
+    with Progress(1, console=Console(file=output, width=80, force_terminal=True, color_system=None)) as progress:
+        progress.started(name)
+        progress.update({name: tmp_path})
+    said = output.getvalue()
+    assert "…" not in said and {"3.412,", "182,000", "41%,", "62:05"} <= set(said.split())
 
 
 def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
