@@ -89,8 +89,8 @@ def test_words_are_folded_not_cut() -> None:
     certificate = {
         "steps": 4, "passed": False,
         "differences": [
-            {"quantity": "gradients", "largest": 1.0, "tolerance": 1e-5, "passed": False,
-             "where": "decoder.layers.11.self_attention.linear_qkv.layer_norm_weight.of.some.more.depth"},
+            {"quantity": "gradients", "largest": 1.0, "tolerance": 1e-5, "passed": False, "failed": 1, "compared": 27,
+             "worst": [{"where": "decoder.layers.11.self_attention.linear_qkv.layer_norm_weight.of.some.more.depth"}]},
         ],
     }  # fmt: skip
     finding = Finding("torch", "broken", "2.11.0+cu130", f"/shared/{LONG}/{LONG}/{LONG}", f"pip install {LONG}{LONG}")
