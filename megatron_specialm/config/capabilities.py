@@ -172,7 +172,7 @@ TABLE = (
         ),
     ),
     Capability(
-        "context parallel", _size("context_parallel"), "context_length is a multiple of 2 x context_parallel",
+        "context parallel", _size("context_parallel"), "not fp32; context_length is a multiple of 2 x context_parallel",
         machine=Machine("GPU with Transformer Engine", _lacks_context_parallel),
         conditions=(
             Condition(

@@ -147,17 +147,21 @@ def _entry(difference: Difference) -> dict[str, Any]:
 
 def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
-    headings = ("quantity", "largest difference", "tolerance", "over it", "where")
+    headings = ("quantity", "largest differences", "tolerance", "over it", "where")
     columns = (Column(heading, overflow="fold") for heading in headings)
     found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
     for entry in outcome["differences"]:
-        largest = "not finite" if entry["largest"] is None else f"{entry['largest']:.1e}"
         style = None if entry["passed"] else "bold red"
         over = f"{entry['failed']} of {entry['compared']}"
         named = entry["worst"][: max(1, entry["failed"])]  # where all is well, the largest only
+        largest = "\n".join(_shown(place["difference"]) for place in named)
         where = "\n".join(place["where"] for place in named)
         found.add_row(entry["quantity"], largest, f"{entry['tolerance']:.0e}", over, where, style=style)
     return found
+
+
+def _shown(difference: float | None) -> str:
+    return "not finite" if difference is None else f"{difference:.1e}"
 
 
 def _infinite_if_nan(value: float) -> float:

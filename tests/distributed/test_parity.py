@@ -10,7 +10,7 @@ from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.parity import parity_case
 from megatron_specialm.config.setup import Setup
-from megatron_specialm.launch.parity import Difference, certificate, compare
+from megatron_specialm.launch.parity import WORST, Difference, certificate, compare, table
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
@@ -161,7 +161,9 @@ def test_a_planted_fault_is_found_and_its_places_named(fault: str, layout: dict,
     assert not outcome["passed"]
     entry = next(entry for entry in outcome["differences"] if entry["quantity"] == quantity)
     assert (entry["failed"], entry["compared"], entry["passed"]) == (len(expected), len(weights), False)
-    assert {place["where"] for place in entry["worst"][: len(expected)]} <= expected
+    named = [place["where"] for place in entry["worst"][: len(expected)]]
+    assert len(named) == min(len(expected), WORST) and set(named) <= expected
+    assert any(named == cell.splitlines() for cell in table("slm", outcome).columns[-1].cells)
 
 
 def test_equal_differences_stand_in_the_order_of_names() -> None:
