@@ -89,17 +89,22 @@ def _text_part(file: Path | str) -> Part:
 
 
 def _model_parts(entry: str, role: str) -> list[Part]:
+    if entry.startswith(PACKAGE):
+        return [Part(f"{entry} {_installed_version(entry.removeprefix(PACKAGE))}", None)]
     folder = Path(entry)
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return [Part(path.relative_to(folder).as_posix(), path) for path in files]
     if role == TOKENIZER:
         return [Part("", Path(file)) for file in resolve_files([entry])]
-    version = ""
-    if entry.startswith(PACKAGE):  # where it is missing, the task itself says so
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
-            version = importlib.metadata.version(entry.removeprefix(PACKAGE))
-    return [Part(f"{entry} {version}", None)]
+    return [Part(entry, None)]
+
+
+def _installed_version(package: str) -> str:
+    """Nothing where it is missing: the task itself says so."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        return importlib.metadata.version(package)
+    return ""
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -147,16 +147,15 @@ def _entry(difference: Difference) -> dict[str, Any]:
 
 def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
-    headings = ("quantity", "largest differences", "tolerance", "over it", "where")
+    headings = ("quantity", "tolerance", "over it", "largest differences, and where")
     columns = (Column(heading, overflow="fold") for heading in headings)
     found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
     for entry in outcome["differences"]:
         style = None if entry["passed"] else "bold red"
         over = f"{entry['failed']} of {entry['compared']}"
         named = entry["worst"][: max(1, entry["failed"])]  # where all is well, the largest only
-        largest = "\n".join(_shown(place["difference"]) for place in named)
-        where = "\n".join(place["where"] for place in named)
-        found.add_row(entry["quantity"], largest, f"{entry['tolerance']:.0e}", over, where, style=style)
+        largest = "\n".join(f"{_shown(place['difference'])} {place['where']}" for place in named)
+        found.add_row(entry["quantity"], f"{entry['tolerance']:.0e}", over, largest, style=style)
     return found
 
 
