@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
+from safetensors import SafetensorError
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -267,7 +268,7 @@ class SentenceBert:
         torch.set_num_threads(threads)
         try:
             self._model = sentence_transformers.SentenceTransformer(model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if Path(model).is_dir():
                 raise ConfigError(
                     f"encoder.model {model!r}: the folder {Path(model).resolve()} is no sentence-transformers model ({error}): "

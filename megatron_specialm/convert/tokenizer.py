@@ -43,7 +43,7 @@ def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, tex
     probes, or a padded and truncated batch. None if there is nothing."""
     theirs = load_tokenizer(folder)
     for text in (*texts, *tokenizer.probes()):
-        if theirs(text, truncation=False).input_ids != tokenizer.encode([text])[0].tolist():
+        if theirs(text, truncation=False, verbose=False).input_ids != tokenizer.encode([text])[0].tolist():
             return f"gives other ids than tokenizers, for instance of {text[:80]!r}"
     long = "".join(tokenizer.probes()) * context_length
     batch = theirs([long, "a"], padding=True, truncation=True)

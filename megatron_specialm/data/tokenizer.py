@@ -66,7 +66,7 @@ class Tokenizer:
         self.special_tokens = {"pad_token": eod, **settings.get("kept", {}), "bos_token": eod, "eos_token": eod}
         self.added = [token.content for token in exported.get_added_tokens_decoder().values()]
         self.vocabulary_size = _size(exported)
-        self.eod, self.pad = _id(exported, eod), _id(exported, self.special_tokens["pad_token"])
+        self.eod, self.pad = (_id(folder, exported, name) for name in (eod, self.special_tokens["pad_token"]))
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
         self.fingerprint = sha256_json({path.name: sha256_file(path) for path in files})
 
@@ -116,10 +116,12 @@ def _tokenizers_calls(tokenizer: tokenizers.Tokenizer) -> tuple[Encode, Decode]:
     return encode, tokenizer.decode
 
 
-def _id(tokenizer: tokenizers.Tokenizer, name: str) -> int:
+def _id(folder: Path, tokenizer: tokenizers.Tokenizer, name: str) -> int:
     number = tokenizer.token_to_id(name)
     if number is None:
-        raise ArtifactError(f"{SETTINGS} names {name!r}, which is no token of {JSON}: make the tokenizer again")
+        raise ArtifactError(
+            f"{folder / SETTINGS}: names {name!r}, which is no token of {JSON}: make the tokenizer again"
+        )
     return number
 
 

@@ -361,10 +361,6 @@ def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore
     )
     # Batches of another size may round a probability otherwise, and a draw that falls between the two is another id.
     assert (one != other).mean() < 0.01 and (one != another).mean() > 0.1
-    cache = TeacherCache.open(next(tmp_path.glob("*-0")), teacher="t", store="s")
-    assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same
-    assert 0 < (cache.noise() or 0) < 1 / kept.count
-    assert _taught(tmp_path / "exact", store, _some("exact")).noise() is None
 
 
 @pytest.mark.usefixtures("alone")
@@ -435,3 +431,11 @@ def test_what_cannot_be_kept_is_refused(settings: dict, said: str) -> None:
 def test_ids_take_as_many_bytes_as_they_need(vocabulary: int, size: int) -> None:
     dtype, _ = Kept("sampled", vocabulary, count=1).arrays()[IDS]
     assert dtype.itemsize == size and np.iinfo(dtype).max >= vocabulary - 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_cache_tells_the_noise_of_its_draws(tmp_path: Path, store: TokenStore) -> None:
+    cache, ids = _taught(tmp_path / "sampled", store, _some("sampled")), np.arange(len(store))
+    assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same draws
+    assert 0 < (cache.noise() or 0) < 1 / cache.kept.count
+    assert _taught(tmp_path / "exact", store, _some("exact")).noise() is None

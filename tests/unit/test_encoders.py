@@ -294,10 +294,13 @@ def test_which_wins_of_a_folder_a_package_and_the_hub(
     assert np.array_equal(fitted(sentence_bert("package:tiny-bert")).encode(TEXTS), expected)
     shutil.copytree(tiny_bert, tmp_path / "hub" / "name")
     assert np.array_equal(fitted(sentence_bert("hub/name")).encode(TEXTS), expected)
-    (tmp_path / "hub" / "name" / "modules.json").unlink()
-    (tmp_path / "hub" / "name" / "config.json").unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match=r"hub/name.* is no sentence-transformers model .* rename the folder"):
-        fitted(sentence_bert("hub/name"))
+    weights = tmp_path / "hub" / "name" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for damage in (lambda: None, lambda: shutil.rmtree(tmp_path / "hub" / "name")):
+        damage()
+        (tmp_path / "hub" / "name").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=r"hub/name.* is no sentence-transformers model .* rename the folder"):
+            fitted(sentence_bert("hub/name"))
 
 
 def install(site: Path, model: Path, *, zipped: bool) -> str:
