@@ -55,6 +55,7 @@ _REFUSALS = {
     errno.EACCES: "no permission: choose a root that you may write to",
     errno.EPERM: "no permission: choose a root that you may write to",
     errno.EROFS: "the filesystem is read-only: choose another root",
+    errno.ENAMETOOLONG: "the name is too long for the filesystem: choose a shorter one",
     errno.ENOTDIR: "a file stands where a folder is needed: remove it or choose another root",
 }
 
