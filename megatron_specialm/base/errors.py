@@ -61,6 +61,7 @@ _REFUSALS = {
     errno.EACCES: "no permission: change that, or choose another place",
     errno.EPERM: "no permission: change that, or choose another place",
     errno.EROFS: "the filesystem is read-only: choose another place",
+    errno.ENAMETOOLONG: "the name is too long for the filesystem: choose a shorter one",
     errno.ENOTDIR: "a file stands where a folder is needed: remove it, or choose another place",
 }
 

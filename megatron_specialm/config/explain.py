@@ -16,8 +16,8 @@ _FIXES = {
     "bool_type": "write true or false, without quotes",
     "list_type": "write a list, as in [a, b]",
     "tuple_type": "write a list, as in [a, b]",
-    "dict_type": "write keys and values, one a line, or leave the key out",
-    "model_type": "write keys and values, one a line, or leave the key out",
+    "dict_type": "write one key and value a line, or leave the key out",
+    "model_type": "write one key and value a line, or leave the key out",
 }
 
 
@@ -45,7 +45,8 @@ def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Seq
     value = item["input"]
     if isinstance(value, Guessed):
         return f"{key}: {value}"
-    message = item["msg"].removeprefix("Value error, ")
+    is_mapping = item["type"] in ("dict_type", "model_type")  # of which pydantic names the class
+    message = "must be keys and values" if is_mapping else item["msg"].removeprefix("Value error, ")
     if fix := "give a value, or leave the key out" if value is None else _FIXES.get(item["type"]):
         message += f": {fix}"
     shown = repr(value)

@@ -219,7 +219,7 @@ class Local(Settings):
 class Pipeline(Settings):
     """One YAML page: which text, which stages, in which folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     root: PathText = Field(description="the run folder, relative to the working directory")
     seed: NonNegativeInt = Field(default=0, le=2**32 - 1)
     text: Text
@@ -230,8 +230,8 @@ class Pipeline(Settings):
     @classmethod
     def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value:
-            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name in RESERVED:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name) or name in RESERVED:
                 raise ValueError(
-                    f"stage name {name!r}: use small letters, digits, '_' and '-' ({', '.join(RESERVED)} are taken)"
+                    f"stage name {name!r}: use small letters, digits, '_' and '-', at most 80 ({', '.join(RESERVED)} are taken)"
                 )
         return value

@@ -74,10 +74,10 @@ class Text(Settings):
     @classmethod
     def _names(cls, value: dict[str, TextSet]) -> dict[str, TextSet]:
         for name in [*value, *(files.domain for files in value.values() if files.domain is not None)]:
-            if name == GENERIC or re.fullmatch(r"c\d+", name) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+            if name == GENERIC or re.fullmatch(r"c\d+", name) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,79}", name):
                 raise ValueError(
-                    f"domain name {name!r}: use small letters, digits, '_' and '-'; '{GENERIC}' is taken by the generic "
-                    "set, and c0, c1, ... by the experts of clusters"
+                    f"domain name {name!r}: use small letters, digits, '_' and '-', at most 80; '{GENERIC}' is taken by the "
+                    "generic set, and c0, c1, ... by the experts of clusters"
                 )
         return value
 

@@ -26,7 +26,7 @@ from megatron_specialm.base.errors import ArtifactError, DataError, MissingTextE
 from megatron_specialm.base.files import read_json, sha256_file, sha256_json, write_json
 from megatron_specialm.config.graph import ENCODING_MODEL, TOKENIZER, Task, TaskId
 from megatron_specialm.config.text import Text
-from megatron_specialm.data.documents import cut_in_shards, resolve_files, text_format
+from megatron_specialm.data.documents import HUB, cut_in_shards, resolve_files, text_format
 
 CACHE = "file_hashes.json"
 THREADS = 16  # at most: more readers than that do not make a filesystem faster
@@ -78,23 +78,25 @@ def look_up(tasks: Iterable[Task]) -> dict[TaskId, dict[str, list[Part]]]:
         key = entries, task.shard.shards if task.shard else 1
         if key not in known:
             cut = cut_in_shards(*key) if task.shard else [resolve_files(entries)]
-            known[key] = [[_text_part(file) for file in files] for files in cut]
+            known[key] = [[part for file in files for part in _text_parts(file)] for files in cut]
         return known[key][task.shard.number if task.shard else 0]
 
     return {task.id: {role: behind(task, role) for role in task.files} for task in tasks}
 
 
-def _text_part(file: Path | str) -> Part:
-    return Part(file, None) if isinstance(file, str) else Part(text_format(file), file)
+def _text_parts(file: Path | str) -> list[Part]:
+    if isinstance(file, Path):
+        return [Part(text_format(file), file)]
+    name, _, split = file.removeprefix(HUB).partition(":")
+    files = _files_in(Path(name))  # of two things of that name, the hub's library takes the folder
+    return [Part(f"{HUB}:{split}", None), *files] if files else [Part(file, None)]
 
 
 def _model_parts(entry: str, role: str) -> list[Part]:
     if entry.startswith(PACKAGE):
         return [Part(f"{entry} {_installed_version(entry.removeprefix(PACKAGE))}", None)]
-    folder = Path(entry)
-    if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return [Part(path.relative_to(folder).as_posix(), path) for path in files]
+    if files := _files_in(Path(entry)):
+        return files
     if role == TOKENIZER:
         return [Part("", Path(file)) for file in resolve_files([entry])]
     return [Part(entry, None)]
@@ -105,6 +107,12 @@ def _installed_version(package: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
         return importlib.metadata.version(package)
     return ""
+
+
+def _files_in(folder: Path) -> list[Part]:
+    """All files of a folder, by their names in it; none where it is no folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [Part(path.relative_to(folder).as_posix(), path) for path in files]
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def render(
             code=shlex.quote(str(code)),
             command=shlex.join(map(str, command)),
         )
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{template}: cannot be read ({error}): correct `template` in the site profile") from None
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{template}: {error}: write $$ for a dollar sign that is the shell's own") from None

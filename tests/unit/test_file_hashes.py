@@ -133,6 +133,17 @@ def test_the_same_bytes_read_as_lines_or_as_a_whole_are_other_documents(text: Pa
     assert _changed(_plan(text), _plan(text, law={"train": ["law.txt"]})) == OF_LAW | OF_ALL
 
 
+def test_a_dataset_of_the_hub_is_its_name_and_a_folder_its_files(text: Path) -> None:
+    names = ["hf:some/name", "hf:some/name:config", "hf:other/name"]
+    assert len({_plan(text, law={"train": [name]})["tokens/law"] for name in names}) == 3
+    (text / "folder").mkdir()
+    shutil.copy(text / "law.jsonl", text / "folder" / "a.jsonl")
+    before = _plan(text, law={"train": ["hf:folder"]})
+    assert before == _plan(text, law={"train": [f"hf:{text / 'folder'}"]})
+    (text / "folder" / "a.jsonl").write_text("other")
+    assert _changed(before, _plan(text, law={"train": ["hf:folder"]})) == OF_LAW | OF_ALL
+
+
 def test_an_edit_that_leaves_size_and_time_as_they_were_is_noticed(text: Path) -> None:
     before, path = _plan(text), text / "law.jsonl"
     status = path.stat()

@@ -135,6 +135,9 @@ def _texts(value: Any) -> Iterator[str]:
         ("seed={2024-01-01: 2}", "a date to YAML: quote it"),
         ("seed={[a]: 2}", r"key \['a'\] is not text"),
         ("seed=" + "[" * 3000 + "]" * 3000, "too deep"),
+        ("name=" + "y" * 81, "name: .*pattern"),
+        ("stages." + "y" * 81 + "={kind: tokenizer}", "at most 80"),
+        ("text.domains." + "y" * 81 + "={train: a, test: b}", "at most 80"),
         ("seed=4294967296", "seed: .*less than or equal"),
     ],
 )
