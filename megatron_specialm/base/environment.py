@@ -45,9 +45,7 @@ class World:
 
 
 ALONE = World(rank=0, world_size=1, local_rank=0, init_method="", launcher="none")
-SPECIAL_STEPS = (
-    0xFFFFFFF0  # from here on Slurm's numbers of steps are its own: batch, interactive (salloc's shell), extern
-)
+SPECIAL_STEPS = 0xFFFFFFF0  # from here on numbers of steps are Slurm's own: batch, interactive (salloc's shell), extern
 
 
 def discover_world(environ: Mapping[str, str] = os.environ) -> World:
