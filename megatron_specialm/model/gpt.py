@@ -248,8 +248,11 @@ def transformer_config(
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout.
+        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout. Megatron-Core
+        # draws none, which would take as long again.
         use_cpu_initialization=True,
+        init_method=_undrawn,
+        output_layer_init_method=_undrawn,
         # Losses are sums over tokens; gradients are divided once by the global number of tokens. Exact for any layout.
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
@@ -267,6 +270,10 @@ def transformer_config(
         **_pipeline(config, vocabulary_size, parallel),
         **_RECOMPUTE[parallel.recompute],
     )
+
+
+def _undrawn(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
