@@ -272,10 +272,6 @@ def transformer_config(
     )
 
 
-def _undrawn(weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
 def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
     """Which layers stand on which stage. Megatron-Core wants chunks in the order of the forward pass."""
     if parallel.pipeline_parallel == 1:
@@ -291,6 +287,10 @@ def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfi
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
     }
+
+
+def _undrawn(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 # Attention is fused and keeps nothing that grows with the square of the context: what is worth recomputing before whole
