@@ -263,8 +263,11 @@ def transformer_config(
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout.
+        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout. Megatron-Core
+        # draws none, which would take as long again.
         use_cpu_initialization=True,
+        init_method=_undrawn,
+        output_layer_init_method=_undrawn,
         # Losses are sums over tokens; gradients are divided once by the global number of tokens. Exact for any layout.
         calculate_per_token_loss=True,
         bias_dropout_fusion=has_kernels(),
@@ -309,6 +312,10 @@ def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfi
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
     }
+
+
+def _undrawn(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 # Attention is fused and keeps nothing that grows with the square of the context: what is worth recomputing before whole

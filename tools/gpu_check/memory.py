@@ -1,7 +1,9 @@
 """Peak memory of training steps against the estimate of `config/memory.py`."""
 
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from gpu_check.figures import Figure, attempt, between
@@ -15,6 +17,7 @@ from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.data.store import MIXTURE
 from megatron_specialm.train.distributed import process_group
 
 MIB = 2**20
@@ -40,6 +43,8 @@ def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, N
     engine, batch = engine_of(setup, first_weights=drawn_on_device), random_batch(setup)
     for _ in range(3):
         engine.train_step(batch, learning_rate=1e-4)
+    if MIXTURE in batch.notes:  # experts are drawn: some micro-batches may share one
+        setup = replace(setup, variants=len(np.unique(batch.notes[MIXTURE], axis=0)))
     estimate = memory_of(setup, fused=fused).total
     yield Figure(f"{name}: estimate", estimate / MIB, "MiB")
     if torch.cuda.is_available():
@@ -66,5 +71,5 @@ def _setup(model: ModelConfig, precision: str, *, tiny: bool, recompute: str = "
     return Setup(
         model, ParallelConfig(recompute=recompute), precision, vocabulary, context,  # type: ignore[arg-type]
         global_batch_size=4 * micro_batch if projected else micro_batch, micro_batch_size=micro_batch,
-        fp8=Fp8Config() if precision == "fp8" else None, variants=4 if projected else 0,
+        fp8=Fp8Config() if precision == "fp8" else None,
     )  # fmt: skip
