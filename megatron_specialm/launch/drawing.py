@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import atomic_path
 
 if TYPE_CHECKING:
@@ -90,14 +91,20 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 @contextlib.contextmanager
 def our_style() -> Iterator[None]:
     """Draw with Agg and our style alone, whatever the environment says: matplotlib refuses the `MPLBACKEND` of a notebook
-    where that is not installed, and a matplotlibrc of the user's would change what is drawn."""
+    where that is not installed, and a matplotlibrc of the user's would change what is drawn.
+
+    Raises:
+        ConfigError: a matplotlibrc in the working directory is no text.
+    """
     spec = importlib.util.find_spec("matplotlib")
     assert spec is not None and spec.origin is not None
     # Both are read when matplotlib is first imported.
     os.environ["MPLBACKEND"] = "agg"
     os.environ["MATPLOTLIBRC"] = str(Path(spec.origin).parent / "mpl-data" / "matplotlibrc")
-    import matplotlib
-
+    try:
+        import matplotlib
+    except UnicodeDecodeError as error:  # it looks in the working directory first
+        raise ConfigError(f"{Path('matplotlibrc').resolve()}: matplotlib cannot read it ({error}): remove it") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

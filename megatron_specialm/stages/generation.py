@@ -93,13 +93,14 @@ def open_model(folder: Path) -> Writer:
 
 
 def held_out_words(tokens: Path, tokenizer: Path) -> str:
-    """The beginning of a set's first test document.
+    """The beginning of a set's first test document, up to the end of a word.
 
     Args:
         tokens: the set's folder, RUN/STAGE/KEY of a tokenize stage.
         tokenizer: the folder of its tokenizer.
     """
-    return Tokenizer.load(tokenizer).decode(TokenStore.open(tokens, "test").window(0)[:PROMPT_TOKENS])
+    begun = Tokenizer.load(tokenizer).decode(TokenStore.open(tokens, "test").window(0)[:PROMPT_TOKENS])
+    return begun.rpartition(" ")[0] or begun
 
 
 def _exported(folder: Path) -> Writer:

@@ -46,7 +46,7 @@ def test_a_setting_changes_its_stage_and_what_rests_on_it(text: Path) -> None:
 
 def test_where_and_in_what_portions_it_runs_changes_nothing(text: Path) -> None:
     elsewhere = _digests("stages.slm.parallel.data_parallel=2", "stages.slm.micro_batch_size=4", "local.threads=2",
-                         "root=other", "stages.slm.checkpoint.every=3")  # fmt: skip
+                         "root=other", "stages.slm.checkpoint.every=3", "text.made_by=make text")  # fmt: skip
     assert _digests() == elsewhere
 
 
