@@ -16,13 +16,14 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, tokenize, tokenizer, train
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import read_for
+from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics
@@ -178,13 +179,17 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return page, root
 
 
-def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
+def _reading(prepared: tuple[Pipeline, Path], stage: str, key: str) -> Reading:
     page, root = prepared
     task, settings = build_graph(page)[TaskId(stage, key)], page.stages[stage]
     assert isinstance(settings, TrainStage)
-    reading = read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
-    assert reading.held_out is not None
-    return reading.held_out
+    return read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
+
+
+def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
+    held_out = _reading(prepared, stage, key).held_out
+    assert held_out is not None
+    return held_out
 
 
 def _topics(prepared: tuple[Pipeline, Path], held_out: HeldOut) -> Iterator[str]:
@@ -229,6 +234,15 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
     batches = sum(-(-count // 2) for count in np.unique(parts, return_counts=True)[1])  # of two windows
     assert report.values["passes"]["evaluated"] == 3 * batches * 2 * 32
     assert report.values["passes"]["trained"] == report.slots == 4 * 4 * 32
+    if stage == "pn":  # an expert is projected once per step, and once per four batches of a validation
+        stream = _reading(prepared, stage, key).stream
+        assert isinstance(stream, ExpertStream)
+        assert report.values["passes"]["trained_variants"] == sum(
+            len(np.unique(stream.mixtures(step), axis=0)) for step in range(4)
+        )
+        mixtures = [batch.notes[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
+        fours = [set(mixtures[first : first + 4]) for first in range(0, len(mixtures), 4)]
+        assert report.values["passes"]["evaluated_variants"] == 3 * sum(map(len, fours))
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
