@@ -19,6 +19,10 @@ class Passes(NamedTuple):
     trained_variants: int = 0
     evaluated_variants: int = 0
 
+    def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
+        """These, and one over so many slots, computed with so many mixtures."""
+        return self.plus(Passes(0, slots, 0, variants) if forward_only else Passes(slots, 0, variants, 0))
+
     def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
         """These, and `times` the others."""
         return Passes(*(own + times * more for own, more in zip(self, other, strict=True)))

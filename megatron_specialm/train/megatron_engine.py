@@ -225,8 +225,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         slots = len(micro_batches) * micro_batches[0].tokens.numel() * self._parallel.context_parallel
-        made = Passes(0, slots, 0, self._variants) if forward_only else Passes(slots, 0, self._variants, 0)
-        self.passes = self.passes.plus(made)
+        self.passes = self.passes.after(slots, self._variants, forward_only=forward_only)
         return sums
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
@@ -266,9 +265,8 @@ class MegatronEngine:
                 found.append(self._on_device(part, variant))
         if self._model.derived is not None:
             self._finish_gathering()
-            table = variants.table()
-            self._variants = len(table)
-            self._model.derived.derive(table.to(self._model.device))
+            self._variants = len(variants.table())
+            self._model.derived.derive(variants.table().to(self._model.device))
         return found
 
     def _finish_gathering(self) -> None:

@@ -1,5 +1,6 @@
 """Early stopping validates on text that is like what the model is trained for: which windows, and the mean over them."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import HELD_OUT
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages import assign, cluster, embed, tokenize, tokenizer, train
+from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import read_for
+from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics
@@ -141,6 +144,10 @@ STAGES: dict[str, Any] = {
         **TRAIN, **BY_CLUSTER, "data": "generic", "projection": {"experts": 3, "capacity": 2, "code_size": 2},
         "windows_per_expert": 2,
     },
+    "chosen": {
+        "kind": "select", "experts": "mix", "tokens": "tokens", "by": "loss", "compare": ["finetuned"], "sample_windows": 8,
+        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
+    },
     "tuned": {**TRAIN, "data": "domain", "init": "slm", "model": None},
 }  # fmt: skip
 RUN = {
@@ -178,13 +185,17 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return page, root
 
 
-def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
+def _reading(prepared: tuple[Pipeline, Path], stage: str, key: str) -> Reading:
     page, root = prepared
     task, settings = build_graph(page)[TaskId(stage, key)], page.stages[stage]
     assert isinstance(settings, TrainStage)
-    reading = read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
-    assert reading.held_out is not None
-    return reading.held_out
+    return read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
+
+
+def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
+    held_out = _reading(prepared, stage, key).held_out
+    assert held_out is not None
+    return held_out
 
 
 def _topics(prepared: tuple[Pipeline, Path], held_out: HeldOut) -> Iterator[str]:
@@ -229,6 +240,31 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
     batches = sum(-(-count // 2) for count in np.unique(parts, return_counts=True)[1])  # of two windows
     assert report.values["passes"]["evaluated"] == 3 * batches * 2 * 32
     assert report.values["passes"]["trained"] == report.slots == 4 * 4 * 32
+    if stage == "pn":  # an expert is projected once per step, and once per four batches of a validation
+        stream = _reading(prepared, stage, key).stream
+        assert isinstance(stream, ExpertStream)
+        assert report.values["passes"]["trained_variants"] == sum(
+            len(np.unique(stream.mixtures(step), axis=0)) for step in range(4)
+        )
+        mixtures = [batch.notes[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
+        fours = [set(mixtures[first : first + 4]) for first in range(0, len(mixtures), 4)]
+        assert report.values["passes"]["evaluated_variants"] == 3 * sum(map(len, fours))
+
+
+def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared: tuple[Pipeline, Path]) -> None:
+    page, root = prepared
+    graph = build_graph(page)
+    for key in ("c0", "c1", "c2"):
+        folder = begin_artifact(root, "mix", key, digest="t")
+        train.run(page.stages["mix"], Context(page, graph[TaskId("mix", key)], root, folder, ALONE, threads=1))
+    folder = begin_artifact(root, "chosen", "law", digest="t")
+    context = Context(page, graph[TaskId("chosen", "law")], root, folder, ALONE, threads=1)
+    report = select.run(page.stages["chosen"], context)
+    criteria = report.values["criteria"]
+    forward = 3 * 8 * 32 * ModelConfig.model_validate(MODEL).forward_flops(280, 32)  # three experts, eight windows each
+    assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
+    assert report.apart.flops == criteria["finetuned"]["flops"] > forward
+    assert 0 < report.apart.seconds < time.monotonic() - context.started
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
@@ -263,5 +299,5 @@ def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(pre
     assert not set(held_out) & set(build_graph(plain))
     ours, theirs = make_plan(page, root), make_plan(plain, root)
     for name in theirs:
-        if name.stage not in ("slm", "mix", "is", "early", "is-early", "pn", "tuned"):
+        if page.stages[name.stage].kind in RUN:
             assert ours[name].digest == theirs[name].digest, "what was prepared before serves on"
