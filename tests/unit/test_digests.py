@@ -21,6 +21,7 @@ DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
 DECIDES_NOTHING = {
     "Pipeline.name": "a run folder is of one name: another one needs another root",
     "Pipeline.root": "a place",
+    "Text.made_by": "a hint in errors",
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
     "CheckpointPolicy.*": "how often is saved",
