@@ -5,6 +5,7 @@
 Hashing waits for the disk and frees the interpreter's lock, so several files are read at a time.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,15 @@ def _hashes(files: list[Path], cache: Path) -> dict[Path, str]:
     for number, (file, digest) in enumerate(_read(missing), start=1):
         new[str(file)] = {"stamp": stamps[file], "sha256": digest}
         if number % KEEP_EVERY == 0:
-            write_json(cache, new)
+            _write_cache(cache, new)
     if new != known:
-        write_json(cache, new)
+        _write_cache(cache, new)
     return {file: new[str(file)]["sha256"] for file in files}
+
+
+def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # who looks at a run need not be able to write there
+        write_json(cache, entries)
 
 
 def _read(files: list[Path]) -> Iterator[tuple[Path, str]]:
