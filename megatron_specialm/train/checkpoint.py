@@ -2,7 +2,6 @@
 
     step_0000400/           model-RANK.safetensors  optimizer-RANK.safetensors  state.json
                             manifest.json (sizes and SHA-256)
-    latest                  the newest folder's name, written last
     result.json             at the end of training: which step is the outcome
 
 Tensors are whole and canonical (`model/weights.py`); each process writes those that fall to it, so what a file holds is
@@ -35,7 +34,6 @@ from megatron_specialm.base.files import (
     seal_file,
     verify_folder,
     write_json,
-    write_text,
 )
 from megatron_specialm.train.peers import Peers
 
@@ -88,8 +86,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     peers: Peers = Peers(),  # noqa: B008 (this process alone)
 ) -> Path:
-    """Write a step aside, publish it, and point `latest` at it. All processes call this, each with the tensors that it
-    is to write; it returns when the step is durable.
+    """Write a step aside and publish it. All processes call this, each with the tensors that it is to write; it returns
+    when the step is durable.
 
     Raises:
         OSError: a file cannot be written; on every process, whichever it befell. The step is not published.
@@ -118,7 +116,6 @@ def save_checkpoint(
         refuse_if_taken_over(folder)
         write_json(aside / "state.json", state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
-        write_text(folder / "latest", final.name + "\n")
 
     aside = peers.from_first(make_aside)
     sealed = peers.agree(write)

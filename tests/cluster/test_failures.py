@@ -138,7 +138,7 @@ def test_words_of_a_page_are_no_commands(cluster: Cluster, smoke_run: Path, tmp_
     """Quotes, spaces, semicolons and substitutions in paths and in the profile, through a real sbatch."""
     word = "a b;touch hit;'\"`touch hit`$(touch hit)&|>hit"
     folder = prepared(smoke_run, tmp_path / word)
-    run = Run(cluster, folder, name=f"runs/{word}", site={"environment": {"NOTE": f"{word}\ntouch hit"}})
+    run = Run(cluster, folder, name=f"runs/{word}", site={"environment": {"NOTE": word}})
     text = folder / f"{word}.jsonl"
     text.write_bytes((smoke_run / "data/smoke/generic.train.jsonl").read_bytes())
     run.overrides = [f"text.generic.train={json.dumps([text.name])}"]

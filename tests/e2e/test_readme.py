@@ -37,6 +37,7 @@ NOT_RUN = {
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
     r"(torchrun|srun|mpirun|sbatch)\b": "several processes, or a cluster; tests/distributed/test_launchers.py, tests/cluster",
     r"pip install": "a package index",
+    r"tools/gpu_check\.sh": "a GPU; tests/e2e/test_gpu_check.py runs it in small",
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_files_and_folders_follow_the_umask_and_the_folders_group(tmp_path: Path
     finally:
         os.umask(before)
     made = [path for path in shared.rglob("*")]
-    assert {path.name for path in made} >= {"a.bin", "manifest.json", "model-00000.safetensors", "latest"}
+    assert {path.name for path in made} >= {"a.bin", "manifest.json", "model-00000.safetensors"}
     for path in made:
         status = path.stat()
         wanted = (0o2777 if path.is_dir() else 0o666) & ~mask
