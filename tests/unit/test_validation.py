@@ -66,6 +66,13 @@ def test_a_clusters_expert_is_validated_on_its_own_windows(engine: MegatronEngin
     assert _mean(held_out, engine) == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_weighted_tokens_are_counted_exactly(engine: MegatronEngine) -> None:
+    """However they are dealt out to processes: in fp32 the count of a batch would be rounded."""
+    weights = np.full(len(CLUSTERS), (1 << 24) - 3, np.float32)
+    counted = engine.evaluate(HeldOut(STORE, np.arange(len(CLUSTERS)), weights).batches(batch_size=4)).tokens
+    assert counted == ((1 << 24) - 3) * sum(tokens for _, tokens in _window_losses())
+
+
 def test_importance_is_the_weighted_mean(engine: MegatronEngine) -> None:
     target = np.array([0.1, 0.6, 0.2, 0.1])
     held_out, lost = like(STORE, INDEX, target)
