@@ -153,7 +153,7 @@ STAGES: dict[str, Any] = {
     },
     "chosen": {
         "kind": "select", "experts": "mix", "tokens": "tokens", "by": "loss", "compare": ["finetuned"], "sample_windows": 8,
-        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
+        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
     },
     "tuned": {**TRAIN, "data": "domain", "init": "slm", "model": None},
 }  # fmt: skip
@@ -272,6 +272,8 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
     assert 0 < report.apart.seconds < time.monotonic() - context.started
+    alone = select.run(page.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
+    assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], "as it was planned"
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
