@@ -273,7 +273,9 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
     assert 0 < report.apart.seconds < time.monotonic() - context.started
     alone = select.run(page.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
-    assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], "as it was planned"
+    assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], (
+        "as it was planned"
+    )
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
