@@ -15,10 +15,11 @@ from megatron_specialm.base.errors import Stopped
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
+from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import Batch
+from megatron_specialm.data.validation import all_windows
 from megatron_specialm.launch.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import Saver
@@ -156,7 +157,7 @@ def run_training(
                 folder=folder,
                 settings=settings,
                 batches=TrainingBatches(store, stream, rank=rank, processes=copies),
-                validation=lambda: evaluation_batches(held_out, batch_size=4, rank=rank, processes=copies),
+                validation=lambda: all_windows(held_out).batches(batch_size=4, rank=rank, processes=copies),
                 description={},
                 flops_per_step=1,
                 device_name="cpu",

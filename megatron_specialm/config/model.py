@@ -83,11 +83,11 @@ class ModelConfig(Settings):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_exact_gelu(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The activation is younger than the first models: those without one keep their description and digest."""
-        values = whole(self)
-        if values.get("activation") == "gelu":
-            del values["activation"]
+    def _without_what_is_not_its_own(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A description names the activation of a neox model; a llama has no such setting."""
+        values: dict[str, Any] = whole(self)
+        if self.family == "llama":
+            values.pop("activation", None)
         return values
 
     @property

@@ -49,11 +49,9 @@ class TrainingBatches:
         return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
 
 
-def evaluation_batches(
-    store: TokenStore, *, batch_size: int, rank: int = 0, processes: int = 1, max_windows: int | None = None
-) -> Iterator[Batch]:
-    """Every window of a store once, or `max_windows` evenly spread ones, dealt out over the processes."""
+def evaluation_batches(store: TokenStore, *, batch_size: int, max_windows: int | None = None) -> Iterator[Batch]:
+    """Every window of a store once, or `max_windows` evenly spread ones."""
     count = len(store) if max_windows is None else min(max_windows, len(store))
-    ids = np.linspace(0, len(store) - 1, count).round().astype(np.int64)[rank::processes]
+    ids = np.linspace(0, len(store) - 1, count).round().astype(np.int64)
     for start in range(0, len(ids), batch_size):
         yield store.batch(ids[start : start + batch_size])

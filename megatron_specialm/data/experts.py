@@ -12,6 +12,8 @@ clusters' experts would never be trained alone.
 Shapes: K clusters, B = global batch size.
 """
 
+import functools
+
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
@@ -44,6 +46,7 @@ class ExpertStream:
             windows_in_a_row=windows_per_expert,
         )
         self._index, self._soup, self._seed = index, soup, seed
+        self._draw = functools.lru_cache(maxsize=1)(self._draw_step)  # a step is asked for its windows and its mixtures
 
     def global_batch(self, step: int) -> np.ndarray:
         """Window ids of optimizer step `step` (from 0), (B,) int64."""
@@ -58,22 +61,26 @@ class ExpertStream:
         groups, by soups on average."""
         return self._plain.report(steps * self._groups)
 
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step < 0:
             raise DataError(f"step is {step}: steps count from 0")
+        numbers = range(step * self._groups, (step + 1) * self._groups)
+        soups = np.diff([soups_before(number, self._soup) for number in (*numbers, numbers.stop)]) > 0
         windows = np.empty((self._groups, self._row), np.int64)
         mixtures = np.zeros((self._groups, self._row, len(self._index.sizes)), np.float32)
-        for group, number in enumerate(range(step * self._groups, (step + 1) * self._groups)):
-            soups = soups_before(number, self._soup)
-            if self._soup is not None and soups_before(number + 1, self._soup) > soups:
-                windows[group], mixtures[group] = self._draw_soup(self._soup, number)
-            else:
-                windows[group] = self._plain.global_batch(number - soups)
-                mixtures[group, :, self._plain.clusters(number - soups)[0]] = 1
+        if not soups.all():
+            first = numbers.start - soups_before(numbers.start, self._soup)
+            ids, clusters = self._plain.global_batches(range(first, first + int((~soups).sum())))
+            windows[~soups] = ids.reshape(-1, self._row)
+            mixtures[np.flatnonzero(~soups), :, clusters[:: self._row]] = 1
+        for group in np.flatnonzero(soups):
+            windows[group], mixtures[group] = self._draw_soup(numbers[group])
         return windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1)
 
-    def _draw_soup(self, soup: Soup, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_soup(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows (row,) and the histogram (K,) of one soup group."""
+        soup = self._soup
+        assert soup is not None
         generator = np.random.default_rng([self._seed, number])
         sizes = self._index.sizes
         clusters = generator.choice(len(sizes), soup.clusters, p=sizes / sizes.sum())  # one drawn twice weighs more

@@ -180,19 +180,22 @@ class ImportanceStream:
         Raises:
             DataError: step < 0.
         """
-        clusters, ranks = self._draw(step)
+        return self.global_batches(range(step, step + 1))[0]
+
+    def global_batches(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Window ids of consecutive steps in a row, and the cluster of each, (len(steps) * B,) int64 both.
+
+        Args:
+            steps: of one phase.
+
+        Raises:
+            DataError: a step < 0.
+        """
+        clusters, ranks = self._draw(steps)
         sizes = self._sizes[clusters]
         epochs, places = np.divmod(ranks, sizes)
         keys = mix(self._keys[clusters] + epochs.astype(np.uint64))
-        return self._index.members(clusters, shuffled(places, sizes=sizes, keys=keys))
-
-    def clusters(self, step: int) -> np.ndarray:
-        """The cluster of each window of `global_batch(step)`, (B,) int64, in the same order.
-
-        Raises:
-            DataError: step < 0.
-        """
-        return self._draw(step)[0]
+        return self._index.members(clusters, shuffled(places, sizes=sizes, keys=keys)), clusters
 
     def counts(self, steps: int) -> np.ndarray:
         """How many windows of each cluster the first `steps` steps draw, (K,) int64. O(K).
@@ -225,11 +228,12 @@ class ImportanceStream:
             warnings=_repeat_warnings(repeats, self._sizes),
         )
 
-    def _draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cluster of each window of a step, and how many windows the cluster had given before, both (B,) int64."""
-        phase = self._phase(step)
-        first = (step - phase.start) * self._draws
-        clusters, ranks = phase.schedule.locate(np.arange(first, first + self._draws))
+    def _draw(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Cluster of each window of some steps, and how many windows the cluster had given before, both int64."""
+        phase = self._phase(steps.start)
+        assert phase is self._phase(steps[-1])
+        draws = range((steps.start - phase.start) * self._draws, (steps.stop - phase.start) * self._draws)
+        clusters, ranks = phase.schedule.locate(np.arange(draws.start, draws.stop))
         clusters = np.repeat(clusters, self._row)
         ranks = (self._row * ranks[:, None] + np.arange(self._row)).ravel()
         return clusters, ranks + phase.consumed[clusters]

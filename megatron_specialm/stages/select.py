@@ -136,7 +136,8 @@ def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, exper
     slots = experts * min(stage.sample_windows, len(store)) * store.context_length
     costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * shape.forward_flops(*sizes))}
     if (trial := stage.trial) is not None:
-        validation = len(TokenStore.open(store.folder, "validation")) * store.context_length
+        held_out, size = len(TokenStore.open(store.folder, "validation")), trial.micro_batch_size
+        validation = -(-held_out // size) * size * store.context_length  # the last batch is filled up
         plans = {"finetuned": [(experts, 0, trial.steps)], "halving": halving_plan(experts, trial.steps)}
         for name, plan in plans.items():
             steps = sum(left * (until - before) for left, before, until in plan)

@@ -47,7 +47,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     setup = setup_of(context.pipeline, context.task.id.stage)
     # The page's vocabulary is a wish where the tokenizer was there before.
     setup = replace(setup, vocabulary_size=store.vocabulary_size)
-    lost_seconds = Work.read(context.folder).seconds
+    lost = Work.read(context.folder)
     if stage.data == "cluster" and world.is_first:
         _write_centroid(stage, context)
     grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
@@ -74,20 +74,21 @@ def run(stage: TrainStage, context: Context) -> Report:
                 started=context.started,
             ),
         )
-    work = Work.read(context.folder)
+    # Not from the record: another incarnation of this task, which has been given up, may still write there.
+    passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
     return Report(
         tokens=progress.tokens,
         slots=(progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length,
-        flops=setup.flops(work.passes),
-        lost_seconds=lost_seconds,
+        flops=setup.flops(passes),
+        lost_seconds=lost.seconds,
         values={
             "steps": progress.step,
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
-            "passes": work.passes._asdict(),
+            "passes": passes._asdict(),
             "parameters": shape.plain.parameters(store.vocabulary_size),
             "trained_parameters": shape.trained_parameters(store.vocabulary_size),
             "effective_sample_size": float(read.effective_sample_size),

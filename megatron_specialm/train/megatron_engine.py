@@ -108,7 +108,7 @@ class MegatronEngine:
         stages = self._parallel.pipeline_parallel
         waiting = iter(batches)
         while group := list(islice(waiting, 4 * stages)):  # enough at a time to keep all stages busy
-            tokens += sum(int(batch.mask.sum()) for batch in group)
+            tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
             empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
             group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
             sums += self._run(self._micro_batches(group), forward_only=True)

@@ -79,11 +79,6 @@ def halving_rounds(experts: int, steps: int) -> list[int]:
     return [max(1, round(steps * (number + 1) / rounds)) for number in range(rounds)]
 
 
-def halving_steps(experts: int, steps: int) -> int:
-    """Steps of all experts together under successive halving."""
-    return sum(left * (until - before) for left, before, until in halving_plan(experts, steps))
-
-
 def halving_plan(experts: int, steps: int) -> list[tuple[int, int, int]]:
     """Of each round: how many experts are left, and the steps that each has had before it and at its end."""
     plan, before, left = [], 0, experts

@@ -13,7 +13,6 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import LowRank
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
-from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.launch.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distributed import data_rank, process_group
@@ -52,7 +51,7 @@ def _losses(case: int | None, world: World, file: Path) -> None:
         for windows in WINDOWS:
             engine.train_step(batch, learning_rate=1e-2)
             held_out = MemoryStore(windows, seed=1)
-            own = evaluation_batches(held_out, batch_size=1, rank=rank, processes=copies) if windows else iter(())
+            own = (held_out.batch(np.array([number])) for number in range(rank, windows, copies))
             losses.append(engine.evaluate(own))
     file.write_text(json.dumps(losses))
 

@@ -255,6 +255,7 @@ def test_no_default_has_changed() -> None:
     `python -m tests.unit.test_digests`. New settings are added by the same command."""
     recorded, now = json.loads(DEFAULTS.read_text()), json.loads(json.dumps(_defaults(Pipeline, {})))
     assert recorded["format"] == ARTIFACT_FORMAT
+    assert not now.keys() - recorded["defaults"].keys(), "new settings: record their defaults"
     for name, default in recorded["defaults"].items():
         assert now.get(name) == default or name not in now, f"{name}: its default was {default}"
 

@@ -87,12 +87,14 @@ def test_a_process_without_gpus_agrees(tmp_path: Path) -> None:
     assert difference(ours, theirs, "fp32") < TOLERANCES["fp32"]
 
 
-def test_exact_gelu_is_left_out_of_a_description() -> None:
-    """So models from before the setting keep their digests, and are read as what they are."""
-    assert "activation" not in NEOX.model_dump(mode="json")
+def test_a_description_names_the_activation() -> None:
+    """That of a checkpoint is the model's settings; models from before the setting are read as what they are."""
+    assert NEOX.model_dump(mode="json")["activation"] == "gelu"
     described = SHAPES["gelu_tanh"].model_dump(mode="json")
-    assert described["activation"] == "gelu_tanh"
-    assert ModelConfig(**described) == SHAPES["gelu_tanh"]
-    assert ModelConfig(**NEOX.model_dump()) == NEOX and NEOX.activation == "gelu"
+    assert described["activation"] == "gelu_tanh" and ModelConfig(**described) == SHAPES["gelu_tanh"]
+    llama = NEOX.model_copy(update={"family": "llama"})
+    assert "activation" not in llama.model_dump(mode="json"), "its own is SwiGLU"
+    before = {name: value for name, value in NEOX.model_dump().items() if name != "activation"}
+    assert ModelConfig(**before) == NEOX
     with pytest.raises(ValueError, match="activation gelu_tanh is for family neox; llama's is SwiGLU: leave it out"):
         ModelConfig(**{**described, "family": "llama"})

@@ -14,8 +14,8 @@ from megatron_specialm.train.selection import (
     by_finetuning,
     by_frequency,
     by_halving,
+    halving_plan,
     halving_rounds,
-    halving_steps,
 )
 
 KEYS = ["c0", "c1", "c2", "c3", "c4"]
@@ -58,12 +58,13 @@ def test_halving_keeps_the_better_half() -> None:
     assert order[0] == "c3" and sorted(order) == KEYS and order[-1] == "c4"
     assert halving_rounds(5, 12) == [4, 8, 12]  # five, three, two experts
     assert tune.steps["c4"] == 4 and tune.steps["c3"] == 12
-    assert sum(tune.steps.values()) == halving_steps(5, 12) == 5 * 4 + 3 * 4 + 2 * 4
+    assert sum(tune.steps.values()) == 5 * 4 + 3 * 4 + 2 * 4
+    assert halving_plan(5, 12) == [(5, 0, 4), (3, 4, 8), (2, 8, 12)]
 
 
 def test_halving_of_one_expert_is_its_fine_tuning() -> None:
     assert by_halving(["c7"], lambda _, steps: float(steps), 12) == ("c7",)
-    assert halving_steps(1, 12) == 12
+    assert halving_plan(1, 12) == [(1, 0, 12)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,5 +1,6 @@
 """Early stopping validates on text that is like what the model is trained for: which windows, and the mean over them."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_specialm.config.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.setup import Passes
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
@@ -29,6 +31,7 @@ from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import read_metrics
+from megatron_specialm.train.work import WorkRecord
 from tests.training import SHAPE, VOCABULARY, MemoryStore
 
 CLUSTERS = np.array([0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 2])  # of eleven held-out windows; none is in cluster 3
@@ -64,6 +67,13 @@ def test_a_clusters_expert_is_validated_on_its_own_windows(engine: MegatronEngin
     losses = _window_losses()
     total, tokens = (sum(losses[number][part] for number in (1, 5, 10)) for part in (0, 1))
     assert _mean(held_out, engine) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_weighted_tokens_are_counted_exactly(engine: MegatronEngine) -> None:
+    """However they are dealt out to processes: in fp32 the count of a batch would be rounded."""
+    weights = np.full(len(CLUSTERS), (1 << 24) - 3, np.float32)
+    counted = engine.evaluate(HeldOut(STORE, np.arange(len(CLUSTERS)), weights).batches(batch_size=4)).tokens
+    assert counted == ((1 << 24) - 3) * sum(tokens for _, tokens in _window_losses())
 
 
 def test_importance_is_the_weighted_mean(engine: MegatronEngine) -> None:
@@ -146,7 +156,7 @@ STAGES: dict[str, Any] = {
     },
     "chosen": {
         "kind": "select", "experts": "mix", "tokens": "tokens", "by": "loss", "compare": ["finetuned"], "sample_windows": 8,
-        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2},
+        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
     },
     "tuned": {**TRAIN, "data": "domain", "init": "slm", "model": None},
 }  # fmt: skip
@@ -251,6 +261,27 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
         assert report.values["passes"]["evaluated_variants"] == 3 * sum(map(len, fours))
 
 
+def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[Pipeline, Path]) -> None:
+    page, root = prepared
+    folder = begin_artifact(root, "slm", "generic", digest="t")
+    given_up = threading.Event()
+
+    def count_on() -> None:
+        with WorkRecord(folder, copies=1, started=0) as record:
+            while not given_up.wait(0.001):
+                record.write(Passes(trained=1))
+
+    other = threading.Thread(target=count_on)
+    context = Context(page, build_graph(page)[TaskId("slm", "generic")], root, folder, ALONE, threads=1)
+    other.start()
+    try:
+        report = train.run(page.stages["slm"].model_copy(update={"early_stopping": None}), context)
+    finally:
+        given_up.set()
+        other.join()
+    assert report.values["passes"]["trained"] in (4 * 4 * 32, 4 * 4 * 32 + 1)  # it may have begun before us
+
+
 def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared: tuple[Pipeline, Path]) -> None:
     page, root = prepared
     graph = build_graph(page)
@@ -265,6 +296,10 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
     assert 0 < report.apart.seconds < time.monotonic() - context.started
+    alone = select.run(page.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
+    assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], (
+        "as it was planned"
+    )
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
