@@ -82,7 +82,9 @@ def run(
         str | None,
         typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Tasks at a time; default: cores / threads.", min=1)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Tasks at a time; default: GPUs, else cores / threads.", min=1)
+    ] = None,
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
     from megatron_specialm.base.environment import discover_world

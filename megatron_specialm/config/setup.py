@@ -12,7 +12,8 @@ FP8_MULTIPLE = 16  # bytes, to which cuBLAS wants every row of an FP8 matrix ali
 
 class Passes(NamedTuple):
     """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
-    went forward only, as in validations; and how often a mixture of experts was projected for them."""
+    went forward only, as in validations; and how often weights were derived for them, for a mixture of experts or of
+    adapters and their base."""
 
     trained: int = 0
     evaluated: int = 0

@@ -78,8 +78,10 @@ def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, 
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
     if stage.projection is not None:
         batches += stage.projection.experts  # a batch is of one expert: each may end with one that is not full
-    times, copies = 1 + -(-steps // stage.early_stopping.evaluate_every), stage.parallel.data_parallel
-    made = times * copies * -(-batches // copies)
+    times = 1 + -(-steps // stage.early_stopping.evaluate_every)
+    # All copies make equally many passes, as many as keep all pipeline stages busy: empty batches fill them up.
+    together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel
+    made = times * together * -(-batches // together)
     slots = made * stage.micro_batch_size * setup.context_length
     return Passes(evaluated=slots, evaluated_variants=made)
 

@@ -54,6 +54,14 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     # Validations: before the first step and at three more, of two, three and one batches of eight windows.
     evaluated = Passes(evaluated=4 * (2 + 3 + 1) * 8 * 64)
     assert training_flops(pipeline, "slm-tuned") == before + setup.flops(evaluated)
+    layout = "stages.slm-tuned.parallel={data_parallel: 2, pipeline_parallel: 2}"
+    spread = load_pipeline(
+        configs_folder() / "pipelines" / "smoke.yaml",
+        [f"root={tmp_path}", layout, "stages.slm-tuned.micro_batch_size=2"],
+    )
+    # Batches of two windows: five, nine and four on two copies are three, five and two each, in multiples of two stages.
+    evaluated = Passes(evaluated=4 * 2 * (4 + 6 + 2) * 2 * 64)
+    assert training_flops(spread, "slm-tuned") == before + setup.flops(evaluated)
     assert training_flops(pipeline, "slm") == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
 
 
