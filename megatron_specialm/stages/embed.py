@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path
-from megatron_specialm.clustering.coverage import Coverage
+from megatron_specialm.clustering.coverage import check_coverage, count_zero
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder
 from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
 from megatron_specialm.config.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
@@ -96,22 +96,23 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
         raise DataError(f"{context.task.id}: there are no windows to embed: add text")
     folder = context.artifact(context.task.id.stage, ENCODER) / "encoder"
     encoder = load_encoder(stage.encoder, folder, threads=context.threads)
-    coverage = Coverage(context.key)
+    zero = 0
     with atomic_path(context.folder / FILE) as path:
         shape = (len(windows), encoder.dimensions)
         vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         for rows, texts in windows.batches():
             vectors[rows] = encoder.encode(texts)
-            coverage.add(vectors[rows])
+            zero += count_zero(vectors[rows], name=context.key, first=rows.start)
         vectors.flush()
-        coverage.check()
-    describe_vectors(context.folder, zero=coverage.zero)
+        if context.task.shard is None and context.key != HELD_OUT:  # a part is judged with the set that it is of
+            check_coverage(context.key, zero=zero, windows=len(windows))
+    describe_vectors(context.folder, zero=zero)
     return Report(
         tokens=windows.tokens,
         flops=windows.tokens * encoder.flops_per_token,
         values={
             "windows": len(windows),
-            "zero_vectors": coverage.zero,
+            "zero_vectors": zero,
             "dimensions": encoder.dimensions,
             "encoder": stage.encoder.kind,
             **encoder.counts,
@@ -120,11 +121,16 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
 
 
 def _gather(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
-    """Nothing is copied: the set's vectors stay in its shards."""
+    """Nothing is copied: the set's vectors stay in its shards.
+
+    Raises:
+        DataError: the encoder knows nothing of half of the windows.
+    """
     folders = [context.artifact(context.task.id.stage, key) for key in shards]
     join_vectors(folders, folder=context.folder)
     vectors = Vectors(context.folder)
     windows, dimensions = vectors.shape
+    check_coverage(context.key, zero=vectors.zero, windows=windows)
     values = {"windows": windows, "zero_vectors": vectors.zero, "dimensions": dimensions}
     return Report(values={**values, "encoder": stage.encoder.kind})
 

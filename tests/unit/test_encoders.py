@@ -11,7 +11,7 @@ import pytest
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.clustering.coverage import Coverage
+from megatron_specialm.clustering.coverage import check_coverage, count_zero
 from megatron_specialm.clustering.encoders import (
     Encoder,
     cut_to_fit,
@@ -134,20 +134,18 @@ def test_words_of_other_scripts(text: str, expected: list[str]) -> None:
 
 
 def test_zero_vectors_are_counted_warned_of_and_refused(caplog: pytest.LogCaptureFixture) -> None:
-    known, unknown = np.ones((5, 3), np.float32), np.zeros((5, 3), np.float32)
-    coverage = Coverage("law")
-    coverage.add(known)
-    coverage.check()
+    vectors = np.ones((10, 3), np.float32)
+    vectors[5:7] = 0
+    assert count_zero(vectors, name="law", first=0) == 2
+    check_coverage("law", zero=0, windows=5)
     assert not caplog.records
-    coverage.add(unknown[:2])
-    coverage.check()
+    check_coverage("law", zero=2, windows=7)
     assert "text 'law': the encoder knows nothing of 2 of 7 windows (28.6%)" in caplog.text
-    coverage.add(unknown[:3])
     with pytest.raises(DataError, match=r"text 'law': .* 5 of 10 windows \(50\.0%\).*static, sentence-bert"):
-        coverage.check()
-    known[1, 2] = np.nan
-    with pytest.raises(DataError, match=r"text 'law': .*vectors of 1 of 5 windows from 10 on are not finite"):
-        coverage.add(known)
+        check_coverage("law", zero=5, windows=10)
+    vectors[1, 2] = np.nan
+    with pytest.raises(DataError, match=r"text 'law': .*vectors of 1 of 10 windows from 30 on are not finite"):
+        count_zero(vectors, name="law", first=30)
 
 
 # --- word pieces ------------------------------------------------------------------------------------------------------
