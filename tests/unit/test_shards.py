@@ -183,6 +183,15 @@ def test_vectors_clusters_and_assignment_are_those_of_the_whole_set(text: Path, 
     assert not list((sharded / "vectors/generic").glob("*.npy")), "no vector is copied"
 
 
+def test_unknown_text_is_judged_over_the_whole_set(text: Path, tokenizer: Path) -> None:
+    """Of the words of the last shard's files TF-IDF knows none; of the set's it knows more than half."""
+    for number in (4, 5, 6):
+        (text / f"generic.{number}.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
+    root = _prepare(_page(text, shards=3, **HELD_OUT), text / "run", tokenizer, until="vectors")
+    part, whole = (Vectors(root / "vectors" / key) for key in (SHARDS[-1], "generic"))
+    assert part.zero == len(part) == 3 < len(whole) / 2 and whole.zero == 3
+
+
 def test_a_damaged_part_is_named(text: Path, tokenizer: Path) -> None:
     page = _page(text, shards=3)
     root = _prepare(page, text / "run", tokenizer, until="assignment")
