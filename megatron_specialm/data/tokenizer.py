@@ -267,7 +267,9 @@ def _check_calls(source: Path, encode: Encode, decode: Decode, tokenizer: tokeni
     """Refuse a tokenizer in which text can encode to the end token, or whose decoder is not that of its model."""
     eod = tokenizer.token_to_id(end)
     wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in end)  # NFKC undoes it
-    for name in (end, end.lower(), end.upper(), wide):
+    decoder = tokenizer.decoder
+    meant = decoder.decode([end]) if decoder else end  # of byte-level models: "Ċ" is a line break
+    for name in (end, end.lower(), end.upper(), wide, meant):
         for text in (name, f"a {name} b", f"a{name}b", f"{name}{name}"):
             if eod in encode(text):
                 raise DataError(
