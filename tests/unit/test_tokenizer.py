@@ -139,6 +139,13 @@ def test_a_folder_that_cannot_be_read(content: str, tmp_path: Path) -> None:
         import_tokenizer(source, tmp_path / "ours")
 
 
+@pytest.mark.parametrize(("texts", "says"), [(["a text"] * 50, "too small"), ([], "no text")])
+def test_a_vocabulary_that_does_not_suit_the_text(texts: list[str], says: str, tmp_path: Path) -> None:
+    """SentencePiece itself gives no sentence for either."""
+    with pytest.raises(DataError, match=rf"vocabulary_size 1 does not suit \S+ characters of training text \({says}\)"):
+        train_sentencepiece(texts, tmp_path / "ours", vocabulary_size=1, algorithm="bpe", sample_characters=1000)
+
+
 def test_a_chat_template_that_is_no_utf8(tmp_path: Path) -> None:
     source = save(ended(True), tmp_path / "source")
     (source / "chat_template.jinja").write_bytes("é".encode("latin-1"))
