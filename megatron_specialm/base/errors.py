@@ -63,6 +63,10 @@ _REFUSALS = {
     errno.EROFS: "the filesystem is read-only: choose another place",
     errno.ENAMETOOLONG: "the name is too long for the filesystem: choose a shorter one",
     errno.ENOTDIR: "a file stands where a folder is needed: remove it, or choose another place",
+    errno.EEXIST: "something of that name is there already: remove it, or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed: remove it, or choose another place",
+    errno.EFBIG: "larger than files may be here: raise `ulimit -f`, or choose another place",
+    errno.EMFILE: "too many open files: raise `ulimit -n`",
 }
 
 

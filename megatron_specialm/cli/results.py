@@ -22,7 +22,9 @@ def results(
 
     pipeline = load(page, overrides)
     outcome = write_results(pipeline, Path(pipeline.root), must_write=False)
-    if markdown:
+    if not outcome["rows"]:
+        _nothing_evaluated(pipeline.root, page)
+    elif markdown:
         typer.echo(results_table(outcome).markdown())
     else:
         console().print(*results_in_two(outcome))
@@ -52,13 +54,17 @@ def figures(
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
     if not outcome["rows"]:
-        typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
+        _nothing_evaluated(pipeline.root, page)
     place = output or root
     if output is None and not os.access(root, os.W_OK):
         place = Path()
         typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
     for path in draw(outcome, place):
         typer.echo(path)
+
+
+def _nothing_evaluated(root: str, page: Path) -> None:
+    typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
 
 
 @app.command()

@@ -140,7 +140,10 @@ class Tfidf:
         try:
             counts = vectorizer.fit_transform(texts)
         except ValueError:
-            raise DataError(f"the {len(texts)} generic windows have no words") from None
+            raise DataError(
+                f"the {len(texts)} generic windows have no words, which are of two letters or digits at least: give other "
+                "text, or another encoder.kind, which reads word pieces"
+            ) from None
         if min(counts.shape) <= settings.dimensions:
             raise DataError(
                 f"encoder.dimensions {settings.dimensions} needs more than that many windows and words, but there are "

@@ -5,7 +5,7 @@ kind, model presets by name, validation. What comes out is resolved: writing it 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,7 +68,10 @@ def resolve_page(page: dict[str, Any], path: Path) -> Pipeline:
     stages = page.get("stages")
     if isinstance(stages, dict):
         _check_defaults(f"{path}: defaults", defaults)
-        page["stages"] = {name: _resolve_stage(path, name, stage, defaults) for name, stage in stages.items()}
+        page["stages"] = {
+            name: _resolve_stage(path, name, stage, defaults, others=stages.keys() - {name})
+            for name, stage in stages.items()
+        }
     try:
         return Pipeline.model_validate(page)
     except ValidationError as error:
@@ -94,7 +97,8 @@ def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         page = read_yaml_file(path)
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, siblings)}") from None
+        named = f" (named by `extends` in {seen[-1]})" if seen else ""
+        raise ConfigError(f"{path}: no such file{named}{did_you_mean(path.name, siblings)}") from None
     if not isinstance(page, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(page).__name__}")
     base = page.pop("extends", None)
@@ -127,10 +131,14 @@ def _apply_override(page: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any]) -> Any:
+def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any], *, others: Collection[str]) -> Any:
     if not isinstance(stage, dict):
         raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
     kind = stage.get("kind")
+    if kind is None:  # mostly an override of a stage whose name is mistyped
+        raise ConfigError(
+            f"{path}: stages.{name}: has no `kind`{did_you_mean(name, sorted(others))}; kinds: {', '.join(KINDS)}"
+        )
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(
             f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"

@@ -23,10 +23,12 @@ INTEGERS = range(-(2**63), 2**63)
 
 @dataclass(frozen=True, repr=False)
 class Guessed:
-    """An unquoted scalar as it was written, and what YAML takes it for. It is of no type that a setting has."""
+    """An unquoted scalar as it was written, what YAML takes it for, and what may be meant instead of that text. It is of no
+    type that a setting has."""
 
     text: str
     guess: str
+    otherwise: str = ""
 
     def __repr__(self) -> str:
         """As it was written."""
@@ -34,7 +36,8 @@ class Guessed:
 
     def __str__(self) -> str:
         """What to do about it."""
-        return f'{self.text} without quotes is {self.guess} to YAML: quote it, as "{self.text}"'
+        fixes = ", or ".join(filter(None, (f'quote it, as "{self.text}"', self.otherwise)))
+        return f"{self.text} without quotes is {self.guess} to YAML: {fixes}"
 
 
 def read_yaml_file(path: Path) -> Any:
@@ -96,7 +99,7 @@ class _Loader(yaml.SafeLoader):
         if ":" in text:
             return Guessed(text, "a number in base 60")
         if re.fullmatch(r"[-+]?0[0-7_]+", text):
-            return Guessed(text, "a number in base 8")
+            return Guessed(text, "a number in base 8", "write a number without the 0 before it")
         if len(text) > 100 or (value := self.construct_yaml_int(node)) not in INTEGERS:
             raise _problem(f"{text:.30} takes more than 64 bits", node)
         return value

@@ -69,8 +69,14 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     if named is not None and not first:
         raise DataError(f"{path}: holds no byte, and the smallest {named.name} file has more: cut short: copy it again")
     if named is not None and found is not named:
-        what = f"is compressed with {found.name}" if found else f"begins with {first[:8]!r}, as no compressed file does"
-        raise DataError(f"{path}: is not {named.name}, as its name says, but {what}: correct its name")
+        what = (
+            f"is compressed with {found.name}"
+            if found
+            else f"begins with {first[:8]!r}, as no format does that is read here"
+        )
+        raise DataError(
+            f"{path}: is not {named.name}, as its name says, but {what}: correct its name or compress it so"
+        )
     content = _chain(first, blocks)
     yield from content if named is None else _members(path, named, content)
 

@@ -81,7 +81,7 @@ def _kept(source: Path, said: dict[str, Any], tokenizer: tokenizers.Tokenizer) -
     if said.get("padding_side") in ("left", "right"):
         kept["padding_side"] = said["padding_side"]
     template = source / CHAT_TEMPLATE
-    chat_template = template.read_text(encoding="utf-8") if template.is_file() else said.get("chat_template")
+    chat_template = _read_text(template) if template.is_file() else said.get("chat_template")
     return kept if chat_template is None else {**kept, "chat_template": chat_template}
 
 
@@ -98,6 +98,13 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return _read(path) if path.is_file() else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 ({error}): save the tokenizer again") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def train_sentencepiece(
     except RuntimeError as error:
         raise DataError(
             f"vocabulary_size {vocabulary_size} does not suit {sum(map(len, sample)):,} characters of training text "
-            f"({_reason(error)}): change vocabulary_size or give more text"
+            f"({_reason(error) or ('too small' if sample else 'no text')}): change vocabulary_size or give more text"
         ) from None
     return _save_sentencepiece(model.getvalue(), folder)
 
@@ -218,8 +218,8 @@ def _spread(texts: Iterable[str], budget: int) -> list[str]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """SentencePiece puts the failed C++ condition before the sentence that explains it."""
-    return str(error).rpartition("] ")[2].strip() or "no text"
+    """SentencePiece puts the failed C++ condition before the sentence that explains it, if there is one."""
+    return str(error).rpartition("] ")[2].strip()
 
 
 def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:
@@ -267,7 +267,9 @@ def _check_calls(source: Path, encode: Encode, decode: Decode, tokenizer: tokeni
     """Refuse a tokenizer in which text can encode to the end token, or whose decoder is not that of its model."""
     eod = tokenizer.token_to_id(end)
     wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in end)  # NFKC undoes it
-    for name in (end, end.lower(), end.upper(), wide):
+    decoder = tokenizer.decoder
+    meant = decoder.decode([end]) if decoder else end  # of byte-level models: "Ċ" is a line break
+    for name in (end, end.lower(), end.upper(), wide, meant):
         for text in (name, f"a {name} b", f"a{name}b", f"{name}{name}"):
             if eod in encode(text):
                 raise DataError(

@@ -110,9 +110,9 @@ def cut_training_set(
     validates as one. A smaller size is the beginning of every larger one.
 
     Raises:
-        DataError: the training documents hold fewer tokens.
+        DataError: the training documents hold fewer tokens, or the first one more than fit and `wanted` is no window.
     """
-    left, found, waits = wanted, 0, holds_out
+    left, found, waits, is_empty = wanted, 0, holds_out, True
     for split, ids in assigned:
         if split != "train":
             waits = False
@@ -122,13 +122,19 @@ def cut_training_set(
             kept = ids if len(ids) <= left else ids[: left // context_length * context_length]
             left = left - len(kept) if len(kept) == len(ids) else 0
             if len(kept):
+                is_empty = False
                 yield split, kept
         if not left and not waits:
-            return
+            break
     if found < wanted:
         raise DataError(
             f"text.domains.{name}.train_tokens: {wanted:,} wanted, and its training documents hold {found:,} tokens: add "
             "documents, or ask for a smaller size"
+        )
+    if is_empty:
+        raise DataError(
+            f"text.domains.{name}.train_tokens: {wanted:,} are less than a window of {context_length} tokens, and the first "
+            "training document has more: nothing is left to train on: ask for a larger size"
         )
 
 

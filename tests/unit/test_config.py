@@ -77,6 +77,7 @@ def test_overrides_are_read_as_yaml() -> None:
         ),
         ("stages.slm.schedule.warmup_steps=10000", "warmup_steps 10000 is more than steps"),
         ("stages.slm.kind=trian", "'trian' is not a stage kind; did you mean 'train'"),
+        ("stages.smm.steps=5", r"stages\.smm: has no `kind`; did you mean 'slm'.*kinds: tokenizer"),
         ("stages.vectors.encoder.kind=bert", r"encoder"),
         ("stages.clusters.vectors=vectorz", r"stages\.clusters\.vectors: no stage 'vectorz'"),
         ("stages.clusters.vectors=tokens", "'tokens' is a stage of kind 'tokenize', not 'embed'"),
@@ -104,7 +105,7 @@ def test_a_cycle_is_shown() -> None:
         ("seed: 1\nseed: 2\n", "'seed' stands twice"),
         ("- a\n", "must be a mapping"),
         ("extends: page.yaml\n", "extends itself"),
-        ("extends: absent.yaml\n", "no such file"),
+        ("extends: absent.yaml\n", r"absent\.yaml: no such file \(named by `extends` in .*page\.yaml"),
     ],
 )
 def test_files_that_are_no_pages(tmp_path: Path, text: str, says: str) -> None:

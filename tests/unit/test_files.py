@@ -1,6 +1,8 @@
 import errno
 import os
+import resource
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,30 @@ def test_an_error_without_a_file_is_said_of_none() -> None:
         machine_errors(),
     ):
         raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda place: place.mkdir(parents=True, exist_ok=True), "is there already: remove it"),  # the place is a file
+        (lambda place: place.parent.write_text("x"), "a folder stands where a file is needed"),
+        (lambda place: (place / "inside").write_text("x"), "a file stands where a folder is needed"),
+    ],
+)
+def test_what_stands_in_the_way_is_named(ask: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    (place := tmp_path / "run").write_text("not a folder")
+    with pytest.raises(MachineError, match=rf"^{tmp_path}\S*: .*{says}"), machine_errors():
+        ask(place)
+
+
+def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(MachineError, match="ulimit -f"), machine_errors():
+            (tmp_path / "large").write_bytes(bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_nan_is_not_json(tmp_path: Path) -> None:

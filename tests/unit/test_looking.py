@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_specialm.cli import app
 from tests.conftest import ROOT
 from tests.unit.test_results import SMOKE, declare_finished
 
@@ -54,3 +56,15 @@ def test_a_run_folder_that_cannot_be_written_to_is_shown(tmp_path: Path, monkeyp
     assert "slm-nopt" in said and "results.json is not brought up to date: Read-only file system" in said
     assert "smoke: 0 tasks submitted" not in said, "a dry run prints scripts"
     assert (tmp_path / "figures" / "results.md").exists() and sorted(path for path in root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["results", "results --markdown", "figures"])
+def test_where_nothing_has_been_evaluated_they_say_so(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    declare_finished(tmp_path)  # makes the text
+    name, *options = command.split()
+    outcome = CliRunner().invoke(app, [name, str(SMOKE), "root=another", *options])
+    assert outcome.output == f"another: nothing has been evaluated yet: `specialm run {SMOKE}` does that\n"
+    assert not Path("figures").exists()

@@ -130,6 +130,12 @@ def test_too_little_text_is_told() -> None:
         _cut([10, 20], 31)
 
 
+def test_a_size_that_leaves_no_window_is_told() -> None:
+    with pytest.raises(DataError, match=rf"torch\.train_tokens: {T - 1} are less than a window of {T} tokens"):
+        _cut([T, 20], T - 1)
+    assert _cut([T - 1, 20], T - 1) == [T - 1]  # a document that is shorter is one
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")

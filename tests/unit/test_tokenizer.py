@@ -83,6 +83,14 @@ def test_an_end_token_that_is_a_word_of_the_model_is_refused(normalizer: Any, tm
     assert not (tmp_path / "ours").exists()
 
 
+def test_an_end_token_that_text_spells_otherwise_is_refused(tmp_path: Path) -> None:
+    """Byte-level models write a line break as "Ċ": as the end token, it would end a document at each line."""
+    line_break = "Ċ"
+    assert byte_level().encode("a\nb").tokens[1] == line_break
+    with pytest.raises(DataError, match=r"the text '\\n' encodes to the end token 'Ċ' itself"):
+        import_tokenizer(save(byte_level(), tmp_path / "source", eos_token=line_break), tmp_path / "ours")
+
+
 def test_user_defined_symbols_of_a_sentencepiece_model(tmp_path: Path) -> None:
     def train(**settings: Any) -> Path:
         sentencepiece.SentencePieceTrainer.train(
@@ -128,6 +136,20 @@ def test_a_folder_that_cannot_be_read(content: str, tmp_path: Path) -> None:
     source = save(ended(True), tmp_path / "source")
     (source / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"source/tokenizer\.json"):
+        import_tokenizer(source, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(("texts", "says"), [(["a text"] * 50, "too small"), ([], "no text")])
+def test_a_vocabulary_that_does_not_suit_the_text(texts: list[str], says: str, tmp_path: Path) -> None:
+    """SentencePiece itself gives no sentence for either."""
+    with pytest.raises(DataError, match=rf"vocabulary_size 1 does not suit \S+ characters of training text \({says}\)"):
+        train_sentencepiece(texts, tmp_path / "ours", vocabulary_size=1, algorithm="bpe", sample_characters=1000)
+
+
+def test_a_chat_template_that_is_no_utf8(tmp_path: Path) -> None:
+    source = save(ended(True), tmp_path / "source")
+    (source / "chat_template.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match=r"chat_template\.jinja: cannot be read as UTF-8"):
         import_tokenizer(source, tmp_path / "ours")
 
 

@@ -107,7 +107,7 @@ def _texts(value: Any) -> Iterator[str]:
     [
         ("name=2024-13-01", r'name: 2024-13-01 without quotes is a date to YAML: quote it, as "2024-13-01"'),
         ("name=1:30", "base 60 to YAML: quote it"),
-        ("stages.slm.steps=0100", "0100 without quotes is a number in base 8"),
+        ("stages.slm.steps=0100", "0100 without quotes is a number in base 8 .* or write a number without the 0"),
         ("stages.slm.steps=yes", r"stages\.slm\.steps: .* whole number.*got True"),
         ("stages.slm.steps='5'", r"stages\.slm\.steps: .* without quotes.*got '5'"),
         ("stages.slm.steps=1e3", r"stages\.slm\.steps: .* exponent.*got 1000\.0"),
