@@ -162,7 +162,10 @@ def log_axis(axes: "Axes", which: Literal["x", "y"], values: Iterable[float], *,
     room = max((high / low) ** margin, 1.02) if high > low else 1.3
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(FixedLocator(round_numbers(low / room, high * room)))
+    ticks = round_numbers(low / room, high * room)
+    if which == "x":  # where numbers stand side by side, each needs its room
+        ticks = apart(ticks, by=(high * room * room / low) ** 0.2)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
@@ -177,6 +180,15 @@ def round_numbers(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             break
     return ticks[:: math.ceil(len(ticks) / 8)] if ticks else [low, high]
+
+
+def apart(ticks: Sequence[float], *, by: float) -> list[float]:
+    """Those of ascending numbers that are at least `by` times the one kept before."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or tick >= by * kept[-1]:
+            kept.append(tick)
+    return kept
 
 
 def number(value: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.launch.costs import TASKS, total_cost
-from megatron_specialm.launch.drawing import looks, number, round_numbers
+from megatron_specialm.launch.drawing import apart, looks, number, round_numbers
 from megatron_specialm.launch.figures import draw
 from megatron_specialm.launch.seeds import merge_runs
 from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
@@ -157,6 +157,10 @@ def test_methods_keep_their_looks() -> None:
 )
 def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
     assert round_numbers(low, high) == pytest.approx(ticks)
+
+
+def test_ticks_side_by_side_have_room() -> None:
+    assert apart([1.5, 2.0, 3.0, 5.0, 7.0], by=(8.5 / 1.25) ** 0.2) == [1.5, 3.0, 5.0]
 
 
 def test_numbers_of_ticks() -> None:
