@@ -108,10 +108,8 @@ def test_an_expert_is_projected_without_the_generic_data(finished: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     ours, theirs = (dict(read_model(find_final(folder))) for folder in (tmp_path / "expert", chosen))
     assert ours.keys() == theirs.keys()
-    for (
-        name,
-        weight,
-    ) in theirs.items():  # close, not equal: a matrix product's last bits follow from the number of threads
+    # Close, not equal: a matrix product's last bits follow from the number of threads.
+    for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight)
     missing = _specialm(tmp_path, "project", str(network), "other", "--expert", "4")
     assert missing.returncode != 0 and "expert 4 does not exist: there are experts 0 to 3" in missing.stderr
