@@ -1,5 +1,6 @@
 """A small training that tests share: random windows in memory, the real stream, engine and loop."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -167,3 +168,14 @@ def run_training(
                 lifeline=lifeline or Lifeline(),
             ),
         )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole records of a folder, in the order written; torn lines of killed attempts are passed over."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

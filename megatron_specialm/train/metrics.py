@@ -48,17 +48,6 @@ class Metrics:
             self._wandb.finish()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a folder, in the order written; torn lines of killed attempts are passed over."""
-    records = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -7,9 +7,8 @@ import torch
 
 from megatron_specialm.config.setup import Passes
 from megatron_specialm.train.checkpoint import find_final, read_model
-from megatron_specialm.train.metrics import read_metrics
 from megatron_specialm.train.work import Work
-from tests.training import CONTEXT, EPSILON, run_layout
+from tests.training import CONTEXT, EPSILON, read_metrics, run_layout
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.train.checkpoint import newest_checkpoint, open_checkpoint
-from megatron_specialm.train.metrics import read_metrics
-from tests.training import EPSILON, SHAPE, VOCABULARY, run_layout
+from tests.training import EPSILON, SHAPE, VOCABULARY, read_metrics, run_layout
 
 ONE: dict = {}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}

@@ -11,8 +11,7 @@ import torch
 
 from megatron_specialm.base.errors import Stopped
 from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model
-from megatron_specialm.train.metrics import read_metrics
-from tests.training import Ranks, run_layout, start_ranks
+from tests.training import Ranks, read_metrics, run_layout, start_ranks
 
 LAYOUTS = [{"data_parallel": 2, "distributed_optimizer": True}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}]
 ENDLESS = 100_000  # under a constant learning rate: what a step does is the same in a run of any length

@@ -15,8 +15,8 @@ from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.train.checkpoint import newest_checkpoint
-from megatron_specialm.train.metrics import read_metrics
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+from tests.training import read_metrics
 
 PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
 STEPS = 200

@@ -15,6 +15,7 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.graph import ARTIFACT_FORMAT, TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
+from tests.settings import settings_in
 
 PAGES = configs_folder() / "pipelines"
 DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
@@ -237,16 +238,9 @@ def _defaults(cls: type[BaseModel], found: dict[str, Any]) -> dict[str, Any]:
             found[f"{cls.__name__}.{name}"] = (
                 default.model_dump(mode="json") if isinstance(default, BaseModel) else default
             )
-        for inner in _classes_in(field.annotation):
+        for inner in settings_in(field.annotation):
             _defaults(inner, found)
     return found
-
-
-def _classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _classes_in(part)
 
 
 def test_no_default_has_changed() -> None:

@@ -23,9 +23,9 @@ from megatron_specialm.train.engine import LossSum
 from megatron_specialm.train.loop import Progress
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.metrics import Metrics, read_metrics
+from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.work import Work
-from tests.training import CONTEXT, SHAPE, run_training, stage
+from tests.training import CONTEXT, SHAPE, read_metrics, run_training, stage
 
 
 def _final(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,9 +30,8 @@ from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.metrics import read_metrics
 from megatron_specialm.train.work import WorkRecord
-from tests.training import SHAPE, VOCABULARY, MemoryStore
+from tests.training import SHAPE, VOCABULARY, MemoryStore, read_metrics
 
 CLUSTERS = np.array([0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 2])  # of eleven held-out windows; none is in cluster 3
 INDEX = ClusterIndex.from_assignment(CLUSTERS, k=4)

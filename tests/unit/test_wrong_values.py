@@ -17,6 +17,7 @@ from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
 from megatron_specialm.launch.preflight import planned_machine
 from megatron_specialm.launch.summary import memory_table, training_table
+from tests.settings import settings_in
 
 ROOT = Path(__file__).parents[2]
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -222,13 +223,6 @@ def _inner(annotation: Any) -> Iterator[list[str]]:
 def _classes(cls: type[BaseModel]) -> set[type[BaseModel]]:
     found = {cls}
     for field in cls.model_fields.values():
-        for inner in _models(field.annotation):
+        for inner in settings_in(field.annotation):
             found |= _classes(inner)
     return found
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models(part)
