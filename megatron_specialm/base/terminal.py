@@ -8,11 +8,11 @@ import io
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -32,27 +32,30 @@ def console() -> Console:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first `words` columns hold words, the others numbers."""
+    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it."""
 
     title: str
     header: list[str]
     lines: list[list[str]]
     words: int
+    note: str = ""
 
     def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
-        """The numbers before a column, and from it on, each behind the words."""
+        """The numbers before a column, which the note is about, and from it on, each behind the words."""
         middle, end = self.header.index(column), len(self.header)
         return (
-            self._part(titles[0], range(self.words, middle)),
+            replace(self._part(titles[0], range(self.words, middle)), note=self.note),
             self._part(titles[1], range(middle, end)),
         )
 
     def markdown(self) -> str:
         """Without the title."""
         rule = ["---" if index < self.words else "---:" for index in range(len(self.header))]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.lines)) + "\n"
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.lines)) + "\n"
+        note = self.note.replace("*", "\\*")  # which would begin a list
+        return f"{table}\n{note}\n" if note else table
 
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """For the terminal: in one part where it fits, else with as many numbers in each as fit beside the words."""
         fitting: list[int] = []
         first = True
@@ -62,6 +65,8 @@ class Table:
                 fitting, first = [], False
             fitting.append(index)
         yield self._part(self.title if first else "", fitting)._rich(options.max_width)
+        if self.note:
+            yield Text(f"{self.note}\n")
 
     def _part(self, title: str, numbers: Sequence[int]) -> "Table":
         columns = [*range(self.words), *numbers]
@@ -94,7 +99,12 @@ class Table:
             justify = "left" if index < self.words else "right"
             table.add_column(Text(name), justify=justify, overflow="fold", width=width)  # type: ignore[arg-type]
         for line in self.lines:
-            table.add_row(*map(Text, line))
+            # Numbers are not justified by rich, which would take the room behind them.
+            cells = [
+                Text(cell) if index < self.words else Text(" " * (width - cell_len(cell)) + cell, justify="left")
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            table.add_row(*cells)
         return table
 
 

@@ -89,6 +89,7 @@ def run(
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.terminal import console
+    from megatron_specialm.launch.capped import capped_warnings
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
@@ -122,4 +123,6 @@ def run(
             outcome = write_results(pipeline, root)
             if outcome["rows"]:
                 screen.print(*results_in_two(outcome))
+            for warning in capped_warnings(pipeline, chosen, root):
+                typer.echo(f"warning: {warning}")
             typer.echo(f"results: {root / 'results.json'}")

@@ -17,17 +17,22 @@ def results(
 ) -> None:
     """Print the table of a page's run folder again."""
     from megatron_specialm.base.terminal import console
+    from megatron_specialm.launch.capped import capped_warnings
+    from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = load(page, overrides)
-    outcome = write_results(pipeline, Path(pipeline.root), must_write=False)
+    root = Path(pipeline.root)
+    outcome = write_results(pipeline, root, must_write=False)
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
         typer.echo(results_table(outcome).markdown())
     else:
         console().print(*results_in_two(outcome))
+        for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
+            typer.echo(f"warning: {warning}")
 
 
 @app.command()

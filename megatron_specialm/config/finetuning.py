@@ -1,6 +1,8 @@
-"""How long to fine-tune: the paper's rule by the size of the domain's set."""
+"""How long to fine-tune: the paper's rule by the size of the domain's set, and what to do where that was too short."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from megatron_specialm.config.training import TrainStage
 
@@ -8,6 +10,7 @@ from megatron_specialm.config.training import TrainStage
 # section 4); of LoRA up to five times as many.
 PAPER = ((1_000_000, 1 / 3, 2_000), (8_000_000, 1.0, 4_000), (math.inf, 1.0, 30_000))
 LORA_FACTOR = 5
+SHOWN_TASKS = 4  # in a warning
 
 
 def with_steps(stage: TrainStage, steps: int) -> TrainStage:
@@ -24,3 +27,31 @@ def finetuning_recipe(stage: TrainStage, *, set_tokens: int) -> TrainStage:
     optimizer = stage.optimizer.model_copy(update={"learning_rate": rate})
     steps = min(stage.steps, most * (LORA_FACTOR if stage.lora else 1))
     return with_steps(stage, steps).model_copy(update={"optimizer": optimizer})
+
+
+class Capped(NamedTuple):
+    """A fine-tuning that its cap ended, after so many steps; which validated one was the best."""
+
+    key: str
+    steps: int
+    best_step: int
+
+
+def capped_warning(name: str, stage: TrainStage, capped: Sequence[Capped]) -> str:
+    """What to say of a stage's fine-tunings that their cap ended, not early stopping, and what to do."""
+    tasks = [f"{name}/{one.key} ({_how(one)})" for one in capped[:SHOWN_TASKS]]
+    if len(capped) > SHOWN_TASKS:
+        tasks.append(f"{len(capped) - SHOWN_TASKS} more")
+    fixes = []
+    if any(one.steps >= stage.steps for one in capped):
+        fixes.append(f"raise stages.{name}.steps (now {stage.steps:,})")
+    if any(one.steps < stage.steps for one in capped):
+        fixes.append(
+            f"where `recipe: {stage.recipe}` allows no more steps, set stages.{name}.recipe=null and a rate of your own"
+        )
+    return f"the cap on steps, not early stopping, ended {', '.join(tasks)}: {'; '.join(fixes)}"
+
+
+def _how(one: Capped) -> str:
+    falling = ", the last: the loss was still falling" if one.best_step == one.steps else ""
+    return f"{one.steps:,} steps, best step {one.best_step:,}{falling}"

@@ -38,6 +38,7 @@ _PAPER = {
     "slm-pn": ("#CC79A7", "v"), "slm-d": ("#56B4E9", "P"), "llm": ("#E69F00", "X"),
 }  # fmt: skip
 _OTHERS = [("#332288", "*"), ("#882255", "<"), ("#999933", ">"), ("#44AA99", "h"), ("#8C510A", "p"), ("#AA4499", "d")]
+_RING: dict[str, Any] = {"marker": "o", "markersize": 9.5, "markerfacecolor": "none", "linestyle": "none"}
 _MARKER_SIZES = {"P": 5.0, "X": 5.0, "*": 6.5}  # of those that look small, in points
 
 
@@ -57,12 +58,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's points in order. `spread` (None where unknown) is the standard deviation of y over seeds."""
+    """A method's points in order. `spread` (None where unknown) is the standard deviation of y over seeds; `ringed` points
+    are to be told from the others."""
 
     method: str
     x: list[float]
     y: list[float]
     spread: list[float | None]
+    ringed: list[bool]
 
     @property
     def is_free(self) -> bool:
@@ -142,11 +145,21 @@ def plot(axes: "Axes", curve: Curve, look: Look) -> None:
     """A curve with its markers and error bars."""
     if curve.is_free:
         axes.axhline(curve.y[-1], color=look.colour, linewidth=1.0, linestyle=(0, (6, 3)))
+        if curve.ringed[-1]:
+            axes.plot([0.97], curve.y[-1:], color=look.colour, transform=axes.get_yaxis_transform(), **_RING)
         return
     axes.plot(curve.x, curve.y, color=look.colour, linestyle=look.line, linewidth=1.2, **look.marker_style)
     bars = [spread or 0.0 for spread in curve.spread]
     if any(bars):
         axes.errorbar(curve.x, curve.y, yerr=bars, fmt="none", ecolor=look.colour, elinewidth=0.8, capsize=3)
+    for x, y, is_ringed in zip(curve.x, curve.y, curve.ringed, strict=True):
+        if is_ringed:
+            draw_ring(axes, x, y, look)
+
+
+def draw_ring(axes: "Axes", x: float, y: float, look: Look) -> None:
+    """A ring around a point, of its method's colour."""
+    axes.plot([x], [y], color=look.colour, **_RING)
 
 
 def log_axis(axes: "Axes", which: Literal["x", "y"], values: Iterable[float], *, margin: float = 0.08) -> None:
@@ -301,8 +314,15 @@ def _darker(colour: str) -> str:
     return "#" + "".join(f"{int(int(colour[i : i + 2], 16) * 0.8):02X}" for i in (1, 3, 5))
 
 
-def legend(figure: "Figure", methods: Iterable[str], of: Mapping[str, Look]) -> None:
-    """One legend right of all panels."""
+def legend(
+    figure: "Figure",
+    methods: Iterable[str],
+    of: Mapping[str, Look],
+    *,
+    rings: str = "",
+    place: Literal["outside right center", "outside upper center"] = "outside right center",
+) -> None:
+    """One legend beside all panels, of methods and, where they have them, of what `rings` say."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -311,4 +331,6 @@ def legend(figure: "Figure", methods: Iterable[str], of: Mapping[str, Look]) -> 
         )
         for name in methods
     ]
-    figure.legend(handles=handles, loc="outside right center", fontsize=7.5, handlelength=2.6)
+    if rings:
+        handles.append(Line2D([], [], color="#333333", label=rings, **_RING))
+    figure.legend(handles=handles, loc=place, fontsize=7.5, handlelength=2.6)

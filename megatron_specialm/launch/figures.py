@@ -5,7 +5,7 @@
     set-size                                        macro perplexity against the size of the specialization set
 
 Curves run through the budgets of a method: its fine-tuned stages, cheapest first. Where a figure has room for one
-budget, it is the largest. What there is nothing to draw of is left out.
+budget, it is the largest. What there is nothing to draw of is left out. A ring is around what a cap on steps ended.
 """
 
 import itertools
@@ -20,7 +20,14 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch import drawing
 from megatron_specialm.launch.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.launch.drawing import Curve, Look
-from megatron_specialm.launch.tables import concentration_table, is_tuned, results_table, selection_table, to_csv
+from megatron_specialm.launch.tables import (
+    CAPPED_SAYS,
+    concentration_table,
+    is_tuned,
+    results_table,
+    selection_table,
+    to_csv,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,6 +113,8 @@ def _against_cost(
     for axes, curves in zip(figure.axes, panels.values(), strict=False):
         drawing.log_axis(axes, "x", [x for curve in curves for x in curve.x], margin=0.12)
     if len(panels) == 1:
+        if rings := _rings(panels):
+            drawing.legend(figure, (), looks, rings=rings, place="outside upper center")
         drawing.label_curves(figure.axes[0], next(iter(panels.values())), looks)
     else:
         _legend(figure, panels, looks)
@@ -140,7 +149,13 @@ def _legend(figure: "Figure", panels: Mapping[str, Sequence[Curve]], looks: Mapp
     """The methods right of the panels, in the order in which the curves of the first one end."""
     first, *others = panels.values()
     ordered = itertools.chain(sorted(first, key=lambda curve: -curve.y[-1]), *others)
-    drawing.legend(figure, dict.fromkeys(curve.method for curve in ordered), looks)
+    drawing.legend(figure, dict.fromkeys(curve.method for curve in ordered), looks, rings=_rings(panels))
+
+
+def _rings(panels: Mapping[str, Sequence[Curve]]) -> str:
+    """What the legend says of rings, where there are any."""
+    has_rings = any(any(curve.ringed) for curves in panels.values() for curve in curves)
+    return CAPPED_SAYS.replace(", ", ",\n") if has_rings else ""
 
 
 def _by_method(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -166,6 +181,7 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
         [x(point) for point in points],
         [point["perplexity"] for point in points],
         [point.get("perplexity_sd") for point in points],
+        [bool(point.get("capped")) for point in points],
     )
 
 
@@ -173,7 +189,7 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
 
 
 def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
-    """A line per method, the best at the top; before (hollow) and after fine-tuning."""
+    """A line per method, the best at the top; before (hollow) and after fine-tuning, ringed where a cap ended it."""
     domains = dict.fromkeys(row["domain"] for row in rows)
     chosen = {(row["method"], row["domain"], is_tuned(row)): row for row in _largest_budget(rows)}
     means = {
@@ -195,7 +211,8 @@ def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(-0.6, len(order) - 0.4)
         axes.tick_params(axis="y", length=0)
-    figure.supxlabel("perplexity   (hollow: before fine-tuning, filled: after)", fontsize=8)
+    says = f"\nringed: {CAPPED_SAYS}" if any(row.get("capped") for row in chosen.values()) else ""
+    figure.supxlabel(f"perplexity   (hollow: before fine-tuning, filled: after){says}", fontsize=8)
     for axes in figure.axes[len(domains) :]:
         axes.set_visible(False)
     return figure
@@ -216,6 +233,8 @@ def _draw_states(axes: "Axes", place: int, states: Sequence[Entry], look: Look) 
             x, place, xerr=state.get("perplexity_sd") or None, color=look.colour, markerfacecolor=face,
             markeredgewidth=0.9, elinewidth=0.8, capsize=2, **look.marker_style,
         )  # fmt: skip
+        if state.get("capped"):
+            drawing.draw_ring(axes, x, place, look)
     if xs:
         axes.annotate(
             f"{xs[-1]:.1f}", (min(xs), place), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=6.5,

@@ -7,6 +7,7 @@
 
 `finetuned` says that a model has read its domain's own text, `domain_text` how: mixed into its pretraining, or fine-tuned on
 it. Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
+`capped` says whether the cap on steps, not early stopping, ended the model's own fine-tuning; null where that is not asked.
 """
 
 import logging
@@ -84,6 +85,7 @@ def _rows(
             **_set_columns(pipeline, source),
             "finetuned": is_finetuned(pipeline, model.stage),
             "domain_text": domain_text(pipeline, model.stage),
+            "capped": markers[model].values.get("capped"),
             "nll": score["nll"],
             "perplexity": math.exp(score["nll"]),
             "tokens_evaluated": score["tokens"],
@@ -129,6 +131,7 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
                 "stage": stage,
                 "size": size,
                 "domains": len(domains),
+                "capped": any_capped(own.values()),
                 "perplexity": math.exp(_mean(row["nll"] for row in own.values())),
                 **costs,
                 "fill": fill(costs),
@@ -138,6 +141,12 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
             }
         )
     return entries
+
+
+def any_capped(entries: Iterable[Mapping[str, Any]]) -> bool | None:
+    """Whether any of them is; None where it is asked of none."""
+    known = [entry["capped"] for entry in entries if entry.get("capped") is not None]
+    return any(known) if known else None
 
 
 def _mean(values: Iterable[float]) -> float:

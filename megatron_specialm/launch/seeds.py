@@ -8,7 +8,7 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
-from megatron_specialm.launch.results import COST_PREFIXES
+from megatron_specialm.launch.results import COST_PREFIXES, any_capped
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
@@ -20,7 +20,8 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
     An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
     `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    Selections stand side by side: choices have no mean.
+    What is capped at any seed is `capped`, and `capped_seeds` lists at which. Selections stand side by side: choices have
+    no mean.
 
     Raises:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
@@ -65,5 +66,13 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
+        **(_capped(own) if any("capped" in entry for entry in own) else {}),
         "seeds": sorted(entry["seed"] for entry in own),
+    }
+
+
+def _capped(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "capped": any_capped(own),
+        "capped_seeds": sorted(entry["seed"] for entry in own if entry.get("capped")),
     }

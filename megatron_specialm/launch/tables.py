@@ -9,6 +9,9 @@ from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
 
+CAPPED = "*"  # behind a perplexity
+CAPPED_SAYS = "ended by the cap on steps, not by early stopping"
+
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per row, with every column that any row has; nothing where a row lacks it."""
@@ -25,7 +28,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     real tokens in the training's windows, which FLOPs are of as wholes.
 
     A line per method and state, and per stage and size where there are several. A model that all domains share is one
-    line: it is the same for every size.
+    line: it is the same for every size. Where the cap on steps ended a fine-tuning, its perplexity is marked.
     """
     rows = results["rows"]
     sets = list(dict.fromkeys(row["base_domain"] for row in rows))
@@ -46,10 +49,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
     lines = []
     for (method, state, stage, size), own in groups.items():
         names = [method, state, *[stage] * has_budgets, *[_size(size)] * has_sizes]
-        perplexities = [_spread(own[name], "perplexity", ".1f") if name in own else "" for name in sets]
+        perplexities = [_perplexity(own[name]) if name in own else "" for name in sets]
         lines.append([*names, *perplexities, _average(results["macro"], stage, size, stage in shared), *_costs(own)])
     words = 2 + has_budgets + has_sizes
-    return Table("Perplexity on held-out documents, and cost", header, lines, words)
+    marked = range(words, words + len(sets) + 1)
+    return Table("Perplexity on held-out documents, and cost", header, _aligned(lines, marked), words, _note(rows))
 
 
 def results_in_two(results: Mapping[str, Any]) -> tuple[Table, Table]:
@@ -64,7 +68,32 @@ def results_in_two(results: Mapping[str, Any]) -> tuple[Table, Table]:
 def _average(macro: Iterable[Mapping[str, Any]], stage: str, size: int | None, shared: bool) -> str:
     """A shared model's average is over as many domains as have a size."""
     own = [entry for entry in macro if entry["stage"] == stage and (shared or entry["size"] == size)]
-    return _spread(max(own, key=lambda entry: entry["domains"]), "perplexity", ".1f") if own else ""
+    return _perplexity(max(own, key=lambda entry: entry["domains"])) if own else ""
+
+
+def _perplexity(entry: Mapping[str, Any]) -> str:
+    return _spread(entry, "perplexity", ".1f") + CAPPED * bool(entry.get("capped"))
+
+
+def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
+    """Room where others of the column have the mark: digits stay below digits."""
+    wide = [c for c in columns if any(line[c].endswith(CAPPED) for line in lines)]
+    return [
+        [f"{cell} " if c in wide and cell and not cell.endswith(CAPPED) else cell for c, cell in enumerate(line)]
+        for line in lines
+    ]
+
+
+def _note(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What the mark says, of which stages, and at which seeds where there are several; and how to be rid of it."""
+    stages: dict[str, set[int]] = {}
+    for row in rows:
+        if row.get("capped"):
+            stages.setdefault(row["stage"], set()).update(row.get("capped_seeds", ()))
+    names = [
+        f"{stage} (seeds {', '.join(map(str, sorted(seeds)))})" if seeds else stage for stage, seeds in stages.items()
+    ]
+    return f"{CAPPED} {CAPPED_SAYS}: allow more steps in {', '.join(names)}" if names else ""
 
 
 def _costs(own: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.capped import capped_warnings
 from megatron_specialm.launch.logs import last_line
 from megatron_specialm.launch.plan import PlannedTask, make_plan
 from megatron_specialm.launch.progress import last_record
@@ -52,7 +53,8 @@ class Failure:
 class StageStatus:
     """A stage. `elements`: of jobs, those that have something to do with what is not done; `waiting`: how many other tasks
     are not submitted, and how many are stale. Hours are of processes, one per GPU; on CPU each counts as one, too.
-    `planned_hours`: at the utilisation that a plan assumes; None where the GPU is not known, or nothing is trained."""
+    `planned_hours`: at the utilisation that a plan assumes; None where the GPU is not known, or nothing is trained.
+    `warnings`: of what is done."""
 
     stage: str
     tasks: int
@@ -63,6 +65,7 @@ class StageStatus:
     device_hours: float
     planned_hours: float | None
     failures: tuple[Failure, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def _stage(
         device_hours=seconds / 3600,
         planned_hours=planned_hours(training_flops(pipeline, stage), peak) if trains and peak else None,
         failures=tuple(failure for failure in failures if failure is not None),
+        warnings=tuple(capped_warnings(pipeline, tasks, root)),
     )
 
 

@@ -21,7 +21,7 @@ ORDER = ("running", "completing", "configuring", "pending")
 
 
 def status_view(status: Status) -> RenderableType:
-    """A row per stage, and below the table what has failed."""
+    """A row per stage, and below the table what has failed, and what to know of what is done."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
     table.add_column("stage", "in all", overflow="fold")
     done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
@@ -42,7 +42,8 @@ def status_view(status: Status) -> RenderableType:
             _hours(stage.device_hours or None),
             _hours(stage.planned_hours),
         )
-    return Group(table, *_failures(status))
+    warnings = [Text(f"warning: {warning}") for stage in status.stages for warning in stage.warnings]
+    return Group(table, *_failures(status), *warnings)
 
 
 def status_json(status: Status) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 import megatron_specialm
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import atomic_path, read_json
+from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TeachStage
@@ -27,7 +28,7 @@ from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.checkpoint import Saver, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
-from megatron_specialm.train.loop import Run, train
+from megatron_specialm.train.loop import Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
@@ -74,6 +75,11 @@ def run(stage: TrainStage, context: Context) -> Report:
                 started=context.started,
             ),
         )
+    capped = is_capped(progress, settings)
+    if capped and world.is_first:
+        assert progress.best_step is not None, "early stopping has found a best step, or raised"
+        ended = Capped(context.key, progress.step, progress.best_step)
+        logger.warning("%s", capped_warning(context.task.id.stage, stage, [ended]))
     # Not from the record: another incarnation of this task, which has been given up, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
@@ -86,6 +92,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "steps": progress.step,
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
+            "capped": capped,
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),

@@ -227,9 +227,21 @@ def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
 
 
 def _is_over(progress: Progress, settings: TrainStage) -> bool:
+    return _has_stalled(progress, settings) or progress.step >= settings.steps
+
+
+def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
+    """Whether early stopping's patience has run out."""
     stopping = settings.early_stopping
-    stalled = stopping is not None and progress.evaluations_without_gain >= stopping.patience
-    return stalled or progress.step >= settings.steps
+    return stopping is not None and progress.evaluations_without_gain >= stopping.patience
+
+
+def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
+    """Whether a fine-tuning that is over was ended by its `steps`, and early stopping might have found a better one. None
+    where this is not asked: of pretraining, and of a fixed number of steps, which is what was wanted."""
+    if settings.data != "domain" or settings.early_stopping is None:
+        return None
+    return not _has_stalled(progress, settings)
 
 
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:

@@ -122,6 +122,18 @@ def test_the_table_is_printed(finished: Path) -> None:
         assert word in table
 
 
+def test_what_the_cap_ended_is_told_and_marked(finished: Path) -> None:
+    """30 steps with a validation every 10 do not wear out a patience of 3 while the loss falls."""
+    said = (finished / "stdout").read_text()
+    assert (
+        "warning: the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30, the last" in said
+    )
+    assert "* ended by the cap on steps" in said
+    assert "ended slm-tuned/torch (30 steps" in (finished / "runs/smoke/jobs/slm-tuned.torch.log").read_text()
+    capped = {row["stage"]: row["capped"] for row in _results(finished)["rows"]}
+    assert capped["slm-tuned"] is True and capped["slm"] is None
+
+
 def test_all_files_may_be_read_by_whom_the_umask_lets(finished: Path) -> None:
     probe = finished / "probe"
     probe.touch()

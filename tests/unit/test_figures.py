@@ -13,7 +13,17 @@ import pytest
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.launch.costs import TASKS, total_cost
-from megatron_specialm.launch.drawing import apart, looks, number, round_numbers
+from megatron_specialm.launch.drawing import (
+    Curve,
+    Look,
+    apart,
+    looks,
+    new_figure,
+    number,
+    our_style,
+    plot,
+    round_numbers,
+)
 from megatron_specialm.launch.figures import draw
 from megatron_specialm.launch.seeds import merge_runs
 from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
@@ -34,10 +44,17 @@ METHODS: dict[str, list[tuple[float | None, float, float, float]]] = {
 
 
 def invented(
-    *, seed: int = 0, sizes: tuple[int | None, ...] = (None,), methods: tuple[str, ...] = tuple(METHODS)
+    *,
+    seed: int = 0,
+    sizes: tuple[int | None, ...] = (None,),
+    methods: tuple[str, ...] = tuple(METHODS),
+    capped: tuple[str, ...] = (),
 ) -> Any:
-    """Results as `write_results` makes them, of a page with these methods and sizes."""
-    rows = list(_rows(seed, sizes, methods))
+    """Results as `write_results` makes them, of a page with these methods and sizes; of the `capped` methods all
+    fine-tunings are."""
+    rows = [
+        {**row, "capped": row["method"] in capped if row["finetuned"] else None} for row in _rows(seed, sizes, methods)
+    ]
     macro = []
     for key in dict.fromkeys((row["method"], row["finetuned"], row["stage"], row["size"]) for row in rows):
         own = [row for row in rows if (row["method"], row["finetuned"], row["stage"], row["size"]) == key]
@@ -115,12 +132,38 @@ def test_figures_name_methods_and_units(tmp_path: Path) -> None:
         svg = (tmp_path / "figures" / f"{name}.svg").read_text()
         for word in (*FEW, says, "perplexity"):
             assert word in svg, f"{name} lacks {word}"
+        assert CAPPED not in svg
     assert (tmp_path / "figures" / "domains.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cost_nothing_is_said_to(tmp_path: Path) -> None:
     draw(invented(methods=FEW), tmp_path)
     assert "slm-nopt (at no cost)" in (tmp_path / "figures" / "generic-cost-flops.svg").read_text()
+
+
+CAPPED = "ended by the cap on steps,"
+
+
+@pytest.mark.parametrize("sizes", [(None,), (50_000, 1_000_000)])
+def test_what_the_cap_ended_is_ringed_in_every_figure(tmp_path: Path, sizes: tuple[int | None, ...]) -> None:
+    drawn = draw(invented(methods=("slm", "slm-nopt"), sizes=sizes, capped=("slm-nopt",)), tmp_path)
+    figures = [path for path in drawn if path.suffix == ".svg"]
+    assert len(figures) >= 7 and all(CAPPED in path.read_text() for path in figures)
+
+
+def test_rings_stand_around_their_points() -> None:
+    look = Look("#0072B2", "o")
+    paid, free = (
+        Curve("a", [1.0, 2.0, 4.0], [9.0, 8.0, 7.0], [None] * 3, [True, False, True]),
+        Curve("b", [0.0], [5.0], [None], [True]),
+    )
+    with our_style():
+        axes = new_figure(1, 1, panel=(3, 3)).axes[0]
+        plot(axes, paid, look)
+        plot(axes, free, look)
+        rings = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+        assert [tuple(line.get_ydata()) for line in rings] == [(9.0,), (7.0,), (5.0,)]
+        assert [tuple(line.get_xdata()) for line in rings[:2]] == [(1.0,), (4.0,)]
 
 
 def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
@@ -225,6 +268,20 @@ def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     assert {path.suffix for path in draw(merged, tmp_path)} == {".png", ".svg", ".md", ".csv"}
     assert "93.7 ± 2.7" in results_table(merged).markdown()
     assert "0.60 ± 0.10" in concentration_table(merged).markdown()
+
+
+def test_what_is_capped_at_any_seed_is_marked(tmp_path: Path) -> None:
+    capped: dict[int, tuple[str, ...]] = {0: (), 1: ("slm",), 2: ("slm",)}
+    runs = [invented(seed=seed, methods=FEW, capped=methods) for seed, methods in capped.items()]
+    merged = merge_runs(_runs(tmp_path, *runs))
+    for part in ("rows", "macro"):
+        found = {entry["stage"]: (entry["capped"], entry["capped_seeds"]) for entry in merged[part]}
+        assert found["slm-1-tuned"] == (True, [1, 2]) and found["slm-is-1-tuned"] == (False, [])
+        assert found["slm-1"] == (None, [])
+    assert not any("capped" in entry for entry in merged["concentration"])
+    table = results_table(merged)
+    assert "93.7 ± 2.7*" in table.markdown()
+    assert table.note.endswith("slm-0-tuned (seeds 1, 2), slm-1-tuned (seeds 1, 2), slm-2-tuned (seeds 1, 2)")
 
 
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:

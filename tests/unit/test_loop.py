@@ -20,7 +20,7 @@ from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, step_folder
 from megatron_specialm.train.engine import LossSum
-from megatron_specialm.train.loop import Progress
+from megatron_specialm.train.loop import Progress, is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import Metrics
@@ -121,6 +121,46 @@ def test_without_a_finite_validation_a_training_says_so(tmp_path: Path, monkeypa
         ):
             run_training(tmp_path, ALONE, stage(**EARLY))
     assert not (tmp_path / "result.json").exists()
+
+
+# --- what ended it -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "without_gain", "settings", "capped"),
+    [
+        (12, 0, {"data": "domain", **EARLY}, True),  # the last is the best
+        (12, 2, {"data": "domain", **EARLY}, True),  # the best came before, and another might still come
+        (12, 3, {"data": "domain", **EARLY}, False),  # patience ran out at the cap's own step
+        (8, 3, {"data": "domain", **EARLY}, False),
+        (12, 0, {"data": "domain"}, None),  # a fixed number of steps is what was wanted
+        (12, 0, {"data": "generic", **EARLY}, None),
+    ],
+)
+def test_what_ended_a_fine_tuning(step: int, without_gain: int, settings: dict[str, Any], capped: bool | None) -> None:
+    progress = Progress(step=step, best_step=step - 4 * without_gain, evaluations_without_gain=without_gain)
+    assert is_capped(progress, stage(steps=12, **settings)) is capped
+
+
+def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data": "domain", "optimizer": {"learning_rate": 3e-2}, "early_stopping": {"evaluate_every": 4, "patience": 2},
+    }  # fmt: skip
+
+    def trained(name: str, steps: int) -> Progress:
+        return run_training(tmp_path / name, ALONE, stage(steps=steps, **settings), windows=8)
+
+    stopped = trained("stopped", 400)
+    assert stopped.step < 400 and is_capped(stopped, stage(steps=400, **settings)) is False
+    at_cap = trained("at-cap", stopped.step)
+    assert at_cap == stopped and is_capped(at_cap, stage(steps=stopped.step, **settings)) is False
+    cap = stopped.step - 4
+    capped = trained("capped", cap)
+    assert capped.step == cap and is_capped(capped, stage(steps=cap, **settings)) is True
+    (tmp_path / "capped" / "result.json").unlink()  # killed before it was declared done
+    assert trained("capped", cap) == capped
+    shutil.rmtree(step_folder(tmp_path / "capped", cap))  # and before its last step was saved
+    assert trained("capped", cap) == capped
 
 
 # --- what a training costs -----------------------------------------------------------------------------------------------

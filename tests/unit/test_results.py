@@ -158,6 +158,75 @@ def test_markdown_has_a_line_per_method_and_state(finished: tuple[Pipeline, Path
     assert [line.split("|")[1].strip() for line in lines[2:]].count("slm") == 2
 
 
+def _declare_capped(root: Path, stage: str, *, steps: int = 20, **capped: bool) -> None:
+    """What a training with early stopping leaves in its marker."""
+    for key, is_capped in capped.items():
+        marker = read_marker(root, stage, key)
+        assert marker is not None
+        values = {"steps": steps, "best_step": steps, "capped": is_capped}
+        finish_artifact(root, stage, key, dataclasses.replace(marker, values=values))
+
+
+def test_what_the_cap_ended_is_marked(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, root = finished
+    plain = results_table(write_results(pipeline, root))
+    assert plain.note == "" and "*" not in plain.markdown()
+    _declare_capped(root, "slm-tuned", scipy=True, sklearn=False, torch=False)
+    _declare_capped(root, "llm-tuned", scipy=False, sklearn=False, torch=False)
+    _declare_capped(root, "llm-tuned", scipy=True)  # the teacher of slm-d, which has rows of its own
+    _declare_capped(root, "slm-d", scipy=False, sklearn=False, torch=False)
+    results = write_results(pipeline, root)
+    capped = {(row["stage"], row["domain"]): row["capped"] for row in results["rows"]}
+    assert [name for name, value in capped.items() if value] == [("slm-tuned", "scipy"), ("llm-tuned", "scipy")]
+    assert capped["slm-tuned", "torch"] is False and capped["slm-d", "scipy"] is False
+    assert capped["slm", "scipy"] is None and capped["slm-nopt", "scipy"] is None
+    assert {entry["stage"]: entry["capped"] for entry in results["macro"] if entry["capped"] is not None} == {
+        "slm-tuned": True, "llm-tuned": True, "slm-d": False,
+    }  # fmt: skip
+    lines = {line["stage"] + line["domain"]: line["capped"] for line in csv.DictReader((root / "results.csv").open())}
+    assert (lines["slm-tunedscipy"], lines["slm-tunedtorch"], lines["slmscipy"]) == ("True", "False", "")
+    table = results_table(results)
+    marked = {
+        (line[0], line[1], head)
+        for line in table.lines
+        for head, cell in zip(table.header, line, strict=True)
+        if "*" in cell
+    }
+    assert marked == {(method, "yes", column) for method in ("slm", "llm") for column in ("scipy", "macro")}
+    for column in ("scipy", "macro"):  # digits below digits: where there is no mark there is room
+        cells = [line[table.header.index(column)] for line in table.lines]
+        assert {cell[-1] for cell in cells if cell} == {" ", "*"}
+    assert table.note == "* ended by the cap on steps, not by early stopping: allow more steps in slm-tuned, llm-tuned"
+    assert (root / "results.md").read_text() == table.markdown()
+    assert table.markdown().endswith(" |\n\n\\" + table.note + "\n")  # behind a backslash: it is no list
+    perplexities, costs = table.in_two("gen. tokens", ("", ""))
+    assert perplexities.note and not costs.note
+
+
+@pytest.mark.parametrize("command", ["run", "results"])
+def test_commands_warn_of_the_cap(finished: tuple[Pipeline, Path], command: str) -> None:
+    _, root = finished
+    arguments = [command, str(SMOKE), f"root={root}"]
+    assert "warning" not in CliRunner().invoke(app, arguments).output
+    _declare_capped(root, "slm-tuned", steps=30, scipy=True, sklearn=True, torch=False)
+    _declare_capped(root, "llm-tuned", scipy=False, sklearn=False, torch=True)
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    warnings = [line for line in outcome.output.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2  # a line per stage
+    (of_slm,) = (line for line in warnings if "slm-tuned/scipy (30 steps" in line)
+    assert (
+        "slm-tuned/sklearn" in of_slm and "slm-tuned/torch" not in of_slm and "raise stages.slm-tuned.steps" in of_slm
+    )
+    assert "* ended by the cap on steps" in outcome.output
+    stale = CliRunner().invoke(
+        app, [*arguments, "stages.slm-tuned.steps=31", *["--until", "llm-tuned"] * (command == "run")]
+    )
+    assert "slm-tuned" not in "".join(line for line in stale.output.splitlines() if "warning" in line), (
+        "it is of other settings"
+    )
+
+
 def test_total_costs(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     for row in write_results(pipeline, root)["rows"]:

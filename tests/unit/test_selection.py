@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import DataError, TrainingError
-from megatron_specialm.config.finetuning import finetuning_recipe
+from megatron_specialm.config.finetuning import Capped, capped_warning, finetuning_recipe
 from megatron_specialm.config.model import LowRank
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.training import EarlyStopping, TrainStage
 from megatron_specialm.train.selection import (
     best_first,
     by_finetuning,
@@ -91,3 +91,19 @@ def test_the_papers_fine_tuning(set_tokens: int, rate: float, steps: int) -> Non
     assert made.steps == steps and made.schedule.warmup_steps == min(3_000, steps)
     adapted = finetuning_recipe(stage.model_copy(update={"lora": LowRank()}), set_tokens=set_tokens)
     assert adapted.steps == min(50_000, 5 * steps)
+
+
+def test_a_warning_of_the_cap_says_what_helps() -> None:
+    stage = TrainStage(
+        kind="train", tokens="t", data="domain", init="slm", steps=3000, global_batch_size=8, recipe="paper",
+        early_stopping=EarlyStopping(evaluate_every=10),
+    )  # fmt: skip
+    domains = [Capped("law", 2000, 2000), Capped("med", 2000, 1990)]
+    said = capped_warning("tuned", stage, domains)
+    assert "tuned/law (2,000 steps, best step 2,000, the last: the loss was still falling)" in said
+    assert "tuned/med (2,000 steps, best step 1,990)" in said
+    assert "stages.tuned.recipe=null" in said and "raise" not in said  # the page's steps are not what ended it
+    said = capped_warning("tuned", stage, [Capped("law", 3000, 2990)])
+    assert "raise stages.tuned.steps (now 3,000)" in said and "recipe" not in said
+    many = capped_warning("tuned", stage, [Capped(f"d{number}", 3000, 3000) for number in range(50)])
+    assert "tuned/d3 (" in many and "tuned/d4 (" not in many and "46 more" in many

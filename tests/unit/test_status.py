@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_specialm.base.artifacts import begin_artifact
+from megatron_specialm.base.artifacts import begin_artifact, finish_artifact, read_marker
 from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
@@ -31,6 +31,21 @@ def test_nothing_submitted_needs_no_slurm(run: Run, monkeypatch: pytest.MonkeyPa
     assert [run.text(stage) for stage in ("tokenizer", "tokens", "vectors")] == ["done", "done", "5 not submitted"]
     assert run.status().stages[1].device_hours == pytest.approx(0.04), "four tasks of 36 s, run on this machine"
     assert not run.status().is_live
+
+
+def test_what_the_cap_ended_is_told(run: Run) -> None:
+    run.finish("slm-tuned", "llm-tuned")
+    assert "warning" not in _render(run.status(), 100)
+    marker = read_marker(run.root, "slm-tuned", "scipy")
+    assert marker is not None
+    values = {"steps": 30, "best_step": 30, "capped": True}
+    finish_artifact(run.root, "slm-tuned", "scipy", replace(marker, values=values))
+    status = run.status()
+    said = "the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30, the last: "
+    assert f"warning: {said}" in _render(status, 400)
+    warnings = {stage["stage"]: stage["warnings"] for stage in status_json(status)["stages"] if stage["warnings"]}
+    assert list(warnings) == ["slm-tuned"] and warnings["slm-tuned"][0].startswith(said)
+    assert max(map(len, _render(status, 80).splitlines())) <= 80
 
 
 def test_an_array_is_summarised(run: Run) -> None:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from megatron_specialm.base.terminal import Table
+from megatron_specialm.base.terminal import UNLIMITED, Table
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
@@ -31,7 +31,7 @@ from tests.unit.test_figures import invented
 
 ROOT = Path(__file__).parents[2]
 LONG = "a-stage-whose-name-is-longer-than-half-of-a-terminal"
-NUMBER = re.compile(r"\d[\d.,e+]*[A-Za-z]?")
+NUMBER = re.compile(r"\d[\d.,e+]*[A-Za-z*]?")
 
 
 def _render(width: int, shown: Iterable[RenderableType]) -> str:
@@ -66,7 +66,7 @@ def long_page(folder: Path) -> Path:
 
 
 def _results() -> list[Table]:
-    results = invented()
+    results = invented(capped=("slm", "llm"))
     for part in ("rows", "macro"):
         for row in results[part]:
             row["method"] = f"{row['method']}-{LONG}"
@@ -81,8 +81,17 @@ def test_no_number_is_cut_or_broken(tmp_path: Path, width: int) -> None:
     for table in tables:
         said = _render(width, [table])
         assert "…" not in said and max(map(len, said.splitlines())) <= width
-        numbers = {cell for line in table.lines for cell in line[table.words :] if NUMBER.fullmatch(cell)}
+        cells = {cell.strip() for line in table.lines for cell in line[table.words :]}
+        numbers = set(filter(NUMBER.fullmatch, cells))
         assert numbers and numbers <= set(said.split())
+
+
+def test_a_mark_behind_a_number_hangs_and_is_explained() -> None:
+    table = Table("", ["what", "much"], [["a", "12.5*"], ["b", "7.5 "]], 1, "* as " + "it was said " * 8 + "long ago")
+    _, _, _, first, second, *rest = _render(80, [table]).splitlines()
+    assert first.index(".") == second.index(".") and first.rstrip().endswith("12.5*")
+    assert " ".join(" ".join(rest).split()) == table.note and max(map(len, rest)) <= 80
+    assert table.note in _render(UNLIMITED, [table]).splitlines()
 
 
 def test_words_are_folded_not_cut() -> None:
