@@ -38,20 +38,21 @@ class Capped(NamedTuple):
 
 
 def capped_warning(name: str, stage: TrainStage, capped: Sequence[Capped]) -> str:
-    """What to say of a stage's fine-tunings that their cap ended, not early stopping, and what to do."""
+    """What to say of a stage's fine-tunings that their cap ended, not early stopping, and what to do. Under a recipe `steps`
+    may not be the cap, or not for long."""
     tasks = [f"{name}/{one.key} ({_how(one)})" for one in capped[:SHOWN_TASKS]]
     if len(capped) > SHOWN_TASKS:
         tasks.append(f"{len(capped) - SHOWN_TASKS} more")
     fixes = []
     if any(one.steps >= stage.steps for one in capped):
         fixes.append(f"raise stages.{name}.steps (now {stage.steps:,})")
-    if any(one.steps < stage.steps for one in capped):
+    if stage.recipe is not None:
         fixes.append(
-            f"where `recipe: {stage.recipe}` allows no more steps, set stages.{name}.recipe=null and a rate of your own"
+            f"where `recipe: {stage.recipe}` allows no more, set stages.{name}.recipe=null and a learning rate of your own"
         )
     return f"the cap on steps, not early stopping, ended {', '.join(tasks)}: {'; '.join(fixes)}"
 
 
 def _how(one: Capped) -> str:
-    falling = ", the last: the loss was still falling" if one.best_step == one.steps else ""
+    falling = ": still falling" if one.best_step == one.steps else ""
     return f"{one.steps:,} steps, best step {one.best_step:,}{falling}"

@@ -199,7 +199,8 @@ def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
     order = sorted(means, key=lambda method: -means[method])
     height = 0.55 + 0.2 * len(order)
     lines, columns = _grid(len(domains))
-    figure = drawing.new_figure(lines, columns, panel=(2.5, height), share_y="all")
+    width = 2.5 if columns > 1 else 3.6  # for the words below
+    figure = drawing.new_figure(lines, columns, panel=(width, height), share_y="all")
     for axes, domain in zip(figure.axes, domains, strict=False):
         values = []
         for place, method in enumerate(order):

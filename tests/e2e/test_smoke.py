@@ -126,7 +126,8 @@ def test_what_the_cap_ended_is_told_and_marked(finished: Path) -> None:
     """30 steps with a validation every 10 do not wear out a patience of 3 while the loss falls."""
     said = (finished / "stdout").read_text()
     assert (
-        "warning: the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30, the last" in said
+        "warning: the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30: still falling)"
+        in said
     )
     assert "* ended by the cap on steps" in said
     assert "ended slm-tuned/torch (30 steps" in (finished / "runs/smoke/jobs/slm-tuned.torch.log").read_text()

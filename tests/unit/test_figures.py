@@ -24,7 +24,7 @@ from megatron_specialm.launch.drawing import (
     plot,
     round_numbers,
 )
-from megatron_specialm.launch.figures import draw
+from megatron_specialm.launch.figures import _figures, draw
 from megatron_specialm.launch.seeds import merge_runs
 from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
 
@@ -149,6 +149,16 @@ def test_what_the_cap_ended_is_ringed_in_every_figure(tmp_path: Path, sizes: tup
     drawn = draw(invented(methods=("slm", "slm-nopt"), sizes=sizes, capped=("slm-nopt",)), tmp_path)
     figures = [path for path in drawn if path.suffix == ".svg"]
     assert len(figures) >= 7 and all(CAPPED in path.read_text() for path in figures)
+
+
+def test_the_words_below_domains_are_not_cut() -> None:
+    rows = [row for row in invented(methods=FEW, capped=FEW)["rows"] if row["domain"] == "legal"]
+    with our_style():
+        (figure,) = (figure for name, figure in _figures({"rows": rows, "macro": []}) if name == "domains")
+        figure.draw_without_rendering()
+        (words,) = (text for text in figure.texts if CAPPED in text.get_text())
+        box = words.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 def test_rings_stand_around_their_points() -> None:

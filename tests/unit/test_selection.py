@@ -100,10 +100,12 @@ def test_a_warning_of_the_cap_says_what_helps() -> None:
     )  # fmt: skip
     domains = [Capped("law", 2000, 2000), Capped("med", 2000, 1990)]
     said = capped_warning("tuned", stage, domains)
-    assert "tuned/law (2,000 steps, best step 2,000, the last: the loss was still falling)" in said
+    assert "tuned/law (2,000 steps, best step 2,000: still falling)" in said
     assert "tuned/med (2,000 steps, best step 1,990)" in said
     assert "stages.tuned.recipe=null" in said and "raise" not in said  # the page's steps are not what ended it
-    said = capped_warning("tuned", stage, [Capped("law", 3000, 2990)])
-    assert "raise stages.tuned.steps (now 3,000)" in said and "recipe" not in said
-    many = capped_warning("tuned", stage, [Capped(f"d{number}", 3000, 3000) for number in range(50)])
-    assert "tuned/d3 (" in many and "tuned/d4 (" not in many and "46 more" in many
+    said = capped_warning("tuned", stage, [Capped("law", 3000, 2990)])  # it may be the recipe's cap as well
+    assert "raise stages.tuned.steps (now 3,000); where `recipe: paper` allows no more" in said
+    plain = stage.model_copy(update={"recipe": None})
+    many = capped_warning("tuned", plain, [Capped(f"d{number}", 3000, 3000) for number in range(50)])
+    assert many.endswith(", 46 more: raise stages.tuned.steps (now 3,000)")
+    assert "tuned/d3 (" in many and "tuned/d4 (" not in many

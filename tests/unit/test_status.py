@@ -41,7 +41,7 @@ def test_what_the_cap_ended_is_told(run: Run) -> None:
     values = {"steps": 30, "best_step": 30, "capped": True}
     finish_artifact(run.root, "slm-tuned", "scipy", replace(marker, values=values))
     status = run.status()
-    said = "the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30, the last: "
+    said = "the cap on steps, not early stopping, ended slm-tuned/scipy (30 steps, best step 30: still falling)"
     assert f"warning: {said}" in _render(status, 400)
     warnings = {stage["stage"]: stage["warnings"] for stage in status_json(status)["stages"] if stage["warnings"]}
     assert list(warnings) == ["slm-tuned"] and warnings["slm-tuned"][0].startswith(said)
