@@ -2,11 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megatron_specialm.cli.app import Overrides, Page, app, load
+
+if TYPE_CHECKING:
+    from megatron_specialm.config.schema import Pipeline
+
+
+Runs = Annotated[
+    list[Path] | None,
+    typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
+]
 
 
 @app.command()
@@ -14,30 +23,33 @@ def results(
     page: Page,
     overrides: Overrides = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+    runs: Runs = None,
+    orders: Annotated[
+        bool, typer.Option("--orders", help="Instead: which of the paper's orders of methods hold, on how many seeds.")
+    ] = False,
 ) -> None:
-    """Print the table of a page's run folder again."""
+    """Print the table of a page's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.orders import orders_table
+    from megatron_specialm.launch.seeds import merge_seeds
     from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = load(page, overrides)
-    outcome = write_results(pipeline, Path(pipeline.root), must_write=False)
+    outcome = _results(pipeline, runs)
+    merged = merge_seeds(outcome) if runs else outcome
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
-        typer.echo(results_table(outcome).markdown())
+        typer.echo((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
-        console().print(*results_in_two(outcome))
+        console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
 
 
 @app.command()
 def figures(
     page: Page,
     overrides: Overrides = None,
-    runs: Annotated[
-        list[Path] | None,
-        typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
-    ] = None,
+    runs: Runs = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Where `figures/` is made; default: the run folder.", show_default=False),
@@ -45,14 +57,13 @@ def figures(
 ) -> None:
     """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
     from megatron_specialm.launch.figures import draw
-    from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.seeds import merge_runs
+    from megatron_specialm.launch.seeds import merge_seeds
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
-    outcome = write_results(pipeline, root, must_write=False)
+    outcome = _results(pipeline, runs)
     if runs:
-        outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
+        outcome = merge_seeds(outcome)
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     place = output or root
@@ -61,6 +72,16 @@ def figures(
         typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
     for path in draw(outcome, place):
         typer.echo(path)
+
+
+def _results(pipeline: "Pipeline", runs: list[Path] | None) -> dict[str, Any]:
+    """What the page's run folder has, brought up to date; with what the runs at other seeds have, not merged."""
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import read_runs
+
+    root = Path(pipeline.root)
+    own = write_results(pipeline, root, must_write=False)
+    return read_runs([folder / "results.json" for folder in (root, *runs)]) if runs else own
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:

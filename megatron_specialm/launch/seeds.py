@@ -8,37 +8,44 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
-from megatron_specialm.launch.results import COST_PREFIXES
+from megatron_specialm.launch.results import COST_PREFIXES, SEEDS, seeds_of
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
 PARTS = {"rows": ("stage", "domain"), "macro": ("stage", "size"), "concentration": ("stage", "domain")}
 
 
-def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
-    """Merge the `results.json` of several run folders of one page.
-
-    An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
-    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    Selections stand side by side: choices have no mean.
+def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """The `results.json` of several run folders of one page, one behind the other in the order of their seeds.
 
     Raises:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
     """
     runs = [_read(path) for path in paths]
-    seeds: dict[int, Path] = {}
+    seeds: dict[tuple[Any, ...], Path] = {}
     for path, run in zip(paths, runs, strict=True):
         if run["pipeline"] != runs[0]["pipeline"]:
             raise ArtifactError(
                 f"{path}: of the page {run['pipeline']!r}, and {paths[0]} of {runs[0]['pipeline']!r}: merge runs of one page"
             )
-        for seed in {row["seed"] for row in run["rows"]}:
-            if seed in seeds:
-                raise ArtifactError(f"{path}: seed {seed} is that of {seeds[seed]} too: give each run another `seed`")
-            seeds[seed] = path
-    merged = {part: _merge([entry for run in runs for entry in run[part]], by) for part, by in PARTS.items()}
-    selection = [entry for run in runs for entry in run["selection"]]
-    return {"pipeline": runs[0]["pipeline"], **merged, "selection": selection}
+        for own in set(map(seeds_of, run["rows"])):
+            if own in seeds:
+                raise ArtifactError(f"{path}: seed {own[0]} is that of {seeds[own]} too: give each run another `seed`")
+            seeds[own] = path
+    parts = {
+        part: sorted((entry for run in runs for entry in run[part]), key=seeds_of) for part in (*PARTS, "selection")
+    }
+    return {"pipeline": runs[0]["pipeline"], **parts}
+
+
+def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge results of several seeds, as `read_runs` and `results_from_rows` give them.
+
+    An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
+    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
+    Selections stand side by side: choices have no mean.
+    """
+    return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items()}}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -49,15 +56,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merge(entries: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(tuple(entry[key] for key in by), {})[entry["seed"]] = entry
-    return [_summary(list(group.values())) for group in groups.values()]
+        groups.setdefault(tuple(entry[key] for key in by), []).append(entry)
+    return [_summary(group) for group in groups.values()]
 
 
 def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One entry for those of all seeds."""
-    first = {key: value for key, value in own[0].items() if key != "seed"}
+    first = {key: value for key, value in own[0].items() if key not in SEEDS}
     scores = {key: [entry[key] for entry in own] for key in SCORES if key in first}
     costs = {key: [entry[key] for entry in own] for key in first if key.startswith(COST_PREFIXES)}
     return {
@@ -65,5 +72,5 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
-        "seeds": sorted(entry["seed"] for entry in own),
+        **{f"{key}s": [entry[key] for entry in own] for key in SEEDS if key in own[0]},
     }

@@ -1,23 +1,11 @@
-"""Tables of results for the terminal, in Markdown and as CSV; from `results.json` alone, of one run or of merged ones."""
+"""Tables of results for the terminal and in Markdown; from `results.json` alone, of one run or of merged ones."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per row, with every column that any row has; nothing where a row lacks it."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -93,6 +81,15 @@ def _amount(what: str, value: float) -> str:
 def is_tuned(entry: Mapping[str, Any]) -> bool:
     """Whether a model was fine-tuned: the domain's text that was only mixed into its pretraining does not make it so."""
     return entry["finetuned"] and entry.get("domain_text") != "mixed in"
+
+
+def largest_budget(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the stage of each (method, fine-tuned) that cost most."""
+    largest: dict[tuple[str, bool], Mapping[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["total_flops_1"]):
+        largest[entry["method"], is_tuned(entry)] = entry
+    stages = {entry["stage"] for entry in largest.values()}
+    return [entry for entry in entries if entry["stage"] in stages]
 
 
 def _state(entry: Mapping[str, Any]) -> str:
