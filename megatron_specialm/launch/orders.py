@@ -6,8 +6,7 @@ from typing import Any
 
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
-from megatron_specialm.launch.results import seeds_of
-from megatron_specialm.launch.tables import is_tuned, largest_budget
+from megatron_specialm.launch.tables import Seeds, is_tuned, largest_budget, seeds_of
 
 # The one with the lower perplexity first (Grangier et al., arXiv 2402.01093). Of a soup against one expert, and of LoRA
 # against the whole model, the paper has no table: these two are ours.
@@ -17,7 +16,7 @@ ORDERS = (
 )  # fmt: skip
 
 Model = tuple[str, bool]  # a method, and whether it is fine-tuned
-Scores = Mapping[tuple[str, str, bool], Mapping[tuple[int, int], float]]  # set, model -> perplexity of each seed
+Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
 
 
 def orders_table(results: Mapping[str, Any]) -> Table:
@@ -51,7 +50,7 @@ def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
 
 def _scores(results: Mapping[str, Any]) -> Scores:
     """The perplexities of every domain, and the averages over the domains of a size."""
-    scores: dict[tuple[str, str, bool], dict[tuple[int, int], float]] = {}
+    scores: dict[tuple[str, str, bool], dict[Seeds, float]] = {}
     rows = [row for row in results["rows"] if row["domain"] != GENERIC]
     for name, entries in ((lambda row: row["domain"], rows), (_macro_name, results["macro"])):
         for entry in largest_budget(entries):
@@ -64,7 +63,7 @@ def _macro_name(entry: Mapping[str, Any]) -> str:
     return "macro" if entry["size"] is None else f"macro {size_name(entry['size'])}"
 
 
-def _cell(first: Mapping[tuple[int, int], float], second: Mapping[tuple[int, int], float]) -> str:
+def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:
     """Nothing, where no seed has both."""
     differences = [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
     if not differences:

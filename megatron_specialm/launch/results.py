@@ -24,12 +24,11 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.rows import to_csv
-from megatron_specialm.launch.tables import results_table
+from megatron_specialm.launch.tables import results_table, seeds_of
 
 logger = logging.getLogger(__name__)
 
 COST_PREFIXES = ("generic_", "specialization_", "total_")
-SEEDS = ("seed", "training_seed")  # columns that tell the runs of one page apart, where they are there
 
 
 def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) -> dict[str, Any]:
@@ -73,13 +72,7 @@ def results_from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows, of one run or of several seeds, with the averages that follow from them: what tables of perplexity and cost are
     made of. The domains are those that rows name."""
     sizes = {row["domain"]: row["size"] for row in rows if row["domain"] != GENERIC}
-    return {"rows": rows, "macro": _macro(rows, sizes), "concentration": [], "selection": []}
-
-
-def seeds_of(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Which of a page's runs an entry is of: its seed, and that of its trainings, which is the same where none is told."""
-    training = entry.get("training_seed")
-    return entry["seed"], entry["seed"] if training is None else training
+    return {"rows": rows, "macro": _macro(rows, sizes)}
 
 
 def _rows(
@@ -152,7 +145,7 @@ def _macro(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int | None]) -
                 "fill": fill(costs),
                 "devices": any_row["devices"],
                 "inference_parameters": any_row["inference_parameters"],
-                **{key: any_row[key] for key in SEEDS if key in any_row},
+                **dict(seeds_of(any_row)),
             }
         )
     return entries

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
-from megatron_specialm.launch.results import COST_PREFIXES, SEEDS, seeds_of
+from megatron_specialm.launch.results import COST_PREFIXES
+from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
@@ -22,7 +23,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
     """
     runs = [_read(path) for path in paths]
-    seeds: dict[tuple[Any, ...], Path] = {}
+    seeds: dict[Seeds, Path] = {}
     for path, run in zip(paths, runs, strict=True):
         if run["pipeline"] != runs[0]["pipeline"]:
             raise ArtifactError(
@@ -30,12 +31,13 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
             )
         for own in set(map(seeds_of, run["rows"])):
             if own in seeds:
-                raise ArtifactError(f"{path}: seed {own[0]} is that of {seeds[own]} too: give each run another `seed`")
+                raise ArtifactError(
+                    f"{path}: seed {own[0][1]} is that of {seeds[own]} too: give each run another `seed`"
+                )
             seeds[own] = path
-    parts = {
-        part: sorted((entry for run in runs for entry in run[part]), key=seeds_of) for part in (*PARTS, "selection")
-    }
-    return {"pipeline": runs[0]["pipeline"], **parts}
+    parts = [part for part in runs[0] if part != "pipeline"]
+    entries = {part: [entry for run in runs for entry in run.get(part, ())] for part in parts}
+    return {"pipeline": runs[0]["pipeline"], **{part: sorted(entries[part], key=seeds_of) for part in parts}}
 
 
 def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
     `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
     Selections stand side by side: choices have no mean.
     """
-    return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items()}}
+    return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items() if part in results}}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,10 +58,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merge(entries: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[Seeds, Mapping[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(tuple(entry[key] for key in by), []).append(entry)
-    return [_summary(group) for group in groups.values()]
+        groups.setdefault(tuple(entry[key] for key in by), {})[seeds_of(entry)] = entry
+    return [_summary([group[seeds] for seeds in sorted(group)]) for group in groups.values()]
 
 
 def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -72,5 +74,5 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
-        **{f"{key}s": [entry[key] for entry in own] for key in SEEDS if key in own[0]},
+        **{f"{name}s": [entry[name] for entry in own] for name in SEEDS if name in own[0]},
     }

@@ -7,6 +7,14 @@ from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
 
+SEEDS = ("seed", "training_seed")  # the columns by which runs of one page are told apart
+Seeds = tuple[tuple[str, int], ...]
+
+
+def seeds_of(entry: Mapping[str, Any]) -> Seeds:
+    """What tells an entry from those of other runs: the names and values of the `SEEDS` that it has."""
+    return tuple((name, entry[name]) for name in SEEDS if name in entry)
+
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """The paper's table: perplexities, then costs; specialization cost is the mean over domains. `fill` is the share of
