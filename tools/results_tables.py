@@ -124,7 +124,7 @@ def fill(pages: Sequence[Path], *, check: bool) -> int:
 def render(page: Path, text: str) -> str:
     """The text of a page with its tables as they should be."""
     found = len(BLOCK.findall(text))
-    begun, ended = (len(re.findall(f"<!-- *{word}", text)) for word in ("table", "end of table"))
+    begun, ended = (len(re.findall(rf"^\s*<!-- *{word}", text, re.MULTILINE)) for word in ("table", "end of table"))
     if not found == begun == ended:
         raise ConfigError(
             f"{page}: of {begun} comments that begin a table and {ended} that end one, {found} are pairs with nothing but a "

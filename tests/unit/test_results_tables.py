@@ -190,7 +190,7 @@ def test_seeds_and_orders_from_the_command_line(tmp_path: Path, monkeypatch: pyt
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 
-PAGE = """Before.
+PAGE = """Before; `<!-- table: FILE NAME -->` is a mention.
 
 <!-- table: rows.csv {name} -->
 {table}<!-- end of table -->
@@ -219,7 +219,7 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         page.write_text(PAGE.format(name=name, table=""))
         assert fill([page], check=True) == 1 and fill([page], check=False) == 0
         filled = page.read_text()
-        assert line in filled.splitlines() and filled.startswith("Before.") and filled.endswith("Behind.\n")
+        assert line in filled.splitlines() and filled.startswith("Before; ") and filled.endswith("Behind.\n")
         assert fill([page], check=True) == 0 and fill([page], check=False) == 0 and page.read_text() == filled
         page.write_text(filled.replace(line, line.replace("0", "1", 1)))
         capsys.readouterr()
@@ -235,6 +235,7 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         ("<!-- table: rows.csv cost -->\n", "of 1 comments that begin a table and 0 that end one, 0 are pairs"),
         (PAGE.format(name="cost", table="") + "<!-- end of table -->\n", "1 comments .* and 2 that end one, 1 are pairs"),
         (PAGE.format(name="cost", table="").replace("table: ", "table "), "1 comments .* and 1 that end one, 0 are pairs"),
+        (PAGE.format(name="cost", table="").replace("<!--", "  <!--", 1), "1 comments .* and 1 that end one, 0 are pairs"),
         (PAGE.format(name="cost", table="<!-- table: rows.csv short -->\n"), "2 comments .* 1 that end one"),
     ],
 )  # fmt: skip
