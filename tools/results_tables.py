@@ -33,7 +33,7 @@ from megatron_specialm.launch.orders import orders_table
 from megatron_specialm.launch.results import results_from_rows
 from megatron_specialm.launch.rows import read_csv, to_csv
 from megatron_specialm.launch.seeds import merge_seeds, read_runs
-from megatron_specialm.launch.tables import is_tuned, results_in_two, results_table
+from megatron_specialm.launch.tables import is_tuned, results_in_two, results_table, seeds_of
 
 Results = Mapping[str, Any]
 
@@ -81,7 +81,7 @@ def main() -> int:
 def write_csv(runs: Sequence[Path], output: Path) -> None:
     """Write the rows of all runs, in the order of their seeds. A mean over fewer seeds than the others would pass for one
     over all, so each run must have every model."""
-    rows = read_runs([folder / "results.json" for folder in runs])["rows"]
+    rows = sorted(read_runs([folder / "results.json" for folder in runs])["rows"], key=seeds_of)
     models = dict.fromkeys((row["stage"], row["domain"]) for row in rows)
     for folder in runs:
         own = {(row["stage"], row["domain"]) for row in read_runs([folder / "results.json"])["rows"]}

@@ -2,15 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from megatron_specialm.cli.app import Overrides, Page, app, load
-
-if TYPE_CHECKING:
-    from megatron_specialm.config.schema import Pipeline
-
 
 Runs = Annotated[
     list[Path] | None,
@@ -31,12 +27,16 @@ def results(
     """Print the table of a page's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.orders import orders_table
-    from megatron_specialm.launch.seeds import merge_seeds
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import merge_seeds, read_runs
     from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = load(page, overrides)
-    outcome = _results(pipeline, runs)
-    merged = merge_seeds(outcome) if runs else outcome
+    root = Path(pipeline.root)
+    outcome = write_results(pipeline, root, must_write=False)
+    if runs:
+        outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
+    merged = merge_seeds(outcome)
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
@@ -57,13 +57,14 @@ def figures(
 ) -> None:
     """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
     from megatron_specialm.launch.figures import draw
-    from megatron_specialm.launch.seeds import merge_seeds
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import merge_runs
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
-    outcome = _results(pipeline, runs)
+    outcome = write_results(pipeline, root, must_write=False)
     if runs:
-        outcome = merge_seeds(outcome)
+        outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     place = output or root
@@ -72,16 +73,6 @@ def figures(
         typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
     for path in draw(outcome, place):
         typer.echo(path)
-
-
-def _results(pipeline: "Pipeline", runs: list[Path] | None) -> dict[str, Any]:
-    """What the page's run folder has, brought up to date; with what the runs at other seeds have, not merged."""
-    from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.seeds import read_runs
-
-    root = Path(pipeline.root)
-    own = write_results(pipeline, root, must_write=False)
-    return read_runs([folder / "results.json" for folder in (root, *runs)]) if runs else own
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:

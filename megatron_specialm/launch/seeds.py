@@ -16,12 +16,21 @@ SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
 PARTS = {"rows": ("stage", "domain"), "macro": ("stage", "size"), "concentration": ("stage", "domain")}
 
 
-def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
-    """The `results.json` of several run folders of one page, one behind the other in the order of their seeds.
+def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """Merge the `results.json` of several run folders of one page.
+
+    An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
+    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
+    Selections stand side by side: choices have no mean.
 
     Raises:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
     """
+    return merge_seeds(read_runs(paths))
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """Those files one behind the other, with the same errors: each entry says which seed it is of."""
     runs = [_read(path) for path in paths]
     seeds: dict[Seeds, Path] = {}
     for path, run in zip(paths, runs, strict=True):
@@ -37,16 +46,11 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
             seeds[own] = path
     parts = [part for part in runs[0] if part != "pipeline"]
     entries = {part: [entry for run in runs for entry in run.get(part, ())] for part in parts}
-    return {"pipeline": runs[0]["pipeline"], **{part: sorted(entries[part], key=seeds_of) for part in parts}}
+    return {"pipeline": runs[0]["pipeline"], **entries}
 
 
 def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge results of several seeds, as `read_runs` and `results_from_rows` give them.
-
-    An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
-    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    Selections stand side by side: choices have no mean.
-    """
+    """Merge as `merge_runs` does what `read_runs` or `results_from_rows` has given."""
     return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items() if part in results}}
 
 

@@ -15,7 +15,7 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.launch.costs import TASKS, total_cost
 from megatron_specialm.launch.drawing import apart, looks, number, round_numbers
 from megatron_specialm.launch.figures import draw
-from megatron_specialm.launch.seeds import merge_seeds, read_runs
+from megatron_specialm.launch.seeds import merge_runs
 from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
 
 SIZES = {None: 1.0, 50_000: 1.3, 200_000: 1.0, 1_000_000: 0.8}  # factors of perplexity
@@ -209,7 +209,7 @@ def _runs(folder: Path, *results: Any) -> list[Path]:
 
 
 def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
-    merged = merge_seeds(read_runs(_runs(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2)))))
+    merged = merge_runs(_runs(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2))))
     row = next(row for row in merged["rows"] if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
     # 91 at seed 0, and 3% more per seed: 91, 93.73, 96.46.
     assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
@@ -228,7 +228,7 @@ def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
 
 
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
-    merged = merge_seeds(read_runs(_runs(tmp_path, invented(seed=3, methods=("slm",)))))
+    merged = merge_runs(_runs(tmp_path, invented(seed=3, methods=("slm",))))
     assert {row["perplexity_sd"] for row in merged["rows"]} == {None}
     assert "±" not in results_table(merged).markdown()
 
@@ -236,13 +236,13 @@ def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = invented(methods=("slm",))
     with pytest.raises(ArtifactError, match=r"1\.json: seed 0 is that of .*0\.json too"):
-        read_runs(_runs(tmp_path, one, one))
+        merge_runs(_runs(tmp_path, one, one))
     with pytest.raises(ArtifactError, match=r"of the page 'other', and .* of 'arena'"):
-        read_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
+        merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
     with pytest.raises(ArtifactError, match="of an earlier version"):
-        read_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
+        merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
     with pytest.raises(ArtifactError, match="no such file"):
-        read_runs([tmp_path / "absent" / "results.json"])
+        merge_runs([tmp_path / "absent" / "results.json"])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
