@@ -8,7 +8,7 @@ import io
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.cells import cell_len
@@ -50,9 +50,8 @@ class Table:
     def without(self, *columns: str) -> "Table":
         """The table without the columns of these names."""
         kept = [index for index, name in enumerate(self.header) if name not in columns]
-        words = sum(index < self.words for index in kept)
-        lines = [[line[index] for index in kept] for line in self.lines]
-        return Table(self.title, [self.header[index] for index in kept], lines, words)
+        header, *lines = ([line[index] for index in kept] for line in (self.header, *self.lines))
+        return replace(self, header=header, lines=lines, words=sum(index < self.words for index in kept))
 
     def markdown(self) -> str:
         """Without the title."""

@@ -36,7 +36,7 @@ def results(
     outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
-    merged = merge_seeds(outcome)
+    merged = merge_seeds(outcome) if runs else outcome
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:

@@ -80,7 +80,7 @@ def test_a_file_that_is_no_results(tmp_path: Path) -> None:
     for text, says in (
         ("", "not the CSV file of some results"),
         (whole.replace("nll,perplexity", "nll,ppl"), "its first line lacks perplexity"),
-        (f"{whole}<<<<<<< HEAD\n", "line 3 has 1 columns, and the first one"),
+        (f"{whole}slm,slm-tuned\n", "line 3 has 2 columns, and the first one"),
     ):
         path.write_text(text)
         with pytest.raises(ArtifactError, match=rf"rows\.csv: {says}"):
