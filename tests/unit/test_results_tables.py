@@ -60,7 +60,7 @@ def made_up(perplexities: Mapping[str, Mapping[str, float]], *, seed: int = 0, *
 
 
 def _run_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    parts = dict.fromkeys(("macro", "concentration", "selection", "learning_rates"), [])
+    parts: dict[str, Any] = {key: [] for key in ("macro", "concentration", "selection", "learning_rates")}
     results = {"pipeline": "p", "rows": rows, **parts}
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results))
