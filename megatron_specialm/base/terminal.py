@@ -48,6 +48,12 @@ class Table:
             self._part(titles[1], range(middle, end)),
         )
 
+    def without(self, *columns: str) -> "Table":
+        """The table without the columns of these names."""
+        kept = [index for index, name in enumerate(self.header) if name not in columns]
+        header, *lines = ([line[index] for index in kept] for line in (self.header, *self.lines))
+        return replace(self, header=header, lines=lines, words=sum(index < self.words for index in kept))
+
     def markdown(self) -> str:
         """Without the title."""
         rule = ["---" if index < self.words else "---:" for index in range(len(self.header))]

@@ -8,29 +8,43 @@ import typer
 
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
+Runs = Annotated[
+    list[Path] | None,
+    typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
+]
+
 
 @app.command()
 def results(
     page: Page,
     overrides: Overrides = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+    runs: Runs = None,
+    orders: Annotated[
+        bool, typer.Option("--orders", help="Instead: which of the paper's orders of methods hold, on how many seeds.")
+    ] = False,
 ) -> None:
-    """Print the table of a page's run folder again."""
+    """Print the table of a page's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.capped import capped_warnings
+    from megatron_specialm.launch.orders import orders_table
     from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.seeds import merge_seeds, read_runs
     from megatron_specialm.launch.tables import results_in_two, results_table
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
     outcome = write_results(pipeline, root, must_write=False)
+    if runs:
+        outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
+    merged = merge_seeds(outcome) if runs else outcome
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
-        typer.echo(results_table(outcome).markdown())
+        typer.echo((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
-        console().print(*results_in_two(outcome))
+        console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
         for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
             typer.echo(f"warning: {warning}")
 
@@ -39,10 +53,7 @@ def results(
 def figures(
     page: Page,
     overrides: Overrides = None,
-    runs: Annotated[
-        list[Path] | None,
-        typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
-    ] = None,
+    runs: Runs = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Where `figures/` is made; default: the run folder.", show_default=False),

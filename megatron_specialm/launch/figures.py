@@ -20,13 +20,14 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch import drawing
 from megatron_specialm.launch.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.launch.drawing import Curve, Look
+from megatron_specialm.launch.rows import to_csv
 from megatron_specialm.launch.tables import (
     CAPPED_SAYS,
     concentration_table,
     is_tuned,
+    largest_budget,
     results_table,
     selection_table,
-    to_csv,
 )
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
         yield from _cost_figures(tuned, looks)
     if unsized := [row for row in rows if row["size"] is None]:
         yield "domains", _domains(unsized, looks)
-    if sized := [row for row in _largest_budget(rows) if row["size"] is not None and is_tuned(row)]:
+    if sized := [row for row in largest_budget(rows) if row["size"] is not None and is_tuned(row)]:
         yield "domains-by-size", _by_size(sized, looks, title=lambda row: row["base_domain"], what="perplexity")
-    if sized := [entry for entry in _largest_budget(tuned) if entry["size"] is not None]:
+    if sized := [entry for entry in largest_budget(tuned) if entry["size"] is not None]:
         yield "set-size", _by_size(sized, looks, title=lambda _: "", what="macro perplexity")
 
 
@@ -166,15 +167,6 @@ def _by_method(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     return methods
 
 
-def _largest_budget(entries: Sequence[Entry]) -> list[Entry]:
-    """Those of the stage of each (method, fine-tuned) that cost most."""
-    largest: dict[tuple[str, bool], Entry] = {}
-    for entry in sorted(entries, key=lambda entry: entry["total_flops_1"]):
-        largest[entry["method"], is_tuned(entry)] = entry
-    stages = {entry["stage"] for entry in largest.values()}
-    return [entry for entry in entries if entry["stage"] in stages]
-
-
 def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) -> Curve:
     return Curve(
         method,
@@ -191,7 +183,7 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
 def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
     """A line per method, the best at the top; before (hollow) and after fine-tuning, ringed where a cap ended it."""
     domains = dict.fromkeys(row["domain"] for row in rows)
-    chosen = {(row["method"], row["domain"], is_tuned(row)): row for row in _largest_budget(rows)}
+    chosen = {(row["method"], row["domain"], is_tuned(row)): row for row in largest_budget(rows)}
     means = {
         method: _best_mean([row for (name, *_), row in chosen.items() if name == method])
         for method in dict.fromkeys(row["method"] for row in rows)

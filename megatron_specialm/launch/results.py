@@ -12,7 +12,7 @@ it. Stages of one method are its budgets. A domain with `sizes` is one set per s
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
 from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.launch.tables import results_table, to_csv
+from megatron_specialm.launch.rows import to_csv
+from megatron_specialm.launch.tables import results_table, seeds_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
     results = {
         "pipeline": pipeline.name,
         "rows": rows,
-        "macro": _macro(pipeline, rows),
+        "macro": _macro(rows, {name: files.train_tokens for name, files in pipeline.text.domains.items()}),
         "concentration": _concentration(pipeline, markers),
         "selection": _selection(pipeline, markers),
     }
@@ -66,6 +67,13 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
             raise
         logger.warning("warning: %s is not brought up to date: %s", root / "results.json", error.strerror)
     return results
+
+
+def results_from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows, of one run or of several seeds, with the averages that follow from them: what tables of perplexity and cost are
+    made of. The domains are those that rows name."""
+    sizes = {row["domain"]: row["size"] for row in rows if row["domain"] != GENERIC}
+    return {"rows": rows, "macro": _macro(rows, sizes)}
 
 
 def _rows(
@@ -106,19 +114,22 @@ def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
     return {"domain": source, "base_domain": files.domain or source, "size": files.train_tokens}
 
 
-def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _macro(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int | None]) -> list[dict[str, Any]]:
     """exp of the mean over domains of the mean nll per token: neither a mean of perplexities nor weighted by tokens.
 
     The domains are all those of one size, and the costs the means over them; no average where one has not been scored.
+
+    Args:
+        sizes: of each domain there is, the number of its training tokens; None without `sizes` or `train_tokens`.
     """
     groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["domain"] != GENERIC:
-            group = (row["method"], row["finetuned"], row["stage"], row["size"])
+            group = (row["method"], row["finetuned"], row["stage"], row["size"], seeds_of(row))
             groups.setdefault(group, {})[row["domain"]] = row
     entries = []
-    for (method, finetuned, stage, size), own in groups.items():
-        domains = [name for name, files in pipeline.text.domains.items() if files.train_tokens == size]
+    for (method, finetuned, stage, size, _), own in groups.items():
+        domains = [name for name, tokens in sizes.items() if tokens == size]
         if own.keys() < set(domains):
             continue
         any_row = own[domains[0]]
@@ -137,7 +148,7 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
                 "fill": fill(costs),
                 "devices": any_row["devices"],
                 "inference_parameters": any_row["inference_parameters"],
-                "seed": pipeline.seed,
+                **dict(seeds_of(any_row)),
             }
         )
     return entries

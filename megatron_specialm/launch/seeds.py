@@ -9,6 +9,7 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
 from megatron_specialm.launch.results import COST_PREFIXES, any_capped
+from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
@@ -26,20 +27,32 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
     Raises:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
     """
+    return merge_seeds(read_runs(paths))
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """Those files one behind the other, with the same errors: each entry says which seed it is of."""
     runs = [_read(path) for path in paths]
-    seeds: dict[int, Path] = {}
+    seeds: dict[Seeds, Path] = {}
     for path, run in zip(paths, runs, strict=True):
         if run["pipeline"] != runs[0]["pipeline"]:
             raise ArtifactError(
                 f"{path}: of the page {run['pipeline']!r}, and {paths[0]} of {runs[0]['pipeline']!r}: merge runs of one page"
             )
-        for seed in {row["seed"] for row in run["rows"]}:
-            if seed in seeds:
-                raise ArtifactError(f"{path}: seed {seed} is that of {seeds[seed]} too: give each run another `seed`")
-            seeds[seed] = path
-    merged = {part: _merge([entry for run in runs for entry in run[part]], by) for part, by in PARTS.items()}
-    selection = [entry for run in runs for entry in run["selection"]]
-    return {"pipeline": runs[0]["pipeline"], **merged, "selection": selection}
+        for own in set(map(seeds_of, run["rows"])):
+            if own in seeds:
+                raise ArtifactError(
+                    f"{path}: seed {own[0][1]} is that of {seeds[own]} too: give each run another `seed`"
+                )
+            seeds[own] = path
+    parts = [part for part in runs[0] if part != "pipeline"]
+    entries = {part: [entry for run in runs for entry in run.get(part, ())] for part in parts}
+    return {"pipeline": runs[0]["pipeline"], **entries}
+
+
+def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge as `merge_runs` does what `read_runs` or `results_from_rows` has given."""
+    return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items() if part in results}}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -50,15 +63,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merge(entries: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[Seeds, Mapping[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(tuple(entry[key] for key in by), {})[entry["seed"]] = entry
-    return [_summary(list(group.values())) for group in groups.values()]
+        groups.setdefault(tuple(entry[key] for key in by), {})[seeds_of(entry)] = entry
+    return [_summary([group[seeds] for seeds in sorted(group)]) for group in groups.values()]
 
 
 def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One entry for those of all seeds."""
-    first = {key: value for key, value in own[0].items() if key != "seed"}
+    first = {key: value for key, value in own[0].items() if key not in SEEDS}
     scores = {key: [entry[key] for entry in own] for key in SCORES if key in first}
     costs = {key: [entry[key] for entry in own] for key in first if key.startswith(COST_PREFIXES)}
     return {
@@ -67,7 +80,7 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
         **(_capped(own) if any("capped" in entry for entry in own) else {}),
-        "seeds": sorted(entry["seed"] for entry in own),
+        **{f"{name}s": [entry[name] for entry in own] for name in SEEDS if name in own[0]},
     }
 
 

@@ -1,7 +1,5 @@
-"""Tables of results for the terminal, in Markdown and as CSV; from `results.json` alone, of one run or of merged ones."""
+"""Tables of results for the terminal and in Markdown; from `results.json` alone, of one run or of merged ones."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +10,13 @@ from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
 CAPPED = "*"  # behind a perplexity
 CAPPED_SAYS = "ended by the cap on steps, not by early stopping"
 
+SEEDS = ("seed", "training_seed")  # the columns by which runs of one page are told apart
+Seeds = tuple[tuple[str, int], ...]
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per row, with every column that any row has; nothing where a row lacks it."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+
+def seeds_of(entry: Mapping[str, Any]) -> Seeds:
+    """What tells an entry from those of other runs: the names and values of the `SEEDS` that it has."""
+    return tuple((name, entry[name]) for name in SEEDS if name in entry)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -122,6 +118,15 @@ def _amount(what: str, value: float) -> str:
 def is_tuned(entry: Mapping[str, Any]) -> bool:
     """Whether a model was fine-tuned: the domain's text that was only mixed into its pretraining does not make it so."""
     return entry["finetuned"] and entry.get("domain_text") != "mixed in"
+
+
+def largest_budget(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the stage of each (method, fine-tuned) that cost most."""
+    largest: dict[tuple[str, bool], Mapping[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["total_flops_1"]):
+        largest[entry["method"], is_tuned(entry)] = entry
+    stages = {entry["stage"] for entry in largest.values()}
+    return [entry for entry in entries if entry["stage"] in stages]
 
 
 def _state(entry: Mapping[str, Any]) -> str:

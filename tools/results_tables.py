@@ -1,0 +1,144 @@
+"""The documentation's tables of results, from a CSV file that is committed beside them.
+
+    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv
+    python tools/results_tables.py fill README.md docs/results.md [--check]
+
+`write-csv` collects the `results.json` of one page's run folders, one per seed: a line for each seed, method, stage and set,
+as they came out, with numbers of six digits. `fill` renders tables from it between two comments of a Markdown file:
+
+    <!-- table: docs/results/quickstart.csv perplexity -->
+    <!-- end of table -->
+
+Paths are from the current folder. With `--check` nothing is written, and a file whose tables are others than those of the
+CSV file is an error. Tables, over all seeds of the file (mean ± sample standard deviation):
+
+    perplexity   per method and state, for each set and on average
+    cost         of the same lines, the generic and the specialization phase
+    short        of fine-tuned models: perplexity, and the costs that a choice hangs on
+    orders       on how many seeds the paper's orders of methods hold, and by how much
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
+from megatron_specialm.base.files import write_text
+from megatron_specialm.base.terminal import Table
+from megatron_specialm.launch.orders import orders_table
+from megatron_specialm.launch.results import results_from_rows
+from megatron_specialm.launch.rows import read_csv, to_csv
+from megatron_specialm.launch.seeds import merge_seeds, read_runs
+from megatron_specialm.launch.tables import is_tuned, results_in_two, results_table, seeds_of
+
+Results = Mapping[str, Any]
+
+BLOCK = re.compile(
+    r"^(<!-- table: (\S+) (\S+) -->)\n(?:(?!<!--).)*?^(<!-- end of table -->)$", re.MULTILINE | re.DOTALL
+)
+DIGITS = 6
+
+
+def short_table(results: Results) -> Table:
+    """The fine-tuned models' perplexities, and what to choose by: tokens of both phases, seconds for each domain."""
+    tuned = {**results, "rows": [row for row in results["rows"] if is_tuned(row)]}
+    return results_table(tuned).without("fine-tuned", "gen. FLOPs", "gen. s", "spec. FLOPs", "fill")
+
+
+TABLES: dict[str, Callable[[Results], Table]] = {
+    "perplexity": lambda results: results_in_two(merge_seeds(results))[0],
+    "cost": lambda results: results_in_two(merge_seeds(results))[1],
+    "short": lambda results: short_table(merge_seeds(results)),
+    "orders": orders_table,
+}
+
+
+def main() -> int:
+    """Write the CSV file, or fill or check tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    writing = commands.add_parser("write-csv", help="collect the results of run folders")
+    writing.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
+    writing.add_argument("--output", required=True, type=Path)
+    filling = commands.add_parser("fill", help="render tables into Markdown files")
+    filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
+    filling.add_argument("--check", action="store_true", help="write nothing; fail where a table is another")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "write-csv":
+            write_csv(arguments.runs, arguments.output)
+            return 0
+        return fill(arguments.pages, check=arguments.check)
+    except SpecialmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def write_csv(runs: Sequence[Path], output: Path) -> None:
+    """Write the rows of all runs, in the order of their seeds. A mean over fewer seeds than the others would pass for one
+    over all, so each run must have every model."""
+    rows = sorted(read_runs([folder / "results.json" for folder in runs])["rows"], key=seeds_of)
+    models = dict.fromkeys((row["stage"], row["domain"]) for row in rows)
+    for folder in runs:
+        own = {(row["stage"], row["domain"]) for row in read_runs([folder / "results.json"])["rows"]}
+        if missing := [f"{stage} on {domain}" for stage, domain in models if (stage, domain) not in own]:
+            raise ArtifactError(f"{folder}: has no result of {', '.join(missing)}: `specialm run` its page to the end")
+    if not rows:
+        raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the page")
+    write_text(output, to_csv([{key: rounded(value) for key, value in row.items()} for row in rows]))
+    print(f"{output}: {len(rows)} rows of {len(runs)} runs")
+
+
+def rounded(value: Any) -> Any:
+    """A fraction to so many digits: what comes behind them is of a machine, not of a result. Counts stay whole."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def fill(pages: Sequence[Path], *, check: bool) -> int:
+    """Render every page's tables; 1 where `check` finds others."""
+    differ = 0
+    for page in pages:
+        try:
+            text = page.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{page}: {error.strerror}") from None
+        filled = render(page, text)
+        differ += filled != text
+        if filled != text and check:
+            print(
+                "".join(difflib.unified_diff(*(part.splitlines(keepends=True) for part in (text, filled)), str(page)))
+            )
+            print(
+                f"error: {page}: its tables are not those of the CSV file: `fill {page}` writes them", file=sys.stderr
+            )
+        elif filled != text:
+            write_text(page, filled)
+            print(f"{page}: written")
+    return int(check and differ > 0)
+
+
+def render(page: Path, text: str) -> str:
+    """The text of a page with its tables as they should be."""
+    found = len(BLOCK.findall(text))
+    begun, ended = (len(re.findall(rf"^\s*<!-- *{word}", text, re.MULTILINE)) for word in ("table", "end of table"))
+    if not found == begun == ended:
+        raise ConfigError(
+            f"{page}: of {begun} comments that begin a table and {ended} that end one, {found} are pairs with nothing but a "
+            "table between them: write `<!-- table: FILE NAME -->`, and `<!-- end of table -->` behind it"
+        )
+    return BLOCK.sub(lambda block: f"{block[1]}\n\n{table(page, block[2], block[3]).markdown()}\n{block[4]}", text)
+
+
+def table(page: Path, path: str, name: str) -> Table:
+    """The table that a comment asks for."""
+    if name not in TABLES:
+        raise ConfigError(f"{page}: there is no table {name!r} of {path}; there are {', '.join(TABLES)}")
+    return TABLES[name](results_from_rows(read_csv(Path(path))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
