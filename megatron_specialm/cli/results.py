@@ -18,7 +18,7 @@ def results(
     """Print the table of a page's run folder again."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.tables import results_in_two, results_table
+    from megatron_specialm.launch.tables import rates_table, results_in_two, results_table
 
     pipeline = load(page, overrides)
     outcome = write_results(pipeline, Path(pipeline.root), must_write=False)
@@ -28,6 +28,8 @@ def results(
         typer.echo(results_table(outcome).markdown())
     else:
         console().print(*results_in_two(outcome))
+    if outcome["learning_rates"] and not markdown:
+        console().print(rates_table(outcome))
 
 
 @app.command()

@@ -20,7 +20,14 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch import drawing
 from megatron_specialm.launch.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.launch.drawing import Curve, Look
-from megatron_specialm.launch.tables import concentration_table, is_tuned, results_table, selection_table, to_csv
+from megatron_specialm.launch.tables import (
+    concentration_table,
+    is_tuned,
+    rates_table,
+    results_table,
+    selection_table,
+    to_csv,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +47,7 @@ def draw(results: dict[str, Any], root: Path) -> list[Path]:
         ("rows", results_table),
         ("concentration", concentration_table),
         ("selection", selection_table),
+        ("learning_rates", rates_table),
     ):
         if results[part]:
             name = "results" if part == "rows" else part
