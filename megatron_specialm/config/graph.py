@@ -4,8 +4,8 @@ A stage is one or more tasks: one per set of text (`generic` and each domain) or
 shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made; of a training at
 several learning rates, each rate is one (`config/rates.py`). A task is named by its stage and its key, reads the artifacts of
 other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, the
-seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor how files are named. A setting at its default is not in it, so
-that a new setting leaves what there is as it was.
+seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
+how files are named. A setting at its default is not in it, so that a new setting leaves what there is as it was.
 """
 
 import dataclasses

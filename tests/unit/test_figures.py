@@ -92,8 +92,8 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                             "method": method, "stage": f"{method}-{budget}{'-tuned' * finetuned}",
                             "domain": domain if size is None else f"{domain}-{size}", "base_domain": domain, "size": size,
                             "finetuned": finetuned, "nll": math.log(perplexity), "perplexity": perplexity,
-                            "tokens_evaluated": 40_000, "learning_rate": (1e-3, 1e-3, 3e-3, 1e-3)[seed], **costs, **totals, "devices": "cpu",
-                            "inference_parameters": 3_000_000, "seed": seed, "model": "m",
+                            "tokens_evaluated": 40_000, "learning_rate": 3e-3 if seed == 2 else 1e-3, **costs, **totals,
+                            "devices": "cpu", "inference_parameters": 3_000_000, "seed": seed, "model": "m",
                         }  # fmt: skip
 
 
