@@ -93,8 +93,8 @@ def run(stage: TrainStage, context: Context) -> Report:
     read = reading.stream.report(max(progress.step, 1))
     slots = (progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length
     return Report(  # what a trial has done stands in its own
-        tokens=progress.tokens - (choice.trial.cost.tokens if choice else 0),
-        slots=slots - (choice.trial.cost.slots if choice else 0),
+        tokens=progress.tokens - (choice.taken.cost.tokens if choice else 0),
+        slots=slots - (choice.taken.cost.slots if choice else 0),
         flops=setup.flops(passes),
         lost_seconds=lost.seconds,
         values={
@@ -102,7 +102,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
             "learning_rate": stage.optimizer.peak,
-            **({"learning_rates": {repr(rate): found for rate, found in choice.losses.items()}} if choice else {}),
+            **(choice.values if choice else {}),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),

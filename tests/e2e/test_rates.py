@@ -38,6 +38,7 @@ stages:
   alone: {kind: train, optimizer: {learning_rate: 1.0e-2}}
   hopeless: {kind: train, optimizer: {learning_rate: [1.0e+30, 2.0e+30]}}
   perplexity: {kind: evaluate, tokens: tokens, models: [whole, brief, alone]}
+  export: {kind: export, tokens: tokens, models: [whole]}
 """
 BEST, STEPS, TRIED = "0.01", 60, 30  # `trial_steps: 28`: until the next validation
 
@@ -67,8 +68,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 " ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(100)) for i in range(1, documents + 1)
             ]
             (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    done = _specialm(folder, "run", "--until", "perplexity")
-    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("export", "perplexity"):
+        done = _specialm(folder, "run", "--until", stage)
+        assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
 
@@ -112,6 +114,10 @@ def test_trials_are_charged_and_nothing_twice(finished: Path) -> None:
         for cost in ("tokens", "slots"):
             assert row[f"specialization_{cost}"] == alone[cost] + sum(other[cost] for other in others)
         assert row["learning_rate"] == 0.01
+        if stage == "whole":  # its own task has trained nothing
+            card = (run / "export/whole.law/model/README.md").read_text()
+            assert own["tokens"] == 0 and f"| {row['specialization_tokens']:,} |" in card
+            assert "| learning rate | 0.01, by validation loss of 0.0001, 0.01, 1e+30 |" in card
 
 
 def test_a_rate_that_comes_to_nothing_is_out_of_the_choice(finished: Path) -> None:
