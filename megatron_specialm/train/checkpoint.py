@@ -137,9 +137,11 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
     the newest step comes last, so with it all are there.
 
     Raises:
-        ArtifactError: a step is damaged, or another incarnation of this training has taken over.
+        ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
     """
     steps, own = _steps(source), _steps(folder)
+    if not steps:
+        raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
     if own and own[-1] >= steps[-1]:
         return
     for step in steps:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -269,4 +270,8 @@ def test_a_damaged_trial_is_named(trial: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ArtifactError, match=r"step_0000003/state.json: missing.*; remove .*/trial to have that training"
     ):
+        adopt_checkpoints(trial, tmp_path / "model")
+    for name in _steps(trial):
+        shutil.rmtree(trial / name)
+    with pytest.raises(ArtifactError, match=r"/trial: its checkpoints are gone; remove that folder"):
         adopt_checkpoints(trial, tmp_path / "model")
