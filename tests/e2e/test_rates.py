@@ -36,8 +36,12 @@ stages:
   whole: {kind: train, optimizer: {learning_rate: [1.0e-4, 1.0e-2, 1.0e+30]}}
   brief: {kind: train, optimizer: {learning_rate: [1.0e-2, 1.0e-4]}, trial_steps: 28}
   alone: {kind: train, optimizer: {learning_rate: 1.0e-2}}
+  spread:
+    {kind: train, parallel: {data_parallel: 2}, steps: 18, optimizer: {learning_rate: [1.0e+30, 1.0e-2, 1.0e-4]},
+     trial_steps: 6}
+  spread-alone: {kind: train, parallel: {data_parallel: 2}, steps: 18, optimizer: {learning_rate: 1.0e-2}}
   hopeless: {kind: train, optimizer: {learning_rate: [1.0e+30, 2.0e+30]}}
-  perplexity: {kind: evaluate, tokens: tokens, models: [whole, brief, alone]}
+  perplexity: {kind: evaluate, tokens: tokens, models: [whole, brief, alone, spread, spread-alone]}
   export: {kind: export, tokens: tokens, models: [whole]}
 """
 BEST, STEPS, TRIED = "0.01", 60, 30  # `trial_steps: 28`: until the next validation
@@ -98,6 +102,15 @@ def test_the_model_is_that_of_the_best_rate_alone(finished: Path) -> None:
         }
         assert values["learning_rates"] == tried
     assert _marker(run, f"brief/law.rate-{BEST}")["values"]["steps"] == TRIED
+
+
+def test_several_processes_take_over_one_trial(finished: Path) -> None:
+    run = finished / "run"
+    ours, alone = (find_final(run / stage / "law") for stage in ("spread", "spread-alone"))
+    files = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(files) > 2 and ours.name == alone.name
+    assert [(ours / name).read_bytes() for name in files] == [(alone / name).read_bytes() for name in files]
+    assert _marker(run, "spread/law")["values"]["learning_rates"]["1e+30"] is None
 
 
 def test_trials_are_charged_and_nothing_twice(finished: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.base.artifacts import finish_artifact, read_marker
-from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker
+from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.errors import ArtifactError, ConfigError, TrainingError
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.graph import TaskId, ancestors, build_graph
 from megatron_specialm.config.lineage import setup_of
@@ -24,6 +25,8 @@ from megatron_specialm.launch.plan import make_plan, select
 from megatron_specialm.launch.results import write_results
 from megatron_specialm.launch.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of
+from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
 from tests.unit.test_results import declare_finished
 
@@ -215,6 +218,35 @@ def test_a_models_ancestors_are_its_own_trials() -> None:
     graph = build_graph(_load(RATES))
     found = [name.key for name in ancestors(graph, TaskId("slm-tuned", "torch")) if name.stage == "slm-tuned"]
     assert found == ["torch.rate-0.0005", "torch.rate-0.0017", "torch"]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "taken"), [((3.1, 3.0), 0.0017), ((3.0, 3.0), 0.0005), ((None, 9.0), 0.0017), ((None, None), None)]
+)
+def test_the_lowest_loss_is_taken_and_the_first_of_equal_ones(
+    tmp_path: Path, losses: tuple[float | None, ...], taken: float | None
+) -> None:
+    pipeline = _load(RATES)
+    task = build_graph(pipeline)[TaskId("slm-tuned", "torch")]
+    for trial, loss in zip(task.inputs[-2:], losses, strict=True):
+        begin_artifact(tmp_path, *trial, digest="d")
+        cost = Cost(10, 100, 1.0, 2.0, "cpu", 2, 40)
+        finish_artifact(tmp_path, *trial, Marker("d", cost, {"validation_loss": loss}, {}))
+    context = Context(pipeline, task, tmp_path, tmp_path / "slm-tuned/torch", ALONE, 1)
+    if taken is None:
+        with pytest.raises(TrainingError, match=r"none of the learning rates 0\.0005, 0\.0017 .*slm-tuned\.optimizer"):
+            choose_rate(_stage(pipeline), context)
+        return
+    choice = choose_rate(_stage(pipeline), context)
+    assert choice.rate == taken and choice.values["learning_rates"] == dict(
+        zip(("0.0005", "0.0017"), losses, strict=True)
+    )
+    assert choice.values["trials"] == {
+        "tokens": 20, "slots": 80, "flops": 200, "wall_seconds": 2.0, "device_seconds": 4.0,
+    }  # fmt: skip
 
 
 # --- taking over a trial's checkpoints ---------------------------------------------------------------------------------
