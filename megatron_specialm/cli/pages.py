@@ -96,7 +96,7 @@ def run(
     from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.tables import results_in_two
+    from megatron_specialm.launch.tables import rates_table, results_in_two
     from megatron_specialm.slurm.missing import refuse_live
 
     world = discover_world()
@@ -123,6 +123,8 @@ def run(
             outcome = write_results(pipeline, root)
             if outcome["rows"]:
                 screen.print(*results_in_two(outcome))
+            if outcome["learning_rates"]:
+                screen.print(rates_table(outcome))
             for warning in capped_warnings(pipeline, chosen, root):
                 typer.echo(f"warning: {warning}")
             typer.echo(f"results: {root / 'results.json'}")

@@ -31,7 +31,7 @@ def results(
     from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.seeds import merge_seeds, read_runs
-    from megatron_specialm.launch.tables import results_in_two, results_table
+    from megatron_specialm.launch.tables import rates_table, results_in_two, results_table
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
@@ -45,6 +45,8 @@ def results(
         typer.echo((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
         console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
+        if outcome["learning_rates"] and not orders:
+            console().print(rates_table(outcome))
         for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
             typer.echo(f"warning: {warning}")
 

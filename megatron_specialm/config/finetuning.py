@@ -20,13 +20,11 @@ def with_steps(stage: TrainStage, steps: int) -> TrainStage:
 
 
 def finetuning_recipe(stage: TrainStage, *, set_tokens: int) -> TrainStage:
-    """The stage's settings under `recipe: paper`, for a domain set of so many tokens: `learning_rate` is the base rate
-    and `steps` an upper limit, both lowered where the paper does."""
+    """The stage's settings under `recipe: paper`, for a domain set of so many tokens: `learning_rate` has base rates
+    and `steps` is an upper limit, all lowered where the paper does."""
     factor, most = next((factor, most) for limit, factor, most in PAPER if set_tokens <= limit)
-    rate = stage.optimizer.learning_rate * factor
-    optimizer = stage.optimizer.model_copy(update={"learning_rate": rate})
     steps = min(stage.steps, most * (LORA_FACTOR if stage.lora else 1))
-    return with_steps(stage, steps).model_copy(update={"optimizer": optimizer})
+    return with_steps(stage, steps).model_copy(update={"optimizer": stage.optimizer.scaled(factor)})
 
 
 class Capped(NamedTuple):

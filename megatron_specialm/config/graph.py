@@ -1,11 +1,11 @@
 """The graph of tasks of a pipeline, derived from the fields of its stages.
 
 A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
-shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made. A task
-is named by its stage and its key, reads the artifacts of other tasks, and has a digest over all that decides its result:
-its own settings, what it reads of the page beside them, the seed, its inputs' digests and the content of the files it reads
-by their role; not where or on how many processes it runs, nor how files are named. A setting at its default is not in it, so
-that a new setting leaves what there is as it was.
+shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made; of a training at
+several learning rates, each rate is one (`config/rates.py`). A task is named by its stage and its key, reads the artifacts of
+other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, the
+seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
+how files are named. A setting at its default is not in it, so that a new setting leaves what there is as it was.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from megatron_specialm.config.lineage import (
     train_stage,
     validates_by_cluster,
 )
+from megatron_specialm.config.rates import trial_key, trial_of
 from megatron_specialm.config.relations import check_relations
 from megatron_specialm.config.schema import (
     AssignStage,
@@ -90,6 +91,7 @@ class Task:
 
     files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`) the entries that it reads; of those behind `train` a
         `shard` reads a range only.
+    rate: the learning rate that it tries for its stage's training.
     elsewhere: what it reads of the page beside its own stage.
     """
 
@@ -98,6 +100,7 @@ class Task:
     files: Mapping[str, tuple[str, ...]]
     domain: str | None
     shard: Shard | None = None
+    rate: float | None = None
     elsewhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -139,6 +142,9 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         file_hashes: of each role in the task's `files`, SHA-256 of the content.
     """
     stage = pipeline.stages[task.id.stage]
+    if task.rate is not None:
+        assert isinstance(stage, TrainStage)
+        stage = trial_of(stage, task.rate)  # other rates of the page change nothing of it
     content = {
         "format": ARTIFACT_FORMAT,
         "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
@@ -318,7 +324,11 @@ def _train_tasks(pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[T
             inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
         if stage.distill is not None and stage.distill.cache is not None:
             inputs.append(TaskId(stage.distill.cache, key))
-        yield Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+        made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+        rates = stage.optimizer.rates
+        trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if len(rates) > 1]
+        yield from trials
+        yield replace(made, inputs=(*made.inputs, *(trial.id for trial in trials)))
 
 
 def text_read(stage: TrainStage, key: str) -> list[str]:

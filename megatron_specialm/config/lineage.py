@@ -40,7 +40,8 @@ def shard_keys(pipeline: Pipeline, source: str) -> list[str]:
 
 
 def source_of(key: str) -> str:
-    """The set that the key of a task over text is about: `generic` of `generic.00003`. No domain's name has a dot."""
+    """The set that the key of a task over text is about, `generic` of `generic.00003`; or the model that the key of a train
+    task is about, `legal` of `legal.rate-0.0017`. No domain's name has a dot."""
     return key.partition(".")[0]
 
 

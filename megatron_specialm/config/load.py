@@ -17,6 +17,7 @@ from megatron_specialm.config import schema
 from megatron_specialm.config.explain import did_you_mean, explain
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
+from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml, read_yaml_file
 
 PACKAGE = Path(megatron_specialm.__file__).parent
@@ -176,7 +177,7 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
 
 def _key_of(location: tuple[int | str, ...]) -> str:
     """The dotted key as it stands in the page."""
-    tags = {*KINDS, *ENCODERS}
+    tags = {*KINDS, *ENCODERS, ONE_RATE, SEVERAL_RATES}
     return ".".join(
         str(part)
         for index, part in enumerate(location)
@@ -185,10 +186,11 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _tag_index(location: tuple[int | str, ...], index: int) -> int:
-    """pydantic puts a union's tag into the location, right behind the stage's name or `encoder`: it is no key of the page."""
+    """pydantic puts a union's tag into the location, right behind the stage's name, `encoder` or `learning_rate`: it is no key
+    of the page."""
     behind_stage = index == 2 and location[0] == "stages"
-    behind_encoder = location[index - 1] == "encoder"
-    return index if behind_stage or behind_encoder else -1
+    behind_union = location[index - 1] in ("encoder", "learning_rate")
+    return index if behind_stage or behind_union else -1
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:

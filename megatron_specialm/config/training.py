@@ -1,20 +1,41 @@
 """A train stage of a pipeline's page: what is trained on what, how, and from which weights."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 
+# How pydantic calls the two forms of a learning rate: parts of an error's location that are no keys of the page.
+ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
 
-class Optimizer(Settings):
-    """Adam with the paper's settings as defaults (Table 7: lr 1e-4, clip 5.0)."""
 
-    learning_rate: PositiveFloat = 1e-4
+def _form(value: Any) -> str:
+    return SEVERAL_RATES if isinstance(value, list) else ONE_RATE
+
+
+Rates = Annotated[
+    Annotated[PositiveFloat, Tag(ONE_RATE)] | Annotated[list[PositiveFloat], Tag(SEVERAL_RATES)], Discriminator(_form)
+]
+
+
+class Adam(Settings):
+    """Adam with the paper's settings as defaults (Table 7: clip 5.0), but for its learning rate."""
+
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-8
@@ -24,6 +45,49 @@ class Optimizer(Settings):
         "codes and projections do not decay",
     )
     clip_grad: PositiveFloat = Field(default=5.0, description="global gradient norm")
+
+
+class Optimizer(Adam):
+    """Adam at one learning rate (the paper's Table 7: 1e-4)."""
+
+    learning_rate: PositiveFloat = 1e-4
+
+
+class TrainOptimizer(Adam):
+    """Adam at one learning rate, or at several, of which the best is taken."""
+
+    learning_rate: Rates = Field(
+        default=1e-4,
+        description="a list is tried, with `early_stopping`: each rate by a training of its own, of which the one with the "
+        "lowest validation loss is kept, the first of equal ones (`trial_steps`)",
+    )
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _different(cls, value: float | list[float]) -> float | list[float]:
+        rates = value if isinstance(value, list) else [value]
+        if not rates or len(set(rates)) < len(rates):
+            raise ValueError("give one number, or different ones to try, as in [5.0e-4, 1.7e-3]")
+        return _one_or_several(rates)
+
+    @property
+    def rates(self) -> list[float]:
+        """The rates to try; one where there is no choice."""
+        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def peak(self) -> float:
+        """The one rate of a training that has no choice, or has made it (`config/rates.py`)."""
+        assert not isinstance(self.learning_rate, list), "no rate has been chosen yet"
+        return self.learning_rate
+
+    def scaled(self, factor: float) -> Self:
+        """With every rate times a factor."""
+        return self.model_copy(update={"learning_rate": _one_or_several([rate * factor for rate in self.rates])})
+
+
+def _one_or_several(rates: list[float]) -> float | list[float]:
+    return rates if len(rates) > 1 else rates[0]
 
 
 class Schedule(Settings):
@@ -125,13 +189,18 @@ class TrainStage(Settings):
 
     global_batch_size: PositiveInt = Field(description="windows per step")
     micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
-    optimizer: Optimizer = Optimizer()
+    optimizer: TrainOptimizer = TrainOptimizer()
     schedule: Schedule = Schedule()
     precision: Precision = "fp32"
     fp8: Fp8Config | None = Field(default=None, description="with `precision: fp8` only; default: its defaults")
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
+    trial_steps: PositiveInt | None = Field(
+        default=None,
+        description="with several learning rates: compare them after so many steps, at the next validation, and go on with "
+        "the best alone; default: train each to the end",
+    )
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = Field(
         default=5, description="steps in a row with a loss or gradient norm that is not finite, before training stops"
@@ -207,6 +276,20 @@ class TrainStage(Settings):
             ("`domain_fraction` goes with `data: generic` or `data: importance`"),
         )
         yield self.recipe is not None and self.data != "domain", "`recipe: paper` is for `data: domain`"
+        rates = self.optimizer.rates
+        yield (
+            len(rates) > 1 and self.early_stopping is None,
+            (
+                f"`optimizer.learning_rate` {rates}: the best is taken by validation loss: give `early_stopping`, or one number"
+            ),
+        )
+        yield (
+            self.trial_steps is not None and len(rates) == 1,
+            (
+                f"`trial_steps` {self.trial_steps} goes with several rates in `optimizer.learning_rate` (it is {rates[0]}): "
+                "give a list, or drop `trial_steps`"
+            ),
+        )
         yield (
             self.distill is not None and projected,
             ("`distill` does not go with `projection`: distill into an expert after it was selected"),

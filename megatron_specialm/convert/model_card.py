@@ -28,9 +28,10 @@ class ModelFacts:
     """What a model card says.
 
     `finetuned` says that it has read the domain's own text. `trainings` are the stages that made the model, oldest first,
-    each with what it read, a key of `READS`. `cost` is that of the last
-    one alone. `set_tokens` counts the domain's training set once (the generic set's, for a model of no domain);
-    `cost.tokens` counts repeats. `validation_loss` is in nats per token.
+    each with what it read, a key of `READS`. `cost` is that of the last one alone, with the trials of its learning rates;
+    `learning_rate` is None where nothing was trained, `learning_rates` are those tried. `set_tokens` counts the domain's
+    training set once (the generic set's, for a model of no domain); `cost.tokens` counts repeats. `validation_loss` is in nats
+    per token.
     """
 
     name: str
@@ -54,6 +55,8 @@ class ModelFacts:
     logit_difference: float
     seed: int
     digest: str
+    learning_rate: float | None = None
+    learning_rates: tuple[str, ...] = ()
 
 
 def model_card(facts: ModelFacts) -> str:
@@ -109,7 +112,7 @@ A text begins with the end-of-document token, as in training; the tokenizer does
 | tokens in the training set of `{facts.domain}` | {facts.set_tokens:,} |
 | validation perplexity | {_perplexity(facts.validation_loss)} |
 | tokenizer | {facts.vocabulary_size:,} tokens, `{facts.tokenizer[:12]}` |
-| seed | {facts.seed} |
+{_rate(facts)}| seed | {facts.seed} |
 | digest of the last training | `{facts.digest}` |
 | largest difference to the source model's logits | {facts.logit_difference:.2e} |
 
@@ -119,8 +122,8 @@ A text begins with the end-of-document token, as in training; the tokenizer does
 |---|---|---:|---:|---:|---:|---|
 | {" | ".join(cost)} |
 
-This is the last training alone. What it rests on (earlier training, clustering) costs as well: `results.json` and
-`ledger.json` of the run have the whole, split into generic and specialization cost.
+This is the last training alone{_tried(facts)}. What it rests on (earlier training, clustering) costs as well:
+`results.json` and `ledger.json` of the run have the whole, split into generic and specialization cost.
 
 ## Licence
 
@@ -146,6 +149,18 @@ def _specialized(facts: ModelFacts) -> str:
     if any(data.startswith("domain") for _, data in facts.trainings):
         return f"then fine-tuned on the domain `{facts.domain}`"
     return f"with the text of the domain `{facts.domain}` mixed into its pretraining"
+
+
+def _rate(facts: ModelFacts) -> str:
+    """A line of the table; none where nothing was trained."""
+    if facts.learning_rate is None:
+        return ""
+    chosen = f", by validation loss of {', '.join(facts.learning_rates)}" if facts.learning_rates else ""
+    return f"| learning rate | {facts.learning_rate!r}{chosen} |\n"
+
+
+def _tried(facts: ModelFacts) -> str:
+    return ", with the learning rates that were tried" if facts.learning_rates else ""
 
 
 def _files(files: tuple[str, ...]) -> str:

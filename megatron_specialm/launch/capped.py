@@ -6,24 +6,23 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import read_marker
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.graph import TaskId
-from megatron_specialm.config.lineage import model_keys
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
 
 
 def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path) -> list[str]:
-    """A warning for each stage that has such models, of those that the plan has and that are done by now."""
+    """A warning for each stage that has such trainings, trials of a learning rate included, of those that the plan has and
+    that are done by now."""
     warnings = []
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
         found = []
-        for key in model_keys(pipeline, name):
-            planned = plan.get(TaskId(name, key))
-            marker = read_marker(root, name, key) if planned else None
-            if planned and marker and marker.digest == planned.digest and marker.values.get("capped"):
-                found.append(Capped(key, marker.values["steps"], marker.values["best_step"]))
+        for task, planned in plan.items():
+            marker = read_marker(root, *task) if task.stage == name else None
+            if marker and marker.digest == planned.digest and marker.values.get("capped"):
+                found.append(Capped(task.key, marker.values["steps"], marker.values["best_step"]))
         if found:
             warnings.append(capped_warning(name, stage, found))
     return warnings

@@ -26,6 +26,7 @@ from megatron_specialm.launch.tables import (
     concentration_table,
     is_tuned,
     largest_budget,
+    rates_table,
     results_table,
     selection_table,
 )
@@ -48,6 +49,7 @@ def draw(results: dict[str, Any], root: Path) -> list[Path]:
         ("rows", results_table),
         ("concentration", concentration_table),
         ("selection", selection_table),
+        ("learning_rates", rates_table),
     ):
         if results[part]:
             name = "results" if part == "rows" else part

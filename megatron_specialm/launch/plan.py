@@ -83,13 +83,16 @@ def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str
     for key in keys:
         if TaskId(stage, key) not in tasks:
             raise ConfigError(f"--keys: {stage} has no task {key!r}; it has {', '.join(name.key for name in tasks)}")
-    return {name: planned for name, planned in tasks.items() if name.key in keys}
+    parts = {
+        part for key in keys for part in tasks[TaskId(stage, key)].task.inputs
+    }  # shards of a set, trials of a training
+    return {name: planned for name, planned in tasks.items() if name.key in keys or name in parts}
 
 
 def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]) -> None:
     for name, planned in chosen.items():
         for needed in planned.task.inputs if planned.state != "done" else ():
-            if plan[needed].state != "done":
+            if plan[needed].state != "done" and needed not in chosen:
                 raise ArtifactError(
                     f"{name} reads {needed}, which is {plan[needed].state}: run that first, or --until {name.stage}"
                 )

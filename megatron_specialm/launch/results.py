@@ -4,6 +4,7 @@
     macro           per (method, fine-tuned, stage, size of the domains' training sets): the average over those domains
     concentration   per assign stage and set: in how few clusters it is
     selection       per select stage, domain and criterion: which expert, and what choosing it cost
+    learning_rates  per training that had a choice of them, and rate: its best validation loss, and which was taken
 
 `finetuned` says that a model has read its domain's own text, `domain_text` how: mixed into its pretraining, or fine-tuned on
 it. Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
@@ -20,6 +21,7 @@ from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
 from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, sources
+from megatron_specialm.config.rates import beyond
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
@@ -54,6 +56,7 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
         "macro": _macro(rows, {name: files.train_tokens for name, files in pipeline.text.domains.items()}),
         "concentration": _concentration(pipeline, markers),
         "selection": _selection(pipeline, markers),
+        "learning_rates": _learning_rates(pipeline, markers),
     }
     ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
     try:
@@ -97,6 +100,7 @@ def _rows(
             "nll": score["nll"],
             "perplexity": math.exp(score["nll"]),
             "tokens_evaluated": score["tokens"],
+            "learning_rate": markers[model].values.get("learning_rate"),  # None of a selection, which trains nothing
             **cost,
             "inference_parameters": values["parameters"],
             "seed": pipeline.seed,
@@ -144,6 +148,7 @@ def _macro(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int | None]) -
                 "domains": len(domains),
                 "capped": any_capped(own.values()),
                 "perplexity": math.exp(_mean(row["nll"] for row in own.values())),
+                "learning_rate": together(row.get("learning_rate") for row in own.values()),
                 **costs,
                 "fill": fill(costs),
                 "devices": any_row["devices"],
@@ -158,6 +163,12 @@ def any_capped(entries: Iterable[Mapping[str, Any]]) -> bool | None:
     """Whether any of them is; None where it is asked of none."""
     known = [entry["capped"] for entry in entries if entry.get("capped") is not None]
     return any(known) if known else None
+
+
+def together(values: Iterable[float | str | None]) -> float | str | None:
+    """One value for several entries: theirs, or as text those that differ."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else ", ".join(map(str, different))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -189,4 +200,22 @@ def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dic
         }
         for name, marker in markers.items()
         for criterion, told in marker.values.get("criteria", {}).items()
+    ]
+
+
+def _learning_rates(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method_of(pipeline, name.stage),
+            "stage": name.stage,
+            **_set_columns(pipeline, name.key),
+            "choice": (choice := marker.values["learning_rate"]),
+            "untried": beyond(choice, [float(rate) for rate in losses]),
+            "learning_rate": float(rate),
+            "validation_loss": loss,
+            "seed": pipeline.seed,
+        }
+        for name, marker in markers.items()
+        for losses in [marker.values.get("learning_rates", {})]
+        for rate, loss in losses.items()
     ]

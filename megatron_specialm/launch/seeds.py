@@ -8,11 +8,12 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
-from megatron_specialm.launch.results import COST_PREFIXES, any_capped
+from megatron_specialm.launch.results import COST_PREFIXES, any_capped, together
 from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
+CHOICES = ("selection", "learning_rates")
 PARTS = {"rows": ("stage", "domain"), "macro": ("stage", "size"), "concentration": ("stage", "domain")}
 
 
@@ -21,8 +22,8 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
     An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
     `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    What is capped at any seed is `capped`, and `capped_seeds` lists at which. Selections stand side by side: choices have
-    no mean.
+    What is capped at any seed is `capped`, and `capped_seeds` lists at which. Selections and learning rates stand side by
+    side: choices have no mean. Beside a score, rates that differ are text.
 
     Raises:
         ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
@@ -57,7 +58,7 @@ def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     results = read_json(path)
-    if not {"selection", *PARTS} <= results.keys():
+    if not {*PARTS, *CHOICES} <= results.keys():
         raise ArtifactError(f"{path}: of an earlier version: write it again with `specialm results` of its page")
     return results
 
@@ -76,6 +77,7 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     costs = {key: [entry[key] for entry in own] for key in first if key.startswith(COST_PREFIXES)}
     return {
         **first,
+        **({"learning_rate": together(entry["learning_rate"] for entry in own)} if "learning_rate" in first else {}),
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},

@@ -20,6 +20,7 @@ from megatron_specialm.config.lineage import (
     train_stage,
 )
 from megatron_specialm.config.memory import memory_of
+from megatron_specialm.config.rates import steps_to_compare
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.setup import Passes, Setup
 from megatron_specialm.config.training import TrainStage
@@ -28,7 +29,8 @@ TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours i
 
 
 def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
-    """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs, and the GPU hours that
+    """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs (each learning rate that is
+    tried is one), and the GPU hours that
     they take at `TYPICAL_UTILISATION` of the peak, where the machine's is known.
 
     Steps, slots and tokens are of the longest run, and at most these: early stopping makes runs shorter. Slots are what
@@ -45,6 +47,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         if not isinstance(stage, TrainStage):
             continue
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
+        runs = len(keys) * len(stage.optimizer.rates)
         steps = [_steps(pipeline, stage, key) for key in keys]
         slots = max(steps) * setup.global_batch_size * setup.context_length
         tokens = _tokens(slots, _fill(pipeline, stage, keys))
@@ -53,7 +56,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
         lines.append([
-            name, str(len(keys)), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
+            name, str(runs), f"{parameters / 1e6:,.1f}M", f"{trained / 1e6:,.1f}M", f"{max(steps):,}",
             f"{slots / 1e6:,.2f}M", tokens, f"{setup.step_flops:.2e}", f"{flops:.2e}", *hours,
         ])  # fmt: skip
     return Table("", header, lines, 1)
@@ -66,7 +69,10 @@ def training_flops(pipeline: Pipeline, name: str) -> int:
     total = 0
     for key in model_keys(pipeline, name):
         steps = _steps(pipeline, stage, key)
-        total += steps * setup.step_flops + setup.flops(_validations(pipeline, stage, setup, key, steps=steps))
+        # The training at the best rate goes on from its trial; at the others it ends there.
+        others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
+        for run in (steps, *others):
+            total += run * setup.step_flops + setup.flops(_validations(pipeline, stage, setup, key, steps=run))
     return total
 
 

@@ -174,5 +174,25 @@ def selection_table(results: Mapping[str, Any]) -> Table:
     return Table("Choice of an expert", header, lines, 6 + several_seeds)
 
 
+def rates_table(results: Mapping[str, Any]) -> Table:
+    """Of trainings that had a choice of learning rates: each one's best validation loss, and which was taken."""
+    several_seeds = len({entry["seed"] for entry in results["learning_rates"]}) > 1
+    lines = [
+        [
+            entry["stage"], entry["domain"], *[str(entry["seed"])] * several_seeds, _taken(entry),
+            f"{entry['learning_rate']:g}", _known(entry["validation_loss"], ".3f") or "not finite",
+        ]
+        for entry in results["learning_rates"]
+    ]  # fmt: skip
+    header = ["training", "domain", *["seed"] * several_seeds, "taken", "learning rate", "validation loss"]
+    return Table("Choice of a learning rate", header, lines, 3 + several_seeds)
+
+
+def _taken(entry: Mapping[str, Any]) -> str:
+    if entry["learning_rate"] != entry["choice"]:
+        return ""
+    return f"yes; {entry['untried']} not tried" if entry["untried"] else "yes"
+
+
 def _known(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)

@@ -9,6 +9,7 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.graph import Task, TaskId
+from megatron_specialm.config.lineage import source_of
 from megatron_specialm.config.schema import Pipeline
 
 
@@ -28,8 +29,14 @@ class Context:
 
     @property
     def key(self) -> str:
-        """`generic`, a domain's name, or `STAGE.KEY` of the model to evaluate or export."""
+        """`generic`, a domain's name, one of these with a shard's number or a rate behind it, or `STAGE.KEY` of the model to
+        evaluate or export."""
         return self.task.id.key
+
+    @property
+    def model_key(self) -> str:
+        """The key of the model that a train task makes, or tries a learning rate for."""
+        return source_of(self.key)
 
     def artifact(self, stage: str, key: str) -> Path:
         """The folder of an input. Only inputs that the graph declared can be read, so digests cannot miss one."""

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.artifacts import Cost, Marker, Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import give_usual_mode, publish_folder, write_text
@@ -143,9 +144,17 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         set_tokens=store.tokens,
         phase=GENERIC if model_id.key == GENERIC else "specialization",
         steps=marker.values["steps"],
-        cost=marker.cost,
+        cost=_cost(marker),
+        learning_rate=marker.values.get("learning_rate"),
+        learning_rates=tuple(marker.values.get("learning_rates", ())),
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
         seed=pipeline.seed,
         digest=marker.digest,
     )
+
+
+def _cost(marker: Marker) -> Cost:
+    """A training's, with that of the trials of its learning rates."""
+    trials = marker.values.get("trials", {})
+    return replace(marker.cost, **{what: getattr(marker.cost, what) + cost for what, cost in trials.items()})

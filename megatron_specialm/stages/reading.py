@@ -52,7 +52,7 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
         DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
             the clusters that the domain has; or no held-out windows to validate on.
     """
-    stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.key)]
+    stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.model_key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
     if len(windows) < stage.global_batch_size:
         raise DataError(
@@ -108,11 +108,11 @@ def _notes(stage: TrainStage, context: Context) -> Notes:
     """What a teacher's cache has of the windows."""
     if stage.distill is None or stage.distill.cache is None:
         return lambda *_: {}
-    teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.key))
+    teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.model_key))
     cache = TeacherCache.open(
-        context.artifact(stage.distill.cache, context.key),
+        context.artifact(stage.distill.cache, context.model_key),
         teacher=context.marker(*teacher).digest,
-        store=context.marker(stage.tokens, context.key).digest,
+        store=context.marker(stage.tokens, context.model_key).digest,
     )
     return lambda _, __, ids: cache.notes(ids)
 
@@ -135,7 +135,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     """What early stopping validates on; `weights` are the clusters' in training."""
     if stage.early_stopping is None:
         return None
-    store = open_store(stage.tokens, context, text_validated(stage, context.key), "validation")
+    store = open_store(stage.tokens, context, text_validated(stage, context.model_key), "validation")
     if not len(store):
         raise DataError(f"{store.folder}: no held-out windows to validate on: {_MORE_HELD_OUT}")
     if not validates_by_cluster(stage):
@@ -150,13 +150,13 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
                     f"cluster {cluster} has none of the {len(store)} held-out generic windows, so its expert cannot be "
                     f"validated: use fewer clusters (k), name others in `clusters`, or {_MORE_HELD_OUT}"
                 )
-        return of_cluster(store, index, cluster_of(context.key))
+        return of_cluster(store, index, cluster_of(context.model_key))
     try:
         held_out, lost = like(store, index, weights)
     except DataError as error:
         raise DataError(f"{context.task.id}: {error}: use fewer clusters (k), or {_MORE_HELD_OUT}") from None
     if lost:
-        logger.warning("%.2f%% of %s lies in clusters without a held-out generic window", 100 * lost, context.key)
+        logger.warning("%.2f%% of %s lies in clusters without a held-out generic window", 100 * lost, context.model_key)
     return held_out
 
 
@@ -174,21 +174,23 @@ def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC) -> C
 
 
 def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
-    return np.eye(len(index.sizes))[cluster_of(context.key)]
+    return np.eye(len(index.sizes))[cluster_of(context.model_key)]
 
 
 def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
-    folder = context.artifact(stage.assignment or "", context.key)
+    folder = context.artifact(stage.assignment or "", context.model_key)
     weights, lost = importance_weights(np.load(folder / "histogram.npy", allow_pickle=False), index.sizes)
     if lost:
-        logger.warning("%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.key)
+        logger.warning(
+            "%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.model_key
+        )
     return weights
 
 
 def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the steps that this set, or this cluster, is for."""
     if stage.data == "cluster":
-        cluster = cluster_of(context.key)
+        cluster = cluster_of(context.model_key)
         size = int(index.sizes[cluster])
         for other in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
             check_enough(

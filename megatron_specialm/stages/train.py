@@ -17,6 +17,7 @@ from megatron_specialm.base.files import atomic_path, read_json
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.rates import at_rate, trial_key, trial_of
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -24,11 +25,12 @@ from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.stages.reading import Reading, read_for
-from megatron_specialm.train.checkpoint import Saver, find_final
+from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
-from megatron_specialm.train.loop import Run, is_capped, train
+from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
@@ -39,9 +41,15 @@ logger = logging.getLogger(__name__)
 
 
 def run(stage: TrainStage, context: Context) -> Report:
-    """Train one model; the outcome is the step that `result.json` in the task's folder names."""
+    """Train one model; the outcome is the step that `result.json` in the task's folder names. Where it has several learning
+    rates, go on with the best of their trials."""
     context.lifeline.begin("starting")
-    world = context.world
+    world, trial, choice = context.world, context.task.rate, None
+    if trial is not None:
+        stage = trial_of(stage, trial)
+    elif len(stage.optimizer.rates) > 1:
+        choice = choose_rate(stage, context)
+        stage = at_rate(stage, choice.rate)
     reading = read_for(stage, context)
     settings, store = reading.settings, reading.store
     shape = model_of(context.pipeline, context.task.id.stage)
@@ -54,27 +62,33 @@ def run(stage: TrainStage, context: Context) -> Report:
     grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
     with context.lifeline.at_step_boundaries(), grouped:
         rank, copies = data_rank()
+        peers = Peers.meet()
+        if choice is not None:
+            tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
+            peers.from_first(lambda: adopt_checkpoints(tried, context.folder))
         engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
-        progress = train(
-            engine,
-            Run(
-                folder=context.folder,
-                settings=settings,
-                batches=TrainingBatches(
-                    reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes
-                ),
-                validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
-                description=_description(stage, context, shape, store),
-                flops_per_step=setup.step_flops,
-                device_name=device_name(world),
-                processes=world.world_size,
-                peers=Peers.meet(),
-                saver=Saver(context.folder, Peers.meet()),
-                lifeline=context.lifeline,
-                started=context.started,
-            ),
+        run = Run(
+            folder=context.folder,
+            settings=settings,
+            batches=TrainingBatches(reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes),
+            validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
+            description=_description(stage, context, shape, store),
+            flops_per_step=setup.step_flops,
+            device_name=device_name(world),
+            processes=world.world_size,
+            peers=peers,
+            saver=Saver(context.folder, Peers.meet()),
+            lifeline=context.lifeline,
+            started=context.started,
         )
+        try:
+            progress = train(engine, run)
+        except Diverged as diverged:
+            if trial is None:
+                raise
+            logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
+            progress = replace(diverged.progress, best_step=None, best_loss=None)
     capped = is_capped(progress, settings)
     if capped and world.is_first:
         assert progress.best_step is not None, "early stopping has found a best step, or raised"
@@ -83,9 +97,10 @@ def run(stage: TrainStage, context: Context) -> Report:
     # Not from the record: another incarnation of this task, which has been given up, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
-    return Report(
-        tokens=progress.tokens,
-        slots=(progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length,
+    slots = (progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length
+    return Report(  # what a trial has done stands in its own
+        tokens=progress.tokens - (choice.taken.cost.tokens if choice else 0),
+        slots=slots - (choice.taken.cost.slots if choice else 0),
         flops=setup.flops(passes),
         lost_seconds=lost.seconds,
         values={
@@ -93,6 +108,8 @@ def run(stage: TrainStage, context: Context) -> Report:
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
             "capped": capped,
+            "learning_rate": stage.optimizer.peak,
+            **(choice.values if choice else {}),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),
@@ -142,7 +159,7 @@ def _write_centroid(stage: TrainStage, context: Context) -> None:
     assign = assign_stage(context.pipeline, stage.assignment or "")
     centroids = np.load(context.artifact(assign.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
     with atomic_path(context.folder / "centroid.npy") as path, path.open("wb") as file:
-        np.save(file, centroids[cluster_of(context.key)], allow_pickle=False)
+        np.save(file, centroids[cluster_of(context.model_key)], allow_pickle=False)
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
@@ -194,4 +211,4 @@ def _teacher(stage: TrainStage, context: Context, store: TokenStore) -> Gpt:
 
 
 def _model_folder(stage: str, context: Context) -> Path:
-    return context.artifact(stage, key_for(context.pipeline, stage, context.key))
+    return context.artifact(stage, key_for(context.pipeline, stage, context.model_key))

@@ -28,7 +28,9 @@ from megatron_specialm.base.artifacts import refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
     FileSeal,
+    fsync_path,
     give_usual_mode,
+    link_folder,
     publish_folder,
     read_json,
     seal_file,
@@ -95,14 +97,6 @@ def save_checkpoint(
     """
     final = step_folder(folder, step)
 
-    def make_aside() -> Path:
-        refuse_if_taken_over(folder)
-        for abandoned in folder.glob(".step_*.tmp"):
-            shutil.rmtree(abandoned, ignore_errors=True)
-        aside = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"  # no other incarnation writes into it
-        aside.mkdir(parents=True)
-        return aside
-
     def write() -> dict[str, FileSeal]:
         parts = {"model": weights, "optimizer": optimizer_state}
         seals = {}
@@ -117,10 +111,52 @@ def save_checkpoint(
         write_json(aside / "state.json", state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
 
-    aside = peers.from_first(make_aside)
+    aside = peers.from_first(lambda: _make_aside(final))
     sealed = peers.agree(write)
     peers.from_first(publish)
     return final
+
+
+def _make_aside(final: Path) -> Path:
+    """A new folder beside a step's final place; what killed attempts have left of such is removed.
+
+    Raises:
+        ArtifactError: another incarnation of this training has taken over.
+    """
+    folder = final.parent
+    refuse_if_taken_over(folder)
+    for abandoned in folder.glob(".step_*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    aside = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"  # no other incarnation writes into it
+    aside.mkdir(parents=True)
+    return aside
+
+
+def adopt_checkpoints(source: Path, folder: Path) -> None:
+    """Give a training the steps of a finished one, so that it goes on from there. Nothing is done where it has come as far:
+    the newest step comes last, so with it all are there.
+
+    Raises:
+        ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
+    """
+    steps, own = _steps(source), _steps(folder)
+    if not steps:
+        raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
+    if own and own[-1] >= steps[-1]:
+        return
+    for step in steps:
+        theirs, final = step_folder(source, step), step_folder(folder, step)
+        try:
+            verify_folder(theirs)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
+        aside = _make_aside(final)
+        link_folder(theirs, aside)
+        refuse_if_taken_over(folder)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        fsync_path(folder)
 
 
 def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -66,6 +66,14 @@ class Progress:
         return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)
 
 
+class Diverged(TrainingError):
+    """A training that came to nothing by itself: its losses were not finite. `progress` is how far it was."""
+
+    def __init__(self, message: str, progress: Progress) -> None:
+        super().__init__(message)
+        self.progress = progress
+
+
 @dataclass(frozen=True)
 class Run:
     """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `started` is
@@ -88,9 +96,11 @@ class Run:
 def train(engine: Engine, run: Run) -> Progress:
     """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
 
+    With `trial_steps` in the settings it ends there, and can be gone on with.
+
     Raises:
-        TrainingError: too many steps in a row whose loss or gradient is not finite, no validation whose loss is, or
-            another process has died.
+        Diverged: too many steps in a row whose loss or gradient is not finite, or no validation whose loss is.
+        TrainingError: another process has died.
         Stopped: some process was asked to stop; the step at which all of them did is saved.
     """
     run.lifeline.begin("training")
@@ -115,7 +125,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
             _stop(engine, run, progress, metrics, is_saved=progress.step == saved)
         rate = learning_rate(
             progress.step,
-            peak=run.settings.optimizer.learning_rate,
+            peak=run.settings.optimizer.peak,
             steps=run.settings.steps,
             schedule=run.settings.schedule,
         )
@@ -135,7 +145,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
             saved = progress.step
     run.saver.wait()
     if run.settings.early_stopping is not None and progress.best_step is None:
-        raise TrainingError(_no_best(run, progress))
+        raise Diverged(_no_best(run, progress), progress)
     final = progress.step if progress.best_step is None else progress.best_step
     if run.peers.is_first:
         declare_final(run.folder, step=final)
@@ -227,7 +237,7 @@ def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
 
 
 def _is_over(progress: Progress, settings: TrainStage) -> bool:
-    return _has_stalled(progress, settings) or progress.step >= settings.steps
+    return _has_stalled(progress, settings) or progress.step >= _last_step(settings)
 
 
 def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
@@ -241,7 +251,11 @@ def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     where this is not asked: of pretraining, and of a fixed number of steps, which is what was wanted."""
     if settings.data != "domain" or settings.early_stopping is None:
         return None
-    return not _has_stalled(progress, settings)
+    return progress.step >= settings.steps and not _has_stalled(progress, settings)
+
+
+def _last_step(settings: TrainStage) -> int:
+    return min(settings.steps, settings.trial_steps or settings.steps)
 
 
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
@@ -290,7 +304,7 @@ def _no_best(run: Run, progress: Progress) -> str:
     return (
         f"{run.folder}: none of {progress.evaluations} validations up to step {progress.step} had a finite loss, so no "
         "checkpoint can be called the best. If the weights that it starts from are sound, lower optimizer.learning_rate "
-        f"(now {run.settings.optimizer.learning_rate}) and run it again"
+        f"(now {run.settings.optimizer.peak}) and run it again"
     )
 
 
@@ -298,11 +312,12 @@ def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:
     if progress.skipped_in_a_row <= run.settings.max_skipped_steps:
         return
     run.saver.wait()
-    raise TrainingError(
+    raise Diverged(
         f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
         f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {run.settings.max_skipped_steps}); "
         f"{_last_good(run.folder)}. "
-        f"Lower optimizer.learning_rate (now {run.settings.optimizer.learning_rate}) or look at the data of these steps"
+        f"Lower optimizer.learning_rate (now {run.settings.optimizer.peak}) or look at the data of these steps",
+        progress,
     )
 
 
@@ -320,11 +335,11 @@ def _record_step(
     """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
     positions, of which padding fills some."""
     clock.steps += 1
-    settings = run.settings
+    settings, last = run.settings, _last_step(run.settings)
     if stats.skipped or spike:
         what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
         logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
-    elif progress.step % settings.log_every and progress.step < settings.steps:
+    elif progress.step % settings.log_every and progress.step < last:
         return
     if metrics is None:
         return
@@ -334,7 +349,7 @@ def _record_step(
     slots_so_far = (progress.step - progress.skipped_steps) * slots
     metrics.write(
         step=progress.step,
-        steps=settings.steps,
+        steps=last,
         loss=stats.loss.mean if math.isfinite(stats.loss.mean) else None,
         gradient_norm=stats.gradient_norm if math.isfinite(stats.gradient_norm) else None,
         learning_rate=rate,
@@ -343,7 +358,7 @@ def _record_step(
         fill=progress.tokens / slots_so_far if slots_so_far else None,
         tokens_per_second=stats.loss.tokens / per_step,
         mfu=utilisation(flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name),
-        eta_seconds=per_step * (settings.steps - progress.step),
+        eta_seconds=per_step * (last - progress.step),
         skipped_steps=progress.skipped_steps,
         spikes=progress.spikes,
     )

@@ -18,7 +18,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Passes
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
 from megatron_specialm.model.kernels import live_kernels
@@ -45,7 +45,7 @@ class MegatronEngine:
         model: Gpt,
         *,
         parallel: ParallelConfig,
-        optimizer: Optimizer,
+        optimizer: Adam,
         micro_batch_size: int,
         objective: Objective = cross_entropy,
         teacher: Gpt | None = None,

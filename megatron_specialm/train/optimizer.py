@@ -6,14 +6,14 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.model.cpu import cuda_type_names
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import decays
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], model: Gpt, settings: Optimizer, parallel: ParallelConfig
+    chunks: list[DistributedDataParallel], model: Gpt, settings: Adam, parallel: ParallelConfig
 ) -> MegatronOptimizer:
     """Megatron-Core's optimizer of a model's chunks.
 
@@ -23,7 +23,7 @@ def build_optimizer(
     bf16 = model.chunks[0].config.bf16
     config = OptimizerConfig(
         optimizer="adam",
-        lr=settings.learning_rate,
+        lr=0.0,  # every step sets its own
         weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,

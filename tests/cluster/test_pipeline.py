@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_specialm.config.load import load_pipeline
 from tests.cluster.runs import PAGE, ROOT, Run, assert_same_bits, prepared, weights
 from tests.cluster.testbed import Cluster
 
@@ -69,6 +70,26 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
         json.loads((root / marker).read_text())["values"] for root in (smoke_run / "runs/smoke", runs["srun"].root)
     )
     assert there["sets"]["generic"]["nll"] == pytest.approx(here["sets"]["generic"]["nll"], rel=1e-4)
+
+
+@pytest.mark.timeout(240)
+def test_learning_rates_are_tried_in_a_job_before_that_of_the_models(
+    cluster: Cluster, smoke_run: Path, tmp_path: Path
+) -> None:
+    """The best one is the smoke page's own, so its models are made."""
+    best = load_pipeline(PAGE).stages["slm-nopt"].optimizer.learning_rate
+    rates = f"stages.slm-nopt.optimizer.learning_rate=[1.0e-6, {best}]"
+    run = Run(cluster, prepared(smoke_run, tmp_path, *TEXT), [rates, "stages.slm-nopt.trial_steps=10"])
+    assert "9 tasks submitted" in run.submit("--only", "slm-nopt")
+    trials, models = json.loads((run.root / "jobs/jobs.json").read_text())["jobs"]
+    assert (trials["name"], models["name"]) == ("slm-nopt", "slm-nopt.1")
+    assert [len(element) for element in models["elements"]] == [3]
+    assert run.wait("slm-nopt") == ["COMPLETED"], run.log("slm-nopt.1")
+    for domain in ("scipy", "sklearn", "torch"):
+        assert_same_bits(run.root / "slm-nopt" / domain, smoke_run / "runs/smoke/slm-nopt" / domain)
+        told = json.loads((run.root / f"slm-nopt/done/{domain}.json").read_text())["values"]
+        assert told["learning_rate"] == best and list(told["learning_rates"]) == ["1e-06", repr(best)]
+    assert run.status()["slm-nopt"]["done"] == 9
 
 
 @pytest.mark.timeout(120)

@@ -91,6 +91,9 @@ stages:
   eight: {kind: train, data: generic, precision: fp8, micro_batch_size: 8, model: *wide}
   split: {kind: train, data: generic, model: *wide, parallel: {tensor_parallel: 2, pipeline_parallel: 2}}
   tuned: {kind: train, data: domain, init: slm, lora: {rank: 4}, early_stopping: {evaluate_every: 3}}
+  tried:
+    {kind: train, data: domain, init: slm, early_stopping: {evaluate_every: 3}, optimizer: {learning_rate: [1.0e-3, 2.0e-3]},
+     trial_steps: 3}
   taught: {kind: teach, teacher: slm, tokens: tokens, count: 5}
   taught-b: {kind: teach, teacher: slm-b, tokens: tokens-c, count: 5}
   student: {kind: train, data: domain, distill: {teacher: slm, alpha: 0.5, cache: taught}}

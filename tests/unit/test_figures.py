@@ -26,7 +26,7 @@ from megatron_specialm.launch.drawing import (
 )
 from megatron_specialm.launch.figures import _figures, draw
 from megatron_specialm.launch.seeds import merge_runs
-from megatron_specialm.launch.tables import concentration_table, results_table, selection_table
+from megatron_specialm.launch.tables import concentration_table, rates_table, results_table, selection_table
 
 SIZES = {None: 1.0, 50_000: 1.3, 200_000: 1.0, 1_000_000: 0.8}  # factors of perplexity
 DOMAINS = {"legal": 0.8, "speeches": 1.0, "encyclopedia": 1.25}
@@ -72,8 +72,14 @@ def invented(
          "tokens": tokens, "flops": 2.5e9, "seed": seed}
         for criterion, choice, rank, tokens in (("loss", "c3", 1, 65_536), ("frequency", "c1", 2, 0))
     ]  # fmt: skip
+    learning_rates = [
+        {"method": "slm", "stage": "slm-0-tuned", "domain": "legal", "base_domain": "legal", "size": None,
+         "choice": 0.0017, "untried": "higher", "learning_rate": rate, "validation_loss": loss, "seed": seed}
+        for rate, loss in ((0.0005, 3.14), (0.0017, 3.102), (0.001, None))
+    ]  # fmt: skip
     return {
         "pipeline": "arena", "rows": rows, "macro": macro, "concentration": concentration, "selection": selection,
+        "learning_rates": learning_rates,
     }  # fmt: skip
 
 
@@ -103,8 +109,8 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                             "method": method, "stage": f"{method}-{budget}{'-tuned' * finetuned}",
                             "domain": domain if size is None else f"{domain}-{size}", "base_domain": domain, "size": size,
                             "finetuned": finetuned, "nll": math.log(perplexity), "perplexity": perplexity,
-                            "tokens_evaluated": 40_000, **costs, **totals, "devices": "cpu",
-                            "inference_parameters": 3_000_000, "seed": seed, "model": "m",
+                            "tokens_evaluated": 40_000, "learning_rate": 3e-3 if seed == 2 else 1e-3, **costs, **totals,
+                            "devices": "cpu", "inference_parameters": 3_000_000, "seed": seed, "model": "m",
                         }  # fmt: skip
 
 
@@ -120,7 +126,11 @@ def _written(paths: list[Path]) -> set[str]:
 def test_figures_name_methods_and_units(tmp_path: Path) -> None:
     paths = draw(invented(methods=FEW), tmp_path)
     names = {*COST_FIGURES, "domains"}
-    tables = {f"{name}.{form}" for name in ("results", "concentration", "selection") for form in ("md", "csv")}
+    tables = {
+        f"{name}.{form}"
+        for name in ("results", "concentration", "selection", "learning_rates")
+        for form in ("md", "csv")
+    }
     assert _written(paths) == {f"{name}.{form}" for name in names for form in ("png", "svg")} | tables
     assert all(path.parent == tmp_path / "figures" for path in paths)
     for name, says in (
@@ -186,9 +196,9 @@ def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
 
 
 def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
-    empty = {"pipeline": "arena", "rows": [], "macro": [], "concentration": [], "selection": []}
+    empty = {"pipeline": "arena", "rows": [], "macro": [], "concentration": [], "selection": [], "learning_rates": []}
     assert draw(empty, tmp_path) == []
-    results = {**invented(methods=("slm",)), "selection": [], "macro": []}
+    results = {**invented(methods=("slm",)), "selection": [], "learning_rates": [], "macro": []}
     assert {path.stem for path in draw(results, tmp_path)} == {"domains", "results", "concentration"}
 
 
@@ -275,6 +285,8 @@ def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     assert entry["perplexity_sd"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in at) / 2))
     assert entry["generic_flops"] == 1.5e13
     assert [entry["top_share"] for entry in merged["concentration"]] == pytest.approx([0.6] * 3)
+    assert row["learning_rate"] == "0.001, 0.003" == entry["learning_rate"]  # no mean: the seeds chose differently
+    assert len(rates_table(merged).lines) == 9 and rates_table(merged).lines[1][2:4] == ["0", "yes; higher not tried"]
     assert {path.suffix for path in draw(merged, tmp_path)} == {".png", ".svg", ".md", ".csv"}
     assert "93.7 ± 2.7" in results_table(merged).markdown()
     assert "0.60 ± 0.10" in concentration_table(merged).markdown()
@@ -323,5 +335,11 @@ def test_side_tables() -> None:
         ["expert", "legal", "loss", "yes", "c3", "c3", "1", "65,536", "2.5e+09"],
         ["expert", "legal", "frequency", "", "c1", "c3", "2", "0", "2.5e+09"],
     ]
-    for table in (concentration, selection):
+    rates = rates_table(results)
+    assert rates.lines == [
+        ["slm-0-tuned", "legal", "", "0.0005", "3.140"],
+        ["slm-0-tuned", "legal", "yes; higher not tried", "0.0017", "3.102"],
+        ["slm-0-tuned", "legal", "", "0.001", "not finite"],
+    ]
+    for table in (concentration, selection, rates):
         assert {len(line) for line in table.lines} == {len(table.header)}

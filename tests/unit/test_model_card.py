@@ -84,3 +84,11 @@ def test_the_domain_in_pretraining_is_not_called_fine_tuning_nor_passed_over() -
     assert "1. `early`: the generic text, with the domain's mixed in from the start" in card
     both = model_card(replace(FACTS, trainings=(("early", "generic+domain"), ("tuned", "domain+generic"))))
     assert "then fine-tuned on the domain `legal`" in both and "generic text mixed in" in both
+
+
+def test_the_learning_rate_is_told_and_what_was_tried() -> None:
+    assert "learning rate" not in model_card(FACTS)
+    assert "| learning rate | 0.0017 |" in model_card(replace(FACTS, learning_rate=0.0017))
+    card = model_card(replace(FACTS, learning_rate=0.0017, learning_rates=("0.0005", "0.0017")))
+    assert "| learning rate | 0.0017, by validation loss of 0.0005, 0.0017 |" in card
+    assert "This is the last training alone, with the learning rates that were tried." in card

@@ -26,7 +26,7 @@ from megatron_specialm.launch import parity
 from megatron_specialm.launch.preflight import planned_machine
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.summary import capabilities_table, memory_table, training_table
-from megatron_specialm.launch.tables import concentration_table, results_in_two, selection_table
+from megatron_specialm.launch.tables import concentration_table, rates_table, results_in_two, selection_table
 from tests.unit.test_figures import invented
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def _results() -> list[Table]:
     for part in ("rows", "macro"):
         for row in results[part]:
             row["method"] = f"{row['method']}-{LONG}"
-    return [*results_in_two(results), concentration_table(results), selection_table(results)]
+    return [*results_in_two(results), concentration_table(results), selection_table(results), rates_table(results)]
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

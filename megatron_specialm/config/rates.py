@@ -1,0 +1,41 @@
+"""Several learning rates of one training: each is tried by a task of its own (`slm-tuned/legal.rate-0.0017`), and the
+training's own task (`slm-tuned/legal`) reads them, takes the best by validation loss and goes on from where that one was.
+
+A trial is the training at that rate, with the same steps, schedule and early stopping; `trial_steps` ends it before.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from megatron_specialm.config.training import TrainStage
+
+
+def trial_key(key: str, rate: float) -> str:
+    """The key of the task that tries a rate for the model of a key. No such key has a dot itself."""
+    return f"{key}.rate-{rate!r}"
+
+
+def at_rate(stage: TrainStage, rate: float) -> TrainStage:
+    """The training at one of its rates, to the end."""
+    optimizer = stage.optimizer.model_copy(update={"learning_rate": rate})
+    return stage.model_copy(update={"optimizer": optimizer, "trial_steps": None})
+
+
+def trial_of(stage: TrainStage, rate: float) -> TrainStage:
+    """The training at one of its rates, until all of them are compared."""
+    return at_rate(stage, rate).model_copy(update={"trial_steps": steps_to_compare(stage)})
+
+
+def steps_to_compare(stage: TrainStage) -> int | None:
+    """The steps after which rates are compared: those of the first validation that is not before `trial_steps`. None: at the
+    end."""
+    if stage.trial_steps is None or stage.early_stopping is None:
+        return None
+    every = stage.early_stopping.evaluate_every
+    steps = every * -(-stage.trial_steps // every)
+    return steps if steps < stage.steps else None
+
+
+def beyond(rate: float, rates: Sequence[float]) -> Literal["lower", "higher"] | None:
+    """Which rates were not tried next to one that is at an end of those that were."""
+    return "lower" if rate == min(rates) else "higher" if rate == max(rates) else None

@@ -1,0 +1,81 @@
+"""The choice between a training's learning rates, after all were tried (config/rates.py)."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_specialm.base.artifacts import Marker
+from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.config.rates import beyond, trial_key
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.stages.context import Context
+
+logger = logging.getLogger(__name__)
+
+SUMMED = ("tokens", "slots", "flops", "wall_seconds", "device_seconds")  # of costs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rate taken, and the markers of all trials by their rates."""
+
+    rate: float
+    trials: Mapping[float, Marker]
+
+    @property
+    def taken(self) -> Marker:
+        """Of the trial that is gone on with."""
+        return self.trials[self.rate]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """For the model's own marker: each rate's best validation loss, nats per token, None where it came to nothing; and
+        what all trials have cost."""
+        costs = [trial.cost for trial in self.trials.values()]
+        return {
+            "learning_rates": {repr(rate): _loss(trial) for rate, trial in self.trials.items()},
+            "trials": {what: sum(getattr(cost, what) for cost in costs) for what in SUMMED},
+        }
+
+
+def choose_rate(stage: TrainStage, context: Context) -> Choice:
+    """The rate whose trial has the lowest validation loss, the first of equal ones.
+
+    Raises:
+        TrainingError: all trials came to nothing.
+    """
+    name, rates = context.task.id, stage.optimizer.rates
+    trials = {rate: context.marker(name.stage, trial_key(name.key, rate)) for rate in rates}
+    finite = {rate: loss for rate, trial in trials.items() if (loss := _loss(trial)) is not None}
+    if not finite:
+        raise TrainingError(
+            f"{name}: at none of the learning rates {_listed(rates)} were the losses finite: give lower ones in "
+            f"stages.{name.stage}.optimizer.learning_rate, or look at the weights that it starts from"
+        )
+    choice = Choice(min(finite, key=finite.__getitem__), trials)
+    if context.world.is_first:
+        _tell(choice, context)
+    return choice
+
+
+def _tell(choice: Choice, context: Context) -> None:
+    name, rate, rates = context.task.id, choice.rate, list(choice.trials)
+    others = ", ".join(_told(_loss(trial)) for other, trial in choice.trials.items() if other != rate)
+    found = _told(_loss(choice.taken))
+    logger.info("%s: learning rate %r of %s (validation loss %s against %s)", name, rate, _listed(rates), found, others)
+    if untried := beyond(rate, rates):
+        logger.warning("%s: %r is at an end of the list: %s rates were not tried", name, rate, untried)
+
+
+def _loss(trial: Marker) -> float | None:
+    loss: float | None = trial.values["validation_loss"]
+    return loss
+
+
+def _listed(rates: list[float]) -> str:
+    return ", ".join(map(repr, rates))
+
+
+def _told(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
