@@ -31,7 +31,7 @@ def hold_out(
             drawn.append(len(first) + place)
             tokens += len(block[place])
         first += block
-        if floor.is_met(len(drawn), tokens):
+        if len(first) > 1 and floor.is_met(len(drawn), tokens):
             break
     else:
         if len(first) == 1:

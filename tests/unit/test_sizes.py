@@ -11,8 +11,9 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.graph import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.schema import Pipeline, TokenizeStage
+from megatron_specialm.config.schema import Pipeline, TokenizeStage, ValidationFloor
 from megatron_specialm.config.text import TextSet, size_name
+from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.stages import tokenize
@@ -95,7 +96,7 @@ def test_a_size_changes_the_digests_of_its_own_domain_alone() -> None:
 def _cut(lengths: list[int], wanted: int) -> list[int]:
     """The lengths of the training documents that are kept, of documents of these lengths."""
     documents = [("train", np.arange(length)) for length in lengths]
-    kept = list(tokenize.cut_training_set(documents, wanted, context_length=T, name="torch", holds_out=False))
+    kept = list(cut_training_set(documents, wanted, context_length=T, name="torch", floor=None))
     assert all(np.array_equal(ids, np.arange(len(ids))) for _, ids in kept)
     return [len(ids) for _, ids in kept]
 
@@ -115,14 +116,19 @@ def test_the_first_whole_windows_are_kept(lengths: list[int], wanted: int, kept:
     assert sum(kept) <= wanted < sum(kept) + T
 
 
-def test_nothing_behind_the_size_is_read_but_for_one_that_is_held_out() -> None:
-    def cut(*splits: str) -> tuple[list[tuple[str, int]], int]:
-        documents = iter([(split, np.arange(20)) for split in splits])
-        kept = tokenize.cut_training_set(documents, 16, context_length=T, name="torch", holds_out=True)
-        return [(split, len(ids)) for split, ids in kept], len(list(documents))
+def test_nothing_behind_the_size_is_read_but_for_what_the_floor_takes() -> None:
+    def cut(*splits: str, documents: int = 1, tokens: int = 1) -> tuple[list[tuple[str, int]], int]:
+        floor, text = ValidationFloor(documents=documents, tokens=tokens), iter([(s, np.arange(20)) for s in splits])
+        kept = cut_training_set(text, 16, context_length=T, name="torch", floor=floor)
+        return [(split, len(ids)) for split, ids in kept], len(list(text))
 
-    assert cut("validation", "train", "train", "validation") == ([("validation", 20), ("train", 16)], 2)
-    assert cut("train", "train", "validation", "train") == ([("train", 16), ("validation", 20)], 1)
+    train, held_out = "train", "validation"
+    kept, both = ("train", 16), ("validation", 20)
+    assert cut(held_out, train, train, held_out) == ([both, kept], 2)
+    assert cut(train, train, held_out, train) == ([kept, both], 1)
+    for floor in ({"documents": 2}, {"tokens": 21}):
+        assert cut(held_out, train, train, held_out, train, held_out, **floor) == ([both, kept, both], 2)
+        assert cut(held_out, train, train, **floor) == ([both, kept], 0), "who validates says that it is too little"
 
 
 def test_too_little_text_is_told() -> None:
@@ -147,6 +153,9 @@ def _documents() -> list[str]:
     return [f"Once upon a time there was a model, number {number}, and it was small." for number in range(100)]
 
 
+FLOOR = {"documents": 2, "tokens": 10}  # of the hundred documents about three in the size below are drawn
+
+
 def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dict[str, TokenStore]]:
     """The token store of a domain whose training and test text are the same documents."""
     root.mkdir()
@@ -160,7 +169,12 @@ def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dic
             "text": {"generic": {"train": "a", "test": "b"}, "domains": {"tales": files}},
             "stages": {
                 "tokenizer": {"kind": "tokenizer"},
-                "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": T},
+                "tokens": {
+                    "kind": "tokenize",
+                    "tokenizer": "tokenizer",
+                    "context_length": T,
+                    "validation_floor": FLOOR,
+                },
             },
         }
     )
