@@ -16,7 +16,7 @@ from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.schema import Pipeline, ValidationFloor
 from megatron_specialm.config.setup import Passes
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
@@ -103,6 +103,18 @@ def test_clusters_that_are_not_trained_on_are_not_computed() -> None:
         like(STORE, INDEX, np.array([0.0, 0.0, 0.0, 1.0]))
 
 
+def test_unequal_weights_count_as_fewer_tokens() -> None:
+    tokens = STORE.batch(np.arange(len(CLUSTERS))).mask.sum(axis=1).astype(int)
+    assert all_windows(STORE).effective_tokens == by_expert(STORE, INDEX).effective_tokens == tokens.sum()
+    assert of_cluster(STORE, INDEX, 2).effective_tokens == tokens[[1, 5, 10]].sum()
+    assert of_cluster(STORE, INDEX, 3).effective_tokens == 0
+    alike, _ = like(STORE, INDEX, np.array([6, 2, 3, 0]) / 11)
+    assert alike.effective_tokens == pytest.approx(tokens.sum(), rel=1e-3), "rounded weights"
+    unlike, _ = like(STORE, INDEX, np.array([0.01, 0.98, 0.01, 0.0]))
+    both = tokens[[2, 8]].sum()
+    assert both < unlike.effective_tokens < 1.1 * both, "nearly all weight is on two windows"
+
+
 def test_windows_of_a_network_go_to_their_clusters_experts() -> None:
     held_out = by_expert(STORE, INDEX)
     seen = []
@@ -140,7 +152,10 @@ TRAIN: dict[str, Any] = {
 BY_CLUSTER = {"assignment": "assignment"}
 STAGES: dict[str, Any] = {
     "tokenizer": {"kind": "tokenizer", "vocabulary_size": 280},
-    "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32, "validation_fraction": 0.2},
+    "tokens": {
+        "kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32, "validation_fraction": 0.2,
+        "validation_floor": {"documents": 6, "tokens": 70},
+    },
     "vectors": {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "tfidf", "dimensions": 3}},
     "clusters": {"kind": "cluster", "vectors": "vectors", "k": 3},
     "assignment": {"kind": "assign", "clusters": "clusters", "vectors": "vectors"},
@@ -315,10 +330,39 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     real = np.load
     arrays = {folder / "order.npy": index.order, folder / "offsets.npy": index.offsets}
     monkeypatch.setattr(np, "load", lambda path, **how: arrays.get(path) if path in arrays else real(path, **how))
-    with pytest.raises(DataError, match=rf"cluster {law} has none of the \d+ held-out generic windows.*early_stopping"):
+    with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):
         _held_out(prepared, "is", "law")
+
+
+def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tuple[Pipeline, Path]) -> None:
+    """The set holds out enough, what falls to a cluster is not; and a domain's set that another page has made is not."""
+    page, root = prepared
+    tokens = page.stages["tokens"]
+    floor = {"documents": 4, "tokens": 350}
+    changed = page.model_copy(
+        update={
+            "stages": {
+                **page.stages,
+                "tokens": tokens.model_copy(update={"validation_floor": ValidationFloor(**floor)}),
+            }
+        }
+    )
+    for stage, key in (("slm", "generic"), ("pn", "generic")):
+        _held_out((changed, root), stage, key)
+    with pytest.raises(DataError, match=r"mix/c1: cluster 0 has \d+ of the 48 held-out .* at least 350 .*name others"):
+        _held_out((changed, root), "mix", "c1")
+    with pytest.raises(
+        DataError, match=r"is/law: the clusters of law have \d+ of the 48 held-out .* use fewer clusters"
+    ):
+        _held_out((changed, root), "is", "law")
+    for stage in ("tuned", "early", "is-early"):
+        with pytest.raises(DataError, match=r"text\.domains\.law: 6 documents of 78 tokens held out"):
+            _held_out((changed, root), stage, "law")
+    with pytest.raises(DataError, match=r"text\.domains\.law: 6 documents of 78 tokens held out"):
+        task = build_graph(changed)[TaskId("chosen", "law")]
+        select.run(changed.stages["chosen"], Context(changed, task, root, root / "chosen/law", ALONE, threads=1))
 
 
 def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(prepared: tuple[Pipeline, Path]) -> None:
