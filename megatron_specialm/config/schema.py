@@ -31,21 +31,6 @@ class TokenizerStage(Settings):
     )
 
 
-class ValidationFloor(Settings):
-    """What a set must hold out to be validated on. Early stopping on less keeps weights by chance."""
-
-    documents: PositiveInt = 4
-    tokens: PositiveInt = 2_000
-
-    def is_met(self, documents: int, tokens: int) -> bool:
-        """Whether so much is enough."""
-        return documents >= self.documents and tokens >= self.tokens
-
-    def share(self, shards: int) -> Self:
-        """Of each of so many shards, which meet the floor together."""
-        return self.model_copy(update={"documents": -(-self.documents // shards), "tokens": -(-self.tokens // shards)})
-
-
 class TokenizeStage(Settings):
     """Documents -> windows of at most `context_length` tokens -> token store, per set."""
 
@@ -53,11 +38,6 @@ class TokenizeStage(Settings):
     tokenizer: str
     context_length: PositiveInt = 1024
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents")
-    validation_floor: ValidationFloor = Field(
-        default=ValidationFloor(),
-        description="hold out more of a small set, up to half of it, until so much is; where early stopping or `select` "
-        "validates on less, also of `validation` files, it is an error",
-    )
     workers: PositiveInt | None = Field(default=None, description="processes; default: this task's cores")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import text_validated
-from megatron_specialm.config.lineage import model_keys, text_set, tokenize_stage
+from megatron_specialm.config.lineage import model_keys, text_set
 from megatron_specialm.config.schema import Pipeline, SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -32,13 +32,14 @@ def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:
     must be there; 0 where no stage validates on it. Of a single document the end can be held out."""
     if not validating_stages(pipeline, tokens, source):
         return 0
-    files, floor = text_set(pipeline, source), tokenize_stage(pipeline, tokens).validation_floor
-    at_most_half = not files.validation and files.shards == 1 and floor.documents > 1
-    return 2 * floor.documents if at_most_half else floor.documents
+    files = text_set(pipeline, source)
+    needed = files.validation_floor.documents
+    at_most_half = not files.validation and files.shards == 1 and needed > 1
+    return 2 * needed if at_most_half else needed
 
 
 def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Check what is held out of a set against the floor of its tokenize stage, where a stage of the page validates on it.
+    """Check what is held out of a set against its floor, where a stage of the page validates on it.
 
     Args:
         counts: `documents` and `tokens` by split, as the tokenize stage reports them.
@@ -46,22 +47,22 @@ def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapp
     Raises:
         DataError: naming the set, what there is, the floor and what can be done.
     """
-    floor = tokenize_stage(pipeline, tokens).validation_floor
+    files = text_set(pipeline, source)
     trained, held_out = ((counts["documents"][split], counts["tokens"][split]) for split in ("train", "validation"))
-    if not validating_stages(pipeline, tokens, source) or floor.is_met(*held_out):
+    if files.validation_floor.is_met(*held_out) or not validating_stages(pipeline, tokens, source):
         return
-    beside = "" if text_set(pipeline, source).validation else f" held out, beside {_amount(*trained)} to train on"
+    beside = "" if files.validation else f" held out, beside {_amount(*trained)} to train on"
     raise too_little(pipeline, tokens, source, f"{_amount(*held_out)}{beside}")
 
 
 def too_little(pipeline: Pipeline, tokens: str, source: str, has: str) -> DataError:
     """The error of a set that has too little to validate on: `has` says how much."""
-    floor, stages = tokenize_stage(pipeline, tokens).validation_floor, validating_stages(pipeline, tokens, source)
-    files = text_set(pipeline, source)
-    where = f"text.{source}" if source == GENERIC else f"text.domains.{source}"
+    files, stages = text_set(pipeline, source), validating_stages(pipeline, tokens, source)
+    floor, where = files.validation_floor, f"text.{source}" if source == GENERIC else f"text.domains.{source}"
     least = f"at least {floor.documents:,} documents and {floor.tokens:,} tokens"
-    wanted = f"to validate on them ({', '.join(stages)}) takes {least}"
-    lower = f"lower stages.{tokens}.validation_floor"
+    wanted = f"to validate on them ({', '.join(stages)}) takes {least} (`validation_floor`)"
+    # Where a domain has sizes, they have it together.
+    lower = f"lower text.{'' if source == GENERIC else 'domains.'}{files.domain or source}.validation_floor"
     if files.validation:
         return DataError(
             f"{where}.validation: {', '.join(files.validation)}: {has}; {wanted}: add documents, leave `validation` out to "

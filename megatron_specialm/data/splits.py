@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.schema import ValidationFloor
+from megatron_specialm.config.text import ValidationFloor
 
 Assigned = Iterator[tuple[str, np.ndarray]]  # documents, or parts of one, each with its split: `train` or `validation`
 

@@ -156,7 +156,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     if stage.data == "cluster":
         for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
             _check_floor(
-                of_cluster(store, index, cluster), stage, context,
+                of_cluster(store, index, cluster), context,
                 whose=f"cluster {cluster} has", otherwise="name others in `clusters`, ",
             )  # fmt: skip
         return of_cluster(store, index, cluster_of(context.key))
@@ -164,7 +164,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
         held_out, lost = like(store, index, weights)
     except DataError as error:
         raise DataError(f"{context.task.id}: {error}: use fewer clusters (k), or {_MORE_HELD_OUT}") from None
-    _check_floor(held_out, stage, context, whose=f"the clusters of {context.key} have")
+    _check_floor(held_out, context, whose=f"the clusters of {context.key} have")
     if lost:
         logger.warning("%.2f%% of %s lies in clusters without a held-out generic window", 100 * lost, context.key)
     return held_out
@@ -175,14 +175,14 @@ _MORE_HELD_OUT = (
 )
 
 
-def _check_floor(held_out: HeldOut, stage: TrainStage, context: Context, *, whose: str, otherwise: str = "") -> None:
+def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: str = "") -> None:
     """Refuse to validate on a part of the generic set's held-out windows where it is less than a set must hold out."""
-    wanted, found = tokenize_stage(context.pipeline, stage.tokens).validation_floor.tokens, held_out.effective_tokens
+    wanted, found = context.pipeline.text.generic.validation_floor.tokens, held_out.effective_tokens
     if found < wanted:
         raise DataError(
             f"{context.task.id}: {whose} {len(held_out.ids)} of the {len(held_out.store)} held-out generic windows, which "
-            f"count as {found:,.0f} tokens; to validate on them takes at least {wanted:,} (stages.{stage.tokens}"
-            f".validation_floor): use fewer clusters (k), {otherwise}lower the floor, {_MORE_HELD_OUT}"
+            f"count as {found:,.0f} tokens; to validate on them takes at least {wanted:,} (text.generic"
+            f".validation_floor): use fewer clusters (k), {otherwise}{_MORE_HELD_OUT}"
         )
 
 

@@ -82,7 +82,7 @@ def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
     """All documents of the set that are wanted, each with the split it belongs to."""
-    shard, floor = context.task.shard, stage.validation_floor
+    shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():
         encoded = encoder.encode(documents)

@@ -13,7 +13,7 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import Shard, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.config.schema import Pipeline, ValidationFloor
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
@@ -157,9 +157,7 @@ def test_shards_hold_the_windows_of_the_whole_set_in_its_order(text: Path, token
 
 
 def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> None:
-    page = _page(text, shards=3)
-    low = page.stages["tokens"].model_copy(update={"validation_floor": ValidationFloor(documents=9, tokens=100)})
-    page = page.model_copy(update={"stages": {**page.stages, "tokens": low}})
+    page = _page(text, shards=3, validation_floor={"documents": 9, "tokens": 100})
     sharded = _prepare(page, text / "sharded", tokenizer) / "tokens/generic"
     whole = _prepare(_page(text), text / "whole", tokenizer) / "tokens/generic"
     train, validation = _windows(sharded, "train"), _windows(sharded, "validation")

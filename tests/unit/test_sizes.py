@@ -11,8 +11,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.graph import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.schema import Pipeline, TokenizeStage, ValidationFloor
-from megatron_specialm.config.text import TextSet, size_name
+from megatron_specialm.config.schema import Pipeline, TokenizeStage
+from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
 from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
@@ -153,7 +153,7 @@ def _documents() -> list[str]:
     return [f"Once upon a time there was a model, number {number}, and it was small." for number in range(100)]
 
 
-FLOOR = {"documents": 2, "tokens": 10}  # of the hundred documents about three in the size below are drawn
+FLOOR = ValidationFloor(documents=2, tokens=10)  # of the hundred documents about three in the size below are drawn
 
 
 def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dict[str, TokenStore]]:
@@ -169,12 +169,7 @@ def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dic
             "text": {"generic": {"train": "a", "test": "b"}, "domains": {"tales": files}},
             "stages": {
                 "tokenizer": {"kind": "tokenizer"},
-                "tokens": {
-                    "kind": "tokenize",
-                    "tokenizer": "tokenizer",
-                    "context_length": T,
-                    "validation_floor": FLOOR,
-                },
+                "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": T},
             },
         }
     )
@@ -194,7 +189,12 @@ def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> 
     reports, stores = {}, {}
     for wanted in (None, 400):
         root = tmp_path / str(wanted)
-        files = TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")], train_tokens=wanted)
+        files = TextSet(
+            train=[str(root / "train.jsonl")],
+            test=[str(root / "train.jsonl")],
+            train_tokens=wanted,
+            validation_floor=FLOOR,
+        )
         reports[wanted], stores[wanted] = _tokenized(root, tokenizer, files)
     whole, small = stores[None], stores[400]
     assert 400 - T < small["train"].tokens <= 400 < whole["train"].tokens

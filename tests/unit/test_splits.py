@@ -13,7 +13,8 @@ from megatron_specialm.base.artifacts import Cost, Marker, Report, begin_artifac
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import TaskId, build_graph
-from megatron_specialm.config.schema import Pipeline, ValidationFloor
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.text import ValidationFloor
 from megatron_specialm.config.validation import validating_stages
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.tokenizer import train_sentencepiece
@@ -184,7 +185,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _page(root: Path, stages: dict[str, Any], *, floor: dict[str, int] | None = None, **law: Any) -> Pipeline:
+def _page(root: Path, stages: dict[str, Any], **law: Any) -> Pipeline:
     """A page with a generic set of 400 documents of about 50 tokens, and a domain of the files that are given."""
     root.mkdir(exist_ok=True)
     generic, test = _write(root / "generic.jsonl", _texts(400)), _write(root / "test.jsonl", _texts(5))
@@ -198,12 +199,7 @@ def _page(root: Path, stages: dict[str, Any], *, floor: dict[str, int] | None = 
             },
             "stages": {
                 "tokenizer": {"kind": "tokenizer"},
-                "tokens": {
-                    "kind": "tokenize",
-                    "tokenizer": "tokenizer",
-                    "context_length": T,
-                    **({"validation_floor": floor} if floor else {}),
-                },
+                "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": T},
                 **stages,
             },
         }
@@ -254,12 +250,14 @@ def test_a_set_that_is_too_small_is_refused_where_a_stage_validates_on_it(tmp_pa
         assert report.values["documents"]["validation"] == 2, "one of each ten"
     says = (
         r"text\.domains\.law: 2 documents of \d+ tokens held out, beside 18 documents of \d+ tokens to train on; to validate "
-        r"on them \(tuned\) takes at least 4 documents and 2,000 tokens, and at most half of a set is held out: add documents, "
-        r"name `validation` files, or lower stages\.tokens\.validation_floor"
+        r"on them \(tuned\) takes at least 4 documents and 2,000 tokens \(`validation_floor`\), and at most half of a set is "
+        r"held out: add documents, name `validation` files, or lower text\.domains\.law\.validation_floor"
     )
     with pytest.raises(DataError, match=says):
         _tokenized(_page(tmp_path / "tuned", TUNED, train=few), tokenizer)
-    report = _tokenized(_page(tmp_path / "low", TUNED, train=few, floor={"documents": 3, "tokens": 50}), tokenizer)
+    report = _tokenized(
+        _page(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3, "tokens": 50}), tokenizer
+    )
     assert report.values["documents"]["validation"] == 3
     _tokenized(_page(tmp_path / "tuned", TUNED, train=few), tokenizer, key="generic")  # nothing is wrong with it
 
@@ -281,12 +279,12 @@ def test_a_single_document_is_validated_on_where_the_page_says_so(tmp_path: Path
         DataError, match=r"text\.domains\.law: 1 document of .* beside 1 document of .*at least 4 documents"
     ):
         _tokenized(_page(tmp_path / "tuned", TUNED, train=book), tokenizer)
-    report = _tokenized(_page(tmp_path / "low", TUNED, train=book, floor={"documents": 1}), tokenizer)
+    report = _tokenized(_page(tmp_path / "low", TUNED, train=book, validation_floor={"documents": 1}), tokenizer)
     assert report.values["documents"]["validation"] == 1 and report.values["tokens"]["validation"] >= 2_000
     line = _write(tmp_path / "line.jsonl", ["word1 word2"])
     assert _tokenized(_page(tmp_path / "plain", PLAIN, train=line), tokenizer).values["windows"]["validation"] == 0
     with pytest.raises(DataError, match=r"0 documents of 0 tokens held out"):
-        _tokenized(_page(tmp_path / "line", TUNED, train=line, floor={"documents": 1}), tokenizer)
+        _tokenized(_page(tmp_path / "line", TUNED, train=line, validation_floor={"documents": 1}), tokenizer)
 
 
 def test_a_size_is_refused_where_the_text_ends_before_the_floor(tmp_path: Path, tokenizer: Path) -> None:
@@ -308,10 +306,14 @@ def test_shards_meet_the_floor_together(tmp_path: Path, tokenizer: Path) -> None
     report = _tokenized(_page(tmp_path / "tuned", TUNED, train=parts, shards=3), tokenizer)
     assert report.values["documents"]["validation"] >= 4 and report.values["tokens"]["validation"] >= 2_000
     _write(tmp_path / "part1.jsonl", ["word1"])  # a shard of which nothing can be held out
-    report = _tokenized(_page(tmp_path / "one", TUNED, train=parts, shards=3, floor={"tokens": 400}), tokenizer)
+    report = _tokenized(
+        _page(tmp_path / "one", TUNED, train=parts, shards=3, validation_floor={"tokens": 400}), tokenizer
+    )
     assert report.values["documents"]["validation"] >= 4 and report.values["tokens"]["validation"] >= 400
     with pytest.raises(DataError, match=r"at least 4 documents and 9,000 tokens.*set fewer `shards`, or lower"):
-        _tokenized(_page(tmp_path / "high", TUNED, train=parts, shards=3, floor={"tokens": 9_000}), tokenizer)
+        _tokenized(
+            _page(tmp_path / "high", TUNED, train=parts, shards=3, validation_floor={"tokens": 9_000}), tokenizer
+        )
 
 
 def test_a_page_is_checked_for_sets_with_too_few_documents(tmp_path: Path) -> None:
@@ -319,11 +321,11 @@ def test_a_page_is_checked_for_sets_with_too_few_documents(tmp_path: Path) -> No
     refuse_too_few_documents(_page(tmp_path / "plain", PLAIN, train=few))
     with pytest.raises(DataError, match=r"text\.domains\.law: 7 documents; to validate .* at most half of a set"):
         refuse_too_few_documents(_page(tmp_path / "tuned", TUNED, train=few))
-    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=few, floor={"documents": 3}))
+    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3}))
     with pytest.raises(DataError, match=r"text\.domains\.law\.validation: .*one\.jsonl: 1 document; "):
         one = _write(tmp_path / "one.jsonl", _texts(1))
         refuse_too_few_documents(_page(tmp_path / "tuned", TUNED, validation=one))
-    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=one, floor={"documents": 1}))
+    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=one, validation_floor={"documents": 1}))
 
 
 def test_what_was_tokenized_for_a_page_without_early_stopping_is_checked_before_anything_runs(

@@ -16,7 +16,7 @@ from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.schema import Pipeline, ValidationFloor
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.setup import Passes
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
@@ -149,13 +149,14 @@ TRAIN: dict[str, Any] = {
     "kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "model": MODEL,
     "schedule": {"warmup_steps": 0}, "early_stopping": EARLY,
 }  # fmt: skip
+FLOOR = {
+    "documents": 6,
+    "tokens": 70,
+}  # 6 documents of the domain are held out, and about 16 of each topic: 13 tokens each
 BY_CLUSTER = {"assignment": "assignment"}
 STAGES: dict[str, Any] = {
     "tokenizer": {"kind": "tokenizer", "vocabulary_size": 280},
-    "tokens": {
-        "kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32, "validation_fraction": 0.2,
-        "validation_floor": {"documents": 6, "tokens": 70},
-    },
+    "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32, "validation_fraction": 0.2},
     "vectors": {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "tfidf", "dimensions": 3}},
     "clusters": {"kind": "cluster", "vectors": "vectors", "k": 3},
     "assignment": {"kind": "assign", "clusters": "clusters", "vectors": "vectors"},
@@ -187,8 +188,13 @@ def _text(topics: list[int], *, seed: int) -> str:
 
 
 def _page(root: Path, **generic: object) -> Pipeline:
-    generic = {"train": str(root / "generic*.jsonl"), "test": str(root / "law.jsonl"), **generic}
-    domain = {"train": str(root / "law.jsonl"), "test": str(root / "law.jsonl")}
+    generic = {
+        "train": str(root / "generic*.jsonl"),
+        "test": str(root / "law.jsonl"),
+        "validation_floor": FLOOR,
+        **generic,
+    }
+    domain = {"train": str(root / "law.jsonl"), "test": str(root / "law.jsonl"), "validation_floor": FLOOR}
     text = {"generic": generic, "domains": {"law": domain}}
     return Pipeline.model_validate({"name": "v", "root": str(root / "run"), "text": text, "stages": STAGES})
 
@@ -339,16 +345,10 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
 def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tuple[Pipeline, Path]) -> None:
     """The set holds out enough, what falls to a cluster is not; and a domain's set that another page has made is not."""
     page, root = prepared
-    tokens = page.stages["tokens"]
-    floor = {"documents": 4, "tokens": 350}
-    changed = page.model_copy(
-        update={
-            "stages": {
-                **page.stages,
-                "tokens": tokens.model_copy(update={"validation_floor": ValidationFloor(**floor)}),
-            }
-        }
-    )
+    text = page.model_dump(mode="json")
+    for files in (text["text"]["generic"], text["text"]["domains"]["law"]):
+        files["validation_floor"] = {"tokens": 350}
+    changed = Pipeline.model_validate(text)
     for stage, key in (("slm", "generic"), ("pn", "generic")):
         _held_out((changed, root), stage, key)
     with pytest.raises(DataError, match=r"mix/c1: cluster 0 has \d+ of the 48 held-out .* at least 350 .*name others"):
