@@ -68,7 +68,8 @@ class Text(Settings):
     """The large generic set and the small domain sets.
 
     A domain with `sizes: [50_000, 1_000_000]` (training tokens) stands for one domain per size, `legal-50k` and
-    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's text.
+    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's
+    text, and of the text behind it where that is below the `validation_floor`.
     """
 
     generic: TextSet
