@@ -59,6 +59,10 @@ def test_names_of_sizes_are_exact() -> None:
         ("text.domains.generic={train: a, test: b, sizes: [5]}", "'generic' is taken"),
         ("text.domains.torch.sizs=[5]", "sizs: unknown key; did you mean 'sizes'"),
         ("text.domains.torch={train: a, test: b, trian: c, sizes: [5]}", "trian: unknown key; did you mean 'train'"),
+        (
+            "text.domains.torch.validation_floor.document=5",
+            "unknown key; did you mean 'documents'.*keys: documents, tokens",
+        ),
         ("text.generic.sizes=[5]", r"text\.generic\.sizes: unknown key"),
     ],
 )
