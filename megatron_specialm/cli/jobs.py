@@ -35,7 +35,7 @@ def submit(
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
-    from megatron_specialm.launch.preflight import refuse_what_gpus_lack
+    from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import live_tasks, missing_tasks
@@ -54,7 +54,9 @@ def submit(
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
         submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
-        refuse_what_gpus_lack(pipeline, profile.gpu, stages={name.stage for name in missing})
+        stages = {name.stage for name in missing}
+        refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
+        refuse_too_little_held_out(pipeline, plan, root, stages=stages)
         wanted = jobs_of(pipeline, profile, missing)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):

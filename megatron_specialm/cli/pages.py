@@ -40,7 +40,12 @@ def check(
     from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.launch.hashes import look_up, naming_what_makes
-    from megatron_specialm.launch.preflight import lacks, planned_machine, read_first_documents
+    from megatron_specialm.launch.preflight import (
+        lacks,
+        planned_machine,
+        read_first_documents,
+        refuse_too_few_documents,
+    )
     from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = load(page, overrides)
@@ -48,6 +53,7 @@ def check(
     with naming_what_makes(pipeline.text):
         look_up(graph.values())
     read_first_documents(pipeline)
+    refuse_too_few_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()
     console().print(training_table(pipeline, machine), memory_table(pipeline, machine))
     reasons = [reason for _, reason in lacks(pipeline, machine)]
@@ -93,7 +99,7 @@ def run(
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
-    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+    from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.tables import rates_table, results_in_two
@@ -103,11 +109,13 @@ def run(
     with attended(world) as lifeline:
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
-        chosen = select(make_plan(pipeline, root), only=only, until=until, keys=keys.split(",") if keys else None)
+        tasks = make_plan(pipeline, root)
+        chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
         to_do = {name.stage for name in chosen if chosen[name].state != "done"}
         if world.launcher != "none":
             pipeline = fit_to_world(pipeline, world, stages=to_do)
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
+        refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
         if world.is_first:
             write_resolved(pipeline, root)
         screen = console()

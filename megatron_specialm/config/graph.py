@@ -63,7 +63,7 @@ PLACEMENT: dict[str, Any] = {
     "method": True,  # a name in tables and on model cards: the export's matter
 }  # fmt: skip
 # Raise it when the meaning of an artifact or the default of a setting changes: what there is, is then made again.
-ARTIFACT_FORMAT = 4
+ARTIFACT_FORMAT = 5
 STATIC_MODEL = "package:wordllama"
 TOKENIZER, ENCODING_MODEL = "tokenizer", "encoder"  # roles of files that are no text
 
@@ -261,7 +261,7 @@ def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iter
             inputs=(tokenizer, *part.inputs),
             files=_entries(files, *train, *held_out),
             elsewhere={
-                **_given(files, "text_field", "train_tokens"),
+                **_given(files, "text_field", "train_tokens", "validation_floor"),
                 # Then nothing of the training files is held out. A shard does not read the validation files itself.
                 **({"has_validation": True} if part.shard and files.validation else {}),
             },

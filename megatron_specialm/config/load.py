@@ -206,7 +206,7 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
         current = found or (None if part == "encoder" else current)
     if "encoder" in location[:-1]:
         current = ENCODERS[str(location[list(location).index("encoder") + 1])]
-    elif "domains" in location[:-1] or location[:2] == ("text", "generic"):
+    elif current is TextSet:
         return [*TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
     return list(current.model_fields) if current else []
 

@@ -142,9 +142,14 @@ class SelectStage(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if {self.by, *self.compare} & {"finetuned", "halving"} and self.trial is None:
+        if self.tries_experts and self.trial is None:
             raise ValueError("`finetuned` and `halving` need a `trial`: say how each expert is tried")
         return self
+
+    @property
+    def tries_experts(self) -> bool:
+        """Whether experts are fine-tuned, and told apart by their validation losses."""
+        return not {self.by, *self.compare}.isdisjoint(("finetuned", "halving"))
 
 
 class TeachStage(Settings):

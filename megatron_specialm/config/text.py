@@ -10,12 +10,32 @@ from megatron_specialm.config.base import PathText, Settings
 GENERIC = "generic"  # the key of the generic set, and of tasks that serve every domain
 
 
+class ValidationFloor(Settings):
+    """What is validated on at least. Early stopping on less keeps weights by chance."""
+
+    documents: PositiveInt = 4
+    tokens: PositiveInt = 2_000
+
+    def is_met(self, documents: int, tokens: int) -> bool:
+        """Whether so much is enough."""
+        return documents >= self.documents and tokens >= self.tokens
+
+    def share(self, shards: int) -> Self:
+        """Of each of so many shards, which meet the floor together."""
+        return self.model_copy(update={"documents": -(-self.documents // shards), "tokens": -(-self.tokens // shards)})
+
+
 class TextSet(Settings):
     """The files of one set. Entries are paths, globs, or `hf:NAME[:CONFIG[:SPLIT]]` for a Hugging Face dataset."""
 
     train: list[PathText] = Field(min_length=1)
     test: list[PathText] = Field(min_length=1)
     validation: list[PathText] = Field(default=[], description="default: a share of the training documents is held out")
+    validation_floor: ValidationFloor = Field(
+        default=ValidationFloor(),
+        description="of a small set more is held out until it is so much, up to half of the set; where a stage validates on "
+        "less, also of `validation` files, it is an error",
+    )
     text_field: str = Field(default="text", description="the key or column that holds a document's text")
     train_tokens: PositiveInt | None = Field(
         default=None, description="train on the first documents that hold at most so many tokens; default: on all"
@@ -48,7 +68,8 @@ class Text(Settings):
     """The large generic set and the small domain sets.
 
     A domain with `sizes: [50_000, 1_000_000]` (training tokens) stands for one domain per size, `legal-50k` and
-    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's text.
+    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's
+    text, and of the text behind it where that is below the `validation_floor`.
     """
 
     generic: TextSet

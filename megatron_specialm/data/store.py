@@ -204,6 +204,12 @@ def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str
     }
 
 
+def read_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """A store's counts (`COUNTS`), each by split."""
+    splits = read_json(folder / DESCRIPTION)["splits"]
+    return {name: {split: part[name] for split, part in splits.items()} for name in COUNTS}
+
+
 def describe_store(
     folder: Path,
     *,

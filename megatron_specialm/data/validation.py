@@ -40,6 +40,16 @@ class HeldOut:
     clusters: np.ndarray | None = None
     experts: int = 0
 
+    @property
+    def effective_tokens(self) -> float:
+        """As many tokens of equal weight tell a mean as well: the square of the sum of their weights over the sum of the
+        squares (Kish 1965)."""
+        total = squares = 0.0
+        for batch in self.batches(batch_size=256):
+            weights = batch.mask.astype(np.float64)
+            total, squares = total + weights.sum(), squares + np.square(weights).sum()
+        return total * total / squares if squares else 0.0
+
     def batches(self, *, batch_size: int, rank: int = 0, processes: int = 1) -> Iterator[Batch]:
         """This process's batches of at most `batch_size` windows, of one expert each. All processes have equally many, as
         their collective operations want: where there are none left, windows that do not count."""
@@ -74,7 +84,7 @@ def all_windows(store: Windows) -> HeldOut:
 
 
 def of_cluster(store: Windows, index: ClusterIndex, cluster: int) -> HeldOut:
-    """The windows of one cluster, which must have some.
+    """The windows of one cluster.
 
     Args:
         index: of the split's windows.

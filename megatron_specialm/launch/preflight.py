@@ -1,16 +1,27 @@
 """What a page asks of the machine that it is to run on, before anything runs."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
 
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
+from megatron_specialm.base.artifacts import read_marker
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import setup_of, sources, text_set
 from megatron_specialm.config.memory import memory_of, smallest_change
-from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.schema import Pipeline, TokenizeStage
 from megatron_specialm.config.setup import Setup
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.validation import (
+    documents_needed,
+    refuse_too_little,
+    too_little,
+    validating_stages,
+)
 from megatron_specialm.data.documents import HUB, read_documents
+from megatron_specialm.launch.plan import PlannedTask
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
@@ -32,6 +43,43 @@ def read_first_documents(pipeline: Pipeline) -> None:
             local = [entry for entry in entries if not entry.startswith(HUB)]
             if local:
                 next(read_documents(local, text_field=files.text_field))
+
+
+def refuse_too_few_documents(pipeline: Pipeline) -> None:
+    """Find sets with too few documents to validate on, by reading no more than it takes. Whether their tokens are enough is
+    known when they are tokenized. A hub is not asked.
+
+    Raises:
+        DataError: naming the set, the floor and what can be done.
+    """
+    for tokens, stage in pipeline.stages.items():
+        for source in sources(pipeline) if isinstance(stage, TokenizeStage) else ():
+            files, needed = text_set(pipeline, source), documents_needed(pipeline, tokens, source)
+            entries = files.validation or files.train
+            if any(entry.startswith(HUB) for entry in entries):
+                continue
+            found = sum(1 for _ in islice(read_documents(entries, text_field=files.text_field), needed))
+            if found < needed:
+                raise too_little(pipeline, tokens, source, f"{found} document{'s' if found != 1 else ''}")
+
+
+def refuse_too_little_held_out(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, stages: Collection[str]
+) -> None:
+    """Check the sets that were tokenized before, perhaps for a page none of whose stages validated on them.
+
+    Args:
+        stages: those that are to run.
+
+    Raises:
+        DataError: as the tokenize stage would.
+    """
+    for name, planned in plan.items():
+        if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.state != "done":
+            continue
+        marker = read_marker(root, *name)
+        if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
+            refuse_too_little(pipeline, *name, marker.values)
 
 
 def planned_machine(name: str) -> Accelerator:

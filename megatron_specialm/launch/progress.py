@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
@@ -44,7 +45,9 @@ class Progress:
         """A task has ended."""
         self._bars.remove_task(self._rows.pop(name))
         self._done += error is None
-        outcome = f"[red]failed[/red] after {seconds:.0f} s" if error else f"done in {seconds:.0f} s"
+        outcome = f"done in {seconds:.0f} s"
+        if error:  # at once, not only at the end: what does not rest on it may go on for days
+            outcome = f"[red]failed[/red] after {seconds:.0f} s: {escape(error.splitlines()[0])}"
         self._console.print(f"[{self._done:>3}/{self._total}] {name}: {outcome}", highlight=False)
 
     def update(self, folders: Mapping[TaskId, Path]) -> None:

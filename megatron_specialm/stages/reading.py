@@ -19,12 +19,13 @@ from megatron_specialm.config.lineage import (
 )
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.validation import refuse_too_little
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.store import MIXTURE, TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
@@ -50,7 +51,7 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
 
     Raises:
         DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
-            the clusters that the domain has; or no held-out windows to validate on.
+            the clusters that the domain has; or fewer held-out windows to validate on than the floor.
     """
     stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.model_key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
@@ -80,6 +81,17 @@ def open_store(tokens: str, context: Context, source: str, split: str = "train")
     """A split of a set, checked to be of the pipeline's tokenizer."""
     tokenizer = Tokenizer.load(context.artifact(tokenize_stage(context.pipeline, tokens).tokenizer, GENERIC))
     return TokenStore.open(context.artifact(tokens, source), split, tokenizer=tokenizer.fingerprint)
+
+
+def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
+    """The validation split of a set, on which this stage validates.
+
+    Raises:
+        DataError: it is below the floor. The tokenize stage says so too, if it ran from a page on which a stage validates.
+    """
+    store = open_store(tokens, context, source, "validation")
+    refuse_too_little(context.pipeline, tokens, source, read_counts(store.folder))
+    return store
 
 
 def _experts(stage: TrainStage, context: Context) -> ExpertStream:
@@ -135,9 +147,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     """What early stopping validates on; `weights` are the clusters' in training."""
     if stage.early_stopping is None:
         return None
-    store = open_store(stage.tokens, context, text_validated(stage, context.model_key), "validation")
-    if not len(store):
-        raise DataError(f"{store.folder}: no held-out windows to validate on: {_MORE_HELD_OUT}")
+    store = open_held_out(stage.tokens, context, text_validated(stage, context.model_key))
     if not validates_by_cluster(stage):
         return all_windows(store)
     index = _generic_index(stage, context, HELD_OUT)
@@ -145,16 +155,16 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
         return by_expert(store, index)
     if stage.data == "cluster":
         for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
-            if not index.sizes[cluster]:
-                raise DataError(
-                    f"cluster {cluster} has none of the {len(store)} held-out generic windows, so its expert cannot be "
-                    f"validated: use fewer clusters (k), name others in `clusters`, or {_MORE_HELD_OUT}"
-                )
+            _check_floor(
+                of_cluster(store, index, cluster), context,
+                whose=f"cluster {cluster} has", otherwise="name others in `clusters`, ",
+            )  # fmt: skip
         return of_cluster(store, index, cluster_of(context.model_key))
     try:
         held_out, lost = like(store, index, weights)
     except DataError as error:
         raise DataError(f"{context.task.id}: {error}: use fewer clusters (k), or {_MORE_HELD_OUT}") from None
+    _check_floor(held_out, context, whose=f"the clusters of {context.model_key} have")
     if lost:
         logger.warning("%.2f%% of %s lies in clusters without a held-out generic window", 100 * lost, context.model_key)
     return held_out
@@ -163,6 +173,17 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
 _MORE_HELD_OUT = (
     "hold out more text (`validation` files, or the tokenize stage's `validation_fraction`), or drop `early_stopping`"
 )
+
+
+def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: str = "") -> None:
+    """Refuse to validate on a part of the generic set's held-out windows where it is less than a set must hold out."""
+    wanted, found = context.pipeline.text.generic.validation_floor.tokens, held_out.effective_tokens
+    if found < wanted:
+        raise DataError(
+            f"{context.task.id}: {whose} {len(held_out.ids)} of the {len(held_out.store)} held-out generic windows, which "
+            f"count as {found:,.0f} tokens; to validate on them takes at least {wanted:,} (text.generic"
+            f".validation_floor): use fewer clusters (k), {otherwise}{_MORE_HELD_OUT}"
+        )
 
 
 def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC) -> ClusterIndex:

@@ -25,7 +25,7 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import open_store
+from megatron_specialm.stages.reading import open_held_out, open_store
 from megatron_specialm.train.checkpoint import find_final
 from megatron_specialm.train.distributed import process_group
 from megatron_specialm.train.selection import (
@@ -47,7 +47,8 @@ def run(stage: SelectStage, context: Context) -> Report:
     those that were run for comparison have, apart.
 
     Raises:
-        DataError: no window of the domain is in a cluster that has an expert.
+        DataError: no window of the domain is in a cluster that has an expert; or less of the domain is held out than the
+            floor, and experts are told apart by it.
         TrainingError: no expert has a finite loss.
     """
     stage_of_experts = train_stage(context.pipeline, stage.experts)
@@ -55,6 +56,8 @@ def run(stage: SelectStage, context: Context) -> Report:
     folder = context.artifact(stage_of_experts.assignment or "", context.key)
     histogram_K = np.load(folder / "histogram.npy", allow_pickle=False)
     store = open_store(stage.tokens, context, context.key)
+    if stage.tries_experts:
+        open_held_out(stage.tokens, context, context.key)
     experts = _Experts(stage, context, torch.from_numpy(histogram_K).float())
     orders: dict[str, Order] = {"frequency": by_frequency(keys, histogram_K, domain=context.key)}
     spent: dict[str, Spent] = {"frequency": Spent()}

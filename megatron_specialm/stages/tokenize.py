@@ -4,20 +4,19 @@ Of a set in shards, a shard's task reads its range of the training files and hol
 set's own task reads the other files and describes all as one store.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.validation import refuse_too_little
 from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
 from megatron_specialm.data.encoding import Encoder
-from megatron_specialm.data.store import COUNTS, SPLITS, StoreWriter, describe_store, join_shards
+from megatron_specialm.data.splits import cut_training_set, hold_out
+from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
 
@@ -26,8 +25,8 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     """Write the token store of one set or shard. The report's `skipped` counts empty documents.
 
     Raises:
-        DataError: text that cannot be read, is empty, is too short to hold some out for validation, or holds less than
-            the set's `train_tokens`.
+        DataError: text that cannot be read, is empty, or holds less than the set's `train_tokens`; or less is held out than
+            the floor of a set on which a stage validates.
     """
     tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -57,8 +56,10 @@ def run(stage: TokenizeStage, context: Context) -> Report:
         vocabulary_size=size,
         eod=tokenizer.eod,
     )
-    values = {name: {split: splits[split][name] for split in SPLITS if split in splits} for name in COUNTS}
-    return Report(tokens=tokens, values=values)
+    counts = read_counts(context.folder)
+    if context.task.shard is None:
+        refuse_too_little(context.pipeline, context.task.id.stage, context.key, counts)
+    return Report(tokens=tokens, values=counts)
 
 
 def _readers(context: Context) -> dict[str, Documents]:
@@ -81,7 +82,8 @@ def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
     """All documents of the set that are wanted, each with the split it belongs to."""
-    number = "" if context.task.shard is None else f"/{context.task.shard.number}"
+    shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
+    number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():
         encoded = encoder.encode(documents)
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
@@ -90,89 +92,17 @@ def _assigned(
             assigned = hold_out(
                 encoded,
                 fraction=stage.validation_fraction,
+                floor=floor if shard is None else floor.share(shard.shards),
                 seed=f"{context.pipeline.seed}{number}",
                 context_length=stage.context_length,
-                name=f"text {context.key!r}",
             )
         wanted = text_set(context.pipeline, source_of(context.key)).train_tokens
         if split == "train" and wanted is not None:
             assigned = cut_training_set(
-                assigned, wanted, context_length=stage.context_length, name=context.key, holds_out=holds_out
+                assigned,
+                wanted,
+                context_length=stage.context_length,
+                name=context.key,
+                floor=floor if holds_out else None,
             )
         yield from assigned
-
-
-def cut_training_set(
-    assigned: Iterable[tuple[str, np.ndarray]], wanted: int, *, context_length: int, name: str, holds_out: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Keep of the training documents the first whole windows that hold at most `wanted` tokens, and those that were held
-    out among them, at least one where any are (`holds_out`). Nothing behind them is read: a set of 1M tokens costs and
-    validates as one. A smaller size is the beginning of every larger one.
-
-    Raises:
-        DataError: the training documents hold fewer tokens, or the first one more than fit and `wanted` is no window.
-    """
-    left, found, waits, is_empty = wanted, 0, holds_out, True
-    for split, ids in assigned:
-        if split != "train":
-            waits = False
-            yield split, ids
-        else:
-            found += len(ids)
-            kept = ids if len(ids) <= left else ids[: left // context_length * context_length]
-            left = left - len(kept) if len(kept) == len(ids) else 0
-            if len(kept):
-                is_empty = False
-                yield split, kept
-        if not left and not waits:
-            break
-    if found < wanted:
-        raise DataError(
-            f"text.domains.{name}.train_tokens: {wanted:,} wanted, and its training documents hold {found:,} tokens: add "
-            "documents, or ask for a smaller size"
-        )
-    if is_empty:
-        raise DataError(
-            f"text.domains.{name}.train_tokens: {wanted:,} are less than a window of {context_length} tokens, and the first "
-            "training document has more: nothing is left to train on: ask for a larger size"
-        )
-
-
-def hold_out(
-    documents: Iterable[np.ndarray], *, fraction: float, seed: int | str, context_length: int, name: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Assign training documents to `train` and `validation`: of every 1 / fraction in a row, a drawn one is held out.
-
-    At least one is; the last windows of a single document are, where there is no other.
-
-    Raises:
-        DataError: the single document has a single window.
-    """
-    every = max(2, round(1 / fraction))
-    documents = iter(documents)
-    first = list(islice(documents, every))
-    if len(first) == 1:
-        yield from _cut_document(first[0], fraction=fraction, context_length=context_length, name=name)
-        return
-    for number, ids in enumerate(chain(first, documents)):
-        block, place = divmod(number, every)
-        drawn = _draw(seed, block) % (every if block else len(first))
-        yield ("validation" if place == drawn else "train"), ids
-
-
-def _cut_document(
-    ids: np.ndarray, *, fraction: float, context_length: int, name: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    windows = -(-len(ids) // context_length)
-    if windows < 2:
-        raise DataError(
-            f"{name}: one training document of {len(ids)} tokens is a single window: nothing can be held out for "
-            "validation: add documents, or name `validation` files"
-        )
-    cut = (windows - max(1, round(fraction * windows))) * context_length
-    yield "train", ids[:cut]
-    yield "validation", ids[cut:]
-
-
-def _draw(seed: int | str, block: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:8])

@@ -67,7 +67,8 @@ def own_text(tmp_path: Path) -> Path:
 
 def make_own_text(folder: Path) -> Path:
     """The files that `your-domain.yaml` speaks of."""
-    text = " ".join(WORDS[number * number % len(WORDS)] for number in range(3000))
+    words = [WORDS[number * number % len(WORDS)] for number in range(3000)]
+    texts = [" ".join(words[first : first + 100]) for first in range(0, 3000, 100)]
     for name, field in (
         ("generic/a", "text"),
         ("generic-test", "text"),
@@ -76,7 +77,7 @@ def make_own_text(folder: Path) -> Path:
     ):
         path = folder / "my-text" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({field: text}) + "\n")
+        path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
     return folder
 
 

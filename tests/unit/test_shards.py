@@ -157,7 +157,8 @@ def test_shards_hold_the_windows_of_the_whole_set_in_its_order(text: Path, token
 
 
 def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> None:
-    sharded = _prepare(_page(text, shards=3), text / "sharded", tokenizer) / "tokens/generic"
+    page = _page(text, shards=3, validation_floor={"documents": 9, "tokens": 100})
+    sharded = _prepare(page, text / "sharded", tokenizer) / "tokens/generic"
     whole = _prepare(_page(text), text / "whole", tokenizer) / "tokens/generic"
     train, validation = _windows(sharded, "train"), _windows(sharded, "validation")
     assert sorted(train + validation) == sorted(_windows(whole, "train") + _windows(whole, "validation"))

@@ -12,7 +12,8 @@ from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.graph import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline, TokenizeStage
-from megatron_specialm.config.text import TextSet, size_name
+from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
+from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.stages import tokenize
@@ -58,6 +59,10 @@ def test_names_of_sizes_are_exact() -> None:
         ("text.domains.generic={train: a, test: b, sizes: [5]}", "'generic' is taken"),
         ("text.domains.torch.sizs=[5]", "sizs: unknown key; did you mean 'sizes'"),
         ("text.domains.torch={train: a, test: b, trian: c, sizes: [5]}", "trian: unknown key; did you mean 'train'"),
+        (
+            "text.domains.torch.validation_floor.document=5",
+            "unknown key; did you mean 'documents'.*keys: documents, tokens",
+        ),
         ("text.generic.sizes=[5]", r"text\.generic\.sizes: unknown key"),
     ],
 )
@@ -95,7 +100,7 @@ def test_a_size_changes_the_digests_of_its_own_domain_alone() -> None:
 def _cut(lengths: list[int], wanted: int) -> list[int]:
     """The lengths of the training documents that are kept, of documents of these lengths."""
     documents = [("train", np.arange(length)) for length in lengths]
-    kept = list(tokenize.cut_training_set(documents, wanted, context_length=T, name="torch", holds_out=False))
+    kept = list(cut_training_set(documents, wanted, context_length=T, name="torch", floor=None))
     assert all(np.array_equal(ids, np.arange(len(ids))) for _, ids in kept)
     return [len(ids) for _, ids in kept]
 
@@ -115,14 +120,19 @@ def test_the_first_whole_windows_are_kept(lengths: list[int], wanted: int, kept:
     assert sum(kept) <= wanted < sum(kept) + T
 
 
-def test_nothing_behind_the_size_is_read_but_for_one_that_is_held_out() -> None:
-    def cut(*splits: str) -> tuple[list[tuple[str, int]], int]:
-        documents = iter([(split, np.arange(20)) for split in splits])
-        kept = tokenize.cut_training_set(documents, 16, context_length=T, name="torch", holds_out=True)
-        return [(split, len(ids)) for split, ids in kept], len(list(documents))
+def test_nothing_behind_the_size_is_read_but_for_what_the_floor_takes() -> None:
+    def cut(*splits: str, documents: int = 1, tokens: int = 1) -> tuple[list[tuple[str, int]], int]:
+        floor, text = ValidationFloor(documents=documents, tokens=tokens), iter([(s, np.arange(20)) for s in splits])
+        kept = cut_training_set(text, 16, context_length=T, name="torch", floor=floor)
+        return [(split, len(ids)) for split, ids in kept], len(list(text))
 
-    assert cut("validation", "train", "train", "validation") == ([("validation", 20), ("train", 16)], 2)
-    assert cut("train", "train", "validation", "train") == ([("train", 16), ("validation", 20)], 1)
+    train, held_out = "train", "validation"
+    kept, both = ("train", 16), ("validation", 20)
+    assert cut(held_out, train, train, held_out) == ([both, kept], 2)
+    assert cut(train, train, held_out, train) == ([kept, both], 1)
+    for floor in ({"documents": 2}, {"tokens": 21}):
+        assert cut(held_out, train, train, held_out, train, held_out, **floor) == ([both, kept, both], 2)
+        assert cut(held_out, train, train, **floor) == ([both, kept], 0), "who validates says that it is too little"
 
 
 def test_too_little_text_is_told() -> None:
@@ -145,6 +155,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _documents() -> list[str]:
     return [f"Once upon a time there was a model, number {number}, and it was small." for number in range(100)]
+
+
+FLOOR = ValidationFloor(documents=2, tokens=10)  # of the hundred documents about three in the size below are drawn
 
 
 def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dict[str, TokenStore]]:
@@ -180,7 +193,12 @@ def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> 
     reports, stores = {}, {}
     for wanted in (None, 400):
         root = tmp_path / str(wanted)
-        files = TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")], train_tokens=wanted)
+        files = TextSet(
+            train=[str(root / "train.jsonl")],
+            test=[str(root / "train.jsonl")],
+            train_tokens=wanted,
+            validation_floor=FLOOR,
+        )
         reports[wanted], stores[wanted] = _tokenized(root, tokenizer, files)
     whole, small = stores[None], stores[400]
     assert 400 - T < small["train"].tokens <= 400 < whole["train"].tokens

@@ -127,6 +127,14 @@ def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
     assert "…" not in said and {"3.412,", "182,000", "41%,", "62:05"} <= set(said.split())
 
 
+def test_a_failure_says_why_at_once() -> None:
+    output, name = io.StringIO(), TaskId("tokens", "law")
+    with Progress(2, console=Console(file=output, width=200, color_system=None)) as progress:
+        progress.started(name)
+        progress.finished(name, seconds=1.2, error="text.domains.law: [4] documents are too few\n  log: run/jobs/x.log")
+        assert "tokens/law: failed after 1 s: text.domains.law: [4] documents are too few" in output.getvalue()
+
+
 def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
     command = [sys.executable, "-m", "megatron_specialm", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}

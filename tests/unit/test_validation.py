@@ -103,6 +103,18 @@ def test_clusters_that_are_not_trained_on_are_not_computed() -> None:
         like(STORE, INDEX, np.array([0.0, 0.0, 0.0, 1.0]))
 
 
+def test_unequal_weights_count_as_fewer_tokens() -> None:
+    tokens = STORE.batch(np.arange(len(CLUSTERS))).mask.sum(axis=1).astype(int)
+    assert all_windows(STORE).effective_tokens == by_expert(STORE, INDEX).effective_tokens == tokens.sum()
+    assert of_cluster(STORE, INDEX, 2).effective_tokens == tokens[[1, 5, 10]].sum()
+    assert of_cluster(STORE, INDEX, 3).effective_tokens == 0
+    alike, _ = like(STORE, INDEX, np.array([6, 2, 3, 0]) / 11)
+    assert alike.effective_tokens == pytest.approx(tokens.sum(), rel=1e-3), "rounded weights"
+    unlike, _ = like(STORE, INDEX, np.array([0.01, 0.98, 0.01, 0.0]))
+    both = tokens[[2, 8]].sum()
+    assert both < unlike.effective_tokens < 1.1 * both, "nearly all weight is on two windows"
+
+
 def test_windows_of_a_network_go_to_their_clusters_experts() -> None:
     held_out = by_expert(STORE, INDEX)
     seen = []
@@ -137,6 +149,10 @@ TRAIN: dict[str, Any] = {
     "kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "model": MODEL,
     "schedule": {"warmup_steps": 0}, "early_stopping": EARLY,
 }  # fmt: skip
+FLOOR = {
+    "documents": 6,
+    "tokens": 70,
+}  # 6 documents of the domain are held out, and about 16 of each topic: 13 tokens each
 BY_CLUSTER = {"assignment": "assignment"}
 STAGES: dict[str, Any] = {
     "tokenizer": {"kind": "tokenizer", "vocabulary_size": 280},
@@ -172,8 +188,13 @@ def _text(topics: list[int], *, seed: int) -> str:
 
 
 def _page(root: Path, **generic: object) -> Pipeline:
-    generic = {"train": str(root / "generic*.jsonl"), "test": str(root / "law.jsonl"), **generic}
-    domain = {"train": str(root / "law.jsonl"), "test": str(root / "law.jsonl")}
+    generic = {
+        "train": str(root / "generic*.jsonl"),
+        "test": str(root / "law.jsonl"),
+        "validation_floor": FLOOR,
+        **generic,
+    }
+    domain = {"train": str(root / "law.jsonl"), "test": str(root / "law.jsonl"), "validation_floor": FLOOR}
     text = {"generic": generic, "domains": {"law": domain}}
     return Pipeline.model_validate({"name": "v", "root": str(root / "run"), "text": text, "stages": STAGES})
 
@@ -315,10 +336,33 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     real = np.load
     arrays = {folder / "order.npy": index.order, folder / "offsets.npy": index.offsets}
     monkeypatch.setattr(np, "load", lambda path, **how: arrays.get(path) if path in arrays else real(path, **how))
-    with pytest.raises(DataError, match=rf"cluster {law} has none of the \d+ held-out generic windows.*early_stopping"):
+    with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):
         _held_out(prepared, "is", "law")
+
+
+def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tuple[Pipeline, Path]) -> None:
+    """The set holds out enough, what falls to a cluster is not; and a domain's set that another page has made is not."""
+    page, root = prepared
+    text = page.model_dump(mode="json")
+    for files in (text["text"]["generic"], text["text"]["domains"]["law"]):
+        files["validation_floor"] = {"tokens": 350}
+    changed = Pipeline.model_validate(text)
+    for stage, key in (("slm", "generic"), ("pn", "generic")):
+        _held_out((changed, root), stage, key)
+    with pytest.raises(DataError, match=r"mix/c1: cluster 0 has \d+ of the 48 held-out .* at least 350 .*name others"):
+        _held_out((changed, root), "mix", "c1")
+    with pytest.raises(
+        DataError, match=r"is/law: the clusters of law have \d+ of the 48 held-out .* use fewer clusters"
+    ):
+        _held_out((changed, root), "is", "law")
+    for stage in ("tuned", "early", "is-early"):
+        with pytest.raises(DataError, match=r"text\.domains\.law: 6 documents of 78 tokens held out"):
+            _held_out((changed, root), stage, "law")
+    with pytest.raises(DataError, match=r"text\.domains\.law: 6 documents of 78 tokens held out"):
+        task = build_graph(changed)[TaskId("chosen", "law")]
+        select.run(changed.stages["chosen"], Context(changed, task, root, root / "chosen/law", ALONE, threads=1))
 
 
 def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(prepared: tuple[Pipeline, Path]) -> None:
