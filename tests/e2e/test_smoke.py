@@ -244,7 +244,7 @@ stages:
   exact-taught: {{<<: *tuned, distill: {{teacher: llm-tuned, cache: exact}}}}
   online:      {{<<: *tuned, distill: {{teacher: llm-tuned}}}}
   replay:      {{<<: *tuned, distill: null, replay_fraction: 0.25, recipe: paper}}
-  early:       {{kind: train, data: generic, domain_fraction: 0.2, model: smoke, steps: 6, global_batch_size: 16}}
+  early:       {{kind: train, data: generic, domain_fraction: 0.2, model: nano, steps: 6, global_batch_size: 16}}
   btm:
     {{kind: train, data: cluster, assignment: assignment-4, init: slm, clusters: [0, 2], steps: 6, global_batch_size: 16}}
   btm-chosen:

@@ -65,7 +65,7 @@ text:
     tax: {train: x.jsonl, validation: y.jsonl, test: z.jsonl, train_tokens: 4000, domain: tax}
 defaults:
   train:
-    {tokens: tokens, model: smoke, steps: 9, global_batch_size: 8, micro_batch_size: 4, schedule: {kind: wsd, warmup_steps: 2}}
+    {tokens: tokens, model: nano, steps: 9, global_batch_size: 8, micro_batch_size: 4, schedule: {kind: wsd, warmup_steps: 2}}
 stages:
   tokenizer: {kind: tokenizer, vocabulary_size: 400}
   tokenizer-b: {kind: tokenizer, path: tokenizer.model}

@@ -101,7 +101,7 @@ def test_markers_of_earlier_versions_have_no_slots(finished: tuple[Pipeline, Pat
 
 def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    early = "{kind: train, data: generic, domain_fraction: 0.1, model: smoke, steps: 20, global_batch_size: 8}"
+    early = "{kind: train, data: generic, domain_fraction: 0.1, model: nano, steps: 20, global_batch_size: 8}"
     pipeline, root = declare_finished(
         tmp_path,
         f"stages.early={early}",

@@ -52,7 +52,7 @@ def long_page(folder: Path) -> Path:
             "tokens": {"kind": "tokenize", "tokenizer": "tokenizer", "context_length": 32},
             **{
                 f"{LONG}-{number}": {
-                    "kind": "train", "data": "generic", "tokens": "tokens", "model": "smoke", "steps": 10 ** (3 + number),
+                    "kind": "train", "data": "generic", "tokens": "tokens", "model": "nano", "steps": 10 ** (3 + number),
                     "global_batch_size": 8 * number,
                 }
                 for number in range(1, 6)

@@ -67,7 +67,7 @@ def _shape(family: str, *, tiny: bool) -> tuple[ModelConfig, int, torch.Tensor]:
     name = {"neox": "slm-126m", "llama": "llama-130m"}[family]
     shape, vocabulary, context = preset(name), 32_000, 1024
     if tiny:
-        shape, vocabulary, context = preset({"neox": "smoke", "llama": "llama-tiny"}[family]), 300, 16
+        shape, vocabulary, context = preset({"neox": "nano", "llama": "llama-tiny"}[family]), 300, 16
     tokens = np.random.default_rng(SEED).integers(0, vocabulary, (1, context))
     # Small first weights hide an activation's curvature: wider ones, as training makes them.
     return shape.model_copy(update={"init_std": 3 * shape.init_std}), vocabulary, torch.from_numpy(tokens)

@@ -54,7 +54,7 @@ def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, N
 
 
 def _setups(*, tiny: bool) -> Iterator[tuple[str, Setup]]:
-    neox, llama = (preset(name) for name in (("smoke", "llama-tiny") if tiny else ("slm-126m", "llama-130m")))
+    neox, llama = (preset(name) for name in (("nano", "llama-tiny") if tiny else ("slm-126m", "llama-130m")))
     yield "neox fp32", _setup(neox, "fp32", tiny=tiny)
     for recompute in ("none", "selective", "full"):
         yield f"neox bf16, recompute {recompute}", _setup(neox, "bf16", tiny=tiny, recompute=recompute)

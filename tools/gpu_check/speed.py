@@ -83,7 +83,7 @@ def _tuning(setup: Setup) -> Generator[Figure, None, None]:
 
 def _setup(name: str, *, tiny: bool) -> Setup:
     if tiny:
-        return Setup(preset("smoke"), ParallelConfig(), "bf16", 300, 32, 4, 4)
+        return Setup(preset("nano"), ParallelConfig(), "bf16", 300, 32, 4, 4)
     return Setup(preset(name), ParallelConfig(), "bf16", 32_000, 1024, 16, 16)
 
 

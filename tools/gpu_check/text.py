@@ -46,7 +46,7 @@ def _curve(
     """Yields figures; returns the losses, nats per byte."""
     context = 16 if tiny else 128
     setup = Setup(
-        preset("smoke" if tiny else "tiny"), ParallelConfig(), precision, BYTES, context, windows, windows, fp8
+        preset("nano" if tiny else "tiny"), ParallelConfig(), precision, BYTES, context, windows, windows, fp8
     )
     if reason := lacking(setup, find_accelerator()):
         raise MachineError(reason)
