@@ -89,7 +89,7 @@ def _rows(
             "tokens_evaluated": score["tokens"],
             **cost,
             "inference_parameters": values["parameters"],
-            "seed": pipeline.seed,
+            **_seeds(pipeline),
             "model": str(model),
         }
         for source, score in values["sets"].items()
@@ -102,6 +102,11 @@ def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
     if files is None:
         return {"domain": source, "base_domain": source, "size": None}
     return {"domain": source, "base_domain": files.domain or source, "size": files.train_tokens}
+
+
+def _seeds(pipeline: Pipeline) -> dict[str, int]:
+    """Of what rests on trainings; clusters have the first alone."""
+    return {"seed": pipeline.seed, "training_seed": pipeline.seed_of_training}
 
 
 def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +139,7 @@ def _macro(pipeline: Pipeline, rows: Iterable[Mapping[str, Any]]) -> list[dict[s
                 "fill": fill(costs),
                 "devices": any_row["devices"],
                 "inference_parameters": any_row["inference_parameters"],
-                "seed": pipeline.seed,
+                **_seeds(pipeline),
             }
         )
     return entries
@@ -165,7 +170,7 @@ def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dic
             "criterion": criterion,
             "criterion_choice": told["choice"],
             **{key: told.get(key) for key in ("rank", "tokens", "slots", "flops", "seconds")},
-            "seed": pipeline.seed,
+            **_seeds(pipeline),
         }
         for name, marker in markers.items()
         for criterion, told in marker.values.get("criteria", {}).items()

@@ -1,4 +1,8 @@
-"""The results of one page at several seeds, as one: means, and how far the seeds spread."""
+"""The results of one page at several seeds, as one: means, and how far the seeds spread.
+
+A run is known by its `seed` and its `training_seed`. Runs of one `seed` have the same clusters, so that their concentration is
+one sample, whatever their trainings' seeds.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,9 +13,11 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
 from megatron_specialm.launch.results import COST_PREFIXES
+from megatron_specialm.launch.tables import SEEDS
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
+Seeds = tuple[tuple[str, int], ...]
 PARTS = {"rows": ("stage", "domain"), "macro": ("stage", "size"), "concentration": ("stage", "domain")}
 
 
@@ -19,22 +25,25 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """Merge the `results.json` of several run folders of one page.
 
     An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
-    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    Selections stand side by side: choices have no mean.
+    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds, and
+    `training_seeds` those of the trainings, in the same order. Selections stand side by side: choices have no mean.
 
     Raises:
-        ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
+        ArtifactError: a file is missing or of an earlier version, of another page, or of seeds that came before.
     """
     runs = [_read(path) for path in paths]
-    seeds: dict[int, Path] = {}
+    seeds: dict[Seeds, Path] = {}
     for path, run in zip(paths, runs, strict=True):
         if run["pipeline"] != runs[0]["pipeline"]:
             raise ArtifactError(
                 f"{path}: of the page {run['pipeline']!r}, and {paths[0]} of {runs[0]['pipeline']!r}: merge runs of one page"
             )
-        for seed in {row["seed"] for row in run["rows"]}:
+        for seed in {_seeds(row) for row in run["rows"]}:
             if seed in seeds:
-                raise ArtifactError(f"{path}: seed {seed} is that of {seeds[seed]} too: give each run another `seed`")
+                raise ArtifactError(
+                    f"{path}: {' and '.join(f'{name} {value}' for name, value in seed)} are those of {seeds[seed]} too: give "
+                    "each run another `training_seed` or `seed`"
+                )
             seeds[seed] = path
     merged = {part: _merge([entry for run in runs for entry in run[part]], by) for part, by in PARTS.items()}
     selection = [entry for run in runs for entry in run["selection"]]
@@ -45,19 +54,26 @@ def _read(path: Path) -> dict[str, Any]:
     results = read_json(path)
     if not {"selection", *PARTS} <= results.keys():
         raise ArtifactError(f"{path}: of an earlier version: write it again with `specialm results` of its page")
+    for entry in (*results["rows"], *results["macro"], *results["selection"]):
+        entry.setdefault("training_seed", entry["seed"])  # in earlier versions they were one
     return results
 
 
 def _merge(entries: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> list[dict[str, Any]]:
-    groups: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[Seeds, Mapping[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(tuple(entry[key] for key in by), {})[entry["seed"]] = entry
-    return [_summary(list(group.values())) for group in groups.values()]
+        groups.setdefault(tuple(entry[key] for key in by), {})[_seeds(entry)] = entry
+    return [_summary([group[seeds] for seeds in sorted(group)]) for group in groups.values()]
+
+
+def _seeds(entry: Mapping[str, Any]) -> Seeds:
+    """What tells an entry from those of other runs: clusters have no seed of trainings, and are one entry for all of them."""
+    return tuple((name, entry[name]) for name in SEEDS if name in entry)
 
 
 def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One entry for those of all seeds."""
-    first = {key: value for key, value in own[0].items() if key != "seed"}
+    first = {key: value for key, value in own[0].items() if key not in SEEDS}
     scores = {key: [entry[key] for entry in own] for key in SCORES if key in first}
     costs = {key: [entry[key] for entry in own] for key in first if key.startswith(COST_PREFIXES)}
     return {
@@ -65,5 +81,5 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{key: statistics.fmean(values) for key, values in (scores | costs).items()},
         **({"fill": fill({key: statistics.fmean(values) for key, values in costs.items()})} if "fill" in first else {}),
         **{f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None for key, values in scores.items()},
-        "seeds": sorted(entry["seed"] for entry in own),
+        **{f"{name}s": [entry[name] for entry in own] for name in SEEDS if name in own[0]},
     }

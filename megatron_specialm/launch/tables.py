@@ -9,6 +9,8 @@ from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.launch.costs import COSTS, SPECIALIZATION
 
+SEEDS = ("seed", "training_seed")  # the columns by which runs of one page are told apart
+
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per row, with every column that any row has; nothing where a row lacks it."""
@@ -124,20 +126,20 @@ def concentration_table(results: Mapping[str, Any]) -> Table:
 
 def selection_table(results: Mapping[str, Any]) -> Table:
     """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell, or would have."""
-    several_seeds = len({entry["seed"] for entry in results["selection"]}) > 1
+    seeds = [name for name in SEEDS if len({entry.get(name) for entry in results["selection"]}) > 1]
     lines = [
         [
-            entry["stage"], entry["domain"], *[str(entry["seed"])] * several_seeds, entry["criterion"],
+            entry["stage"], entry["domain"], *(str(entry[name]) for name in seeds), entry["criterion"],
             "yes" if entry["criterion"] == entry["by"] else "", entry["criterion_choice"] or "not run", entry["choice"],
             _known(entry["rank"], ".0f"), _known(entry["tokens"], ",.0f"), _known(entry["flops"], ".1e"),
         ]
         for entry in results["selection"]
     ]  # fmt: skip
     header = [
-        "selection", "domain", *["seed"] * several_seeds, "criterion", "decides", "its choice", "taken", "rank of taken",
-        "tokens", "FLOPs",
+        "selection", "domain", *(name.replace("_", " ") for name in seeds), "criterion", "decides", "its choice", "taken",
+        "rank of taken", "tokens", "FLOPs",
     ]  # fmt: skip
-    return Table("Choice of an expert", header, lines, 6 + several_seeds)
+    return Table("Choice of an expert", header, lines, 6 + len(seeds))
 
 
 def _known(value: float | None, form: str) -> str:

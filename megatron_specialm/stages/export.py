@@ -147,5 +147,6 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
         seed=pipeline.seed,
+        training_seed=pipeline.seed_of_training,
         digest=marker.digest,
     )

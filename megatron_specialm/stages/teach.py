@@ -36,7 +36,9 @@ def run(stage: TeachStage, context: Context) -> Report:
     }
     writer = CacheWriter(context.folder, kept, context_length=store.context_length, **made_of)
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
-        tokens = teach(served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed)
+        tokens = teach(
+            served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training
+        )
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if kept.kind == "sampled" else {}
     positions = len(store) * store.context_length
     flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
