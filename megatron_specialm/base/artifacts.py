@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.base.files import atomic_path, fsync_path, read_json, write_json
 
 LABEL = "task.json"
 
@@ -102,15 +102,42 @@ def marker_path(root: Path, stage: str, key: str) -> Path:
 
 
 def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
-    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume."""
+    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume, with no
+    file in it that another run folder shares."""
     folder = artifact_folder(root, stage, key)
     marker_path(root, stage, key).unlink(missing_ok=True)
     label = folder / LABEL
     if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(label, {"digest": digest, "incarnation": incarnation()})
+    _unshare(folder)
+    _write_label(folder, digest)
     return folder
+
+
+def place_artifact(root: Path, stage: str, key: str, folder: Path, marker: Marker) -> None:
+    """Give a finished folder, which stands beside it, an artifact's place, and declare it complete. Killed before the marker
+    is there, it is an attempt that is resumed."""
+    final = artifact_folder(root, stage, key)
+    _write_label(folder, marker.digest)
+    marker_path(root, stage, key).unlink(missing_ok=True)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(folder, final)
+    fsync_path(final.parent)
+    finish_artifact(root, stage, key, marker)
+
+
+def _write_label(folder: Path, digest: str) -> None:
+    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation()})
+
+
+def _unshare(folder: Path) -> None:
+    """Make every file the folder's own: run folders that reuse each other's artifacts share large ones by hard links."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+            with atomic_path(path) as own:
+                shutil.copyfile(path, own)
 
 
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:

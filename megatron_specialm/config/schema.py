@@ -228,9 +228,18 @@ class Pipeline(Settings):
         description="of first weights, the order of training data and a teacher's draws alone: text, vectors and clusters stay "
         "those of `seed`, which is the default",
     )
+    reuse: list[PathText] = Field(
+        default=[],
+        description="other run folders: what is complete there for the same digest is taken over from them, not made again",
+    )
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)
     local: Local = Local()
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("stages")
     @classmethod

@@ -76,7 +76,6 @@ def run(stage: ExportStage, context: Context) -> Report:
         flops=2 * compared * shape.forward_flops(store.vocabulary_size, store.context_length),  # ours and Transformers'
         values={
             "logit_difference": difference,
-            "folder": str(context.folder / "model"),
             "parameters": shape.parameters(store.vocabulary_size),
         },
     )

@@ -22,6 +22,7 @@ DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
 DECIDES_NOTHING = {
     "Pipeline.name": "a run folder is of one name: another one needs another root",
     "Pipeline.root": "a place",
+    "Pipeline.reuse": "places where equal work may stand",
     "Text.made_by": "a hint in errors",
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
