@@ -41,7 +41,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     }
     with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
         assigned = _assigned(stage, context, readers, encoder)
-        for split, ids in assigned:
+        for split, ids in context.counted(assigned, unit="documents"):
             writers[split].add_document(ids)
     skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
