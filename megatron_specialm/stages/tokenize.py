@@ -16,7 +16,7 @@ from megatron_specialm.config.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
-from megatron_specialm.data.encoding import Encoder
+from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.store import COUNTS, SPLITS, StoreWriter, describe_store, join_shards
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
@@ -41,7 +41,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     }
     with Encoder(tokenizer_folder, workers=stage.workers or context.threads) as encoder:
         assigned = _assigned(stage, context, readers, encoder)
-        for split, ids in context.counted(assigned, unit="documents"):
+        for split, ids in assigned:
             writers[split].add_document(ids)
     skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
@@ -83,7 +83,9 @@ def _assigned(
     """All documents of the set that are wanted, each with the split it belongs to."""
     number = "" if context.task.shard is None else f"/{context.task.shard.number}"
     for split, documents in readers.items():
-        encoded = encoder.encode(documents)
+        encoded = encoder.encode(
+            documents, counted=lambda chunks: context.counted(chunks, unit="characters", size=characters)
+        )
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
         holds_out = split == "train" and not _has_validation(context)
         if holds_out:

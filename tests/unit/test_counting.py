@@ -47,7 +47,7 @@ def test_it_is_gone_after_an_error_too(tmp_path: Path) -> None:
 
     lifeline = Lifeline()
     with pytest.raises(ValueError, match="no JSON"):
-        list(counted(documents(), tmp_path, lifeline, unit="documents"))
+        list(counted(documents(), tmp_path, lifeline, unit="characters"))
     assert not (tmp_path / FILE).exists() and lifeline.activity == "starting"
 
 
@@ -60,10 +60,10 @@ def test_what_is_done_soon_is_not_told(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_words() -> None:
     assert str(Count(12_000, 50_000, "windows", 812.3, 46.8)) == "12,000 of 50,000 windows, 812 per second, 0:47 left"
-    assert str(Count(7, None, "documents", 0.25, None)) == "7 documents, 0.25 per second"
+    assert str(Count(7, None, "characters", 0.25, None)) == "7 characters, 0.25 per second"
     both = together([Count(3, 10, "windows", 2.0, 3.5), Count(5, 20, "windows", 1.0, 15.0)])
     assert str(both) == "8 of 30 windows, 3 per second, 0:15 left"
-    assert together([Count(3, 10, "documents", 2.0, 3.5), Count(5, None, "documents", 1.0, None)]).of is None
+    assert together([Count(3, 10, "characters", 2.0, 3.5), Count(5, None, "characters", 1.0, None)]).of is None
 
 
 @pytest.mark.usefixtures("always")
