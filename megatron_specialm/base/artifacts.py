@@ -96,6 +96,11 @@ def artifact_folder(root: Path, stage: str, key: str) -> Path:
     return root / stage / key
 
 
+def aside_folder(root: Path, stage: str, key: str) -> Path:
+    """Where a whole artifact is put together that comes from elsewhere; no key begins with a dot."""
+    return root / stage / f".{key}.tmp"
+
+
 def marker_path(root: Path, stage: str, key: str) -> Path:
     """Where a task's completion marker stands."""
     return root / stage / "done" / f"{key}.json"
@@ -105,6 +110,7 @@ def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
     """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume, with no
     file in it that another run folder shares."""
     folder = artifact_folder(root, stage, key)
+    shutil.rmtree(aside_folder(root, stage, key), ignore_errors=True)
     marker_path(root, stage, key).unlink(missing_ok=True)
     label = folder / LABEL
     if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
@@ -115,15 +121,15 @@ def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
     return folder
 
 
-def place_artifact(root: Path, stage: str, key: str, folder: Path, marker: Marker) -> None:
-    """Give a finished folder, which stands beside it, an artifact's place, and declare it complete. Killed before the marker
-    is there, it is an attempt that is resumed."""
-    final = artifact_folder(root, stage, key)
-    _write_label(folder, marker.digest)
+def place_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
+    """Give the finished folder that stands aside the artifact's place, and declare it complete. Killed before the marker is
+    there, it is an attempt that is resumed."""
+    aside, final = aside_folder(root, stage, key), artifact_folder(root, stage, key)
+    _write_label(aside, marker.digest)
     marker_path(root, stage, key).unlink(missing_ok=True)
     if final.exists():
         shutil.rmtree(final)
-    os.replace(folder, final)
+    os.replace(aside, final)
     fsync_path(final.parent)
     finish_artifact(root, stage, key, marker)
 

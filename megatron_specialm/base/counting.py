@@ -59,6 +59,7 @@ def counted(
     """
     activity, began, done = lifeline.activity, time.monotonic(), 0
     told = began
+    (folder / FILE).unlink(missing_ok=True)  # of an attempt that was killed
     try:
         for item in items:
             yield item

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import artifact_folder, place_artifact, read_marker
+from megatron_specialm.base.artifacts import artifact_folder, aside_folder, place_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
 from megatron_specialm.config.graph import TaskId
@@ -59,15 +59,14 @@ def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> dict[TaskId, Pl
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
     name = planned.task.id
-    source, final = artifact_folder(there, *name), artifact_folder(root, *name)
-    aside = final.with_name(f".{name.key}.tmp")  # no key begins with a dot
+    source, aside = artifact_folder(there, *name), aside_folder(root, *name)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         _copy_folder(source, aside)
         marker = read_marker(there, *name)  # it goes first when a task is begun again
         if marker is None or marker.digest != planned.digest:
             raise FileNotFoundError
-        place_artifact(root, *name, aside, marker)
+        place_artifact(root, *name, marker)
     except FileNotFoundError:
         raise ArtifactError(
             f"{source}: was removed or made anew while it was taken over: run the same command again"

@@ -15,6 +15,7 @@ from megatron_specialm.base.artifacts import (
     Cost,
     Marker,
     artifact_folder,
+    aside_folder,
     begin_artifact,
     finish_artifact,
     is_complete,
@@ -187,6 +188,15 @@ def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
     with pytest.raises(ArtifactError, match="slm/generic: was removed or made anew while it was taken over"):
         take_over(plan, HERE)
     assert not artifact_folder(HERE, *SLM).exists() and read_marker(HERE, *SLM) is None
+
+
+def test_what_a_kill_has_left_aside_goes_when_the_task_is_begun(there: dict) -> None:
+    plan = make_plan(_load(), HERE)
+    aside = aside_folder(HERE, *SLM)
+    aside.mkdir(parents=True)
+    os.link(artifact_folder(THERE, *SLM) / "train.bin", aside / "train.bin")
+    begin_artifact(HERE, *SLM, digest=plan[SLM].digest)
+    assert not aside.exists() and _content(THERE) == there
 
 
 def test_on_another_filesystem_it_is_a_copy(there: dict) -> None:
