@@ -9,7 +9,6 @@ folder is only read. Nothing ever writes into a linked file: `begin_artifact` ma
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, aside_folder, place_artifact, read_marker
@@ -42,19 +41,16 @@ def told(plan: Mapping[TaskId, PlannedTask]) -> str:
     return f", {len(folders)} taken over from {', '.join(dict.fromkeys(folders))}" if folders else ""
 
 
-def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> dict[TaskId, PlannedTask]:
-    """Take over what the plan finds elsewhere; the plan with these tasks done. The caller is alone at work in the folder.
+def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
+    """Take over what the plan finds elsewhere. The caller is alone at work in the folder.
 
     Raises:
         ArtifactError: an artifact was removed or made anew there meanwhile.
         OSError: it cannot be read there or written here.
     """
-    after = dict(plan)
-    for name, planned in plan.items():
+    for planned in plan.values():
         if planned.there is not None:
             _take_over(planned, root, planned.there)
-            after[name] = replace(planned, state="done", there=None)
-    return after
 
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
