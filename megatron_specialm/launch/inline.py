@@ -5,6 +5,7 @@ first rank's work, while the others wait for its marker.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -87,6 +88,9 @@ def run_inline(
     """
     limit_threads(pipeline.local.threads)
     ignore_expected_warnings()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    if world.is_first:  # as in a worker's log, less what Megatron-Core says
+        logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     for planned in plan.values():
         if planned.is_to_do:
             do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
