@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.base.files import atomic_path, fsync_path, read_json, write_json
 
 LABEL = "task.json"
 
@@ -96,21 +96,54 @@ def artifact_folder(root: Path, stage: str, key: str) -> Path:
     return root / stage / key
 
 
+def aside_folder(root: Path, stage: str, key: str) -> Path:
+    """Where a whole artifact is put together that comes from elsewhere; no key begins with a dot."""
+    return root / stage / f".{key}.tmp"
+
+
 def marker_path(root: Path, stage: str, key: str) -> Path:
     """Where a task's completion marker stands."""
     return root / stage / "done" / f"{key}.json"
 
 
 def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
-    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume."""
+    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume, with no
+    file in it that another run folder shares."""
     folder = artifact_folder(root, stage, key)
+    shutil.rmtree(aside_folder(root, stage, key), ignore_errors=True)
     marker_path(root, stage, key).unlink(missing_ok=True)
     label = folder / LABEL
     if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(label, {"digest": digest, "incarnation": incarnation()})
+    _unshare(folder)
+    _write_label(folder, digest)
     return folder
+
+
+def place_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
+    """Give the finished folder that stands aside the artifact's place, and declare it complete. Killed before the marker is
+    there, it is an attempt that is resumed."""
+    aside, final = aside_folder(root, stage, key), artifact_folder(root, stage, key)
+    _write_label(aside, marker.digest)
+    marker_path(root, stage, key).unlink(missing_ok=True)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    fsync_path(final.parent)
+    finish_artifact(root, stage, key, marker)
+
+
+def _write_label(folder: Path, digest: str) -> None:
+    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation()})
+
+
+def _unshare(folder: Path) -> None:
+    """Make every file the folder's own: run folders that reuse each other's artifacts share large ones by hard links."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+            with atomic_path(path) as own:
+                shutil.copyfile(path, own)
 
 
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:

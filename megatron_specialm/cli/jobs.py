@@ -36,6 +36,7 @@ def submit(
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
+    from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import live_tasks, missing_tasks
@@ -45,6 +46,7 @@ def submit(
     pipeline, profile = load(page, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
         typer.echo(f"warning: {path}: {warning}", err=True)
+    refuse_other_folders(pipeline)
     root = Path(pipeline.root)
     # Who only looks need not be able to write.
     with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
@@ -53,6 +55,8 @@ def submit(
         known = submitted_jobs(root) if dry_run else jobs.recover(root)
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
+        elsewhere = {name: planned for name, planned in missing.items() if planned.there is not None}
+        missing = {name: planned for name, planned in missing.items() if planned.there is None}
         submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
         stages = {name.stage for name in missing}
         refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
@@ -61,15 +65,18 @@ def submit(
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):
                 typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            typer.echo(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
             return
-        if wanted:
+        if missing or elsewhere:
             write_resolved(pipeline, root)
+        take_over(elsewhere, root)
         for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
             after = f", after {', '.join(record.after)}" if record.after else ""
             typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
     done = sum(planned.state == "done" for planned in chosen.values())
-    coming = len(chosen) - done - len(missing)
-    typer.echo(f"{pipeline.name}: {len(missing)} tasks submitted, {coming} on their way, {done} done, in {root}")
+    coming = len(chosen) - done - len(missing) - len(elsewhere)
+    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
+    typer.echo(f"{pipeline.name}: {counts}, in {root}")
 
 
 @app.command()

@@ -46,10 +46,12 @@ def check(
         read_first_documents,
         refuse_too_few_documents,
     )
+    from megatron_specialm.launch.reuse import refuse_other_folders
     from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = load(page, overrides)
     graph = build_graph(pipeline)
+    refuse_other_folders(pipeline)
     with naming_what_makes(pipeline.text):
         look_up(graph.values())
     read_first_documents(pipeline)
@@ -66,15 +68,18 @@ def check(
 
 @app.command()
 def plan(page: Page, overrides: Overrides = None) -> None:
-    """List the tasks of a page in order, and which of them are done, stale or still to do."""
+    """List the tasks of a page in order, and which of them are done, here or in a folder to reuse, stale or still to do."""
     from megatron_specialm.base.terminal import Table, console
     from megatron_specialm.launch.plan import make_plan
+    from megatron_specialm.launch.reuse import refuse_other_folders
 
     pipeline = load(page, overrides)
+    refuse_other_folders(pipeline)
     lines = []
     for name, planned in make_plan(pipeline, Path(pipeline.root)).items():
         reads = ", ".join(str(other) for other in planned.task.inputs)
-        lines.append([str(name), planned.state, planned.task.domain or "generic", reads])
+        state = planned.state if planned.there is None else f"done in {planned.there}"
+        lines.append([str(name), state, planned.task.domain or "generic", reads])
     console().print(Table("", ["task", "state", "cost is", "reads"], lines, 4))
 
 
@@ -102,6 +107,7 @@ def run(
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.reuse import refuse_other_folders, told
     from megatron_specialm.launch.tables import rates_table, results_in_two
     from megatron_specialm.slurm.missing import refuse_live
 
@@ -109,9 +115,10 @@ def run(
     with attended(world) as lifeline:
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
+        refuse_other_folders(pipeline)
         tasks = make_plan(pipeline, root)
         chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
-        to_do = {name.stage for name in chosen if chosen[name].state != "done"}
+        to_do = {name.stage for name in chosen if chosen[name].is_to_do}
         if world.launcher != "none":
             pipeline = fit_to_world(pipeline, world, stages=to_do)
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
@@ -123,8 +130,8 @@ def run(
             run_inline(pipeline, chosen, root, world, lifeline)
         else:
             refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
-            missing = sum(planned.state != "done" for planned in chosen.values())
-            typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do, in {root}")
+            missing = sum(planned.is_to_do for planned in chosen.values())
+            typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
             with Progress(missing, console=screen) as progress:
                 run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
         if world.is_first:

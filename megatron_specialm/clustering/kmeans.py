@@ -12,6 +12,7 @@ Shapes: N windows, n of them fitted on, K clusters, E = dimensions of a vector. 
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import faiss
@@ -39,7 +40,14 @@ class KMeansResult:
 
 
 def fit(
-    vectors: np.ndarray | Vectors, *, k: int, iterations: int, seed: int, sample: int, ranks: Ranks | None = None
+    vectors: np.ndarray | Vectors,
+    *,
+    k: int,
+    iterations: int,
+    seed: int,
+    sample: int,
+    ranks: Ranks | None = None,
+    counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> KMeansResult:
     """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement; a rank has its share of
     them in memory. All ranks return the same.
@@ -51,6 +59,7 @@ def fit(
     Args:
         vectors: (N, E) float32.
         ranks: who fits together; default: this process alone.
+        counted: passes the numbers of the iterations on, to tell how far it is.
 
     Raises:
         DataError: fewer windows than clusters, or vectors that are not finite.
@@ -65,19 +74,26 @@ def fit(
     rows = _draw(len(vectors), drawn, seed=seed)
     sample_ = _Sample(vectors, np.sort(rows), ranks)
     centroids = _read(vectors, np.sort(rows[:k]))
-    for _ in range(iterations):
+    for _ in counted(range(iterations)):
         sums, sizes = sample_.sums(centroids)
         centroids = _split_for_empty(_means(sums, sizes, centroids), sizes)
     sizes, inertia = sample_.spread(centroids)
     return KMeansResult(centroids, sizes, inertia, int((sizes == 0).sum()))
 
 
-def assign(vectors: np.ndarray | Vectors, centroids: np.ndarray, *, batch: int = BLOCK) -> np.ndarray:
+def assign(
+    vectors: np.ndarray | Vectors,
+    centroids: np.ndarray,
+    *,
+    batch: int = BLOCK,
+    counted: Callable[[Iterable[range]], Iterable[range]] = iter,
+) -> np.ndarray:
     """The nearest centroid of each vector, (N,) int32; `batch` vectors are in memory at a time.
 
     Args:
         vectors: (N, E) float32.
         centroids: (K, E) float32.
+        counted: passes the batches' ranges of windows on, to tell how far it is.
 
     Raises:
         DataError: lengths of vectors differ, or a vector is not finite.
@@ -88,10 +104,11 @@ def assign(vectors: np.ndarray | Vectors, centroids: np.ndarray, *, batch: int =
         )
     index = _index(centroids)
     clusters = np.empty(len(vectors), dtype=np.int32)
-    for start in range(0, len(vectors), batch):
-        part = _read(vectors, np.arange(start, min(start + batch, len(vectors))))
+    windows = range(len(vectors))
+    for rows in counted(windows[start : start + batch] for start in windows[::batch]):
+        part = _read(vectors, np.arange(rows.start, rows.stop))
         _refuse_bad(_bad_rows(part), of=len(part))
-        clusters[start : start + batch] = index.search(part, 1)[1][:, 0]
+        clusters[rows.start : rows.stop] = index.search(part, 1)[1][:, 0]
     return clusters
 
 

@@ -3,7 +3,7 @@
 A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
 shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made; of a training at
 several learning rates, each rate is one (`config/rates.py`). A task is named by its stage and its key, reads the artifacts of
-other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, the
+other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, its
 seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
 how files are named. A setting at its default is not in it, so that a new setting leaves what there is as it was.
 """
@@ -64,6 +64,8 @@ PLACEMENT: dict[str, Any] = {
 }  # fmt: skip
 # Raise it when the meaning of an artifact or the default of a setting changes: what there is, is then made again.
 ARTIFACT_FORMAT = 5
+# What draws weights, an order of training data or a teacher's samples; whatever reads their work follows by its inputs.
+SEEDED_AS_TRAINING = (TrainStage, SelectStage, TeachStage)
 STATIC_MODEL = "package:wordllama"
 TOKENIZER, ENCODING_MODEL = "tokenizer", "encoder"  # roles of files that are no text
 
@@ -150,7 +152,7 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
         "elsewhere": dict(task.elsewhere),
         "key": task.id.key,
-        "seed": pipeline.seed,
+        "seed": pipeline.seed_of_training if isinstance(stage, SEEDED_AS_TRAINING) else pipeline.seed,
         "inputs": {str(name): inputs[name] for name in task.inputs},
         "files": {role: file_hashes[role] for role in task.files},
     }

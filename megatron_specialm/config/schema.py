@@ -227,9 +227,24 @@ class Pipeline(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     root: PathText = Field(description="the run folder, relative to the working directory")
     seed: NonNegativeInt = Field(default=0, le=2**32 - 1)
+    training_seed: NonNegativeInt | None = Field(
+        default=None,
+        le=2**32 - 1,
+        description="of first weights, the order of training data and a teacher's draws alone: text, vectors and clusters stay "
+        "those of `seed`, which is the default",
+    )
+    reuse: list[PathText] = Field(
+        default=[],
+        description="other run folders: what is complete there for the same digest is taken over from them, not made again",
+    )
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)
     local: Local = Local()
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("stages")
     @classmethod
@@ -240,3 +255,8 @@ class Pipeline(Settings):
                     f"stage name {name!r}: use small letters, digits, '_' and '-', at most 80 ({', '.join(RESERVED)} are taken)"
                 )
         return value
+
+    @property
+    def seed_of_training(self) -> int:
+        """The seed of all that trains or is drawn for trainings; `seed` is that of text, vectors and clusters."""
+        return self.seed if self.training_seed is None else self.training_seed

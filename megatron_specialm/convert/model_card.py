@@ -54,6 +54,7 @@ class ModelFacts:
     validation_loss: float | None
     logit_difference: float
     seed: int
+    training_seed: int
     digest: str
     learning_rate: float | None = None
     learning_rates: tuple[str, ...] = ()
@@ -113,6 +114,8 @@ A text begins with the end-of-document token, as in training; the tokenizer does
 | validation perplexity | {_perplexity(facts.validation_loss)} |
 | tokenizer | {facts.vocabulary_size:,} tokens, `{facts.tokenizer[:12]}` |
 {_rate(facts)}| seed | {facts.seed} |
+| seed | {facts.seed} |
+| seed of the trainings | {facts.training_seed} |
 | digest of the last training | `{facts.digest}` |
 | largest difference to the source model's logits | {facts.logit_difference:.2e} |
 

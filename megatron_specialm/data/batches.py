@@ -49,6 +49,11 @@ class TrainingBatches:
         return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
 
 
+def count_windows(batch: Batch) -> int:
+    """B."""
+    return len(batch.tokens)
+
+
 def evaluation_batches(store: TokenStore, *, batch_size: int, max_windows: int | None = None) -> Iterator[Batch]:
     """Every window of a store once, or `max_windows` evenly spread ones."""
     count = len(store) if max_windows is None else min(max_windows, len(store))

@@ -6,7 +6,7 @@ are files in /dev/shm; containers and sandboxes may have none.
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,14 @@ AHEAD = 3  # chunks in flight per worker, so that none waits
 class _Piece(NamedTuple):
     text: str
     ends_document: bool
+
+
+Encoded = tuple[list[_Piece], list[np.ndarray]]  # a chunk, and the token ids of each of its pieces
+
+
+def characters(encoded: Encoded) -> int:
+    """Of a chunk's text."""
+    return sum(len(piece.text) for piece in encoded[0])
 
 
 class Encoder:
@@ -53,8 +61,13 @@ class Encoder:
         for worker in reversed(self._workers):  # each holds the pipes of those that were forked before it
             worker.end()
 
-    def encode(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    def encode(
+        self, documents: Iterable[str], *, counted: Callable[[Iterable[Encoded]], Iterable[Encoded]] = iter
+    ) -> Iterator[np.ndarray]:
         """The token ids of each document, int32, the last one the end-of-document token.
+
+        Args:
+            counted: passes the encoded chunks on, to tell how far it is.
 
         Raises:
             DataError: a text that encodes to the end-of-document token, which would end its document early.
@@ -62,7 +75,7 @@ class Encoder:
         """
         eod = np.array([self._tokenizer.eod], np.int32)
         parts: list[np.ndarray] = []
-        for chunk, encoded in self._encode_chunks(_chunks(documents)):
+        for chunk, encoded in counted(self._encode_chunks(_chunks(documents))):
             for piece, ids in zip(chunk, encoded, strict=True):
                 if (ids == self._tokenizer.eod).any():
                     raise DataError(
@@ -74,7 +87,7 @@ class Encoder:
                     yield np.concatenate([*parts, eod])
                     parts = []
 
-    def _encode_chunks(self, chunks: Iterable[list[_Piece]]) -> Iterator[tuple[list[_Piece], list[np.ndarray]]]:
+    def _encode_chunks(self, chunks: Iterable[list[_Piece]]) -> Iterator[Encoded]:
         if not self._workers:
             for chunk in chunks:
                 yield chunk, self._tokenizer.encode([piece.text for piece in chunk])

@@ -5,6 +5,7 @@ first rank's work, while the others wait for its marker.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.reuse import take_over
 from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
 
 POLL_SECONDS = 0.2
@@ -78,16 +80,26 @@ def attended(world: World) -> Iterator[Lifeline]:
 def run_inline(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
 ) -> None:
-    """Do what a plan still lacks, in this process and with the other ranks.
+    """Take over what a plan finds in other run folders, which is the first rank's work, and do what it still lacks, in this
+    process and with the other ranks.
 
     Raises:
         Stopped: this process was asked to stop.
     """
     limit_threads(pipeline.local.threads)
     ignore_expected_warnings()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    if world.is_first:  # as in a worker's log, less what Megatron-Core says
+        logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     for planned in plan.values():
-        if planned.state != "done":
+        if planned.is_to_do:
             do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
+        elif planned.there is not None:
+            lifeline.begin(f"taking over {planned.task.id}")
+            meet(world)
+            if world.is_first:
+                take_over({planned.task.id: planned}, root)
+            _await_marker(root, planned.task.id, planned.digest, world, lifeline)
 
 
 def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
@@ -102,15 +114,18 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
         execute(pipeline, root, task, digest, world, lifeline)
-    lifeline.begin(f"waiting for {task.id}")
+    _await_marker(root, task.id, digest, world, lifeline)
+
+
+def _await_marker(root: Path, name: TaskId, digest: str, world: World, lifeline: Lifeline) -> None:
+    """Wait until a task is done: the first rank's marker frees the others."""
+    lifeline.begin(f"waiting for {name}")
     last_alive = time.monotonic()
-    while not is_complete(root, *task.id, digest=digest):  # the first rank's marker frees the others
+    while not is_complete(root, *name, digest=digest):
         if is_alive(world):
             last_alive = time.monotonic()
         elif time.monotonic() - last_alive > GRACE_SECONDS:
-            raise TrainingError(
-                f"{task.id}: rank 0, whose work it is, has ended without finishing it; see what it said"
-            )
+            raise TrainingError(f"{name}: rank 0, whose work it is, has ended without finishing it; see what it said")
         time.sleep(POLL_SECONDS)
 
 

@@ -31,6 +31,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.progress import Progress
+from megatron_specialm.launch.reuse import take_over
 from megatron_specialm.launch.worker import work, worker_context
 
 TERMINATION_SECONDS = 20
@@ -63,7 +64,7 @@ class _Running:
 def run_local(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, jobs: int | None, progress: Progress
 ) -> None:
-    """Do what a plan still lacks.
+    """Take over what a plan finds in other run folders, and do what it still lacks.
 
     Raises:
         TaskFailure: with each failed task's error and log.
@@ -72,7 +73,7 @@ def run_local(
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
     slots = jobs or pipeline.local.parallel_tasks or max(1, usable_cores() // pipeline.local.threads)
-    waiting = {name: planned for name, planned in plan.items() if planned.state != "done"}
+    waiting = {name: planned for name, planned in plan.items() if planned.is_to_do}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
@@ -81,6 +82,7 @@ def run_local(
         slots = len(gpus)  # two trainings would rarely fit on one
     with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
+            take_over(plan, root)
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
                     own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))

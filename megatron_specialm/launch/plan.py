@@ -1,6 +1,6 @@
 """Which tasks of a pipeline are done, which are not, and what each one's digest is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,14 +13,24 @@ from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.hashes import hash_files, naming_what_makes
 
+RESOLVED = "pipeline.yaml"  # of a run folder
+State = Literal["done", "done elsewhere", "stale", "to do"]
+
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task with the digest its artifact must carry. `stale`: finished once, from other settings, text or inputs."""
+    """A task with the digest its artifact must carry. `stale`: finished once, from other settings, text or inputs. `done
+    elsewhere`: `there`, in another run folder, which the page says to reuse."""
 
     task: Task
     digest: str
-    state: Literal["done", "stale", "to do"]
+    state: State
+    there: Path | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether somebody must work on it: it is neither done nor to be taken over."""
+        return self.state in ("stale", "to do")
 
 
 def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
@@ -33,11 +43,12 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
     graph = build_graph(pipeline)
     with naming_what_makes(pipeline.text):
         hashes = hash_files(graph.values(), root)
+    others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
         inputs = {name: plan[name].digest for name in task.inputs}
         wanted = digest(pipeline, task, inputs=inputs, file_hashes=hashes[task.id])
-        plan[task.id] = PlannedTask(task, wanted, _state(root, task.id, wanted))
+        plan[task.id] = _planned(task, wanted, root, others)
     return plan
 
 
@@ -49,8 +60,8 @@ def select(
     keys: Sequence[str] | None = None,
     check_inputs: bool = True,
 ) -> dict[TaskId, PlannedTask]:
-    """The part of a plan that a run is about: one stage or some of its tasks, or a stage with all it rests on; default:
-    everything.
+    """The part of a plan that a run is about: one stage or some of its tasks, with what they rest on that is to be taken over,
+    or a stage with all it rests on; default: everything.
 
     Args:
         check_inputs: of a stage that is to run alone, whether its inputs are done.
@@ -69,14 +80,26 @@ def select(
         chosen = _of_keys(chosen, only, keys) if keys is not None else chosen
         if check_inputs:
             _check_inputs(plan, chosen)
-        return chosen
+        return _with_what_is_elsewhere(plan, chosen)
     if until is None:
         return dict(plan)
-    wanted = {name for name in plan if name.stage == until}
+    wanted = _with_inputs(plan, {name for name in plan if name.stage == until})
+    return {name: planned for name, planned in plan.items() if name in wanted}
+
+
+def _with_inputs(plan: Mapping[TaskId, PlannedTask], tasks: Collection[TaskId]) -> set[TaskId]:
+    wanted = set(tasks)
     for name in reversed(list(plan)):
         if name in wanted:
             wanted.update(plan[name].task.inputs)
-    return {name: planned for name, planned in plan.items() if name in wanted}
+    return wanted
+
+
+def _with_what_is_elsewhere(
+    plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]
+) -> dict[TaskId, PlannedTask]:
+    elsewhere = {name for name in _with_inputs(plan, chosen) if plan[name].there is not None}
+    return {name: planned for name, planned in plan.items() if name in chosen or name in elsewhere}
 
 
 def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str]) -> dict[TaskId, PlannedTask]:
@@ -91,8 +114,8 @@ def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str
 
 def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]) -> None:
     for name, planned in chosen.items():
-        for needed in planned.task.inputs if planned.state != "done" else ():
-            if plan[needed].state != "done" and needed not in chosen:
+        for needed in planned.task.inputs if planned.is_to_do else ():
+            if plan[needed].is_to_do and needed not in chosen:
                 raise ArtifactError(
                     f"{name} reads {needed}, which is {plan[needed].state}: run that first, or --until {name.stage}"
                 )
@@ -104,7 +127,7 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
     Raises:
         ConfigError: the folder belongs to a pipeline of another name.
     """
-    path = root / "pipeline.yaml"
+    path = root / RESOLVED
     if path.exists():
         name = read_page(path).get("name")
         if name != pipeline.name:
@@ -114,7 +137,10 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
     write_text(path, dump_pipeline(pipeline))
 
 
-def _state(root: Path, task: TaskId, wanted: str) -> Literal["done", "stale", "to do"]:
-    if is_complete(root, *task, digest=wanted):
-        return "done"
-    return "stale" if read_marker(root, *task) else "to do"
+def _planned(task: Task, wanted: str, root: Path, others: Sequence[Path]) -> PlannedTask:
+    if is_complete(root, *task.id, digest=wanted):
+        return PlannedTask(task, wanted, "done")
+    for there in others:
+        if is_complete(there, *task.id, digest=wanted):
+            return PlannedTask(task, wanted, "done elsewhere", there)
+    return PlannedTask(task, wanted, "stale" if read_marker(root, *task.id) else "to do")

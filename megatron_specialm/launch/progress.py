@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar per training on a terminal, plain lines elsewhere."""
+"""What a run shows while it works: a live bar per task on a terminal, plain lines of how far long ones are elsewhere."""
 
 import json
 import time
@@ -12,9 +12,10 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 
+from megatron_specialm.base.counting import minutes, read_count
 from megatron_specialm.config.graph import TaskId
 
-PLAIN_SECONDS = 15.0  # between two lines about one training where there is no terminal
+PLAIN_SECONDS = 15.0  # between two lines about one task where there is no terminal
 
 
 class Progress:
@@ -51,18 +52,24 @@ class Progress:
         self._console.print(f"[{self._done:>3}/{self._total}] {name}: {outcome}", highlight=False)
 
     def update(self, folders: Mapping[TaskId, Path]) -> None:
-        """Read how far the running trainings are from their records."""
+        """Read how far the running tasks are from what they leave in their folders."""
         for name, folder in folders.items():
-            record = last_record(folder / "metrics.jsonl")
-            if record is None:
+            if (found := _position(folder)) is None:
                 continue
-            state = _describe(record)
-            self._bars.update(self._rows[name], total=record["steps"], completed=record["step"], state=state)
+            done, of, state, line = found
+            self._bars.update(self._rows[name], total=of, completed=done, state=state)
             if not self._console.is_interactive and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
                 self._told[name] = time.monotonic()
-                self._console.print(
-                    f"          {name}: step {record['step']}/{record['steps']} {state}", highlight=False
-                )
+                self._console.print(f"          {name}: {line}", highlight=False)
+
+
+def _position(folder: Path) -> tuple[int, int | None, str, str] | None:
+    """How far a task is, of how much, and in words beside a bar and in a line; None where it has told nothing."""
+    if (record := last_record(folder / "metrics.jsonl")) is not None:
+        state = _describe(record)
+        return record["step"], record["steps"], state, f"step {record['step']}/{record['steps']} {state}"
+    count = read_count(folder)
+    return None if count is None else (count.done, count.of, str(count), str(count))
 
 
 def _folded(text: str) -> TextColumn:
@@ -71,10 +78,9 @@ def _folded(text: str) -> TextColumn:
 
 
 def _describe(record: Mapping[str, Any]) -> str:
-    minutes, seconds = divmod(round(record["eta_seconds"]), 60)
     loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
     mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.0%}"
-    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes}:{seconds:02d} left"
+    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes(record['eta_seconds'])} left"
 
 
 def last_record(path: Path) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def _rows(
             "learning_rate": markers[model].values.get("learning_rate"),  # None of a selection, which trains nothing
             **cost,
             "inference_parameters": values["parameters"],
-            "seed": pipeline.seed,
+            **_seeds(pipeline),
             "model": str(model),
         }
         for source, score in values["sets"].items()
@@ -116,6 +116,11 @@ def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
     if files is None:
         return {"domain": source, "base_domain": source, "size": None}
     return {"domain": source, "base_domain": files.domain or source, "size": files.train_tokens}
+
+
+def _seeds(pipeline: Pipeline) -> dict[str, int]:
+    """Of what rests on trainings; clusters have the first alone."""
+    return {"seed": pipeline.seed, "training_seed": pipeline.seed_of_training}
 
 
 def _macro(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int | None]) -> list[dict[str, Any]]:
@@ -196,7 +201,7 @@ def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list[dic
             "criterion": criterion,
             "criterion_choice": told["choice"],
             **{key: told.get(key) for key in ("rank", "tokens", "slots", "flops", "seconds")},
-            "seed": pipeline.seed,
+            **_seeds(pipeline),
         }
         for name, marker in markers.items()
         for criterion, told in marker.values.get("criteria", {}).items()
@@ -213,7 +218,7 @@ def _learning_rates(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> lis
             "untried": beyond(choice, [float(rate) for rate in losses]),
             "learning_rate": float(rate),
             "validation_loss": loss,
-            "seed": pipeline.seed,
+            **_seeds(pipeline),
         }
         for name, marker in markers.items()
         for losses in [marker.values.get("learning_rates", {})]

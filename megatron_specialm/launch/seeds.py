@@ -1,4 +1,8 @@
-"""The results of one page at several seeds, as one: means, and how far the seeds spread."""
+"""The results of one page at several seeds, as one: means, and how far the seeds spread.
+
+A run is known by its `seed` and its `training_seed`. Runs of one `seed` have the same clusters, so that their concentration is
+one sample, whatever their trainings' seeds.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,12 +25,13 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """Merge the `results.json` of several run folders of one page.
 
     An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
-    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds.
-    What is capped at any seed is `capped`, and `capped_seeds` lists at which. Selections and learning rates stand side by
-    side: choices have no mean. Beside a score, rates that differ are text.
+    `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds, and
+    `training_seeds` those of the trainings, in the same order. What is capped at any seed is `capped`, and `capped_seeds`
+    lists at which. Selections and learning rates stand side by side: choices have no mean. Beside a score, rates that
+    differ are text.
 
     Raises:
-        ArtifactError: a file is missing or of an earlier version, of another page, or of a seed that came before.
+        ArtifactError: a file is missing or of an earlier version, of another page, or of seeds that came before.
     """
     return merge_seeds(read_runs(paths))
 
@@ -43,7 +48,8 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
         for own in set(map(seeds_of, run["rows"])):
             if own in seeds:
                 raise ArtifactError(
-                    f"{path}: seed {own[0][1]} is that of {seeds[own]} too: give each run another `seed`"
+                    f"{path}: {' and '.join(f'{name} {value}' for name, value in own)} are those of {seeds[own]} too: give "
+                    "each run another `training_seed` or `seed`"
                 )
             seeds[own] = path
     parts = [part for part in runs[0] if part != "pipeline"]
@@ -60,6 +66,8 @@ def _read(path: Path) -> dict[str, Any]:
     results = read_json(path)
     if not {*PARTS, *CHOICES} <= results.keys():
         raise ArtifactError(f"{path}: of an earlier version: write it again with `specialm results` of its page")
+    for entry in (*results["rows"], *results["macro"], *results["selection"], *results["learning_rates"]):
+        entry.setdefault("training_seed", entry["seed"])  # in earlier versions they were one
     return results
 
 
@@ -89,5 +97,5 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _capped(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "capped": any_capped(own),
-        "capped_seeds": sorted(entry["seed"] for entry in own if entry.get("capped")),
+        "capped_seeds": [seeds_of(entry)[-1][1] for entry in own if entry.get("capped")],
     }

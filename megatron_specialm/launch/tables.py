@@ -158,34 +158,40 @@ def concentration_table(results: Mapping[str, Any]) -> Table:
 
 def selection_table(results: Mapping[str, Any]) -> Table:
     """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell, or would have."""
-    several_seeds = len({entry["seed"] for entry in results["selection"]}) > 1
+    seeds = _varying(results["selection"])
     lines = [
         [
-            entry["stage"], entry["domain"], *[str(entry["seed"])] * several_seeds, entry["criterion"],
+            entry["stage"], entry["domain"], *(str(entry[name]) for name in seeds), entry["criterion"],
             "yes" if entry["criterion"] == entry["by"] else "", entry["criterion_choice"] or "not run", entry["choice"],
             _known(entry["rank"], ".0f"), _known(entry["tokens"], ",.0f"), _known(entry["flops"], ".1e"),
         ]
         for entry in results["selection"]
     ]  # fmt: skip
     header = [
-        "selection", "domain", *["seed"] * several_seeds, "criterion", "decides", "its choice", "taken", "rank of taken",
-        "tokens", "FLOPs",
+        "selection", "domain", *(name.replace("_", " ") for name in seeds), "criterion", "decides", "its choice", "taken",
+        "rank of taken", "tokens", "FLOPs",
     ]  # fmt: skip
-    return Table("Choice of an expert", header, lines, 6 + several_seeds)
+    return Table("Choice of an expert", header, lines, 6 + len(seeds))
 
 
 def rates_table(results: Mapping[str, Any]) -> Table:
     """Of trainings that had a choice of learning rates: each one's best validation loss, and which was taken."""
-    several_seeds = len({entry["seed"] for entry in results["learning_rates"]}) > 1
+    seeds = _varying(results["learning_rates"])
     lines = [
         [
-            entry["stage"], entry["domain"], *[str(entry["seed"])] * several_seeds, _taken(entry),
+            entry["stage"], entry["domain"], *(str(entry[name]) for name in seeds), _taken(entry),
             f"{entry['learning_rate']:g}", _known(entry["validation_loss"], ".3f") or "not finite",
         ]
         for entry in results["learning_rates"]
     ]  # fmt: skip
-    header = ["training", "domain", *["seed"] * several_seeds, "taken", "learning rate", "validation loss"]
-    return Table("Choice of a learning rate", header, lines, 3 + several_seeds)
+    names = (name.replace("_", " ") for name in seeds)
+    header = ["training", "domain", *names, "taken", "learning rate", "validation loss"]
+    return Table("Choice of a learning rate", header, lines, 3 + len(seeds))
+
+
+def _varying(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The seeds that entries differ in."""
+    return [name for name in SEEDS if len({entry.get(name) for entry in entries}) > 1]
 
 
 def _taken(entry: Mapping[str, Any]) -> str:

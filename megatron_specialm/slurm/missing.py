@@ -56,7 +56,7 @@ def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
 def missing_tasks(
     plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask], live: Mapping[TaskId, Live]
 ) -> dict[TaskId, PlannedTask]:
-    """The chosen tasks that are to be queued, in the graph's order.
+    """The chosen tasks that are to be queued, or taken over before, in the graph's order.
 
     Raises:
         ConfigError: a job that is queued or running does one of the tasks, or what they read, from other settings or text;

@@ -1,7 +1,7 @@
 """How far a pipeline is: the markers say what is done, Slurm and the records what is under way, the metrics how fast."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
@@ -52,9 +53,9 @@ class Failure:
 @dataclass(frozen=True)
 class StageStatus:
     """A stage. `elements`: of jobs, those that have something to do with what is not done; `waiting`: how many other tasks
-    are not submitted, and how many are stale. Hours are of processes, one per GPU; on CPU each counts as one, too.
-    `planned_hours`: at the utilisation that a plan assumes; None where the GPU is not known, or nothing is trained.
-    `warnings`: of what is done."""
+    are not submitted, and how many are stale; `trainings` and `counts`: how far those that run are, where they have told it.
+    Hours are of processes, one per GPU; on CPU each counts as one, too. `planned_hours`: at the utilisation that a plan
+    assumes; None where the GPU is not known, or nothing is trained. `warnings`: of what is done."""
 
     stage: str
     tasks: int
@@ -62,6 +63,7 @@ class StageStatus:
     elements: tuple[ElementState, ...]
     waiting: Mapping[str, int]
     trainings: tuple[Training, ...]
+    counts: tuple[Count, ...]
     device_hours: float
     planned_hours: float | None
     failures: tuple[Failure, ...]
@@ -133,13 +135,15 @@ def _stage(
         for element in elements
     ]
     trains = isinstance(pipeline.stages[stage], TrainStage)
+    running = list(_running(root, tasks, carried))
     return StageStatus(
         stage=stage,
         tasks=len(tasks),
         done=sum(planned.state == "done" for planned in tasks.values()),
         elements=elements,
         waiting=waiting,
-        trainings=tuple(_trainings(root, tasks, carried)) if trains else (),
+        trainings=tuple(_trainings(running)) if trains else (),
+        counts=tuple(count for _, folder in running if (count := read_count(folder)) is not None),
         device_hours=seconds / 3600,
         planned_hours=planned_hours(training_flops(pipeline, stage), peak) if trains and peak else None,
         failures=tuple(failure for failure in failures if failure is not None),
@@ -147,20 +151,23 @@ def _stage(
     )
 
 
-def _trainings(
+def _running(
     root: Path, tasks: Mapping[TaskId, PlannedTask], carried: Mapping[TaskId, ElementState]
-) -> list[Training]:
-    found = []
+) -> Iterator[tuple[str, Path]]:
+    """Keys and folders of the tasks that a job is at work on as they are wanted."""
     for name, state in carried.items():
         folder = artifact_folder(root, *name)
         label = folder / "task.json"
-        if state.state != "running" or not label.exists() or read_json(label)["digest"] != tasks[name].digest:
-            continue
+        if state.state == "running" and label.exists() and read_json(label)["digest"] == tasks[name].digest:
+            yield name.key, folder
+
+
+def _trainings(running: Iterable[tuple[str, Path]]) -> Iterator[Training]:
+    for key, folder in running:
         record = last_record(folder / "metrics.jsonl")
         if record is not None:
             values = (record[field] for field in ("step", "steps", "loss", "tokens_per_second", "eta_seconds"))
-            found.append(Training(name.key, *values))
-    return found
+            yield Training(key, *values)
 
 
 def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:

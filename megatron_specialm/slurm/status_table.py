@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_specialm.base.counting import together
 from megatron_specialm.slurm.state import ElementState
 from megatron_specialm.slurm.status import StageStatus, Status, Training
 
@@ -35,6 +36,8 @@ def status_view(status: Status) -> RenderableType:
         state = Text(state_text(stage), style=_colour(stage))
         if stage.trainings:
             state.append(f"\n{training_text(stage.trainings)}", style="default")
+        if stage.counts:
+            state.append(f"\n{together(stage.counts)}", style="default")
         table.add_row(
             stage.stage,
             f"{stage.done}/{stage.tasks}",

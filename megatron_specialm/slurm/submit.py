@@ -85,7 +85,8 @@ class Submission:
                 f"root: {str(root)!r} has a {found[0]!r}, which Slurm or Python would read otherwise in the names of logs and "
                 "in PYTHONPATH: choose another root"
             )
-        pipeline = pipeline.model_copy(update={"root": str(root)})
+        # What is to be reused has been taken over when jobs are queued, and they may not see where it was.
+        pipeline = pipeline.model_copy(update={"root": str(root), "reuse": []})
         site = _mounting(site, root, Path.cwd())
         return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
 

@@ -40,7 +40,10 @@ def _assign(stage: AssignStage, context: Context) -> Report:
     faiss.omp_set_num_threads(context.threads)
     vectors = Vectors(context.artifact(stage.vectors, context.key))
     centroids = np.load(context.artifact(stage.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
-    _save(context.folder, "clusters", kmeans.assign(vectors, centroids))
+    clusters = kmeans.assign(
+        vectors, centroids, counted=lambda parts: context.counted(parts, unit="windows", of=len(vectors), size=len)
+    )
+    _save(context.folder, "clusters", clusters)
     return Report(flops=2 * len(vectors) * centroids.size, values={"windows": len(vectors)})
 
 

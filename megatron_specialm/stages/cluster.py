@@ -38,6 +38,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
         seed=context.pipeline.seed,
         sample=stage.sample,
         ranks=MpiRanks() if context.world.is_mpi else Alone(),
+        counted=lambda rounds: context.counted(rounds, unit="iterations", of=stage.iterations),
     )
     fitted = int(result.sizes.sum())
     _check_different(result, fitted)

@@ -1,10 +1,12 @@
 """What a stage function is given beside its own settings."""
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
+from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lifeline import Lifeline
@@ -51,3 +53,10 @@ class Context:
                 f"{artifact_folder(self.root, stage, key)}: not complete: run the stage {stage!r} first"
             )
         return marker
+
+    def counted(
+        self, items: Iterable[Item], *, unit: str, of: int | None = None, size: Callable[[Item], int] = lambda _: 1
+    ) -> Iterable[Item]:
+        """The same items; how many have been worked on is told while it takes long (`base/counting.py`). Where all ranks
+        work, the first one tells."""
+        return counted(items, self.folder, self.lifeline, unit=unit, of=of, size=size) if self.world.is_first else items

@@ -24,7 +24,7 @@ from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.stages.context import Context
 
-BATCH = 2_000  # windows whose text is in memory at a time
+BATCH = 500  # windows whose text is in memory at a time; a slow encoder takes seconds for them, so that its progress is seen
 
 
 class Windows:
@@ -100,7 +100,10 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
     with atomic_path(context.folder / FILE) as path:
         shape = (len(windows), encoder.dimensions)
         vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        for rows, texts in windows.batches():
+        batches = context.counted(
+            windows.batches(), unit="windows", of=len(windows), size=lambda batch: batch[0].stop - batch[0].start
+        )
+        for rows, texts in batches:
             vectors[rows] = encoder.encode(texts)
             zero += count_zero(vectors[rows], name=context.key, first=rows.start)
         vectors.flush()

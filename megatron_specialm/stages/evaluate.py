@@ -7,7 +7,7 @@ from megatron_specialm.config.graph import model_task
 from megatron_specialm.config.lineage import sources
 from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.batches import evaluation_batches
+from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.checkpoint import find_final
@@ -33,10 +33,11 @@ def run(stage: EvaluateStage, context: Context) -> Report:
             folder = context.artifact(stage.tokens, source)
             store = TokenStore.open(folder, "test", tokenizer=served.state["tokenizer"])
             batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
-            loss = score(model, batches)
+            windows = min(len(store), stage.max_windows or len(store))
+            loss = score(model, context.counted(batches, unit="windows", of=windows, size=count_windows))
             results[source] = {"nll": loss.mean, "tokens": loss.tokens}
             tokens += loss.tokens
-            slots += min(len(store), stage.max_windows or len(store)) * store.context_length
+            slots += windows * store.context_length
     write_json(context.folder / "evaluation.json", results)
     return Report(
         tokens=tokens,

@@ -77,7 +77,6 @@ def run(stage: ExportStage, context: Context) -> Report:
         flops=2 * compared * shape.forward_flops(store.vocabulary_size, store.context_length),  # ours and Transformers'
         values={
             "logit_difference": difference,
-            "folder": str(context.folder / "model"),
             "parameters": shape.parameters(store.vocabulary_size),
         },
     )
@@ -150,6 +149,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
         seed=pipeline.seed,
+        training_seed=pipeline.seed_of_training,
         digest=marker.digest,
     )
 

@@ -68,7 +68,9 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
         )
     else:
         index, weights = _clusters(stage, context, stores)
-        stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed)
+        stream = ImportanceStream(
+            index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
+        )
         settings = _to_measure(stage, context, store, index)
         held_out = _held_out(stage, context, weights)
         reading = Reading(settings, store, windows, stream, _notes(stage, context), held_out)
@@ -108,7 +110,7 @@ def _experts(stage: TrainStage, context: Context) -> ExpertStream:
         global_batch_size=stage.global_batch_size,
         windows_per_expert=stage.windows_per_expert,
         soup=stage.soup,
-        seed=context.pipeline.seed,
+        seed=context.pipeline.seed_of_training,
     )
 
 

@@ -74,7 +74,9 @@ def run(stage: SelectStage, context: Context) -> Report:
                 passes = _passes(sample, experts.shape, store, times=len(keys))
             else:
                 assert stage.trial is not None
-                tried = Trials(stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed)
+                tried = Trials(
+                    stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training
+                )
                 orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
                 passes = tried.spent
             seconds = lost.get(name, 0.0) + time.monotonic() - began

@@ -8,6 +8,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.lineage import key_for
 from megatron_specialm.config.schema import TeachStage
+from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
@@ -36,7 +37,10 @@ def run(stage: TeachStage, context: Context) -> Report:
     }
     writer = CacheWriter(context.folder, kept, context_length=store.context_length, **made_of)
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
-        tokens = teach(served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed)
+        tokens = teach(
+            served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
+            counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),
+        )  # fmt: skip
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if kept.kind == "sampled" else {}
     positions = len(store) * store.context_length
     flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)

@@ -14,7 +14,7 @@ from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.validation import refuse_too_little
 from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
-from megatron_specialm.data.encoding import Encoder
+from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -85,7 +85,9 @@ def _assigned(
     shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():
-        encoded = encoder.encode(documents)
+        encoded = encoder.encode(
+            documents, counted=lambda chunks: context.counted(chunks, unit="characters", size=characters)
+        )
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
         holds_out = split == "train" and not _has_validation(context)
         if holds_out:

@@ -134,6 +134,7 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
         "context_length": store.context_length,
         "tokenizer": store.tokenizer,
         "seed": context.pipeline.seed,
+        "training_seed": context.pipeline.seed_of_training,
         "layout": stage.parallel.model_dump(mode="json"),
         "parity": _certificate(stage, context),
         "versions": {"megatron_specialm": megatron_specialm.__version__, "torch": torch.__version__},
@@ -164,7 +165,7 @@ def _write_centroid(stage: TrainStage, context: Context) -> None:
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
     model = _model(stage, shape, store)
-    model.initialize(seed=context.pipeline.seed)
+    model.initialize(seed=context.pipeline.seed_of_training)
     engine = MegatronEngine(
         model,
         parallel=stage.parallel,
@@ -175,7 +176,7 @@ def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: Toke
     )
     if stage.init is not None:
         start = read_served(find_final(_model_folder(stage.init, context)))
-        engine.load({**model.first_adapters(seed=context.pipeline.seed), **start.weights}, None)
+        engine.load({**model.first_adapters(seed=context.pipeline.seed_of_training), **start.weights}, None)
     return engine
 
 

@@ -3,21 +3,32 @@
 Legend: N tokens of a window that count, V vocabulary, K entries kept of a token.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 
 from megatron_specialm.data.batches import evaluation_batches
-from megatron_specialm.data.store import TokenStore
+from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheWriter, Kept
 from megatron_specialm.model.gpt import Gpt
 
 
 @torch.no_grad()
-def teach(model: Gpt, store: TokenStore, writer: CacheWriter, *, batch_size: int, seed: int = 0) -> int:
+def teach(
+    model: Gpt,
+    store: TokenStore,
+    writer: CacheWriter,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    counted: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+) -> int:
     """Write what a whole teacher says of every window, in the order of window ids, and finish the cache.
 
     Args:
         seed: of the draws of a sampled cache. Those of a window depend on it and the window's id, not on `batch_size`.
+        counted: passes the batches on, to tell how far it is.
 
     Returns:
         The number of tokens taught.
@@ -25,7 +36,7 @@ def teach(model: Gpt, store: TokenStore, writer: CacheWriter, *, batch_size: int
     assert writer.kept.vocabulary_size == model.vocabulary_size
     model.train(False)
     window = tokens = 0
-    for batch in evaluation_batches(store, batch_size=batch_size):
+    for batch in counted(evaluation_batches(store, batch_size=batch_size)):
         logits_BTV = model.logits(torch.from_numpy(batch.tokens).to(model.device))
         for logits_TV, mask_T in zip(logits_BTV, batch.mask, strict=True):
             scores_NV = logits_TV[: int(mask_T.sum())].float() / writer.kept.temperature

@@ -246,7 +246,7 @@ def test_an_export_is_whole_and_its_cards_example_runs(pipeline: Pipeline) -> No
     context = _context(pipeline, World(0, 2, 0, "tcp://127.0.0.1:1", "torchrun"))
     report = _export(context)
     folder = context.folder / "model"
-    assert report.values["folder"] == str(folder) and report.values["logit_difference"] < 1e-4
+    assert report.values["logit_difference"] < 1e-4
     verify_folder(folder)
     assert (
         sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())

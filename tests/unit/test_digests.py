@@ -22,6 +22,7 @@ DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
 DECIDES_NOTHING = {
     "Pipeline.name": "a run folder is of one name: another one needs another root",
     "Pipeline.root": "a place",
+    "Pipeline.reuse": "places where equal work may stand",
     "Text.made_by": "a hint in errors",
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
@@ -51,6 +52,7 @@ TRY: dict[str, list[Any]] = {
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
+    "training_seed": [1],
     "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.

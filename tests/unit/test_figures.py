@@ -306,6 +306,39 @@ def test_what_is_capped_at_any_seed_is_marked(tmp_path: Path) -> None:
     assert table.note.endswith("slm-0-tuned (seeds 1, 2), slm-1-tuned (seeds 1, 2), slm-2-tuned (seeds 1, 2)")
 
 
+def _training_seed(number: int) -> Any:
+    """Results of one seed of text and clusters, with another seed of trainings."""
+    results, other = invented(methods=FEW), invented(seed=number, methods=FEW)
+    for part in ("rows", "macro", "selection"):
+        results[part] = [{**entry, "seed": 0, "training_seed": number} for entry in other[part]]
+    return results
+
+
+def test_seeds_of_trainings_are_seeds_but_not_of_clusters(tmp_path: Path) -> None:
+    merged = merge_runs(_runs(tmp_path, *(_training_seed(number) for number in (2, 0, 1))))
+    row = next(row for row in merged["rows"] if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
+    assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
+    assert (
+        row["seeds"] == [0, 0, 0] and row["training_seeds"] == [0, 1, 2] and not {"seed", "training_seed"} & row.keys()
+    )
+    # The same clusters in all: one sample, which has no spread.
+    assert {(entry["top_share"], entry["top_share_sd"]) for entry in merged["concentration"]} == {(0.5, None)}
+    assert [entry["seeds"] for entry in merged["concentration"]] == [[0]] * 3
+    assert "±" not in concentration_table(merged).markdown()
+    selection = selection_table(merged)
+    assert selection.header[2] == "training seed" and [line[2] for line in selection.lines] == [
+        "2",
+        "2",
+        "0",
+        "0",
+        "1",
+        "1",
+    ]
+    both = merge_runs(_runs(tmp_path, invented(methods=FEW), _training_seed(1), invented(seed=1, methods=FEW)))
+    assert [entry["top_share_sd"] for entry in both["concentration"]] == pytest.approx([0.1 / math.sqrt(2)] * 3)
+    assert {tuple(row["training_seeds"]) for row in both["rows"]} == {(0, 1, 1)}
+
+
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
     merged = merge_runs(_runs(tmp_path, invented(seed=3, methods=("slm",))))
     assert {row["perplexity_sd"] for row in merged["rows"]} == {None}
@@ -314,7 +347,7 @@ def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = invented(methods=("slm",))
-    with pytest.raises(ArtifactError, match=r"1\.json: seed 0 is that of .*0\.json too"):
+    with pytest.raises(ArtifactError, match=r"1\.json: seed 0 and training_seed 0 are those of .*0\.json too"):
         merge_runs(_runs(tmp_path, one, one))
     with pytest.raises(ArtifactError, match=r"of the page 'other', and .* of 'arena'"):
         merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))

@@ -27,6 +27,7 @@ FACTS = ModelFacts(
     validation_loss=2.0,
     logit_difference=3e-6,
     seed=7,
+    training_seed=8,
     digest="feed",
 )
 

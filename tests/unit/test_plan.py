@@ -59,6 +59,23 @@ def test_the_seed_and_the_texts_content_are_part_of_it(text: Path) -> None:
     assert not {"tokenizer", "slm", "slm-tuned/scipy"} & changed
 
 
+def test_the_training_seed_is_that_of_trainings_alone(text: Path) -> None:
+    before = _digests()
+    assert _digests("training_seed=0") == before and _digests("seed=0") == before
+    stages = _load().stages
+    changed = {
+        stages[name.stage].kind for name, digest in _digests("training_seed=1").items() if digest != before[name]
+    }
+    same = {stages[name.stage].kind for name, digest in _digests("training_seed=1").items() if digest == before[name]}
+    assert changed == {"train", "select", "teach", "evaluate", "export"} & {stage.kind for stage in stages.values()}
+    assert same == {"tokenizer", "tokenize", "embed", "cluster", "assign"}
+    # All of them have their own: none is only the same as another seed's of text.
+    assert not set(_digests("seed=1", "training_seed=0").values()) & {
+        *before.values(),
+        *_digests("seed=1").values(),
+    } - {digest for name, digest in _digests("seed=1").items() if stages[name.stage].kind in same}
+
+
 def test_states(text: Path) -> None:
     root, name = Path("run"), TaskId("tokenizer", "generic")
     plan = make_plan(_load(), root)

@@ -260,7 +260,7 @@ def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline,
         {
             "method": "slm-mix", "stage": "slm-mix-chosen", "domain": "scipy", "base_domain": "scipy", "size": None,
             "choice": "c3", "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1,
-            "tokens": 64, "slots": None, "flops": 9, "seconds": None, "seed": 0,
+            "tokens": 64, "slots": None, "flops": 9, "seconds": None, "seed": 0, "training_seed": 0,
         }
     ]  # fmt: skip
 

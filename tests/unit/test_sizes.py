@@ -1,11 +1,13 @@
 """Sizes of a domain: on the page, in digests, and in the token store."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ConfigError, DataError
@@ -187,6 +189,18 @@ def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dic
 
 def _windows(store: TokenStore) -> list[list[int]]:
     return [store.window(index).tolist() for index in range(len(store))]
+
+
+def test_tokenizing_says_how_far_it_is(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(counting, "SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    root = tmp_path / "whole"
+    _tokenized(root, tokenizer, TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")]))
+    told = f": {sum(map(len, _documents())):,} characters, "
+    assert caplog.text.count(told) == 2, "the training and the test documents"
+    assert not list(tmp_path.rglob(counting.FILE))
 
 
 def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> None:

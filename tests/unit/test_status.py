@@ -2,13 +2,16 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from megatron_specialm.base.artifacts import begin_artifact, finish_artifact, read_marker
+from megatron_specialm.base.counting import Count
+from megatron_specialm.base.files import write_json
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
@@ -78,6 +81,19 @@ def test_the_progress_of_trainings(run: Run) -> None:
         ("scipy", 12, 4.25), ("sklearn", 13, None), ("torch", 14, 5.5)]  # fmt: skip
     assert stage.device_hours == pytest.approx(3 * 4 * 900 / 3600, rel=0.01), "three elements of four ranks"
     assert "step 12-14/400, loss 4.250-5.500, 37,037 tokens/s, ETA 1:02:05" in _render(run.status(), 150)
+
+
+def test_how_far_other_tasks_are(run: Run) -> None:
+    run.submit("7", "vectors")
+    run.slurm_says("7|0|RUNNING|0|UNLIMITED|node1|None|\n7|1|RUNNING|0|UNLIMITED|node2|None|\n")
+    for key, done in {"scipy": 3_000, "sklearn": 1_000, "torch": 5}.items():  # that of torch does not run any more
+        folder = begin_artifact(run.root, "vectors", key, digest=run.plan[TaskId("vectors", key)].digest)
+        write_json(folder / "progress.json", asdict(Count(done, 10_000, "windows", 400.0, (10_000 - done) / 400)))
+    assert "4,000 of 20,000 windows, 800 per second, 0:22 left" in _render(run.status(), 150)
+    begin_artifact(run.root, "vectors", "scipy", digest="another")
+    assert "1,000 of 10,000 windows, 400 per second, 0:22 left" in _render(run.status(), 150)
+    (stage,) = (stage for stage in status_json(run.status())["stages"] if stage["stage"] == "vectors")
+    assert [count["done"] for count in stage["counts"]] == [1_000]
 
 
 def test_the_metrics_of_other_settings_are_no_progress(run: Run) -> None:

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console, RenderableType
 
-from megatron_specialm.base.terminal import UNLIMITED, Table
+from megatron_specialm.base.counting import FILE, Count
+from megatron_specialm.base.files import write_json
+from megatron_specialm.base.terminal import UNLIMITED, Table, console
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
@@ -156,6 +159,40 @@ def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
     assert "\x1b[2K" not in planned + checked and "\x1b[?25l" not in planned + checked  # nothing moves
     status = _specialm(tmp_path, "status", "long.yaml", **narrow)
     assert "…" not in status and all(f"{LONG}-{number}" in status for number in range(1, 6))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"COLUMNS": "80"}, {}, {"TERM": "dumb"}, {"TERM": "dumb", "COLUMNS": "20", "FORCE_COLOR": "1"}, {"TTY_INTERACTIVE": "1"}],
+)  # fmt: skip
+def test_in_a_log_a_line_of_a_table_and_of_a_run_is_a_line(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COLUMNS", "LINES", "TERM", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("megatron_specialm.launch.progress.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    domains = {f"{domain}-{LONG}-{number}": 1.0 for domain in ("law", "code") for number in range(20)}
+    monkeypatch.setattr("tests.unit.test_figures.DOMAINS", domains)
+    tables, name = _results(), TaskId(LONG, f"slm-is-tuned.{LONG}")
+    write_json(tmp_path / FILE, asdict(Count(12_000, 50_000, "windows", 812.3, 46.8)))
+    screen = console()
+    for table in tables:
+        screen.print(table)
+    with Progress(1, console=screen) as progress:
+        progress.started(name)
+        progress.update({name: tmp_path})
+        progress.finished(name, seconds=3, error=None)
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "…" not in said and "\x1b[2K" not in said and "\x1b[?25l" not in said
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in said.splitlines()]
+    for table in tables:
+        assert all(" ".join(line).split() in lines for line in table.lines)
+    assert f"          {name}: 12,000 of 50,000 windows, 812 per second, 0:47 left" in said.splitlines()
+    assert f"[  1/1] {name}: done in 3 s".split() in lines
 
 
 @pytest.mark.parametrize("name", ["plan", "check", "status"])
