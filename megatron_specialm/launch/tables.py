@@ -190,8 +190,10 @@ def rates_table(results: Mapping[str, Any]) -> Table:
 
 
 def _varying(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The seeds that entries differ in."""
-    return [name for name in SEEDS if len({entry.get(name) for entry in entries}) > 1]
+    """The seeds that entries differ in; that of trainings only where it is not the other one."""
+    own = [name for name in SEEDS if len({entry.get(name) for entry in entries}) > 1]
+    are_one = all(entry.get("training_seed") == entry["seed"] for entry in entries)
+    return own[:1] if are_one else own
 
 
 def _taken(entry: Mapping[str, Any]) -> str:

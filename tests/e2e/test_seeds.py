@@ -38,7 +38,7 @@ stages:
   clusters: {kind: cluster, vectors: vectors, k: 2}
   assignment: {kind: assign, clusters: clusters, vectors: vectors}
   slm-is:
-    {kind: train, data: importance, assignment: assignment, tokens: tokens, model: smoke, steps: 3, global_batch_size: 8,
+    {kind: train, data: importance, assignment: assignment, tokens: tokens, model: nano, steps: 3, global_batch_size: 8,
      micro_batch_size: 4, schedule: {warmup_steps: 0}}
   taught: {kind: teach, teacher: slm-is, tokens: tokens, count: 4}
   perplexity: {kind: evaluate, tokens: tokens, models: [slm-is]}

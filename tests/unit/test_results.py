@@ -253,7 +253,7 @@ def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline,
     told = {"choice": "c3", "by": "loss", "criteria": {"loss": {"choice": "c3", "rank": 1, "tokens": 64, "flops": 9}}}
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, values=told))
     results = write_results(pipeline, root)
-    stages = ("assignment", "assignment-16", "assignment-4")
+    stages = ("assignment", "assignment-8", "assignment-4")
     sets = [(stage, name) for stage in stages for name in ("generic", *pipeline.text.domains)]
     assert [(entry["stage"], entry["domain"]) for entry in results["concentration"]] == sets
     assert results["selection"] == [

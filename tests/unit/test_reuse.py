@@ -44,7 +44,7 @@ stages:
   vectors: {kind: embed, tokens: tokens, encoder: {kind: tfidf}}
   clusters: {kind: cluster, vectors: vectors, k: 4}
   assignment: {kind: assign, clusters: clusters, vectors: vectors}
-  slm: {kind: train, data: generic, tokens: tokens, model: smoke, steps: 2, global_batch_size: 8, schedule: {warmup_steps: 0}}
+  slm: {kind: train, data: generic, tokens: tokens, model: nano, steps: 2, global_batch_size: 8, schedule: {warmup_steps: 0}}
   perplexity: {kind: evaluate, tokens: tokens, models: [slm]}
 """
 SLM, TOKENS = TaskId("slm", "generic"), TaskId("tokens", "generic")
