@@ -110,7 +110,8 @@ def pieces(work: str, text: str) -> Iterator[Document]:
 
 class Source(NamedTuple):
     """A package with text. `domain` is the name of the domain that it gives, if it gives one, with so many characters to
-    train on (about 50,000 tokens of the quickstart's vocabulary) and `spare` times the held-out text, for what is dropped of it as contained."""
+    train on (about 50,000 tokens of the quickstart's vocabulary) and `spare` times the held-out text, for what is dropped of
+    it as contained."""
 
     package: str
     domain: str | None

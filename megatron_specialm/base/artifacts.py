@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import atomic_path, fsync_path, read_json, write_json
+from megatron_specialm.base.files import MANIFEST, atomic_path, fsync_path, read_json, write_json
 
 LABEL = "task.json"
 
@@ -139,8 +139,12 @@ def _write_label(folder: Path, digest: str) -> None:
 
 
 def _unshare(folder: Path) -> None:
-    """Make every file the folder's own: run folders that reuse each other's artifacts share large ones by hard links."""
+    """Make the folder's own what may be written to: run folders that reuse each other's artifacts share large files by hard
+    links. Published folders stay as they are, as nobody writes into them."""
+    published = {path.parent for path in folder.rglob(MANIFEST)}
     for path in folder.rglob("*"):
+        if not published.isdisjoint(path.parents):
+            continue
         if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
             with atomic_path(path) as own:
                 shutil.copyfile(path, own)

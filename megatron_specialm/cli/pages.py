@@ -120,7 +120,9 @@ def run(
         chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
         to_do = {name.stage for name in chosen if chosen[name].is_to_do}
         if world.launcher != "none":
-            pipeline = fit_to_world(pipeline, world, stages=to_do)
+            pipeline = fit_to_world(
+                pipeline, world, stages={name.stage for name in chosen if chosen[name].state != "done"}
+            )
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
         refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
         if world.is_first:

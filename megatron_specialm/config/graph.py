@@ -263,7 +263,7 @@ def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iter
             inputs=(tokenizer, *part.inputs),
             files=_entries(files, *train, *held_out),
             elsewhere={
-                **_given(files, "text_field", "train_tokens", "validation_floor"),
+                **_given(files, "text_field", "train_tokens", *([] if files.validation else ["validation_floor"])),
                 # Then nothing of the training files is held out. A shard does not read the validation files itself.
                 **({"has_validation": True} if part.shard and files.validation else {}),
             },

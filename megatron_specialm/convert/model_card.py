@@ -114,7 +114,6 @@ A text begins with the end-of-document token, as in training; the tokenizer does
 | validation perplexity | {_perplexity(facts.validation_loss)} |
 | tokenizer | {facts.vocabulary_size:,} tokens, `{facts.tokenizer[:12]}` |
 {_rate(facts)}| seed | {facts.seed} |
-| seed | {facts.seed} |
 | seed of the trainings | {facts.training_seed} |
 | digest of the last training | `{facts.digest}` |
 | largest difference to the source model's logits | {facts.logit_difference:.2e} |

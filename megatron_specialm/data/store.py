@@ -65,7 +65,10 @@ class _Part:
         ).index  # to be kept: its end unmaps the file
         self._lengths, self._starts = index.sequence_lengths, index.sequence_pointers  # in tokens, and in bytes
         # A plain array on the mapped file: slices of np.memmap itself cost three times as much.
-        self._tokens = np.asarray(np.memmap(folder / f"{split}.bin", dtype=index.dtype, mode="r"))
+        tokens = folder / f"{split}.bin"
+        is_empty = not len(index) and tokens.stat().st_size == 0  # which cannot be mapped
+        mapped = np.empty(0, index.dtype) if is_empty else np.memmap(tokens, dtype=index.dtype, mode="r")
+        self._tokens = np.asarray(mapped)
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -12,15 +12,16 @@ from megatron_specialm.launch.plan import PlannedTask
 
 
 def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path) -> list[str]:
-    """A warning for each stage that has such trainings, trials of a learning rate included, of those that the plan has and
-    that are done by now."""
+    """A warning for each stage that has such models, of those that the plan has and that are done by now. A trial that its
+    cap ended is a model's if it was taken; the log of any other says so."""
     warnings = []
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):
             continue
         found = []
         for task, planned in plan.items():
-            marker = read_marker(root, *task) if task.stage == name else None
+            wanted = task.stage == name and planned.task.rate is None
+            marker = read_marker(root, *task) if wanted else None
             if marker and marker.digest == planned.digest and marker.values.get("capped"):
                 found.append(Capped(task.key, marker.values["steps"], marker.values["best_step"]))
         if found:

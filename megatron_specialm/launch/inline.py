@@ -5,6 +5,7 @@ first rank's work, while the others wait for its marker.
 """
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -91,15 +92,26 @@ def run_inline(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
+    elsewhere = _found_elsewhere(plan, world) if pipeline.reuse else frozenset()
     for planned in plan.values():
-        if planned.is_to_do:
+        if planned.state == "done":
+            continue
+        if str(planned.task.id) not in elsewhere:
             do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
-        elif planned.there is not None:
+        else:
             lifeline.begin(f"taking over {planned.task.id}")
-            meet(world)
             if world.is_first:
                 take_over({planned.task.id: planned}, root)
             _await_marker(root, planned.task.id, planned.digest, world, lifeline)
+
+
+def _found_elsewhere(plan: Mapping[TaskId, PlannedTask], world: World) -> frozenset[str]:
+    """The tasks that the first rank has found in other run folders, which may change before the others look."""
+    store = meet(world)
+    if world.is_first:
+        found = [str(planned.task.id) for planned in plan.values() if planned.there is not None]
+        store.set("found elsewhere", json.dumps(found))
+    return frozenset(json.loads(store.get("found elsewhere")))
 
 
 def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:

@@ -75,9 +75,9 @@ def refuse_too_little_held_out(
         DataError: as the tokenize stage would.
     """
     for name, planned in plan.items():
-        if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.state != "done":
+        if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.is_to_do:
             continue
-        marker = read_marker(root, *name)
+        marker = read_marker(planned.there or root, *name)
         if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
             refuse_too_little(pipeline, *name, marker.values)
 

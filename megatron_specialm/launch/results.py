@@ -171,9 +171,11 @@ def any_capped(entries: Iterable[Mapping[str, Any]]) -> bool | None:
 
 
 def together(values: Iterable[float | str | None]) -> float | str | None:
-    """One value for several entries: theirs, or as text those that differ."""
+    """One value for several entries: theirs, or as text those that differ, of which some may be such text."""
     different = list(dict.fromkeys(values))
-    return different[0] if len(different) == 1 else ", ".join(map(str, different))
+    if len(different) == 1:
+        return different[0]
+    return ", ".join(dict.fromkeys(part for value in different for part in str(value).split(", ")))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -214,7 +216,7 @@ def _learning_rates(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> lis
             "method": method_of(pipeline, name.stage),
             "stage": name.stage,
             **_set_columns(pipeline, name.key),
-            "choice": (choice := marker.values["learning_rate"]),
+            "choice": (choice := marker.values["chosen_rate"]),
             "untried": beyond(choice, [float(rate) for rate in losses]),
             "learning_rate": float(rate),
             "validation_loss": loss,

@@ -13,7 +13,7 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
 from megatron_specialm.launch.results import COST_PREFIXES, any_capped, together
-from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of
+from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of, varying
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
 SCORES = ("nll", "perplexity", "top_share", "entropy", "effective_clusters")
@@ -97,5 +97,5 @@ def _summary(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _capped(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "capped": any_capped(own),
-        "capped_seeds": [seeds_of(entry)[-1][1] for entry in own if entry.get("capped")],
+        "capped_seeds": [entry[(varying(own) or SEEDS)[0]] for entry in own if entry.get("capped")],
     }

@@ -158,7 +158,7 @@ def concentration_table(results: Mapping[str, Any]) -> Table:
 
 def selection_table(results: Mapping[str, Any]) -> Table:
     """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell, or would have."""
-    seeds = _varying(results["selection"])
+    seeds = varying(results["selection"])
     lines = [
         [
             entry["stage"], entry["domain"], *(str(entry[name]) for name in seeds), entry["criterion"],
@@ -176,7 +176,7 @@ def selection_table(results: Mapping[str, Any]) -> Table:
 
 def rates_table(results: Mapping[str, Any]) -> Table:
     """Of trainings that had a choice of learning rates: each one's best validation loss, and which was taken."""
-    seeds = _varying(results["learning_rates"])
+    seeds = varying(results["learning_rates"])
     lines = [
         [
             entry["stage"], entry["domain"], *(str(entry[name]) for name in seeds), _taken(entry),
@@ -189,7 +189,7 @@ def rates_table(results: Mapping[str, Any]) -> Table:
     return Table("Choice of a learning rate", header, lines, 3 + len(seeds))
 
 
-def _varying(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def varying(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The seeds that entries differ in; that of trainings only where it is not the other one."""
     own = [name for name in SEEDS if len({entry.get(name) for entry in entries}) > 1]
     are_one = all(entry.get("training_seed") == entry["seed"] for entry in entries)

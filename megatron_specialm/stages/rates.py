@@ -30,10 +30,11 @@ class Choice:
 
     @property
     def values(self) -> dict[str, Any]:
-        """For the model's own marker: each rate's best validation loss, nats per token, None where it came to nothing; and
-        what all trials have cost."""
+        """For the model's own marker: the rate as the page has it; each rate's best validation loss, nats per token, None
+        where it came to nothing; and what all trials have cost."""
         costs = [trial.cost for trial in self.trials.values()]
         return {
+            "chosen_rate": self.rate,
             "learning_rates": {repr(rate): _loss(trial) for rate, trial in self.trials.items()},
             "trials": {what: sum(getattr(cost, what) for cost in costs) for what in SUMMED},
         }

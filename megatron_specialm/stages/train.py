@@ -57,7 +57,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     # The page's vocabulary is a wish where the tokenizer was there before.
     setup = replace(setup, vocabulary_size=store.vocabulary_size)
     lost = Work.read(context.folder)
-    if stage.data == "cluster" and world.is_first:
+    if stage.data == "cluster" and trial is None and world.is_first:
         _write_centroid(stage, context)
     grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
     with context.lifeline.at_step_boundaries(), grouped:
@@ -90,8 +90,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
             progress = replace(diverged.progress, best_step=None, best_loss=None)
     capped = is_capped(progress, settings)
-    if capped and world.is_first:
-        assert progress.best_step is not None, "early stopping has found a best step, or raised"
+    if capped and world.is_first and progress.best_step is not None:
         ended = Capped(context.key, progress.step, progress.best_step)
         logger.warning("%s", capped_warning(context.task.id.stage, stage, [ended]))
     # Not from the record: another incarnation of this task, which has been given up, may still write there.
@@ -108,7 +107,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "best_step": progress.best_step,
             "validation_loss": progress.best_loss,
             "capped": capped,
-            "learning_rate": stage.optimizer.peak,
+            "learning_rate": settings.optimizer.peak,
             **(choice.values if choice else {}),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
@@ -133,6 +132,7 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
         "vocabulary_size": store.vocabulary_size,
         "context_length": store.context_length,
         "tokenizer": store.tokenizer,
+        "learning_rate": stage.optimizer.peak,
         "seed": context.pipeline.seed,
         "training_seed": context.pipeline.seed_of_training,
         "layout": stage.parallel.model_dump(mode="json"),

@@ -9,6 +9,7 @@ of no consequence to a reader. A step is written aside, fsynced, hashed and rena
 construction; a reader checks the hashes all the same. Nothing in it is a pickle.
 """
 
+import functools
 import os
 import re
 import secrets
@@ -133,15 +134,17 @@ def _make_aside(final: Path) -> Path:
 
 
 def adopt_checkpoints(source: Path, folder: Path) -> None:
-    """Give a training the steps of a finished one, so that it goes on from there. Nothing is done where it has come as far:
-    the newest step comes last, so with it all are there.
+    """Give a training the steps of a finished one, so that it goes on from there. Nothing is done where it has come as far
+    from them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
 
     Raises:
         ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
     """
-    steps, own = _steps(source), _steps(folder)
+    steps = _steps(source)
     if not steps:
         raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
+    _remove_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
+    own = _steps(folder)
     if own and own[-1] >= steps[-1]:
         return
     for step in steps:
@@ -157,6 +160,22 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
             shutil.rmtree(final)
         os.replace(aside, final)
         fsync_path(folder)
+
+
+def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
+    """A trial that was done again may have turned the choice."""
+    rate = _rate_of(like)
+    for step in map(functools.partial(step_folder, folder), _steps(folder)):
+        if rate is not None and _rate_of(step) not in (None, rate):
+            shutil.rmtree(step)
+
+
+def _rate_of(step: Path) -> float | None:
+    """None where the step does not say: a damaged one is passed over anyway."""
+    try:
+        return float(read_json(step / "state.json")["learning_rate"])
+    except (ArtifactError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

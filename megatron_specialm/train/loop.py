@@ -248,10 +248,13 @@ def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
 
 def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     """Whether a fine-tuning that is over was ended by its `steps`, and early stopping might have found a better one. None
-    where this is not asked: of pretraining, and of a fixed number of steps, which is what was wanted."""
-    if settings.data != "domain" or settings.early_stopping is None:
+    where this is not asked: of pretraining, of a fixed number of steps, which is what was wanted, and of a trial that came to
+    nothing or was ended before."""
+    if settings.data != "domain" or settings.early_stopping is None or progress.best_step is None:
         return None
-    return progress.step >= settings.steps and not _has_stalled(progress, settings)
+    if _has_stalled(progress, settings):
+        return False
+    return True if progress.step >= settings.steps else None
 
 
 def _last_step(settings: TrainStage) -> int:

@@ -40,6 +40,7 @@ DECIDES_NOTHING = {
     "EvaluateStage.batch_size": "portions",
     "Trial.micro_batch_size": "portions",
     "TextSet.domain": "groups sizes in tables",
+    "ValidationFloor.*": "of a set with `validation` files nothing is held out; of others the digest has it",
 }
 # Values of fields that are not given in any page, and what else to try where the next number would not do.
 TRY: dict[str, list[Any]] = {

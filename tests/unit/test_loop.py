@@ -135,11 +135,16 @@ def test_without_a_finite_validation_a_training_says_so(tmp_path: Path, monkeypa
         (8, 3, {"data": "domain", **EARLY}, False),
         (12, 0, {"data": "domain"}, None),  # a fixed number of steps is what was wanted
         (12, 0, {"data": "generic", **EARLY}, None),
+        (8, 0, {"data": "domain", **EARLY}, None),  # a trial, ended before
     ],
 )
 def test_what_ended_a_fine_tuning(step: int, without_gain: int, settings: dict[str, Any], capped: bool | None) -> None:
     progress = Progress(step=step, best_step=step - 4 * without_gain, evaluations_without_gain=without_gain)
     assert is_capped(progress, stage(steps=12, **settings)) is capped
+
+
+def test_a_trial_that_came_to_nothing_at_its_cap_is_not_capped() -> None:
+    assert is_capped(Progress(step=12, evaluations=1), stage(steps=12, data="domain", **EARLY)) is None
 
 
 def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path) -> None:

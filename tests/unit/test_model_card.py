@@ -90,6 +90,7 @@ def test_the_domain_in_pretraining_is_not_called_fine_tuning_nor_passed_over() -
 def test_the_learning_rate_is_told_and_what_was_tried() -> None:
     assert "learning rate" not in model_card(FACTS)
     assert "| learning rate | 0.0017 |" in model_card(replace(FACTS, learning_rate=0.0017))
+    assert model_card(FACTS).count("| seed |") == 1
     card = model_card(replace(FACTS, learning_rate=0.0017, learning_rates=("0.0005", "0.0017")))
     assert "| learning rate | 0.0017, by validation loss of 0.0005, 0.0017 |" in card
     assert "This is the last training alone, with the learning rates that were tried." in card

@@ -201,7 +201,7 @@ def test_the_rate_taken_stands_in_the_results(tmp_path: Path, monkeypatch: pytes
     for domain, rate in taken.items():
         marker = read_marker(root, "slm-tuned", domain)
         assert marker is not None
-        values = {"learning_rate": rate, "learning_rates": {"0.0005": 3.1, "0.0017": None}}
+        values = {"learning_rate": rate, "chosen_rate": rate, "learning_rates": {"0.0005": 3.1, "0.0017": None}}
         finish_artifact(root, "slm-tuned", domain, dataclasses.replace(marker, values=values))
     results = write_results(pipeline, root)
     rows = {row["domain"]: row["learning_rate"] for row in results["rows"] if row["stage"] == "slm-tuned"}
@@ -256,7 +256,7 @@ def test_the_lowest_loss_is_taken_and_the_first_of_equal_ones(
 def trial(tmp_path: Path) -> Path:
     """A finished trial with two steps."""
     for step in (3, 7):
-        state = {"progress": {"step": step}}
+        state = {"progress": {"step": step}, "learning_rate": 0.0017}
         save_checkpoint(
             tmp_path / "trial", step=step, weights={"w": torch.full((4,), float(step))}, optimizer_state={}, state=state
         )
@@ -295,6 +295,23 @@ def test_a_killed_take_over_is_finished_and_a_finished_one_left_alone(
     adopt_checkpoints(trial, folder)
     assert _steps(folder) == ["step_0000009"]
     assert _steps(trial) == ["step_0000003", "step_0000007"]
+
+
+def test_steps_of_another_rate_make_room(trial: Path, tmp_path: Path) -> None:
+    """A trial that was done again may turn the choice, of a training that another choice has begun."""
+    folder = tmp_path / "model"
+    for step in (5, 9):
+        save_checkpoint(folder, step=step, weights={}, optimizer_state={}, state={"learning_rate": 0.0005})
+    adopt_checkpoints(trial, folder)
+    assert _steps(folder) == ["step_0000003", "step_0000007"]
+
+
+def test_published_steps_are_not_copied_when_their_training_is_begun_again(trial: Path, tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, "slm-tuned", "torch", digest="d")
+    adopt_checkpoints(trial, folder)
+    begin_artifact(tmp_path, "slm-tuned", "torch", digest="d")
+    model = "model-00000.safetensors"
+    assert os.path.samefile(step_folder(folder, 7) / model, step_folder(trial, 7) / model)
 
 
 def test_a_damaged_trial_is_named(trial: Path, tmp_path: Path) -> None:

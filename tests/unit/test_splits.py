@@ -17,6 +17,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import ValidationFloor
 from megatron_specialm.config.validation import validating_stages
 from megatron_specialm.data.splits import cut_training_set, hold_out
+from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.preflight import refuse_too_few_documents, refuse_too_little_held_out
@@ -285,6 +286,24 @@ def test_a_single_document_is_validated_on_where_the_page_says_so(tmp_path: Path
     assert _tokenized(_page(tmp_path / "plain", PLAIN, train=line), tokenizer).values["windows"]["validation"] == 0
     with pytest.raises(DataError, match=r"0 documents of 0 tokens held out"):
         _tokenized(_page(tmp_path / "line", TUNED, train=line, validation_floor={"documents": 1}), tokenizer)
+
+
+def test_a_split_without_windows_is_a_store(tmp_path: Path, tokenizer: Path) -> None:
+    line = _write(tmp_path / "line.jsonl", ["word1 word2"])
+    page = _page(tmp_path / "plain", PLAIN, train=line)
+    _tokenized(page, tokenizer)
+    assert not len(TokenStore.open(Path(page.root) / "tokens" / "law", "validation"))
+
+
+def test_what_is_given_to_validate_on_does_not_depend_on_the_floor(tmp_path: Path) -> None:
+    """Lowering the floor, as the error says, makes nothing stale where it held nothing out."""
+    given = _write(tmp_path / "given.jsonl", _texts(3))
+    graphs = [
+        build_graph(_page(tmp_path / str(floor), TUNED, validation=given, validation_floor={"documents": floor}))
+        for floor in (1, 2)
+    ]
+    tasks = [graph[TaskId("tokens", "law")] for graph in graphs]
+    assert tasks[0].elsewhere == tasks[1].elsewhere
 
 
 def test_a_size_is_refused_where_the_text_ends_before_the_floor(tmp_path: Path, tokenizer: Path) -> None:
