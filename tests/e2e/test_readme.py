@@ -96,6 +96,9 @@ def test_a_command_on_own_text(command: str, own_text: Path) -> None:
     words = [str(ROOT / word) if re.match("(configs|slurm)/", word) else word for word in arguments]
     if any(word.startswith("configs/") for word in arguments):
         words.append("text.generic.train=my-text/generic/*.jsonl")  # the page says .zst
+    if other := [word for word in words if word.startswith("reuse=")]:  # the run before, from which it takes over
+        _specialm(own_text, [*(word for word in words if not re.match("(root|reuse)=", word)), *SHORT])
+        assert (own_text / other[0].removeprefix("reuse=") / "pipeline.yaml").exists()
     _specialm(own_text, [*words, *(SHORT if arguments[0] == "run" else [])])
 
 
