@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker, view
 from megatron_specialm.base.counting import Count, read_count
-from megatron_specialm.base.files import read_json
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
@@ -156,9 +155,8 @@ def _running(
 ) -> Iterator[tuple[str, Path]]:
     """Keys and folders of the tasks that a job is at work on as they are wanted."""
     for name, state in carried.items():
-        folder = artifact_folder(root, *name)
-        label = folder / "task.json"
-        if state.state == "running" and label.exists() and read_json(label)["digest"] == tasks[name].digest:
+        folder = artifact_folder(root, *name, tasks[name].digest)
+        if state.state == "running" and (folder / LABEL).exists():
             yield name.key, folder
 
 
@@ -191,7 +189,7 @@ def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure 
 
 def _local_seconds(root: Path, name: TaskId) -> float:
     """What a task cost that no job of ours did, with what it did for comparison only."""
-    marker = read_marker(root, *name)
+    marker = read_marker(view(root, *name))
     if marker is None:
         return 0.0
     return marker.cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
