@@ -91,8 +91,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Marker:
-    """The content of a completion marker. `apart` is the cost of work that decides nothing of the result; `files` are all of the
-    artifact's, by their names in its folder, as they were when it was finished."""
+    """The content of a completion marker.
+
+    apart: the cost of work that decides nothing of the result.
+    files: all of the artifact's, by their names in its folder, as they were when it was finished.
+    """
 
     digest: str
     cost: Cost
@@ -135,6 +138,7 @@ def begin_artifact(
         raise ArtifactError(
             f"{folder / LABEL}: is of another digest than {digest}: the file is damaged; move {folder} away"
         )
+    shutil.rmtree(_aside(folder), ignore_errors=True)  # of a take-over that was killed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).unlink(missing_ok=True)
     _unshare(folder)
@@ -157,7 +161,8 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
         return
     if place.exists() and not place.is_symlink():
         raise ArtifactError(
-            f"{place}: is no link of this program's: it would show there what {stage}/{key} made. Move it away, or choose another root"
+            f"{place}: is not a link of this program, which shows what {stage}/{key} made there: move it away, or choose "
+            "another root"
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     aside = place.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
@@ -174,7 +179,7 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
     """A new folder to copy a whole artifact into; on success it takes the artifact's place. Killed before, it leaves a folder
     that nobody takes for one."""
     final = artifact_folder(root, stage, key, digest)
-    aside = final.with_name(f".{final.name}.tmp")
+    aside = _aside(final)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         yield aside
@@ -186,6 +191,10 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
         show_artifact(root, stage, key, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def _unshare(folder: Path) -> None:
@@ -237,9 +246,8 @@ def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
         ArtifactError: another incarnation has taken over.
     """
     folder = artifact_folder(root, stage, key, marker.digest)
-    content = json.loads(
-        json.dumps(asdict(replace(marker, files=list_files(folder, without=(LABEL, MARKER)))))
-    )  # as it is read
+    whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
+    content = json.loads(json.dumps(asdict(whole)))  # as it will be read
     refuse_if_taken_over(folder)
     write_json(folder / MARKER, {**content, "sha256": sha256_json(content)})
     show_artifact(root, stage, key, marker.digest)

@@ -67,6 +67,4 @@ def check_files(folder: Path, files: Mapping[str, FileSeal]) -> None:
     hashes = sha256_files((folder / name for name in files), folder / CHECKED)
     for path, sha256 in hashes.items():
         if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
-            raise ArtifactError(
-                f"{path}: SHA-256 is not what it was when the task that made it finished: its bytes have changed"
-            )
+            raise ArtifactError(f"{path}: SHA-256 is not what it was when it was made: its bytes have changed")

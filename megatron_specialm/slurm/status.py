@@ -134,7 +134,8 @@ def _stage(
         for element in elements
     ]
     trains = isinstance(pipeline.stages[stage], TrainStage)
-    running = list(_running(root, tasks, carried))
+    wanted = {name: state for name, state in carried.items() if carriers[name][1] == tasks[name].digest}
+    running = list(_running(root, tasks, wanted))
     return StageStatus(
         stage=stage,
         tasks=len(tasks),
@@ -153,7 +154,7 @@ def _stage(
 def _running(
     root: Path, tasks: Mapping[TaskId, PlannedTask], carried: Mapping[TaskId, ElementState]
 ) -> Iterator[tuple[str, Path]]:
-    """Keys and folders of the tasks that a job is at work on as they are wanted."""
+    """Keys and folders of the tasks that a job is at work on."""
     for name, state in carried.items():
         folder = artifact_folder(root, *name, tasks[name].digest)
         if state.state == "running" and (folder / LABEL).exists():

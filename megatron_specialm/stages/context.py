@@ -17,7 +17,7 @@ from megatron_specialm.config.schema import Pipeline
 
 @dataclass(frozen=True)
 class Context:
-    """The task to do: what it may read (`inputs`: the folder of each), where to write (`folder`), who this process is (`world`),
+    """The task to do: what it may read (`inputs`: each one's folder), where to write (`folder`), who this process is (`world`),
     and who watches it (`lifeline`)."""
 
     pipeline: Pipeline
