@@ -74,6 +74,6 @@ def check_files(folder: Path, files: Mapping[str, FileSeal], *, again: bool = Fa
     for path, sha256 in hashes.items():
         if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
             raise ArtifactError(
-                f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or remove "
-                f"{folder}/done.json and run again"
+                f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or "
+                f"remove {folder}/done.json and run again"
             )

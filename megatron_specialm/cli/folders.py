@@ -35,7 +35,8 @@ def verify(
         damaged += len(finding.damage)
     if damaged:
         raise ArtifactError(
-            f"{damaged} damaged: put them back from a copy; or remove an artifact's done.json, and `specialm run` makes it again"
+            f"{damaged} damaged: put them back from a copy; or remove an artifact's done.json, and `specialm run` makes it "
+            "again"
         )
 
 
