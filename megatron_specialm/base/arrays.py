@@ -24,7 +24,9 @@ from megatron_specialm.base.files import REMAKE, atomic_path, reading
 Dimensions = tuple[int | None, ...]  # None where any number will do
 
 
-def read_array(path: Path, *, dtype: DTypeLike, shape: Dimensions, mapped: bool = False, remedy: str = REMAKE) -> np.ndarray:
+def read_array(
+    path: Path, *, dtype: DTypeLike, shape: Dimensions, mapped: bool = False, remedy: str = REMAKE
+) -> np.ndarray:
     """Read an `.npy` file.
 
     Args:
@@ -96,7 +98,7 @@ def _allocate(file: BinaryIO, size: int, path: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        told = f"{os.strerror(error.errno)}; it takes {size:,} bytes, and {free:,} are free"
+        told = f"{error.strerror}; it takes {size:,} bytes, and {free:,} are free"
         raise OSError(error.errno, told, str(path)) from None
 
 

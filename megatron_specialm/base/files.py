@@ -166,8 +166,9 @@ def _conform(text: str, shape: type[Shape], path: Path, remedy: str) -> Shape:
     """JSON as an object of that type; values are of their types as they stand, and not converted."""
     from pydantic import ValidationError  # not before it is needed: `specialm --help` takes no second
 
+    adapter: Any = _adapter(shape)  # type: ignore[arg-type]
     try:
-        return _adapter(shape).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "its content"
@@ -280,9 +281,7 @@ def unlisted_files(folder: Path) -> list[Path]:
     version control leave such."""
     listed = listed_files(folder)
     names = ((path, path.relative_to(folder)) for path in _folder_files(folder))
-    return [
-        path for path, name in names if name.as_posix() not in listed and not any(p[0] == "." for p in name.parts)
-    ]
+    return [path for path, name in names if name.as_posix() not in listed and not any(p[0] == "." for p in name.parts)]
 
 
 def verify_folder(folder: Path, *, alone: bool = False) -> None:

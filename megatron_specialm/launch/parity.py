@@ -20,8 +20,8 @@ from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
-from megatron_specialm.base.tensors import TensorFiles
 from megatron_specialm.base.temporary import short_place
+from megatron_specialm.base.tensors import TensorFiles
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.shapes import Size
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
@@ -22,8 +22,8 @@ class _Description:
     """What every checkpoint says of its model, and is used here; `stages/train.py` writes it."""
 
     model: ModelConfig
-    vocabulary_size: Annotated[int, Field(ge=1)]
-    context_length: Annotated[int, Field(ge=1)]
+    vocabulary_size: Size
+    context_length: Size
     tokenizer: str
 
 

@@ -45,7 +45,13 @@ def _expert(folder: Path, seed: int) -> ServedModel:
     """As it is read from the checkpoint of a training."""
     model = Gpt(SHAPE, vocabulary_size=40, context_length=8)
     model.initialize(seed=seed)
-    state = {"model": SHAPE.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, "tokenizer": "x", **PRETRAINED}
+    state = {
+        "model": SHAPE.model_dump(mode="json"),
+        "vocabulary_size": 40,
+        "context_length": 8,
+        "tokenizer": "x",
+        **PRETRAINED,
+    }
     weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in model.weights()}
     step = save_checkpoint(folder, step=500, weights=weights, optimizer_state={}, state=state)
     return read_served(step)
