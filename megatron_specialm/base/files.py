@@ -151,13 +151,14 @@ def read_json(path: Path, shape: Any = Any, *, remedy: str = REMAKE) -> Any:
     return value if shape is Any else _conform(text, shape, path, remedy)
 
 
-def parse_json(text: str, shape: type[Shape], *, path: Path, remedy: str = REMAKE) -> Shape:
-    """The same of a text that stands in a file, as a line of it.
+def parse_json(line: bytes, shape: type[Shape], *, path: Path, remedy: str = REMAKE) -> Shape:
+    """The same of a part of a file, as a line of it.
 
     Raises:
         ArtifactError: it is no JSON, or of another shape.
     """
     with reading(path, form="valid JSON", remedy=remedy):
+        text = line.decode()
         json.loads(text, parse_constant=_no_number, parse_float=_finite)
     return _conform(text, shape, path, remedy)
 
