@@ -42,10 +42,13 @@ def read_array(
 
 
 def read_values(
-    path: Path, *, dtype: DTypeLike, shape: tuple[int, ...], start: int = 0, mapped: bool = False, remedy: str = REMAKE
+    path: Path, *, dtype: DTypeLike, shape: Dimensions, start: int = 0, mapped: bool = False, remedy: str = REMAKE
 ) -> np.ndarray:
-    """Read values that stand in a file from byte `start` to its end, without a header; as `read_array` otherwise."""
+    """Read values that stand in a file from byte `start` to its end, without a header; as `read_array` otherwise. With
+    (None,) as shape these are all that there are."""
     with reading(path, form="such values", remedy=remedy):
+        if shape == (None,):
+            shape = ((path.stat().st_size - start) // np.dtype(dtype).itemsize,)
         return _values(path, start, dtype, shape, mapped=mapped, remedy=remedy)
 
 
@@ -124,9 +127,7 @@ def _check(
         raise ArtifactError(f"{what}: {found} of shape {own}, where {wanted} of shape ({sizes}) belongs: {remedy}")
 
 
-def _values(
-    path: Path, start: int, dtype: DTypeLike, shape: tuple[int, ...], *, mapped: bool, remedy: str
-) -> np.ndarray:
+def _values(path: Path, start: int, dtype: DTypeLike, shape: Dimensions, *, mapped: bool, remedy: str) -> np.ndarray:
     size, wanted = path.stat().st_size, start + _size(dtype, shape)
     if size != wanted:
         raise ArtifactError(
@@ -146,5 +147,5 @@ def _check_finite(what: object, array: np.ndarray, remedy: str) -> None:
         raise ArtifactError(f"{what}: has values that are not finite: {remedy}")
 
 
-def _size(dtype: DTypeLike, shape: tuple[int, ...]) -> int:
+def _size(dtype: DTypeLike, shape: Dimensions) -> int:
     return np.dtype(dtype).itemsize * int(np.prod(shape, dtype=object))

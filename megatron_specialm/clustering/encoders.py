@@ -24,7 +24,15 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from megatron_specialm.base.arrays import read_arrays
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
-from megatron_specialm.base.files import REMAKE, atomic_path, publish_folder, read_json, verify_folder, write_json
+from megatron_specialm.base.files import (
+    MANIFEST,
+    REMAKE,
+    atomic_path,
+    publish_folder,
+    read_json,
+    verify_folder,
+    write_json,
+)
 from megatron_specialm.base.packages import import_package
 from megatron_specialm.clustering.sentence_bert import SentenceBert, sentence_bert_folder
 from megatron_specialm.clustering.vectors import unit_rows
@@ -104,7 +112,10 @@ def load_encoder(settings: EncoderSettings, folder: Path, *, threads: int) -> En
         ArtifactError: the folder is not as it was published, or was made with another version of a package.
         MachineError: a package is missing.
     """
-    verify_folder(folder, alone=True)
+    if (
+        folder / MANIFEST
+    ).exists():  # those of earlier versions have none; the task's marker lists it where there is one
+        verify_folder(folder, alone=True)
     match settings:
         case TfidfEncoder():
             return Tfidf.load(folder)

@@ -29,22 +29,21 @@ class Index(NamedTuple):
     starts: np.ndarray
 
 
-def read_index(path: Path, *, dtype: DTypeLike, windows: int) -> Index:
+def read_index(path: Path, *, dtype: DTypeLike) -> Index:
     """Map an index.
 
     Args:
         dtype: of the tokens.
-        windows: how many it must be of.
 
     Raises:
-        ArtifactError: it is missing or damaged, or of other tokens or another number of windows.
+        ArtifactError: it is missing or damaged, or of other tokens.
     """
     with reading(path, form="an index of tokens"), path.open("rb") as file:
-        magic, version, code, found, documents = _HEADER.unpack(file.read(_HEADER.size))
-    if (magic, version, code, found) != (_MAGIC, 1, _CODES[np.dtype(dtype)], windows):
+        magic, version, code, windows, documents = _HEADER.unpack(file.read(_HEADER.size))
+    if (magic, version, code) != (_MAGIC, 1, _CODES[np.dtype(dtype)]):
         raise ArtifactError(
-            f"{path}: not the index of {windows} windows of {np.dtype(dtype)} (its header: {magic!r}, version {version}, type "
-            f"{code}, {found} windows): {REMAKE}"
+            f"{path}: not the index of windows of {np.dtype(dtype)} (its header: {magic!r}, version {version}, type {code}): "
+            f"{REMAKE}"
         )
     size = windows * (4 + 8) + documents * 8
     numbers = read_values(path, dtype=np.uint8, shape=(size,), start=_HEADER.size, mapped=True)

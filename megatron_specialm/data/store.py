@@ -38,12 +38,10 @@ logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WAR
 
 @dataclass(frozen=True)
 class Part:
-    """What `store.json` says of a pair of files: the folder where they stand, what is in them, and the size of each."""
+    """What `store.json` says of a pair of files: the folder where they stand, and their sizes by name."""
 
-    windows: Count
-    tokens: Count
+    folder: str
     bytes: dict[str, Count]
-    folder: str = "."
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Split:
     @property
     def files(self) -> list[Part]:
         """The folders that hold its files: the store's own, or those of its shards."""
-        return self.parts or [Part(self.windows, self.tokens, self.bytes or {})]
+        return self.parts or [Part(".", self.bytes or {})]
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,15 @@ class _Part:
     def __init__(self, folder: Path, split: str, part: Part, description: Description) -> None:
         self._path, self._longest = folder / f"{split}.idx", description.context_length
         dtype = token_type(description.vocabulary_size)
-        self._lengths, self._starts = read_index(self._path, dtype=dtype, windows=part.windows)
-        self._tokens = read_values(folder / f"{split}.bin", dtype=dtype, shape=(part.tokens,), mapped=True)
+        self._lengths, self._starts = read_index(self._path, dtype=dtype)
+        self._tokens = read_values(folder / f"{split}.bin", dtype=dtype, shape=(None,), mapped=True)
 
     def __len__(self) -> int:
         return len(self._lengths)
+
+    @property
+    def tokens(self) -> int:
+        return len(self._tokens)
 
     def window(self, index: int) -> np.ndarray:
         start, rest = divmod(int(self._starts[index]), self._tokens.itemsize)
@@ -135,6 +137,12 @@ class TokenStore:
         _allow_open_files(2 * len(parts))
         self._parts = [_Part(folder / part.folder, split, part, description) for part in parts]
         self._firsts = np.cumsum([0, *map(len, self._parts)])  # the number of each part's first window; last, N
+        found, said = (len(self), sum(part.tokens for part in self._parts)), description.splits[split]
+        if found != (said.windows, said.tokens):
+            raise ArtifactError(
+                f"{folder / DESCRIPTION}: {said.windows} windows of {said.tokens} tokens in {split}, and its files have "
+                f"{found[0]} of {found[1]}: {REMAKE}"
+            )
 
     @classmethod
     def open(cls, folder: Path, split: str, *, tokenizer: str | None = None) -> Self:
@@ -269,10 +277,7 @@ def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str
     splits = [(folder, description.splits[split]) for folder, description in shards]
     return {
         **{name: sum(getattr(own, name) for _, own in splits) for name in COUNTS},
-        "parts": [
-            {"folder": folder, "windows": own.windows, "tokens": own.tokens, "bytes": own.bytes}
-            for folder, own in splits
-        ],
+        "parts": [{"folder": folder, "bytes": own.bytes} for folder, own in splits],
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.errors import ArtifactError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, write_json
+from megatron_specialm.base.hash_cache import _read_cache
 from megatron_specialm.base.tensors import TensorFiles, save_tensors
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
@@ -25,7 +26,6 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.launch.hashes import _read_cache
 from megatron_specialm.launch.rows import NEEDED, WORDS, read_csv, to_csv
 from megatron_specialm.launch.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
@@ -140,7 +140,8 @@ def _make_tokenizer(folder: Path) -> None:
 def _make_registry(folder: Path) -> None:
     job = JobRecord("0001", "slm", "slm", "17", "c", ((TaskRecord("law", "d"),),), ("15",), 1.5, 4)
     write_registry(folder, [job])
-    write_json(folder / "jobs" / "slm.json", {"stage": job.stage, "elements": asdict(job)["elements"]})
+    task = {**asdict(job.elements[0][0]), "made_from": {"seed": 0}}
+    write_json(folder / "jobs" / "slm.json", {"stage": job.stage, "elements": [[task]]})
 
 
 def _make_results(folder: Path) -> None:
@@ -201,11 +202,17 @@ KINDS = [
         for name in (MANIFEST, "config.json", "model.safetensors")
     ),
 ]  # fmt: skip
-MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json"}  # where nothing was submitted, and nothing failed
+# Where nothing was submitted, where no node has failed, and of an encoder of earlier versions.
+MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json", MANIFEST}
 
 
 def _noise(content: bytes) -> bytes:
     return random.Random(0).randbytes(len(content))
+
+
+def _npy(dtype: str, shape: str) -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(69)
+    return b"\x93NUMPY\x01\x00\x46\x00" + text.encode() + b"\n."
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -218,8 +225,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a list": lambda _: b"[1, null]",
     "an empty mapping": lambda _: b"{}",
     "deep": lambda _: b"[" * 100_000,
-    "an array of objects": lambda _: b"\x93NUMPY\x01\x00\x46\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(79) + b"\n.",
-    "an array of nothing": lambda _: b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }".ljust(79) + b"\n",
+    "an array of objects": lambda _: _npy("|O", "(1,)"),
+    "an array of nothing": lambda _: _npy("<f4", "(0,)"),
 }  # fmt: skip
 
 
@@ -295,15 +302,18 @@ def test_no_changed_bit_is_a_bug_of_ours(made: Callable[[Kind], Path], kind: Kin
         path.write_bytes(whole)
 
 
-def _array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
-    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+def _array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
+    return lambda path: np.save(path, change(np.load(path)))
 
 
-def _text(name: str, old: str, new: str) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
+def _text(old: str, new: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+def _bytes(place: int, new: bytes) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        content = path.read_bytes()
+        path.write_bytes(content[:place] + new + content[place + len(new) :])
 
     return change
 
@@ -314,50 +324,50 @@ def _put(array: np.ndarray, place: Any, value: Any) -> np.ndarray:
     return array
 
 
-def _bytes(name: str, place: int, new: bytes) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:place] + new + content[place + len(new) :])
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("make", "read", "damage", "says"),
+    ("file", "damage", "says"),
     [
-        (_make_clusters, _read_index, _array("order.npy", lambda a: _put(a, 3, WINDOWS)), "order.npy: has numbers from 0 to 30"),
-        (_make_clusters, _read_index, _array("order.npy", lambda a: a[:-1]), r"order.npy: int32 of shape \(29,\)"),
-        (_make_clusters, _read_index, _array("order.npy", lambda a: a.astype(np.int64)), "order.npy: int64 of shape"),
-        (_make_clusters, _read_index, _array("offsets.npy", lambda a: a[[0, 2, 1, 3]]), "offsets.npy: does not rise"),
-        (_make_clusters, KINDS[12].read, _array("centroids.npy", lambda a: _put(a, (1, 2), np.nan)), "not finite"),
-        (_make_clusters, KINDS[12].read, _array("centroids.npy", lambda a: a[:, :2]), r"centroids.npy: float32 of shape \(3, 2\)"),
-        (_make_clusters, KINDS[12].read, _array("centroids.npy", np.asfortranarray), "column after column"),
-        (_make_clusters, KINDS[11].read, _array("histogram.npy", lambda a: _put(a, 0, -a[0])), "histogram.npy: not the freq"),
-        (_make_clusters, KINDS[10].read, _array("clusters.npy", lambda a: _put(a, 0, K)), "clusters.npy: has numbers from 0 to 3"),
-        (_make_vectors, KINDS[3].read, _array("train.npy", lambda a: _put(a, (1, 2), np.inf)), "train.npy: has vectors"),
-        (_make_store, _read_store, _bytes("train.bin", 6, b"\xf0\xff"), "has token ids from 0 to 65520 for a vocabulary of 100"),
-        (_make_store, _read_store, _bytes("train.idx", 34, b"\x00\x00\x00\x00"), r"train.idx: window 0 has 0 tokens"),
-        (_make_store, _read_store, _bytes("train.idx", 34, b"\x00\x10\x00\x00"), r"train.idx: window 0 has 4096 tokens"),
-        (_make_store, _read_store, _text("store.json", '"windows": ', '"windows": -'), "store.json: splits.train.windows"),
-        (_make_store, lambda f: TokenStore.open(f, "train").batch(np.array([0, 10**6])), lambda _: None, "1000000 are asked"),
-        (_make_cache, _read_cache_of_teacher, _bytes("ids.bin", 0, b"\xff\xff"), "ids.bin: has token ids"),
-        (_make_cache, _read_cache_of_teacher, _bytes("lengths.bin", 0, b"\x04"), "lengths.bin: not the lengths"),
-        (_make_cache, _read_cache_of_teacher, _text("cache.json", '"top-k"', '"best"'), "cache.json: kept.kind: Input should be"),
-        (_make_cache, _read_cache_of_teacher, _text("cache.json", '"count": 2', '"count": 0'), "cache.json: kept: .* at least 1"),
-        (_make_results, KINDS[-6].read, _text("results.json", '"nll": 1', '"nll": "x"'), "results.json: row 0: nll is 'x'"),
-        (_make_results, KINDS[-6].read, _text("results.json", '"perplexity": 2.7', '"perplexity": NaN'), "NaN is no number"),
-        (_make_training, _read_training, _text("result.json", "step_0000002", "../other/step_0000002"), "no step of this"),
-        (_make_training, _read_training, _text("result.json", '"step": 2', '"step": 3'), "no step of this training"),
+        ("order.npy", _array(lambda a: _put(a, 3, WINDOWS)), "order.npy: has numbers from 0 to 30"),
+        ("order.npy", _array(lambda a: a[:-1]), r"order.npy: int32 of shape \(29,\), where int32 of shape \(30\) belongs"),
+        ("order.npy", _array(lambda a: a.astype(np.int64)), "order.npy: int64 of shape"),
+        ("offsets.npy", _array(lambda a: a[[0, 2, 1, 3]]), "offsets.npy: does not rise"),
+        ("centroids.npy", _array(lambda a: _put(a, (1, 2), np.nan)), "centroids.npy: has values that are not finite"),
+        ("centroids.npy", _array(lambda a: a[:, :2]), r"centroids.npy: float32 of shape \(3, 2\)"),
+        ("centroids.npy", _array(np.asfortranarray), "centroids.npy: .* column after column"),
+        ("histogram.npy", _array(lambda a: _put(a, 0, -a[0])), "histogram.npy: not the frequencies"),
+        ("clusters.npy", _array(lambda a: _put(a, 0, K)), "clusters.npy: has numbers from 0 to 3"),
+        ("train.npy", _array(lambda a: _put(a, (1, 2), np.inf)), "train.npy: has vectors that are not finite"),
+        ("train.bin", _bytes(6, b"\xf0\xff"), "has token ids from 0 to 65520 for a vocabulary of 100"),
+        ("train.idx", _bytes(34, b"\x00\x00\x00\x00"), "train.idx: window 0 has 0 tokens"),
+        ("train.idx", _bytes(34, b"\x00\x10\x00\x00"), "train.idx: window 0 has 4096 tokens"),
+        ("store.json", _text('"windows": ', '"windows": -'), "store.json: splits.train.windows"),
+        ("store.json", _text('"windows": ', '"windows": 1'), "store.json: 1.* windows of .* tokens in train, and its files"),
+        ("ids.bin", _bytes(0, b"\xff\xff"), "ids.bin: has token ids"),
+        ("lengths.bin", _bytes(0, b"\x04"), "lengths.bin: not the lengths of windows with 12 tokens"),
+        ("cache.json", _text('"top-k"', '"best"'), "cache.json: kept.kind: Input should be"),
+        ("cache.json", _text('"count": 2', '"count": 0'), "cache.json: kept: .*keeps at least 1 entry"),
+        ("results.json", _text('"nll": 1', '"nll": "x"'), "results.json: row 0: nll is 'x'"),
+        ("results.json", _text('"perplexity": 2.7', '"perplexity": NaN'), "results.json: .*NaN is no number"),
+        ("result.json", _text("step_0000002", "../other/step_0000002"), "result.json: names '../other/.* is no step of this"),
+        ("result.json", _text('"step": 2', '"step": 3'), "result.json: names .* for step 3, which is no step of this"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_noticed(
-    tmp_path: Path, make: Callable[[Path], object], read: Callable[[Path], object], damage: Callable[[Path], object],
-    says: str,
-) -> None:  # fmt: skip
-    make(tmp_path)
-    damage(tmp_path)
+    tmp_path: Path, file: str, damage: Callable[[Path], object], says: str
+) -> None:
+    kind = next(kind for kind in KINDS if kind.file == file)
+    kind.make(tmp_path)
+    damage(tmp_path / file)
     with pytest.raises(ArtifactError, match=says):
-        read(tmp_path)
+        kind.read(tmp_path)
+
+
+def test_a_window_that_there_is_not(tmp_path: Path) -> None:
+    _make_store(tmp_path)
+    store = TokenStore.open(tmp_path, "train")
+    for ids in ([0, len(store)], [-1, 0]):
+        with pytest.raises(ArtifactError, match=rf"{tmp_path}: has windows 0 to .*, and windows .* are asked for"):
+            store.batch(np.array(ids))
 
 
 # --- what a manifest lists is what is read ----------------------------------------------------------------------------
