@@ -18,7 +18,7 @@ from megatron_specialm.base.hash_cache import _read_cache
 from megatron_specialm.base.tensors import TensorFiles, save_tensors
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
-from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import TfidfEncoder
 from megatron_specialm.config.setup import Passes
 from megatron_specialm.data import cluster_files
@@ -167,7 +167,8 @@ def _make_export(folder: Path) -> None:
 
 
 def _make_page(folder: Path) -> None:
-    (folder / "pipeline.yaml").write_text("name: p\nroot: r\ntext: {generic: {train: [a]}}\nstages: {}\n")
+    page = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
+    (folder / "pipeline.yaml").write_text(dump_pipeline(page))
 
 
 KINDS = [
@@ -230,6 +231,18 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
+# What is as good as another content, to a reader that does not know the hash which the task's marker has.
+STILL_GOOD = {
+    *(
+        ("train.bin", "zeros"),
+        ("ids.bin", "zeros"),
+        ("nodes.json", "an empty mapping"),
+        ("rows.csv", "its last byte cut"),
+    ),
+    *((name, damage) for name in ("log_probabilities.bin", "tail.bin") for damage in ("zeros", "noise")),
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
     """A folder with the files of a kind, whole; it is made once."""
@@ -254,7 +267,7 @@ def test_whatever_is_wrong_with_a_file_is_said_of_it(made: Callable[[Kind], Path
     try:
         for name, damage in DAMAGES.items():
             path.write_bytes(damage(whole))
-            _refused(kind, folder, name)
+            _refused(kind, folder, name, may_pass=(kind.file, name) in STILL_GOOD)
         path.unlink()
         if kind.file not in MAY_BE_MISSING:
             _refused(kind, folder, "missing")
@@ -265,7 +278,7 @@ def test_whatever_is_wrong_with_a_file_is_said_of_it(made: Callable[[Kind], Path
         path.write_bytes(whole)
 
 
-def _refused(kind: Kind, folder: Path, damage: str) -> None:
+def _refused(kind: Kind, folder: Path, damage: str, *, may_pass: bool = False) -> None:
     try:
         kind.read(folder)
     except SpecialmError as error:
@@ -273,7 +286,7 @@ def _refused(kind: Kind, folder: Path, damage: str) -> None:
     except Exception as error:
         raise AssertionError(f"{kind.file}, {damage}: {error!r}") from error
     else:
-        raise AssertionError(f"{kind.file}, {damage}: nothing was said")
+        assert may_pass, f"{kind.file}, {damage}: nothing was said"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.file)
@@ -289,15 +302,7 @@ def test_no_changed_bit_is_a_bug_of_ours(made: Callable[[Kind], Path], kind: Kin
             content = bytearray(whole)
             content[place] ^= 1 << draw.randrange(8)
             path.write_bytes(content)
-            if kind.sealed:
-                _refused(kind, folder, f"a bit of byte {place}")
-                continue
-            try:
-                kind.read(folder)
-            except SpecialmError:
-                pass
-            except Exception as error:
-                raise AssertionError(f"{kind.file}, a bit of byte {place}: {error!r}") from error
+            _refused(kind, folder, f"a bit of byte {place}", may_pass=not kind.sealed)
     finally:
         path.write_bytes(whole)
 
