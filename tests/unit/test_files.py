@@ -88,9 +88,9 @@ def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
 def test_an_array_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
     begun = False
     says = rf"^{tmp_path}/train\.npy: larger than files may be.*it takes 4,128 bytes, and [\d,]+ are free"
-    with pytest.raises(MachineError, match=says), machine_errors():
-        with new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
-            begun = True
+    found = pytest.raises(MachineError, match=says)
+    with found, machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
+        begun = True
     assert not begun and not list(tmp_path.iterdir())
 
 
