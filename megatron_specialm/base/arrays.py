@@ -8,6 +8,7 @@ error that nothing can catch.
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -47,9 +48,9 @@ def read_values(
     """Read values that stand in a file from byte `start` to its end, without a header; as `read_array` otherwise. With
     (None,) as shape these are all that there are."""
     with reading(path, form="such values", remedy=remedy):
-        if shape == (None,):
-            shape = ((path.stat().st_size - start) // np.dtype(dtype).itemsize,)
-        return _values(path, start, dtype, shape, mapped=mapped, remedy=remedy)
+        there = (path.stat().st_size - start) // np.dtype(dtype).itemsize
+        own = tuple(there if size is None else size for size in shape)
+        return _values(path, start, dtype, own, mapped=mapped, remedy=remedy)
 
 
 def read_arrays(path: Path, arrays: Mapping[str, tuple[DTypeLike, Dimensions]]) -> dict[str, np.ndarray]:
@@ -127,14 +128,16 @@ def _check(
         raise ArtifactError(f"{what}: {found} of shape {own}, where {wanted} of shape ({sizes}) belongs: {remedy}")
 
 
-def _values(path: Path, start: int, dtype: DTypeLike, shape: Dimensions, *, mapped: bool, remedy: str) -> np.ndarray:
+def _values(
+    path: Path, start: int, dtype: DTypeLike, shape: tuple[int, ...], *, mapped: bool, remedy: str
+) -> np.ndarray:
     size, wanted = path.stat().st_size, start + _size(dtype, shape)
     if size != wanted:
         raise ArtifactError(
             f"{path}: {size} bytes, and {wanted} are {np.dtype(dtype)} of shape {shape}: cut short or overwritten: {remedy}"
         )
     if wanted == start:  # which cannot be mapped
-        return np.empty(shape, dtype)
+        return np.empty(shape, np.dtype(dtype))
     if mapped:  # a plain array on the mapped file: slices of np.memmap itself cost three times as much
         return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=shape))
     array = np.fromfile(path, dtype, offset=start).reshape(shape)
@@ -147,5 +150,5 @@ def _check_finite(what: object, array: np.ndarray, remedy: str) -> None:
         raise ArtifactError(f"{what}: has values that are not finite: {remedy}")
 
 
-def _size(dtype: DTypeLike, shape: Dimensions) -> int:
-    return np.dtype(dtype).itemsize * int(np.prod(shape, dtype=object))
+def _size(dtype: DTypeLike, shape: tuple[int, ...]) -> int:
+    return np.dtype(dtype).itemsize * math.prod(shape)

@@ -127,7 +127,7 @@ class TokenStore:
     """The windows of one split. Tokens and their index are memory-mapped: in memory are a few hundred bytes per shard."""
 
     def __init__(self, folder: Path, split: str, description: Description) -> None:
-        self.folder = folder
+        self.folder, self._split = folder, split
         self.context_length = description.context_length
         self.vocabulary_size = description.vocabulary_size
         self.eod = description.eod
@@ -206,8 +206,8 @@ class TokenStore:
         """Tokens that have all been found to be of the vocabulary: an embedding table has no rows for others."""
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
             raise ArtifactError(
-                f"{self.folder}: has token ids from {tokens.min()} to {tokens.max()} for a vocabulary of "
-                f"{self.vocabulary_size}: {REMAKE}"
+                f"{self.folder}: {self._split}.bin, of it or of one of its shards, has token ids from {tokens.min()} to "
+                f"{tokens.max()} for a vocabulary of {self.vocabulary_size}: {REMAKE}"
             )
         return tokens
 
