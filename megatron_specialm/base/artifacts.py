@@ -221,11 +221,11 @@ def _unshare(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Label:
-    """What a label has in any case, and of which types the rest is; those of earlier versions lack `made_from`."""
+    """Of which types a label's values are; those of earlier versions lack some."""
 
     digest: str
     incarnation: str | None = None
-    made_from: dict[str, Any] | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
 
 
 def read_label(folder: Path) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def read_label(folder: Path) -> dict[str, Any]:
     """
     remedy = f"move {folder} away"
     read_json(folder / LABEL, _Label, remedy=remedy)
-    return read_json(folder / LABEL, dict[str, Any], remedy=remedy)
+    return {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
 
 
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:
