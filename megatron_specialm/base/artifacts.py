@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, FileSeal, atomic_path, fsync_path, read_json, sha256_json, write_json
+from megatron_specialm.base.files import (
+    MANIFEST,
+    FileSeal,
+    atomic_path,
+    fsync_path,
+    read_json,
+    remove_leftovers,
+    sha256_json,
+    write_json,
+)
 from megatron_specialm.base.integrity import find_damage, list_files
 
 ARTIFACTS = "artifacts"
@@ -141,6 +150,7 @@ def begin_artifact(
     shutil.rmtree(_aside(folder), ignore_errors=True)  # of a take-over that was killed
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).unlink(missing_ok=True)
+    remove_leftovers(folder)
     _unshare(folder)
     write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation(), "made_from": dict(made_from or {})})
     place = view(root, stage, key)
@@ -209,16 +219,24 @@ def _unshare(folder: Path) -> None:
                 shutil.copyfile(path, own)
 
 
+@dataclass(frozen=True)
+class _Label:
+    """Of which types a label's values are; those of earlier versions lack some."""
+
+    digest: str
+    incarnation: str | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+
 def read_label(folder: Path) -> dict[str, Any]:
     """An artifact's label: `digest`, `incarnation`, `made_from`.
 
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    label = read_json(folder / LABEL)
-    if not isinstance(label, dict) or not isinstance(label.get("digest"), str):
-        raise ArtifactError(f"{folder / LABEL}: not a task's label: the file is damaged; move {folder} away")
-    return label
+    remedy = f"move {folder} away"
+    read_json(folder / LABEL, _Label, remedy=remedy)
+    return {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
 
 
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:
@@ -262,17 +280,13 @@ def read_marker(folder: Path) -> Marker | None:
     path = folder / MARKER
     if not path.exists():
         return None
-    try:
-        value = read_json(path)
-        if value.pop("sha256") != sha256_json(value):
-            raise ArtifactError(
-                f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; "
-                "put it back from a copy, or remove it and run again"
-            )
-        apart = Cost(**value["apart"]) if value["apart"] else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart, value["files"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+    remedy = "put it back from a copy, or remove it and run again"
+    value = read_json(path, dict[str, Any], remedy=remedy)
+    if value.pop("sha256", None) != sha256_json(value):
+        raise ArtifactError(
+            f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; {remedy}"
+        )
+    return read_json(path, Marker, remedy=remedy)
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:

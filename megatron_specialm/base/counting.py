@@ -5,7 +5,6 @@ look into the task's folder.
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_specialm.base.files import write_json
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lifeline import Lifeline
 
 FILE = "progress.json"
@@ -78,9 +78,10 @@ def counted(
 
 
 def read_count(folder: Path) -> Count | None:
-    """How far the work in a folder is; None where it has told nothing yet, or is at its end."""
-    with contextlib.suppress(FileNotFoundError):
-        return Count(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    """How far the work in a folder is; None where it has told nothing yet, or is at its end. It is for people to look at, so
+    nothing ends because the file is damaged."""
+    with contextlib.suppress(ArtifactError):
+        return read_json(folder / FILE, Count)
     return None
 
 

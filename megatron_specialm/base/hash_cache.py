@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,20 @@ def _is_current(entry: Any, stamp: list[int]) -> bool:
     return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A file of the cache: its stamp, when it was read, in nanoseconds of Unix time, and its SHA-256."""
+
+    stamp: list[int]
+    read: int
+    sha256: str
+
+
 def _read_cache(cache: Path) -> dict[str, Any]:
     """What is in it; nothing where it is missing, damaged or of an older version, since its loss costs time only."""
     try:
-        entries = read_json(cache)
-        wanted = {"stamp", "read", "sha256"}
-        return {name: entry for name, entry in entries.items() if entry.keys() == wanted}
-    except (ArtifactError, OSError, AttributeError):
+        return {name: asdict(entry) for name, entry in read_json(cache, dict[str, _Entry]).items()}
+    except (ArtifactError, OSError):
         return {}
 
 

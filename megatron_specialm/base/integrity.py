@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, FileSeal, read_json, seal_file
+from megatron_specialm.base.files import MANIFEST, FileSeal, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
@@ -26,7 +26,7 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, File
     seals: dict[str, FileSeal] = {}
     for manifest in folder.rglob(MANIFEST):
         inside = manifest.parent.relative_to(folder)
-        seals |= {(inside / name).as_posix(): seal for name, seal in read_json(manifest)["files"].items()}
+        seals |= {(inside / name).as_posix(): seal for name, seal in listed_files(manifest.parent).items()}
     return {name: seals.get(name) or seal_file(folder / name) for name in present_files(folder, without=without)}
 
 
@@ -54,8 +54,8 @@ def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
             size = path.stat().st_size
         except OSError as error:
             return f"{path}: {error.strerror}, though the task that made it has finished"
-        if size != seal["bytes"]:
-            return f"{path}: {size} bytes, and {seal['bytes']} when it was made: the file was cut or grew"
+        if size != seal.bytes:
+            return f"{path}: {size} bytes, and {seal.bytes} when it was made: the file was cut or grew"
     return None
 
 
@@ -72,7 +72,7 @@ def check_files(folder: Path, files: Mapping[str, FileSeal], *, again: bool = Fa
         raise ArtifactError(damage)
     hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again)
     for path, sha256 in hashes.items():
-        if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
+        if sha256 != files[path.relative_to(folder).as_posix()].sha256:
             raise ArtifactError(
                 f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or "
                 f"remove {folder}/done.json and run again"

@@ -17,6 +17,7 @@ token, not even where it spells it out: an imported tokenizer in which it would 
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,7 +27,15 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.base.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
+from megatron_specialm.base.files import (
+    atomic_path,
+    read_json,
+    reading,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
 from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
@@ -46,6 +55,22 @@ PROBES = (
     "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
     "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
 )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    pad_token: str | None = None
+    unk_token: str | None = None
+    padding_side: Literal["left", "right"] | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The content of `settings.json`, as far as its types matter."""
+
+    library: Literal["sentencepiece", "tokenizers"]
+    eod: str
+    kept: _Kept = _Kept()
 
 
 class Tokenizer:
@@ -77,16 +102,15 @@ class Tokenizer:
         Raises:
             ArtifactError: a file is missing or damaged.
         """
-        settings = read_json(folder / SETTINGS)
-        try:
+        said = read_json(folder / SETTINGS, _Settings)
+        with reading(folder / JSON, form="a tokenizer"):
             exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
-            native = settings["library"] == "sentencepiece"
-            encode, decode = _sentencepiece_calls(folder / MODEL) if native else _tokenizers_calls(exported)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ArtifactError(
-                f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again"
-            ) from None
-        return cls(folder, encode, decode, exported, settings)
+            encode, decode = _tokenizers_calls(exported)
+        if said.library == "sentencepiece":
+            with reading(folder / MODEL, form="a SentencePiece model"):
+                encode, decode = _sentencepiece_calls(folder / MODEL)
+        with reading(folder / JSON, form="a tokenizer"):
+            return cls(folder, encode, decode, exported, read_json(folder / SETTINGS, dict[str, Any]))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of token ids per text, in one thread, without special tokens."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import (
     LABEL,
-    Cost,
     Marker,
     artifact_folder,
     finish_artifact,
@@ -18,7 +17,6 @@ from megatron_specialm.base.artifacts import (
     read_label,
     read_marker,
 )
-from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
 
 
@@ -52,9 +50,4 @@ def adopt_earlier_layout(root: Path) -> None:
 
 
 def _read(path: Path) -> Marker:
-    value = read_json(path)
-    try:
-        apart = Cost(**value["apart"]) if value.get("apart") else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+    return read_json(path, Marker, remedy="remove it and run again")

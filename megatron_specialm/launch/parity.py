@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from rich.table import Column, Table
-from safetensors.numpy import load_file
 
 from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.temporary import short_place
+from megatron_specialm.base.tensors import TensorFiles
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 
@@ -83,10 +83,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """The content of a `numbers-RANK.json`: see `train/parity.py`."""
+
+    loss: list[float]
+    gradient_norm: list[float]
+    validation_loss: float
+    squares: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """What the processes of one run wrote, put together."""
 
-    numbers: dict[str, Any]
+    numbers: _Numbers
     squares: dict[str, float]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
@@ -218,15 +228,13 @@ def _last_line(log: Path) -> str:
 
 
 def _read(folder: Path) -> Run:
-    tensors: dict[str, np.ndarray] = {}
+    tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
-    for path in sorted(folder.glob("tensors-*.safetensors")):
-        tensors.update(load_file(path))
     for path in sorted(folder.glob("numbers-*.json")):
-        for name, value in read_json(path)["squares"].items():
+        for name, value in read_json(path, _Numbers).squares.items():
             squares[name] = squares.get(name, 0.0) + value
     return Run(
-        read_json(folder / "numbers-0.json"),
+        read_json(folder / "numbers-0.json", _Numbers),
         squares,
         {name.removeprefix("gradients/"): tensor for name, tensor in tensors.items() if name.startswith("gradients/")},
         {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")},
@@ -236,9 +244,9 @@ def _read(folder: Path) -> Run:
 def _differences(case: ParityCase, one: Run, many: Run) -> list[Difference]:
     way = case.learning_rate * case.steps
     by_quantity = {
-        "loss": _of_steps(one.numbers["loss"], many.numbers["loss"]),
-        "gradient_norm": _of_steps(one.numbers["gradient_norm"], many.numbers["gradient_norm"]),
-        "validation_loss": _of_steps([one.numbers["validation_loss"]], [many.numbers["validation_loss"]]),
+        "loss": _of_steps(one.numbers.loss, many.numbers.loss),
+        "gradient_norm": _of_steps(one.numbers.gradient_norm, many.numbers.gradient_norm),
+        "validation_loss": _of_steps([one.numbers.validation_loss], [many.numbers.validation_loss]),
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
@@ -262,7 +270,7 @@ def _of_weights(
 
 def _norm_counts(case: ParityCase, run: Run) -> dict[str, float]:
     """How often each weight's gradient is in the norm. The squares are of clipped gradients, the tensors are not yet."""
-    factor = min(1.0, case.clip_grad / (run.numbers["gradient_norm"][0] + 1e-6))
+    factor = min(1.0, case.clip_grad / (run.numbers.gradient_norm[0] + 1e-6))
     counts = {}
     for name, gradient in run.gradients.items():
         whole = float(np.square(gradient.astype(np.float64)).sum()) * factor**2

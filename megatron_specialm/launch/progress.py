@@ -1,10 +1,11 @@
 """What a run shows while it works: a live bar per task on a terminal, plain lines of how far long ones are elsewhere."""
 
-import json
+import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +14,23 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 
 from megatron_specialm.base.counting import minutes, read_count
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import parse_json
 from megatron_specialm.config.graph import TaskId
 
 PLAIN_SECONDS = 15.0  # between two lines about one task where there is no terminal
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is looked at of a step's record in `metrics.jsonl`. `loss` is None where it is not finite."""
+
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float
+    eta_seconds: float
+    mfu: float | None
 
 
 class Progress:
@@ -67,7 +82,7 @@ def _position(folder: Path) -> tuple[int, int | None, str, str] | None:
     """How far a task is, of how much, and in words beside a bar and in a line; None where it has told nothing."""
     if (record := last_record(folder / "metrics.jsonl")) is not None:
         state = _describe(record)
-        return record["step"], record["steps"], state, f"step {record['step']}/{record['steps']} {state}"
+        return record.step, record.steps, state, f"step {record.step}/{record.steps} {state}"
     count = read_count(folder)
     return None if count is None else (count.done, count.of, str(count), str(count))
 
@@ -77,24 +92,21 @@ def _folded(text: str) -> TextColumn:
     return TextColumn(text, table_column=Column(overflow="fold"), markup=False)
 
 
-def _describe(record: Mapping[str, Any]) -> str:
-    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-    mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.0%}"
-    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes(record['eta_seconds'])} left"
+def _describe(record: StepRecord) -> str:
+    loss = "not finite" if record.loss is None else f"{record.loss:.3f}"
+    mfu = "" if record.mfu is None else f", MFU {record.mfu:.0%}"
+    return f"loss {loss}, {record.tokens_per_second:,.0f} tokens/s{mfu}, {minutes(record.eta_seconds)} left"
 
 
-def last_record(path: Path) -> dict[str, Any] | None:
-    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet."""
+def last_record(path: Path) -> StepRecord | None:
+    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet. It is
+    for people to look at: a line that is none, as a kill leaves one, is passed over."""
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = file.read().split(b"\n")[:-1]
     for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "tokens_per_second" in record:
-            return record
+        with contextlib.suppress(ArtifactError):
+            return parse_json(line, StepRecord, path=path)
     return None

@@ -65,7 +65,7 @@ def _verify(folder: Path, finding: Finding, *, deep: bool) -> None:
     if marker.digest != digest:
         raise ArtifactError(f"{folder / MARKER}: is of digest {marker.digest}, and {LABEL} of {digest}")
     finding.files += len(marker.files)
-    finding.bytes += sum(seal["bytes"] for seal in marker.files.values())
+    finding.bytes += sum(seal.bytes for seal in marker.files.values())
     present = present_files(folder, without=(LABEL, MARKER))
     finding.unlisted += [str(folder / name) for name in present if name not in marker.files]
     if deep:

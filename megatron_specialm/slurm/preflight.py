@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.config.site import Preflight
 
 Answer = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What an answer has in any case, and of which types the rest is: see `node_check.py`."""
+
+    began: float
+    gpus: int
+    products: dict[str, float | None]
+    alone: float | None = None
+    ended: float | None = None
+    bytes_per_second: float | None = None
+    error: str | None = None
+    joint_error: str | None = None
 
 
 def check_nodes(
@@ -91,6 +106,7 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
 
 def _answer(path: Path) -> Answer | None:
     try:
+        read_json(path, _Answer)
         return read_json(path)
     except ArtifactError:
         return None

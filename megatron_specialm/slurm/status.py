@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker, view
 from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.yaml_file import read_yaml_file
 from megatron_specialm.launch.capped import capped_warnings
 from megatron_specialm.launch.logs import last_line
 from megatron_specialm.launch.plan import PlannedTask, make_plan
@@ -165,8 +164,7 @@ def _trainings(running: Iterable[tuple[str, Path]]) -> Iterator[Training]:
     for key, folder in running:
         record = last_record(folder / "metrics.jsonl")
         if record is not None:
-            values = (record[field] for field in ("step", "steps", "loss", "tokens_per_second", "eta_seconds"))
-            yield Training(key, *values)
+            yield Training(key, record.step, record.steps, record.loss, record.tokens_per_second, record.eta_seconds)
 
 
 def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:
@@ -201,6 +199,6 @@ def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
     if not states:
         return None
     profile = submission_folder(root, states[-1].job.submission) / "site.yaml"
-    site: Any = yaml.safe_load(profile.read_text(encoding="utf-8")) if profile.exists() else None
+    site: Any = read_yaml_file(profile) if profile.exists() else None
     gpu = site.get("gpu") if isinstance(site, dict) else None
-    return dense_peak(gpu) if gpu else None
+    return dense_peak(gpu) if isinstance(gpu, str) else None

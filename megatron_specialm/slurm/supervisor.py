@@ -8,7 +8,6 @@ the ranks alone were told to end, as they are when a partition's GraceTime begin
 """
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,7 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import MachineError, SpecialmError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.base.outcome import Failure, Saved
 from megatron_specialm.config.site import Launcher, Site
 from megatron_specialm.slurm.allocation import Allocation
 from megatron_specialm.slurm.attempts import Ending, reason_to_end
@@ -90,7 +91,7 @@ def supervise(work: Work) -> int:
         logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
         try:
             ending = _attempt(work, asked)
-        except MachineError as error:
+        except SpecialmError as error:  # the machine's doing, or a file of this attempt that is damaged
             ending = Ending("failed", str(error), exit_code=error.exit_code)
         final = ending.outcome == "finished" or asked.by is signal.SIGTERM
         end_reason = None if final else reason_to_end(ending, before, work.site.limits)
@@ -205,12 +206,12 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
         return Ending("finished", "all tasks are done", step)
     if asked.by is not None:
         return _stopped(work, asked.by, step)
-    errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob(ERRORS))]
+    errors = [read_json(path, Failure) for path in sorted(work.folder.glob(ERRORS))]
     if errors:
         # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
-        first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
-        at = first["step"] if first["step"] is not None else step
-        return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
+        first = min(errors, key=lambda failure: ("another process" in failure.error, failure.time))
+        at = first.step if first.step is not None else step
+        return Ending("failed", f"{first.node}: {first.error}", at, exit_code=first.exit_code)
     if (work.folder / STOPPED).exists():  # torchrun tells ranks to stop when one fails: its error counts, above
         return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
@@ -219,7 +220,7 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
 def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
     saved = work.folder / STOPPED
     if saved.exists():
-        step = json.loads(saved.read_text(encoding="utf-8"))["step"]
+        step = read_json(saved, Saved).step
         what = "stopped" if step is None else f"saved at step {step}"
     else:
         what = "nothing was saved, so it goes on from the checkpoint before"

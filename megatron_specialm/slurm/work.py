@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.inline import attended, do_together
 from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.launch.worker import ignore_expected_warnings, limit_threads
+
+
+@dataclass(frozen=True)
+class _Task:
+    key: str
+    made_from: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The content of a job's file, as far as it is used: what each of its elements is to do."""
+
+    stage: str
+    elements: list[list[_Task]]
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
@@ -45,14 +60,10 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
 
 def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The stage, and of each task its key and what its digest is of."""
-    job: dict[str, Any] = read_json(job_file)
-    try:
-        tasks = [(task["key"], task["made_from"]) for task in job["elements"][element]]
-        return job["stage"], tasks
-    except (KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(
-            f"{job_file}: does not say what element {element} is to do ({error!r}): submit again"
-        ) from None
+    job = read_json(job_file, _Job, remedy="submit again")
+    if not 0 <= element < len(job.elements):
+        raise ArtifactError(f"{job_file}: does not say what element {element} is to do: submit again")
+    return job.stage, [(task.key, task.made_from) for task in job.elements[element]]
 
 
 def _element(environ: Mapping[str, str]) -> int:

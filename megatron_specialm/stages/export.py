@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import give_usual_mode, publish_folder, write_text
+from megatron_specialm.base.files import publish_folder, write_text
+from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.config.graph import model_task
 from megatron_specialm.config.lineage import is_finetuned, method_of, text_set, trainings
 from megatron_specialm.config.model import ModelConfig
@@ -91,11 +91,10 @@ def _write(
         pad=tokenizer.pad,
     )  # fmt: skip
     config.save_pretrained(folder)
-    save_file(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
     ends = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     GenerationConfig(**ends).save_pretrained(folder)
     save_tokenizer(tokenizer, folder, context_length=store.context_length)
-    give_usual_mode(*(path for path in folder.rglob("*") if path.is_file()))
 
 
 @torch.no_grad()

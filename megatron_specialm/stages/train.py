@@ -4,24 +4,33 @@
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import megatron_specialm
+from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.files import atomic_path, read_json
+from megatron_specialm.base.files import read_json
 from megatron_specialm.config.finetuning import Capped, capped_warning
-from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
+from megatron_specialm.config.lineage import (
+    assign_stage,
+    cluster_count,
+    cluster_of,
+    has_online_teacher,
+    key_for,
+    model_of,
+    setup_of,
+)
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.rates import at_rate, trial_key, trial_of
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.cluster_files import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
@@ -141,14 +150,24 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
     }
 
 
+@dataclass(frozen=True)
+class _Certificate:
+    """What is looked at of a certificate: see `launch/parity.py`."""
+
+    layout: dict[str, Any]
+    precision: str
+    versions: dict[str, str]
+
+
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
     """What `specialm parity` has found of this layout, if it was asked, with this code's versions."""
     path = context.root / "parity" / f"{context.task.id.stage}.json"
     if not path.exists():
         return None
-    found = read_json(path)
-    same = found["layout"] == stage.parallel.model_dump(mode="json") and found["precision"] == stage.precision
-    current = found["versions"]["torch"] == importlib.metadata.version("torch")
+    remedy = "remove it, or run `specialm parity` again"
+    found, said = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
+    same = said.layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
+    current = said.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
         logger.warning("%s is of another layout or version: run `specialm parity` again", path)
         return None
@@ -158,9 +177,9 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
 def _write_centroid(stage: TrainStage, context: Context) -> None:
     """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
     assign = assign_stage(context.pipeline, stage.assignment or "")
-    centroids = np.load(context.artifact(assign.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
-    with atomic_path(context.folder / "centroid.npy") as path, path.open("wb") as file:
-        np.save(file, centroids[cluster_of(context.model_key)], allow_pickle=False)
+    k = cluster_count(context.pipeline, stage.assignment or "")
+    centroids = read_centroids(context.artifact(assign.clusters, GENERIC), k=k)
+    write_array(context.folder / CENTROID, centroids[cluster_of(context.model_key)])
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:

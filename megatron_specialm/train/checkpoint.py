@@ -6,63 +6,69 @@
 
 Tensors are whole and canonical (`model/weights.py`); each process writes those that fall to it, so what a file holds is
 of no consequence to a reader. A step is written aside, fsynced, hashed and renamed: a `step_N` folder is whole by
-construction; a reader checks the hashes all the same. Nothing in it is a pickle.
+construction; a reader checks the hashes all the same, and opens what the manifest lists and nothing else. Nothing in it is a
+pickle.
 """
 
 import functools
+import logging
 import os
 import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_specialm.base.artifacts import refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
+    MANIFEST,
+    REMAKE,
     FileSeal,
     fsync_path,
-    give_usual_mode,
     link_folder,
+    listed_files,
     publish_folder,
     read_json,
     seal_file,
+    unlisted_files,
     verify_folder,
     write_json,
 )
+from megatron_specialm.base.tensors import TensorFiles, save_tensors
 from megatron_specialm.train.peers import Peers
 
+STATE, RESULT = "state.json", "result.json"
+REMEDY = "remove the step's folder and run the same command again, which goes on from the step before"
 _STEP = re.compile(r"step_(\d{7,})")
+_PARTS = {part: re.compile(rf"{part}-\d{{5}}\.safetensors") for part in ("model", "optimizer")}
+
+logger = logging.getLogger(__name__)
 
 
-class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of several safetensors files, each read when it is asked for."""
+@dataclass(frozen=True)
+class _Progress:
+    step: int
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from None
-            self._files.update(dict.fromkeys(file.keys(), file))
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+@dataclass(frozen=True)
+class _State:
+    """What is read of a state here. `progress` is of a training that may go on from there."""
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+    progress: _Progress | None = None
+    learning_rate: float | None = None
 
-    def __len__(self) -> int:
-        return len(self._files)
+
+@dataclass(frozen=True)
+class _Result:
+    step: int
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,13 @@ def save_checkpoint(
         seals = {}
         for path, tensors in ((aside / f"{part}-{peers.rank:05d}.safetensors", parts[part]) for part in parts):
             if tensors:
-                _save_file(tensors, path)
+                save_tensors(tensors, path)
                 seals[path.name] = seal_file(path)
         return seals
 
     def publish() -> None:
         refuse_if_taken_over(folder)
-        write_json(aside / "state.json", state)
+        write_json(aside / STATE, state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
 
     aside = peers.from_first(lambda: _make_aside(final))
@@ -150,7 +156,7 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
     for step in steps:
         theirs, final = step_folder(source, step), step_folder(folder, step)
         try:
-            verify_folder(theirs)
+            read_checkpoint(theirs)
         except ArtifactError as error:
             raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
         aside = _make_aside(final)
@@ -173,21 +179,9 @@ def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
 def _rate_of(step: Path) -> float | None:
     """None where the step does not say: a damaged one is passed over anyway."""
     try:
-        return float(read_json(step / "state.json")["learning_rate"])
-    except (ArtifactError, KeyError, TypeError, ValueError):
+        return read_json(step / STATE, _State).learning_rate
+    except ArtifactError:
         return None
-
-
-def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors; what the operating system refuses is its own error, which safetensors wraps in words."""
-    try:
-        save_file(dict(tensors), path)
-        give_usual_mode(path)
-    except SafetensorError as error:
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            code = int(number.group(1))
-            raise OSError(code, os.strerror(code), str(path)) from None
-        raise
 
 
 class Saver:
@@ -246,31 +240,45 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for step in reversed(_steps(folder)):
         try:
-            verify_folder(step_folder(folder, step))
-            return step_folder(folder, step), skipped
+            return read_checkpoint(step_folder(folder, step)).folder, skipped
         except ArtifactError as error:
             skipped.append(f"{step_folder(folder, step).name}: {error}")
     return None, skipped
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A verified step with all that training needs to go on."""
-    return Checkpoint(
-        folder,
-        TensorFiles(sorted(folder.glob("model-*.safetensors"))),
-        TensorFiles(sorted(folder.glob("optimizer-*.safetensors"))),
-        read_json(folder / "state.json"),
-    )
+    """A verified step with all that training needs to go on.
+
+    Raises:
+        ArtifactError: its manifest lists no weights or no state, its state is of another step, or two of its files have a
+            tensor of the same name.
+    """
+    listed = listed_files(folder)
+    files = {part: [folder / name for name in sorted(listed) if own.fullmatch(name)] for part, own in _PARTS.items()}
+    if STATE not in listed or not files["model"]:
+        raise CheckpointError(f"{folder / MANIFEST}: lists no {'weights' if STATE in listed else STATE}: {REMEDY}")
+    of = read_json(folder / STATE, _State, remedy=REMEDY).progress
+    if of is not None and step_folder(folder.parent, of.step).name != folder.name:
+        raise CheckpointError(f"{folder / STATE}: is of step {of.step}: {REMEDY}")
+    weights, optimizer_state = (TensorFiles(files[part]) for part in _PARTS)
+    return Checkpoint(folder, weights, optimizer_state, read_json(folder / STATE, dict[str, Any], remedy=REMEDY))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a step, and open it.
+
+    Raises:
+        ArtifactError: a file is missing, cut short or changed; or see `open_checkpoint`.
+    """
+    verify_folder(folder)
+    for path in unlisted_files(folder):
+        logger.warning("%s: is not read: %s does not list it", path, MANIFEST)
+    return open_checkpoint(folder)
 
 
 def read_model(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The canonical weights of a step, verified.
-
-    Raises:
-        ArtifactError: a file is missing, cut short or changed.
-    """
-    verify_folder(folder)
-    return open_checkpoint(folder).weights
+    """The canonical weights of a step; see `read_checkpoint`."""
+    return read_checkpoint(folder).weights
 
 
 def declare_final(folder: Path, *, step: int) -> None:
@@ -280,12 +288,22 @@ def declare_final(folder: Path, *, step: int) -> None:
         ArtifactError: another incarnation of this training has taken over.
     """
     refuse_if_taken_over(folder)
-    write_json(folder / "result.json", {"step": step, "folder": step_folder(folder, step).name})
+    write_json(folder / RESULT, asdict(_Result(step, step_folder(folder, step).name)))
 
 
 def find_final(folder: Path) -> Path:
-    """The step folder that is the outcome of a finished training task."""
-    return folder / read_json(folder / "result.json")["folder"]
+    """The step folder that is the outcome of a finished training task.
+
+    Raises:
+        ArtifactError: there is none, or it is no step of this training.
+    """
+    result = read_json(folder / RESULT, _Result)
+    final = step_folder(folder, result.step)
+    if final.name != result.folder or not _STEP.fullmatch(final.name) or not final.is_dir():
+        raise ArtifactError(
+            f"{folder / RESULT}: names {result.folder!r} for step {result.step}, which is no step of this training: {REMAKE}"
+        )
+    return final
 
 
 def _steps(folder: Path) -> list[int]:

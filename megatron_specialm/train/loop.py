@@ -16,14 +16,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_specialm.base.errors import Stopped, TrainingError
-from megatron_specialm.base.files import verify_folder
+from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
+from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint, step_folder
+from megatron_specialm.train.checkpoint import (
+    REMEDY,
+    STATE,
+    Saver,
+    declare_final,
+    newest_checkpoint,
+    open_checkpoint,
+    step_folder,
+)
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
@@ -64,6 +72,13 @@ class Progress:
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return replace(counted, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
         return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What a checkpoint's state has beside what describes the model."""
+
+    progress: Progress
 
 
 class Diverged(TrainingError):
@@ -221,9 +236,12 @@ def _resume(engine: Engine, run: Run) -> Progress:
     if folder is None:
         return Progress()
     checkpoint = open_checkpoint(folder)
+    progress = read_json(folder / STATE, _Resumed).progress
+    if progress.step > progress.skipped_steps and not checkpoint.optimizer_state:
+        raise CheckpointError(f"{folder / MANIFEST}: lists no optimizer's state to go on with: {REMEDY}")
     engine.load(checkpoint.weights, checkpoint.optimizer_state)
     logger.info("resuming from %s", checkpoint.folder)
-    return Progress(**checkpoint.state["progress"])
+    return progress
 
 
 def _open_metrics(run: Run, progress: Progress) -> Metrics | None:

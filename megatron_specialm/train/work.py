@@ -6,15 +6,17 @@ A few bytes in one write, without waiting for the disk: what a killed process ha
 it was at is missing. Where the machine itself is lost, what its kernel had not written out yet is missing too.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from megatron_specialm.base.files import read_json
+from megatron_specialm.base.shapes import Seconds
 from megatron_specialm.config.setup import Passes
 
 FILE = "work.json"
@@ -26,16 +28,21 @@ class Work:
     """Passes of all copies of the model, and wall seconds, over all attempts."""
 
     passes: Passes = field(default_factory=Passes)
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What stands in a folder; nothing where no attempt has come to its first step, or a machine was lost before."""
-        try:
-            found: Mapping[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            return cls(Passes(**found["passes"]), found["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls()
+        """What stands in a folder; nothing where no attempt has come to its first step, or a machine was lost before what it
+        wrote came to the disk, which leaves zeros or nothing in the file.
+
+        Raises:
+            ArtifactError: something else stands there.
+        """
+        path = folder / FILE
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes().strip(b"\0"):
+                return read_json(path, cls, remedy="remove it: what earlier attempts have cost is then not counted")
+        return cls()
 
 
 class WorkRecord:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
@@ -233,6 +234,7 @@ def test_what_is_frozen_is_what_jobs_run_from(pipeline: Pipeline, monkeypatch: p
     home = Path(pipeline.root) / "jobs" / "0001"
     assert load_pipeline(home / "pipeline.yaml") == pipeline, "with a root that holds from anywhere"
     assert load_site(home / "site.yaml") == submission.site
+    assert stat.S_IMODE((home / "site.yaml").stat().st_mode) == 0o600, "its environment may hold a token"
     told = read_json(home / "submission.json")
     assert told["folder"] == str(Path.cwd()) and told["code"]["sha256"] == submission.code.sha256
     assert yaml.safe_load((home / "pipeline.yaml").read_text())["root"] == pipeline.root
@@ -262,6 +264,7 @@ def test_ids_are_on_record_and_stand_in_the_next_script(
     assert read_registry(Path(pipeline.root)) == found
     home = Path(pipeline.root) / "jobs" / "0001"
     assert "--dependency=afterok:1\n" in (home / "tokens.sbatch").read_text()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in home.glob("*.sbatch")} == {0o600}
     assert read_json(home / "tokens.json")["elements"][3] == [
         {"key": "torch", "digest": (wanted := plan[TaskId("tokens", "torch")]).digest, "made_from": wanted.made_from}
     ]

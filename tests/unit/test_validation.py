@@ -24,7 +24,7 @@ from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
+from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
@@ -332,9 +332,8 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     emptied = np.empty(len(order), np.int64)
     emptied[order] = kept
     index = ClusterIndex.from_assignment(emptied, k=3)
-    real = np.load
-    arrays = {folder / "order.npy": index.order, folder / "offsets.npy": index.offsets}
-    monkeypatch.setattr(np, "load", lambda path, **how: arrays.get(path) if path in arrays else real(path, **how))
+    real = reading.read_index
+    monkeypatch.setattr(reading, "read_index", lambda path, **how: index if path == folder else real(path, **how))
     with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):
