@@ -19,12 +19,13 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.plan import PlannedTask, State
 from megatron_specialm.launch.reuse import take_over
 from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
 
@@ -92,11 +93,12 @@ def run_inline(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
-    elsewhere = _found_elsewhere(plan, world) if pipeline.reuse else frozenset()
+    states = _as_the_first_rank_found(plan, world)
     for planned in plan.values():
-        if planned.state == "done":
+        state = states[str(planned.task.id)]
+        if state == "done":
             continue
-        if str(planned.task.id) not in elsewhere:
+        if state != "done elsewhere":
             do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
         else:
             lifeline.begin(f"taking over {planned.task.id}")
@@ -105,13 +107,13 @@ def run_inline(
             _await_marker(root, planned.task.id, planned.digest, world, lifeline)
 
 
-def _found_elsewhere(plan: Mapping[TaskId, PlannedTask], world: World) -> frozenset[str]:
-    """The tasks that the first rank has found in other run folders, which may change before the others look."""
+def _as_the_first_rank_found(plan: Mapping[TaskId, PlannedTask], world: World) -> dict[str, State]:
+    """The states of a plan's tasks: its own. The others may have looked while another command still held the folder, or while
+    another run folder was changed."""
     store = meet(world)
     if world.is_first:
-        found = [str(planned.task.id) for planned in plan.values() if planned.there is not None]
-        store.set("found elsewhere", json.dumps(found))
-    return frozenset(json.loads(store.get("found elsewhere")))
+        store.set("states", json.dumps({str(name): planned.state for name, planned in plan.items()}))
+    return json.loads(store.get("states"))
 
 
 def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
@@ -119,13 +121,14 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
 
     Raises:
         Stopped: this process was asked to stop.
-        MachineError: not all ranks have come.
+        MachineError: not all ranks have come, or another process works at the task.
         TrainingError: the first rank has ended without finishing the task.
     """
     lifeline.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
-        execute(pipeline, root, task, digest, world, lifeline)
+        with hold_task(root, *task.id) if world.is_first else contextlib.nullcontext():
+            execute(pipeline, root, task, digest, world, lifeline)
     _await_marker(root, task.id, digest, world, lifeline)
 
 
