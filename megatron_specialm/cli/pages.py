@@ -103,9 +103,10 @@ def run(
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.capped import capped_warnings
+    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
-    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
@@ -118,9 +119,13 @@ def run(
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
         refuse_other_folders(pipeline)
+        if world.is_first:
+            refuse_foreign_folder(pipeline, root)
         # What is written to the folder, and looked up in it, is the holder's.
         holding = hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job())
         with holding if world.is_first else contextlib.nullcontext() as held:
+            if world.is_first:
+                adopt_earlier_layout(root)
             tasks = make_plan(pipeline, root)
             chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
             to_do = {name.stage for name in chosen if chosen[name].is_to_do}

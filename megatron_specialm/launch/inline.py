@@ -13,21 +13,22 @@ import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
+from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
-from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import PlannedTask, State
+from megatron_specialm.launch.plan import PlannedTask, State, show
 from megatron_specialm.launch.reuse import take_over
-from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
+from megatron_specialm.launch.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # for the last marker of a first rank that has ended to be seen, on a filesystem that caches
@@ -94,12 +95,14 @@ def run_inline(
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     states = _as_the_first_rank_found(plan, world)
+    if world.is_first:
+        show(plan, root)
     for planned in plan.values():
         state = states[str(planned.task.id)]
         if state == "done":
             continue
         if state != "done elsewhere":
-            do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
+            do_together(pipeline, root, planned.task, planned.made_from, world, lifeline)
         else:
             lifeline.begin(f"taking over {planned.task.id}")
             if world.is_first:
@@ -108,15 +111,29 @@ def run_inline(
 
 
 def _as_the_first_rank_found(plan: Mapping[TaskId, PlannedTask], world: World) -> dict[str, State]:
-    """The states of a plan's tasks: its own. The others may have looked while another command still held the folder, or while
-    another run folder was changed."""
+    """The states of a plan's tasks as the first rank has found them, which holds the folder. The others may have looked while
+    another command still did, or while another run folder was changed.
+
+    Raises:
+        ConfigError: this rank has planned other work.
+    """
     store = meet(world)
     if world.is_first:
-        store.set("states", json.dumps({str(name): planned.state for name, planned in plan.items()}))
-    return json.loads(store.get("states"))
+        store.set("plan", json.dumps({str(name): [planned.state, planned.digest] for name, planned in plan.items()}))
+    found = json.loads(store.get("plan"))
+    for name, planned in plan.items():
+        _, digest = found.get(str(name), ("", "none"))
+        if digest != planned.digest:
+            raise ConfigError(
+                f"{name}: rank {world.rank} would make it as {planned.digest[:16]}, rank 0 as {digest[:16]}: give all ranks "
+                "the same page and text"
+            )
+    return {name: state for name, (state, _) in found.items()}
 
 
-def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
+def do_together(
+    pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any], world: World, lifeline: Lifeline
+) -> None:
     """Do one task; every rank calls this, and none goes on before it is done.
 
     Raises:
@@ -127,9 +144,9 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
     lifeline.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
-        with hold_task(root, *task.id) if world.is_first else contextlib.nullcontext():
-            execute(pipeline, root, task, digest, world, lifeline)
-    _await_marker(root, task.id, digest, world, lifeline)
+        with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
+            execute(pipeline, root, task, made_from, world, lifeline)
+    _await_marker(root, task.id, sha256_json(made_from), world, lifeline)
 
 
 def _await_marker(root: Path, name: TaskId, digest: str, world: World, lifeline: Lifeline) -> None:
