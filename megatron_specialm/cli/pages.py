@@ -54,7 +54,7 @@ def check(
     graph = build_graph(pipeline)
     refuse_other_folders(pipeline)
     with naming_what_makes(pipeline.text):
-        look_up(graph.values())
+        look_up(graph.values(), Path(pipeline.root))
     read_first_documents(pipeline)
     refuse_too_few_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()
