@@ -1,4 +1,4 @@
-"""Workers of a launcher that is killed: they and what they have started are gone at once, and so is their hold on the folder."""
+"""Workers of a launcher that is killed: they, and what they have started, are gone at once, and let go of the folder."""
 
 import os
 import signal

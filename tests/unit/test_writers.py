@@ -102,7 +102,9 @@ def test_work_that_is_no_longer_what_was_planned_is_refused(run: Run) -> None:
     planned = run.plan[TOKENS]
     cached = read_json(run.root / CACHE)
     other = load_pipeline(Path("page.yaml"), ["stages.tokens.context_length=16"])
-    with pytest.raises(ArtifactError, match=rf"{TOKENS}: was planned as {planned.digest[:16]} .*: its settings changed"):
+    with pytest.raises(
+        ArtifactError, match=rf"{TOKENS}: was planned as {planned.digest[:16]} .*: its settings changed"
+    ):
         refuse_other_work(other, run.root, planned.task, planned.made_from)
     Path(planned.task.files["train"][0]).write_text('{"text": "other"}\n')
     with pytest.raises(ArtifactError, match=rf"planned as {planned.digest[:16]} and would be .*: its files changed"):
@@ -119,5 +121,7 @@ def test_ranks_go_by_the_plan_of_the_first(run: Run, tmp_path: Path) -> None:
     leader.start()
     assert _as_the_first_rank_found({TOKENS: run.plan[TOKENS]}, worlds[1]) == {str(TOKENS): "done"}
     leader.join()
-    with pytest.raises(ConfigError, match=rf"rank 1 would make it as {'0' * 16}, rank 0 as {run.plan[TOKENS].digest[:16]}"):
+    with pytest.raises(
+        ConfigError, match=rf"rank 1 would make it as {'0' * 16}, rank 0 as {run.plan[TOKENS].digest[:16]}"
+    ):
         _as_the_first_rank_found({TOKENS: replace(run.plan[TOKENS], digest="0" * 64)}, worlds[1])
