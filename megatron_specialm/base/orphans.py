@@ -13,11 +13,13 @@ from multiprocessing.connection import Connection
 
 
 def end_with(launcher: Connection) -> None:
-    """Have this process and its group end when the other end of a pipe, to which nothing is ever written, is closed. The open
-    pipe must be this process's alone: it keeps whom to kill."""
+    """Make this process a session of its own, as Ctrl-C is for the launcher, which ends its workers in good order; and have it
+    and all that it starts end when the other end of a pipe, to which nothing is ever written, is closed. The open pipe must be
+    this process's alone: it keeps whom to kill."""
+    os.setsid()
     pipe = launcher.fileno()
-    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if launcher.poll(0):  # it was closed before
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.killpg(os.getpid(), signal.SIGKILL)

@@ -89,7 +89,6 @@ def work(
     Args:
         pipeline: the settings of the launch, whatever the run folder says by now.
     """
-    os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
     end_with(launcher.alive)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_specialm.base.errors import MachineError
@@ -20,7 +21,6 @@ from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.base.orphans import end_with
 
 def work(alive, held, said):
-    os.setsid()
     end_with(alive)
     if os.fork() == 0:
         time.sleep(600)
@@ -79,14 +79,19 @@ def test_no_worker_outlives_its_launcher(tmp_path: Path, method: str, stopped: b
 
 def test_a_worker_that_is_slow_to_start_ends_as_well(tmp_path: Path) -> None:
     """Its launcher was gone before it could watch."""
-    program = PROGRAM.replace("    os.setsid()\n", "    os.setsid(); said.send(os.getpid()); time.sleep(1)\n")
+    program = PROGRAM.replace(
+        "    end_with(alive)\n", "    said.send(os.getpid()); time.sleep(1)\n    end_with(alive)\n"
+    )
     (tmp_path / "launcher.py").write_text(program)
     launcher = subprocess.Popen(
         [sys.executable, str(tmp_path / "launcher.py"), "forkserver", str(tmp_path / "run")], stdout=subprocess.PIPE,
         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert launcher.stdout is not None
-    worker = int(launcher.stdout.readline())
+    worker = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()
     launcher.communicate()
-    _wait_until_gone(worker)
+    deadline = time.monotonic() + 60
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

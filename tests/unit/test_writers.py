@@ -30,8 +30,8 @@ TOKENS = TaskId("tokens", "scipy")
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     made = make_run(tmp_path, monkeypatch)
-    made.finish("tokenizer")
     write_resolved(made.pipeline, made.root)
+    made.finish("tokenizer")
     monkeypatch.setattr(lock, "HANDOVER_SECONDS", 0.0)
     return made
 
