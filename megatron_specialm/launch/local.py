@@ -37,6 +37,7 @@ from megatron_specialm.launch.worker import ToLauncher, work, worker_context
 
 TERMINATION_SECONDS = 20
 POLL_SECONDS = 0.2
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskFailure(SpecialmError):
@@ -90,7 +91,7 @@ def run_local(
     gpus = visible_gpus()
     if gpus and not (jobs or pipeline.local.parallel_tasks):
         slots = len(gpus)  # two trainings would rarely fit on one
-    with hearing(_interrupt, signal.SIGTERM, signal.SIGHUP), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
+    with hearing(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
             take_over(plan, root)
             show(plan, root)
@@ -232,5 +233,8 @@ def _signal(process: BaseProcess, number: signal.Signals) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """What SIGTERM, or SIGHUP of a terminal that was closed, does to the launcher: it ends as by Ctrl-C, workers first."""
+    """What ENDING does to the launcher: it ends as by Ctrl-C, workers first. A terminal that is closed may say so twice, which
+    must not cut that short."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
