@@ -27,7 +27,7 @@ TICK_NS = 2_000_000_000  # the coarsest clock of a filesystem, FAT's
 
 
 def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False) -> dict[Path, str]:
-    """The files' hashes, those that are not in the cache read in parallel; the cache then holds these files.
+    """The files' hashes, those that are not in the cache read in parallel; the cache then holds these too.
 
     Args:
         again: read all, whatever the cache knows.
@@ -38,7 +38,7 @@ def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False) -> 
     files = list(paths)
     known = {} if again else _read_cache(cache)
     stamps = {file: _stamp(file) for file in files}
-    new = {name: known[name] for file in files if (name := _name(file)) in known}
+    new = dict(known)
     missing = [file for file in files if not _is_current(new.get(_name(file)), stamps[file])]
     for number, (file, entry) in enumerate(_read(missing, stamps), start=1):
         new[_name(file)] = entry

@@ -13,7 +13,7 @@ from megatron_specialm.base.files import MANIFEST, FileSeal, listed_files, seal_
 from megatron_specialm.base.hash_cache import sha256_files
 
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
-_LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
+LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
 
 
 def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:
@@ -38,7 +38,7 @@ def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if _LEFT_OVER.fullmatch(path.name) or path.is_symlink():
+        if LEFT_OVER.fullmatch(path.name) or path.is_symlink():
             continue
         if path.is_dir():
             yield from _files(path)

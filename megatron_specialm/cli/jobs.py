@@ -35,7 +35,7 @@ def submit(
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
-    from megatron_specialm.launch.plan import make_plan, select, show, write_resolved
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
@@ -49,6 +49,7 @@ def submit(
         typer.echo(f"warning: {path}: {warning}", err=True)
     refuse_other_folders(pipeline)
     root = Path(pipeline.root)
+    refuse_foreign_folder(pipeline, root)
     # Who only looks need not be able to write.
     with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         if not dry_run:

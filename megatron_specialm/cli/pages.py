@@ -1,5 +1,6 @@
 """Commands that check, plan and run a page on this machine."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def check(
     graph = build_graph(pipeline)
     refuse_other_folders(pipeline)
     with naming_what_makes(pipeline.text):
-        look_up(graph.values())
+        look_up(graph.values(), Path(pipeline.root))
     read_first_documents(pipeline)
     refuse_too_few_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()
@@ -99,12 +100,13 @@ def run(
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
     from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.capped import capped_warnings
     from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
-    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.results import write_results
@@ -118,33 +120,40 @@ def run(
         root = Path(pipeline.root)
         refuse_other_folders(pipeline)
         if world.is_first:
-            adopt_earlier_layout(root)
-        tasks = make_plan(pipeline, root)
-        chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
-        to_do = {name.stage for name in chosen if chosen[name].is_to_do}
-        if world.launcher != "none":
-            pipeline = fit_to_world(
-                pipeline, world, stages={name.stage for name in chosen if chosen[name].state != "done"}
-            )
-        refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
-        refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
-        if world.is_first:
-            write_resolved(pipeline, root)
-        screen = console()
-        if world.launcher != "none":
-            run_inline(pipeline, chosen, root, world, lifeline)
-        else:
-            refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
-            missing = sum(planned.is_to_do for planned in chosen.values())
-            typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
-            with Progress(missing, console=screen) as progress:
-                run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
-        if world.is_first:
-            outcome = write_results(pipeline, root)
-            if outcome["rows"]:
-                screen.print(*results_in_two(outcome))
-            if outcome["learning_rates"]:
-                screen.print(rates_table(outcome))
-            for warning in capped_warnings(pipeline, chosen, root):
-                typer.echo(f"warning: {warning}")
-            typer.echo(f"results: {root / 'results.json'}")
+            refuse_foreign_folder(pipeline, root)
+        # What is written to the folder, and looked up in it, is the holder's.
+        holding = hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job())
+        with holding if world.is_first else contextlib.nullcontext() as held:
+            if world.is_first:
+                adopt_earlier_layout(root)
+            tasks = make_plan(pipeline, root)
+            chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
+            to_do = {name.stage for name in chosen if chosen[name].is_to_do}
+            if world.launcher != "none":
+                pipeline = fit_to_world(
+                    pipeline, world, stages={name.stage for name in chosen if chosen[name].state != "done"}
+                )
+            else:
+                refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
+            refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
+            refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
+            if world.is_first:
+                write_resolved(pipeline, root)
+            screen = console()
+            if world.launcher != "none":
+                run_inline(pipeline, chosen, root, world, lifeline)
+            else:
+                assert held is not None
+                missing = sum(planned.is_to_do for planned in chosen.values())
+                typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
+                with Progress(missing, console=screen) as progress:
+                    run_local(pipeline, chosen, root, held=held, jobs=jobs, progress=progress)
+            if world.is_first:
+                outcome = write_results(pipeline, root)
+                if outcome["rows"]:
+                    screen.print(*results_in_two(outcome))
+                if outcome["learning_rates"]:
+                    screen.print(rates_table(outcome))
+                for warning in capped_warnings(pipeline, chosen, root):
+                    typer.echo(f"warning: {warning}")
+                typer.echo(f"results: {root / 'results.json'}")

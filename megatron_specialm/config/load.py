@@ -81,7 +81,7 @@ def resolve_page(page: dict[str, Any], path: Path) -> Pipeline:
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
-    """The resolved page as YAML: what a run folder keeps and its tasks run from."""
+    """The resolved page as YAML: what a run folder keeps, and what jobs run from."""
     return dump_yaml(pipeline.model_dump(mode="json"))
 
 

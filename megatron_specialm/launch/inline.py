@@ -26,9 +26,9 @@ from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import PlannedTask, show
+from megatron_specialm.launch.plan import PlannedTask, State, show
 from megatron_specialm.launch.reuse import take_over
-from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
+from megatron_specialm.launch.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # for the last marker of a first rank that has ended to be seen, on a filesystem that caches
@@ -94,13 +94,14 @@ def run_inline(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
-    elsewhere = _found_elsewhere(plan, world) if pipeline.reuse else frozenset()
+    states = _as_the_first_rank_found(plan, world)
     if world.is_first:
         show(plan, root)
     for planned in plan.values():
-        if planned.state == "done":
+        state = states[str(planned.task.id)]
+        if state == "done":
             continue
-        if str(planned.task.id) not in elsewhere:
+        if state != "done elsewhere":
             do_together(pipeline, root, planned.task, planned.made_from, world, lifeline)
         else:
             lifeline.begin(f"taking over {planned.task.id}")
@@ -109,13 +110,25 @@ def run_inline(
             _await_marker(root, planned.task.id, planned.digest, world, lifeline)
 
 
-def _found_elsewhere(plan: Mapping[TaskId, PlannedTask], world: World) -> frozenset[str]:
-    """The tasks that the first rank has found in other run folders, which may change before the others look."""
+def _as_the_first_rank_found(plan: Mapping[TaskId, PlannedTask], world: World) -> dict[str, State]:
+    """The states of a plan's tasks as the first rank has found them, which holds the folder. The others may have looked while
+    another command still did, or while another run folder was changed.
+
+    Raises:
+        ConfigError: this rank has planned other work.
+    """
     store = meet(world)
     if world.is_first:
-        found = [str(planned.task.id) for planned in plan.values() if planned.there is not None]
-        store.set("found elsewhere", json.dumps(found))
-    return frozenset(json.loads(store.get("found elsewhere")))
+        store.set("plan", json.dumps({str(name): [planned.state, planned.digest] for name, planned in plan.items()}))
+    found = json.loads(store.get("plan"))
+    for name, planned in plan.items():
+        _, digest = found.get(str(name), ("", "none"))
+        if digest != planned.digest:
+            raise ConfigError(
+                f"{name}: rank {world.rank} would make it as {planned.digest[:16]}, rank 0 as {digest[:16]}: give all ranks "
+                "the same page and text"
+            )
+    return {name: state for name, (state, _) in found.items()}
 
 
 def do_together(
@@ -125,13 +138,14 @@ def do_together(
 
     Raises:
         Stopped: this process was asked to stop.
-        MachineError: not all ranks have come.
+        MachineError: not all ranks have come, or another process works at the task.
         TrainingError: the first rank has ended without finishing the task.
     """
     lifeline.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
-        execute(pipeline, root, task, made_from, world, lifeline)
+        with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
+            execute(pipeline, root, task, made_from, world, lifeline)
     _await_marker(root, task.id, sha256_json(made_from), world, lifeline)
 
 

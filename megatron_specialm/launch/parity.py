@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.tensors import TensorFiles
 from megatron_specialm.config.parity import ParityCase
@@ -191,12 +193,14 @@ def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> 
         World(rank, case.parallel.world_size, rank, f"file://{folder}/meeting", "parity")
         for rank in range(case.parallel.world_size)
     ]
+    pipes = [context.Pipe(duplex=False) for _ in worlds]
     processes = [
-        context.Process(target=_process, args=(measure, case, world, folder))  # type: ignore[attr-defined]
-        for world in worlds
+        context.Process(target=_process, args=(measure, case, world, folder, theirs))  # type: ignore[attr-defined]
+        for world, (theirs, _) in zip(worlds, pipes, strict=True)
     ]
-    for process in processes:
+    for process, (theirs, _) in zip(processes, pipes, strict=True):
         process.start()
+        theirs.close()
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
@@ -214,7 +218,8 @@ def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> 
         )
 
 
-def _process(measure: str, case: ParityCase, world: World, folder: Path) -> None:
+def _process(measure: str, case: ParityCase, world: World, folder: Path, launcher: Connection) -> None:
+    end_with(launcher)
     with (folder / f"log-{world.rank}").open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())

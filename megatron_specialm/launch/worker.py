@@ -4,17 +4,16 @@ This module imports no torch: a stage's own module is imported when a task of it
 """
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -39,14 +38,16 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError, Training
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.integrity import check_files
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.lock import HeldFolder, hold_task
+from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
-from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.plan import refuse_other_work
 from megatron_specialm.stages.context import Context
 
 POLL_SECONDS = 0.1
@@ -59,19 +60,36 @@ EXPECTED_WARNINGS = (
 )
 
 
+@dataclass(frozen=True)
+class ToLauncher:
+    """What connects a worker with its launcher.
+
+    errors: says what went wrong, even where the disk is full.
+    alive: is closed when the launcher is gone; nothing comes through it.
+    held: the run folder, which the worker holds too.
+    """
+
+    errors: Connection
+    alive: Connection
+    held: HeldFolder
+
+
 def work(
+    pipeline: Pipeline,
     root: Path,
     name: TaskId,
     made_from: Mapping[str, Any],
     environment: Mapping[str, str],
     log: Path,
-    errors: Connection,
+    launcher: ToLauncher,
 ) -> None:
-    """The life of a worker process: do one task; what went wrong goes to the log, and through a pipe to the launcher,
-    which hears of it even where the disk is full. SIGTERM ends a training after its step, with a checkpoint; other work,
-    which has nothing to save, at once."""
-    os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
-    _die_with_parent()
+    """The life of a worker process: do one task; what went wrong goes to the log and to the launcher. SIGTERM ends a training
+    after its step, with a checkpoint; other work, which has nothing to save, at once.
+
+    Args:
+        pipeline: the settings of the launch, whatever the run folder says by now.
+    """
+    end_with(launcher.alive)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -79,22 +97,30 @@ def work(
     with lasting_output(may_be_lost=True):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
         try:
-            pipeline = load_pipeline(root / "pipeline.yaml")
-            lifeline = Lifeline()
+            world, lifeline, task = discover_world(), Lifeline(), build_graph(pipeline)[name]
             trains = isinstance(pipeline.stages[name.stage], TrainStage)
-            with lifeline.hearing_signals() if trains else contextlib.nullcontext():
-                execute(pipeline, root, build_graph(pipeline)[name], made_from, discover_world(), lifeline)
+            with (
+                lifeline.hearing_signals() if trains else contextlib.nullcontext(),
+                begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext(),
+            ):
+                execute(pipeline, root, task, made_from, world, lifeline)
         except SpecialmError as error:
-            errors.send(str(error))
+            launcher.errors.send(str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, even by `kill -9` (Linux)."""
-    pr_set_pdeathsig = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+@contextlib.contextmanager
+def begun(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> Iterator[None]:
+    """Around `execute`, by the first rank: hold the task, and see that it is what was planned.
+
+    Raises:
+        MachineError: another process works at it.
+        ArtifactError: settings or files have changed since it was planned.
+    """
+    with hold_task(root, *task.id):
+        refuse_other_work(pipeline, root, task, made_from)
+        yield
 
 
 def limit_threads(threads: int) -> None:

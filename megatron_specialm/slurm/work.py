@@ -54,6 +54,8 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
         graph = build_graph(pipeline)
         for key, made_from in tasks:
             name = TaskId(stage, key)
+            if name not in graph:
+                raise ArtifactError(f"{job_file}: {name} is no task of the page beside it: submit again")
             if not is_complete(root, *name, digest=sha256_json(made_from)):
                 do_together(pipeline, root, graph[name], made_from, world, lifeline)
 

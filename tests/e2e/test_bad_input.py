@@ -142,7 +142,7 @@ def test_one_run_at_a_time(folder: Path) -> None:
         _fails(folder, 3, "another command (pid 4711 on login7)")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(folder: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

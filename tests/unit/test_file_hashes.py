@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_specialm.base import hash_cache
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.cli import app
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch import hashes
 from megatron_specialm.launch.plan import make_plan
+from tests.run_folder import make_run
 
 
 @pytest.fixture
@@ -203,3 +207,16 @@ def test_a_model_is_its_files_and_one_in_a_package_its_version(text: Path, monke
     installed, missing = _encoder(page, "package:numpy", text / "run"), _encoder(page, "package:nothing", text / "run")
     monkeypatch.setattr(hashes.importlib.metadata, "version", lambda name: "0.0.1")
     assert installed != _encoder(page, "package:numpy", text / "run") and missing != installed
+
+
+def test_text_is_not_looked_for_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, monkeypatch)
+    run.train("slm", "generic", step=1, loss=1.0)  # leaves a metrics.jsonl
+    own = next(run.root.rglob("metrics.jsonl"))
+    for entry in ("**/*.jsonl", f"{tmp_path}/**/*.jsonl", f"{run.root.parent}/*/artifacts/*/*/*/*.jsonl"):
+        for command in ("check", "plan"):
+            outcome = CliRunner().invoke(app, [command, "page.yaml", f"text.generic.train=['data/smoke/*', '{entry}']"])
+            assert isinstance(outcome.exception, ConfigError)
+            assert str(outcome.exception).startswith(f"{entry}: finds ") and "metrics.jsonl" in str(outcome.exception)
+    named = CliRunner().invoke(app, ["plan", "page.yaml", f"text.generic.train={own}"])
+    assert named.exit_code == 0, "who names a file means it"
