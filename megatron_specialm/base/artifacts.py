@@ -43,6 +43,19 @@ class Cost:
     processes: int
     slots: int = 0  # markers of earlier versions lack it
 
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together: the devices of both, and the most processes."""
+        devices = dict.fromkeys((*self.device.split(", "), *other.device.split(", ")))
+        return Cost(
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.wall_seconds + other.wall_seconds,
+            self.device_seconds + other.device_seconds,
+            ", ".join(devices),
+            max(self.processes, other.processes),
+            self.slots + other.slots,
+        )
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -70,6 +83,7 @@ class Report:
     lost_seconds: of attempts before this one, where the stage goes on from them.
     apart: what was spent on work that decides nothing of the result: it is on record, and no part of the task's cost. Its
         seconds are within those of all attempts.
+    earlier: what another artifact had cost that this one goes on from: on record beside the task's own cost.
     """
 
     tokens: int = 0
@@ -78,17 +92,25 @@ class Report:
     slots: int = 0
     lost_seconds: float = 0.0
     apart: Spent = Spent()
+    earlier: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Marker:
-    """The content of a completion marker. `apart` is the cost of work that decides nothing of the result."""
+    """The content of a completion marker. `apart` is the cost of work that decides nothing of the result, `earlier` that of
+    another artifact, up to where this one goes on from it."""
 
     digest: str
     cost: Cost
     values: dict[str, Any]
     versions: dict[str, str]
     apart: Cost | None = None
+    earlier: Cost | None = None
+
+    @property
+    def whole_cost(self) -> Cost:
+        """All that the result cost, work in other tasks left out."""
+        return self.cost.plus(self.earlier) if self.earlier else self.cost
 
 
 def artifact_folder(root: Path, stage: str, key: str) -> Path:
@@ -186,8 +208,8 @@ def read_marker(root: Path, stage: str, key: str) -> Marker | None:
         return None
     try:
         value = read_json(path)
-        apart = Cost(**value["apart"]) if value.get("apart") else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
+        apart, earlier = (Cost(**value[part]) if value.get(part) else None for part in ("apart", "earlier"))
+        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart, earlier)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
 

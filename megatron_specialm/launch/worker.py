@@ -20,7 +20,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from megatron_specialm import __version__
-from megatron_specialm.base.accelerator import installed_version
+from megatron_specialm.base.accelerator import installed_version, name_of_device
 from megatron_specialm.base.artifacts import (
     Cost,
     Marker,
@@ -136,12 +136,12 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
             seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
-            finish_artifact(root, *task.id, Marker(digest, own, report.values, _versions(), apart))
+            finish_artifact(root, *task.id, Marker(digest, own, report.values, _versions(), apart, report.earlier))
 
 
 def _cost(spent: Spent, processes: int) -> Cost:
     seconds = spent.seconds
-    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, _device_name(), processes, spent.slots)
+    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, name_of_device(), processes, spent.slots)
 
 
 def works_together(stage: Settings, world: World) -> bool:
@@ -165,17 +165,6 @@ def _begin(root: Path, task: Task, digest: str, world: World) -> Path:
         f"{folder}: rank {world.rank} waited {BEGIN_TIMEOUT_SECONDS} s for rank 0 to make it: "
         "is the run folder on a filesystem that all nodes share?"
     )
-
-
-def _device_name() -> str:
-    torch = sys.modules.get("torch")  # a stage that has not imported it has used no GPU
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"cpu: {line.partition(':')[2].strip()}"
-    return f"cpu: {platform.machine()}"
 
 
 def _versions() -> dict[str, str]:

@@ -155,6 +155,6 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
 
 
 def _cost(marker: Marker) -> Cost:
-    """A training's, with that of the trials of its learning rates."""
-    trials = marker.values.get("trials", {})
-    return replace(marker.cost, **{what: getattr(marker.cost, what) + cost for what, cost in trials.items()})
+    """A training's, with that of the earlier one that it went on from, and of the trials of its learning rates."""
+    own, trials = marker.whole_cost, marker.values.get("trials", {})
+    return replace(own, **{what: getattr(own, what) + cost for what, cost in trials.items()})
