@@ -18,9 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_specialm.base.artifacts import Cost, Marker, Spent, read_label, read_marker
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    Cost,
+    Marker,
+    Spent,
+    artifact_folders,
+    read_label,
+    read_marker,
+)
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, verify_folder, write_json
+from megatron_specialm.base.files import read_json, sha256_json, verify_folder, write_json
 from megatron_specialm.config.rates import trial_key
 from megatron_specialm.config.training import Schedule, TrainStage
 from megatron_specialm.stages.context import Context
@@ -58,11 +66,20 @@ class Earlier:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """What a training's folder says of it."""
+        """What a training's folder says of it.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
         if not (folder / FILE).exists():
             return None
         noted = read_json(folder / FILE)
-        return cls(**{**noted, "cost": Cost(**noted["cost"])})
+        try:
+            return cls(**{**noted, "cost": Cost(**noted["cost"])})
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder / FILE}: not a note of a step gone on from ({error!r}): move {folder} away"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -116,19 +133,25 @@ def _tell(context: Context, other: _Training, what: str, refused: str | None) ->
 def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
     name = context.task.id
     trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
-    ours = _but_for_length(read_label(context.folder)["made_from"], trials)
-    for folder in sorted(context.folder.parent.iterdir()):
-        if folder == context.folder:
-            continue
+    ours = _but_for_length(_made_from(context.folder), trials)
+    for folder in artifact_folders(context.root, *name):
         try:
-            label = read_label(folder)
-            marker = read_marker(context.root, *name, label["digest"])
+            made_from, marker = _made_from(folder), read_marker(folder)
         except ArtifactError as error:
-            logger.warning("%s: %s: not looked at: %s", name, folder, error)
+            logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
-        made_from = label["made_from"]
-        if _but_for_length(made_from, trials) == ours:
+        if folder != context.folder and _but_for_length(made_from, trials) == ours:
             yield _Training(folder, reading.to_measure(_at_length(stage, made_from["settings"])), marker)
+
+
+def _made_from(folder: Path) -> dict[str, Any]:
+    label = read_label(folder)
+    made_from = label.get("made_from")
+    if not made_from:
+        raise ArtifactError(f"{folder / LABEL}: of an earlier version, which did not say what it was made from")
+    if not isinstance(made_from, dict) or sha256_json(made_from) != label["digest"]:
+        raise ArtifactError(f"{folder / LABEL}: `made_from` is not what its digest is of: the file is damaged")
+    return made_from
 
 
 def _rates(context: Context) -> list[float]:
@@ -182,4 +205,6 @@ def _cost(step: int, state: Mapping[str, Any], marker: Marker | None) -> Cost:
     """What a training had cost when it saved the step; where it ended with it, all that it cost."""
     if marker is not None and marker.values["steps"] == step:
         return marker.whole_cost
+    if "spent" not in state:
+        raise ArtifactError("it is of an earlier version, which did not say what it had cost")
     return Cost(**state["spent"])
