@@ -107,27 +107,26 @@ def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) ->
     trainings = list(_trainings_of_other_lengths(stage, reading, context))
     last = last_step(reading.settings)
     found = [(step, each) for each in trainings for step in saved_steps(each.folder) if have < step <= last]
-    refused: dict[Path, str] = {}
+    refused: set[Path] = set()
     for step, other in sorted(found, key=lambda one: (one[0], one[1].marker is not None), reverse=True):
         try:
             earlier, steps = _look(step, other, stage, reading, folder)
         except ArtifactError as error:
-            refused.setdefault(other.folder, f"not from step {step}: {error}")
+            if other.folder not in refused:  # of each its newest step is told
+                _tell(context, f"does not go on from step {step} of", other, f": {error}")
+            refused.add(other.folder)
             continue
         write_json(folder / FILE, asdict(earlier))  # before the steps: what they cost must not be forgotten
         adopt_steps(other.folder, folder, steps)
-        _tell(context, other, f"goes on from step {step} of", refused.get(other.folder))
+        _tell(context, f"goes on from step {step} of", other)
         return earlier
     (folder / FILE).unlink(missing_ok=True)
-    for other in trainings:
-        if other.folder in refused:
-            _tell(context, other, "does not go on from", refused[other.folder])
     return None
 
 
-def _tell(context: Context, other: _Training, what: str, refused: str | None) -> None:
-    steps, reason = other.settings.steps, f"; {refused}" if refused else ""
-    logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, steps, other.folder, reason)
+def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
+    length = other.settings.steps
+    logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, length, other.folder, why)
 
 
 def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
