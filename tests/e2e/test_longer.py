@@ -1,19 +1,25 @@
-"""Other `steps` of a training, through the command line: it goes on from what there is, to the bits of one made at once."""
+"""Other `steps` of a training: it goes on from what there is, to the bits of one made at once."""
 
+import contextlib
 import json
-import os
+import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.launch.plan import make_plan, write_resolved
+from megatron_specialm.launch.results import write_results
+from megatron_specialm.launch.worker import execute
+from megatron_specialm.stages import continuing
 from megatron_specialm.train.checkpoint import find_final, saved_steps, step_folder
-from tests.e2e.test_bad_input import ROOT, WORDS
+from tests.e2e.test_bad_input import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,12 +49,24 @@ stages:
 TRAININGS = {"constant": "generic", "wsd": "generic", "cosine": "generic", "stopped": "law", "chosen": "law"}
 
 
-def _run(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_specialm", "run", "page.yaml", *arguments], cwd=folder, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def _run(folder: Path, *overrides: str) -> str:
+    """Do in this process what the page lacks in a working directory; what was said of going on."""
+    with contextlib.chdir(folder):
+        pipeline = load_pipeline(Path("page.yaml"), overrides)
+        root = Path(pipeline.root)
+        write_resolved(pipeline, root)
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        logger = logging.getLogger(continuing.__name__)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        for planned in make_plan(pipeline, root).values():
+            if planned.is_to_do:
+                execute(pipeline, root, planned.task, planned.made_from, ALONE, Lifeline())
+        logger.removeHandler(handler)
+        write_results(pipeline, root)
+    return "\n".join(said)
 
 
 def _steps(steps: int, *stages: str) -> list[str]:
@@ -68,8 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     _run(folder)
     shutil.copytree(folder / "run", folder / "short", symlinks=True)
-    _run(folder, *_steps(60))
-    _run(folder, *_steps(60), "root=fresh")
+    (folder / "said").write_text(_run(folder, *_steps(60)))
+    assert not _run(folder, *_steps(60), "root=fresh")
     return folder
 
 
@@ -116,13 +134,11 @@ def test_it_goes_on_from_as_far_as_the_schedule_allows(folder: Path) -> None:
         "chosen": (_name(short, "chosen", "law"), 40),
     }
     assert saved_steps(short / "wsd/generic") == [32, 40]
-    said = {stage: (run / f"jobs/{stage}.{key}.log").read_text() for stage, key in TRAININGS.items()}
-    assert "goes on from step 40 of an earlier training of 40 steps" in said["constant"]
-    assert "does not go on from step 40 of an earlier training of 40 steps" in said["cosine"]
-    assert (
-        "the learning rates differ from step 3 on, as `schedule.kind: cosine` makes those of 40 steps" in said["cosine"]
-    )
-    assert "one of the two validates there, as at its end, and the other does not" in said["stopped"]
+    said = (folder / "said").read_text()
+    assert "constant/generic: goes on from step 40 of an earlier training of 40 steps" in said
+    assert "cosine/generic: does not go on from step 40 of an earlier training of 40 steps" in said
+    assert "the learning rates differ from step 3 on, as `schedule.kind: cosine` makes those of 40 steps" in said
+    assert "one of the two validates there, as at its end, and the other does not" in said
 
 
 def test_the_ledger_shows_both_parts_and_nothing_twice(folder: Path) -> None:
@@ -157,13 +173,8 @@ def test_shorter_interrupted_and_damaged(folder: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     damaged.unlink()  # it may be shared
     damaged.write_bytes(data)
-    _run(
-        tmp_path,
-        *_steps(50, "constant"),
-        *_steps(60, "wsd"),
-        *_steps(75, "stopped"),
-        "stages.perplexity.models=[constant, wsd, stopped]",
-    )
+    models = "stages.perplexity.models=[constant, wsd, stopped]"
+    said = _run(tmp_path, *_steps(50, "constant"), *_steps(60, "wsd"), *_steps(75, "stopped"), models)
     shorter = _marker(run, "constant", "generic")
     assert _bits(find_final(run / "constant/generic")) == _bits(step_folder(fresh / "constant/generic", 50))
     assert shorter.values["earlier"]["step"] == 50 and shorter.cost.flops == shorter.cost.tokens == 0
@@ -173,7 +184,5 @@ def test_shorter_interrupted_and_damaged(folder: Path, tmp_path: Path) -> None:
     assert _bits(find_final(run / "wsd/generic")) == _bits(find_final(fresh / "wsd/generic"))
     assert again.earlier == once.earlier and again.cost.tokens == once.cost.tokens
     assert again.cost.flops > once.cost.flops, "steps that were made twice are paid twice"
-    said = (run / "jobs/stopped.law.log").read_text()
-    assert f"{damaged}: SHA-256 differs" in said and _came_from(run, "stopped", "law") == (
-        _name(folder / "short", "stopped", "law"), 30,
-    )  # fmt: skip
+    assert f"{damaged.relative_to(tmp_path)}: SHA-256 differs" in said
+    assert _came_from(run, "stopped", "law") == (_name(folder / "short", "stopped", "law"), 30)
