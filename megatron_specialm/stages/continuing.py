@@ -100,11 +100,13 @@ def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) ->
         stage: the settings, at one learning rate.
     """
     folder, noted = context.folder, Earlier.read(context.folder)
+    trainings = list(_trainings_of_other_lengths(stage, reading, context))
+    if noted is None and not trainings:
+        return None
     newest, _ = newest_checkpoint(folder)
     have = int(newest.name.removeprefix("step_")) if newest else 0
     if noted is not None and have >= noted.step:
         return noted
-    trainings = list(_trainings_of_other_lengths(stage, reading, context))
     last = last_step(reading.settings)
     found = [(step, each) for each in trainings for step in saved_steps(each.folder) if have < step <= last]
     refused: set[Path] = set()
@@ -131,15 +133,18 @@ def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
 
 def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
     name = context.task.id
+    others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
+    if not others:
+        return
     trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
     ours = _but_for_length(_made_from(context.folder), trials)
-    for folder in artifact_folders(context.root, *name):
+    for folder in others:
         try:
             made_from, marker = _made_from(folder), read_marker(folder)
         except ArtifactError as error:
             logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
-        if folder != context.folder and _but_for_length(made_from, trials) == ours:
+        if _but_for_length(made_from, trials) == ours:
             yield _Training(folder, reading.to_measure(_at_length(stage, made_from["settings"])), marker)
 
 
