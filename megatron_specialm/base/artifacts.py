@@ -61,6 +61,19 @@ class Cost:
     processes: int
     slots: int = 0  # markers of earlier versions lack it
 
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together: the devices of both, and the most processes."""
+        devices = dict.fromkeys((*self.device.split(", "), *other.device.split(", ")))
+        return Cost(
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.wall_seconds + other.wall_seconds,
+            self.device_seconds + other.device_seconds,
+            ", ".join(devices),
+            max(self.processes, other.processes),
+            self.slots + other.slots,
+        )
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -88,6 +101,7 @@ class Report:
     lost_seconds: of attempts before this one, where the stage goes on from them.
     apart: what was spent on work that decides nothing of the result: it is on record, and no part of the task's cost. Its
         seconds are within those of all attempts.
+    earlier: what another artifact had cost that this one goes on from: on record beside the task's own cost.
     """
 
     tokens: int = 0
@@ -96,6 +110,7 @@ class Report:
     slots: int = 0
     lost_seconds: float = 0.0
     apart: Spent = Spent()
+    earlier: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ class Marker:
 
     apart: the cost of work that decides nothing of the result.
     files: all of the artifact's, by their names in its folder, as they were when it was finished.
+    earlier: what another artifact had cost by when this one went on from it.
     """
 
     digest: str
@@ -112,6 +128,12 @@ class Marker:
     versions: dict[str, str]
     apart: Cost | None = None
     files: Mapping[str, FileSeal] = field(default_factory=dict)
+    earlier: Cost | None = None
+
+    @property
+    def whole_cost(self) -> Cost:
+        """The task's own cost and the earlier one."""
+        return self.cost.plus(self.earlier) if self.earlier else self.cost
 
 
 def artifact_folder(root: Path, stage: str, key: str, digest: str) -> Path:

@@ -121,10 +121,15 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
 
 
-def model_task(pipeline: Pipeline, key: str) -> TaskId:
-    """The train task behind a key `STAGE.KEY` of an evaluate or export stage."""
-    stage, _, train_key = key.rpartition(".")
+def model_task(key: str) -> TaskId:
+    """The train task behind a key `STAGE.KEY` of an export stage, or `STAGE.KEY` and `STAGE.KEY.SET` of an evaluate stage."""
+    stage, train_key, *_ = key.split(".")
     return TaskId(stage, train_key)
+
+
+def evaluated_set(key: str) -> str:
+    """The set of text on which the task of an evaluate stage scores its model: the model's own, or the one that is named."""
+    return key.rpartition(".")[2]
 
 
 def ancestors(graph: Mapping[TaskId, Task], task: TaskId) -> list[TaskId]:
@@ -371,10 +376,11 @@ def _teach_tasks(pipeline: Pipeline, name: str, stage: TeachStage) -> Iterator[T
 def _evaluate_tasks(pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
     for model in stage.models:
         for key in model_keys(pipeline, model):
-            sets = sources(pipeline) if key == GENERIC else [key]
-            tokens = tuple(TaskId(stage.tokens, source) for source in sets)
-            inputs = (TaskId(model, key), *tokens)
-            yield Task(TaskId(name, f"{model}.{key}"), inputs, {}, domain_of(pipeline, key))
+            # A shared model is scored on each domain by a task of its own, so that another domain adds one and touches none.
+            for source in sources(pipeline) if key == GENERIC else [key]:
+                own = f"{model}.{key}" if source == key else f"{model}.{key}.{source}"
+                inputs = (TaskId(model, key), TaskId(stage.tokens, source))
+                yield Task(TaskId(name, own), inputs, {}, domain_of(pipeline, source))
 
 
 def _export_tasks(pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator[Task]:

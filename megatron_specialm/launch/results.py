@@ -90,7 +90,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """One row per set that an evaluate task has scored; none where something that the model rests on is gone, for then
     its cost cannot be told."""
-    model = model_task(pipeline, name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
+    model = model_task(name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return []
     values = markers[name].values

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm import __version__
-from megatron_specialm.base.accelerator import installed_version
+from megatron_specialm.base.accelerator import installed_version, name_of_device
 from megatron_specialm.base.artifacts import (
     LABEL,
     Cost,
@@ -180,12 +180,15 @@ def execute(
             seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
-            finish_artifact(root, *task.id, Marker(sha256_json(made_from), own, report.values, _versions(), apart))
+            marker = Marker(
+                sha256_json(made_from), own, report.values, _versions(), apart=apart, earlier=report.earlier
+            )
+            finish_artifact(root, *task.id, marker)
 
 
 def _cost(spent: Spent, processes: int) -> Cost:
     seconds = spent.seconds
-    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, _device_name(), processes, spent.slots)
+    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, name_of_device(), processes, spent.slots)
 
 
 def works_together(stage: Settings, world: World) -> bool:
@@ -226,17 +229,6 @@ def _check_input(name: TaskId, folder: Path) -> None:
     if marker is None:
         raise ArtifactError(f"{folder}: not complete: run the stage {name.stage!r} first")
     check_files(folder, marker.files)
-
-
-def _device_name() -> str:
-    torch = sys.modules.get("torch")  # a stage that has not imported it has used no GPU
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"cpu: {line.partition(':')[2].strip()}"
-    return f"cpu: {platform.machine()}"
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ class Context:
     @property
     def key(self) -> str:
         """`generic`, a domain's name, one of these with a shard's number or a rate behind it, or `STAGE.KEY` of the model to
-        evaluate or export."""
+        evaluate (with another set behind it) or export."""
         return self.task.id.key
 
     @property

@@ -44,7 +44,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
     """
-    model_id = model_task(context.pipeline, context.key)
+    model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
     served = read_served(final)
     shape, weights, state = served.shape, served.weights, served.state
@@ -121,7 +121,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> N
 
 
 def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, difference: float) -> ModelFacts:
-    pipeline, model_id = context.pipeline, model_task(context.pipeline, context.key)
+    pipeline, model_id = context.pipeline, model_task(context.key)
     marker = context.marker(*model_id)
     steps = tuple(trainings(pipeline, model_id.stage))
     store = TokenStore.open(tokens, "train")
@@ -154,6 +154,6 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
 
 
 def _cost(marker: Marker) -> Cost:
-    """A training's, with that of the trials of its learning rates."""
-    trials = marker.values.get("trials", {})
-    return replace(marker.cost, **{what: getattr(marker.cost, what) + cost for what, cost in trials.items()})
+    """A training's, with that of the earlier one that it went on from, and of the trials of its learning rates."""
+    own, trials = marker.whole_cost, marker.values.get("trials", {})
+    return replace(own, **{what: getattr(own, what) + cost for what, cost in trials.items()})

@@ -1,7 +1,8 @@
 """What a training reads: which windows, in which order, and what else is known of them. Each method is a branch here."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 class Reading(NamedTuple):
     """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
-    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`."""
+    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`; `to_measure`
+    does with settings of another length what was done with the stage's."""
 
     settings: TrainStage
     store: TokenStore
@@ -46,6 +48,12 @@ class Reading(NamedTuple):
     stream: Stream
     notes: Notes
     held_out: HeldOut | None
+    to_measure: Callable[[TrainStage], TrainStage]
+
+    @property
+    def slots_per_step(self) -> int:
+        """Token positions that a step reads, padding included."""
+        return self.settings.global_batch_size * self.store.context_length
 
 
 def read_for(stage: TrainStage, context: Context) -> Reading:
@@ -66,16 +74,17 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
         experts = _experts(stage, context, windows=len(store))
         held_out = _held_out(stage, context, np.ones(stage.projection.experts))
         reading = Reading(
-            stage, store, windows, experts, lambda step, rows, _: _mixtures(experts, step, rows), held_out
-        )
+            stage, store, windows, experts,
+            lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
+        )  # fmt: skip
     else:
         index, weights = _clusters(stage, context, stores)
         stream = ImportanceStream(
             index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
         )
-        settings = _to_measure(stage, context, store, index)
-        held_out = _held_out(stage, context, weights)
-        reading = Reading(settings, store, windows, stream, _notes(stage, context), held_out)
+        to_measure = functools.partial(_to_measure, context=context, store=store, index=index)
+        settings, held_out, notes = to_measure(stage), _held_out(stage, context, weights), _notes(stage, context)
+        reading = Reading(settings, store, windows, stream, notes, held_out, to_measure)
     for warning in reading.stream.report(reading.settings.steps).warnings:
         logger.warning("%s", warning)
     return reading
@@ -209,7 +218,7 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
     return weights
 
 
-def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
+def _to_measure(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the steps that this set, or this cluster, is for."""
     if stage.data == "cluster":
         cluster = cluster_of(context.model_key)

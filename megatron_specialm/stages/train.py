@@ -4,15 +4,16 @@
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import megatron_specialm
+from megatron_specialm.base.accelerator import name_of_device
 from megatron_specialm.base.arrays import write_array
-from megatron_specialm.base.artifacts import Report
+from megatron_specialm.base.artifacts import Cost, Report, Spent
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.lineage import (
@@ -34,12 +35,13 @@ from megatron_specialm.data.cluster_files import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
-from megatron_specialm.train.loop import Diverged, Run, is_capped, train
+from megatron_specialm.train.loop import Diverged, Progress, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
@@ -75,6 +77,17 @@ def run(stage: TrainStage, context: Context) -> Report:
         if choice is not None:
             tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
             peers.from_first(lambda: adopt_checkpoints(tried, context.folder))
+        earlier = peers.from_first(lambda: go_on_from_earlier(stage, reading, context))
+        before = earlier.counted if earlier else choice.counted if choice else Spent()
+
+        def account(progress: Progress, work: Work) -> dict[str, Any]:
+            own, processes = _own(progress, before, reading), world.world_size
+            cost = Cost(
+                own.tokens, setup.flops(work.passes), work.seconds, work.seconds * processes, name_of_device(), processes,
+                own.slots,
+            )  # fmt: skip
+            return {"spent": asdict(cost.plus(earlier.cost) if earlier else cost)}
+
         engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
         run = Run(
@@ -88,6 +101,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             processes=world.world_size,
             peers=peers,
             saver=Saver(context.folder, Peers.meet()),
+            account=account,
             lifeline=context.lifeline,
             started=context.started,
         )
@@ -105,12 +119,13 @@ def run(stage: TrainStage, context: Context) -> Report:
     # Not from the record: another incarnation of this task, which has been given up, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
-    slots = (progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length
-    return Report(  # what a trial has done stands in its own
-        tokens=progress.tokens - (choice.taken.cost.tokens if choice else 0),
-        slots=slots - (choice.taken.cost.slots if choice else 0),
+    own = _own(progress, before, reading)
+    return Report(
+        tokens=own.tokens,
+        slots=own.slots,
         flops=setup.flops(passes),
         lost_seconds=lost.seconds,
+        earlier=earlier.cost if earlier else None,
         values={
             "steps": progress.step,
             "best_step": progress.best_step,
@@ -118,6 +133,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "capped": capped,
             "learning_rate": settings.optimizer.peak,
             **(choice.values if choice else {}),
+            **({"earlier": {"artifact": earlier.artifact, "step": earlier.step}} if earlier else {}),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),
@@ -127,6 +143,13 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(read.max_repeats),
         },
     )
+
+
+def _own(progress: Progress, before: Spent, reading: Reading) -> Spent:
+    """The tokens and slots of this task's own steps. `before` are those of the steps that it went on from, which stand in the
+    cost of a trial or of an earlier training."""
+    slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
+    return Spent(progress.tokens - before.tokens, slots - before.slots)
 
 
 def _validation(reading: Reading, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,27 +140,37 @@ def _make_aside(final: Path) -> Path:
 
 
 def adopt_checkpoints(source: Path, folder: Path) -> None:
-    """Give a training the steps of a finished one, so that it goes on from there. Nothing is done where it has come as far
-    from them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
+    """Give a training the steps of its trial, so that it goes on from there. Nothing is done where it has come as far from
+    them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
 
     Raises:
         ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
     """
-    steps = _steps(source)
+    steps = saved_steps(source)
     if not steps:
         raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
     _remove_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
-    own = _steps(folder)
+    own = saved_steps(folder)
     if own and own[-1] >= steps[-1]:
         return
+    try:
+        for step in steps:
+            read_checkpoint(step_folder(source, step))
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
+    adopt_steps(source, folder, steps)
+
+
+def adopt_steps(source: Path, folder: Path, steps: Sequence[int]) -> None:
+    """Give a training some verified steps of another one, in this order: by hard links where the filesystem can.
+
+    Raises:
+        ArtifactError: another incarnation of this training has taken over.
+    """
     for step in steps:
-        theirs, final = step_folder(source, step), step_folder(folder, step)
-        try:
-            read_checkpoint(theirs)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
+        final = step_folder(folder, step)
         aside = _make_aside(final)
-        link_folder(theirs, aside)
+        link_folder(step_folder(source, step), aside)
         refuse_if_taken_over(folder)
         if final.exists():
             shutil.rmtree(final)
@@ -171,7 +181,7 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
 def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
     """A trial that was done again may have turned the choice."""
     rate = _rate_of(like)
-    for step in map(functools.partial(step_folder, folder), _steps(folder)):
+    for step in map(functools.partial(step_folder, folder), saved_steps(folder)):
         if rate is not None and _rate_of(step) not in (None, rate):
             shutil.rmtree(step)
 
@@ -195,8 +205,8 @@ class Saver:
         self._folder, self._peers = folder, peers
         self._pending: Future[None] | None = None
 
-    def save(self, *, keep: int, best: int | None, **step: Any) -> None:
-        """Begin `save_checkpoint(**step)`, then drop all but the newest `keep` steps and the best one.
+    def save(self, *, keep: int, beside: Collection[int | None], **step: Any) -> None:
+        """Begin `save_checkpoint(**step)`, then `prune_checkpoints`.
 
         Raises:
             OSError: the step before could not be written.
@@ -208,7 +218,7 @@ class Saver:
             try:
                 save_checkpoint(self._folder, peers=self._peers, **step)
                 if self._peers.is_first:
-                    prune_checkpoints(self._folder, keep=keep, best=best)
+                    prune_checkpoints(self._folder, keep=keep, beside=beside)
                 outcome.set_result(None)
             except BaseException as error:  # `wait` raises it
                 outcome.set_exception(error)
@@ -227,18 +237,17 @@ class Saver:
             pending.result()
 
 
-def prune_checkpoints(folder: Path, *, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` steps and the best one."""
-    steps = _steps(folder)
-    for step in steps[:-keep]:
-        if step != best:
+def prune_checkpoints(folder: Path, *, keep: int, beside: Collection[int | None]) -> None:
+    """Remove all steps but the newest `keep` and those of `beside`."""
+    for step in saved_steps(folder)[:-keep]:
+        if step not in beside:
             shutil.rmtree(step_folder(folder, step))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest step that verifies, and for each newer one that does not, why it was passed over."""
     skipped: list[str] = []
-    for step in reversed(_steps(folder)):
+    for step in reversed(saved_steps(folder)):
         try:
             return read_checkpoint(step_folder(folder, step)).folder, skipped
         except ArtifactError as error:
@@ -306,6 +315,7 @@ def find_final(folder: Path) -> Path:
     return final
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a training's folder, in order; whether these are whole is another question."""
     found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match.group(1)) for match in found if match)

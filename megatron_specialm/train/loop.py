@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,8 +35,8 @@ from megatron_specialm.train.checkpoint import (
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
-from megatron_specialm.train.schedule import learning_rate
-from megatron_specialm.train.work import WorkRecord
+from megatron_specialm.train.schedule import learning_rate, step_to_keep
+from megatron_specialm.train.work import Work, WorkRecord
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,9 @@ class Diverged(TrainingError):
 
 @dataclass(frozen=True)
 class Run:
-    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `started` is
-    when this attempt at the task began, by `time.monotonic`."""
+    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `account` is
+    what a checkpoint says of what it cost, from how far it is and the work so far; `started` is when this attempt at the task
+    began, by `time.monotonic`."""
 
     folder: Path
     settings: TrainStage
@@ -104,6 +105,7 @@ class Run:
     processes: int
     peers: Peers
     saver: Saver
+    account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
     lifeline: Lifeline = field(default_factory=Lifeline)
     started: float = field(default_factory=time.monotonic)
 
@@ -123,7 +125,7 @@ def train(engine: Engine, run: Run) -> Progress:
         return _train(engine, run, note_work)
 
 
-def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
+def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
@@ -133,11 +135,13 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
     if run.settings.early_stopping is not None and not progress.evaluations:
         # The first weights are a candidate too: a domain set may be too small to gain anything from it.
         progress = _evaluate(engine, run, progress, metrics, note_work)
-        _save(engine, run, progress)
+        _save(engine, run, progress, note_work)
     while not _is_over(progress, run.settings):
         run.lifeline.beat(step=progress.step)
         if stop.is_heard(run.lifeline.stop_asked_by is not None):
-            _stop(engine, run, progress, metrics, is_saved=progress.step == saved)
+            if progress.step != saved:
+                _save(engine, run, progress, note_work)
+            _stop(run, progress, metrics)
         rate = learning_rate(
             progress.step,
             peak=run.settings.optimizer.peak,
@@ -156,7 +160,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
         _stop_if_poisoned(progress, run, stats)
         progress = _evaluate(engine, run, progress, metrics, note_work)
         if _is_time_to_save(progress, run.settings):
-            _save(engine, run, progress)
+            _save(engine, run, progress, note_work)
             saved = progress.step
     run.saver.wait()
     if run.settings.early_stopping is not None and progress.best_step is None:
@@ -170,10 +174,8 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
     return progress
 
 
-def _stop(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, *, is_saved: bool) -> NoReturn:
-    """End all processes at this step, with a checkpoint of it that has been read back and verified."""
-    if not is_saved:
-        _save(engine, run, progress)
+def _stop(run: Run, progress: Progress, metrics: Metrics | None) -> NoReturn:
+    """End all processes at this step, when its checkpoint has been read back and verified."""
     run.saver.wait()
     saved = step_folder(run.folder, progress.step)
     if progress.step:
@@ -199,10 +201,10 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], None]]:
-    """What notes the work done by now. Only the first process keeps it."""
+def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], Work]]:
+    """What notes the work done by now, and says it. Only the first process keeps it."""
     if not run.peers.is_first:
-        yield lambda: None
+        yield Work
         return
     before = engine.passes  # an engine may have worked for another run
     with WorkRecord(run.folder, copies=run.batches.processes, started=run.started) as record:
@@ -255,7 +257,7 @@ def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
 
 
 def _is_over(progress: Progress, settings: TrainStage) -> bool:
-    return _has_stalled(progress, settings) or progress.step >= _last_step(settings)
+    return _has_stalled(progress, settings) or progress.step >= last_step(settings)
 
 
 def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
@@ -275,34 +277,40 @@ def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     return True if progress.step >= settings.steps else None
 
 
-def _last_step(settings: TrainStage) -> int:
+def last_step(settings: TrainStage) -> int:
+    """The step after which a training ends, if it is not stopped before."""
     return min(settings.steps, settings.trial_steps or settings.steps)
+
+
+def validates_after(step: int, settings: TrainStage) -> bool:
+    """Whether a training validates after so many steps: every now and then, and at its end."""
+    stopping = settings.early_stopping
+    return stopping is not None and (step % stopping.evaluate_every == 0 or step >= settings.steps)
 
 
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
     return (
         progress.step % settings.checkpoint.every == 0
-        or progress.best_step == progress.step
+        or progress.step in (progress.best_step, step_to_keep(settings))
         or _is_over(progress, settings)
     )
 
 
-def _save(engine: Engine, run: Run, progress: Progress) -> None:
+def _save(engine: Engine, run: Run, progress: Progress, note_work: Callable[[], Work]) -> None:
     run.saver.save(
         keep=run.settings.checkpoint.keep,
-        best=progress.best_step,
+        beside=(progress.best_step, step_to_keep(run.settings)),
         step=progress.step,
         weights=engine.weights(),
         optimizer_state=engine.optimizer_state(),
-        state={**run.description, "progress": asdict(progress)},
+        state={**run.description, **run.account(progress, note_work()), "progress": asdict(progress)},
     )
 
 
 def _evaluate(
-    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], None]
+    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], Work]
 ) -> Progress:
-    stopping = run.settings.early_stopping
-    if stopping is None or (progress.step % stopping.evaluate_every and progress.step < run.settings.steps):
+    if not validates_after(progress.step, run.settings):
         return progress
     loss = engine.evaluate(_heard(run, note_work)).mean
     note_work()
@@ -313,7 +321,7 @@ def _evaluate(
     return progress.evaluated(loss)
 
 
-def _heard(run: Run, note_work: Callable[[], None]) -> Iterator[Batch]:
+def _heard(run: Run, note_work: Callable[[], Work]) -> Iterator[Batch]:
     """The validation's batches: it is progress, and work, too."""
     for batch in run.validation():
         run.lifeline.beat()
@@ -356,7 +364,7 @@ def _record_step(
     """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
     positions, of which padding fills some."""
     clock.steps += 1
-    settings, last = run.settings, _last_step(run.settings)
+    settings, last = run.settings, last_step(run.settings)
     if stats.skipped or spike:
         what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
         logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)

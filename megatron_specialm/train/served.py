@@ -83,7 +83,7 @@ class TrainedModel:
         if shape.lora is not None:
             weights = merge_lora(weights, shape)
         # Where its training stood is not the model's: who trains it on begins anew.
-        state = {name: value for name, value in self.state.items() if name != "progress"}
+        state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
         return ServedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
 
 

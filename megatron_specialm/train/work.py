@@ -58,16 +58,17 @@ class WorkRecord:
         self._before, self._copies, self._started = Work.read(folder), copies, started
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
-    def write(self, passes: Passes) -> None:
-        """Note what has been done by now.
+    def write(self, passes: Passes) -> Work:
+        """Note what has been done by now, over all attempts, and say it.
 
         Args:
             passes: those of one copy since this attempt began.
         """
         all_passes = self._before.passes.plus(passes, times=self._copies)
-        seconds = self._before.seconds + time.monotonic() - self._started
-        text = json.dumps({"passes": all_passes._asdict(), "seconds": seconds})
+        work = Work(all_passes, self._before.seconds + time.monotonic() - self._started)
+        text = json.dumps({"passes": work.passes._asdict(), "seconds": work.seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)
+        return work
 
     def __enter__(self) -> Self:
         return self

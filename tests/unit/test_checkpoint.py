@@ -12,6 +12,7 @@ from megatron_specialm.train.checkpoint import (
     prune_checkpoints,
     read_model,
     save_checkpoint,
+    saved_steps,
     step_folder,
 )
 
@@ -45,11 +46,11 @@ def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "absent") == (None, [])
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
     for step in range(1, 7):
         _save(tmp_path, step)
-    prune_checkpoints(tmp_path, keep=2, best=3)
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_0000003", "step_0000005", "step_0000006"]
+    prune_checkpoints(tmp_path, keep=2, beside=(1, None, 3))
+    assert saved_steps(tmp_path) == [1, 3, 5, 6]
 
 
 def test_the_outcome_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Setup
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, step_folder
+from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
 from megatron_specialm.train.engine import LossSum
 from megatron_specialm.train.loop import Progress, is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
@@ -73,6 +73,12 @@ def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path)
         run_training(tmp_path, ALONE, stage(max_skipped_steps=2), objective=poisoned)
     skipped = [record for record in read_metrics(tmp_path) if record.get("skipped_steps")]
     assert [record["loss"] for record in skipped] == [None] * 3
+
+
+def test_wsd_keeps_the_step_before_its_decay_beside_the_last_ones(tmp_path: Path) -> None:
+    settings = stage(steps=20, schedule={"kind": "wsd", "warmup_steps": 0}, checkpoint={"every": 7, "keep": 1})
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [16, 20]
 
 
 EARLY: dict[str, Any] = {"early_stopping": {"evaluate_every": 4, "patience": 3}}

@@ -150,9 +150,9 @@ def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
     long_page(tmp_path)
     narrow = {"COLUMNS": "80", "TERM": "dumb", "FORCE_COLOR": "1"}
     planned = _specialm(tmp_path, "plan", "long.yaml", **narrow)
-    (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic" in line)
+    (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic.law" in line)
     assert line.split() == [
-        f"perplexity/{LONG}-1.generic", "to", "do", "generic", f"{LONG}-1/generic,", "tokens/generic,", "tokens/law",
+        f"perplexity/{LONG}-1.generic.law", "to", "do", "law", f"{LONG}-1/generic,", "tokens/law",
     ]  # fmt: skip
     checked = _specialm(tmp_path, "check", "long.yaml", **narrow)
     assert "…" not in checked and sum(checked.count(f" {LONG}-{number} ") for number in range(1, 6)) >= 5

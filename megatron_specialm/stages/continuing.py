@@ -1,0 +1,214 @@
+"""A training goes on from an earlier one that differs from it in length alone, instead of from its first weights.
+
+After equally many steps both hold the same bits of weights, optimizer and progress: the order of reading is a function of
+the step, a teacher or its cache is an input, and the loop's state stands in the checkpoint. That is so where
+
+    all else that the digest covers is the same: settings but for `LENGTH`, seed, inputs, files;
+    the learning rates of all steps up to there are the same, to the last bit (train/schedule.py);
+    both have validated after that step, or neither has: a training validates at its end, wherever that is.
+
+The newest such checkpoint is adopted, for a longer training as for a shorter one. Where there is none, the log says why.
+
+    earlier.json    in the task's folder: the step that was adopted, and what it had cost
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    Cost,
+    Marker,
+    Spent,
+    artifact_folders,
+    read_label,
+    read_marker,
+)
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, sha256_json, verify_folder, write_json
+from megatron_specialm.config.rates import trial_key
+from megatron_specialm.config.training import Schedule, TrainStage
+from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.reading import Reading
+from megatron_specialm.train.checkpoint import adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.train.loop import last_step, validates_after
+from megatron_specialm.train.schedule import steps_at_same_rates
+
+logger = logging.getLogger(__name__)
+
+FILE = "earlier.json"
+# The settings that decide when a training ends and at which rates its steps are made, and nothing else.
+LENGTH = ("steps", "schedule", "trial_steps")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The step of an earlier training that this one has gone on from.
+
+    artifact: the name of that training's folder, beside this one's.
+    tokens, slots: those of its steps up to there, in whichever task they were made.
+    cost: what it had cost by then; all that it cost, where the step was its last one.
+    """
+
+    artifact: str
+    step: int
+    tokens: int
+    slots: int
+    cost: Cost
+
+    @property
+    def counted(self) -> Spent:
+        """The tokens and slots that are no more to be trained on."""
+        return Spent(self.tokens, self.slots)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """What a training's folder says of it.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if not (folder / FILE).exists():
+            return None
+        noted = read_json(folder / FILE)
+        try:
+            return cls(**{**noted, "cost": Cost(**noted["cost"])})
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{folder / FILE}: not a note of a step gone on from ({error!r}): move {folder} away"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One that differs from this one in length alone: its folder, its settings made to measure, and its marker if it is
+    finished."""
+
+    folder: Path
+    settings: TrainStage
+    marker: Marker | None
+
+
+def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) -> Earlier | None:
+    """Adopt the newest step of an earlier training that is a step of this one too, if there is one behind those that this
+    one has. The first process calls it, once what there is of trials has been adopted.
+
+    Args:
+        stage: the settings, at one learning rate.
+    """
+    folder, noted = context.folder, Earlier.read(context.folder)
+    trainings = list(_trainings_of_other_lengths(stage, reading, context))
+    if noted is None and not trainings:
+        return None
+    newest, _ = newest_checkpoint(folder)
+    have = int(newest.name.removeprefix("step_")) if newest else 0
+    if noted is not None and have >= noted.step:
+        return noted
+    last = last_step(reading.settings)
+    found = [(step, each) for each in trainings for step in saved_steps(each.folder) if have < step <= last]
+    refused: set[Path] = set()
+    for step, other in sorted(found, key=lambda one: (one[0], one[1].marker is not None), reverse=True):
+        try:
+            earlier, steps = _look(step, other, stage, reading, folder)
+        except ArtifactError as error:
+            if other.folder not in refused:  # of each its newest step is told
+                _tell(context, f"does not go on from step {step} of", other, f": {error}")
+            refused.add(other.folder)
+            continue
+        write_json(folder / FILE, asdict(earlier))  # before the steps: what they cost must not be forgotten
+        adopt_steps(other.folder, folder, steps)
+        _tell(context, f"goes on from step {step} of", other)
+        return earlier
+    (folder / FILE).unlink(missing_ok=True)
+    return None
+
+
+def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
+    length = other.settings.steps
+    logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, length, other.folder, why)
+
+
+def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
+    name = context.task.id
+    others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
+    if not others:
+        return
+    trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
+    ours = _but_for_length(_made_from(context.folder), trials)
+    for folder in others:
+        try:
+            made_from, marker = _made_from(folder), read_marker(folder)
+        except ArtifactError as error:
+            logger.warning("%s: not looked at, to go on from it: %s", name, error)
+            continue
+        if _but_for_length(made_from, trials) == ours:
+            yield _Training(folder, reading.to_measure(_at_length(stage, made_from["settings"])), marker)
+
+
+def _made_from(folder: Path) -> dict[str, Any]:
+    label = read_label(folder)
+    made_from = label.get("made_from")
+    if not made_from:
+        raise ArtifactError(f"{folder / LABEL}: of an earlier version, which did not say what it was made from")
+    if not isinstance(made_from, dict) or sha256_json(made_from) != label["digest"]:
+        raise ArtifactError(f"{folder / LABEL}: `made_from` is not what its digest is of: the file is damaged")
+    return made_from
+
+
+def _rates(context: Context) -> list[float]:
+    """Those of the page, where the task is no trial itself."""
+    stage = context.pipeline.stages[context.task.id.stage]
+    assert isinstance(stage, TrainStage)
+    return stage.optimizer.rates if context.task.rate is None else []
+
+
+def _but_for_length(made_from: Mapping[str, Any], trials: set[str]) -> dict[str, Any]:
+    """What a digest covers, without what is of a length: a training's own trials are as long as it is."""
+    settings = {name: value for name, value in made_from["settings"].items() if name not in LENGTH}
+    inputs = {name: digest for name, digest in made_from["inputs"].items() if name not in trials}
+    return {**made_from, "settings": settings, "inputs": inputs}
+
+
+def _at_length(stage: TrainStage, settings: Mapping[str, Any]) -> TrainStage:
+    schedule = Schedule.model_validate(settings.get("schedule", {}))
+    return stage.model_copy(update={"steps": settings["steps"], "schedule": schedule})
+
+
+def _look(step: int, other: _Training, stage: TrainStage, reading: Reading, folder: Path) -> tuple[Earlier, list[int]]:
+    """A step as one to go on from, and the steps to adopt for it, itself the last.
+
+    Raises:
+        ArtifactError: it is no step of this training, or is damaged.
+    """
+    ours, theirs = reading.settings, other.settings
+    same = steps_at_same_rates(ours, theirs, most=step)
+    if same < step:
+        raise ArtifactError(
+            f"the learning rates differ from step {same + 1} on, as `schedule.kind: {theirs.schedule.kind}` makes those of "
+            f"{theirs.steps} steps"
+        )
+    if validates_after(step, ours) != validates_after(step, theirs):
+        raise ArtifactError("one of the two validates there, as at its end, and the other does not")
+    verify_folder(step_folder(other.folder, step))
+    state = read_json(step_folder(other.folder, step) / "state.json")
+    if state["learning_rate"] != stage.optimizer.peak:
+        raise ArtifactError(f"its learning rate is {state['learning_rate']!r}, not {stage.optimizer.peak!r}")
+    progress, steps = state["progress"], [step]
+    best = progress["best_step"]
+    if best not in (None, step) and not step_folder(folder, best).exists():
+        verify_folder(step_folder(other.folder, best))
+        steps.insert(0, best)
+    slots = (step - progress["skipped_steps"]) * reading.slots_per_step
+    return Earlier(other.folder.name, step, progress["tokens"], slots, _cost(step, state, other.marker)), steps
+
+
+def _cost(step: int, state: Mapping[str, Any], marker: Marker | None) -> Cost:
+    """What a training had cost when it saved the step; where it ended with it, all that it cost."""
+    if marker is not None and marker.values["steps"] == step:
+        return marker.whole_cost
+    if "spent" not in state:
+        raise ArtifactError("it is of an earlier version, which did not say what it had cost")
+    return Cost(**state["spent"])
