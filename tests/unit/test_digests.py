@@ -29,6 +29,7 @@ DECIDES_NOTHING = {
     "Pipeline.name": "a run folder is of one name: another one needs another root",
     "Pipeline.root": "a place",
     "Pipeline.reuse": "places where equal work may stand",
+    "Pipeline.ask_above_device_hours": "when `run` asks",
     "Text.made_by": "a hint in errors",
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
