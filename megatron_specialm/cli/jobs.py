@@ -37,7 +37,7 @@ def submit(
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-    from megatron_specialm.launch.redo import find_redo, told as told_anew
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
@@ -65,7 +65,7 @@ def submit(
         refuse_too_little_held_out(pipeline, plan, root, stages=stages)
         wanted = jobs_of(pipeline, profile, missing)
         redo = find_redo(pipeline, plan, root, missing)
-        for line in told_anew(redo):
+        for line in redo_lines(redo):
             typer.echo(line)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):

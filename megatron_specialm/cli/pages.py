@@ -48,7 +48,7 @@ def check(
         read_first_documents,
         refuse_too_few_documents,
     )
-    from megatron_specialm.launch.redo import find_redo, told
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders
     from megatron_specialm.launch.summary import memory_table, training_table
 
@@ -68,7 +68,7 @@ def check(
     for reason in reasons:  # a login node has no GPU: the jobs may well have one
         typer.echo(f"warning: `run` would refuse on this machine: {reason}")
     if (root / ARTIFACTS).is_dir():  # else nothing is finished, and no text need be read
-        for line in told(find_redo(pipeline, make_plan(pipeline, root, keep_hashes=False), root)):
+        for line in redo_lines(find_redo(pipeline, make_plan(pipeline, root, keep_hashes=False), root)):
             typer.echo(line)
     typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
@@ -83,7 +83,7 @@ def plan(
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.plan_table import stage_table, task_table
-    from megatron_specialm.launch.redo import find_redo
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders
 
     pipeline = load(page, overrides)
@@ -118,7 +118,7 @@ def run(
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
-    from megatron_specialm.launch.redo import find_redo, told as told_anew
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.reuse import refuse_other_folders, told
     from megatron_specialm.launch.tables import rates_table, results_in_two
@@ -139,7 +139,7 @@ def run(
         refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
         refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
         redo = find_redo(pipeline, tasks, root, chosen)
-        for line in told_anew(redo) if world.is_first else ():
+        for line in redo_lines(redo) if world.is_first else ():
             typer.echo(line)
         agree(redo, pipeline, yes=yes, may_ask=world.launcher == "none")
         if world.is_first:

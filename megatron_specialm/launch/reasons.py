@@ -1,6 +1,6 @@
 """Why finished work is stale: what differs between what it was made from and what it is to be made from now.
 
-Both are what a digest is of (`digest_content` of `config/graph.py`), and an artifact's label keeps the one that it was made for.
+Both are what a digest is of (`digest_content` of `config/graph.py`); an artifact's label keeps its own.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -106,9 +106,7 @@ def _files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
             yield f"{what} changed"
 
 
-def _inputs(
-    old: Mapping[str, str], new: Mapping[str, str], made_anew: Collection[str]
-) -> Iterator[tuple[str, str]]:
+def _inputs(old: Mapping[str, str], new: Mapping[str, str], made_anew: Collection[str]) -> Iterator[tuple[str, str]]:
     """Names of inputs, and what has become of each."""
     for name, digest in new.items():
         if name not in old:

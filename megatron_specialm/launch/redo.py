@@ -69,7 +69,7 @@ def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, made_anew: Colle
     return Redo(reasons, spent, seconds_anew(old, planned.made_from, spent=spent), is_begun)
 
 
-def told(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
+def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     """Lines that say what is to be made anew and why, tasks of a stage with the same reason together; none where nothing is."""
     if not redo:
         return

@@ -15,7 +15,7 @@ from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.plan import make_plan, write_resolved
 from megatron_specialm.launch.plan_table import stage_table, task_table
-from megatron_specialm.launch.redo import Redo, device_time, find_redo, refuse_unconfirmed, told
+from megatron_specialm.launch.redo import Redo, device_time, find_redo, redo_lines, refuse_unconfirmed
 from tests.conftest import ROOT
 
 PAGE = """
@@ -83,7 +83,8 @@ def _reasons(*overrides: str) -> dict[str, str]:
         (["stages.tuned.lora={rank: 4}"], "tuned/law", 'lora: unset -> {"rank": 4}'),
         (["stages.tuned.init=llm"], "tuned/law", "init: slm -> llm; llm/generic is read too; slm/generic is read no longer"),
         (["stages.vectors.encoder={kind: static}"], "vectors/generic.encoder",
-         "encoder.kind: tfidf -> static; it reads the files of `encoder` too; tokenizer/generic, tokens/generic are read no longer"),
+         "encoder.kind: tfidf -> static; it reads the files of `encoder` too; tokenizer/generic, tokens/generic are read no "
+         "longer"),
         (["stages.vectors.encoder.dimensions=8"], "vectors/law",
          "encoder.dimensions: 4 -> 8; vectors/generic.encoder is made anew"),
         (["text.domains.law.text_field=body"], "tokens/law", "text_field: text -> body"),
@@ -131,7 +132,7 @@ def test_work_whose_label_does_not_say_from_what_is_said_to_be_so(folder: Path) 
 def test_the_same_reason_is_said_once_for_a_stage(folder: Path) -> None:
     pipeline = load_pipeline(Path("page.yaml"), ["stages.slm.steps=20", "stages.tokens.context_length=64"])
     plan = make_plan(pipeline, Path("run"))
-    lines = list(told(find_redo(pipeline, plan, Path("run"))))
+    lines = list(redo_lines(find_redo(pipeline, plan, Path("run"))))
     assert lines == [
         "13 finished tasks are to be made anew: about 2.3 h; what there is took 2.2 h, and stays",
         "  tokens (generic, law, tax): context_length: 32 -> 64; about 30 min",
@@ -155,7 +156,9 @@ def test_only_making_anew_asks_and_only_above_the_limit(folder: Path) -> None:
 
     assert not refused(), "nothing is stale"
     assert not refused("root=elsewhere"), "nothing was ever finished"
-    assert not refused("stages.more={kind: train, data: generic, tokens: tokens, model: nano, steps: 10, global_batch_size: 8}")
+    assert not refused(
+        "stages.more={kind: train, data: generic, tokens: tokens, model: nano, steps: 10, global_batch_size: 8}"
+    )
     anew = ["stages.slm.steps=11"]  # slm, tuned and perplexity of two domains: 50 minutes and a bit
     assert not refused(*anew) and refused(*anew, "ask_above_device_hours=0.5")
     assert not refused(*anew, "ask_above_device_hours=0.5", tasks=[TaskId("slm", "generic")]), "the chosen tasks count"
@@ -238,8 +241,13 @@ def test_without_a_terminal_it_takes_a_yes_and_nothing_is_done(folder: Path, com
     assert refused.returncode == 2 and NAMED in refused.stdout, refused.stdout + refused.stderr
     assert "above 1 device-hours (`ask_above_device_hours`)" in refused.stderr and "--yes" in refused.stderr
     after = _content()
-    assert {path for path in after if before.get(path) != after[path]} <= {Path("run/.lock"), Path("run/file_hashes.json")}
-    assert "about 40 min" in _specialm(command, "page.yaml", STEPS, "ask_above_device_hours=0.1", "--only", "slm").stdout
+    assert {path for path in after if before.get(path) != after[path]} <= {
+        Path("run/.lock"),
+        Path("run/file_hashes.json"),
+    }
+    assert (
+        "about 40 min" in _specialm(command, "page.yaml", STEPS, "ask_above_device_hours=0.1", "--only", "slm").stdout
+    )
 
 
 def test_ranks_of_a_launcher_are_refused_alike(folder: Path) -> None:
