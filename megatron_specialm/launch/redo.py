@@ -82,9 +82,8 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     for (stage, because), names in groups.items():
         keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
         more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-        one = names[0] if len(names) == 1 else f"{stage} ({keys}{more})"
-        reasons = str(redo[names[0]].reasons) if len(names) == 1 else because
-        yield f"  {one}: {reasons}; about {device_time(sum(redo[name].anew for name in names))}"
+        said = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
+        yield f"  {said}; about {device_time(sum(redo[name].anew for name in names))}"
 
 
 def needs_a_yes(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
