@@ -273,25 +273,30 @@ def _on_terminal(answer: bytes, *arguments: str, **variables: str) -> tuple[int,
     return process.wait(100), said.decode()
 
 
-def test_on_a_terminal_it_asks(folder: Path) -> None:
-    code, said = _on_terminal(b"n\n", "run", "page.yaml", STEPS)
-    assert code == 2 and NAMED in said and "Make it anew? [y/N]" in said and "Nothing was done" in said
-    assert _reasons() == {}
-    never, said = _on_terminal(b"", "run", "page.yaml", STEPS, RANK="0", WORLD_SIZE="1")
-    assert never == 2 and "Make it anew?" not in said, "ranks share a terminal"
-    few = ["run", "page.yaml", "stages.tokenizer.vocabulary_size=280", "--only", "tokenizer"]
-    agreed, said = _on_terminal(b"y\n", *few, "ask_above_device_hours=0")
-    assert "Make it anew?" in said and "1 of 1 tasks to do" in said and agreed == 0, said
-
-
-def test_a_submit_that_was_agreed_to_queues_and_one_that_only_looks_asks_nothing(folder: Path) -> None:
+@pytest.fixture
+def cluster(folder: Path) -> str:
+    """The PATH of a cluster that takes every job."""
     programs = folder / "programs"
     programs.mkdir()
     for name, body in {"sbatch": "echo 7", "squeue": "true", "sacct": "true", "scancel": "true"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    shown = _specialm("submit", "page.yaml", STEPS, "--only", "slm", "--dry-run", "ask_above_device_hours=0", PATH=path)
+    return f"{programs}:{os.environ['PATH']}"
+
+
+def test_on_a_terminal_it_asks(folder: Path, cluster: str) -> None:
+    code, said = _on_terminal(b"n\n", "run", "page.yaml", STEPS)
+    assert code == 2 and NAMED in said and "Make it anew? [y/N]" in said and "Nothing was done" in said
+    assert _reasons() == {}
+    code, said = _on_terminal(b"", "run", "page.yaml", STEPS, RANK="0", WORLD_SIZE="1")
+    assert code == 2 and "Make it anew?" not in said, "ranks share a terminal"
+    code, said = _on_terminal(b"y\n", "submit", "page.yaml", STEPS, PATH=cluster)
+    assert code == 0 and "Make it anew?" in said and "5 tasks submitted" in said, said
+
+
+def test_a_submit_that_was_agreed_to_queues_and_one_that_only_looks_asks_nothing(folder: Path, cluster: str) -> None:
+    arguments = ["submit", "page.yaml", STEPS, "--only", "slm", "ask_above_device_hours=0"]
+    shown = _specialm(*arguments, "--dry-run", PATH=cluster)
     assert shown.returncode == 0 and NAMED in shown.stdout, shown.stderr
-    queued = _specialm("submit", "page.yaml", STEPS, "--only", "slm", "--yes", "ask_above_device_hours=0", PATH=path)
+    queued = _specialm(*arguments, "--yes", PATH=cluster)
     assert queued.returncode == 0 and NAMED in queued.stdout and "1 tasks submitted" in queued.stdout, queued.stderr
