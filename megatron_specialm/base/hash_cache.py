@@ -26,11 +26,12 @@ KEEP_EVERY = 64  # files after which the hashes so far are kept, so that an inte
 TICK_NS = 2_000_000_000  # the coarsest clock of a filesystem, FAT's
 
 
-def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False) -> dict[Path, str]:
+def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False, keep: bool = True) -> dict[Path, str]:
     """The files' hashes, those that are not in the cache read in parallel; the cache then holds these too.
 
     Args:
         again: read all, whatever the cache knows.
+        keep: False for who writes nothing, the cache neither.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -42,9 +43,9 @@ def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False) -> 
     missing = [file for file in files if not _is_current(new.get(_name(file)), stamps[file])]
     for number, (file, entry) in enumerate(_read(missing, stamps), start=1):
         new[_name(file)] = entry
-        if number % KEEP_EVERY == 0:
+        if keep and number % KEEP_EVERY == 0:
             _write_cache(cache, new)
-    if new != known:
+    if keep and new != known:
         _write_cache(cache, new)
     return {file: new[_name(file)]["sha256"] for file in files}
 

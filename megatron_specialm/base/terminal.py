@@ -32,13 +32,15 @@ def console() -> Console:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it."""
+    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it. Words of the column
+    `cut` take what room a terminal leaves beside the others, and end there: a line of the table stays a line."""
 
     title: str
     header: list[str]
     lines: list[list[str]]
     words: int
     note: str = ""
+    cut: str = ""
 
     def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
         """The numbers before a column, which the note is about, and from it on, each behind the words."""
@@ -77,7 +79,7 @@ class Table:
     def _part(self, title: str, numbers: Sequence[int]) -> "Table":
         columns = [*range(self.words), *numbers]
         lines = [[line[index] for index in columns] for line in self.lines]
-        return Table(title, [self.header[index] for index in columns], lines, self.words)
+        return Table(title, [self.header[index] for index in columns], lines, self.words, cut=self.cut)
 
     def _natural(self) -> list[int]:
         """The columns' widths with nothing folded."""
@@ -92,18 +94,26 @@ class Table:
             least[index] = max(cells, min(heading, WORD_COLUMNS))
         return least
 
-    def _rich(self, limit: int) -> RichTable:
+    def _widths(self, limit: int) -> list[int]:
+        """The columns' widths: the room that is left beside the least goes round among those who can use it, and what is cut
+        takes the rest."""
         widths, natural = self._least(), self._natural()
-        while (
-            _width(widths) < limit and widths != natural
-        ):  # the room that is left goes round among those who can use it
-            for index, wanted in enumerate(natural):
-                widths[index] += widths[index] < wanted and _width(widths) < limit
+        for turn in ([name != self.cut for name in self.header], [True] * len(natural)):
+            wanted = [most if may else least for least, most, may in zip(widths, natural, turn, strict=True)]
+            while _width(widths) < limit and widths != wanted:
+                for index, most in enumerate(wanted):
+                    widths[index] += widths[index] < most and _width(widths) < limit
+        return widths
+
+    def _rich(self, limit: int) -> RichTable:
+        widths = self._widths(limit)
         title = Text(self.title) if self.title else None
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
             justify = "left" if index < self.words else "right"
-            table.add_column(Text(name), justify=justify, overflow="fold", width=width)  # type: ignore[arg-type]
+            cut = name == self.cut
+            overflow = "ellipsis" if cut else "fold"
+            table.add_column(Text(name), justify=justify, overflow=overflow, no_wrap=cut, width=width)  # type: ignore[arg-type]
         for line in self.lines:
             # Numbers are not justified by rich, which would take the room behind them.
             cells = [

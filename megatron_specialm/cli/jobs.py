@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
 
 
 @app.command()
@@ -30,6 +30,7 @@ def submit(
         typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
@@ -37,6 +38,7 @@ def submit(
     from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
@@ -66,11 +68,15 @@ def submit(
         refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
         refuse_too_little_held_out(pipeline, plan, root, stages=stages)
         wanted = jobs_of(pipeline, profile, missing)
+        redo = find_redo(pipeline, plan, root, missing)
+        for line in redo_lines(redo):
+            typer.echo(line)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):
                 typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
             typer.echo(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
             return
+        agree(redo, pipeline, yes=yes)
         if missing or elsewhere:
             write_resolved(pipeline, root)
         take_over(elsewhere, root)

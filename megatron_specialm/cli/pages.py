@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
 
 
 def _print_capabilities(asked: bool) -> None:
@@ -38,19 +38,23 @@ def check(
 ) -> None:
     """Find every mistake in a page before anything runs, and say what it would train."""
     from megatron_specialm.base.accelerator import find_accelerator
+    from megatron_specialm.base.artifacts import ARTIFACTS
     from megatron_specialm.base.terminal import console
     from megatron_specialm.config.graph import build_graph
     from megatron_specialm.launch.hashes import look_up, naming_what_makes
+    from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.preflight import (
         lacks,
         planned_machine,
         read_first_documents,
         refuse_too_few_documents,
     )
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders
     from megatron_specialm.launch.summary import memory_table, training_table
 
     pipeline = load(page, overrides)
+    root = Path(pipeline.root)
     graph = build_graph(pipeline)
     refuse_other_folders(pipeline)
     with naming_what_makes(pipeline.text):
@@ -64,24 +68,31 @@ def check(
         raise MachineError(reasons[0])
     for reason in reasons:  # a login node has no GPU: the jobs may well have one
         typer.echo(f"warning: `run` would refuse on this machine: {reason}")
+    if (root / ARTIFACTS).is_dir():  # else nothing is finished, and no text need be read
+        for line in redo_lines(find_redo(pipeline, make_plan(pipeline, root, keep_hashes=False), root)):
+            typer.echo(line)
     typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 
 @app.command()
-def plan(page: Page, overrides: Overrides = None) -> None:
-    """List the tasks of a page in order, and which of them are done, here or in a folder to reuse, stale or still to do."""
-    from megatron_specialm.base.terminal import Table, console
+def plan(
+    page: Page,
+    overrides: Overrides = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="A line per task, not per stage.")] = False,
+) -> None:
+    """Say how far each stage of a page is, what that has cost, and what is stale: why, and what making it anew costs."""
+    from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.plan import make_plan
+    from megatron_specialm.launch.plan_table import stage_table, task_table
+    from megatron_specialm.launch.redo import find_redo
     from megatron_specialm.launch.reuse import refuse_other_folders
 
     pipeline = load(page, overrides)
     refuse_other_folders(pipeline)
-    lines = []
-    for name, planned in make_plan(pipeline, Path(pipeline.root)).items():
-        reads = ", ".join(str(other) for other in planned.task.inputs)
-        state = planned.state if planned.there is None else f"done in {planned.there}"
-        lines.append([str(name), state, planned.task.domain or "generic", reads])
-    console().print(Table("", ["task", "state", "cost is", "reads"], lines, 4))
+    root = Path(pipeline.root)
+    planned = make_plan(pipeline, root)
+    table = task_table if tasks else stage_table
+    console().print(table(planned, find_redo(pipeline, planned, root), root))
 
 
 @app.command()
@@ -97,6 +108,7 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(help="Tasks at a time; default: GPUs, else cores / threads.", min=1)
     ] = None,
+    yes: Yes = False,
 ) -> None:
     """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
     from megatron_specialm.base.environment import discover_world
@@ -109,6 +121,7 @@ def run(
     from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
     from megatron_specialm.launch.progress import Progress
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.reuse import refuse_other_folders, told
     from megatron_specialm.launch.tables import rates_table, results_in_two
@@ -137,6 +150,10 @@ def run(
                 refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
             refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
             refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
+            redo = find_redo(pipeline, tasks, root, chosen)
+            for line in redo_lines(redo) if world.is_first else ():
+                typer.echo(line)
+            agree(redo, pipeline, yes=yes, may_ask=world.launcher == "none")
             if world.is_first:
                 write_resolved(pipeline, root)
             screen = console()

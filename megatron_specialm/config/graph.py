@@ -5,7 +5,8 @@ shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generi
 several learning rates, each rate is one (`config/rates.py`). A task is named by its stage and its key, reads the artifacts of
 other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, its
 seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
-how files are named. A setting at its default is not in it, so that a new setting leaves what there is as it was.
+how files are named. A setting at the default that it was introduced with is not in it, so that a new setting leaves what there
+is as it was.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
+from megatron_specialm.config.content import content_of
 from megatron_specialm.config.lineage import (
     ENCODER,
     HELD_OUT,
@@ -56,13 +58,14 @@ from megatron_specialm.config.training import TrainStage
 # Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
 # the digest under another name.
 PLACEMENT: dict[str, Any] = {
-    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
+    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size": True},
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
-    "path": True, "encoder": {"model"},  # the content is in it, whatever its place
+    "path": True, "encoder": {"model": True},  # the content is in it, whatever its place
     "method": True,  # a name in tables and on model cards: the export's matter
 }  # fmt: skip
-# Raise it when the meaning of an artifact or the default of a setting changes: what there is, is then made again.
+# Raise it when the meaning of artifacts changes: what there is, is then made again. A default that changes is declared
+# (`config/content.py`).
 ARTIFACT_FORMAT = 5
 # What draws weights, an order of training data or a teacher's samples; whatever reads their work follows by its inputs.
 SEEDED_AS_TRAINING = (TrainStage, SelectStage, TeachStage)
@@ -156,7 +159,7 @@ def digest_content(
         stage = trial_of(stage, task.rate)  # other rates of the page change nothing of it
     return {
         "format": ARTIFACT_FORMAT,
-        "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
+        "settings": content_of(stage, leave_out=PLACEMENT),
         "elsewhere": dict(task.elsewhere),
         "key": task.id.key,
         "seed": pipeline.seed_of_training if isinstance(stage, SEEDED_AS_TRAINING) else pipeline.seed,
@@ -260,7 +263,7 @@ def _entries(files: TextSet, *roles: str) -> dict[str, tuple[str, ...]]:
 
 def _given(files: TextSet, *names: str) -> dict[str, Any]:
     """Of a set's settings those that are not at their defaults."""
-    return files.model_dump(mode="json", include=set(names), exclude_defaults=True)
+    return {name: value for name, value in content_of(files).items() if name in names}
 
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:

@@ -32,8 +32,11 @@ class Part(NamedTuple):
     file: Path | None
 
 
-def hash_files(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, str]]:
+def hash_files(tasks: Iterable[Task], root: Path, *, keep: bool = True) -> dict[TaskId, dict[str, str]]:
     """SHA-256 of all that each task reads, by role.
+
+    Args:
+        keep: whether the run folder's cache is written.
 
     Raises:
         ConfigError: what is read is in the run folder.
@@ -43,7 +46,7 @@ def hash_files(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, str]
     files = dict.fromkeys(
         part.file for roles in parts.values() for found in roles.values() for part in found if part.file
     )
-    hashes = sha256_files(files, root / CACHE)
+    hashes = sha256_files(files, root / CACHE, keep=keep)
     return {
         name: {
             role: sha256_json([[part.label, hashes[part.file] if part.file else ""] for part in found])

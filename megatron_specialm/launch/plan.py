@@ -38,8 +38,11 @@ class PlannedTask:
         return self.state in ("stale", "damaged", "to do")
 
 
-def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
+def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> dict[TaskId, PlannedTask]:
     """All tasks in the graph's order. Reads the text's content (see `launch/hashes.py`) and writes nothing else.
+
+    Args:
+        keep_hashes: False to write nothing at all.
 
     Raises:
         ConfigError: the graph does not hold together.
@@ -47,7 +50,7 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
     """
     graph = build_graph(pipeline)
     with naming_what_makes(pipeline.text):
-        hashes = hash_files(graph.values(), root)
+        hashes = hash_files(graph.values(), root, keep=keep_hashes)
     others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
