@@ -133,7 +133,7 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1
-            seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
+            seconds = report.lost_seconds + context.watch.seconds - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
             finish_artifact(root, *task.id, Marker(digest, own, report.values, _versions(), apart))

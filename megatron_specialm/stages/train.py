@@ -80,7 +80,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             peers=peers,
             saver=Saver(context.folder, Peers.meet()),
             lifeline=context.lifeline,
-            started=context.started,
+            watch=context.watch,
         )
         try:
             progress = train(engine, run)

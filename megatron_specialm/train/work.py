@@ -7,14 +7,15 @@ it was at is missing. Where the machine itself is lost, what its kernel had not 
 """
 
 import json
+import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.setup import Passes
 
 FILE = "work.json"
@@ -33,7 +34,8 @@ class Work:
         """What stands in a folder; nothing where no attempt has come to its first step, or a machine was lost before."""
         try:
             found: Mapping[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            return cls(Passes(**found["passes"]), found["seconds"])
+            seconds = found["seconds"]  # versions before this one may have left what a clock set back made of it
+            return cls(Passes(**found["passes"]), seconds if 0 <= seconds < math.inf else 0.0)
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -41,14 +43,14 @@ class Work:
 class WorkRecord:
     """Keeps `work.json` of a training, on its first process."""
 
-    def __init__(self, folder: Path, *, copies: int, started: float) -> None:
+    def __init__(self, folder: Path, *, copies: int, watch: Stopwatch) -> None:
         """Go on from what former attempts have left.
 
         Args:
             copies: data-parallel copies of the model: each makes as many passes as the first one.
-            started: when this attempt began, by `time.monotonic`.
+            watch: of this attempt.
         """
-        self._before, self._copies, self._started = Work.read(folder), copies, started
+        self._before, self._copies, self._watch = Work.read(folder), copies, watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> None:
@@ -58,7 +60,7 @@ class WorkRecord:
             passes: those of one copy since this attempt began.
         """
         all_passes = self._before.passes.plus(passes, times=self._copies)
-        seconds = self._before.seconds + time.monotonic() - self._started
+        seconds = self._before.seconds + self._watch.seconds
         text = json.dumps({"passes": all_passes._asdict(), "seconds": seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)
 
