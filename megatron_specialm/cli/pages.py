@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -62,8 +63,8 @@ def check(
     if gpu and reasons:
         raise MachineError(reasons[0])
     for reason in reasons:  # a login node has no GPU: the jobs may well have one
-        typer.echo(f"warning: `run` would refuse on this machine: {reason}")
-    typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+        say(f"warning: `run` would refuse on this machine: {reason}")
+    say(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 
 @app.command()
@@ -133,7 +134,7 @@ def run(
         else:
             refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
             missing = sum(planned.is_to_do for planned in chosen.values())
-            typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
+            say(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
             with Progress(missing, console=screen) as progress:
                 run_local(pipeline, chosen, root, jobs=jobs, progress=progress)
         if world.is_first:
@@ -143,5 +144,5 @@ def run(
             if outcome["learning_rates"]:
                 screen.print(rates_table(outcome))
             for warning in capped_warnings(pipeline, chosen, root):
-                typer.echo(f"warning: {warning}")
-            typer.echo(f"results: {root / 'results.json'}")
+                say(f"warning: {warning}")
+            say(f"results: {root / 'results.json'}")

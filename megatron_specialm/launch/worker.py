@@ -35,6 +35,7 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.output import lasting_output
+from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.rendezvous import meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
@@ -64,7 +65,7 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     with lasting_output(may_be_lost=True):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
         try:
             pipeline = load_pipeline(root / "pipeline.yaml")
             lifeline = Lifeline()
@@ -73,7 +74,7 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
                 execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world(), lifeline)
         except SpecialmError as error:
             errors.send(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", error=True)
             sys.exit(error.exit_code)
 
 
