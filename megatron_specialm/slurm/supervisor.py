@@ -123,7 +123,7 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
             exclude_node(work.excluded, node, reason=reason)
         reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
-    with Listener(work.allocation.address) as listener, _ranks(work, listener) as process:
+    with Listener(work.allocation.address, work.shape.ranks) as listener, _ranks(work, listener) as process:
         asked_at: float | None = None
         looked, noted = time.monotonic(), -math.inf
         while not _is_over(work, process, asked, asked_at):
@@ -146,9 +146,12 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
             watched = asked_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
             if watched and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
                 logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
-                for node in found.nodes if len(work.allocation.nodes) > len(found.nodes) else ():
+                ours = tuple(
+                    node for node in work.allocation.nodes if node in found.nodes
+                )  # ranks have told their names
+                for node in ours if len(work.allocation.nodes) > len(ours) else ():
                     exclude_node(work.excluded, node, reason=found.reason)
-                return Ending("hang", found.reason, listener.step, found.nodes)
+                return Ending("hang", found.reason, listener.step, ours)
         return _ending(work, process.poll(), asked, listener.step)
 
 
