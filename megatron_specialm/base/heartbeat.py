@@ -4,8 +4,8 @@
     SPECIALM_HEARTBEAT_SECONDS=5          how often
 
 Datagrams reach the supervisor under any launcher and never block training. Each is bounded in size and of one form, by which
-the supervisor knows it (`slurm/heartbeats.py`). A thread sends them: they go on while the main thread waits in a collective, with
-the stack that says which, and end when the node or the interpreter is lost.
+the supervisor knows it (`slurm/heartbeats.py`). A thread sends them: they go on while the main thread waits in a collective,
+with the stack that says which, and end when the node or the interpreter is lost.
 """
 
 import contextlib
