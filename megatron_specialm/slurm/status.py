@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.files import read_json
@@ -15,6 +13,7 @@ from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.yaml_file import read_yaml_file
 from megatron_specialm.launch.capped import capped_warnings
 from megatron_specialm.launch.logs import last_line
 from megatron_specialm.launch.plan import PlannedTask, make_plan
@@ -202,6 +201,6 @@ def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
     if not states:
         return None
     profile = submission_folder(root, states[-1].job.submission) / "site.yaml"
-    site: Any = yaml.safe_load(profile.read_text(encoding="utf-8")) if profile.exists() else None
+    site: Any = read_yaml_file(profile) if profile.exists() else None
     gpu = site.get("gpu") if isinstance(site, dict) else None
     return dense_peak(gpu) if gpu else None
