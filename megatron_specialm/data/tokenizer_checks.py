@@ -51,11 +51,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     def refuse(text: str) -> float:
         raise ValueError(f"{text} is no number")
 
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path), parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: cannot be read as JSON ({error}): {AGAIN}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a mapping as Hugging Face writes it (got {shorten(value)}): {AGAIN}")
@@ -65,7 +64,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def refusing(path: Path, what: str, *, kind: type[SpecialmError] = DataError, fix: str = AGAIN) -> Iterator[None]:
     """Say of whatever a library raises that it is the file's doing: some raise bare Exceptions, and their panics are not even
-    that.
+    that. What the operating system refuses is not.
 
     Raises:
         SpecialmError: of that kind, in its place.
@@ -75,6 +74,8 @@ def refusing(path: Path, what: str, *, kind: type[SpecialmError] = DataError, fi
     except (SpecialmError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise kind(f"{path}: {what} ({' '.join(str(error).split())[:300]}): {fix}") from None
 
 
