@@ -6,7 +6,6 @@ look into the task's folder.
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TypeVar
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 
 FILE = "progress.json"
 SECONDS = 10.0  # between two counts
@@ -57,16 +57,15 @@ def counted(
         of: how many units all items hold, where that is known.
         size: how many units an item holds.
     """
-    activity, began, done = lifeline.activity, time.monotonic(), 0
-    told = began
+    activity, watch, told, done = lifeline.activity, Stopwatch(), 0.0, 0
     (folder / FILE).unlink(missing_ok=True)  # of an attempt that was killed
     try:
         for item in items:
             yield item
             done += size(item)
-            if (now := time.monotonic()) - told >= SECONDS:
+            if (now := watch.seconds) - told >= SECONDS:
                 told = now
-                speed = done / (now - began)
+                speed = done / now
                 count = Count(done, of, unit, speed, (of - done) / speed if of and speed else None)
                 logger.info("%s: %s", activity, count)
                 lifeline.activity = f"{activity}: {count}"

@@ -4,9 +4,9 @@
 
 The cache believes a file whose size, times and inode are as they were. Times of modification can be set at will, those of
 change (ctime) cannot; but they stand still for as long as the filesystem's clock ticks, so a file that was changed shortly
-before it was read may have been changed after it too, unseen, and is read again (as Git does with its index). The device is
-not asked: a network filesystem has another number on each node. Hashing waits for the disk and frees the interpreter's lock,
-so several files are read at a time.
+before it was read may have been changed after it too, unseen, and is read again (as Git does with its index); so is what was
+read at a time that is yet to come, by a clock that has been set back since. The device is not asked: a network filesystem has
+another number on each node. Hashing waits for the disk and frees the interpreter's lock, so several files are read at a time.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def _name(file: Path) -> str:
 
 def _is_current(entry: Any, stamp: list[int]) -> bool:
     """Whether a file has still the content that it had when it was read."""
-    return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"]
+    return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"] <= time.time_ns()
 
 
 @dataclass(frozen=True)

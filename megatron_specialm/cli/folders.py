@@ -1,12 +1,13 @@
 """Commands that look after run folders."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.printing import say
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -22,15 +23,15 @@ def verify(
 
     damaged = 0
     for root in folders:
-        start = time.monotonic()
+        watch = Stopwatch()
         finding = verify_folder(root, deep=deep)
         for damage in finding.damage:
-            typer.echo(f"damaged: {damage}")
+            say(f"damaged: {damage}")
         for path in finding.unlisted:
-            typer.echo(f"unlisted: {path}: no task has made it, and nothing reads it")
-        typer.echo(
+            say(f"unlisted: {path}: no task has made it, and nothing reads it")
+        say(
             f"{root}: {finding.artifacts} artifacts ({finding.unfinished} unfinished), {finding.files} files of "
-            f"{finding.bytes / 2**20:,.1f} MiB in {time.monotonic() - start:.1f} s: {len(finding.damage)} damaged"
+            f"{finding.bytes / 2**20:,.1f} MiB in {watch.seconds:.1f} s: {len(finding.damage)} damaged"
         )
         damaged += len(finding.damage)
     if damaged:
@@ -59,7 +60,7 @@ def clean(
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
     if not root.is_dir():
-        typer.echo(f"{root}: there is no run folder yet")
+        say(f"{root}: there is no run folder yet")
         return
     with hold_folder(root):
         jobs = records.read_registry(root)
@@ -69,7 +70,7 @@ def clean(
         if unwanted:
             console().print(unwanted_table(unwanted))
         if not yes:
-            typer.echo(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
+            say(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
             return
         remove(unwanted, root)
-        typer.echo(f"{root}: {total} removed")
+        say(f"{root}: {total} removed")

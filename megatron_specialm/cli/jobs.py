@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
 
 
@@ -48,7 +49,7 @@ def submit(
     path = find_profile(site)
     pipeline, profile = load(page, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
-        typer.echo(f"warning: {path}: {warning}", err=True)
+        say(f"warning: {path}: {warning}", error=True)
     refuse_other_folders(pipeline)
     root = Path(pipeline.root)
     refuse_foreign_folder(pipeline, root)
@@ -70,11 +71,11 @@ def submit(
         wanted = jobs_of(pipeline, profile, missing)
         redo = find_redo(pipeline, plan, root, missing)
         for line in redo_lines(redo):
-            typer.echo(line)
+            say(line)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):
-                typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
-            typer.echo(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
+                say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            say(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
             return
         agree(redo, pipeline, yes=yes)
         if missing or elsewhere:
@@ -83,11 +84,11 @@ def submit(
         show(plan, root)
         for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
             after = f", after {', '.join(record.after)}" if record.after else ""
-            typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+            say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
     done = sum(planned.state == "done" for planned in chosen.values())
     coming = len(chosen) - done - len(missing) - len(elsewhere)
     counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
-    typer.echo(f"{pipeline.name}: {counts}, in {root}")
+    say(f"{pipeline.name}: {counts}, in {root}")
 
 
 @app.command()
@@ -124,9 +125,9 @@ def cancel(
         raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
     cancelled = cancel_jobs_of(Path(pipeline.root), stage)
     for job, alive in cancelled:
-        typer.echo(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
+        say(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
     if not cancelled:
-        typer.echo(f"{pipeline.root}: no job is queued or running")
+        say(f"{pipeline.root}: no job is queued or running")
 
 
 @app.command()
@@ -148,9 +149,9 @@ def logs(
     pipeline = load(page, overrides)
     *others, newest = newest_logs(pipeline, stage, key)
     for path in others:
-        typer.echo(path)
-    typer.echo(f"==> {newest} <==")
-    typer.echo("\n".join(tail(newest, lines)))
+        say(path)
+    say(f"==> {newest} <==")
+    say("\n".join(tail(newest, lines)))
     if go_on:
         follow(newest)
 
@@ -174,7 +175,7 @@ def supervise(
     from megatron_specialm.slurm.supervisor import Work
     from megatron_specialm.slurm.supervisor import supervise as run_attempt
 
-    logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
+    log_to_stderr("supervisor: %(asctime)s %(message)s", level=logging.INFO)
     allocation = read_allocation()
     profile = load_site(site) if site else Site()
     if launcher is not None:
@@ -199,7 +200,7 @@ def work(
 
     from megatron_specialm.slurm.work import work as do_element
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     do_element(job_file, element=element)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
 
 
@@ -67,11 +68,11 @@ def check(
     if gpu and reasons:
         raise MachineError(reasons[0])
     for reason in reasons:  # a login node has no GPU: the jobs may well have one
-        typer.echo(f"warning: `run` would refuse on this machine: {reason}")
+        say(f"warning: `run` would refuse on this machine: {reason}")
     if (root / ARTIFACTS).is_dir():  # else nothing is finished, and no text need be read
         for line in redo_lines(find_redo(pipeline, make_plan(pipeline, root, keep_hashes=False), root)):
-            typer.echo(line)
-    typer.echo(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+            say(line)
+    say(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 
 @app.command()
@@ -152,7 +153,7 @@ def run(
             refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
             redo = find_redo(pipeline, tasks, root, chosen)
             for line in redo_lines(redo) if world.is_first else ():
-                typer.echo(line)
+                say(line)
             agree(redo, pipeline, yes=yes, may_ask=world.launcher == "none")
             if world.is_first:
                 write_resolved(pipeline, root)
@@ -162,7 +163,7 @@ def run(
             else:
                 assert held is not None
                 missing = sum(planned.is_to_do for planned in chosen.values())
-                typer.echo(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
+                say(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
                 with Progress(missing, console=screen) as progress:
                     run_local(pipeline, chosen, root, held=held, jobs=jobs, progress=progress)
             if world.is_first:
@@ -172,5 +173,5 @@ def run(
                 if outcome["learning_rates"]:
                     screen.print(rates_table(outcome))
                 for warning in capped_warnings(pipeline, chosen, root):
-                    typer.echo(f"warning: {warning}")
-                typer.echo(f"results: {root / 'results.json'}")
+                    say(f"warning: {warning}")
+                say(f"results: {root / 'results.json'}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 Runs = Annotated[
@@ -42,13 +43,13 @@ def results(
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
-        typer.echo((orders_table(outcome) if orders else results_table(merged)).markdown())
+        say((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
         console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
         if outcome["learning_rates"] and not orders:
             console().print(rates_table(outcome))
         for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
-            typer.echo(f"warning: {warning}")
+            say(f"warning: {warning}")
 
 
 @app.command()
@@ -76,13 +77,13 @@ def figures(
     place = output or root
     if output is None and not os.access(root, os.W_OK):
         place = Path()
-        typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
+        say(f"warning: {root} cannot be written to: the figures go here (--output)", error=True)
     for path in draw(outcome, place):
-        typer.echo(path)
+        say(path)
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:
-    typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
+    say(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
 
 
 @app.command()
@@ -107,7 +108,7 @@ def generate(
 
     for folder in models:
         text = open_model(folder).write(prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-        _print_text(f"==> {folder} <==\n{text}" if len(models) > 1 else text)
+        say(f"==> {folder} <==\n{text}" if len(models) > 1 else text)
 
 
 @app.command()
@@ -131,7 +132,7 @@ def samples(
         if read_marker(view(root, stage, domain)) is not None
     }
     if not models:
-        typer.echo(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
+        say(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
         return
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import held_out_words, open_model  # imports Megatron-Core
@@ -139,19 +140,11 @@ def samples(
     store = train_stage(pipeline, next(iter(models.values()))).tokens
     tokenizer = view(root, tokenize_stage(pipeline, store).tokenizer, GENERIC)
     prompt = held_out_words(view(root, store, domain), tokenizer)
-    _print_text(f"{domain}: how each method goes on from {prompt!r}")
+    say(f"{domain}: how each method goes on from {prompt!r}")
     for method, stage in models.items():
         writer = open_model(view(root, stage, domain))
         text = writer.write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
-        _print_text(f"{method}: {' '.join(text.split())}")
-
-
-def _print_text(text: str) -> None:
-    """Whatever a model says is text: no markup, and nothing that would steer a terminal."""
-    from megatron_specialm.base.terminal import console
-
-    plain = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
-    console().print(plain, markup=False, highlight=False, emoji=False)
+        say(f"{method}: {' '.join(text.split())}")
 
 
 @app.command()
@@ -167,4 +160,4 @@ def project(
     from megatron_specialm.train.served import project_expert  # imports Megatron-Core
 
     step = project_expert(folder, output, expert=expert)
-    typer.echo(f"expert {expert}: {step}")
+    say(f"expert {expert}: {step}")

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
@@ -22,6 +21,7 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
@@ -91,7 +91,7 @@ def run_inline(
     """
     limit_threads(pipeline.local.threads)
     ignore_expected_warnings()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr("%(asctime)s %(levelname)s %(message)s")
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     states = _as_the_first_rank_found(plan, world)
@@ -175,5 +175,5 @@ def ending_together(world: World) -> Iterator[None]:
         from mpi4py import MPI
 
         message = f"error: {error}" if isinstance(error, SpecialmError) else traceback.format_exc()
-        print(message, file=sys.stderr, flush=True)
+        say(message, error=True)
         MPI.COMM_WORLD.Abort(error.exit_code if isinstance(error, SpecialmError) else 1)

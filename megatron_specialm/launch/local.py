@@ -24,6 +24,7 @@ from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lifeline import hearing
 from megatron_specialm.base.lock import HeldFolder
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
@@ -61,7 +62,7 @@ class _Running:
     errors: Connection  # what the ranks say before they end with an error
     alive: list[Connection]  # each rank ends when its own is closed, if only by our death
     gpus: Sequence[str] = ()
-    started: float = field(default_factory=time.monotonic)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def run_local(
@@ -106,7 +107,7 @@ def run_local(
                 for name in [name for name, task in running.items() if _has_ended(task)]:
                     task = running.pop(name)
                     error = _error_of(root, task)
-                    progress.finished(name, seconds=time.monotonic() - task.started, error=error)
+                    progress.finished(name, seconds=task.watch.seconds, error=error)
                     if error:
                         failures[name] = error
                 progress.update(

@@ -24,6 +24,7 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.tensors import TensorFiles
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 
@@ -161,13 +162,13 @@ def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
     headings = ("quantity", "tolerance", "over it", "largest differences, and where")
     columns = (Column(heading, overflow="fold") for heading in headings)
-    found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
+    found = Table(*columns, title=plain(f"{name}: {outcome['steps']} steps"))
     for entry in outcome["differences"]:
         style = None if entry["passed"] else "bold red"
         over = f"{entry['failed']} of {entry['compared']}"
         named = entry["worst"][: max(1, entry["failed"])]  # where all is well, the largest only
         largest = "\n".join(f"{_shown(place['difference'])} {place['where']}" for place in named)
-        found.add_row(entry["quantity"], f"{entry['tolerance']:.0e}", over, largest, style=style)
+        found.add_row(plain(entry["quantity"]), f"{entry['tolerance']:.0e}", over, plain(largest), style=style)
     return found
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
@@ -16,6 +15,7 @@ from rich.table import Column
 from megatron_specialm.base.counting import minutes, read_count
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import parse_json
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.config.graph import TaskId
 
 PLAIN_SECONDS = 15.0  # between two lines about one task where there is no terminal
@@ -61,10 +61,12 @@ class Progress:
         """A task has ended."""
         self._bars.remove_task(self._rows.pop(name))
         self._done += error is None
-        outcome = f"done in {seconds:.0f} s"
+        line = plain(f"[{self._done:>3}/{self._total}] {name}: ")
         if error:  # at once, not only at the end: what does not rest on it may go on for days
-            outcome = f"[red]failed[/red] after {seconds:.0f} s: {escape(error.splitlines()[0])}"
-        self._console.print(f"[{self._done:>3}/{self._total}] {name}: {outcome}", highlight=False)
+            line.append("failed", style="red").append(f" after {seconds:.0f} s: {error.splitlines()[0]}")
+        else:
+            line.append(f"done in {seconds:.0f} s")
+        self._console.print(line)
 
     def update(self, folders: Mapping[TaskId, Path]) -> None:
         """Read how far the running tasks are from what they leave in their folders."""

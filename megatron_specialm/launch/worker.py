@@ -41,6 +41,7 @@ from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
+from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
@@ -95,7 +96,7 @@ def work(
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     with lasting_output(may_be_lost=True):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
         try:
             world, lifeline, task = discover_world(), Lifeline(), build_graph(pipeline)[name]
             trains = isinstance(pipeline.stages[name.stage], TrainStage)
@@ -106,7 +107,7 @@ def work(
                 execute(pipeline, root, task, made_from, world, lifeline)
         except SpecialmError as error:
             launcher.errors.send(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", error=True)
             sys.exit(error.exit_code)
 
 
@@ -177,7 +178,7 @@ def execute(
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1
-            seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
+            seconds = report.lost_seconds + context.watch.seconds - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
             marker = Marker(

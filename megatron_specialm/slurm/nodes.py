@@ -20,9 +20,9 @@ class _Excluded:
 
 
 def excluded_nodes(folder: Path, *, now: float | None = None) -> list[str]:
-    """The nodes that failed within the last day, sorted."""
+    """The nodes that failed within the last day, sorted; by a clock that was wrong, a day ahead at most."""
     now = time.time() if now is None else now
-    return sorted(node for node, entry in _read(folder).items() if now - entry.time < KEPT_SECONDS)
+    return sorted(node for node, entry in _read(folder).items() if abs(now - entry.time) < KEPT_SECONDS)
 
 
 def exclude_node(folder: Path, node: str, *, reason: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Preflight
 
 Answer = Mapping[str, Any]
@@ -50,7 +51,7 @@ def check_nodes(
             f"{folder}: {free / 2**20:,.0f} MiB free, and {settings.free_disk / 2**20:,.0f} MiB are wanted "
             "(preflight.free_disk of the site profile): free space, and submit again"
         )
-    began = time.time()
+    began, watch = time.time(), Stopwatch()
     try:
         outcome = subprocess.run(command, timeout=settings.seconds, capture_output=True, text=True)
         said = " ".join(outcome.stderr.split())[-300:]
@@ -59,7 +60,7 @@ def check_nodes(
     answers = {node: answer for node in nodes if (answer := _answer(folder / f"{node}.json")) is not None}
     if not answers:
         raise MachineError(f"preflight: no node answers: {said}")
-    if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, time.time())):
+    if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, began + watch.seconds)):
         return bad
     waiting = {node: "it waits for the others" for node, answer in answers.items() if "ended" not in answer}
     errors = {node: answer["joint_error"] for node, answer in answers.items() if "joint_error" in answer}
@@ -98,7 +99,8 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
         return f"matrix products on {', '.join(wrong)} are wrong"
     if answer.get("bytes_per_second", 0) is None:
         return "an all-reduce with the others gives a wrong sum"
-    early, late = between[0] - answer["began"], answer.get("ended", answer["alone"]) - between[1]
+    early = between[0] - answer["began"]
+    late = answer["began"] + answer.get("ended", answer["alone"]) - between[1]
     if max(early, late) > settings.clock_seconds:
         return f"its clock differs by {max(early, late):.0f} s or more from the first node's"
     return answer.get("error")

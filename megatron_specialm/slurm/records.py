@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from megatron_specialm.base.files import parse_json, read_json, write_json
 
-STEP = "step.json"
+NOTE = "step.json"
 REMEDY = "put it right or remove it"  # nothing makes these files anew
 Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
 
@@ -65,7 +65,8 @@ class AttemptBegin:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line."""
+    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line. `time`: Unix time. `seconds`: that
+    it took; None in the records of earlier versions."""
 
     attempt: int
     outcome: Outcome
@@ -73,21 +74,37 @@ class AttemptEnd:
     reason: str
     requeued: bool
     time: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """How far an attempt is: the last step of a training, and the seconds it has taken (None as in `AttemptEnd`)."""
+
+    step: int | None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then the step of a
-    training that was noted last."""
+    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then what was noted
+    last of it."""
 
     begin: AttemptBegin
     end: AttemptEnd | None
-    noted: int | None = None
+    noted: Note | None = None
 
     @property
     def step(self) -> int | None:
         """The last training step that it reached, as far as is known."""
-        return self.end.step if self.end else self.noted
+        last = self.end or self.noted
+        return last.step if last else None
+
+    @property
+    def seconds(self) -> float | None:
+        """That it has taken, by the supervisor's own stopwatch, as far as is known."""
+        last = self.end or self.noted
+        return last.seconds if last else None
 
 
 @dataclass(frozen=True)
@@ -102,13 +119,6 @@ class _Event:
     """What a line of `attempts.jsonl` says of itself; the rest is an `AttemptBegin` or an `AttemptEnd`."""
 
     event: Literal["begin", "end"]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The content of `step.json`."""
-
-    step: int
 
 
 def jobs_folder(root: Path) -> Path:
@@ -203,7 +213,7 @@ def read_attempts(state: Path) -> list[Attempt]:
             continue
         if parse_json(line, _Event, path=path, remedy=REMEDY).event == "begin":
             begin = parse_json(line, AttemptBegin, path=path, remedy=REMEDY)
-            attempts.append(Attempt(begin, None, _noted_step(state, begin.attempt)))
+            attempts.append(Attempt(begin, None, _noted(state, begin.attempt)))
             continue
         end = parse_json(line, AttemptEnd, path=path, remedy=REMEDY)
         if attempts and attempts[-1].begin.attempt == end.attempt:
@@ -211,11 +221,11 @@ def read_attempts(state: Path) -> list[Attempt]:
     return attempts
 
 
-def note_step(state: Path, attempt: int, step: int) -> None:
-    """Note how far an attempt is, for the case that it is lost."""
-    write_json(attempt_folder(state, attempt) / STEP, asdict(_Step(step)))
+def write_note(state: Path, attempt: int, note: Note) -> None:
+    """Note how far an attempt is, for those who look at it and for the case that it is lost."""
+    write_json(attempt_folder(state, attempt) / NOTE, asdict(note))
 
 
-def _noted_step(state: Path, attempt: int) -> int | None:
-    path = attempt_folder(state, attempt) / STEP
-    return read_json(path, _Step, remedy=REMEDY).step if path.exists() else None
+def _noted(state: Path, attempt: int) -> Note | None:
+    path = attempt_folder(state, attempt) / NOTE
+    return read_json(path, Note, remedy=REMEDY) if path.exists() else None

@@ -1,6 +1,5 @@
 """What a stage function is given beside its own settings."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.lineage import source_of
 from megatron_specialm.config.schema import Pipeline
@@ -28,7 +28,7 @@ class Context:
     world: World
     threads: int
     lifeline: Lifeline = field(default_factory=Lifeline)
-    started: float = field(default_factory=time.monotonic)  # when this attempt at the task began
+    watch: Stopwatch = field(default_factory=Stopwatch)  # runs since this attempt at the task began
 
     @property
     def key(self) -> str:

@@ -6,7 +6,6 @@ trials/          while fine-tunings decide: a folder per criterion and expert
 """
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
@@ -67,7 +66,7 @@ def run(stage: SelectStage, context: Context) -> Report:
         for name in dict.fromkeys([stage.by, *stage.compare]):
             if name in ("frequency", "histogram"):
                 continue
-            began, projected = time.monotonic(), experts.flops
+            began, projected = context.watch.seconds, experts.flops
             if name == "loss":
                 sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
                 orders[name] = by_loss(keys, experts.load, sample)
@@ -79,7 +78,7 @@ def run(stage: SelectStage, context: Context) -> Report:
                 )
                 orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
                 passes = tried.spent
-            seconds = lost.get(name, 0.0) + time.monotonic() - began
+            seconds = lost.get(name, 0.0) + context.watch.seconds - began
             spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)
     choice = orders[stage.by][0] if stage.by in orders else stage.by
     projected = experts.flops

@@ -103,7 +103,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             saver=Saver(context.folder, Peers.meet()),
             account=account,
             lifeline=context.lifeline,
-            started=context.started,
+            watch=context.watch,
         )
         try:
             progress = train(engine, run)

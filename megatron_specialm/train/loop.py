@@ -9,8 +9,6 @@ import contextlib
 import logging
 import math
 import statistics
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, NoReturn
 from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
 from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
@@ -38,12 +37,16 @@ from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.schedule import learning_rate, step_to_keep
 from megatron_specialm.train.work import Work, WorkRecord
 
+SPIKE_WINDOW = 100  # steps whose gradient norms say what is usual
+FEWEST_NORMS = 20  # of which there must be so many
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after `step` optimizer steps. Losses are nats per token."""
+    """Where training stands after `step` optimizer steps. Losses are nats per token; `norms` are the gradient norms of the
+    last steps, those that are finite (checkpoints of earlier versions lack them)."""
 
     step: int = 0
     tokens: int = 0
@@ -54,6 +57,11 @@ class Progress:
     best_loss: float | None = None
     evaluations: int = 0
     evaluations_without_gain: int = 0
+    norms: tuple[float, ...] = ()
+
+    def is_spike(self, norm: float, *, factor: float) -> bool:
+        """Whether a step's gradient norm is so many times as large as is usual."""
+        return len(self.norms) >= FEWEST_NORMS and norm > factor * statistics.median(self.norms)
 
     def after(self, stats: StepStats, *, spike: bool) -> "Progress":
         """The progress after one more step."""
@@ -64,6 +72,9 @@ class Progress:
             skipped_steps=self.skipped_steps + stats.skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
             spikes=self.spikes + spike,
+            norms=(*self.norms, stats.gradient_norm)[-SPIKE_WINDOW:]
+            if math.isfinite(stats.gradient_norm)
+            else self.norms,
         )
 
     def evaluated(self, loss: float) -> "Progress":
@@ -92,8 +103,8 @@ class Diverged(TrainingError):
 @dataclass(frozen=True)
 class Run:
     """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `account` is
-    what a checkpoint says of what it cost, from how far it is and the work so far; `started` is when this attempt at the task
-    began, by `time.monotonic`."""
+    what a checkpoint says of what it cost, from how far it is and the work so far; `watch` runs since this attempt at the task
+    began."""
 
     folder: Path
     settings: TrainStage
@@ -107,7 +118,7 @@ class Run:
     saver: Saver
     account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
     lifeline: Lifeline = field(default_factory=Lifeline)
-    started: float = field(default_factory=time.monotonic)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def train(engine: Engine, run: Run) -> Progress:
@@ -129,7 +140,6 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
-    norms: deque[float] = deque(maxlen=100)
     clock = _Clock()
     stop = Alarm(run.peers)
     if run.settings.early_stopping is not None and not progress.evaluations:
@@ -151,10 +161,8 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
         batch = run.batches.local(progress.step)
         stats = engine.train_step(batch, learning_rate=rate)
         note_work()
-        spike = len(norms) >= 20 and stats.gradient_norm > run.settings.spike_factor * statistics.median(norms)
+        spike = progress.is_spike(stats.gradient_norm, factor=run.settings.spike_factor)
         progress = progress.after(stats, spike=spike)
-        if math.isfinite(stats.gradient_norm):
-            norms.append(stats.gradient_norm)
         slots = batch.tokens.size * run.batches.processes
         _record_step(metrics, run, progress, stats, rate, slots=slots, spike=spike, clock=clock)
         _stop_if_poisoned(progress, run, stats)
@@ -188,16 +196,18 @@ def _stop(run: Run, progress: Progress, metrics: Metrics | None) -> NoReturn:
 
 
 class _Clock:
-    """Seconds since the last look."""
+    """Seconds per step since the last record."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.steps = 0
+        self._watch, self._steps = Stopwatch(), 0
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+    def count(self) -> None:
+        """One more step."""
+        self._steps += 1
+
+    def per_step(self) -> float:
+        steps, self._steps = self._steps, 0
+        return max(self._watch.lap(), 1e-6) / steps  # a lap may be nothing, but no speed is infinite
 
 
 @contextlib.contextmanager
@@ -207,7 +217,7 @@ def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], Work]]:
         yield Work
         return
     before = engine.passes  # an engine may have worked for another run
-    with WorkRecord(run.folder, copies=run.batches.processes, started=run.started) as record:
+    with WorkRecord(run.folder, copies=run.batches.processes, watch=run.watch) as record:
         yield lambda: record.write(engine.passes.plus(before, times=-1))
 
 
@@ -363,7 +373,7 @@ def _record_step(
 ) -> None:
     """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
     positions, of which padding fills some."""
-    clock.steps += 1
+    clock.count()
     settings, last = run.settings, last_step(run.settings)
     if stats.skipped or spike:
         what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
@@ -372,9 +382,7 @@ def _record_step(
         return
     if metrics is None:
         return
-    steps, seconds = clock.steps, clock.lap()
-    clock.steps = 0
-    per_step = seconds / steps
+    per_step = clock.per_step()
     slots_so_far = (progress.step - progress.skipped_steps) * slots
     metrics.write(
         step=progress.step,

@@ -9,7 +9,6 @@ it was at is missing. Where the machine itself is lost, what its kernel had not 
 import contextlib
 import json
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Self
 
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.shapes import Seconds
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.setup import Passes
 
 FILE = "work.json"
@@ -48,14 +48,14 @@ class Work:
 class WorkRecord:
     """Keeps `work.json` of a training, on its first process."""
 
-    def __init__(self, folder: Path, *, copies: int, started: float) -> None:
+    def __init__(self, folder: Path, *, copies: int, watch: Stopwatch) -> None:
         """Go on from what former attempts have left.
 
         Args:
             copies: data-parallel copies of the model: each makes as many passes as the first one.
-            started: when this attempt began, by `time.monotonic`.
+            watch: of this attempt.
         """
-        self._before, self._copies, self._started = Work.read(folder), copies, started
+        self._before, self._copies, self._watch = Work.read(folder), copies, watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> Work:
@@ -65,7 +65,7 @@ class WorkRecord:
             passes: those of one copy since this attempt began.
         """
         all_passes = self._before.passes.plus(passes, times=self._copies)
-        work = Work(all_passes, self._before.seconds + time.monotonic() - self._started)
+        work = Work(all_passes, self._before.seconds + self._watch.seconds)
         text = json.dumps({"passes": work.passes._asdict(), "seconds": work.seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)
         return work

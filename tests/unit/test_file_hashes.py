@@ -4,6 +4,7 @@ same ones the same."""
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,18 @@ def test_a_file_that_was_written_long_ago_is_read_once(text: Path, monkeypatch: 
     before = _plan(text)
     monkeypatch.setattr(hash_cache, "sha256_file", lambda file: pytest.fail(f"{file} is read again"))
     assert _plan(text) == before == _plan(text, generic={"train": ["./g[0-2].jsonl"]})
+
+
+def test_what_was_read_at_a_time_yet_to_come_is_read_again(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that was ahead and has been set back: a file that changes from now on is no younger than that."""
+    now = (text / "law.jsonl").stat().st_ctime_ns
+    monkeypatch.setattr(hash_cache, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
+    with monkeypatch.context() as ahead:
+        real = time.time_ns
+        ahead.setattr(time, "time_ns", lambda: real() + 7200 * 10**9)
+        before = _plan(text)
+    (text / "law.jsonl").write_bytes((text / "law.jsonl").read_bytes().replace(b"law", b"LAW"))
+    assert _changed(before, _plan(text)) == OF_LAW
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": {"stamp": 1}}', "{"])

@@ -3,7 +3,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,52 @@ def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path)
     assert trained("capped", cap) == capped
     shutil.rmtree(step_folder(tmp_path / "capped", cap))  # and before its last step was saved
     assert trained("capped", cap) == capped
+
+
+TIMES = {"time", "tokens_per_second", "eta_seconds", "mfu"}  # what no two trainings have in common
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """The last record of each step and event, without times."""
+    records = {(record["step"], record.get("event", "")): record for record in read_metrics(folder)}
+    told = [records[place] for place in sorted(records) if place[1] not in ("start", "stop")]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in told]
+
+
+@pytest.mark.parametrize("lost", [4, 24, 32])
+def test_a_resumed_training_reports_what_an_uninterrupted_one_does(tmp_path: Path, lost: int) -> None:
+    """Spikes too, for which the window of norms must be the same; one of them, and a skipped step, before the interruption."""
+
+    def upset(first: int) -> Any:
+        calls = iter(range(2 * first, 10_000))  # two micro-batches a step
+        factors = {22: 1e3, 23: math.nan, 29: 1e3, 33: 1e3}
+        return lambda logits, batch, **share: cross_entropy(logits, batch, **share) * factors.get(next(calls) // 2, 1.0)
+
+    settings = stage(steps=36, checkpoint={"every": 4, "keep": 20}, log_every=5, early_stopping=None)
+    straight = run_training(tmp_path / "straight", ALONE, settings, objective=upset(0))
+    assert (straight.spikes, straight.skipped_steps, len(straight.norms)) == (3, 1, 35)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "straight", broken)
+    (broken / "result.json").unlink()
+    for step in range(lost, 37, 4):
+        shutil.rmtree(step_folder(broken, step))
+    assert run_training(broken, ALONE, settings, objective=upset(lost - 4)) == straight
+    assert _told(broken) == _told(tmp_path / "straight")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_norms(tmp_path: Path) -> None:
+    settings = stage(steps=4, checkpoint={"every": 2}, early_stopping=None)
+    straight = run_training(tmp_path / "straight", ALONE, settings)
+    run_training(tmp_path / "old", ALONE, settings.model_copy(update={"steps": 2}))
+    step = step_folder(tmp_path / "old", 2)
+    state = read_json(step / "state.json")
+    del state["progress"]["norms"]
+    write_json(step / "state.json", state)
+    publish_folder(step, step_folder(tmp_path / "old", 3))
+    (tmp_path / "old/step_0000003").rename(step)
+    (tmp_path / "old/result.json").unlink()
+    resumed = run_training(tmp_path / "old", ALONE, settings)
+    assert (resumed.step, resumed.tokens) == (straight.step, straight.tokens) and len(resumed.norms) == 2
 
 
 # --- what a training costs -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,19 @@ from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
-from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Outcome, log_path, submission_folder
+from megatron_specialm.slurm.records import (
+    Attempt,
+    AttemptBegin,
+    AttemptEnd,
+    Note,
+    Outcome,
+    log_path,
+    record_begin,
+    record_end,
+    state_folder,
+    submission_folder,
+    write_note,
+)
 from megatron_specialm.slurm.state import judge
 from megatron_specialm.slurm.status import Status
 from megatron_specialm.slurm.status_table import status_json, status_view
@@ -113,6 +126,20 @@ def test_hours_of_attempts_that_were_lost(run: Run) -> None:
     (hours,) = (stage.device_hours for stage in run.status().stages if stage.stage == "slm")
     assert hours == pytest.approx(2 * 3 * 600 / 3600, rel=0.01)
     assert run.text("slm") == "pending (BeginTime), restarted 3x"
+
+
+@pytest.mark.parametrize("shift", [-7200, 7200])
+def test_hours_are_measured_not_read_from_clocks(run: Run, shift: float) -> None:
+    """The clock is set in each of three attempts: one ended, one lost, one under way."""
+    job = run.submit("7", "slm", keys=["generic"], ranks=2)
+    state, now = state_folder(run.root, "0001", "slm", 0), time.time()
+    for number in range(3):
+        record_begin(state, AttemptBegin(number, "7_0", ("node1",), job.ranks, now + number * shift))
+        write_note(state, number, Note(None, 300.0))
+    record_end(state, AttemptEnd(2, "preempted", None, "", True, now + 3 * shift, 360.0))
+    run.slurm_says("7|0|RUNNING|3|UNLIMITED||None|\n")
+    (hours,) = (stage.device_hours for stage in run.status().stages if stage.stage == "slm")
+    assert hours == pytest.approx(2 * (300 + 300 + 360) / 3600)
 
 
 def test_the_plan_is_the_arithmetic_of_check(run: Run) -> None:

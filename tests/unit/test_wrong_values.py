@@ -150,9 +150,9 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: &x {b: *x}\n", r"page\.yaml: not valid YAML: a\.b: an anchor stands inside itself"),
+        (b"a: &x {b: *x}\n", r"page\.yaml: not valid YAML: an anchor stands inside itself"),
         (b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10 if i else [b"x"])) for i in range(12)),
-         "more than 200,000 values"),
+         "more than 50,000 values"),
         ("name: é".encode("utf-16"), "not UTF-8"),
         ("name: é".encode("latin-1"), "not UTF-8"),
         (b"name: a\0b", "not valid YAML"),
