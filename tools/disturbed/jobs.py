@@ -132,5 +132,6 @@ def disturbed_jobs(
             return jobs
     alive = [process.pid for word in ("work", "supervise") for process in jobs.processes(word)]
     jobs.faults += [f"alive behind the last job: {alive}"] if alive else []
+    jobs.run.specialm("results")  # jobs write no tables
     jobs.faults += compare(straight, folder, until=until)
     return jobs

@@ -18,11 +18,11 @@ from megatron_specialm.config.graph import build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.plan import make_plan, select
 
-GRACE_SECONDS = 8.0  # within which all processes of a command must be gone behind it
+GRACE_SECONDS = 10.0  # within which all processes of a command must be gone behind it
 STOPPED_SECONDS = (0.5, 4.0)
 LONGEST_SECONDS = 25.0  # from a start to the next disturbance: long enough for some tasks to end
 PATIENCE_SECONDS = 600.0  # for a run that nobody disturbs
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 OTHER_SETTINGS = "stages.slm.optimizer.learning_rate=1.0e-3"  # all models but one rest on it
 HELD, INTERRUPTED, FAILED = 3, 130, 1  # exit codes: the folder is held, ended by a signal, a task has failed
 
@@ -68,7 +68,7 @@ class Disturbed:
                 self.ending.remove((launch, deadline))
             elif time.monotonic() > deadline:
                 what = "; ".join(f"{process.pid} ({_words(process)})" for process in alive)
-                self.fault(launch, f"alive {GRACE_SECONDS:.0f} s behind its command: {what}")
+                self.fault(launch, f"alive {GRACE_SECONDS:.0f} s after its command has ended: {what}")
                 launch.end()
                 self.ending.remove((launch, deadline))
 
