@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,28 +31,31 @@ Verdict = Literal["noticed", "unnamed", "traceback", "silent", "harmless"]
 
 
 @contextlib.contextmanager
-def damaged(path: Path, damage: Damage) -> Iterator[Path]:
-    """Damage a file while the block runs; the path that a reader is to name, or not to open."""
-    content = path.read_bytes()
-    changed = neighbour(path) if damage == "extra" else path
-    assert damage != "extra" or not changed.exists()
+def damaged(paths: list[Path], damage: Damage) -> Iterator[list[Path]]:
+    """Damage files while the block runs, or put another beside each; the paths that a reader is to name, or not to open."""
+    contents = {path: path.read_bytes() for path in paths}
+    changed = [neighbour(path) for path in paths] if damage == "extra" else paths
     try:
-        if damage == "delete":
-            path.unlink()
-        else:
-            changed.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, _flipped(content)))
+        for path, content in zip(changed, contents.values(), strict=True):
+            if damage == "delete":
+                path.unlink()
+            else:
+                path.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, _flipped(content)))
         yield changed
     finally:
-        path.write_bytes(content)
-        if damage == "extra":
-            changed.unlink(missing_ok=True)
+        for path in set(changed) - contents.keys():
+            path.unlink(missing_ok=True)
+        for path, content in contents.items():
+            path.write_bytes(content)
 
 
 def neighbour(path: Path) -> Path:
     """A file that a careless reader may take for one of those it wants: the next number, or the same name and more."""
-    if numbered := re.fullmatch(r"(.*?)(\d+)(\D*)", path.name):
-        return path.with_name(f"{numbered[1]}{int(numbered[2]) + 1:0{len(numbered[2])}}{numbered[3]}")
-    return path.with_name(f"{path.stem}-1{path.suffix}")
+    while path.exists():
+        numbered = re.fullmatch(r"(.*?)(\d+)(\D*)", path.name)
+        start, number, end = numbered.groups() if numbered else (f"{path.stem}-", "0", path.suffix)
+        path = path.with_name(f"{start}{int(number) + 1:0{len(number)}}{end}")
+    return path
 
 
 def _flipped(content: bytes) -> bytes:
@@ -110,36 +114,43 @@ class Finished:
             raise done.exception
         return done.stdout
 
-    def judge(self, path: Path, damage: Damage, reader: str) -> tuple[Verdict, str]:
-        """A cell of the matrix: what a reader makes of a damaged file, and what it said."""
+    def judge(self, paths: list[Path], damage: Damage, reader: str) -> tuple[Verdict, str]:
+        """What a reader makes of damaged files, and what it said."""
         if reader not in self.usual:
             self.usual[reader] = self.read(reader)
-        with damaged(path, damage) as changed, opened(changed) as was_opened:
+        with damaged(paths, damage) as changed, opened(changed) as were_opened:
             try:
                 outcome = self.read(reader)
             except SpecialmError as error:
-                return ("noticed" if changed.name in str(error) else "unnamed"), str(error)
+                return ("noticed" if _names(changed, str(error)) else "unnamed"), str(error)
             except BaseException as error:
                 return "traceback", repr(error)
             if outcome != self.usual[reader]:
-                named = isinstance(outcome, str) and changed.name in outcome
-                return ("noticed" if named else "silent"), f"{outcome}"
-            return ("silent" if was_opened() else "harmless"), "as if nothing were"
+                return ("noticed" if _names(changed, str(outcome)) else "silent"), str(outcome)
+            return ("silent" if were_opened() else "harmless"), "as if nothing were"
+
+
+def _names(paths: list[Path], text: str) -> bool:
+    return any(path.name in text for path in paths)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Callable[[], bool]]:
-    """Watch the folder of a file (inotify); whether anything has opened the file since, in whatever language."""
-    libc, open_event = ctypes.CDLL(None, use_errno=True), 0x20
+def opened(paths: list[Path]) -> Iterator[Callable[[], bool]]:
+    """Watch the folders of files (inotify); whether anything has opened one of the files since, in whatever language."""
+    libc, open_event, event = ctypes.CDLL(None, use_errno=True), 0x20, struct.Struct("iIII")
     queue = libc.inotify_init1(os.O_NONBLOCK)
-    assert queue >= 0 and libc.inotify_add_watch(queue, os.fsencode(path.parent), open_event) >= 0
+    watched = {libc.inotify_add_watch(queue, os.fsencode(path), open_event): path for path in {p.parent for p in paths}}
+    assert queue >= 0 and min(watched) >= 0, os.strerror(ctypes.get_errno())
 
     def asked() -> bool:
-        events = b""
+        found: set[Path] = set()
         with contextlib.suppress(BlockingIOError):
             while block := os.read(queue, 1 << 16):
-                events += block
-        return os.fsencode(path.name) + b"\0" in events
+                while block:
+                    watch, _, _, size = event.unpack_from(block)
+                    name, block = block[event.size :][:size].rstrip(b"\0"), block[event.size + size :]
+                    found.add(watched[watch] / os.fsdecode(name))
+        return not found.isdisjoint(paths)
 
     try:
         yield asked

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.launch.worker import limit_threads
-from tests.damage import DAMAGES, Damage, Finished, write_page
+from tests.damage import Damage, Finished, write_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -54,21 +54,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         yield Finished(folder, scratch=folder / "scratch")
 
 
-def cells(finished: Finished, artifact: str) -> Iterator[tuple[Path, Damage, str]]:
-    """All damages of all files of an artifact, before each of its readers."""
-    for path in finished.files(artifact):
-        for reader in (*READERS[artifact], PLAN):
-            for damage in DAMAGES:
-                yield path, damage, reader
+def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damage, str]]:
+    """All damages of all files of an artifact, before each of its readers. Extra files are put beside all at once: a reader is
+    to open none of them. The plan looks at markers, and of other files at their sizes."""
+    files = finished.files(artifact)
+    for reader in (*READERS[artifact], PLAN):
+        yield files, "extra", reader
+        for path in files:
+            blind = reader == PLAN and path.name != finished.marker
+            for damage in ("cut", "empty", "delete") if blind else ("flip", "cut", "empty", "delete"):
+                yield [path], damage, reader
 
 
 @pytest.mark.parametrize("artifact", READERS)
 def test_damage_is_noticed_by_name(finished: Finished, artifact: str) -> None:
     wrong = []
-    for path, damage, reader in cells(finished, artifact):
-        verdict, said = finished.judge(path, damage, reader)
-        if verdict not in ("noticed", "harmless"):
-            wrong.append(f"{path} {damage} before {reader}: {verdict}: {said[:300]}")
+    for paths, damage, reader in cells(finished, artifact):
+        verdict, said = finished.judge(paths, damage, reader)
+        if verdict != "noticed" and (verdict != "harmless" or reader == PLAN and damage != "extra"):
+            wrong.append(f"{damage} of {', '.join(map(str, paths))} before {reader}: {verdict}: {said[:300]}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -76,4 +80,4 @@ def test_all_kinds_are_tried(finished: Finished) -> None:
     """Each kind of stage is damaged, and at least 250 cells are looked at."""
     kinds = {finished.pipeline.stages[artifact.partition("/")[0]].kind for artifact in READERS}
     assert kinds == {stage.kind for stage in finished.pipeline.stages.values()}
-    assert sum(1 for artifact in READERS for _ in cells(finished, artifact)) >= 250
+    assert sum(len(paths) for artifact in READERS for paths, _, _ in cells(finished, artifact)) >= 250

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from disturbed.local import compare, not_done
+from disturbed.local import HELD, compare, not_done
 from disturbed.page import write_page
 from tests.cluster.runs import Run
 from tests.cluster.testbed import Cluster
@@ -95,6 +96,16 @@ def _submit_again(jobs: DisturbedJobs) -> None:
     jobs.submit()
 
 
+def _run_beside(jobs: DisturbedJobs) -> None:
+    """On the login node: it is refused while a job does one of its tasks."""
+    command = jobs.run.command("run", "--until", jobs.until)
+    done = subprocess.run(
+        command, cwd=jobs.run.folder, env=jobs.run.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    if done.returncode not in (0, HELD):
+        jobs.faults.append(f"a run beside the jobs: exit code {done.returncode}: {done.stderr[-600:]}")
+
+
 DISTURBANCES: dict[str, Callable[[DisturbedJobs], None]] = {
     "scancel": _cancel,
     "scontrol requeue": _requeue,
@@ -102,6 +113,7 @@ DISTURBANCES: dict[str, Callable[[DisturbedJobs], None]] = {
     "kill -9 of a supervisor": _kill("supervise"),
     "a lost node": _lose_node,
     "a second submit": _submit_again,
+    "a run beside the jobs": _run_beside,
 }
 
 

@@ -100,9 +100,9 @@ def _words(process: psutil.Process) -> str:
 
 
 def _signal_launcher(number: signal.Signals) -> Callable[[Disturbed, Launch], Launch]:
-    def disturb(_: Disturbed, launch: Launch) -> Launch:
+    def disturb(run: Disturbed, launch: Launch) -> Launch:
         launch.process.send_signal(number)
-        launch.process.wait(PATIENCE_SECONDS)
+        run.wait(launch, PATIENCE_SECONDS)
         return launch
 
     return disturb
@@ -110,8 +110,7 @@ def _signal_launcher(number: signal.Signals) -> Callable[[Disturbed, Launch], La
 
 def _kill_all(_: Disturbed, launch: Launch) -> Launch:
     """As a power loss does."""
-    kill([psutil.Process(launch.process.pid), *launch.alive()])
-    launch.process.wait()
+    launch.end()
     return launch
 
 
