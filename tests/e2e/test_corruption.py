@@ -71,7 +71,7 @@ def test_damage_is_noticed_by_name(finished: Finished, artifact: str) -> None:
     wrong = []
     for paths, damage, reader in cells(finished, artifact):
         verdict, said = finished.judge(paths, damage, reader)
-        if verdict != "noticed" and (verdict != "harmless" or reader == PLAN and damage != "extra"):
+        if verdict != "noticed" and (verdict != "harmless" or (reader == PLAN and damage != "extra")):
             wrong.append(f"{damage} of {', '.join(map(str, paths))} before {reader}: {verdict}: {said[:300]}")
     assert not wrong, "\n".join(wrong)
 

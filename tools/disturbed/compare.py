@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 # How far an artifact is and what it cost: the first is compared step by step, the others say nothing of the outcome.
-METRICS, SPENT = "metrics.jsonl", ("work.json", "progress.json", "README.md")
-COSTS = re.compile(r"seconds|flops|^(passes|incarnation|cost|apart|time)$")
+METRICS, SPENT = "metrics.jsonl", ("work.json", "README.md")
+# Keys of JSON that are left out: costs, who made it, and hashes of files, which are compared themselves.
+LEFT_OUT = re.compile(r"seconds|flops|^(passes|cost|apart|time|incarnation|files|sha256)$")
 STEP = re.compile(r"step_\d+$")
 LEFTOVERS = re.compile(r"\.(tmp|mode)$|^progress\.json$")
 
@@ -66,14 +67,8 @@ def _parsed(path: Path) -> Any:
 
 
 def _without_costs(value: Any) -> Any:
-    """JSON less what a disturbance may change, also where a list of files has hashes of such."""
     if isinstance(value, Mapping):
-        spared = (*SPENT, METRICS)
-        return {
-            key: _without_costs(part)
-            for key, part in value.items()
-            if not (COSTS.search(key) or Path(key).name in spared)
-        }
+        return {key: _without_costs(part) for key, part in value.items() if not LEFT_OUT.search(key)}
     return [_without_costs(part) for part in value] if isinstance(value, list) else value
 
 
