@@ -47,7 +47,7 @@ class Run:
         """Declare stages done."""
         for name, planned in self.plan.items():
             if name.stage in stages:
-                begin_artifact(self.root, *name, digest=planned.digest)
+                begin_artifact(self.root, *name, digest=planned.digest, made_from=planned.made_from)
                 finish_artifact(self.root, *name, Marker(planned.digest, Cost(1, 1, 36.0, 36.0, "cpu", 1), {}, {}))
 
     def submit(self, slurm_id: str | None, stage: str, *, keys: Sequence[str] = DOMAINS, ranks: int = 1) -> JobRecord:

@@ -1,27 +1,36 @@
-"""Artifacts: one folder per task, complete when its marker is there.
+"""Artifacts: one folder per task and digest, complete when its marker is there.
 
-    <root>/<stage>/<key>/            what the task made; task.json names the digest it is being made for, and by whom
-    <root>/<stage>/done/<key>.json   the marker, written last: digest, report, cost, versions
+    <root>/artifacts/<stage>/<key>/<16 digits>/   what the task made for a digest that begins so
+        task.json    the label: for which digest it is made, from what (`made_from`), and by whom
+        done.json    the marker, written last: digest, cost, values, versions, and size and SHA-256 of every file
+    <root>/<stage>/<key>   a symbolic link to the current one: where users look
 
-A reader asks for an artifact by its digest, so work that is stale (made from other settings, text or inputs) is never
-taken for what is wanted, and equal work is never done twice.
+A reader asks for an artifact by its digest, so work made from other settings, text or inputs is never taken for what is
+wanted, and equal work is never done twice. Nothing here removes what was made: settings that change get a folder beside the
+old one, the link is turned when the new one is whole, and old settings find the old work. `specialm clean` removes, on demand.
 
 A node that Slurm has given up may only be cut off, and its ranks still at work when their job runs again elsewhere. So each
 incarnation of a task writes its name when it begins, and looks whether it still stands there before it publishes anything.
 """
 
+import contextlib
+import json
 import os
+import secrets
 import shutil
 import socket
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, atomic_path, fsync_path, read_json, write_json
+from megatron_specialm.base.files import MANIFEST, FileSeal, atomic_path, fsync_path, read_json, sha256_json, write_json
+from megatron_specialm.base.integrity import find_damage, list_files
 
-LABEL = "task.json"
+ARTIFACTS = "artifacts"
+LABEL, MARKER = "task.json", "done.json"
+SHOWN_DIGITS = 16  # of a digest, in the names of folders
 
 
 @dataclass(frozen=True)
@@ -82,60 +91,110 @@ class Report:
 
 @dataclass(frozen=True)
 class Marker:
-    """The content of a completion marker. `apart` is the cost of work that decides nothing of the result."""
+    """The content of a completion marker.
+
+    apart: the cost of work that decides nothing of the result.
+    files: all of the artifact's, by their names in its folder, as they were when it was finished.
+    """
 
     digest: str
     cost: Cost
     values: dict[str, Any]
     versions: dict[str, str]
     apart: Cost | None = None
+    files: Mapping[str, FileSeal] = field(default_factory=dict)
 
 
-def artifact_folder(root: Path, stage: str, key: str) -> Path:
-    """Where a task's files stand."""
+def artifact_folder(root: Path, stage: str, key: str, digest: str) -> Path:
+    """Where a task's files for a digest stand."""
+    return root / ARTIFACTS / stage / key / digest[:SHOWN_DIGITS]
+
+
+def view(root: Path, stage: str, key: str) -> Path:
+    """Where users find a task's current artifact: a symbolic link."""
     return root / stage / key
 
 
-def aside_folder(root: Path, stage: str, key: str) -> Path:
-    """Where a whole artifact is put together that comes from elsewhere; no key begins with a dot."""
-    return root / stage / f".{key}.tmp"
+def artifact_folders(root: Path, stage: str, key: str) -> list[Path]:
+    """All that there are of a task, of whatever digest, finished or not."""
+    place = root / ARTIFACTS / stage / key
+    return sorted(path for path in place.iterdir() if (path / LABEL).is_file()) if place.is_dir() else []
 
 
-def marker_path(root: Path, stage: str, key: str) -> Path:
-    """Where a task's completion marker stands."""
-    return root / stage / "done" / f"{key}.json"
+def begin_artifact(
+    root: Path, stage: str, key: str, *, digest: str, made_from: Mapping[str, Any] | None = None
+) -> Path:
+    """The folder to write into. What an unfinished attempt for the same digest has left is kept to resume, with no file in it
+    that another run folder shares.
 
+    Args:
+        made_from: what the digest is of.
 
-def begin_artifact(root: Path, stage: str, key: str, *, digest: str) -> Path:
-    """The folder to write into. What was made for another digest is removed; an unfinished same one is kept to resume, with no
-    file in it that another run folder shares."""
-    folder = artifact_folder(root, stage, key)
-    shutil.rmtree(aside_folder(root, stage, key), ignore_errors=True)
-    marker_path(root, stage, key).unlink(missing_ok=True)
-    label = folder / LABEL
-    if folder.exists() and (not label.exists() or read_json(label)["digest"] != digest):
-        shutil.rmtree(folder)
+    Raises:
+        ArtifactError: the folder's label is of another digest, or something that is no link stands where users look.
+    """
+    folder = artifact_folder(root, stage, key, digest)
+    if (folder / LABEL).exists() and read_label(folder)["digest"] != digest:
+        raise ArtifactError(
+            f"{folder / LABEL}: is of another digest than {digest}: the file is damaged; move {folder} away"
+        )
+    shutil.rmtree(_aside(folder), ignore_errors=True)  # of a take-over that was killed
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).unlink(missing_ok=True)
     _unshare(folder)
-    _write_label(folder, digest)
+    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation(), "made_from": dict(made_from or {})})
+    place = view(root, stage, key)
+    if not (place / MARKER).exists():  # until there is a whole one, users see the work go on
+        show_artifact(root, stage, key, digest)
     return folder
 
 
-def place_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
-    """Give the finished folder that stands aside the artifact's place, and declare it complete. Killed before the marker is
-    there, it is an attempt that is resumed."""
-    aside, final = aside_folder(root, stage, key), artifact_folder(root, stage, key)
-    _write_label(aside, marker.digest)
-    marker_path(root, stage, key).unlink(missing_ok=True)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(aside, final)
-    fsync_path(final.parent)
-    finish_artifact(root, stage, key, marker)
+def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
+    """Let users find this artifact where they look. One rename turns the link.
+
+    Raises:
+        ArtifactError: something that is no link stands there, which is nobody's to remove.
+    """
+    place = view(root, stage, key)
+    target = Path(os.path.relpath(artifact_folder(root, stage, key, digest), place.parent))
+    if place.is_symlink() and os.readlink(place) == str(target):
+        return
+    if place.exists() and not place.is_symlink():
+        raise ArtifactError(
+            f"{place}: is not a link of this program, which shows what {stage}/{key} made there: move it away, or choose "
+            "another root"
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = place.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
+    aside.symlink_to(target)
+    try:
+        os.replace(aside, place)
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync_path(place.parent)
 
 
-def _write_label(folder: Path, digest: str) -> None:
-    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation()})
+@contextlib.contextmanager
+def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[Path]:
+    """A new folder to copy a whole artifact into; on success it takes the artifact's place. Killed before, it leaves a folder
+    that nobody takes for one."""
+    final = artifact_folder(root, stage, key, digest)
+    aside = _aside(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        write_json(aside / LABEL, {**read_label(aside), "incarnation": incarnation()})
+        if final.exists():  # an unfinished attempt at what is now whole
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        fsync_path(final.parent)
+        show_artifact(root, stage, key, digest)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def _unshare(folder: Path) -> None:
@@ -150,6 +209,18 @@ def _unshare(folder: Path) -> None:
                 shutil.copyfile(path, own)
 
 
+def read_label(folder: Path) -> dict[str, Any]:
+    """An artifact's label: `digest`, `incarnation`, `made_from`.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    label = read_json(folder / LABEL)
+    if not isinstance(label, dict) or not isinstance(label.get("digest"), str):
+        raise ArtifactError(f"{folder / LABEL}: not a task's label: the file is damaged; move {folder} away")
+    return label
+
+
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:
     """This process's name among all that may work at a task: its job and attempt, or its number and machine."""
     return environ.get("SPECIALM_INCARNATION") or f"{os.getpid()}@{socket.gethostname()}"
@@ -161,8 +232,7 @@ def refuse_if_taken_over(folder: Path) -> None:
     Raises:
         ArtifactError: another incarnation has begun the task since.
     """
-    label = folder / LABEL
-    if label.exists() and (now := read_json(label).get("incarnation")) != incarnation():
+    if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != incarnation():
         raise ArtifactError(
             f"{folder}: another incarnation of this task, {now}, has taken over from {incarnation()}, which publishes "
             "nothing more: leave the folder to it"
@@ -170,29 +240,43 @@ def refuse_if_taken_over(folder: Path) -> None:
 
 
 def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
-    """Declare an artifact complete.
+    """Declare an artifact complete, with the files that it has now, and show it to users.
 
     Raises:
         ArtifactError: another incarnation has taken over.
     """
-    refuse_if_taken_over(artifact_folder(root, stage, key))
-    write_json(marker_path(root, stage, key), asdict(marker))
+    folder = artifact_folder(root, stage, key, marker.digest)
+    whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
+    content = json.loads(json.dumps(asdict(whole)))  # as it will be read
+    refuse_if_taken_over(folder)
+    write_json(folder / MARKER, {**content, "sha256": sha256_json(content)})
+    show_artifact(root, stage, key, marker.digest)
 
 
-def read_marker(root: Path, stage: str, key: str) -> Marker | None:
-    """The completion marker, or None where the task has not finished."""
-    path = marker_path(root, stage, key)
+def read_marker(folder: Path) -> Marker | None:
+    """The completion marker of an artifact's folder, or of what a view shows; None where the task has not finished.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    path = folder / MARKER
     if not path.exists():
         return None
     try:
         value = read_json(path)
-        apart = Cost(**value["apart"]) if value.get("apart") else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
-    except (KeyError, TypeError) as error:
+        if value.pop("sha256") != sha256_json(value):
+            raise ArtifactError(
+                f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; "
+                "put it back from a copy, or remove it and run again"
+            )
+        apart = Cost(**value["apart"]) if value["apart"] else None
+        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart, value["files"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:
-    """Whether the artifact is there, finished, and made for this digest."""
-    marker = read_marker(root, stage, key)
-    return marker is not None and marker.digest == digest and artifact_folder(root, stage, key).is_dir()
+    """Whether the artifact is there, finished, made for this digest, and all its files are there with their sizes."""
+    folder = artifact_folder(root, stage, key, digest)
+    marker = read_marker(folder)
+    return marker is not None and marker.digest == digest and find_damage(folder, marker.files) is None

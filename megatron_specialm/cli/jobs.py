@@ -34,7 +34,8 @@ def submit(
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.launch.plan import make_plan, select, write_resolved
+    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
+    from megatron_specialm.launch.plan import make_plan, select, show, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
@@ -50,6 +51,8 @@ def submit(
     root = Path(pipeline.root)
     # Who only looks need not be able to write.
     with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
+        if not dry_run:
+            adopt_earlier_layout(root)
         plan = make_plan(pipeline, root)
         chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
         known = submitted_jobs(root) if dry_run else jobs.recover(root)
@@ -70,6 +73,7 @@ def submit(
         if missing or elsewhere:
             write_resolved(pipeline, root)
         take_over(elsewhere, root)
+        show(plan, root)
         for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
             after = f", after {', '.join(record.after)}" if record.after else ""
             typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")

@@ -101,6 +101,7 @@ def run(
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.capped import capped_warnings
+    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import make_plan, select, write_resolved
@@ -116,6 +117,8 @@ def run(
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
         refuse_other_folders(pipeline)
+        if world.is_first:
+            adopt_earlier_layout(root)
         tasks = make_plan(pipeline, root)
         chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
         to_do = {name.stage for name in chosen if chosen[name].is_to_do}

@@ -136,8 +136,10 @@ def ancestors(graph: Mapping[TaskId, Task], task: TaskId) -> list[TaskId]:
     return [candidate for candidate in graph if candidate in wanted]
 
 
-def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file_hashes: Mapping[str, str]) -> str:
-    """SHA-256 over all that decides the task's result.
+def digest_content(
+    pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file_hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that decides the task's result, as JSON: what its digest is the SHA-256 of (`sha256_json`).
 
     Args:
         inputs: the digests of the task's inputs.
@@ -147,7 +149,7 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
     if task.rate is not None:
         assert isinstance(stage, TrainStage)
         stage = trial_of(stage, task.rate)  # other rates of the page change nothing of it
-    content = {
+    return {
         "format": ARTIFACT_FORMAT,
         "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
         "elsewhere": dict(task.elsewhere),
@@ -156,7 +158,11 @@ def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file
         "inputs": {str(name): inputs[name] for name in task.inputs},
         "files": {role: file_hashes[role] for role in task.files},
     }
-    return sha256_json(content)
+
+
+def digest(pipeline: Pipeline, task: Task, *, inputs: Mapping[TaskId, str], file_hashes: Mapping[str, str]) -> str:
+    """SHA-256 over all that decides the task's result; arguments as of `digest_content`."""
+    return sha256_json(digest_content(pipeline, task, inputs=inputs, file_hashes=file_hashes))
 
 
 # --- what each kind reads ---------------------------------------------------------------------------------------------

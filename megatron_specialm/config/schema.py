@@ -13,7 +13,7 @@ from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer, TrainStage
 
-RESERVED = ("jobs", "parity")  # other folders of a run
+RESERVED = ("artifacts", "figures", "jobs", "parity")  # other folders of a run
 
 
 # --- preparing text ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import read_marker
+from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
@@ -21,8 +21,8 @@ def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root
         found = []
         for task, planned in plan.items():
             wanted = task.stage == name and planned.task.rate is None
-            marker = read_marker(root, *task) if wanted else None
-            if marker and marker.digest == planned.digest and marker.values.get("capped"):
+            marker = read_marker(artifact_folder(root, *task, planned.digest)) if wanted else None
+            if marker and marker.values.get("capped"):
                 found.append(Capped(task.key, marker.values["steps"], marker.values["best_step"]))
         if found:
             warnings.append(capped_warning(name, stage, found))

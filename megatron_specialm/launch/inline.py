@@ -13,10 +13,12 @@ import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
+from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
@@ -24,7 +26,7 @@ from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.plan import PlannedTask, show
 from megatron_specialm.launch.reuse import take_over
 from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
 
@@ -93,11 +95,13 @@ def run_inline(
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     elsewhere = _found_elsewhere(plan, world) if pipeline.reuse else frozenset()
+    if world.is_first:
+        show(plan, root)
     for planned in plan.values():
         if planned.state == "done":
             continue
         if str(planned.task.id) not in elsewhere:
-            do_together(pipeline, root, planned.task, planned.digest, world, lifeline)
+            do_together(pipeline, root, planned.task, planned.made_from, world, lifeline)
         else:
             lifeline.begin(f"taking over {planned.task.id}")
             if world.is_first:
@@ -114,7 +118,9 @@ def _found_elsewhere(plan: Mapping[TaskId, PlannedTask], world: World) -> frozen
     return frozenset(json.loads(store.get("found elsewhere")))
 
 
-def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
+def do_together(
+    pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any], world: World, lifeline: Lifeline
+) -> None:
     """Do one task; every rank calls this, and none goes on before it is done.
 
     Raises:
@@ -125,8 +131,8 @@ def do_together(pipeline: Pipeline, root: Path, task: Task, digest: str, world: 
     lifeline.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
-        execute(pipeline, root, task, digest, world, lifeline)
-    _await_marker(root, task.id, digest, world, lifeline)
+        execute(pipeline, root, task, made_from, world, lifeline)
+    _await_marker(root, task.id, sha256_json(made_from), world, lifeline)
 
 
 def _await_marker(root: Path, name: TaskId, digest: str, world: World, lifeline: Lifeline) -> None:

@@ -29,7 +29,7 @@ from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.logs import last_line, log_path
-from megatron_specialm.launch.plan import PlannedTask
+from megatron_specialm.launch.plan import PlannedTask, show
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.reuse import take_over
 from megatron_specialm.launch.worker import work, worker_context
@@ -83,6 +83,7 @@ def run_local(
     with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
             take_over(plan, root)
+            show(plan, root)
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
                     own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))
@@ -97,7 +98,9 @@ def run_local(
                     progress.finished(name, seconds=time.monotonic() - task.started, error=error)
                     if error:
                         failures[name] = error
-                progress.update({name: artifact_folder(root, *name) for name in running})
+                progress.update(
+                    {name: artifact_folder(root, *name, task.planned.digest) for name, task in running.items()}
+                )
         except KeyboardInterrupt:
             raise Interrupted("interrupted: nothing is lost; run the same command again to go on") from None
         finally:
@@ -150,7 +153,7 @@ def _start(
     for rank in range(ranks):
         world = {**visible, "RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(root, name, planned.digest, world, log_path(root, name), sender), name=str(name)
+            target=work, args=(root, name, planned.made_from, world, log_path(root, name), sender), name=str(name)
         )
         process.start()
         processes.append(process)

@@ -3,34 +3,39 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_specialm.base.artifacts import is_complete, read_marker
+from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, is_complete, read_marker, show_artifact, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
-from megatron_specialm.base.files import write_text
-from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
+from megatron_specialm.base.files import sha256_json, write_text
+from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.config.graph import Task, TaskId, build_graph, digest_content
 from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.hashes import hash_files, naming_what_makes
+from megatron_specialm.launch.hashes import CACHE, hash_files, naming_what_makes
 
 RESOLVED = "pipeline.yaml"  # of a run folder
-State = Literal["done", "done elsewhere", "stale", "to do"]
+# What commands leave in a new run folder before the page is written there.
+OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock")
+State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task with the digest its artifact must carry. `stale`: finished once, from other settings, text or inputs. `done
-    elsewhere`: `there`, in another run folder, which the page says to reuse."""
+    """A task with the digest its artifact must carry, and what that is of. `stale`: finished once, from other settings, text or
+    inputs. `damaged`: finished, and now lacks a file, or has one of another size. `done elsewhere`: `there`, in another run
+    folder, which the page says to reuse."""
 
     task: Task
     digest: str
     state: State
+    made_from: Mapping[str, Any]
     there: Path | None = None
 
     @property
     def is_to_do(self) -> bool:
         """Whether somebody must work on it: it is neither done nor to be taken over."""
-        return self.state in ("stale", "to do")
+        return self.state in ("stale", "damaged", "to do")
 
 
 def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
@@ -47,7 +52,7 @@ def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
         inputs = {name: plan[name].digest for name in task.inputs}
-        wanted = digest(pipeline, task, inputs=inputs, file_hashes=hashes[task.id])
+        wanted = digest_content(pipeline, task, inputs=inputs, file_hashes=hashes[task.id])
         plan[task.id] = _planned(task, wanted, root, others)
     return plan
 
@@ -125,7 +130,7 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
     """Leave the resolved page in the run folder: tasks run from this copy.
 
     Raises:
-        ConfigError: the folder belongs to a pipeline of another name.
+        ConfigError: the folder belongs to a pipeline of another name, or holds files and no run.
     """
     path = root / RESOLVED
     if path.exists():
@@ -134,13 +139,35 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
             raise ConfigError(
                 f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"
             )
+    elif foreign := sorted(entry.name for entry in root.glob("*") if entry.name not in OWN_ENTRIES):
+        raise ConfigError(
+            f"root: {root} holds files and no run ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}): "
+            "choose an empty or a new folder"
+        )
     write_text(path, dump_pipeline(pipeline))
 
 
-def _planned(task: Task, wanted: str, root: Path, others: Sequence[Path]) -> PlannedTask:
-    if is_complete(root, *task.id, digest=wanted):
-        return PlannedTask(task, wanted, "done")
+def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Sequence[Path]) -> PlannedTask:
+    digest = sha256_json(made_from)
+    folder = artifact_folder(root, *task.id, digest)
+    marker = read_marker(folder)
+    if marker is not None and find_damage(folder, marker.files) is None:
+        return PlannedTask(task, digest, "done", made_from)
     for there in others:
-        if is_complete(there, *task.id, digest=wanted):
-            return PlannedTask(task, wanted, "done elsewhere", there)
-    return PlannedTask(task, wanted, "stale" if read_marker(root, *task.id) else "to do")
+        if is_complete(there, *task.id, digest=digest):
+            return PlannedTask(task, digest, "done elsewhere", made_from, there)
+    if marker is not None:
+        return PlannedTask(task, digest, "damaged", made_from)
+    return PlannedTask(task, digest, "stale" if read_marker(view(root, *task.id)) else "to do", made_from)
+
+
+def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
+    """Let users find what is done where they look: settings may have gone back to those of an earlier artifact. The caller is
+    alone at work in the folder.
+
+    Raises:
+        ArtifactError: something that is no link stands there.
+    """
+    for name, planned in plan.items():
+        if planned.state == "done":
+            show_artifact(root, *name, planned.digest)

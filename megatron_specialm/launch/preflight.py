@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
-from megatron_specialm.base.artifacts import read_marker
+from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.config.capabilities import lacking
 from megatron_specialm.config.graph import TaskId
@@ -77,7 +77,7 @@ def refuse_too_little_held_out(
     for name, planned in plan.items():
         if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.is_to_do:
             continue
-        marker = read_marker(planned.there or root, *name)
+        marker = read_marker(artifact_folder(planned.there or root, *name, planned.digest))
         if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
             refuse_too_little(pipeline, *name, marker.values)
 

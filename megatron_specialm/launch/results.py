@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_specialm.base.artifacts import Marker, read_marker
+from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
 from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, sources
@@ -47,7 +47,7 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
     markers = {
         name: marker
         for name, planned in plan.items()
-        if planned.state == "done" and (marker := read_marker(root, *name)) is not None
+        if planned.state == "done" and (marker := read_marker(artifact_folder(root, *name, planned.digest))) is not None
     }
     rows = [row for name in markers for row in _rows(pipeline, graph, markers, name)]
     results = {

@@ -2,7 +2,7 @@
 
 A task that is missing here and complete there, for the same digest, gets a folder of its own here. Large files that are
 written once are hard links to those there; all others, and where the filesystem has no such links, are copies. The folder is
-made aside and renamed, its marker comes last: a kill at any time leaves what the next run takes over again. The other
+made aside and renamed: a kill at any time leaves what the next run takes over again. The other
 folder is only read. Nothing ever writes into a linked file: `begin_artifact` makes what it begins again its own first.
 """
 
@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import artifact_folder, aside_folder, place_artifact, read_marker
+from megatron_specialm.base.artifacts import artifact_folder, placed_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
+from megatron_specialm.base.integrity import find_damage
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import RESOLVED, PlannedTask
@@ -54,21 +55,21 @@ def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
 
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
-    name = planned.task.id
-    source, aside = artifact_folder(there, *name), aside_folder(root, *name)
-    shutil.rmtree(aside, ignore_errors=True)
+    source = artifact_folder(there, *planned.task.id, planned.digest)
     try:
-        _copy_folder(source, aside)
-        marker = read_marker(there, *name)  # it goes first when a task is begun again
-        if marker is None or marker.digest != planned.digest:
+        marker = read_marker(source)
+        if marker is None:
             raise FileNotFoundError
-        place_artifact(root, *name, marker)
+        with placed_artifact(root, *planned.task.id, planned.digest) as aside:
+            _copy_folder(source, aside)
+            if read_marker(source) != marker or find_damage(
+                aside, marker.files
+            ):  # it goes first when a task is begun again
+                raise FileNotFoundError
     except FileNotFoundError:
         raise ArtifactError(
             f"{source}: was removed or made anew while it was taken over: run the same command again"
         ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

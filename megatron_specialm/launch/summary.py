@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.accelerator import Accelerator
-from megatron_specialm.base.artifacts import read_marker
+from megatron_specialm.base.artifacts import read_marker, view
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
@@ -94,7 +94,7 @@ def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, 
 
 def _tokenized(pipeline: Pipeline, tokens: str, source: str) -> Mapping[str, Any] | None:
     """Counts by split of a set as it was tokenized last; None where it was not yet."""
-    marker = read_marker(Path(pipeline.root), tokens, source)
+    marker = read_marker(view(Path(pipeline.root), tokens, source))
     return marker.values if marker is not None and "windows" in marker.values else None
 
 

@@ -18,10 +18,12 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 from megatron_specialm import __version__
 from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.artifacts import (
+    LABEL,
     Cost,
     Marker,
     Report,
@@ -29,13 +31,16 @@ from megatron_specialm.base.artifacts import (
     artifact_folder,
     begin_artifact,
     finish_artifact,
+    read_label,
+    read_marker,
 )
 from megatron_specialm.base.environment import World, discover_world
-from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
-from megatron_specialm.base.files import read_json
+from megatron_specialm.base.errors import ArtifactError, SpecialmError, TrainingError, machine_errors
+from megatron_specialm.base.files import sha256_json
+from megatron_specialm.base.integrity import check_files
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.output import lasting_output
-from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.rendezvous import is_alive, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
@@ -44,7 +49,8 @@ from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 
-BEGIN_TIMEOUT_SECONDS = 60
+POLL_SECONDS = 0.1
+SHARED_SECONDS = 60  # for what another node has written to be seen
 # What Megatron-Core says at import on every machine without a GPU's libraries, by its first words.
 EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed",
@@ -53,7 +59,14 @@ EXPECTED_WARNINGS = (
 )
 
 
-def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], log: Path, errors: Connection) -> None:
+def work(
+    root: Path,
+    name: TaskId,
+    made_from: Mapping[str, Any],
+    environment: Mapping[str, str],
+    log: Path,
+    errors: Connection,
+) -> None:
     """The life of a worker process: do one task; what went wrong goes to the log, and through a pipe to the launcher,
     which hears of it even where the disk is full. SIGTERM ends a training after its step, with a checkpoint; other work,
     which has nothing to save, at once."""
@@ -70,7 +83,7 @@ def work(root: Path, name: TaskId, digest: str, environment: Mapping[str, str], 
             lifeline = Lifeline()
             trains = isinstance(pipeline.stages[name.stage], TrainStage)
             with lifeline.hearing_signals() if trains else contextlib.nullcontext():
-                execute(pipeline, root, build_graph(pipeline)[name], digest, discover_world(), lifeline)
+                execute(pipeline, root, build_graph(pipeline)[name], made_from, discover_world(), lifeline)
         except SpecialmError as error:
             errors.send(str(error))
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -114,10 +127,16 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
     return context
 
 
-def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: World, lifeline: Lifeline) -> None:
+def execute(
+    pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any], world: World, lifeline: Lifeline
+) -> None:
     """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
 
+    Args:
+        made_from: what its digest is of; it names the inputs' digests.
+
     Raises:
+        ArtifactError: an input is missing or damaged.
         SpecialmError: what the stage found wrong with its input or the machine, or ranks that do not come.
         Stopped: it was asked to stop.
     """
@@ -126,17 +145,16 @@ def execute(pipeline: Pipeline, root: Path, task: Task, digest: str, world: Worl
     with machine_errors():
         if works_together(stage, world):
             meet(world)  # here a signal ends the wait at once
-        folder = _begin(root, task, digest, world)
-        context = Context(pipeline, task, root, folder, world, pipeline.local.threads, lifeline)
-        for name in task.inputs:
-            context.marker(*name)
+        inputs = {name: artifact_folder(root, *name, made_from["inputs"][str(name)]) for name in task.inputs}
+        folder = _begin(root, task, made_from, inputs, world)
+        context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, lifeline)
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1
             seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
-            finish_artifact(root, *task.id, Marker(digest, own, report.values, _versions(), apart))
+            finish_artifact(root, *task.id, Marker(sha256_json(made_from), own, report.values, _versions(), apart))
 
 
 def _cost(spent: Spent, processes: int) -> Cost:
@@ -150,21 +168,38 @@ def works_together(stage: Settings, world: World) -> bool:
     return isinstance(stage, TrainStage) or (isinstance(stage, ClusterStage) and world.is_mpi)
 
 
-def _begin(root: Path, task: Task, digest: str, world: World) -> Path:
-    """The first rank makes the folder; the others wait until it is labelled with the digest."""
+def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping[TaskId, Path], world: World) -> Path:
+    """The first rank checks the inputs and makes the folder; the others, who may wait for long, work when it is there."""
+    digest = sha256_json(made_from)
+    begun = f"begun {task.id} {digest}"
     if world.is_first:
-        return begin_artifact(root, *task.id, digest=digest)
-    folder = artifact_folder(root, *task.id)
-    deadline = time.monotonic() + BEGIN_TIMEOUT_SECONDS
+        for name, folder in inputs.items():
+            _check_input(name, folder)
+        folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
+        if world.world_size > 1:
+            meet(world).set(begun, "")
+        return folder
+    while not meet(world).check([begun]):
+        if not is_alive(world):
+            raise TrainingError(f"{task.id}: rank 0, which begins it, has ended; see what it said")
+        time.sleep(POLL_SECONDS)
+    folder = artifact_folder(root, *task.id, digest)
+    deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:
-        label = folder / "task.json"
-        if label.exists() and read_json(label)["digest"] == digest:
+        if (folder / LABEL).exists() and read_label(folder)["digest"] == digest:
             return folder
-        time.sleep(0.1)
+        time.sleep(POLL_SECONDS)
     raise ArtifactError(
-        f"{folder}: rank {world.rank} waited {BEGIN_TIMEOUT_SECONDS} s for rank 0 to make it: "
+        f"{folder}: rank {world.rank} does not see what rank 0 has made: "
         "is the run folder on a filesystem that all nodes share?"
     )
+
+
+def _check_input(name: TaskId, folder: Path) -> None:
+    marker = read_marker(folder)
+    if marker is None:
+        raise ArtifactError(f"{folder}: not complete: run the stage {name.stage!r} first")
+    check_files(folder, marker.files)
 
 
 def _device_name() -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import TaskId
@@ -20,6 +21,7 @@ class Job:
     name: str
     stage: str
     elements: tuple[tuple[TaskRecord, ...], ...]
+    made_from: Mapping[str, Mapping[str, Any]]  # of each task, by its key: what its digest is of
     inputs: frozenset[TaskId]
     shape: Shape
     resources: Resources
@@ -61,6 +63,7 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         name=f"{stage}.{wave}" if wave else stage,
         stage=stage,
         elements=tuple(tuple(found[start : start + size]) for start in range(0, len(found), size)),
+        made_from={planned.task.id.key: planned.made_from for planned in tasks},
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,

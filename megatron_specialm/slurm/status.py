@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker, view
 from megatron_specialm.base.counting import Count, read_count
-from megatron_specialm.base.files import read_json
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
@@ -135,7 +134,8 @@ def _stage(
         for element in elements
     ]
     trains = isinstance(pipeline.stages[stage], TrainStage)
-    running = list(_running(root, tasks, carried))
+    wanted = {name: state for name, state in carried.items() if carriers[name][1] == tasks[name].digest}
+    running = list(_running(root, tasks, wanted))
     return StageStatus(
         stage=stage,
         tasks=len(tasks),
@@ -154,11 +154,10 @@ def _stage(
 def _running(
     root: Path, tasks: Mapping[TaskId, PlannedTask], carried: Mapping[TaskId, ElementState]
 ) -> Iterator[tuple[str, Path]]:
-    """Keys and folders of the tasks that a job is at work on as they are wanted."""
+    """Keys and folders of the tasks that a job is at work on."""
     for name, state in carried.items():
-        folder = artifact_folder(root, *name)
-        label = folder / "task.json"
-        if state.state == "running" and label.exists() and read_json(label)["digest"] == tasks[name].digest:
+        folder = artifact_folder(root, *name, tasks[name].digest)
+        if state.state == "running" and (folder / LABEL).exists():
             yield name.key, folder
 
 
@@ -191,7 +190,7 @@ def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure 
 
 def _local_seconds(root: Path, name: TaskId) -> float:
     """What a task cost that no job of ours did, with what it did for comparison only."""
-    marker = read_marker(root, *name)
+    marker = read_marker(view(root, *name))
     if marker is None:
         return 0.0
     return marker.cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)

@@ -160,7 +160,7 @@ def submit(
         for job in jobs:
             record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
             place = submission.root, submission.number, job.name
-            write_json(records.job_path(*place), {"stage": job.stage, "elements": asdict(record)["elements"]})
+            write_json(records.job_path(*place), {"stage": job.stage, "elements": _elements(job)})
             script = records.script_path(*place)
             write_text(script, submission.script(job, after=record.after, comment=record.comment))
             records.write_registry(submission.root, [*known, *queued, record])
@@ -207,6 +207,11 @@ def _record(submission: Submission, job: Job, *, after: Sequence[str]) -> JobRec
         submission=submission.number, name=job.name, stage=job.stage, slurm_id=None, comment=f"specialm-{uuid.uuid4().hex}",
         elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.shape.ranks,
     )  # fmt: skip
+
+
+def _elements(job: Job) -> list[list[dict[str, Any]]]:
+    """What a job's ranks are told of their tasks."""
+    return [[{**asdict(task), "made_from": job.made_from[task.key]} for task in element] for element in job.elements]
 
 
 def dependencies(job: Job, queued: Iterable[tuple[Job, JobRecord]], live: Mapping[TaskId, Live]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
-from megatron_specialm.base.files import read_json
+from megatron_specialm.base.files import read_json, sha256_json
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.inline import attended, do_together
@@ -37,17 +37,17 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
         pipeline = pipeline.model_copy(update={"local": pipeline.local.model_copy(update={"threads": threads})})
         refuse_what_the_machine_lacks(pipeline, stages=[stage], alone=False)
         graph = build_graph(pipeline)
-        for key, digest in tasks:
+        for key, made_from in tasks:
             name = TaskId(stage, key)
-            if not is_complete(root, *name, digest=digest):
-                do_together(pipeline, root, graph[name], digest, world, lifeline)
+            if not is_complete(root, *name, digest=sha256_json(made_from)):
+                do_together(pipeline, root, graph[name], made_from, world, lifeline)
 
 
-def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, str]]]:
-    """The stage, and key and digest of each task."""
+def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The stage, and of each task its key and what its digest is of."""
     job: dict[str, Any] = read_json(job_file)
     try:
-        tasks = [(task["key"], task["digest"]) for task in job["elements"][element]]
+        tasks = [(task["key"], task["made_from"]) for task in job["elements"][element]]
         return job["stage"], tasks
     except (KeyError, TypeError, IndexError) as error:
         raise ArtifactError(

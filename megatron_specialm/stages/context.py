@@ -1,11 +1,11 @@
 """What a stage function is given beside its own settings."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
+from megatron_specialm.base.artifacts import Marker, read_marker
 from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
@@ -17,11 +17,12 @@ from megatron_specialm.config.schema import Pipeline
 
 @dataclass(frozen=True)
 class Context:
-    """The task to do: where to write (`folder`), what it may read (`artifact`), who this process is (`world`), and who
-    watches it (`lifeline`)."""
+    """The task to do: what it may read (`inputs`: each one's folder), where to write (`folder`), who this process is (`world`),
+    and who watches it (`lifeline`)."""
 
     pipeline: Pipeline
     task: Task
+    inputs: Mapping[TaskId, Path]
     root: Path
     folder: Path
     world: World
@@ -43,15 +44,14 @@ class Context:
     def artifact(self, stage: str, key: str) -> Path:
         """The folder of an input. Only inputs that the graph declared can be read, so digests cannot miss one."""
         assert TaskId(stage, key) in self.task.inputs, f"{self.task.id} reads {stage}/{key} without declaring it"
-        return artifact_folder(self.root, stage, key)
+        return self.inputs[TaskId(stage, key)]
 
     def marker(self, stage: str, key: str) -> Marker:
         """An input's completion marker: its report values and cost."""
-        marker = read_marker(self.root, stage, key)
+        folder = self.artifact(stage, key)
+        marker = read_marker(folder)
         if marker is None:
-            raise ArtifactError(
-                f"{artifact_folder(self.root, stage, key)}: not complete: run the stage {stage!r} first"
-            )
+            raise ArtifactError(f"{folder}: not complete: run the stage {stage!r} first")
         return marker
 
     def counted(

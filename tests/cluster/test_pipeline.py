@@ -65,7 +65,7 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
     for name, tensor in weights(runs["srun"].root / "slm/generic").items():
         assert float((tensor - alone[name]).norm() / alone[name].norm()) < 1e-2, name
     runs["srun"].wait("perplexity")
-    marker = "perplexity/done/slm.generic.json"
+    marker = "perplexity/slm.generic/done.json"
     here, there = (
         json.loads((root / marker).read_text())["values"] for root in (smoke_run / "runs/smoke", runs["srun"].root)
     )
@@ -87,7 +87,7 @@ def test_learning_rates_are_tried_in_a_job_before_that_of_the_models(
     assert run.wait("slm-nopt") == ["COMPLETED"], run.log("slm-nopt.1")
     for domain in ("scipy", "sklearn", "torch"):
         assert_same_bits(run.root / "slm-nopt" / domain, smoke_run / "runs/smoke/slm-nopt" / domain)
-        told = json.loads((run.root / f"slm-nopt/done/{domain}.json").read_text())["values"]
+        told = json.loads((run.root / f"slm-nopt/{domain}/done.json").read_text())["values"]
         assert told["learning_rate"] == best and list(told["learning_rates"]) == ["1e-06", repr(best)]
     assert run.status()["slm-nopt"]["done"] == 9
 

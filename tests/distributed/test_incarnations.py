@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import artifact_folder, is_complete, marker_path
+from megatron_specialm.base.artifacts import MARKER, is_complete, view
 from megatron_specialm.base.files import read_json
 from megatron_specialm.train.checkpoint import newest_checkpoint
 from tests.e2e.test_bad_input import ROOT
@@ -15,7 +15,7 @@ from tests.e2e.test_bad_input import ROOT
 PROGRAM = """
 import sys
 from pathlib import Path
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
+from megatron_specialm.base.artifacts import Cost, MARKER, Marker, begin_artifact, finish_artifact, view
 from megatron_specialm.base.environment import ALONE
 from tests.training import run_training, stage
 root, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -44,7 +44,7 @@ def _freeze_outside_of_a_save(process: subprocess.Popen, folder: Path) -> None:
 
 
 def test_who_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
-    folder = artifact_folder(tmp_path, "slm", "generic")
+    folder = view(tmp_path, "slm", "generic")
     cut_off = _attempt(tmp_path, 0, steps=100_000)
     try:
         _freeze_outside_of_a_save(cut_off, folder)
@@ -74,7 +74,7 @@ def test_one_that_has_trained_to_its_end_cannot_say_it_is_done(tmp_path: Path) -
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
-        while not (artifact_folder(tmp_path, "slm", "generic") / "result.json").exists():
+        while not (view(tmp_path, "slm", "generic") / "result.json").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.01)
         taking_over = [sys.executable, "-c", PROGRAM.replace("run_training(folder", "sys.exit(0); (folder")]
@@ -86,4 +86,4 @@ def test_one_that_has_trained_to_its_end_cannot_say_it_is_done(tmp_path: Path) -
         first.kill()
         first.wait()
     assert first.returncode == 1 and f"has taken over from {first.pid}@" in said
-    assert not marker_path(tmp_path, "slm", "generic").exists()
+    assert not (view(tmp_path, "slm", "generic") / MARKER).exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_specialm.base.artifacts import read_marker
+from megatron_specialm.base.artifacts import read_marker, view
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.launch.plan import make_plan
@@ -35,7 +35,9 @@ def submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: 
     write_text(place / "pipeline.yaml", dump_pipeline(pipeline))
     jobs: dict[str, list] = {}
     for name, planned in make_plan(pipeline, folder / "runs" / "smoke").items():
-        jobs.setdefault(name.stage, []).append([{"key": name.key, "digest": planned.digest}])
+        jobs.setdefault(name.stage, []).append(
+            [{"key": name.key, "digest": planned.digest, "made_from": planned.made_from}]
+        )
     for stage, elements in jobs.items():
         write_json(place / f"{stage}.json", {"stage": stage, "elements": elements})
     return place
@@ -105,7 +107,7 @@ def test_stopped_by_the_answer_to_one_ranks_heartbeat_the_second_attempt_goes_on
     assert list(_left(submission / "slm-1")) == ["finished.json"]
     records = read_metrics(task)
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
-    marker = read_marker(submission.parents[1], "slm", "generic")
+    marker = read_marker(view(submission.parents[1], "slm", "generic"))
     assert marker is not None and marker.cost.processes == 2
 
     code, said = _ends(_work(submission, "slm", "slm-2", *torchrun))  # nothing is left to do

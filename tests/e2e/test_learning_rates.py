@@ -81,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _marker(root: Path, task: str) -> dict:
     stage, key = task.split("/")
-    return read_json(root / stage / "done" / f"{key}.json")
+    return read_json(root / stage / key / "done.json")
 
 
 def _weights(folder: Path) -> bytes:

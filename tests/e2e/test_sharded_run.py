@@ -73,9 +73,9 @@ needs_mpi = pytest.mark.skipif(
 def test_clusters_under_mpi_are_those_of_one_process(files: Path) -> None:
     run = [sys.executable, *RUN, *_generic(3), "stages.slm.micro_batch_size=1", "--until", "assignment"]
     _run(files, [*MPIRUN, *run])
-    cost = read_json(files / "runs/3/clusters/done/generic.json")["cost"]
+    cost = read_json(files / "runs/3/clusters/generic/done.json")["cost"]
     assert cost["processes"] == 2 and cost["device_seconds"] == pytest.approx(2 * cost["wall_seconds"])
-    assert read_json(files / "runs/3/assignment/done/generic.json")["cost"]["processes"] == 1
+    assert read_json(files / "runs/3/assignment/generic/done.json")["cost"]["processes"] == 1
     together = np.load(files / "runs/3/clusters/generic/centroids.npy")
     shutil.rmtree(files / "runs/3")
     _run(files, run)

@@ -187,7 +187,7 @@ def test_transformers_gives_our_perplexity(finished: Path) -> None:
 
 
 def test_a_second_run_does_nothing_again(finished: Path) -> None:
-    marker = finished / "runs/smoke/slm/done/generic.json"
+    marker = finished / "runs/smoke/slm/generic/done.json"
     before = marker.stat().st_mtime_ns
     start = time.perf_counter()
     assert _specialm(finished, "run", str(PAGE)).returncode == 0
@@ -277,5 +277,5 @@ def test_what_else_a_page_can_say(finished: Path) -> None:
         )
         assert selection["choice"] == selection["criteria"]["frequency"]["order"][0]
     assert {path.name for path in (root / "btm").glob("c*")} == {"c0", "c2"}
-    size = json.loads((root / "taught/done/torch.json").read_text())["values"]["bytes"]
-    assert size < json.loads((root / "exact/done/torch.json").read_text())["values"]["bytes"] / 50
+    size = json.loads((root / "taught/torch/done.json").read_text())["values"]["bytes"]
+    assert size < json.loads((root / "exact/torch/done.json").read_text())["values"]["bytes"] / 50

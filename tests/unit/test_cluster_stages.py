@@ -10,7 +10,6 @@ import pytest
 
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.clustering.vectors import Vectors
@@ -18,7 +17,7 @@ from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.stages import assign, cluster, embed
-from megatron_specialm.stages.context import Context
+from tests.contexts import make_context
 
 TOPICS, WINDOWS = 4, 60  # windows per topic
 RUN = {"embed": embed.run, "cluster": cluster.run, "assign": assign.run}
@@ -101,7 +100,7 @@ def run_all(
         stage = pipeline.stages[task.id.stage]
         if stage.kind in RUN:
             folder = begin_artifact(tmp_path, *task.id, digest="test")
-            done[task.id] = RUN[stage.kind](stage, Context(pipeline, task, tmp_path, folder, ALONE, threads=1))
+            done[task.id] = RUN[stage.kind](stage, make_context(pipeline, task, tmp_path, folder))
     return done
 
 

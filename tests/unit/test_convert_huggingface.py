@@ -28,6 +28,7 @@ from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.checkpoint import declare_final, save_checkpoint
+from tests.contexts import make_context
 
 VOCABULARY, CONTEXT = 100, 16
 Weights = dict[str, torch.Tensor]
@@ -223,7 +224,7 @@ def _make_inputs(root: Path, tokenizer_folder: Path, *, spoil: bool = False) -> 
 def _context(pipeline: Pipeline, world: World = ALONE) -> Context:
     task = build_graph(pipeline)[TaskId("export", "nopt.tales")]
     root = Path(pipeline.root)
-    return Context(pipeline, task, root, begin_artifact(root, *task.id, digest="e"), world, threads=1)
+    return make_context(pipeline, task, root, begin_artifact(root, *task.id, digest="e"), world)
 
 
 def _export(context: Context):

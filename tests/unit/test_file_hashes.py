@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_specialm.base import hash_cache
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch import hashes
@@ -156,17 +157,17 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_is_noticed(text: Path) -
 def test_an_edit_within_one_tick_of_the_clock_is_noticed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A filesystem whose times stand still, as between two ticks: they say nothing of a file that was just written."""
     now = (text / "law.jsonl").stat().st_ctime_ns
-    monkeypatch.setattr(hashes, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
+    monkeypatch.setattr(hash_cache, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
     before = _plan(text)
     (text / "law.jsonl").write_bytes((text / "law.jsonl").read_bytes().replace(b"law", b"LAW"))
     assert _changed(before, _plan(text)) == OF_LAW | OF_ALL
 
 
 def test_a_file_that_was_written_long_ago_is_read_once(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = (text / "law.jsonl").stat().st_ctime_ns - 10 * hashes.TICK_NS
-    monkeypatch.setattr(hashes, "_stamp", lambda file: [file.stat().st_size, old, old, 1])
+    old = (text / "law.jsonl").stat().st_ctime_ns - 10 * hash_cache.TICK_NS
+    monkeypatch.setattr(hash_cache, "_stamp", lambda file: [file.stat().st_size, old, old, 1])
     before = _plan(text)
-    monkeypatch.setattr(hashes, "sha256_file", lambda file: pytest.fail(f"{file} is read again"))
+    monkeypatch.setattr(hash_cache, "sha256_file", lambda file: pytest.fail(f"{file} is read again"))
     assert _plan(text) == before == _plan(text, generic={"train": ["./g[0-2].jsonl"]})
 
 

@@ -93,4 +93,4 @@ def test_a_run_that_nobody_watches_goes_on(folder: Path) -> None:  # noqa: F811
     run = f"specialm run {PAGE} stages.tokenizer.vocabulary_size=300 --until tokenizer"
     outcome = _specialm(folder, f"{run} > /dev/full 2>&-")
     assert outcome.returncode == 0, outcome
-    assert (folder / "runs/smoke/tokenizer/done/generic.json").exists()
+    assert (folder / "runs/smoke/tokenizer/generic/done.json").exists()

@@ -87,11 +87,12 @@ def test_states(text: Path) -> None:
     assert make_plan(_load("seed=3"), root)[name].state == "stale"
 
 
-def test_beginning_keeps_an_unfinished_attempt_and_removes_a_stale_one(tmp_path: Path) -> None:
+def test_beginning_keeps_an_unfinished_attempt_and_removes_nothing_of_another_digest(tmp_path: Path) -> None:
     folder = begin_artifact(tmp_path, "slm", "generic", digest="a")
     (folder / "half").touch()
     assert (begin_artifact(tmp_path, "slm", "generic", digest="a") / "half").exists()
     assert not (begin_artifact(tmp_path, "slm", "generic", digest="b") / "half").exists()
+    assert (folder / "half").exists()
 
 
 def test_missing_text_is_said_before_anything_runs(text: Path) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker
-from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError, TrainingError
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.graph import TaskId, ancestors, build_graph
@@ -25,9 +24,9 @@ from megatron_specialm.launch.plan import make_plan, select
 from megatron_specialm.launch.results import write_results
 from megatron_specialm.launch.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of
-from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
+from tests.contexts import make_context
 from tests.unit.test_results import declare_finished
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -199,7 +198,7 @@ def test_the_rate_taken_stands_in_the_results(tmp_path: Path, monkeypatch: pytes
     pipeline, root = declare_finished(tmp_path, STOPPING, RATES, "stages.perplexity.models=[slm, slm-tuned]")
     taken = {"scipy": 0.0005, "sklearn": 0.0017, "torch": 0.0017}
     for domain, rate in taken.items():
-        marker = read_marker(root, "slm-tuned", domain)
+        marker = read_marker(view(root, "slm-tuned", domain))
         assert marker is not None
         values = {"learning_rate": rate, "chosen_rate": rate, "learning_rates": {"0.0005": 3.1, "0.0017": None}}
         finish_artifact(root, "slm-tuned", domain, dataclasses.replace(marker, values=values))
@@ -235,7 +234,7 @@ def test_the_lowest_loss_is_taken_and_the_first_of_equal_ones(
         begin_artifact(tmp_path, *trial, digest="d")
         cost = Cost(10, 100, 1.0, 2.0, "cpu", 2, 40)
         finish_artifact(tmp_path, *trial, Marker("d", cost, {"validation_loss": loss}, {}))
-    context = Context(pipeline, task, tmp_path, tmp_path / "slm-tuned/torch", ALONE, 1)
+    context = make_context(pipeline, task, tmp_path, tmp_path / "slm-tuned/torch")
     if taken is None:
         with pytest.raises(TrainingError, match=r"none of the learning rates 0\.0005, 0\.0017 .*slm-tuned\.optimizer"):
             choose_rate(_stage(pipeline), context)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.launch.costs import total_cost
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.plan import make_plan, write_resolved
 from megatron_specialm.launch.results import write_results
 from megatron_specialm.launch.tables import results_table
 
@@ -33,6 +33,7 @@ def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
     """Every task of the smoke page declared done: training cost 10 tokens in 40 slots, anything 100 FLOPs and 2 seconds."""
     root = folder / "run"
     pipeline = load_pipeline(SMOKE, [f"root={root}", *overrides])
+    write_resolved(pipeline, root)
     for files in (pipeline.text.generic, *pipeline.text.domains.values()):
         for entry in (*files.train, *files.validation, *files.test):
             Path(entry).parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +89,6 @@ def test_slots_and_fill_stand_beside_tokens(finished: tuple[Pipeline, Path]) -> 
     assert {entry["slots"] for entry in json.loads((root / "ledger.json").read_text())} == {40, 1000}
 
 
-def test_markers_of_earlier_versions_have_no_slots(finished: tuple[Pipeline, Path]) -> None:
-    pipeline, root = finished
-    for path in root.glob("*/done/*.json"):
-        marker = json.loads(path.read_text())
-        del marker["cost"]["slots"], marker["apart"]
-        path.write_text(json.dumps(marker))
-    results = write_results(pipeline, root)
-    assert {row["fill"] for row in results["rows"]} == {None}
-    assert {line[-1] for line in results_table(results).lines} == {""}
-
-
 def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     early = "{kind: train, data: generic, domain_fraction: 0.1, model: nano, steps: 20, global_batch_size: 8}"
@@ -118,11 +108,11 @@ def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monk
 def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     before = write_results(pipeline, root)["rows"]
-    marker = read_marker(root, "slm-mix-chosen", "scipy")
+    marker = read_marker(view(root, "slm-mix-chosen", "scipy"))
     assert marker is not None
     apart = Cost(0, 10**9, 50.0, 50.0, "cpu", 1)
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, apart=apart))
-    assert read_marker(root, "slm-mix-chosen", "scipy") == dataclasses.replace(marker, apart=apart)
+    assert read_marker(view(root, "slm-mix-chosen", "scipy")) == dataclasses.replace(marker, apart=apart)
     assert write_results(pipeline, root)["rows"] == before
     ledger = [e for e in json.loads((root / "ledger.json").read_text()) if e["task"] == "slm-mix-chosen/scipy"]
     assert [(entry["phase"], entry["flops"]) for entry in ledger] == [("specialization", 100), ("comparison", 10**9)]
@@ -144,7 +134,7 @@ def test_macro_is_of_the_log_likelihoods(finished: tuple[Pipeline, Path]) -> Non
 def test_what_rests_on_something_gone_has_no_row(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     before = write_results(pipeline, root)["rows"]
-    shutil.rmtree(root / "slm")  # its folder and its marker
+    shutil.rmtree(root / "artifacts/slm")
     after = write_results(pipeline, root)["rows"]
     rest = {"slm-is", "slm-nopt", "slm-mix", "slm-pn", "slm-pn-soup", "llm", "llm-lora"}
     assert {row["method"] for row in before} == rest | {"slm", "slm-d"}
@@ -161,7 +151,7 @@ def test_markdown_has_a_line_per_method_and_state(finished: tuple[Pipeline, Path
 def _declare_capped(root: Path, stage: str, *, steps: int = 20, **capped: bool) -> None:
     """What a training with early stopping leaves in its marker."""
     for key, is_capped in capped.items():
-        marker = read_marker(root, stage, key)
+        marker = read_marker(view(root, stage, key))
         assert marker is not None
         values = {"steps": steps, "best_step": steps, "capped": is_capped}
         finish_artifact(root, stage, key, dataclasses.replace(marker, values=values))
@@ -248,7 +238,7 @@ def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:
 
 def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    marker = read_marker(root, "slm-mix-chosen", "scipy")
+    marker = read_marker(view(root, "slm-mix-chosen", "scipy"))
     assert marker is not None
     told = {"choice": "c3", "by": "loss", "criteria": {"loss": {"choice": "c3", "rank": 1, "tokens": 64, "flops": 9}}}
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, values=told))

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.artifacts import (
+    LABEL,
+    MARKER,
     Cost,
     Marker,
     artifact_folder,
-    aside_folder,
     begin_artifact,
     finish_artifact,
     is_complete,
-    marker_path,
     read_marker,
+    view,
 )
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.graph import TaskId
@@ -90,7 +91,11 @@ def _content(root: Path) -> dict[str, tuple[bytes, int, int]]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in _own(folder) if path.name != "task.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in _own(folder)
+        if path.name not in (LABEL, "checked.json")
+    }
 
 
 def _own(folder: Path) -> Iterator[Path]:
@@ -104,9 +109,9 @@ def test_what_is_complete_there_is_taken_over_and_costs_what_it_cost(there: dict
     take_over(plan, HERE)
     assert {planned.state for planned in make_plan(_load(), HERE).values()} == {"done"}
     for name in plan:
-        assert _files(artifact_folder(HERE, *name)) == _files(artifact_folder(THERE, *name))
-        assert os.readlink(artifact_folder(HERE, *name) / "latest") == "step_0000010"
-        assert read_marker(HERE, *name) == read_marker(THERE, *name)
+        assert _files(view(HERE, *name)) == _files(view(THERE, *name))
+        assert os.readlink(view(HERE, *name) / "latest") == "step_0000010"
+        assert read_marker(view(HERE, *name)) == read_marker(view(THERE, *name))
     assert _content(THERE) == there
     assert not [path for path in HERE.rglob(".*")], "nothing is left aside"
 
@@ -122,15 +127,15 @@ def test_nothing_is_written_through_a_link_when_a_task_is_begun_again(there: dic
     """Whoever removes a marker has the task done again, and its files written over in place: there as here."""
     take_over(make_plan(_load(), HERE), HERE)
     for root, other in ((HERE, THERE), (THERE, HERE)):
-        before = _files(artifact_folder(other, *TOKENS))
-        marker = read_marker(root, *TOKENS)
+        before = _files(view(other, *TOKENS))
+        marker = read_marker(view(root, *TOKENS))
         assert marker is not None
-        marker_path(root, *TOKENS).unlink()
+        (view(root, *TOKENS) / MARKER).unlink()
         folder = begin_artifact(root, *TOKENS, digest=marker.digest)
         with (folder / "train.bin").open("r+b") as file:
             file.write(b"another")
         assert (folder / "train.bin").read_bytes().startswith(b"another")
-        assert _files(artifact_folder(other, *TOKENS)) == before
+        assert _files(view(other, *TOKENS)) == before
 
 
 def test_another_seed_of_trainings_takes_over_all_but_them(there: dict) -> None:
@@ -145,7 +150,7 @@ def test_another_seed_of_trainings_takes_over_all_but_them(there: dict) -> None:
     assert {name for name in plan if is_complete(HERE, *name, digest=plan[name].digest)} == {
         name for name, planned in plan.items() if planned.state == "done elsewhere"
     }
-    assert not artifact_folder(HERE, *SLM).exists() and plan[SLM].digest != read_marker(THERE, *SLM).digest  # type: ignore[union-attr]
+    assert not view(HERE, *SLM).exists() and plan[SLM].digest != read_marker(view(THERE, *SLM)).digest  # type: ignore[union-attr]
 
 
 def test_what_is_stale_here_makes_room(there: dict) -> None:
@@ -153,9 +158,9 @@ def test_what_is_stale_here_makes_room(there: dict) -> None:
     _finish(old, HERE)
     plan = make_plan(_load(), HERE)
     assert plan[SLM].state == "done elsewhere"
-    (artifact_folder(HERE, *SLM) / "of-seed-3").touch()
+    (view(HERE, *SLM) / "of-seed-3").touch()
     take_over(plan, HERE)
-    assert not (artifact_folder(HERE, *SLM) / "of-seed-3").exists()
+    assert not (view(HERE, *SLM) / "of-seed-3").exists()
     assert is_complete(HERE, *SLM, digest=plan[SLM].digest) and _content(THERE) == there
 
 
@@ -184,17 +189,20 @@ def test_a_folder_that_is_no_run_is_refused(there: dict) -> None:
 
 def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
     plan = make_plan(_load(), HERE)
-    begin_artifact(THERE, *SLM, digest="another")
-    with pytest.raises(ArtifactError, match="slm/generic: was removed or made anew while it was taken over"):
+    begin_artifact(THERE, *SLM, digest=plan[SLM].digest)
+    with pytest.raises(
+        ArtifactError, match=r"slm/generic/[0-9a-f]{16}: was removed or made anew while it was taken over"
+    ):
         take_over(plan, HERE)
-    assert not artifact_folder(HERE, *SLM).exists() and read_marker(HERE, *SLM) is None
+    assert not view(HERE, *SLM).exists() and read_marker(view(HERE, *SLM)) is None
 
 
 def test_what_a_kill_has_left_aside_goes_when_the_task_is_begun(there: dict) -> None:
     plan = make_plan(_load(), HERE)
-    aside = aside_folder(HERE, *SLM)
+    final = artifact_folder(HERE, *SLM, plan[SLM].digest)
+    aside = final.with_name(f".{final.name}.tmp")
     aside.mkdir(parents=True)
-    os.link(artifact_folder(THERE, *SLM) / "train.bin", aside / "train.bin")
+    os.link(view(THERE, *SLM) / "train.bin", aside / "train.bin")
     begin_artifact(HERE, *SLM, digest=plan[SLM].digest)
     assert not aside.exists() and _content(THERE) == there
 
@@ -209,7 +217,7 @@ def test_on_another_filesystem_it_is_a_copy(there: dict) -> None:
         take_over(plan, root)
         assert {planned.state for planned in make_plan(_load(f"root={root}"), root).values()} == {"done"}
         assert all(path.stat().st_nlink == 1 for path in _own(root))
-        assert _files(artifact_folder(root, *SLM)) == _files(artifact_folder(THERE, *SLM))
+        assert _files(view(root, *SLM)) == _files(view(THERE, *SLM))
     assert _content(THERE) == there
 
 
@@ -280,7 +288,8 @@ def test_killed_at_any_moment_it_is_taken_over_by_the_next(there: dict) -> None:
         survived = process.exitcode == 0
         for name, planned in make_plan(_load(), HERE).items():
             if planned.state == "done":
-                assert _files(artifact_folder(HERE, *name)) == _files(artifact_folder(THERE, *name))
+                whole = (artifact_folder(root, *name, planned.digest) for root in (HERE, THERE))
+                assert len({tuple(_files(folder).items()) for folder in whole}) == 1
         assert _content(THERE) == there
     assert moment > 10
     assert {make_plan(_load(), HERE)[name].state for name in (SLM, TOKENS)} == {"done"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_specialm.base import hash_cache
 from megatron_specialm.base.artifacts import begin_artifact
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.graph import Shard, TaskId, build_graph
@@ -17,11 +17,10 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
-from megatron_specialm.launch import hashes
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.stages import assign, cluster, embed, tokenize
-from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.tokenizer import beginnings
+from tests.contexts import make_context
 
 FILES, DOCUMENTS = 7, 30  # documents of a file
 SHARDS = ["generic.00000", "generic.00001", "generic.00002"]
@@ -116,10 +115,10 @@ def test_a_shards_digest_is_of_its_own_files(text: Path) -> None:
 
 def test_a_changed_file_is_read_again_alone(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, read = _page(text, shards=3), []
-    monkeypatch.setattr(hashes, "TICK_NS", 0)  # files that are just written are not read twice
+    monkeypatch.setattr(hash_cache, "TICK_NS", 0)  # files that are just written are not read twice
     make_plan(page, text / "run")
-    real = hashes.sha256_file
-    monkeypatch.setattr(hashes, "sha256_file", lambda file: read.append(file.name) or real(file))
+    real = hash_cache.sha256_file
+    monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file.name) or real(file))
     (text / "generic.5.jsonl").write_text(json.dumps({"text": "something else"}) + "\n")
     make_plan(page, text / "run")
     assert read == ["generic.5.jsonl"]
@@ -140,7 +139,7 @@ def _prepare(page: Pipeline, root: Path, tokenizer: Path, *, until: str = "token
         if 0 < order.index(task.id.stage) <= order.index(until):
             stage = page.stages[task.id.stage]
             folder = begin_artifact(root, *task.id, digest="t")
-            RUN[stage.kind](stage, Context(page, task, root, folder, ALONE, threads=1))
+            RUN[stage.kind](stage, make_context(page, task, root, folder))
     return root
 
 
@@ -198,12 +197,12 @@ def test_a_damaged_part_is_named(text: Path, tokenizer: Path) -> None:
     root = _prepare(page, text / "run", tokenizer, until="assignment")
     path = root / "vectors" / SHARDS[1] / "train.npy"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ArtifactError, match=r"vectors/generic\.00001/train\.npy: \d+ bytes, .* says"):
+    with pytest.raises(ArtifactError, match=r"vectors/generic\.00001/t/train\.npy: \d+ bytes, .* says"):
         Vectors(root / "vectors/generic")
     (root / "assignment" / SHARDS[2] / "clusters.npy").unlink()
     task = build_graph(page)[TaskId("assignment", "generic")]
     with pytest.raises(ArtifactError, match=r"assignment/generic\.00002/clusters\.npy: missing or damaged"):
-        assign.run(page.stages["assignment"], Context(page, task, root, root / "assignment/generic", ALONE, threads=1))
+        assign.run(page.stages["assignment"], make_context(page, task, root, root / "assignment/generic"))
 
 
 def test_every_set_is_encoded_by_the_encoders_own_task(text: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.graph import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
@@ -19,7 +18,7 @@ from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.stages import tokenize
-from megatron_specialm.stages.context import Context
+from tests.contexts import make_context
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 SIZES = "text.domains.torch.sizes=[50_000, 1_000_000, 1234]"
@@ -183,7 +182,7 @@ def _tokenized(root: Path, tokenizer: Path, files: TextSet) -> tuple[Report, dic
     folder = begin_artifact(root, *task.id, digest="t")
     stage = pipeline.stages["tokens"]
     assert isinstance(stage, TokenizeStage)
-    report = tokenize.run(stage, Context(pipeline, task, root, folder, ALONE, threads=1))
+    report = tokenize.run(stage, make_context(pipeline, task, root, folder))
     return report, {split: TokenStore.open(folder, split) for split in ("train", "validation", "test")}
 
 

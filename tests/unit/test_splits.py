@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report, begin_artifact, finish_artifact
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
@@ -22,7 +21,7 @@ from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.launch.preflight import refuse_too_few_documents, refuse_too_little_held_out
 from megatron_specialm.stages import tokenize
-from megatron_specialm.stages.context import Context
+from tests.contexts import make_context
 
 T = 16  # context length
 FLOOR = ValidationFloor()
@@ -211,7 +210,7 @@ PLAIN = {"slm": {**TRAIN, **MODEL, "data": "generic"}}
 TUNED = {**PLAIN, "tuned": {**TRAIN, "data": "domain", "init": "slm", **EARLY}}
 
 
-def _tokenized(page: Pipeline, tokenizer: Path, key: str = "law") -> Report:
+def _tokenized(page: Pipeline, tokenizer: Path, key: str = "law", *, digest: str = "t") -> Report:
     """The tokenize tasks of a set, its shards' first; what the set's own reports."""
     root = Path(page.root)
     (root / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -219,8 +218,8 @@ def _tokenized(page: Pipeline, tokenizer: Path, key: str = "law") -> Report:
         (root / "tokenizer" / "generic").symlink_to(tokenizer)
     for task in build_graph(page).values():
         if task.id.stage == "tokens" and task.id.key.partition(".")[0] == key:
-            folder = begin_artifact(root, *task.id, digest="t")
-            report = tokenize.run(page.stages["tokens"], Context(page, task, root, folder, ALONE, threads=1))
+            folder = begin_artifact(root, *task.id, digest=digest)
+            report = tokenize.run(page.stages["tokens"], make_context(page, task, root, folder))
     return report
 
 
@@ -353,7 +352,7 @@ def test_what_was_tokenized_for_a_page_without_early_stopping_is_checked_before_
     few = _write(tmp_path / "few.jsonl", _texts(20))
     plain, tuned = (_page(tmp_path / "page", stages, train=few) for stages in (PLAIN, TUNED))
     root, plan = Path(plain.root), make_plan(plain, Path(plain.root))
-    name, report = TaskId("tokens", "law"), _tokenized(plain, tokenizer)
+    name, report = TaskId("tokens", "law"), _tokenized(plain, tokenizer, digest=plan[TaskId("tokens", "law")].digest)
     finish_artifact(root, *name, Marker(plan[name].digest, Cost(0, 0, 0.0, 0.0, "cpu", 1), report.values, {}))
     plan = make_plan(tuned, root)
     assert plan[name].state == "done", "what is held out does not follow from who validates"

@@ -263,7 +263,7 @@ def test_ids_are_on_record_and_stand_in_the_next_script(
     home = Path(pipeline.root) / "jobs" / "0001"
     assert "--dependency=afterok:1\n" in (home / "tokens.sbatch").read_text()
     assert read_json(home / "tokens.json")["elements"][3] == [
-        {"key": "torch", "digest": plan[TaskId("tokens", "torch")].digest}
+        {"key": "torch", "digest": (wanted := plan[TaskId("tokens", "torch")]).digest, "made_from": wanted.made_from}
     ]
     assert len({record.comment for record in found}) == len(found)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.artifacts import begin_artifact
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import HELD_OUT
@@ -26,11 +25,11 @@ from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, c
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
-from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.work import WorkRecord
+from tests.contexts import make_context
 from tests.training import SHAPE, VOCABULARY, MemoryStore, read_metrics
 
 CLUSTERS = np.array([0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 2])  # of eleven held-out windows; none is in cluster 3
@@ -211,7 +210,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         stage = page.stages[task.id.stage]
         if stage.kind in RUN:
             made = begin_artifact(root, *task.id, digest="t")
-            RUN[stage.kind](stage, Context(page, task, root, made, ALONE, threads=1))
+            RUN[stage.kind](stage, make_context(page, task, root, made))
     return page, root
 
 
@@ -219,7 +218,7 @@ def _reading(prepared: tuple[Pipeline, Path], stage: str, key: str) -> Reading:
     page, root = prepared
     task, settings = build_graph(page)[TaskId(stage, key)], page.stages[stage]
     assert isinstance(settings, TrainStage)
-    return read_for(settings, Context(page, task, root, root / stage / key, ALONE, threads=1))
+    return read_for(settings, make_context(page, task, root, root / stage / key))
 
 
 def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
@@ -262,7 +261,7 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
     page, root = prepared
     held_out, task = _held_out(prepared, stage, key), build_graph(page)[TaskId(stage, key)]
     folder = begin_artifact(root, stage, key, digest="t")
-    report = train.run(page.stages[stage], Context(page, task, root, folder, ALONE, threads=1))
+    report = train.run(page.stages[stage], make_context(page, task, root, folder))
     validations = [record for record in read_metrics(folder) if record.get("event") == "validation"]
     assert [record["step"] for record in validations] == [0, 2, 4]
     assert report.values["validation_loss"] == min(record["validation_loss"] for record in validations)
@@ -292,7 +291,7 @@ def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[P
                 record.write(Passes(trained=1))
 
     other = threading.Thread(target=count_on)
-    context = Context(page, build_graph(page)[TaskId("slm", "generic")], root, folder, ALONE, threads=1)
+    context = make_context(page, build_graph(page)[TaskId("slm", "generic")], root, folder)
     other.start()
     try:
         report = train.run(page.stages["slm"].model_copy(update={"early_stopping": None}), context)
@@ -307,9 +306,9 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     graph = build_graph(page)
     for key in ("c0", "c1", "c2"):
         folder = begin_artifact(root, "mix", key, digest="t")
-        train.run(page.stages["mix"], Context(page, graph[TaskId("mix", key)], root, folder, ALONE, threads=1))
+        train.run(page.stages["mix"], make_context(page, graph[TaskId("mix", key)], root, folder))
     folder = begin_artifact(root, "chosen", "law", digest="t")
-    context = Context(page, graph[TaskId("chosen", "law")], root, folder, ALONE, threads=1)
+    context = make_context(page, graph[TaskId("chosen", "law")], root, folder)
     report = select.run(page.stages["chosen"], context)
     criteria = report.values["criteria"]
     forward = 3 * 8 * 32 * ModelConfig.model_validate(MODEL).forward_flops(280, 32)  # three experts, eight windows each
@@ -362,7 +361,7 @@ def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tup
             _held_out((changed, root), stage, "law")
     with pytest.raises(DataError, match=r"text\.domains\.law: 6 documents of 78 tokens held out"):
         task = build_graph(changed)[TaskId("chosen", "law")]
-        select.run(changed.stages["chosen"], Context(changed, task, root, root / "chosen/law", ALONE, threads=1))
+        select.run(changed.stages["chosen"], make_context(changed, task, root, root / "chosen/law"))
 
 
 def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(prepared: tuple[Pipeline, Path]) -> None:

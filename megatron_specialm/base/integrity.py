@@ -1,0 +1,70 @@
+"""Whether the files of a finished artifact are those that it was finished with.
+
+Sizes are looked at wherever it is asked whether a task is done. Hashes are compared when a task first reads an input, and
+again only where a file's times say that it may have changed (`base/hash_cache.py`); `specialm verify --deep` reads every byte.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import MANIFEST, FileSeal, read_json, seal_file
+from megatron_specialm.base.hash_cache import sha256_files
+
+CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
+_LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
+
+
+def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:
+    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. What a published folder's manifest
+    says is not read again.
+
+    Args:
+        without: names of files right in the folder that are left out.
+    """
+    seals: dict[str, FileSeal] = {}
+    for manifest in folder.rglob(MANIFEST):
+        inside = manifest.parent.relative_to(folder)
+        seals |= {(inside / name).as_posix(): seal for name, seal in read_json(manifest)["files"].items()}
+    names = (path.relative_to(folder).as_posix() for path in _files(folder))
+    return {
+        name: seals.get(name) or seal_file(folder / name) for name in sorted(names) if name not in (*without, CHECKED)
+    }
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if _LEFT_OVER.fullmatch(path.name) or path.is_symlink():
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
+    """What is wrong with the first file that is missing or has another size; None where all are there."""
+    for name, seal in files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path}: {error.strerror}, though the task that made it has finished"
+        if size != seal["bytes"]:
+            return f"{path}: {size} bytes, and {seal['bytes']} when it was made: the file was cut or grew"
+    return None
+
+
+def check_files(folder: Path, files: Mapping[str, FileSeal]) -> None:
+    """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
+
+    Raises:
+        ArtifactError: naming the first file that is missing, cut short, or whose bytes have changed.
+    """
+    if damage := find_damage(folder, files):
+        raise ArtifactError(damage)
+    hashes = sha256_files((folder / name for name in files), folder / CHECKED)
+    for path, sha256 in hashes.items():
+        if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
+            raise ArtifactError(f"{path}: SHA-256 is not what it was when it was made: its bytes have changed")

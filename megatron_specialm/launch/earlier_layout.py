@@ -1,0 +1,60 @@
+"""Run folders of earlier versions, which kept one artifact per task, in place: taken over, and nothing made again.
+
+<root>/<stage>/<key>/task.json     became   <root>/artifacts/<stage>/<key>/<digits>/task.json
+<root>/<stage>/done/<key>.json     became   done.json beside it
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    Cost,
+    Marker,
+    artifact_folder,
+    finish_artifact,
+    incarnation,
+    read_label,
+    read_marker,
+)
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import fsync_path, read_json, write_json
+
+
+def adopt_earlier_layout(root: Path) -> None:
+    """Move what stands in the places of earlier versions to those of this one; killed in between, it goes on next time. The
+    caller is alone at work in the folder.
+
+    Raises:
+        ArtifactError: a label or marker is damaged.
+    """
+    for label in sorted(root.glob(f"*/*/{LABEL}")):
+        stage, key = label.parts[-3:-1]
+        folder = label.parent
+        if folder.is_symlink():
+            continue
+        target = artifact_folder(root, stage, key, read_label(folder)["digest"])
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder, target)
+            fsync_path(target.parent)
+    for path in sorted(root.glob("*/done/*.json")):
+        stage, key = path.parts[-3], path.stem
+        marker = _read(path)
+        folder = artifact_folder(root, stage, key, marker.digest)
+        if (folder / LABEL).exists() and read_marker(folder) is None:
+            write_json(folder / LABEL, {**read_label(folder), "incarnation": incarnation()})
+            finish_artifact(root, stage, key, marker)
+        path.unlink()
+        with contextlib.suppress(OSError):  # other markers are in it
+            path.parent.rmdir()
+
+
+def _read(path: Path) -> Marker:
+    value = read_json(path)
+    try:
+        apart = Cost(**value["apart"]) if value.get("apart") else None
+        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None

@@ -1,0 +1,179 @@
+"""Artifacts are kept by digest: nothing of other settings, and nothing foreign, is ever removed; damage is named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    MARKER,
+    Cost,
+    Marker,
+    artifact_folder,
+    artifact_folders,
+    begin_artifact,
+    finish_artifact,
+    is_complete,
+    read_marker,
+    view,
+)
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.files import publish_folder, read_json
+from megatron_specialm.base.integrity import check_files
+from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
+from megatron_specialm.launch.plan import make_plan, show, write_resolved
+from tests.run_folder import Run, make_run
+
+NAME = "slm", "generic"
+A, B = "a" * 64, "b" * 64
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(tmp_path, monkeypatch)
+
+
+def _made(root: Path, digest: str, text: str = "weights") -> Path:
+    """A finished artifact with a published step, a link and what a killed writer has left."""
+    folder = begin_artifact(root, *NAME, digest=digest)
+    aside = folder / ".step.tmp"
+    aside.mkdir(exist_ok=True)
+    (aside / "model.bin").write_text(text)
+    publish_folder(aside, folder / "step_0000001")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / ".x.123.tmp").touch()
+    (folder / "latest").unlink(missing_ok=True)
+    (folder / "latest").symlink_to("step_0000001")
+    finish_artifact(root, *NAME, Marker(digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {"loss": 2.5, "by": {1: 0.1}}, {}))
+    return folder
+
+
+def test_users_see_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    first = begin_artifact(tmp_path, *NAME, digest=A)
+    place = view(tmp_path, *NAME)
+    assert place.samefile(first), "until there is a whole one, the work is seen"
+    first = _made(tmp_path, A)
+    second = begin_artifact(tmp_path, *NAME, digest=B)
+    assert place.samefile(first) and second != first
+    _made(tmp_path, B)
+    assert place.samefile(second) and os.readlink(place).startswith("../artifacts/")
+    assert is_complete(tmp_path, *NAME, digest=A) and artifact_folders(tmp_path, *NAME) == [first, second]
+
+
+def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
+    _made(tmp_path / "here", A)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert (view(tmp_path / "there", *NAME) / "metrics.jsonl").exists()
+
+
+def test_going_back_to_old_settings_finds_the_old_work(run: Run) -> None:
+    run.finish("tokenizer")
+    name = next(name for name in run.plan if name.stage == "tokenizer")
+    changed = run.pipeline.model_copy(update={"seed": 5})
+    other = make_plan(changed, run.root)[name]
+    assert other.state == "stale"
+    begin_artifact(run.root, *name, digest=other.digest)
+    finish_artifact(run.root, *name, Marker(other.digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    plan = make_plan(run.pipeline, run.root)
+    assert plan[name].state == "done"
+    show(plan, run.root)
+    assert view(run.root, *name).samefile(artifact_folder(run.root, *name, run.plan[name].digest))
+    assert make_plan(changed, run.root)[name].state == "done"
+
+
+def test_what_stands_where_users_look_and_is_no_link_is_nobodys_to_remove(tmp_path: Path) -> None:
+    thesis = tmp_path / "slm/generic/thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years")
+    with pytest.raises(ArtifactError, match=r"slm/generic: is not a link of this program.*move it away"):
+        begin_artifact(tmp_path, *NAME, digest=A)
+    assert thesis.read_text() == "years"
+
+
+def test_a_folder_that_holds_files_and_no_run_is_no_root(run: Run, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "tokens/generic").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"root: .*home holds files and no run \(tokens\): choose an empty"):
+        write_resolved(run.pipeline, home)
+    write_resolved(run.pipeline, tmp_path / "new")
+    (tmp_path / "new/notes.txt").touch()
+    write_resolved(run.pipeline, tmp_path / "new")
+
+
+def test_without_its_label_an_attempt_goes_on_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, *NAME, digest=A)
+    (folder / "step").touch()
+    (folder / LABEL).unlink()
+    assert (begin_artifact(tmp_path, *NAME, digest=A) / "step").exists()
+    (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A[:-1] + "c"}))
+    with pytest.raises(ArtifactError, match=r"task\.json: is of another digest"):
+        begin_artifact(tmp_path, *NAME, digest=A)
+    assert (folder / "step").exists()
+
+
+def test_the_marker_lists_every_file(tmp_path: Path) -> None:
+    folder = _made(tmp_path, A)
+    marker = read_marker(folder)
+    assert marker is not None
+    assert set(marker.files) == {"metrics.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"}
+    assert marker.values == {"loss": 2.5, "by": {"1": 0.1}}
+    check_files(folder, marker.files)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"])
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
+    folder = _made(tmp_path, A)
+    marker = read_marker(folder)
+    assert marker is not None
+    path, whole = folder / name, (folder / name).read_bytes()
+    check_files(folder, marker.files)
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert is_complete(tmp_path, *NAME, digest=A), "sizes alone are looked at, always"
+    with pytest.raises(ArtifactError, match=rf"{name}: SHA-256 is not what it was"):
+        check_files(folder, marker.files)
+    path.write_bytes(whole[:-1])
+    assert not is_complete(tmp_path, *NAME, digest=A)
+    with pytest.raises(ArtifactError, match=rf"{name}: {len(whole) - 1} bytes, and {len(whole)} when it was made"):
+        check_files(folder, marker.files)
+    path.unlink()
+    assert not is_complete(tmp_path, *NAME, digest=A)
+    with pytest.raises(ArtifactError, match=rf"{name}: No such file"):
+        check_files(folder, marker.files)
+
+
+def test_a_changed_figure_in_a_marker_is_noticed(tmp_path: Path) -> None:
+    path = _made(tmp_path, A) / MARKER
+    path.write_text(path.read_text().replace("2.5", "2.4"))
+    with pytest.raises(ArtifactError, match=r"done\.json: its content does not have the SHA-256"):
+        read_marker(path.parent)
+
+
+def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
+    run.finish("tokenizer")
+    name = next(name for name in run.plan if name.stage == "tokenizer")
+    folder = begin_artifact(run.root, *name, digest=run.plan[name].digest)
+    (folder / "tokenizer.json").write_text("{}")
+    finish_artifact(run.root, *name, Marker(run.plan[name].digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    assert make_plan(run.pipeline, run.root)[name].state == "done"
+    (folder / "tokenizer.json").unlink()
+    planned = make_plan(run.pipeline, run.root)[name]
+    assert planned.state == "damaged" and planned.is_to_do
+
+
+def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
+    new = _made(tmp_path, A)
+    marker = {key: value for key, value in read_json(new / MARKER).items() if key not in ("files", "sha256", "apart")}
+    label = {"digest": A, "incarnation": "1@there"}
+    shutil.copytree(new, old := tmp_path / "old/slm/generic", symlinks=True)
+    (old / MARKER).unlink()
+    (old / LABEL).write_text(json.dumps(label))
+    (tmp_path / "old/slm/done").mkdir()
+    (tmp_path / "old/slm/done/generic.json").write_text(json.dumps(marker))
+    adopt_earlier_layout(tmp_path / "old")
+    folder = artifact_folder(tmp_path / "old", *NAME, A)
+    assert read_marker(folder) == read_marker(new) and view(tmp_path / "old", *NAME).samefile(folder)
+    assert not (tmp_path / "old/slm/done").exists()
+    adopt_earlier_layout(tmp_path / "old")
