@@ -14,8 +14,10 @@ from typing import Literal
 
 from typer.testing import CliRunner
 
+from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import SpecialmError
+from megatron_specialm.base.integrity import CHECKED
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.cli import app
 from megatron_specialm.config.graph import TaskId
@@ -83,30 +85,31 @@ class Finished:
         self.root = Path(self.pipeline.root)
         self.plan = make_plan(self.pipeline, self.root)
 
+    def folder_of(self, artifact: str) -> Path:
+        """Where the files of an artifact (STAGE/KEY) stand."""
+        name = TaskId(*artifact.split("/"))
+        return artifact_folder(self.root, *name, self.plan[name].digest)
+
     def files(self, artifact: str) -> list[Path]:
-        """The files of an artifact (STAGE/KEY) that count, with its marker; of a training, those of its last step."""
-        stage, key = artifact.split("/")
-        folder = self.root / stage / key
+        """The files of an artifact, with label and marker; of a training, those of its last step."""
+        folder = self.folder_of(artifact)
         steps = sorted(folder.glob("step_*"))[:-1]
-        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not set(path.parents) & set(steps)]
-        return [*found, self.root / stage / "done" / f"{key}.json"]
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKED)
+        return [path for path in found if not set(path.parents) & set(steps)]
 
     def read(self, reader: str) -> object:
         """Have a reader work: a command line, or a task, which is made anew elsewhere. What it comes to, to be compared."""
         return self._made(TaskId(*reader.split("/"))) if "/" in reader.partition(" ")[0] else self._said(reader)
 
-    def _made(self, name: TaskId) -> object:
+    def _made(self, name: TaskId) -> list[str]:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        for stage in {other.stage for other in self.plan}:
-            (self.scratch / stage / "done").mkdir(parents=True)
         for other in self.plan.keys() - {name}:
-            (self.scratch / other.stage / other.key).symlink_to((self.root / other.stage / other.key).resolve())
-            marker = f"{other.stage}/done/{other.key}.json"
-            if (self.root / marker).exists():
-                (self.scratch / marker).symlink_to((self.root / marker).resolve())
+            place = artifact_folder(self.scratch, *other, self.plan[other].digest)
+            place.parent.mkdir(parents=True)
+            place.symlink_to(self.folder_of(str(other)).resolve())
         planned = self.plan[name]
-        execute(self.pipeline, self.scratch, planned.task, planned.digest, ALONE, Lifeline())
-        return different_artifact(self.root / name.stage / name.key, self.scratch / name.stage / name.key)
+        execute(self.pipeline, self.scratch, planned.task, planned.made_from, ALONE, Lifeline())
+        return different_artifact(self.folder_of(str(name)), artifact_folder(self.scratch, *name, planned.digest))
 
     def _said(self, command: str) -> str:
         done = CliRunner().invoke(app, command.split())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_specialm.base.artifacts import MARKER
 from megatron_specialm.launch.worker import limit_threads
 from tests.damage import Damage, Finished, write_page
 
@@ -61,7 +62,7 @@ def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damag
     for reader in (*READERS[artifact], PLAN):
         yield files, "extra", reader
         for path in files:
-            blind = reader == PLAN and path.name != finished.marker
+            blind = reader == PLAN and path.name != MARKER
             for damage in ("cut", "empty", "delete") if blind else ("flip", "cut", "empty", "delete"):
                 yield [path], damage, reader
 
