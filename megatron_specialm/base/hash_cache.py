@@ -25,14 +25,17 @@ KEEP_EVERY = 64  # files after which the hashes so far are kept, so that an inte
 TICK_NS = 2_000_000_000  # the coarsest clock of a filesystem, FAT's
 
 
-def sha256_files(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
+def sha256_files(paths: Iterable[Path], cache: Path, *, again: bool = False) -> dict[Path, str]:
     """The files' hashes, those that are not in the cache read in parallel; the cache then holds these files.
+
+    Args:
+        again: read all, whatever the cache knows.
 
     Raises:
         DataError: a file is missing or cannot be read.
     """
     files = list(paths)
-    known = _read_cache(cache)
+    known = {} if again else _read_cache(cache)
     stamps = {file: _stamp(file) for file in files}
     new = {name: known[name] for file in files if (name := _name(file)) in known}
     missing = [file for file in files if not _is_current(new.get(_name(file)), stamps[file])]

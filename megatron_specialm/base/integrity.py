@@ -27,10 +27,13 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, File
     for manifest in folder.rglob(MANIFEST):
         inside = manifest.parent.relative_to(folder)
         seals |= {(inside / name).as_posix(): seal for name, seal in read_json(manifest)["files"].items()}
+    return {name: seals.get(name) or seal_file(folder / name) for name in present_files(folder, without=without)}
+
+
+def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
+    """The names below a folder of its files, less those that `without` names and what killed writers have left."""
     names = (path.relative_to(folder).as_posix() for path in _files(folder))
-    return {
-        name: seals.get(name) or seal_file(folder / name) for name in sorted(names) if name not in (*without, CHECKED)
-    }
+    return sorted(name for name in names if name not in (*without, CHECKED))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -56,15 +59,21 @@ def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
     return None
 
 
-def check_files(folder: Path, files: Mapping[str, FileSeal]) -> None:
+def check_files(folder: Path, files: Mapping[str, FileSeal], *, again: bool = False) -> None:
     """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
+
+    Args:
+        again: read them nevertheless.
 
     Raises:
         ArtifactError: naming the first file that is missing, cut short, or whose bytes have changed.
     """
     if damage := find_damage(folder, files):
         raise ArtifactError(damage)
-    hashes = sha256_files((folder / name for name in files), folder / CHECKED)
+    hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again)
     for path, sha256 in hashes.items():
         if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
-            raise ArtifactError(f"{path}: SHA-256 is not what it was when it was made: its bytes have changed")
+            raise ArtifactError(
+                f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or "
+                f"remove {folder}/done.json and run again"
+            )

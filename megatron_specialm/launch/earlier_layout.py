@@ -44,7 +44,7 @@ def adopt_earlier_layout(root: Path) -> None:
         marker = _read(path)
         folder = artifact_folder(root, stage, key, marker.digest)
         if (folder / LABEL).exists() and read_marker(folder) is None:
-            write_json(folder / LABEL, {**read_label(folder), "incarnation": incarnation()})
+            write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
             finish_artifact(root, stage, key, marker)
         path.unlink()
         with contextlib.suppress(OSError):  # other markers are in it

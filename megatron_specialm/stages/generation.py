@@ -13,7 +13,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import tokenize_stage
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
@@ -80,12 +82,16 @@ def open_model(folder: Path) -> Writer:
         return _exported(folder)
     if (folder / "model" / "config.json").is_file():
         return _exported(folder / "model")
-    stage_name, root = folder.resolve().parent.name, folder.resolve().parent.parent
-    if (folder / "result.json").is_file() and (root / "pipeline.yaml").is_file():
+    artifact = folder.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
+    if (artifact / "result.json").is_file() and (artifact / LABEL).is_file():
+        root, stage_name = artifact.parents[3], artifact.parents[1].name
         pipeline = load_pipeline(root / "pipeline.yaml")
         stage = pipeline.stages.get(stage_name)
         if isinstance(stage, TrainStage | SelectStage):
-            return _trained(folder, root / tokenize_stage(pipeline, stage.tokens).tokenizer / GENERIC)
+            tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
+            digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
+            # An artifact that an earlier version made does not say of which tokenizer it is.
+            return _trained(artifact, artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer))
     raise ConfigError(
         f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, or an exported one, "
         "RUN/export/STAGE.KEY/model"

@@ -31,7 +31,7 @@ NOT_RUN = {
     r"specialm tune-precision\b": "a GPU",
     r"specialm doctor$": "tests/unit/test_doctor.py runs it; here it runs with --quick",
     r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",
-    r"specialm( run| check| parity| figures)?$": "a mention, which says no more than the name",
+    r"specialm( run| check| parity| figures| clean)?$": "a mention, which says no more than the name",
     r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as PAGE or STAGE",
     r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
@@ -113,7 +113,7 @@ def test_a_command_on_a_finished_run(command: str, smoke_run: Path, tmp_path: Pa
     for name in ("data", "runs") if arguments[0] != "parity" else ():  # a certificate would go into later trainings
         (tmp_path / name).symlink_to(smoke_run / name)
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
-    words = [word.replace("runs/quickstart/", "runs/smoke/").replace("/legal", "/scipy") for word in words]
+    words = [word.replace("runs/quickstart", "runs/smoke").replace("/legal", "/scipy") for word in words]
     said = _specialm(tmp_path, words)
     if arguments[0] == "parity":  # the fine-tunings have one micro-batch for two stages
         assert said.count("equals one process") == 3 and said.count("not run: stages.") == 4

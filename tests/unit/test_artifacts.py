@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_specialm.base.artifacts import (
     LABEL,
@@ -20,9 +21,11 @@ from megatron_specialm.base.artifacts import (
     read_marker,
     view,
 )
-from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
 from megatron_specialm.base.files import publish_folder, read_json
 from megatron_specialm.base.integrity import check_files
+from megatron_specialm.cli import app
+from megatron_specialm.config.graph import TaskId
 from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
 from megatron_specialm.launch.plan import make_plan, show, write_resolved
 from tests.run_folder import Run, make_run
@@ -177,3 +180,61 @@ def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
     assert read_marker(folder) == read_marker(new) and view(tmp_path / "old", *NAME).samefile(folder)
     assert not (tmp_path / "old/slm/done").exists()
     adopt_earlier_layout(tmp_path / "old")
+
+
+def _says(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, arguments)
+    error = f"error: {result.exception}" if isinstance(result.exception, SpecialmError) else ""
+    return result.exit_code, result.output + error
+
+
+def test_verify_names_what_is_damaged_and_what_nobody_lists(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    folder, other = _made(root, A), _made(root, B)
+    for options in ([], ["--deep"]):
+        code, said = _says("verify", str(root), *options)
+        assert code == 0 and "2 artifacts (0 unfinished), 6 files" in said and "0 damaged" in said
+    (folder / "step_0000001/model-00001.safetensors").touch()
+    path = other / "step_0000001/model.bin"
+    path.write_text("WEIGHTS")
+    code, said = _says("verify", str(root))
+    assert code == 0 and f"unlisted: {folder}/step_0000001/model-00001.safetensors" in said
+    code, said = _says("verify", str(root), "--deep")
+    assert code == 1 and f"damaged: {path}: SHA-256 is not what it was" in said and "1 damaged" in said
+    path.unlink()
+    assert f"damaged: {path}: No such file" in _says("verify", str(root))[1]
+    assert "not a run folder" in _says("verify", str(tmp_path))[1]
+
+
+def test_verify_reads_the_checkpoints_of_what_is_not_finished(tmp_path: Path) -> None:
+    folder = _made(tmp_path, A)
+    (folder / MARKER).unlink()
+    assert "1 artifacts (1 unfinished)" in _says("verify", str(tmp_path), "--deep")[1]
+    (folder / "step_0000001/model.bin").write_text("WEIGHTS")
+    code, said = _says("verify", str(tmp_path), "--deep")
+    assert code == 1 and "model.bin: SHA-256 differs" in said
+
+
+def test_clean_lists_and_removes_on_demand_what_the_page_does_not_want(run: Run) -> None:
+    write_resolved(run.pipeline, run.root)
+    run.finish("tokenizer", "slm")
+    kept = artifact_folder(run.root, *NAME, run.plan[TaskId(*NAME)].digest)
+    old = _made(run.root, A)
+    gone = begin_artifact(run.root, "of-an-earlier-page", "generic", digest=B)
+    code, said = _says("clean", "page.yaml")
+    assert code == 0 and "slm/generic" in said and "unfinished" in said and "--yes removes them" in said
+    assert "2 artifacts" in said and old.exists() and gone.exists()
+    assert "2 artifacts" in _says("clean", "page.yaml", "--yes")[1]
+    assert not old.exists() and not (run.root / "of-an-earlier-page").exists() and kept.exists()
+    assert {path.parent.parent.name for path in (run.root / "artifacts").glob("*/*/*")} == {"tokenizer", "slm"}
+    assert "0 artifacts" in _says("clean", "page.yaml")[1]
+
+
+def test_clean_leaves_what_a_job_makes(run: Run) -> None:
+    write_resolved(run.pipeline, run.root)
+    job = run.submit("7", "slm", keys=["generic"])
+    begin_artifact(run.root, *NAME, digest=run.plan[TaskId(*NAME)].digest)
+    run.slurm_says("7|0|RUNNING|0|UNLIMITED|node1|None|\n")
+    assert "0 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1]
+    run.slurm_says("")
+    assert "1 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1] and job

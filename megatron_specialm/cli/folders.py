@@ -1,0 +1,75 @@
+"""Commands that look after run folders."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.cli.app import Overrides, Page, app, load
+
+
+@app.command()
+def verify(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders: the `root` of a page.", show_default=False)
+    ],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte; otherwise sizes.")] = False,
+) -> None:
+    """Look whether all that run folders hold is as it was made. Exit code 1 where something is damaged."""
+    from megatron_specialm.launch.verify import verify as verify_folder
+
+    damaged = 0
+    for root in folders:
+        start = time.monotonic()
+        finding = verify_folder(root, deep=deep)
+        for damage in finding.damage:
+            typer.echo(f"damaged: {damage}")
+        for path in finding.unlisted:
+            typer.echo(f"unlisted: {path}: no task has made it, and nothing reads it")
+        typer.echo(
+            f"{root}: {finding.artifacts} artifacts ({finding.unfinished} unfinished), {finding.files} files of "
+            f"{finding.bytes / 2**20:,.1f} MiB in {time.monotonic() - start:.1f} s: {len(finding.damage)} damaged"
+        )
+        damaged += len(finding.damage)
+    if damaged:
+        raise ArtifactError(
+            f"{damaged} damaged: put them back from a copy; or remove an artifact's done.json, and `specialm run` makes it "
+            "again"
+        )
+
+
+@app.command()
+def clean(
+    page: Page,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them.")] = False,
+) -> None:
+    """List what a page's run folder holds of other settings, with size, age and cost. Removes nothing without --yes."""
+    import shutil
+
+    from megatron_specialm.base.lock import hold_folder
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.launch.clean import find_unwanted, remove, unwanted_table
+    from megatron_specialm.launch.plan import make_plan
+    from megatron_specialm.slurm import records
+    from megatron_specialm.slurm.missing import live_tasks
+
+    pipeline = load(page, overrides)
+    root = Path(pipeline.root)
+    if not root.is_dir():
+        typer.echo(f"{root}: there is no run folder yet")
+        return
+    with hold_folder(root):
+        jobs = records.read_registry(root)
+        live = live_tasks(jobs).values() if jobs and shutil.which("squeue") else ()
+        unwanted = find_unwanted(make_plan(pipeline, root), root, live={task.digest for task in live})
+        total = f"{len(unwanted)} artifacts, {sum(one.bytes for one in unwanted) / 2**20:,.1f} MiB"
+        if unwanted:
+            console().print(unwanted_table(unwanted))
+        if not yes:
+            typer.echo(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
+            return
+        remove(unwanted, root)
+        typer.echo(f"{root}: {total} removed")
