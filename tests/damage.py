@@ -27,9 +27,9 @@ from megatron_specialm.launch.worker import execute
 
 Damage = Literal["flip", "cut", "empty", "delete", "extra"]
 DAMAGES: tuple[Damage, ...] = ("flip", "cut", "empty", "delete", "extra")
-# What a reader did: said so, naming the file; said so without the name; let an error through that is none of ours; read the
-# damaged file and said nothing; never opened it, and came to the same.
-Verdict = Literal["noticed", "unnamed", "traceback", "silent", "harmless"]
+# What a reader did: said so, naming the file; said so without the name; let an error through that is none of ours; came to
+# something else and said nothing; came to the same, although it opened the file; came to the same and did not.
+Verdict = Literal["noticed", "unnamed", "traceback", "other", "silent", "harmless"]
 
 
 @contextlib.contextmanager
@@ -113,9 +113,11 @@ class Finished:
 
     def _said(self, command: str) -> str:
         done = CliRunner().invoke(app, command.split())
+        if isinstance(done.exception, SpecialmError):
+            raise SpecialmError(f"{done.output}{done.exception}")
         if done.exception is not None:
             raise done.exception
-        return done.stdout
+        return re.sub(r"in [\d.]+ s", "in no time", done.output)
 
     def judge(self, paths: list[Path], damage: Damage, reader: str) -> tuple[Verdict, str]:
         """What a reader makes of damaged files, and what it said."""
@@ -129,7 +131,7 @@ class Finished:
             except BaseException as error:
                 return "traceback", repr(error)
             if outcome != self.usual[reader]:
-                return ("noticed" if _names(changed, str(outcome)) else "silent"), str(outcome)
+                return ("noticed" if _names(changed, str(outcome)) else "other"), str(outcome)
             return ("silent" if were_opened() else "harmless"), "as if nothing were"
 
 

@@ -26,10 +26,12 @@ def verify(
         finding = verify_folder(root, deep=deep)
         for damage in finding.damage:
             typer.echo(f"damaged: {damage}")
+        for path in finding.unfinished:
+            typer.echo(f"unfinished: {path}: not there (yet): `specialm run` goes on with the task")
         for path in finding.unlisted:
             typer.echo(f"unlisted: {path}: no task has made it, and nothing reads it")
         typer.echo(
-            f"{root}: {finding.artifacts} artifacts ({finding.unfinished} unfinished), {finding.files} files of "
+            f"{root}: {finding.artifacts} artifacts ({len(finding.unfinished)} unfinished), {finding.files} files of "
             f"{finding.bytes / 2**20:,.1f} MiB in {time.monotonic() - start:.1f} s: {len(finding.damage)} damaged"
         )
         damaged += len(finding.damage)
