@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,9 @@ from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.plan import PlannedTask, make_plan
 from megatron_specialm.launch.worker import execute
+from tools.disturbed.compare import different_artifact
 
 Damage = Literal["flip", "cut", "empty", "delete", "extra"]
-DAMAGES: tuple[Damage, ...] = ("flip", "cut", "empty", "delete", "extra")
 # What a reader did: said so, naming the file; said so without the name; let an error through that is none of ours; came to
 # something else and said nothing; came to the same, although it opened the file; came to the same and did not.
 Verdict = Literal["noticed", "unnamed", "traceback", "other", "silent", "harmless"]
@@ -161,8 +160,3 @@ def opened(paths: list[Path]) -> Iterator[Callable[[], bool]]:
         yield asked
     finally:
         os.close(queue)
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from disturbed.compare import different_artifact  # noqa: E402
-from disturbed.page import write_page  # noqa: E402, F401

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_specialm.base.artifacts import LABEL, MARKER
 from megatron_specialm.launch.worker import limit_threads
-from tests.damage import Damage, Finished, Verdict, write_page
+from tests.damage import Damage, Finished, Verdict
+from tools.disturbed.page import write_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

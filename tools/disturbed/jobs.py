@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from disturbed.local import HELD, compare, not_done
-from disturbed.page import write_page
 from tests.cluster.runs import Run
 from tests.cluster.testbed import Cluster
+
+from .local import HELD, compare, not_done
+from .page import write_page
 
 PATIENCE_SECONDS = 300.0  # for jobs that nobody disturbs
 LONGEST_SECONDS = 12.0  # from one disturbance to the next

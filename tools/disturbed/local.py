@@ -11,12 +11,13 @@ from pathlib import Path
 
 import psutil
 
-from disturbed.compare import different_artifacts, different_results, leftovers
-from disturbed.page import write_page
-from disturbed.processes import Launch, kill
 from megatron_specialm.config.graph import build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.plan import make_plan, select
+
+from .compare import different_artifacts, different_results, leftovers
+from .page import write_page
+from .processes import Launch, kill
 
 GRACE_SECONDS = 10.0  # within which all processes of a command must be gone behind it
 STOPPED_SECONDS = (0.5, 4.0)
