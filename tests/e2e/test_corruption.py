@@ -73,20 +73,19 @@ def test_damage_is_noticed_by_name(finished: Finished, artifact: str) -> None:
     wrong = []
     for paths, damage, reader in cells(finished, artifact):
         verdict, said = finished.judge(paths, damage, reader)
-        if verdict not in ("noticed", *_let_pass(paths, damage, reader)):
+        if not is_right(verdict, said, paths, damage, reader):
             wrong.append(f"{damage} of {', '.join(map(str, paths))} before {reader}: {verdict}: {said[:300]}")
     assert not wrong, "\n".join(wrong)
 
 
-def _let_pass(paths: list[Path], damage: Damage, reader: str) -> tuple[Verdict, ...]:
-    """What else than to name the file is right. Where a marker is gone, the task is not finished: the plan shows it as one to
-    do, results leave it out. Labels are for who makes an artifact, and for `verify`; commands read only some of the files."""
-    if paths[0].name == MARKER and damage == "delete" and reader in (PLAN, RESULTS):
-        return ("other",)
-    everything = reader == VERIFY or (
-        damage != "extra" and paths[0].name != LABEL and ("/" in reader.split()[0] or reader == PLAN)
-    )
-    return () if everything else ("harmless",)
+def is_right(verdict: Verdict, said: str, paths: list[Path], damage: Damage, reader: str) -> bool:
+    """Whether a reader may leave it at that. Where a marker is gone, the task is not finished: the plan has it to do, results
+    leave it out. Labels are for who makes an artifact, and for `verify`; commands read only some of the files."""
+    if verdict == "other":
+        gone = paths[0].name == MARKER and damage == "delete" and reader in (PLAN, RESULTS)
+        return gone or (reader == PLAN and "damaged" in said)
+    may_be_unread = damage == "extra" or paths[0].name == LABEL or not ("/" in reader.split()[0] or reader == PLAN)
+    return verdict == "noticed" or (verdict == "harmless" and may_be_unread and reader != VERIFY)
 
 
 def test_all_kinds_are_tried(finished: Finished) -> None:
