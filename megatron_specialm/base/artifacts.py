@@ -258,7 +258,13 @@ def read_label(folder: Path) -> dict[str, Any]:
     """
     remedy = f"move {folder} away"
     read_json(folder / LABEL, _Label, remedy=remedy)
-    return {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
+    label = {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
+    made_from = label["made_from"]  # earlier versions named none
+    if made_from and sha256_json(made_from) != label["digest"]:
+        raise ArtifactError(
+            f"{folder / LABEL}: what it says is not what its digest is of: the file is damaged; {remedy}"
+        )
+    return label
 
 
 def incarnation(environ: Mapping[str, str] = os.environ) -> str:

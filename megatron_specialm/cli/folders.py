@@ -27,10 +27,12 @@ def verify(
         finding = verify_folder(root, deep=deep)
         for damage in finding.damage:
             say(f"damaged: {damage}")
+        for path in finding.unfinished:
+            say(f"unfinished: {path}: not there (yet): `specialm run` goes on with the task")
         for path in finding.unlisted:
             say(f"unlisted: {path}: no task has made it, and nothing reads it")
         say(
-            f"{root}: {finding.artifacts} artifacts ({finding.unfinished} unfinished), {finding.files} files of "
+            f"{root}: {finding.artifacts} artifacts ({len(finding.unfinished)} unfinished), {finding.files} files of "
             f"{finding.bytes / 2**20:,.1f} MiB in {watch.seconds:.1f} s: {len(finding.damage)} damaged"
         )
         damaged += len(finding.damage)

@@ -23,6 +23,7 @@ from megatron_specialm import __version__
 from megatron_specialm.base.accelerator import installed_version, name_of_device
 from megatron_specialm.base.artifacts import (
     LABEL,
+    MARKER,
     Cost,
     Marker,
     Report,
@@ -228,7 +229,9 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
 def _check_input(name: TaskId, folder: Path) -> None:
     marker = read_marker(folder)
     if marker is None:
-        raise ArtifactError(f"{folder}: not complete: run the stage {name.stage!r} first")
+        raise ArtifactError(
+            f"{folder / MARKER}: not there, so the task is not finished: run the stage {name.stage!r} first"
+        )
     check_files(folder, marker.files)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import Marker, read_marker
+from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
@@ -51,7 +51,9 @@ class Context:
         folder = self.artifact(stage, key)
         marker = read_marker(folder)
         if marker is None:
-            raise ArtifactError(f"{folder}: not complete: run the stage {stage!r} first")
+            raise ArtifactError(
+                f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first"
+            )
         return marker
 
     def counted(

@@ -114,6 +114,9 @@ def test_without_its_label_an_attempt_goes_on_and_a_damaged_one_is_named(tmp_pat
     (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A[:-1] + "c"}))
     with pytest.raises(ArtifactError, match=r"task\.json: is of another digest"):
         begin_artifact(tmp_path, *NAME, digest=A)
+    (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A, "made_from": {"steps": 1}}))
+    with pytest.raises(ArtifactError, match=r"task\.json: what it says is not what its digest is of"):
+        begin_artifact(tmp_path, *NAME, digest=A)
     assert (folder / "step").exists()
 
 
@@ -204,12 +207,15 @@ def test_verify_names_what_is_damaged_and_what_nobody_lists(tmp_path: Path) -> N
     path.unlink()
     assert f"damaged: {path}: No such file" in _says("verify", str(root))[1]
     assert "not a run folder" in _says("verify", str(tmp_path))[1]
+    (folder / LABEL).unlink()
+    assert f"damaged: {folder / LABEL}: no such file" in _says("verify", str(root))[1]
 
 
 def test_verify_reads_the_checkpoints_of_what_is_not_finished(tmp_path: Path) -> None:
     folder = _made(tmp_path, A)
     (folder / MARKER).unlink()
-    assert "1 artifacts (1 unfinished)" in _says("verify", str(tmp_path), "--deep")[1]
+    code, said = _says("verify", str(tmp_path), "--deep")
+    assert code == 0 and "1 artifacts (1 unfinished)" in said and f"unfinished: {folder / MARKER}: not there" in said
     (folder / "step_0000001/model.bin").write_text("WEIGHTS")
     code, said = _says("verify", str(tmp_path), "--deep")
     assert code == 1 and "model.bin: SHA-256 differs" in said

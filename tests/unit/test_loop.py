@@ -3,7 +3,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
+from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Setup
