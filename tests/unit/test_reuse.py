@@ -246,7 +246,7 @@ def _submit(*arguments: str) -> str:
 
 def test_submit_takes_over_before_jobs_are_queued(there: dict) -> None:
     said = _submit("training_seed=1", "--dry-run")
-    assert f"small: 2 tasks to submit, 9 taken over from {THERE}, in {HERE}" in said
+    assert f"small: 3 tasks to submit, 9 taken over from {THERE}, in {HERE}" in said
     assert not (HERE / "tokens").exists()
     said = _submit("training_seed=1")
     assert f"small: 2 tasks submitted, 0 on their way, 0 done, 9 taken over from {THERE}, in {HERE}" in said
