@@ -1,4 +1,4 @@
-"""What of settings stands in a digest: those that are not at the default that they were introduced with.
+"""What of settings stands in a digest: those that decide something, and are not at the default that they were introduced with.
 
 So a new setting leaves every digest as it was, and so does a value that spells out the default. A default that changes later
 is declared, and the first one goes on to be what is left out:
@@ -16,6 +16,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from megatron_specialm.config.base import Settings
+
+# Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
+# the digest under another name.
+PLACEMENT: dict[str, Any] = {
+    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size": True},
+    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
+    "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
+    "path": True, "encoder": {"model": True},  # the content is in it, whatever its place
+    "method": True,  # a name in tables and on model cards: the export's matter
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ def content_of(settings: Settings, *, leave_out: Mapping[str, Any] | None = None
     """Settings as JSON, without those at the default that they were introduced with.
 
     Args:
-        leave_out: fields that decide nothing: True, or of settings inside a mapping of the same form.
+        leave_out: fields that decide nothing, as in `PLACEMENT`: True, or of settings inside a mapping of the same form.
     """
     values, found = settings.model_dump(mode="json"), {}
     for name, field in type(settings).model_fields.items():

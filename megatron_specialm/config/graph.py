@@ -18,7 +18,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
-from megatron_specialm.config.content import content_of
+from megatron_specialm.config.content import PLACEMENT, content_of
 from megatron_specialm.config.lineage import (
     ENCODER,
     HELD_OUT,
@@ -55,15 +55,6 @@ from megatron_specialm.config.schema import (
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
-# Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
-# the digest under another name.
-PLACEMENT: dict[str, Any] = {
-    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size": True},
-    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
-    "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
-    "path": True, "encoder": {"model": True},  # the content is in it, whatever its place
-    "method": True,  # a name in tables and on model cards: the export's matter
-}  # fmt: skip
 # Raise it when the meaning of artifacts changes: what there is, is then made again. A default that changes is declared
 # (`config/content.py`).
 ARTIFACT_FORMAT = 5
