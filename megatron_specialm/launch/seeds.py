@@ -73,7 +73,6 @@ class _Entry:
 class _Average(_Entry):
     stage: str
     size: int | None
-    nll: float
     perplexity: float
 
 
