@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import MANIFEST, FileSeal, atomic_path, fsync_path, read_json, sha256_json, write_json
-from megatron_specialm.base.integrity import find_damage, list_files
+from megatron_specialm.base.integrity import check_files, find_damage, list_files
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
@@ -279,6 +279,18 @@ def read_marker(folder: Path) -> Marker | None:
         return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart, value["files"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+
+
+def check_artifact(folder: Path) -> None:
+    """Before an artifact is read: that it is finished, and its files are those that it was finished with.
+
+    Raises:
+        ArtifactError: it is not, naming the file.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run its stage first")
+    check_files(folder, marker.files)
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:
