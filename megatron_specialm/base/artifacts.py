@@ -35,7 +35,7 @@ from megatron_specialm.base.files import (
     sha256_json,
     write_json,
 )
-from megatron_specialm.base.integrity import find_damage, list_files
+from megatron_specialm.base.integrity import check_files, find_damage, list_files
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
@@ -315,6 +315,18 @@ def read_marker(folder: Path) -> Marker | None:
             f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; {remedy}"
         )
     return read_json(path, Marker, remedy=remedy)
+
+
+def check_artifact(folder: Path) -> None:
+    """Before an artifact is read: that it is finished, and its files are those that it was finished with.
+
+    Raises:
+        ArtifactError: it is not, naming the file.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run its stage first")
+    check_files(folder, marker.files)
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:

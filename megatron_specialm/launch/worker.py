@@ -23,21 +23,19 @@ from megatron_specialm import __version__
 from megatron_specialm.base.accelerator import installed_version, name_of_device
 from megatron_specialm.base.artifacts import (
     LABEL,
-    MARKER,
     Cost,
     Marker,
     Report,
     Spent,
     artifact_folder,
     begin_artifact,
+    check_artifact,
     finish_artifact,
     read_label,
-    read_marker,
 )
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, TrainingError, machine_errors
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.base.integrity import check_files
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.orphans import end_with
@@ -204,8 +202,8 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
     digest = sha256_json(made_from)
     begun = f"begun {task.id} {digest}"
     if world.is_first:
-        for name, folder in inputs.items():
-            _check_input(name, folder)
+        for folder in inputs.values():
+            check_artifact(folder)
         folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
         if world.world_size > 1:
             meet(world).set(begun, "")
@@ -224,15 +222,6 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
         f"{folder}: rank {world.rank} does not see what rank 0 has made: "
         "is the run folder on a filesystem that all nodes share?"
     )
-
-
-def _check_input(name: TaskId, folder: Path) -> None:
-    marker = read_marker(folder)
-    if marker is None:
-        raise ArtifactError(
-            f"{folder / MARKER}: not there, so the task is not finished: run the stage {name.stage!r} first"
-        )
-    check_files(folder, marker.files)
 
 
 def _versions() -> dict[str, str]:

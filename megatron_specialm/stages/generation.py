@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, view
+from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
 from megatron_specialm.config.graph import TaskId
@@ -83,7 +83,7 @@ def open_model(folder: Path) -> Writer:
         if _is_export(exported):
             return _exported(exported)
     artifact = folder.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
-    if (artifact / "result.json").is_file() and (artifact / LABEL).is_file():
+    if (artifact / LABEL).is_file() or (artifact / MARKER).is_file():
         root, stage_name = artifact.parents[3], artifact.parents[1].name
         pipeline = load_pipeline(root / "pipeline.yaml")
         stage = pipeline.stages.get(stage_name)
@@ -91,7 +91,10 @@ def open_model(folder: Path) -> Writer:
             tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
             digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
             # An artifact that an earlier version made does not say of which tokenizer it is.
-            return _trained(artifact, artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer))
+            tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer)
+            for read in (artifact, tokenizer_folder):
+                check_artifact(read)
+            return _trained(artifact, tokenizer_folder)
     raise ConfigError(
         f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, or an exported one, "
         "RUN/export/STAGE.KEY/model"

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# How far an artifact is and what it cost: the first is compared step by step, the others say nothing of the outcome.
-METRICS, SPENT = "metrics.jsonl", ("work.json", "README.md")
+# How far an artifact is, what it cost and who has read it: the first is compared step by step, the others say nothing of the
+# outcome.
+METRICS, SPENT = "metrics.jsonl", ("work.json", "README.md", "checked.json")
 # Keys of JSON that are left out: costs, who made it, and hashes of files, which are compared themselves.
 LEFT_OUT = re.compile(r"seconds|flops|^(passes|cost|apart|time|incarnation|files|sha256)$")
 STEP = re.compile(r"step_\d+$")
