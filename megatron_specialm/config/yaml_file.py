@@ -19,7 +19,7 @@ import yaml
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.regular import read_regular
 
-MOST_BYTES = 1 << 20  # the longest page we ship has 12 kB
+MOST_BYTES = 4 << 20  # the longest page we ship has 12 kB, and one may list the files of a corpus
 MOST_VALUES = 50_000  # PyYAML takes a second for them
 MOST_LEVELS = 50
 SHOWN, LONGEST = 200, 1000  # characters of a value in an error, and of an error
@@ -87,13 +87,14 @@ def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
     Raises:
         ConfigError: it is not YAML, or none that a page can be: see the module.
     """
-    loader = _Loader(text, room or Room())
     try:
-        return _unshared(loader.get_single_data())
+        loader = _Loader(text, room or Room())  # which refuses control characters
+        try:
+            return _unshared(loader.get_single_data())
+        finally:
+            loader.dispose()
     except Exception as error:  # what constructors raise for a bad value: ValueError, KeyError, IndexError ...
         raise ConfigError(f"{where}: not valid YAML: {str(error)[:LONGEST]}") from None
-    finally:
-        loader.dispose()
 
 
 def dump_yaml(value: Any) -> str:

@@ -13,7 +13,7 @@ Slurm forgets a job minutes after its end; these files do not.
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,8 @@ def record_begin(state: Path, begin: AttemptBegin) -> None:
 
 def record_end(state: Path, end: AttemptEnd) -> None:
     """Note in an element's state folder how an attempt ended."""
-    _append(state, {"event": "end", **asdict(end)})
+    reason = end.reason.encode(errors="backslashreplace").decode()  # names of files may hold what is no text
+    _append(state, {"event": "end", **asdict(replace(end, reason=reason))})
 
 
 def _append(state: Path, event: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_label, read_marker
 from megatron_specialm.base.errors import ArtifactError, SpecialmError
-from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, write_json
+from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, sha256_json, write_json
 from megatron_specialm.base.hash_cache import _read_cache
 from megatron_specialm.base.tensors import TensorFiles, save_tensors
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
@@ -168,10 +168,9 @@ def _make_export(folder: Path) -> None:
 
 
 def _make_artifact(folder: Path) -> None:
-    made = begin_artifact(folder, "slm", "law", digest="d" * 64, made_from={"seed": 0})
-    finish_artifact(
-        folder, "slm", "law", Marker("d" * 64, Cost(1, 2, 3.5, 4.0, "cpu", 1), {"sets": {}}, {"torch": "2"})
-    )
+    digest = sha256_json(made_from := {"seed": 0})
+    made = begin_artifact(folder, "slm", "law", digest=digest, made_from=made_from)
+    finish_artifact(folder, "slm", "law", Marker(digest, Cost(1, 2, 3.5, 4.0, "cpu", 1), {"sets": {}}, {"torch": "2"}))
     for name in ("done.json", "task.json"):
         (made / name).rename(folder / name)
 

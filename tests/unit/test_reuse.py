@@ -249,7 +249,7 @@ def test_submit_takes_over_before_jobs_are_queued(there: dict) -> None:
     assert f"small: 3 tasks to submit, 9 taken over from {THERE}, in {HERE}" in said
     assert not (HERE / "tokens").exists()
     said = _submit("training_seed=1")
-    assert f"small: 2 tasks submitted, 0 on their way, 0 done, 9 taken over from {THERE}, in {HERE}" in said
+    assert f"small: 3 tasks submitted, 0 on their way, 0 done, 9 taken over from {THERE}, in {HERE}" in said
     assert [job.stage for job in read_registry(HERE)] == ["slm", "perplexity"] and not read_registry(HERE)[0].after
     states = {name.stage: planned.state for name, planned in make_plan(_load("training_seed=1"), HERE).items()}
     assert states.pop("slm") == states.pop("perplexity") == "to do" and set(states.values()) == {"done"}

@@ -1,7 +1,5 @@
 """Durations on a machine whose clock is set, or whose monotonic clock starts anew."""
 
-import json
-import math
 import time
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.setup import Passes
-from megatron_specialm.train.work import FILE, Work, WorkRecord
+from megatron_specialm.train.work import Work, WorkRecord
 
 
 class Clock:
@@ -54,11 +52,3 @@ def test_the_seconds_of_attempts_only_grow(tmp_path: Path, clock: Clock) -> None
                 found.append(Work.read(tmp_path).seconds)
         clock.now -= 7200
     assert found == [5, 5, 10, 15, 15, 20]
-
-
-@pytest.mark.parametrize("seconds", [-7195.0, math.nan, math.inf, -math.inf])
-def test_a_time_that_cannot_be_is_none(tmp_path: Path, seconds: float) -> None:
-    """As versions before this one have left it."""
-    passes = Passes(trained=7)
-    (tmp_path / FILE).write_text(json.dumps({"passes": passes._asdict(), "seconds": seconds}))
-    assert Work.read(tmp_path) == Work(passes, 0.0)
