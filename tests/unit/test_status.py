@@ -58,7 +58,7 @@ def test_an_array_is_summarised(run: Run) -> None:
         "7|0|PENDING|0|UNLIMITED||JobArrayTaskLimit|\n7|1|RUNNING|0|9:42|node1|None|\n"
         "7|2|RUNNING|2|9:42|node[2-3]|None|\n7|3|PENDING|0|UNLIMITED||JobArrayTaskLimit|\n"
     )
-    wanted = "2 running on node1, node[2-3], restarted 2x; 2 pending (JobArrayTaskLimit); 37 not submitted"
+    wanted = "2 running on node1, node[2-3], restarted 2x; 2 pending (JobArrayTaskLimit); 43 not submitted"
     assert run.text("perplexity") == wanted
     assert run.status().is_live
 
@@ -226,7 +226,7 @@ def test_at_80_columns_every_word_is_whole(run: Run) -> None:
     frame = str.maketrans("", "", "─")
     assert sorted(narrow.translate(frame).split()) == sorted(wide.translate(frame).split())
     for words in ("DependencyNeverSatisfied", "gpu-node-[0013-0016]", "UnavailableNodes:gpu-node-[0001-0012]",
-                  "123456_2 on gpu-node-0018: failed", "the loss is not finite at step 40", " 1,600 ", "6/126"):  # fmt: skip
+                  "123456_2 on gpu-node-0018: failed", "the loss is not finite at step 40", " 1,600 ", "6/132"):  # fmt: skip
         assert words in narrow, words
     assert f"log: {run.root}/jobs/0001/slm-tuned.2.log" in narrow
 
