@@ -54,15 +54,13 @@ def check_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, remedy: str) ->
     """Refuse rows of a file of results that tables cannot be made of.
 
     Raises:
-        ArtifactError: one lacks a column, or has a word where a number belongs, or the other way round.
+        ArtifactError: one has no perplexity, or a word where a number belongs, or the other way round.
     """
     for number, row in enumerate(rows):
-        for name in NEEDED:
-            if name not in row:
-                raise ArtifactError(f"{path}: row {number} lacks {name}: {remedy}")
+        for name in row.keys() & set(NEEDED):
             if isinstance(row[name], str) != (name in WORDS) and row[name] is not None:
                 raise ArtifactError(f"{path}: row {number}: {name} is {row[name]!r:.60}: {remedy}")
-        if row["nll"] is None or row["perplexity"] is None:
+        if row.get("nll") is None or row.get("perplexity") is None:
             raise ArtifactError(f"{path}: row {number} has no perplexity: {remedy}")
 
 

@@ -70,6 +70,15 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class _Row(_Entry):
+    method: str
+    stage: str
+    domain: str
+    base_domain: str
+    finetuned: bool
+
+
+@dataclass(frozen=True)
 class _Average(_Entry):
     stage: str
     size: int | None
@@ -84,10 +93,10 @@ class _Concentration(_Entry):
 
 @dataclass(frozen=True)
 class _Results:
-    """What `launch/results.py` writes in any case; `check_rows` says what a row has."""
+    """What `launch/results.py` writes in any case; `check_rows` looks at the other columns of rows."""
 
     pipeline: str
-    rows: list[_Entry]
+    rows: list[_Row]
     macro: list[_Average]
     concentration: list[_Concentration]
     selection: list[_Entry]
@@ -95,7 +104,7 @@ class _Results:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "write it again with `specialm results` of its page"
+    remedy = "damaged, or of an earlier version: write it again with `specialm results` of its page"
     read_json(path, _Results, remedy=remedy)
     results = read_json(path, dict[str, Any])
     check_rows(path, results["rows"], remedy=remedy)

@@ -52,7 +52,7 @@ STATE = {"model": SHAPE.model_dump(mode="json"), "vocabulary_size": 100, "contex
 TFIDF = TfidfEncoder(kind="tfidf", dimensions=3)
 TEXTS = [f"{animal} {verb} in the {place}" for animal in ["cat", "dog", "cow"] for verb in ["sits", "runs"]
          for place in ["sun", "rain"]]  # fmt: skip
-ROW = {name: "a" if name in WORDS else 1 for name in NEEDED}
+ROW = {name: "a" if name in WORDS else 1 for name in NEEDED} | {"finetuned": True}
 
 
 class Kind(NamedTuple):
