@@ -87,13 +87,10 @@ def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
     Raises:
         ConfigError: it is not YAML, or none that a page can be: see the module.
     """
-    loader = _Loader(text, room or Room())
     try:
-        return _unshared(loader.get_single_data())
+        return _unshared(_Loader(text, room or Room()).get_single_data())
     except Exception as error:  # what constructors raise for a bad value: ValueError, KeyError, IndexError ...
         raise ConfigError(f"{where}: not valid YAML: {str(error)[:LONGEST]}") from None
-    finally:
-        loader.dispose()
 
 
 def dump_yaml(value: Any) -> str:

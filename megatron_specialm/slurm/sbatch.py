@@ -105,7 +105,11 @@ def render(
     """
     try:
         text = read_text(template)
-    except (ConfigError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{template}: cannot be read: {error.strerror}: correct `template` in the site profile"
+        ) from None
+    except ConfigError as error:
         raise ConfigError(f"{error}: correct `template` in the site profile") from None
     try:
         return string.Template(text).substitute(

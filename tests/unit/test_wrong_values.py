@@ -162,7 +162,7 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
         (b"extends: 2024-01-01\n", "extends: must be the path"),
         (b"extends: [a]\n", "extends: must be the path"),
         (b'extends: "a\\0b"\n', "extends: must be the path"),
-        (b"x" * (5 << 20), "more than 4 MiB"),
+        (b"x" * (5 << 20), "more than 1,048,576 bytes"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_pages_are_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
