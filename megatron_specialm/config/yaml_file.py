@@ -88,11 +88,7 @@ def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
         ConfigError: it is not YAML, or none that a page can be: see the module.
     """
     try:
-        loader = _Loader(text, room or Room())  # which refuses control characters
-        try:
-            return _unshared(loader.get_single_data())
-        finally:
-            loader.dispose()
+        return _unshared(_Loader(text, room or Room()).get_single_data())
     except Exception as error:  # what constructors raise for a bad value: ValueError, KeyError, IndexError ...
         raise ConfigError(f"{where}: not valid YAML: {str(error)[:LONGEST]}") from None
 

@@ -105,8 +105,10 @@ def render(
     """
     try:
         text = read_text(template)
-    except FileNotFoundError:
-        raise ConfigError(f"{template}: cannot be read: no such file: correct `template` in the site profile") from None
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{template}: cannot be read: {error.strerror}: correct `template` in the site profile"
+        ) from None
     except ConfigError as error:
         raise ConfigError(f"{error}: correct `template` in the site profile") from None
     try:
