@@ -218,9 +218,8 @@ def read_label(folder: Path) -> dict[str, Any]:
     label = read_json(folder / LABEL)
     if not isinstance(label, dict) or not isinstance(label.get("digest"), str):
         raise ArtifactError(f"{folder / LABEL}: not a task's label: the file is damaged; move {folder} away")
-    if (made_from := label.get("made_from")) and sha256_json(made_from) != label[
-        "digest"
-    ]:  # earlier versions named none
+    made_from = label.get("made_from")  # earlier versions wrote none
+    if made_from and sha256_json(made_from) != label["digest"]:
         raise ArtifactError(
             f"{folder / LABEL}: what it says is not what its digest is of: the file is damaged; move {folder} away"
         )
