@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, read_label, read_marker, view
 from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.launch.plan import PlannedTask
@@ -87,9 +88,10 @@ def remove(unwanted: Iterable[Unwanted], root: Path) -> None:
                 f"{one.folder / LABEL}: is of another digest: the file is damaged; look at the folder yourself"
             )
         aside = one.folder.with_name(f".{one.folder.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(one.folder, aside)
-        shutil.rmtree(aside)
+        with hold_task(root, *one.task):  # a job of which this machine cannot ask may be at work
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(one.folder, aside)
+            shutil.rmtree(aside)
         place = view(root, *one.task)
         if place.is_symlink() and not place.exists():
             place.unlink()

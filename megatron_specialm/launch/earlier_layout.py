@@ -41,12 +41,18 @@ def adopt_earlier_layout(root: Path) -> None:
         stage, key = path.parts[-3], path.stem
         marker = _read(path)
         folder = artifact_folder(root, stage, key, marker.digest)
-        if (folder / LABEL).exists() and read_marker(folder) is None:
+        if (folder / LABEL).exists() and read_marker(folder) is None and not _names_shards(folder):
             write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
             finish_artifact(root, stage, key, marker)
         path.unlink()
         with contextlib.suppress(OSError):  # other markers are in it
             path.parent.rmdir()
+
+
+def _names_shards(folder: Path) -> bool:
+    """Whether it is a set gathered from shards, which it names by where they stood: gathering them again takes seconds."""
+    lists = (folder / name for name in ("store.json", "vectors.json"))
+    return any(path.is_file() and '"../' in path.read_text(encoding="utf-8") for path in lists)
 
 
 def _read(path: Path) -> Marker:
