@@ -53,7 +53,7 @@ HOSTILE = {
     "a long number": ("seed: " + "9" * (MOST_BYTES // 2), "64 bits"),
     "a long alias": ("a: *" + "x" * (MOST_BYTES // 2), "undefined alias"),
     "a long text": ("name: " + "x" * (MOST_BYTES // 2), "name: "),
-    "too many bytes": ("#" * (MOST_BYTES + 1), "more than 1,0[0-9,]* bytes"),
+    "too many bytes": ("#" * (MOST_BYTES + 1), "more than 4,1[0-9,]* bytes"),
     "a program": ("a: !!python/object/apply:os.system [touch HERE]\n", "could not determine a constructor"),
 }
 
@@ -89,7 +89,7 @@ NO_PAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "pipe": (_fifo, "no regular file"),
     "socket": (_socket, "cannot be read"),
     "folder": (Path.mkdir, "no regular file"),
-    "10 GiB": (_large, "more than 1,0[0-9,]* bytes"),
+    "10 GiB": (_large, "more than 4,1[0-9,]* bytes"),
     "loop": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels"),
     "bytes": (lambda path: path.write_bytes(b"\xff\xfe"), "not UTF-8"),
     "nothing": (lambda path: None, "no such|No such"),
