@@ -41,10 +41,11 @@ from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
-from megatron_specialm.train.loop import Diverged, Progress, Run, is_capped, train
+from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.served import read_served
 from megatron_specialm.train.work import Work
 

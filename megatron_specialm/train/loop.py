@@ -8,9 +8,8 @@ process is asked to stop (`base/lifeline.py`), all of them stop at the same step
 import contextlib
 import logging
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,55 +33,11 @@ from megatron_specialm.train.checkpoint import (
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.schedule import learning_rate, step_to_keep
 from megatron_specialm.train.work import Work, WorkRecord
 
-SPIKE_WINDOW = 100  # steps whose gradient norms say what is usual
-FEWEST_NORMS = 20  # of which there must be so many
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands after `step` optimizer steps. Losses are nats per token; `norms` are the gradient norms of the
-    last steps, those that are finite (checkpoints of earlier versions lack them)."""
-
-    step: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    spikes: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    evaluations: int = 0
-    evaluations_without_gain: int = 0
-    norms: tuple[float, ...] = ()
-
-    def is_spike(self, norm: float, *, factor: float) -> bool:
-        """Whether a step's gradient norm is so many times as large as is usual."""
-        return len(self.norms) >= FEWEST_NORMS and norm > factor * statistics.median(self.norms)
-
-    def after(self, stats: StepStats, *, spike: bool) -> "Progress":
-        """The progress after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            tokens=self.tokens + (0 if stats.skipped else stats.loss.tokens),
-            skipped_steps=self.skipped_steps + stats.skipped,
-            skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
-            spikes=self.spikes + spike,
-            norms=(*self.norms, stats.gradient_norm)[-SPIKE_WINDOW:]
-            if math.isfinite(stats.gradient_norm)
-            else self.norms,
-        )
-
-    def evaluated(self, loss: float) -> "Progress":
-        """The progress after a validation. A loss that is not finite is never the best."""
-        counted = replace(self, evaluations=self.evaluations + 1)
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(counted, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
-        return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)
 
 
 @dataclass(frozen=True)

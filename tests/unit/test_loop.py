@@ -21,10 +21,11 @@ from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
 from megatron_specialm.train.engine import LossSum
-from megatron_specialm.train.loop import Progress, is_capped
+from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import Metrics
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
 from tests.training import CONTEXT, SHAPE, read_metrics, run_training, stage
 
