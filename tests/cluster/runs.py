@@ -161,7 +161,10 @@ def prepared(source: Path, folder: Path, *stages: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "data").symlink_to(source / "data")
     for stage in stages:
-        shutil.copytree(source / "runs/smoke" / stage, folder / "runs/smoke" / stage)
+        for place in (f"artifacts/{stage}", stage):
+            shutil.copytree(source / "runs/smoke" / place, folder / "runs/smoke" / place, symlinks=True)
+    if stages:
+        shutil.copy(source / "runs/smoke/pipeline.yaml", folder / "runs/smoke/pipeline.yaml")
     return folder
 
 
