@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
+
+if TYPE_CHECKING:
+    from megatron_specialm.config.schema import Pipeline
 
 Runs = Annotated[
     list[Path] | None,
@@ -36,6 +39,7 @@ def results(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
+    _warn_of_damage(pipeline, root)
     outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
@@ -69,6 +73,7 @@ def figures(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
+    _warn_of_damage(pipeline, root)
     outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
@@ -80,6 +85,14 @@ def figures(
         say(f"warning: {root} cannot be written to: the figures go here (--output)", error=True)
     for path in draw(outcome, place):
         say(path)
+
+
+def _warn_of_damage(pipeline: "Pipeline", root: Path) -> None:
+    """What is damaged counts for nothing in the tables."""
+    from megatron_specialm.launch.plan import damage_in, make_plan
+
+    for damage in damage_in(make_plan(pipeline, root), root):
+        typer.echo(f"warning: {damage}: it is left out", err=True)
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:

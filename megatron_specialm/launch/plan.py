@@ -1,6 +1,6 @@
 """Which tasks of a pipeline are done, which are not, and what each one's digest is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,14 @@ def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Seque
     if marker is not None:
         return PlannedTask(task, digest, "damaged", made_from)
     return PlannedTask(task, digest, "stale" if read_marker(view(root, *task.id)) else "to do", made_from)
+
+
+def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
+    """Of each damaged task, what is wrong with its files."""
+    for name, planned in plan.items():
+        folder = artifact_folder(root, *name, planned.digest)
+        if planned.state == "damaged" and (marker := read_marker(folder)) is not None:
+            yield f"{name} is damaged: {find_damage(folder, marker.files)}"
 
 
 def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:

@@ -149,7 +149,7 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
         return multiprocessing.get_context("spawn")
     place_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(["megatron_specialm.launch.fork_server", *modules])
     return context
 
 

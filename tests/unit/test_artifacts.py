@@ -167,6 +167,7 @@ def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
     (folder / "tokenizer.json").unlink()
     planned = make_plan(run.pipeline, run.root)[name]
     assert planned.state == "damaged" and planned.is_to_do
+    assert f"{name} is damaged: {folder}/tokenizer.json: No such file" in _says("results", "page.yaml")[1]
 
 
 def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
