@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.cli.app import Overrides, Page, app, load
@@ -37,10 +37,12 @@ def verify(
         )
         damaged += len(finding.damage)
     if damaged:
-        raise ArtifactError(
+        say(
             f"{damaged} damaged: put them back from a copy; or remove an artifact's done.json, and `specialm run` makes it "
-            "again"
+            "again",
+            error=True,
         )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -55,19 +57,25 @@ def clean(
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.clean import find_unwanted, remove, unwanted_table
-    from megatron_specialm.launch.plan import make_plan
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder
     from megatron_specialm.slurm import records
-    from megatron_specialm.slurm.missing import live_tasks
+    from megatron_specialm.slurm.missing import used_by_jobs
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
     if not root.is_dir():
         say(f"{root}: there is no run folder yet")
         return
+    refuse_foreign_folder(pipeline, root)
     with hold_folder(root):
         jobs = records.read_registry(root)
-        live = live_tasks(jobs).values() if jobs and shutil.which("squeue") else ()
-        unwanted = find_unwanted(make_plan(pipeline, root), root, live={task.digest for task in live})
+        can_ask = shutil.which("squeue") is not None
+        if yes and jobs and not can_ask:
+            raise MachineError(
+                f"{root}: jobs were submitted from here, and this machine has no squeue to ask which of them live: "
+                "clean on a login node of the cluster"
+            )
+        unwanted = find_unwanted(make_plan(pipeline, root), root, live=used_by_jobs(root, jobs) if can_ask else ())
         total = f"{len(unwanted)} artifacts, {sum(one.bytes for one in unwanted) / 2**20:,.1f} MiB"
         if unwanted:
             console().print(unwanted_table(unwanted))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, read_label, read_marker, view
+from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, SHOWN_DIGITS, read_label, read_marker, view
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
@@ -37,11 +37,23 @@ def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Colle
     """Artifacts of other settings, text or inputs, and of tasks that the page has no more; the largest first.
 
     Args:
-        live: digests that queued and running jobs make.
+        live: digests of what queued and running jobs make and read: what those rest on is wanted too.
     """
-    wanted = {*live, *(planned.digest for planned in plan.values())}
+    wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
     found = [_describe(folder) for folder in all_artifacts(root) if not _is_of(folder, wanted)]
     return sorted(found, key=lambda unwanted: -unwanted.bytes)
+
+
+def _with_inputs(root: Path, digests: Iterable[str]) -> set[str]:
+    folders = {folder.name: folder for folder in all_artifacts(root)}
+    found: set[str] = set()
+    left = list(digests)
+    while left:
+        if (digest := left.pop()) not in found:
+            found.add(digest)
+            if (folder := folders.get(digest[:SHOWN_DIGITS])) is not None:
+                left += read_label(folder)["made_from"].get("inputs", {}).values()
+    return found
 
 
 def _is_of(folder: Path, digests: Iterable[str]) -> bool:

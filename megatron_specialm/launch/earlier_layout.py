@@ -17,7 +17,9 @@ from megatron_specialm.base.artifacts import (
     read_label,
     read_marker,
 )
+from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
+from megatron_specialm.config.schema import RESERVED
 
 
 def adopt_earlier_layout(root: Path) -> None:
@@ -27,17 +29,15 @@ def adopt_earlier_layout(root: Path) -> None:
     Raises:
         ArtifactError: a label or marker is damaged.
     """
-    for label in sorted(root.glob(f"*/*/{LABEL}")):
+    for label in _of_stages(root, f"*/{LABEL}"):
         stage, key = label.parts[-3:-1]
         folder = label.parent
-        if folder.is_symlink():
-            continue
         target = artifact_folder(root, stage, key, read_label(folder)["digest"])
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, target)
             fsync_path(target.parent)
-    for path in sorted(root.glob("*/done/*.json")):
+    for path in _of_stages(root, "done/*.json"):
         stage, key = path.parts[-3], path.stem
         marker = _read(path)
         folder = artifact_folder(root, stage, key, marker.digest)
@@ -47,6 +47,24 @@ def adopt_earlier_layout(root: Path) -> None:
         path.unlink()
         with contextlib.suppress(OSError):  # other markers are in it
             path.parent.rmdir()
+
+
+def refuse_earlier_layout(root: Path) -> None:
+    """Before who only looks is told that nothing is there.
+
+    Raises:
+        ArtifactError: something stands in the places of earlier versions.
+    """
+    if _of_stages(root, f"*/{LABEL}") or _of_stages(root, "done/*.json"):
+        raise ArtifactError(
+            f"{root}: an earlier version made it: the next `specialm run` or `submit` of its page takes it over"
+        )
+
+
+def _of_stages(root: Path, pattern: str) -> list[Path]:
+    """Files in folders of stages, none of them behind a link of today's layout."""
+    folders = [folder for folder in root.glob("*") if folder.name not in RESERVED]
+    return sorted(path for folder in folders for path in folder.glob(pattern) if not path.parent.is_symlink())
 
 
 def _names_shards(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from megatron_specialm.base.integrity import LEFT_OVER, find_damage
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest_content
 from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch.earlier_layout import refuse_earlier_layout
 from megatron_specialm.launch.hashes import CACHE, hash_files, naming_what_makes
 
 RESOLVED = "pipeline.yaml"  # of a run folder
@@ -49,6 +50,7 @@ def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> di
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
+    refuse_earlier_layout(root)
     with naming_what_makes(pipeline.text):
         hashes = hash_files(graph.values(), root, keep=keep_hashes)
     others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]

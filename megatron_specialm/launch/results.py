@@ -28,7 +28,7 @@ from megatron_specialm.config.rates import beyond
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.plan import RESOLVED, make_plan
 from megatron_specialm.launch.rows import to_csv
 from megatron_specialm.launch.tables import results_table, seeds_of
 
@@ -62,6 +62,8 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
         "selection": _selection(pipeline, markers),
         "learning_rates": _learning_rates(pipeline, markers),
     }
+    if not must_write and not (root / RESOLVED).exists():  # no run folder yet: who looks makes none
+        return results
     ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
     try:
         with contextlib.nullcontext() if must_write else hold_folder(root):

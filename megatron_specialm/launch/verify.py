@@ -12,6 +12,7 @@ from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, read_labe
 from megatron_specialm.base.errors import ArtifactError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, verify_folder
 from megatron_specialm.base.integrity import check_files, find_damage, present_files
+from megatron_specialm.launch.earlier_layout import refuse_earlier_layout
 
 
 @dataclass
@@ -40,6 +41,7 @@ def verify(root: Path, *, deep: bool) -> Finding:
     Raises:
         ArtifactError: there is no run folder.
     """
+    refuse_earlier_layout(root)
     if not (root / ARTIFACTS).is_dir():
         raise ArtifactError(f"{root}: not a run folder (it has no {ARTIFACTS}/): name the `root` of a run")
     finding = Finding()

@@ -202,8 +202,10 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
     digest = sha256_json(made_from)
     begun = f"begun {task.id} {digest}"
     if world.is_first:
-        for folder in inputs.values():
+        for name, folder in inputs.items():
             check_artifact(folder)
+            for part in _parts(root, name, folder):
+                check_artifact(part)
         folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
         if world.world_size > 1:
             meet(world).set(begun, "")
@@ -222,6 +224,14 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
         f"{folder}: rank {world.rank} does not see what rank 0 has made: "
         "is the run folder on a filesystem that all nodes share?"
     )
+
+
+def _parts(root: Path, name: TaskId, folder: Path) -> Iterator[Path]:
+    """The artifacts whose files a reader of this one opens too: of a set in shards, the shards'."""
+    for other, digest in read_label(folder)["made_from"].get("inputs", {}).items():
+        stage, _, key = other.partition("/")
+        if stage == name.stage:
+            yield artifact_folder(root, stage, key, digest)
 
 
 def _versions() -> dict[str, str]:

@@ -38,6 +38,24 @@ def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
     }
 
 
+def used_by_jobs(root: Path, jobs: Iterable[JobRecord]) -> set[str]:
+    """The digests of what queued and running jobs make and read, as their job files say.
+
+    Raises:
+        MachineError: Slurm does not answer.
+        ArtifactError: a job file is damaged.
+    """
+    submitted = [job for job in jobs if job.slurm_id is not None]
+    alive = live_elements([str(job.slurm_id) for job in submitted])
+    used: set[str] = set()
+    for job in submitted:
+        if any((job.slurm_id, number) in alive for number in range(len(job.elements))):
+            elements = records.read_job_file(records.job_path(root, job.submission, job.name)).elements
+            for task in (task for element in elements for task in element):
+                used |= {task.digest, *task.made_from.get("inputs", {}).values()}
+    return used
+
+
 def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
     """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know.
 

@@ -121,6 +121,32 @@ class _Event:
     event: Literal["begin", "end"]
 
 
+@dataclass(frozen=True)
+class JobTask:
+    """A task as a job's ranks are told of it: `made_from` is what its digest is of."""
+
+    key: str
+    digest: str
+    made_from: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """The content of `<job>.json`: what each of its elements is to do."""
+
+    stage: str
+    elements: list[list[JobTask]]
+
+
+def read_job_file(path: Path) -> JobFile:
+    """What a job's elements are to do.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    return read_json(path, JobFile, remedy="submit again")
+
+
 def jobs_folder(root: Path) -> Path:
     """Where a run folder keeps what is about jobs."""
     return root / "jobs"

@@ -2,33 +2,19 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
-from megatron_specialm.base.files import read_json, sha256_json
+from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.inline import attended, do_together
 from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.launch.worker import ignore_expected_warnings, limit_threads
-
-
-@dataclass(frozen=True)
-class _Task:
-    key: str
-    made_from: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The content of a job's file, as far as it is used: what each of its elements is to do."""
-
-    stage: str
-    elements: list[list[_Task]]
+from megatron_specialm.slurm.records import read_job_file
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
@@ -62,7 +48,7 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
 
 def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The stage, and of each task its key and what its digest is of."""
-    job = read_json(job_file, _Job, remedy="submit again")
+    job = read_job_file(job_file)
     if not 0 <= element < len(job.elements):
         raise ArtifactError(f"{job_file}: does not say what element {element} is to do: submit again")
     return job.stage, [(task.key, task.made_from) for task in job.elements[element]]

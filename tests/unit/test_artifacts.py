@@ -21,13 +21,16 @@ from megatron_specialm.base.artifacts import (
     read_marker,
     view,
 )
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
-from megatron_specialm.base.files import publish_folder, read_json
+from megatron_specialm.base.files import publish_folder, read_json, sha256_json
 from megatron_specialm.base.integrity import check_files
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import TaskId
-from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
+from megatron_specialm.config.graph import Task, TaskId
+from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, refuse_earlier_layout
 from megatron_specialm.launch.plan import make_plan, show, write_resolved
+from megatron_specialm.launch.verify import verify
+from megatron_specialm.launch.worker import _begin
 from tests.run_folder import Run, make_run
 
 NAME = "slm", "generic"
@@ -245,3 +248,70 @@ def test_clean_leaves_what_a_job_makes(run: Run) -> None:
     assert "0 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1]
     run.slurm_says("")
     assert "1 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1] and job
+
+
+def test_a_domain_named_done_and_a_stage_named_task_are_nobodys_earlier_layout(tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, "tokens", "done", digest=A)
+    finish_artifact(tmp_path, "tokens", "done", Marker(A, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    (tmp_path / "jobs/0001").mkdir(parents=True)
+    (tmp_path / "jobs/0001/task.json").write_text("{}")
+    refuse_earlier_layout(tmp_path)
+    adopt_earlier_layout(tmp_path)
+    assert read_marker(folder) is not None and view(tmp_path, "tokens", "done").samefile(folder)
+
+
+def test_who_looks_at_an_earlier_layout_is_told(run: Run) -> None:
+    (run.root / "slm/generic").mkdir(parents=True)
+    (run.root / "slm/generic" / LABEL).write_text(json.dumps({"digest": A}))
+    for looks in (lambda: make_plan(run.pipeline, run.root), lambda: verify(run.root, deep=False)):
+        with pytest.raises(ArtifactError, match="an earlier version made it: the next `specialm run`"):
+            looks()
+
+
+def test_clean_is_of_the_folders_own_page(run: Run) -> None:
+    write_resolved(run.pipeline.model_copy(update={"name": "another"}), run.root)
+    _made(run.root, A)
+    assert "holds the run of pipeline 'another'" in _says("clean", "page.yaml", "--yes")[1]
+    assert artifact_folder(run.root, *NAME, A).exists()
+
+
+def test_clean_leaves_what_jobs_will_read_and_does_not_guess(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_resolved(run.pipeline, run.root)
+    run.submit("7", "slm-tuned", keys=["torch"])
+    slm = run.plan[TaskId(*NAME)]
+    run.slurm_says("7|0|PENDING|0|UNLIMITED||Dependency|\n")
+    begin_artifact(run.root, *NAME, digest=slm.digest, made_from=slm.made_from)
+    tokens = run.plan[TaskId("tokens", "generic")]
+    begin_artifact(run.root, "tokens", "generic", digest=tokens.digest, made_from=tokens.made_from)
+    assert "0 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    run.slurm_says("")
+    assert "2 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    (run.programs / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(run.programs))
+    assert "no squeue to ask" in _says("clean", "page.yaml", "seed=5", "--yes")[1]
+
+
+def test_results_make_no_run_folder(run: Run) -> None:
+    code, said = _says("results", "page.yaml")
+    assert code == 0 and "nothing has been evaluated yet" in said and not (run.root / "results.json").exists()
+    write_resolved(run.pipeline, run.root)
+
+
+def test_shards_are_checked_with_the_set_that_they_are_of(tmp_path: Path) -> None:
+    shard = _finished(tmp_path, "tokens", "generic.00000", made := {"inputs": {}})
+    whole = {"inputs": {"tokens/generic.00000": sha256_json(made)}}
+    folder = _finished(tmp_path, "tokens", "generic", whole)
+    tokens = TaskId("tokens", "generic")
+    task, wanted = Task(TaskId(*NAME), (tokens,), {}, None), {"inputs": {"tokens/generic": sha256_json(whole)}}
+    _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+    (shard / "train.bin").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=r"generic\.00000/.*/train\.bin: SHA-256 is not what it was"):
+        _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+
+
+def _finished(root: Path, stage: str, key: str, made_from: dict) -> Path:
+    digest = sha256_json(made_from)
+    folder = begin_artifact(root, stage, key, digest=digest, made_from=made_from)
+    (folder / "train.bin").write_bytes(b"token")
+    finish_artifact(root, stage, key, Marker(digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    return folder
