@@ -180,7 +180,7 @@ class _Certificate:
 
     layout: dict[str, Any]
     precision: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
 
 
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
