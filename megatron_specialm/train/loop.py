@@ -28,6 +28,8 @@ from megatron_specialm.train.checkpoint import (
     declare_final,
     newest_checkpoint,
     open_checkpoint,
+    remove_unusable,
+    saved_steps,
     step_folder,
 )
 from megatron_specialm.train.engine import Engine, StepStats
@@ -92,6 +94,7 @@ def train(engine: Engine, run: Run) -> Progress:
 
 
 def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
+    found = saved_steps(run.folder)
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
@@ -130,6 +133,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
         raise Diverged(_no_best(run, progress), progress)
     final = progress.step if progress.best_step is None else progress.best_step
     if run.peers.is_first:
+        remove_unusable(run.folder, [step for step in found if step != final], last=progress.step)
         declare_final(run.folder, step=final)
     if metrics:
         metrics.write(event="end", step=progress.step, final_step=final)
