@@ -141,15 +141,16 @@ def _make_aside(final: Path) -> Path:
 
 def adopt_checkpoints(source: Path, folder: Path) -> None:
     """Give a training the steps of its trial, so that it goes on from there. Nothing is done where it has come as far from
-    them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
+    them: the newest step comes last, so with it all are there.
 
     Raises:
-        ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
+        ArtifactError: a step is damaged, or there is none, or the training has steps of another learning rate, or another
+            incarnation of it has taken over.
     """
     steps = saved_steps(source)
     if not steps:
         raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
-    _remove_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
+    _refuse_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
     own = saved_steps(folder)
     if own and own[-1] >= steps[-1]:
         return
@@ -178,12 +179,17 @@ def adopt_steps(source: Path, folder: Path, steps: Sequence[int]) -> None:
         fsync_path(folder)
 
 
-def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
-    """A trial that was done again may have turned the choice."""
+def _refuse_steps_of_other_rates(folder: Path, *, like: Path) -> None:
+    """A trial that was done again may have turned the choice; what was trained at the other rate by then is not ours to
+    remove."""
     rate = _rate_of(like)
     for step in map(functools.partial(step_folder, folder), saved_steps(folder)):
-        if rate is not None and _rate_of(step) not in (None, rate):
-            shutil.rmtree(step)
+        if rate is not None and (other := _rate_of(step)) not in (None, rate):
+            raise CheckpointError(
+                f"{step}: was trained at learning rate {other!r}, and the trials choose {rate!r} now, as one was done again: "
+                f"move the step_* folders of {folder} away and run again, which trains at {rate!r}, or put the trials of "
+                "before back from a copy"
+            )
 
 
 def _rate_of(step: Path) -> float | None:
