@@ -6,10 +6,10 @@ again only where a file's times say that it may have changed (`base/hash_cache.p
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, FileSeal, listed_files, seal_file
+from megatron_specialm.base.files import MANIFEST, REMAKE, FileSeal, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
@@ -17,17 +17,23 @@ LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
 
 
 def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:
-    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. What a published folder's manifest
-    says is not read again.
+    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. Files that a published folder's
+    manifest lists are not read again.
 
     Args:
         without: names of files right in the folder that are left out.
+
+    Raises:
+        ArtifactError: a manifest lists a file that is not there, or is of another size.
     """
-    seals: dict[str, FileSeal] = {}
-    for manifest in folder.rglob(MANIFEST):
+    names, seals = present_files(folder, without=without), dict[str, FileSeal]()
+    for manifest in (folder / name for name in names if PurePath(name).name == MANIFEST):
+        listed = listed_files(manifest.parent)
+        if damage := find_damage(manifest.parent, listed):
+            raise ArtifactError(f"{damage}: {REMAKE}")
         inside = manifest.parent.relative_to(folder)
-        seals |= {(inside / name).as_posix(): seal for name, seal in listed_files(manifest.parent).items()}
-    return {name: seals.get(name) or seal_file(folder / name) for name in present_files(folder, without=without)}
+        seals |= {(inside / name).as_posix(): seal for name, seal in listed.items()}
+    return {name: seals.get(name) or seal_file(folder / name) for name in names}
 
 
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:

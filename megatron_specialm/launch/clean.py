@@ -23,7 +23,7 @@ class Unwanted:
 
     bytes: that its removal frees: not those that another run folder shares.
     age: seconds since it was finished, or begun.
-    device_seconds: what making it cost; None where it was not finished.
+    device_seconds: what making it cost, with what it went on from; None where it was not finished.
     """
 
     task: TaskId
@@ -63,7 +63,7 @@ def _is_of(folder: Path, digests: Iterable[str]) -> bool:
 def _describe(folder: Path) -> Unwanted:
     with contextlib.suppress(ArtifactError):  # a damaged marker costs the figure
         marker = read_marker(folder)
-        cost = marker.cost.device_seconds if marker else None
+        cost = marker.whole_cost.device_seconds if marker else None
         when = (folder / (MARKER if marker else LABEL)).stat().st_mtime
         return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), max(0.0, time.time() - when), cost)
     return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), 0.0, None)

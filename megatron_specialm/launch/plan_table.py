@@ -52,7 +52,7 @@ def _spent(planned: PlannedTask, redo: Mapping[TaskId, Redo], root: Path) -> flo
     if name in redo:
         return redo[name].spent
     marker = read_marker(artifact_folder(root, *name, planned.digest)) if planned.state == "done" else None
-    return marker.cost.device_seconds if marker is not None else 0.0
+    return marker.whole_cost.device_seconds if marker is not None else 0.0
 
 
 def _time(seconds: float) -> str:

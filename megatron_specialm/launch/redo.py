@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, read_marker, view
 from megatron_specialm.base.errors import UnconfirmedError
-from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.integrity import find_damage
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch.going_on import part_to_do
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.launch.reasons import Reasons, find_reasons, seconds_anew
 
@@ -25,8 +25,8 @@ UNKNOWN = Reasons(["an earlier version made it, which did not write down from wh
 class Redo:
     """A finished task that is to be made anew.
 
-    spent: device-seconds that the finished work took.
-    anew: about how many more it takes.
+    spent: device-seconds that the finished work took, with those of what it went on from.
+    anew: about how many more it takes, where it goes on from an earlier training for the part that is left.
     is_begun: whether it is being made anew already, and only goes on.
     """
 
@@ -58,15 +58,15 @@ def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, made_anew: Colle
     marker = read_marker(there) if there is not None else None
     if there is None or marker is None:
         return None
-    spent = marker.cost.device_seconds
+    spent = marker.whole_cost.device_seconds
     if planned.state == "damaged":
         return Redo(Reasons([find_damage(there, marker.files) or "it was damaged"]), spent, spent, is_begun=False)
-    is_begun, label = (folder / LABEL).exists(), read_label(there)
-    old = label.get("made_from")
-    if not isinstance(old, dict) or sha256_json(old) != label["digest"]:
+    is_begun, old = (folder / LABEL).exists(), read_label(there)["made_from"]
+    if not old:
         return Redo(UNKNOWN, spent, spent, is_begun)
     reasons = find_reasons(old, planned.made_from, pipeline.stages[name.stage], made_anew=made_anew)
-    return Redo(reasons, spent, seconds_anew(old, planned.made_from, spent=spent), is_begun)
+    anew = seconds_anew(old, planned.made_from, spent=spent) * part_to_do(pipeline, planned, root)
+    return Redo(reasons, spent, anew, is_begun)
 
 
 def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:

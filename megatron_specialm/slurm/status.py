@@ -191,7 +191,7 @@ def _local_seconds(root: Path, name: TaskId) -> float:
     marker = read_marker(view(root, *name))
     if marker is None:
         return 0.0
-    return marker.cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
+    return marker.whole_cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
 
 
 def _peak(root: Path, states: Sequence[ElementState]) -> float | None:

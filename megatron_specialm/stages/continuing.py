@@ -3,8 +3,8 @@
 After equally many steps both hold the same bits of weights, optimizer and progress: the order of reading is a function of
 the step, a teacher or its cache is an input, and the loop's state stands in the checkpoint. That is so where
 
-    all else that the digest covers is the same: settings but for `LENGTH`, seed, inputs, files;
-    the learning rates of all steps up to there are the same, to the last bit (train/schedule.py);
+    all else that the digest covers is the same: settings but for `LENGTH` (config/length.py), seed, inputs, files;
+    the learning rates of all steps up to there are the same, to the last bit (config/schedule.py);
     both have validated after that step, or neither has: a training validates at its end, wherever that is.
 
 The newest such checkpoint is adopted, for a longer training as for a shorter one. Where there is none, the log says why.
@@ -29,19 +29,16 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, sha256_json, verify_folder, write_json
+from megatron_specialm.config.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.config.rates import trial_key
-from megatron_specialm.config.training import Schedule, TrainStage
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import Reading
 from megatron_specialm.train.checkpoint import adopt_steps, newest_checkpoint, saved_steps, step_folder
-from megatron_specialm.train.loop import last_step, validates_after
-from megatron_specialm.train.schedule import steps_at_same_rates
 
 logger = logging.getLogger(__name__)
 
 FILE = "earlier.json"
-# The settings that decide when a training ends and at which rates its steps are made, and nothing else.
-LENGTH = ("steps", "schedule", "trial_steps")
 
 
 @dataclass(frozen=True)
@@ -137,15 +134,15 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Co
     if not others:
         return
     trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
-    ours = _but_for_length(_made_from(context.folder), trials)
+    ours = but_for_length(_made_from(context.folder), trials)
     for folder in others:
         try:
             made_from, marker = _made_from(folder), read_marker(folder)
         except ArtifactError as error:
             logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
-        if _but_for_length(made_from, trials) == ours:
-            yield _Training(folder, reading.to_measure(_at_length(stage, made_from["settings"])), marker)
+        if but_for_length(made_from, trials) == ours:
+            yield _Training(folder, reading.to_measure(at_length(stage, made_from["settings"])), marker)
 
 
 def _made_from(folder: Path) -> dict[str, Any]:
@@ -165,33 +162,14 @@ def _rates(context: Context) -> list[float]:
     return stage.optimizer.rates if context.task.rate is None else []
 
 
-def _but_for_length(made_from: Mapping[str, Any], trials: set[str]) -> dict[str, Any]:
-    """What a digest covers, without what is of a length: a training's own trials are as long as it is."""
-    settings = {name: value for name, value in made_from["settings"].items() if name not in LENGTH}
-    inputs = {name: digest for name, digest in made_from["inputs"].items() if name not in trials}
-    return {**made_from, "settings": settings, "inputs": inputs}
-
-
-def _at_length(stage: TrainStage, settings: Mapping[str, Any]) -> TrainStage:
-    schedule = Schedule.model_validate(settings.get("schedule", {}))
-    return stage.model_copy(update={"steps": settings["steps"], "schedule": schedule})
-
-
 def _look(step: int, other: _Training, stage: TrainStage, reading: Reading, folder: Path) -> tuple[Earlier, list[int]]:
     """A step as one to go on from, and the steps to adopt for it, itself the last.
 
     Raises:
         ArtifactError: it is no step of this training, or is damaged.
     """
-    ours, theirs = reading.settings, other.settings
-    same = steps_at_same_rates(ours, theirs, most=step)
-    if same < step:
-        raise ArtifactError(
-            f"the learning rates differ from step {same + 1} on, as `schedule.kind: {theirs.schedule.kind}` makes those of "
-            f"{theirs.steps} steps"
-        )
-    if validates_after(step, ours) != validates_after(step, theirs):
-        raise ArtifactError("one of the two validates there, as at its end, and the other does not")
+    if why := why_another_step(step, reading.settings, other.settings):
+        raise ArtifactError(why)
     verify_folder(step_folder(other.folder, step))
     state = read_json(step_folder(other.folder, step) / "state.json")
     if state["learning_rate"] != stage.optimizer.peak:

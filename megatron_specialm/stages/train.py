@@ -38,7 +38,7 @@ from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.stages.reading import Reading, read_for
-from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final
+from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Diverged, Run, is_capped, train
@@ -113,6 +113,8 @@ def run(stage: TrainStage, context: Context) -> Report:
                 raise
             logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
             progress = replace(diverged.progress, best_step=None, best_loss=None)
+            if peers.is_first:
+                remove_unusable(context.folder, saved_steps(context.folder), last=progress.step)
     capped = is_capped(progress, settings)
     if capped and world.is_first and progress.best_step is not None:
         ended = Capped(context.key, progress.step, progress.best_step)

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 
-from megatron_specialm.base.artifacts import refuse_if_taken_over
+from megatron_specialm.base.artifacts import MARKER, refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
     MANIFEST,
-    REMAKE,
     FileSeal,
     fsync_path,
     link_folder,
@@ -55,6 +54,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class _Progress:
     step: int
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,16 @@ def _make_aside(final: Path) -> Path:
 
 def adopt_checkpoints(source: Path, folder: Path) -> None:
     """Give a training the steps of its trial, so that it goes on from there. Nothing is done where it has come as far from
-    them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
+    them: the newest step comes last, so with it all are there.
 
     Raises:
-        ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
+        ArtifactError: a step is damaged, or there is none, or the training has steps of another learning rate, or another
+            incarnation of it has taken over.
     """
     steps = saved_steps(source)
     if not steps:
         raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
-    _remove_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
+    _refuse_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
     own = saved_steps(folder)
     if own and own[-1] >= steps[-1]:
         return
@@ -178,12 +179,17 @@ def adopt_steps(source: Path, folder: Path, steps: Sequence[int]) -> None:
         fsync_path(folder)
 
 
-def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
-    """A trial that was done again may have turned the choice."""
+def _refuse_steps_of_other_rates(folder: Path, *, like: Path) -> None:
+    """A trial that was done again may have turned the choice; what was trained at the other rate by then is not ours to
+    remove."""
     rate = _rate_of(like)
     for step in map(functools.partial(step_folder, folder), saved_steps(folder)):
-        if rate is not None and _rate_of(step) not in (None, rate):
-            shutil.rmtree(step)
+        if rate is not None and (other := _rate_of(step)) not in (None, rate):
+            raise CheckpointError(
+                f"{step}: was trained at learning rate {other!r}, and the trials choose {rate!r} now, as one was done again: "
+                f"move the step_* folders of {folder} away and run again, which trains at {rate!r}, or put the trials of "
+                "before back from a copy"
+            )
 
 
 def _rate_of(step: Path) -> float | None:
@@ -218,7 +224,7 @@ class Saver:
             try:
                 save_checkpoint(self._folder, peers=self._peers, **step)
                 if self._peers.is_first:
-                    prune_checkpoints(self._folder, keep=keep, beside=beside)
+                    prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
                 outcome.set_result(None)
             except BaseException as error:  # `wait` raises it
                 outcome.set_exception(error)
@@ -237,22 +243,46 @@ class Saver:
             pending.result()
 
 
-def prune_checkpoints(folder: Path, *, keep: int, beside: Collection[int | None]) -> None:
-    """Remove all steps but the newest `keep` and those of `beside`."""
-    for step in saved_steps(folder)[:-keep]:
-        if step not in beside:
-            shutil.rmtree(step_folder(folder, step))
+def prune_checkpoints(folder: Path, *, step: int, keep: int, beside: Collection[int | None]) -> None:
+    """Remove the steps up to `step`, which was just saved, but for the newest `keep` of them and those of `beside`. Later ones
+    are those that were passed over: they are no checkpoints to fall back on, and are written anew when training is there."""
+    up_to_here = [saved for saved in saved_steps(folder) if saved <= step]
+    for saved in up_to_here[:-keep]:
+        if saved not in beside:
+            shutil.rmtree(step_folder(folder, saved))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest step that verifies, and for each newer one that does not, why it was passed over."""
+    """The newest step that training can go on from, and for each newer one, why it was passed over: it does not verify, or the
+    best step so far does not, which would be the outcome if no later one was better."""
     skipped: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            return read_checkpoint(step_folder(folder, step)).folder, skipped
+            found = read_checkpoint(step_folder(folder, step)).folder
+            progress = read_json(found / STATE, _State).progress
+            if progress is not None and progress.best_step not in (None, step):
+                read_checkpoint(step_folder(folder, progress.best_step))
+            return found, skipped
         except ArtifactError as error:
             skipped.append(f"{step_folder(folder, step).name}: {error}")
     return None, skipped
+
+
+def remove_unusable(folder: Path, steps: Iterable[int], *, last: int) -> None:
+    """At the end of a training, remove those of some steps that do not verify, or are behind its `last` one: a finished
+    artifact lists none that is damaged."""
+    for step in steps:
+        path = step_folder(folder, step)
+        try:
+            if step <= last and path.exists():
+                verify_folder(path)
+                continue
+            why = f"training has ended at step {last}"
+        except ArtifactError as error:
+            why = str(error)
+        if path.exists():
+            logger.warning("removed %s: %s", path, why)
+            shutil.rmtree(path)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -294,8 +324,9 @@ def declare_final(folder: Path, *, step: int) -> None:
     """Name the step that is the outcome of training: the last, or with early stopping the best.
 
     Raises:
-        ArtifactError: another incarnation of this training has taken over.
+        ArtifactError: the step is damaged or gone, or another incarnation of this training has taken over.
     """
+    verify_folder(step_folder(folder, step))
     refuse_if_taken_over(folder)
     write_json(folder / RESULT, asdict(_Result(step, step_folder(folder, step).name)))
 
@@ -306,11 +337,12 @@ def find_final(folder: Path) -> Path:
     Raises:
         ArtifactError: there is none, or it is no step of this training.
     """
-    result = read_json(folder / RESULT, _Result)
+    remedy = f"remove {folder / MARKER} and run again, which goes on from the checkpoints"
+    result = read_json(folder / RESULT, _Result, remedy=remedy)
     final = step_folder(folder, result.step)
     if final.name != result.folder or not _STEP.fullmatch(final.name) or not final.is_dir():
         raise ArtifactError(
-            f"{folder / RESULT}: names {result.folder!r} for step {result.step}, which is no step of this training: {REMAKE}"
+            f"{folder / RESULT}: names {result.folder!r} for step {result.step}, which is no step of this training: {remedy}"
         )
     return final
 

@@ -18,6 +18,8 @@ from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.throughput import utilisation
+from megatron_specialm.config.length import last_step, validates_after
+from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
@@ -28,13 +30,14 @@ from megatron_specialm.train.checkpoint import (
     declare_final,
     newest_checkpoint,
     open_checkpoint,
+    remove_unusable,
+    saved_steps,
     step_folder,
 )
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.progress import Progress
-from megatron_specialm.train.schedule import learning_rate, step_to_keep
 from megatron_specialm.train.work import Work, WorkRecord
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,7 @@ def train(engine: Engine, run: Run) -> Progress:
 
 
 def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
+    found = saved_steps(run.folder)
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
@@ -130,6 +134,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
         raise Diverged(_no_best(run, progress), progress)
     final = progress.step if progress.best_step is None else progress.best_step
     if run.peers.is_first:
+        remove_unusable(run.folder, [step for step in found if step != final], last=progress.step)
         declare_final(run.folder, step=final)
     if metrics:
         metrics.write(event="end", step=progress.step, final_step=final)
@@ -240,17 +245,6 @@ def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     if _has_stalled(progress, settings):
         return False
     return True if progress.step >= settings.steps else None
-
-
-def last_step(settings: TrainStage) -> int:
-    """The step after which a training ends, if it is not stopped before."""
-    return min(settings.steps, settings.trial_steps or settings.steps)
-
-
-def validates_after(step: int, settings: TrainStage) -> bool:
-    """Whether a training validates after so many steps: every now and then, and at its end."""
-    stopping = settings.early_stopping
-    return stopping is not None and (step % stopping.evaluate_every == 0 or step >= settings.steps)
 
 
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:

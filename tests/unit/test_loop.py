@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
-from megatron_specialm.base.files import publish_folder, read_json, write_json
+from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
+from megatron_specialm.base.integrity import list_files
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
@@ -81,6 +83,57 @@ def test_wsd_keeps_the_step_before_its_decay_beside_the_last_ones(tmp_path: Path
     settings = stage(steps=20, schedule={"kind": "wsd", "warmup_steps": 0}, checkpoint={"every": 7, "keep": 1})
     run_training(tmp_path, ALONE, settings)
     assert saved_steps(tmp_path) == [16, 20]
+
+
+def _flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_best_step_that_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    def trained() -> Progress:
+        _with_validations(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0])
+        return run_training(tmp_path, ALONE, stage(steps=100, **EARLY))
+
+    progress, best = trained(), step_folder(tmp_path, 4)
+    assert (progress.best_step, progress.step, find_final(tmp_path)) == (4, 16, best)
+    files, weights = list_files(tmp_path), {name: tensor.clone() for name, tensor in _final(tmp_path).items()}
+    if is_gone:
+        shutil.rmtree(best)
+    else:
+        _flip(best / "model-00000.safetensors")
+    assert newest_checkpoint(tmp_path)[0] is None, "every later step would end with the damaged one"
+    assert trained() == progress and find_final(tmp_path) == best
+    assert all(torch.equal(weights[name], tensor) for name, tensor in _final(tmp_path).items())
+    assert list_files(tmp_path).keys() == files.keys()
+    verify_folder(best)
+
+
+def test_a_finished_training_holds_no_damaged_step(tmp_path: Path) -> None:
+    settings = stage(checkpoint={"every": 4, "keep": 2})
+    run_training(tmp_path, ALONE, settings)
+    _flip(step_folder(tmp_path, 8) / "model-00000.safetensors")
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [12]
+    for step in (14, 16):  # as where a training that reads other numbers on other devices has ended later
+        shutil.copytree(step_folder(tmp_path, 12), step_folder(tmp_path, step))
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [12]
+
+
+def test_damage_to_the_newest_steps_costs_no_step_that_is_saved_then(tmp_path: Path) -> None:
+    def checkpoints(steps: int) -> TrainStage:
+        return stage(steps=steps, checkpoint={"every": 4, "keep": 2})
+
+    run_training(tmp_path, ALONE, checkpoints(24))
+    for step in (20, 24):
+        _flip(step_folder(tmp_path, step) / "state.json")
+    run_training(tmp_path, ALONE, checkpoints(12))
+    assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 12), [])
 
 
 EARLY: dict[str, Any] = {"early_stopping": {"evaluate_every": 4, "patience": 3}}

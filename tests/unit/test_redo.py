@@ -170,6 +170,34 @@ def test_only_making_anew_asks_and_only_above_the_limit(folder: Path) -> None:
     assert not refused(*longer), "what was begun goes on"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "change", "minutes"),
+    [
+        ("constant", {"steps": 11}, 1),
+        ("constant", {"steps": 40}, 30),
+        ("constant", {"steps": 5}, 5),  # none of the steps that are kept is one of its own
+        ("constant", {"steps": 11, "learning_rate": 2e-3}, 11),
+        ("wsd", {"steps": 12}, 4),  # from step 8, before the decay
+        ("cosine", {"steps": 11}, 11),
+    ],
+)
+def test_a_longer_training_costs_what_it_does_not_go_on_from(
+    folder: Path, schedule: str, change: dict[str, float], minutes: int
+) -> None:
+    """Also where the finished one had gone on itself: its marker's own cost is that of a part."""
+    rest = [f"stages.slm.schedule.kind={schedule}"]
+    name, pipeline = TaskId("slm", "generic"), load_pipeline(Path("page.yaml"), rest)
+    planned = make_plan(pipeline, Path("run"))[name]
+    begin_artifact(Path("run"), *name, digest=planned.digest, made_from=planned.made_from)
+    own, earlier = (Cost(0, 0, share * SECONDS, share * SECONDS, "cpu", 1) for share in (0.2, 0.8))
+    finish_artifact(Path("run"), *name, Marker(planned.digest, own, {"steps": 10}, {}, earlier=earlier))
+    rate = [f"stages.slm.optimizer.learning_rate={change['learning_rate']}"] if "learning_rate" in change else []
+    found = _redo(*rest, *rate, f"stages.slm.steps={change['steps']}")["slm/generic"]
+    assert found.spent == pytest.approx(SECONDS) and found.anew == pytest.approx(60 * minutes)
+    lines = {line[0]: line for line in stage_table(make_plan(pipeline, Path("run")), {}, Path("run")).lines}
+    assert lines["slm"][3] == "10 min"
+
+
 def test_damaged_work_is_made_anew_too_and_says_which_file(folder: Path) -> None:
     (marker,) = Path("run").glob("artifacts/slm/generic/*")
     (marker / "model.bin").write_bytes(b"weights")
