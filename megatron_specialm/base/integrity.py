@@ -65,21 +65,25 @@ def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
     return None
 
 
-def check_files(folder: Path, files: Mapping[str, FileSeal], *, again: bool = False) -> None:
+def check_files(
+    folder: Path, files: Mapping[str, FileSeal], *, again: bool = False, original: Path | None = None
+) -> None:
     """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
 
     Args:
         again: read them nevertheless.
+        original: the folder that this one was copied from, where changed bytes are to be mended.
 
     Raises:
         ArtifactError: naming the first file that is missing, cut short, or whose bytes have changed.
     """
     if damage := find_damage(folder, files):
         raise ArtifactError(damage)
-    hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again)
-    for path, sha256 in hashes.items():
-        if sha256 != files[path.relative_to(folder).as_posix()].sha256:
+    hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again, alone=True)
+    place = original or folder
+    for name, seal in files.items():
+        if hashes[folder / name] != seal.sha256:
             raise ArtifactError(
-                f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or "
-                f"remove {folder}/done.json and run again"
+                f"{place / name}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a "
+                f"copy, or remove {place}/done.json and run again"
             )

@@ -63,15 +63,16 @@ def check(
     read_first_documents(pipeline)
     refuse_too_few_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()
-    console().print(training_table(pipeline, machine), memory_table(pipeline, machine))
+    # Where nothing is finished, no text need be read.
+    planned = make_plan(pipeline, root, keep_hashes=False) if (root / ARTIFACTS).is_dir() else {}
+    console().print(training_table(pipeline, machine, planned), memory_table(pipeline, machine))
     reasons = [reason for _, reason in lacks(pipeline, machine)]
     if gpu and reasons:
         raise MachineError(reasons[0])
     for reason in reasons:  # a login node has no GPU: the jobs may well have one
         say(f"warning: `run` would refuse on this machine: {reason}")
-    if (root / ARTIFACTS).is_dir():  # else nothing is finished, and no text need be read
-        for line in redo_lines(find_redo(pipeline, make_plan(pipeline, root, keep_hashes=False), root)):
-            say(line)
+    for line in redo_lines(find_redo(pipeline, planned, root)):
+        say(line)
     say(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 

@@ -2,7 +2,7 @@
 
 A task that is missing here and complete there, for the same digest, gets a folder of its own here. Large files that are
 written once are hard links to those there; all others, and where the filesystem has no such links, are copies. The folder is
-made aside and renamed: a kill at any time leaves what the next run takes over again. The other
+made aside, compared with its hashes and renamed: a kill at any time leaves what the next run takes over again. The other
 folder is only read. Nothing ever writes into a linked file: `begin_artifact` makes what it begins again its own first.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_folder, placed_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
-from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.base.integrity import check_files, find_damage
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import RESOLVED, PlannedTask
@@ -46,7 +46,7 @@ def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
     """Take over what the plan finds elsewhere. The caller is alone at work in the folder.
 
     Raises:
-        ArtifactError: an artifact was removed or made anew there meanwhile.
+        ArtifactError: an artifact was removed or made anew there meanwhile, or is damaged there.
         OSError: it cannot be read there or written here.
     """
     for planned in plan.values():
@@ -62,10 +62,11 @@ def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
             raise FileNotFoundError
         with placed_artifact(root, *planned.task.id, planned.digest) as aside:
             _copy_folder(source, aside)
-            if read_marker(source) != marker or find_damage(
-                aside, marker.files
-            ):  # it goes first when a task is begun again
+            # The marker goes first when a task is begun again.
+            if read_marker(source) != marker or find_damage(aside, marker.files):
                 raise FileNotFoundError
+            # Links share damage: were only the marker here removed, the same bytes would come back.
+            check_files(aside, marker.files, original=source)
     except FileNotFoundError:
         raise ArtifactError(
             f"{source}: was removed or made anew while it was taken over: run the same command again"

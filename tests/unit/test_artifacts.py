@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from megatron_specialm.base import hash_cache
 from megatron_specialm.base.artifacts import (
     LABEL,
     MARKER,
@@ -23,8 +24,8 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
-from megatron_specialm.base.files import publish_folder, read_json, sha256_json
-from megatron_specialm.base.integrity import check_files
+from megatron_specialm.base.files import publish_folder, read_json, sha256_file, sha256_json
+from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
 from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, refuse_earlier_layout
@@ -151,6 +152,27 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
     assert not is_complete(tmp_path, *NAME, digest=A)
     with pytest.raises(ArtifactError, match=rf"{name}: No such file"):
         check_files(folder, marker.files)
+
+
+def test_what_was_checked_is_not_read_again_where_its_folder_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name, by the link for users, and in a run folder that was moved; what is gone is forgotten."""
+    folder, read = _made(tmp_path / "here", A), []
+    marker = read_marker(folder)
+    assert marker is not None
+    monkeypatch.setattr(hash_cache, "TICK_NS", 0)  # files that are just written are not read twice
+    monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    check_files(folder, marker.files)
+    assert len(read) == len(marker.files) == 3
+    check_files(view(tmp_path / "here", *NAME), marker.files)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = artifact_folder(tmp_path / "there", *NAME, A)
+    check_files(moved, marker.files)
+    assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(marker.files)
+    left = {name: seal for name, seal in marker.files.items() if name != "metrics.jsonl"}
+    check_files(moved, left)
+    assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(left)
 
 
 def test_a_changed_figure_in_a_marker_is_noticed(tmp_path: Path) -> None:

@@ -197,6 +197,21 @@ def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
     assert not view(HERE, *SLM).exists() and read_marker(view(HERE, *SLM)) is None
 
 
+def test_damage_does_not_come_back_through_a_link(there: dict) -> None:
+    """One flipped bit is in both folders: whoever removes the marker here is told of the one there, which ends it."""
+    take_over(make_plan(_load(), HERE), HERE)
+    mine, theirs = (artifact_folder(root, *TOKENS, make_plan(_load(), HERE)[TOKENS].digest) for root in (HERE, THERE))
+    with (mine / "train.bin").open("r+b") as file:
+        file.write(b"T")
+    (mine / MARKER).unlink()
+    wanted = rf"{theirs}/train\.bin: SHA-256 is not what it was .* or remove {theirs}/done\.json and run again"
+    with pytest.raises(ArtifactError, match=wanted):
+        take_over(make_plan(_load(), HERE), HERE)
+    assert make_plan(_load(), HERE)[TOKENS].state == "done elsewhere" and not list(HERE.rglob(".*"))
+    (theirs / MARKER).unlink()
+    assert make_plan(_load(), HERE)[TOKENS].state == "to do"
+
+
 def test_what_a_kill_has_left_aside_goes_when_the_task_is_begun(there: dict) -> None:
     plan = make_plan(_load(), HERE)
     final = artifact_folder(HERE, *SLM, plan[SLM].digest)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_specialm.base.artifacts import begin_artifact, finish_artifact, read_marker, view
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.counting import Count
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.graph import TaskId
@@ -47,6 +47,15 @@ def test_nothing_submitted_needs_no_slurm(run: Run, monkeypatch: pytest.MonkeyPa
     assert [run.text(stage) for stage in ("tokenizer", "tokens", "vectors")] == ["done", "done", "5 not submitted"]
     assert run.status().stages[1].device_hours == pytest.approx(0.04), "four tasks of 36 s, run on this machine"
     assert not run.status().is_live
+
+
+def test_hours_are_of_the_pages_own_work(run: Run) -> None:
+    """Settings that go back find the old work beside the new: it is what counts, wherever the link for users points."""
+    run.finish("tokens")
+    name = TaskId("tokens", "generic")
+    begin_artifact(run.root, *name, digest="f" * 64)
+    finish_artifact(run.root, *name, Marker("f" * 64, Cost(1, 1, 7236.0, 7236.0, "cpu", 1), {}, {}))
+    assert run.status().stages[1].device_hours == pytest.approx(0.04), "four tasks of 36 s"
 
 
 def test_what_the_cap_ended_is_told(run: Run) -> None:
