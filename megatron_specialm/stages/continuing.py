@@ -13,7 +13,7 @@ The newest such checkpoint is adopted, for a longer training as for a shorter on
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,13 +28,14 @@ from megatron_specialm.base.artifacts import (
     read_marker,
 )
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, sha256_json, verify_folder, write_json
+from megatron_specialm.base.files import read_json, verify_folder, write_json
 from megatron_specialm.config.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.config.rates import trial_key
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import Reading
-from megatron_specialm.train.checkpoint import adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.train.checkpoint import REMEDY, STATE, adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.train.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,16 @@ class Earlier:
         """
         if not (folder / FILE).exists():
             return None
-        noted = read_json(folder / FILE)
-        try:
-            return cls(**{**noted, "cost": Cost(**noted["cost"])})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{folder / FILE}: not a note of a step gone on from ({error!r}): move {folder} away"
-            ) from None
+        return read_json(folder / FILE, cls, remedy=f"move {folder} away")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is read of a step's state; those of earlier versions lack some."""
+
+    progress: Progress
+    learning_rate: float | None = None
+    spent: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) ->
     refused: set[Path] = set()
     for step, other in sorted(found, key=lambda one: (one[0], one[1].marker is not None), reverse=True):
         try:
-            earlier, steps = _look(step, other, stage, reading, folder)
+            earlier, steps = _look(step, other, stage, reading)
         except ArtifactError as error:
             if other.folder not in refused:  # of each its newest step is told
                 _tell(context, f"does not go on from step {step} of", other, f": {error}")
@@ -146,12 +150,9 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Co
 
 
 def _made_from(folder: Path) -> dict[str, Any]:
-    label = read_label(folder)
-    made_from = label.get("made_from")
+    made_from: dict[str, Any] = read_label(folder)["made_from"]
     if not made_from:
         raise ArtifactError(f"{folder / LABEL}: of an earlier version, which did not say what it was made from")
-    if not isinstance(made_from, dict) or sha256_json(made_from) != label["digest"]:
-        raise ArtifactError(f"{folder / LABEL}: `made_from` is not what its digest is of: the file is damaged")
     return made_from
 
 
@@ -162,7 +163,7 @@ def _rates(context: Context) -> list[float]:
     return stage.optimizer.rates if context.task.rate is None else []
 
 
-def _look(step: int, other: _Training, stage: TrainStage, reading: Reading, folder: Path) -> tuple[Earlier, list[int]]:
+def _look(step: int, other: _Training, stage: TrainStage, reading: Reading) -> tuple[Earlier, list[int]]:
     """A step as one to go on from, and the steps to adopt for it, itself the last.
 
     Raises:
@@ -171,22 +172,21 @@ def _look(step: int, other: _Training, stage: TrainStage, reading: Reading, fold
     if why := why_another_step(step, reading.settings, other.settings):
         raise ArtifactError(why)
     verify_folder(step_folder(other.folder, step))
-    state = read_json(step_folder(other.folder, step) / "state.json")
-    if state["learning_rate"] != stage.optimizer.peak:
-        raise ArtifactError(f"its learning rate is {state['learning_rate']!r}, not {stage.optimizer.peak!r}")
-    progress, steps = state["progress"], [step]
-    best = progress["best_step"]
-    if best not in (None, step) and not step_folder(folder, best).exists():
-        verify_folder(step_folder(other.folder, best))
-        steps.insert(0, best)
-    slots = (step - progress["skipped_steps"]) * reading.slots_per_step
-    return Earlier(other.folder.name, step, progress["tokens"], slots, _cost(step, state, other.marker)), steps
+    state = read_json(step_folder(other.folder, step) / STATE, _State, remedy=REMEDY)
+    if state.learning_rate != stage.optimizer.peak:
+        raise ArtifactError(f"its learning rate is {state.learning_rate!r}, not {stage.optimizer.peak!r}")
+    progress, steps = state.progress, [step]
+    if progress.best_step not in (None, step):  # also where this training has it: there it may be damaged
+        verify_folder(step_folder(other.folder, progress.best_step))
+        steps.insert(0, progress.best_step)
+    slots = (step - progress.skipped_steps) * reading.slots_per_step
+    return Earlier(other.folder.name, step, progress.tokens, slots, _cost(step, state, other.marker)), steps
 
 
-def _cost(step: int, state: Mapping[str, Any], marker: Marker | None) -> Cost:
+def _cost(step: int, state: _State, marker: Marker | None) -> Cost:
     """What a training had cost when it saved the step; where it ended with it, all that it cost."""
     if marker is not None and marker.values["steps"] == step:
         return marker.whole_cost
-    if "spent" not in state:
+    if state.spent is None:
         raise ArtifactError("it is of an earlier version, which did not say what it had cost")
-    return Cost(**state["spent"])
+    return state.spent
