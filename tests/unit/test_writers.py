@@ -1,7 +1,6 @@
 """One writer in a run folder, and tasks that are what was planned."""
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_specialm.cli import app
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.hashes import CACHE
-from megatron_specialm.launch.inline import _as_the_first_rank_found
+from megatron_specialm.launch.inline import _as_found
 from megatron_specialm.launch.plan import refuse_other_work, write_resolved
 from tests.run_folder import Run, make_run
 
@@ -115,14 +114,10 @@ def test_work_that_is_no_longer_what_was_planned_is_refused(run: Run) -> None:
         refuse_other_work(run.pipeline, run.root, slm.task, {**slm.made_from, "inputs": {}})
 
 
-def test_ranks_go_by_the_plan_of_the_first(run: Run, tmp_path: Path) -> None:
-    first = {TOKENS: replace(run.plan[TOKENS], state="done")}
-    worlds = [World(rank, 2, rank, f"file://{tmp_path / 'meeting'}", "test") for rank in (0, 1)]
-    leader = threading.Thread(target=_as_the_first_rank_found, args=(first, worlds[0]))
-    leader.start()
-    assert _as_the_first_rank_found({TOKENS: run.plan[TOKENS]}, worlds[1]) == {str(TOKENS): "done"}
-    leader.join()
-    with pytest.raises(
-        ConfigError, match=rf"rank 1 would make it as {'0' * 16}, rank 0 as {run.plan[TOKENS].digest[:16]}"
-    ):
-        _as_the_first_rank_found({TOKENS: replace(run.plan[TOKENS], digest="0" * 64)}, worlds[1])
+def test_ranks_go_by_the_plan_of_the_first(run: Run) -> None:
+    world, own = World(1, 2, 1, "", "test"), run.plan[TOKENS].digest
+    assert _as_found(run.plan, {str(TOKENS): ("done", own)}, world) == {TOKENS: replace(run.plan[TOKENS], state="done")}
+    with pytest.raises(ConfigError, match=rf"rank 1 would make it as {own[:16]}, rank 0 as {'0' * 16}"):
+        _as_found(run.plan, {str(TOKENS): ("done", "0" * 64)}, world)
+    with pytest.raises(ConfigError, match="slm/other: rank 1 would make it as nothing, rank 0 as"):
+        _as_found(run.plan, {"slm/other": ("to do", own)}, world)
