@@ -120,7 +120,6 @@ def run(
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.inline import attended, follow, join_ranks, lead, run_inline
     from megatron_specialm.launch.local import run_local
     from megatron_specialm.launch.plan import refuse_foreign_folder, write_resolved
@@ -128,7 +127,7 @@ def run(
     from megatron_specialm.launch.progress import Progress
     from megatron_specialm.launch.redo import redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, told
-    from megatron_specialm.slurm.missing import refuse_live
+    from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
 
     world = discover_world()
     alone = world.launcher == "none"
@@ -144,7 +143,7 @@ def run(
         with hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job()) as held:
             if not alone:
                 join_ranks(pipeline, world, lifeline)
-            adopt_earlier_layout(root)
+            adopt_unattended(root)
             ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
             if alone:
                 refuse_live(root, (name for name, planned in ready.chosen.items() if planned.state != "done"))

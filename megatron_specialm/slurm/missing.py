@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
 from megatron_specialm.config.graph import TaskId
+from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, has_earlier_layout
 from megatron_specialm.launch.plan import PlannedTask
 from megatron_specialm.slurm import records
 from megatron_specialm.slurm.queue import live_elements
@@ -38,16 +39,36 @@ def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
     }
 
 
+def adopt_unattended(root: Path) -> None:
+    """Take over the layout of earlier versions, where there is any and no job works by it.
+
+    Raises:
+        MachineError: a job is queued or running, or Slurm does not answer.
+        ArtifactError: what there is is damaged, or such a job has worked in the folder since.
+    """
+    if not has_earlier_layout(root):
+        return
+    for name, job in _live_where_known(root).items():
+        raise MachineError(
+            f"{root}: an earlier version made this folder, and job {job.slurm_id}, for {name}, may still run it: what is there "
+            "is moved when no job is left: let them end, or `specialm cancel` them"
+        )
+    adopt_earlier_layout(root)
+
+
+def _live_where_known(root: Path) -> dict[TaskId, Live]:
+    """What jobs of a run folder do, as far as this machine can ask Slurm."""
+    jobs = records.read_registry(root)
+    return live_tasks(jobs) if jobs and shutil.which("squeue") else {}
+
+
 def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
     """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know.
 
     Raises:
         MachineError: one does, or Slurm does not answer.
     """
-    jobs = records.read_registry(root)
-    if not jobs or shutil.which("squeue") is None:
-        return
-    live = live_tasks(jobs)
+    live = _live_where_known(root)
     for name in tasks:
         if name in live:
             raise MachineError(f"{name}: job {live[name].slurm_id} does it: let it end, or `specialm cancel` it")

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_specialm.base import lock
+from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
 from megatron_specialm.base.files import read_json
@@ -19,6 +20,7 @@ from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.hashes import CACHE
 from megatron_specialm.launch.inline import _as_found
 from megatron_specialm.launch.plan import refuse_other_work, write_resolved
+from megatron_specialm.slurm.missing import adopt_unattended
 from tests.run_folder import Run, make_run
 
 OTHER = "stages.slm.optimizer.learning_rate=0.5"
@@ -59,6 +61,22 @@ def test_a_run_beside_a_jobs_task_has_written_no_page(run: Run) -> None:
     outcome = CliRunner().invoke(app, ["run", "page.yaml", OTHER])
     assert isinstance(outcome.exception, MachineError) and "job 7_0 does it" in str(outcome.exception)
     assert (run.root / "pipeline.yaml").read_bytes() == page
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_the_layout_of_an_earlier_version_stays_while_a_job_may_run_it(run: Run, command: str) -> None:
+    label = run.root / "slm/generic/task.json"
+    label.parent.mkdir(parents=True)
+    label.write_text(json.dumps({"digest": "a" * 64}))
+    run.submit("7", "tokens")
+    run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
+    outcome = CliRunner().invoke(app, [command, "page.yaml"])
+    assert isinstance(outcome.exception, MachineError), outcome.exception
+    assert f"an earlier version made this folder, and job 7_0, for {TOKENS}, may still run" in str(outcome.exception)
+    assert label.exists() and not label.parent.is_symlink()
+    run.slurm_says("")
+    adopt_unattended(run.root)
+    assert artifact_folder(run.root, "slm", "generic", "a" * 64).is_dir() and not label.exists()
 
 
 def test_who_looks_beside_a_run_writes_no_results(run: Run, caplog: pytest.LogCaptureFixture) -> None:
