@@ -80,8 +80,7 @@ def missing_tasks(
     """The chosen tasks that are to be queued, or taken over before, in the graph's order.
 
     Raises:
-        ConfigError: a job that is queued or running does one of the tasks, or what they read, from other settings or text;
-            or it reads what one of the tasks makes anew.
+        ConfigError: a job that is queued or running does one of the tasks, or what they read, from other settings or text.
         ArtifactError: a task reads what is neither done, nor on its way, nor chosen.
     """
     missing = {name: planned for name, planned in chosen.items() if planned.state != "done" and name not in live}
@@ -93,11 +92,6 @@ def missing_tasks(
             raise ConfigError(
                 f"{name}: job {job.slurm_id} makes it from other settings or text: let it end, or `specialm cancel`"
             )
-        for needed in plan[name].task.inputs:
-            if needed in missing:  # which would take the old one from under it
-                raise ConfigError(
-                    f"{needed}: job {job.slurm_id}, for {name}, reads it as it was: let that end, or `specialm cancel`"
-                )
     for name, planned in missing.items():
         for needed in planned.task.inputs:
             if plan[needed].state != "done" and needed not in live and needed not in missing:
