@@ -146,7 +146,7 @@ def run(
             adopt_unattended(root)
             ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
             if alone:
-                refuse_live(root, (name for name, planned in ready.chosen.items() if planned.state != "done"))
+                refuse_live(root, ready.chosen)
             for line in redo_lines(ready.redo):
                 say(line)
             agree(ready.redo, pipeline, yes=yes, may_ask=alone)

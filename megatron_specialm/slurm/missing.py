@@ -13,6 +13,8 @@ from megatron_specialm.slurm import records
 from megatron_specialm.slurm.queue import live_elements
 from megatron_specialm.slurm.records import JobRecord
 
+OTHERWISE = "makes it from other settings or text"
+
 
 @dataclass(frozen=True)
 class Live:
@@ -62,16 +64,18 @@ def _live_where_known(root: Path) -> dict[TaskId, Live]:
     return live_tasks(jobs) if jobs and shutil.which("squeue") else {}
 
 
-def refuse_live(root: Path, tasks: Iterable[TaskId]) -> None:
-    """Before tasks are done here: that no job of the run folder does them. A machine without Slurm cannot know.
+def refuse_live(root: Path, plan: Mapping[TaskId, PlannedTask]) -> None:
+    """Before what a plan lacks is done here: that no job of the run folder does one of these tasks, from whatever settings, as
+    it holds the task. A machine without Slurm cannot know.
 
     Raises:
         MachineError: one does, or Slurm does not answer.
     """
     live = _live_where_known(root)
-    for name in tasks:
-        if name in live:
-            raise MachineError(f"{name}: job {live[name].slurm_id} does it: let it end, or `specialm cancel` it")
+    for name, planned in plan.items():
+        if planned.state != "done" and name in live:
+            does = "does it" if live[name].digest == planned.digest else OTHERWISE
+            raise MachineError(f"{name}: job {live[name].slurm_id} {does}: let it end, or `specialm cancel` it")
 
 
 def missing_tasks(
@@ -89,9 +93,7 @@ def missing_tasks(
         if name not in plan or job.digest == plan[name].digest:
             continue
         if name in chosen or name in read:
-            raise ConfigError(
-                f"{name}: job {job.slurm_id} makes it from other settings or text: let it end, or `specialm cancel`"
-            )
+            raise ConfigError(f"{name}: job {job.slurm_id} {OTHERWISE}: let it end, or `specialm cancel` it")
     for name, planned in missing.items():
         for needed in planned.task.inputs:
             if plan[needed].state != "done" and needed not in live and needed not in missing:

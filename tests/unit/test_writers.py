@@ -58,8 +58,13 @@ def test_a_run_beside_a_jobs_task_has_written_no_page(run: Run) -> None:
     run.submit("7", "tokens")
     run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
     page = (run.root / "pipeline.yaml").read_bytes()
-    outcome = CliRunner().invoke(app, ["run", "page.yaml", OTHER])
-    assert isinstance(outcome.exception, MachineError) and "job 7_0 does it" in str(outcome.exception)
+    for override, said in (
+        (OTHER, "does it"),
+        ("stages.tokens.context_length=16", "makes it from other settings or text"),
+    ):
+        outcome = CliRunner().invoke(app, ["run", "page.yaml", override])
+        assert isinstance(outcome.exception, MachineError), outcome.exception
+        assert f"{TOKENS}: job 7_0 {said}: let it end" in str(outcome.exception)
     assert (run.root / "pipeline.yaml").read_bytes() == page
 
 
