@@ -169,7 +169,7 @@ def begin_artifact(
         raise ArtifactError(
             f"{folder / LABEL}: is of another digest than {digest}: the file is damaged; move {folder} away"
         )
-    shutil.rmtree(_aside(folder), ignore_errors=True)  # of a take-over that was killed
+    _remove_asides(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).unlink(missing_ok=True)
     remove_leftovers(folder)
@@ -209,10 +209,11 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
 @contextlib.contextmanager
 def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[Path]:
     """A new folder to copy a whole artifact into; on success it takes the artifact's place. Killed before, it leaves a folder
-    that nobody takes for one."""
+    that nobody takes for one. The caller holds the lock of placing; one that has lost it, on a node that was cut off, has a
+    folder of another name."""
     final = artifact_folder(root, stage, key, digest)
-    aside = _aside(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove_asides(final)
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         write_json(aside / LABEL, {**read_label(aside), "incarnation": incarnation()})
@@ -225,8 +226,10 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.tmp")
+def _remove_asides(folder: Path) -> None:
+    """What take-overs that were killed have left of an artifact."""
+    for aside in folder.parent.glob(f".{folder.name}.*tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unshare(folder: Path) -> None:

@@ -2,10 +2,12 @@
 
     <root>/.lock                  one command at a time: `run`, under launchers by its first rank, `submit` and `cancel`
     <root>/.locks/<stage>/<key>   who works at a task, by its first rank
+    <root>/.locks/.placing        who puts whole artifacts in their places, from earlier versions or other run folders
 
 Jobs that a supervisor attends share their locks with each other: an attempt at a job must not wait for ranks of the one before,
-on a node that may only be cut off, which `refuse_if_taken_over` of `base/artifacts.py` keeps from publishing. The ranks of
-`specialm submit` hold their tasks alone, not the folder. So jobs work beside each other, and no `run` beside a job at its task.
+on a node that may only be cut off, which `refuse_if_taken_over` of `base/artifacts.py` keeps from publishing. Only one at a
+time places whole artifacts, job or not: the next one then finds them there. The ranks of `specialm submit` hold their tasks
+alone, not the folder. So jobs work beside each other, and no `run` beside a job at its task.
 
 A lock is the kernel's (`flock`): it belongs to an open file, and is let go when the last process that has the file is gone,
 however it ends, and on a shared filesystem also for a holder on another machine. A command shares the open file with its
@@ -28,6 +30,7 @@ from megatron_specialm.base.errors import MachineError
 
 POLL_SECONDS = 0.1
 HANDOVER_SECONDS = 5.0  # for workers of a command that was killed to end
+PLACING_SECONDS = 3600.0  # for another job to copy or hash large artifacts
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without `flock`; NFS without its lock service
 
 
@@ -85,6 +88,22 @@ def hold_task(root: Path, stage: str, key: str) -> Iterator[None]:
 
     path = root / ".locks" / stage / key
     with _locked(path, incarnation(), refusal, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
+        yield
+
+
+@contextlib.contextmanager
+def hold_placing(root: Path) -> Iterator[None]:
+    """Be the only one who puts whole artifacts in their places; another one is waited for.
+
+    Raises:
+        MachineError: another process has been at it for long, with its incarnation; or the filesystem knows no locks.
+    """
+
+    def refusal(holder: str) -> str:
+        return f"{root}: {holder} takes over finished work: wait until that has ended, or end it"
+
+    path = root / ".locks" / ".placing"  # no stage has such a name
+    with _locked(path, incarnation(), refusal, shared=False, wait_seconds=PLACING_SECONDS):
         yield
 
 

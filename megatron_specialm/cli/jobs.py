@@ -36,14 +36,13 @@ def submit(
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
     from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
-    from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+    from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
     from megatron_specialm.slurm.state import submitted_jobs
 
     path = find_profile(site)
@@ -56,7 +55,7 @@ def submit(
     # Who only looks need not be able to write.
     with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         if not dry_run:
-            adopt_earlier_layout(root)
+            adopt_unattended(root)
         plan = make_plan(pipeline, root)
         chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
         known = submitted_jobs(root) if dry_run else jobs.recover(root)

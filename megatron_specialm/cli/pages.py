@@ -1,14 +1,19 @@
 """Commands that check, plan and run a page on this machine."""
 
-import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
+
+if TYPE_CHECKING:
+    from megatron_specialm.config.graph import TaskId
+    from megatron_specialm.config.schema import Pipeline
+    from megatron_specialm.launch.plan import PlannedTask
 
 
 def _print_capabilities(asked: bool) -> None:
@@ -116,63 +121,59 @@ def run(
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.launch.capped import capped_warnings
-    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
-    from megatron_specialm.launch.inline import attended, fit_to_world, run_inline
+    from megatron_specialm.launch.inline import attended, follow, join_ranks, lead, run_inline
     from megatron_specialm.launch.local import run_local
-    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, write_resolved
-    from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_the_machine_lacks
+    from megatron_specialm.launch.plan import refuse_foreign_folder, write_resolved
+    from megatron_specialm.launch.prepare import prepare
     from megatron_specialm.launch.progress import Progress
-    from megatron_specialm.launch.redo import find_redo, redo_lines
-    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.redo import redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, told
-    from megatron_specialm.launch.tables import rates_table, results_in_two
-    from megatron_specialm.slurm.missing import refuse_live
+    from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
 
     world = discover_world()
+    alone = world.launcher == "none"
     with attended(world) as lifeline:
         pipeline = load(page, overrides)
         root = Path(pipeline.root)
         refuse_other_folders(pipeline)
-        if world.is_first:
-            refuse_foreign_folder(pipeline, root)
+        if not world.is_first:
+            run_inline(*follow(pipeline, root, world, lifeline), root, world, lifeline)
+            return
+        refuse_foreign_folder(pipeline, root)
         # What is written to the folder, and looked up in it, is the holder's.
-        holding = hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job())
-        with holding if world.is_first else contextlib.nullcontext() as held:
-            if world.is_first:
-                adopt_earlier_layout(root)
-            tasks = make_plan(pipeline, root)
-            chosen = select(tasks, only=only, until=until, keys=keys.split(",") if keys else None)
-            to_do = {name.stage for name in chosen if chosen[name].is_to_do}
-            if world.launcher != "none":
-                pipeline = fit_to_world(
-                    pipeline, world, stages={name.stage for name in chosen if chosen[name].state != "done"}
-                )
-            else:
-                refuse_live(root, (name for name, planned in chosen.items() if planned.state != "done"))
-            refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=world.launcher == "none")
-            refuse_too_little_held_out(pipeline, tasks, root, stages=to_do)
-            redo = find_redo(pipeline, tasks, root, chosen)
-            for line in redo_lines(redo) if world.is_first else ():
+        with hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job()) as held:
+            if not alone:
+                join_ranks(pipeline, world, lifeline)
+            adopt_unattended(root)
+            ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
+            if alone:
+                refuse_live(root, ready.chosen)
+            for line in redo_lines(ready.redo):
                 say(line)
-            agree(redo, pipeline, yes=yes, may_ask=world.launcher == "none")
-            if world.is_first:
-                write_resolved(pipeline, root)
-            screen = console()
-            if world.launcher != "none":
-                run_inline(pipeline, chosen, root, world, lifeline)
+            agree(ready.redo, pipeline, yes=yes, may_ask=alone)
+            write_resolved(ready.pipeline, root)
+            if alone:
+                said = f"{ready.missing} of {len(ready.chosen)} tasks to do{told(ready.chosen)}"
+                say(f"{pipeline.name}: {said}, in {root}")
+                with Progress(ready.missing, console=console()) as progress:
+                    run_local(ready.pipeline, ready.chosen, root, held=held, jobs=jobs, progress=progress)
             else:
-                assert held is not None
-                missing = sum(planned.is_to_do for planned in chosen.values())
-                say(f"{pipeline.name}: {missing} of {len(chosen)} tasks to do{told(chosen)}, in {root}")
-                with Progress(missing, console=screen) as progress:
-                    run_local(pipeline, chosen, root, held=held, jobs=jobs, progress=progress)
-            if world.is_first:
-                outcome = write_results(pipeline, root)
-                if outcome["rows"]:
-                    screen.print(*results_in_two(outcome))
-                if outcome["learning_rates"]:
-                    screen.print(rates_table(outcome))
-                for warning in capped_warnings(pipeline, chosen, root):
-                    say(f"warning: {warning}")
-                say(f"results: {root / 'results.json'}")
+                lead(ready.chosen, world)
+                run_inline(ready.pipeline, ready.chosen, root, world, lifeline)
+            _show_results(ready.pipeline, ready.chosen, root)
+
+
+def _show_results(pipeline: "Pipeline", chosen: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.launch.capped import capped_warnings
+    from megatron_specialm.launch.results import write_results
+    from megatron_specialm.launch.tables import rates_table, results_in_two
+
+    outcome = write_results(pipeline, root)
+    if outcome["rows"]:
+        console().print(*results_in_two(outcome))
+    if outcome["learning_rates"]:
+        console().print(rates_table(outcome))
+    for warning in capped_warnings(pipeline, chosen, root):
+        say(f"warning: {warning}")
+    say(f"results: {root / 'results.json'}")

@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import artifact_folder, placed_artifact, read_marker
+from megatron_specialm.base.artifacts import artifact_folder, is_complete, placed_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
 from megatron_specialm.base.integrity import check_files, find_damage
+from megatron_specialm.base.lock import hold_placing
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import RESOLVED, PlannedTask
@@ -43,15 +44,18 @@ def told(plan: Mapping[TaskId, PlannedTask]) -> str:
 
 
 def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
-    """Take over what the plan finds elsewhere. The caller is alone at work in the folder.
+    """Take over what the plan finds elsewhere, and another job that shares the folder has not taken over since.
 
     Raises:
         ArtifactError: an artifact was removed or made anew there meanwhile, or is damaged there.
+        MachineError: another job has been at it for long.
         OSError: it cannot be read there or written here.
     """
     for planned in plan.values():
         if planned.there is not None:
-            _take_over(planned, root, planned.there)
+            with hold_placing(root):
+                if not is_complete(root, *planned.task.id, digest=planned.digest):
+                    _take_over(planned, root, planned.there)
 
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:

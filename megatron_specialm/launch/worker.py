@@ -34,14 +34,14 @@ from megatron_specialm.base.artifacts import (
     read_label,
 )
 from megatron_specialm.base.environment import World, discover_world
-from megatron_specialm.base.errors import ArtifactError, SpecialmError, TrainingError, machine_errors
+from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import log_to_stderr, say
-from megatron_specialm.base.rendezvous import is_alive, meet
+from megatron_specialm.base.rendezvous import await_word, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
@@ -210,10 +210,7 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
         if world.world_size > 1:
             meet(world).set(begun, "")
         return folder
-    while not meet(world).check([begun]):
-        if not is_alive(world):
-            raise TrainingError(f"{task.id}: rank 0, which begins it, has ended; see what it said")
-        time.sleep(POLL_SECONDS)
+    await_word(world, begun)
     folder = artifact_folder(root, *task.id, digest)
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:

@@ -28,10 +28,11 @@ from megatron_specialm.base.files import publish_folder, read_json, sha256_file,
 from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
 from megatron_specialm.config.graph import Task, TaskId
-from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, refuse_earlier_layout
+from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
 from megatron_specialm.launch.plan import make_plan, show, write_resolved
 from megatron_specialm.launch.verify import verify
 from megatron_specialm.launch.worker import _begin
+from tests.processes import together
 from tests.run_folder import Run, make_run
 
 NAME = "slm", "generic"
@@ -195,20 +196,56 @@ def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
     assert f"{name} is damaged: {folder}/tokenizer.json: No such file" in _says("results", "page.yaml")[1]
 
 
-def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
-    new = _made(tmp_path, A)
+def _in_the_earlier_layout(root: Path, *keys: str) -> None:
+    """Finished trainings as earlier versions left them, made from one of this version in the folder `new` beside it."""
+    new = _made(root.with_name("new"), A)
     marker = {key: value for key, value in read_json(new / MARKER).items() if key not in ("files", "sha256", "apart")}
-    label = {"digest": A, "incarnation": "1@there"}
-    shutil.copytree(new, old := tmp_path / "old/slm/generic", symlinks=True)
-    (old / MARKER).unlink()
-    (old / LABEL).write_text(json.dumps(label))
-    (tmp_path / "old/slm/done").mkdir()
-    (tmp_path / "old/slm/done/generic.json").write_text(json.dumps(marker))
-    adopt_earlier_layout(tmp_path / "old")
-    folder = artifact_folder(tmp_path / "old", *NAME, A)
-    assert read_marker(folder) == read_marker(new) and view(tmp_path / "old", *NAME).samefile(folder)
-    assert not (tmp_path / "old/slm/done").exists()
-    adopt_earlier_layout(tmp_path / "old")
+    (root / "slm/done").mkdir(parents=True)
+    for key in keys:
+        shutil.copytree(new, old := root / "slm" / key, symlinks=True)
+        (old / MARKER).unlink()
+        (old / LABEL).write_text(json.dumps({"digest": A, "incarnation": "1@there"}))
+        (root / f"slm/done/{key}.json").write_text(json.dumps(marker))
+
+
+def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
+    root = tmp_path / "old"
+    _in_the_earlier_layout(root, "generic")
+    adopt_earlier_layout(root)
+    folder = artifact_folder(root, *NAME, A)
+    assert read_marker(folder) == read_marker(view(tmp_path / "new", *NAME)) and view(root, *NAME).samefile(folder)
+    assert not (root / "slm/done").exists()
+    adopt_earlier_layout(root)
+
+
+def test_jobs_that_share_a_folder_take_its_earlier_layout_over_at_the_same_time(tmp_path: Path) -> None:
+    root, keys = tmp_path / "old", [f"c{number}" for number in range(20)]
+    _in_the_earlier_layout(root, *keys)
+    together(lambda: adopt_earlier_layout(root))
+    assert all(is_complete(root, "slm", key, digest=A) for key in keys) and not has_earlier_layout(root)
+
+
+def test_what_an_earlier_version_has_made_again_since_is_not_declared_done(tmp_path: Path) -> None:
+    root = tmp_path / "old"
+    _in_the_earlier_layout(root, "generic")
+    place, folder = root / "slm/generic", artifact_folder(root, "slm", "generic", A)
+    folder.parent.mkdir(parents=True)
+    place.rename(folder)  # a job of an earlier version was at work, which goes on in its own place
+    place.mkdir()
+    for content in (None, (folder / LABEL).read_bytes()):
+        if content:
+            (place / LABEL).write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"{place}: a job of an earlier version has made it again"):
+            adopt_earlier_layout(root)
+        assert read_marker(folder) is None
+
+
+def test_a_domain_named_done_is_no_marker_of_the_earlier_layout(tmp_path: Path) -> None:
+    begin_artifact(tmp_path, "slm", "done", digest=A)
+    finish_artifact(tmp_path, "slm", "done", Marker(A, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    assert not has_earlier_layout(tmp_path)
+    adopt_earlier_layout(tmp_path)
+    assert is_complete(tmp_path, "slm", "done", digest=A)
 
 
 def _says(*arguments: str) -> tuple[int, str]:

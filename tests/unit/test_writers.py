@@ -1,7 +1,6 @@
 """One writer in a run folder, and tasks that are what was planned."""
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_specialm.base import lock
+from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
 from megatron_specialm.base.files import read_json
@@ -18,8 +18,9 @@ from megatron_specialm.cli import app
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.hashes import CACHE
-from megatron_specialm.launch.inline import _as_the_first_rank_found
+from megatron_specialm.launch.inline import _as_found
 from megatron_specialm.launch.plan import refuse_other_work, write_resolved
+from megatron_specialm.slurm.missing import adopt_unattended
 from tests.run_folder import Run, make_run
 
 OTHER = "stages.slm.optimizer.learning_rate=0.5"
@@ -57,9 +58,30 @@ def test_a_run_beside_a_jobs_task_has_written_no_page(run: Run) -> None:
     run.submit("7", "tokens")
     run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
     page = (run.root / "pipeline.yaml").read_bytes()
-    outcome = CliRunner().invoke(app, ["run", "page.yaml", OTHER])
-    assert isinstance(outcome.exception, MachineError) and "job 7_0 does it" in str(outcome.exception)
+    for override, said in (
+        (OTHER, "does it"),
+        ("stages.tokens.context_length=16", "makes it from other settings or text"),
+    ):
+        outcome = CliRunner().invoke(app, ["run", "page.yaml", override])
+        assert isinstance(outcome.exception, MachineError), outcome.exception
+        assert f"{TOKENS}: job 7_0 {said}: let it end" in str(outcome.exception)
     assert (run.root / "pipeline.yaml").read_bytes() == page
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_the_layout_of_an_earlier_version_stays_while_a_job_may_run_it(run: Run, command: str) -> None:
+    label = run.root / "slm/generic/task.json"
+    label.parent.mkdir(parents=True)
+    label.write_text(json.dumps({"digest": "a" * 64}))
+    run.submit("7", "tokens")
+    run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
+    outcome = CliRunner().invoke(app, [command, "page.yaml"])
+    assert isinstance(outcome.exception, MachineError), outcome.exception
+    assert f"an earlier version made this folder, and job 7_0, for {TOKENS}, may still run" in str(outcome.exception)
+    assert label.exists() and not label.parent.is_symlink()
+    run.slurm_says("")
+    adopt_unattended(run.root)
+    assert artifact_folder(run.root, "slm", "generic", "a" * 64).is_dir() and not label.exists()
 
 
 def test_who_looks_beside_a_run_writes_no_results(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,14 +137,10 @@ def test_work_that_is_no_longer_what_was_planned_is_refused(run: Run) -> None:
         refuse_other_work(run.pipeline, run.root, slm.task, {**slm.made_from, "inputs": {}})
 
 
-def test_ranks_go_by_the_plan_of_the_first(run: Run, tmp_path: Path) -> None:
-    first = {TOKENS: replace(run.plan[TOKENS], state="done")}
-    worlds = [World(rank, 2, rank, f"file://{tmp_path / 'meeting'}", "test") for rank in (0, 1)]
-    leader = threading.Thread(target=_as_the_first_rank_found, args=(first, worlds[0]))
-    leader.start()
-    assert _as_the_first_rank_found({TOKENS: run.plan[TOKENS]}, worlds[1]) == {str(TOKENS): "done"}
-    leader.join()
-    with pytest.raises(
-        ConfigError, match=rf"rank 1 would make it as {'0' * 16}, rank 0 as {run.plan[TOKENS].digest[:16]}"
-    ):
-        _as_the_first_rank_found({TOKENS: replace(run.plan[TOKENS], digest="0" * 64)}, worlds[1])
+def test_ranks_go_by_the_plan_of_the_first(run: Run) -> None:
+    world, own = World(1, 2, 1, "", "test"), run.plan[TOKENS].digest
+    assert _as_found(run.plan, {str(TOKENS): ("done", own)}, world) == {TOKENS: replace(run.plan[TOKENS], state="done")}
+    with pytest.raises(ConfigError, match=rf"rank 1 would make it as {own[:16]}, rank 0 as {'0' * 16}"):
+        _as_found(run.plan, {str(TOKENS): ("done", "0" * 64)}, world)
+    with pytest.raises(ConfigError, match="slm/other: rank 1 would make it as nothing, rank 0 as"):
+        _as_found(run.plan, {"slm/other": ("to do", own)}, world)
