@@ -102,9 +102,9 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
 
 def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any] | None:
     """Counts by split of a set as the plan wants it; None where it is not tokenized so, or the plan does not have it."""
-    if name not in plan:
+    if (planned := plan.get(name)) is None:
         return None
-    marker = read_marker(artifact_folder(Path(pipeline.root), *name, plan[name].digest))
+    marker = read_marker(artifact_folder(planned.there or Path(pipeline.root), *name, planned.digest))
     return marker.values if marker is not None and "windows" in marker.values else None
 
 
