@@ -92,7 +92,7 @@ def _warn_of_damage(pipeline: "Pipeline", root: Path) -> None:
     from megatron_specialm.launch.plan import damage_in, make_plan
 
     for damage in damage_in(make_plan(pipeline, root), root):
-        typer.echo(f"warning: {damage}: it is left out", err=True)
+        say(f"warning: {damage}: it is left out", error=True)
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:

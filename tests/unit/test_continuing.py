@@ -24,7 +24,7 @@ text: {generic: {train: g.txt, test: t.txt}, domains: {law: {train: law.txt, tes
 stages:
   tokenizer: {kind: tokenizer, vocabulary_size: 300}
   tokens: {kind: tokenize, tokenizer: tokenizer, context_length: 32}
-  slm: {kind: train, data: generic, tokens: tokens, model: nano, steps: 40, global_batch_size: 4, schedule: {warmup_steps: 0}}
+  slm: {kind: train, data: generic, tokens: tokens, model: nano, steps: 40, global_batch_size: 8, schedule: {warmup_steps: 0}}
 """
 COST = Cost(1_280, 9, 2.0, 4.0, "cpu", 2, 1_280)
 NAME = TaskId("slm", "generic")
@@ -67,7 +67,7 @@ def test_a_longer_training_goes_on_from_the_newest_step(page: None) -> None:
     _save(short, 40)
     longer = _begin(60)
     earlier = _go_on(60)
-    assert earlier == Earlier(short.name, 40, 1_280, 40 * 4 * 32, COST) == Earlier.read(longer)
+    assert earlier == Earlier(short.name, 40, 1_280, 40 * 8 * 32, COST) == Earlier.read(longer)
     assert newest_checkpoint(longer) == (step_folder(longer, 40), [])
 
 
