@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
+from megatron_specialm.base.files import write_json
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
@@ -19,6 +20,7 @@ from megatron_specialm.slurm.records import (
     JobRecord,
     Outcome,
     TaskRecord,
+    job_path,
     read_registry,
     record_begin,
     record_end,
@@ -56,6 +58,9 @@ class Run:
         job = JobRecord("0001", stage, stage, slurm_id, f"specialm-{stage}", elements, (), time.time(), ranks)
         write_registry(self.root, [*read_registry(self.root), job])
         submission_folder(self.root, "0001").mkdir(exist_ok=True)
+        tasks = {key: self.plan[TaskId(stage, key)] for key in keys}
+        told = [[{"key": key, "digest": task.digest, "made_from": task.made_from}] for key, task in tasks.items()]
+        write_json(job_path(self.root, "0001", stage), {"stage": stage, "elements": told})
         return job
 
     def attempt(self, job: JobRecord, element: int, *ends: tuple[Outcome, str] | None, seconds: float = 90) -> None:

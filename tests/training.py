@@ -25,10 +25,11 @@ from megatron_specialm.launch.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.checkpoint import Saver
 from megatron_specialm.train.distributed import data_rank, process_group
-from megatron_specialm.train.loop import Progress, Run, train
+from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
+from megatron_specialm.train.progress import Progress
 
 VOCABULARY, CONTEXT = 100, 16
 # Of Adam, where two ways of adding up are compared: with the usual 1e-8, weights whose gradient is all rounding would be

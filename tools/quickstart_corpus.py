@@ -25,6 +25,7 @@ import zstandard
 
 from megatron_specialm.base.errors import DataError, MachineError, SpecialmError
 from megatron_specialm.base.files import atomic_path, read_json, sha256_file, write_json
+from megatron_specialm.base.printing import say
 from megatron_specialm.data.dedup import containment, distinct
 
 DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 28_000, 130_000, 400_000  # characters
@@ -139,7 +140,7 @@ def main() -> int:
         if not is_made(folder):
             make(folder)
     except SpecialmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return error.exit_code
     return 0
 

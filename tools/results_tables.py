@@ -28,6 +28,7 @@ from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
 from megatron_specialm.base.files import write_text
+from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.launch.orders import orders_table
 from megatron_specialm.launch.results import results_from_rows
@@ -74,7 +75,7 @@ def main() -> int:
             return 0
         return fill(arguments.pages, check=arguments.check)
     except SpecialmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return error.exit_code
 
 

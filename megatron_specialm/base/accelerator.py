@@ -1,11 +1,15 @@
 """Which GPUs a machine has, and which fused layers are installed for them. Nothing here imports torch or uses a GPU."""
 
+import contextlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 SMI_SECONDS = 20.0  # a driver that has to wake up its GPUs takes some
 MIB = 2**20
@@ -51,6 +55,19 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
     name, capability, _ = min(rows, key=lambda row: row[1])
     memory_bytes = min(memory for _, _, memory in rows)
     return Accelerator(name, capability, transformer_engine, gpus=len(rows), memory_bytes=memory_bytes)
+
+
+def name_of_device() -> str:
+    """What this process has worked on: the GPU, if it has imported torch and there is one, or the processor."""
+    torch = sys.modules.get("torch")  # who has not imported it has used no GPU
+    if torch is not None and torch.cuda.is_available():
+        name: str = torch.cuda.get_device_name()
+        return name
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"cpu: {line.partition(':')[2].strip()}"
+    return f"cpu: {platform.machine()}"
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:

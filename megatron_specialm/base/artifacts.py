@@ -25,8 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, FileSeal, atomic_path, fsync_path, read_json, sha256_json, write_json
-from megatron_specialm.base.integrity import find_damage, list_files
+from megatron_specialm.base.files import (
+    MANIFEST,
+    FileSeal,
+    atomic_path,
+    fsync_path,
+    read_json,
+    remove_leftovers,
+    sha256_json,
+    write_json,
+)
+from megatron_specialm.base.integrity import check_files, find_damage, list_files
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
@@ -51,6 +60,19 @@ class Cost:
     device: str
     processes: int
     slots: int = 0  # markers of earlier versions lack it
+
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together: the devices of both, and the most processes."""
+        devices = dict.fromkeys((*self.device.split(", "), *other.device.split(", ")))
+        return Cost(
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.wall_seconds + other.wall_seconds,
+            self.device_seconds + other.device_seconds,
+            ", ".join(devices),
+            max(self.processes, other.processes),
+            self.slots + other.slots,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,7 @@ class Report:
     lost_seconds: of attempts before this one, where the stage goes on from them.
     apart: what was spent on work that decides nothing of the result: it is on record, and no part of the task's cost. Its
         seconds are within those of all attempts.
+    earlier: what another artifact had cost that this one goes on from: on record beside the task's own cost.
     """
 
     tokens: int = 0
@@ -87,6 +110,7 @@ class Report:
     slots: int = 0
     lost_seconds: float = 0.0
     apart: Spent = Spent()
+    earlier: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,7 @@ class Marker:
 
     apart: the cost of work that decides nothing of the result.
     files: all of the artifact's, by their names in its folder, as they were when it was finished.
+    earlier: what another artifact had cost by when this one went on from it.
     """
 
     digest: str
@@ -103,6 +128,12 @@ class Marker:
     versions: dict[str, str]
     apart: Cost | None = None
     files: Mapping[str, FileSeal] = field(default_factory=dict)
+    earlier: Cost | None = None
+
+    @property
+    def whole_cost(self) -> Cost:
+        """The task's own cost and the earlier one."""
+        return self.cost.plus(self.earlier) if self.earlier else self.cost
 
 
 def artifact_folder(root: Path, stage: str, key: str, digest: str) -> Path:
@@ -138,9 +169,10 @@ def begin_artifact(
         raise ArtifactError(
             f"{folder / LABEL}: is of another digest than {digest}: the file is damaged; move {folder} away"
         )
-    shutil.rmtree(_aside(folder), ignore_errors=True)  # of a take-over that was killed
+    _remove_asides(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).unlink(missing_ok=True)
+    remove_leftovers(folder)
     _unshare(folder)
     write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation(), "made_from": dict(made_from or {})})
     place = view(root, stage, key)
@@ -177,10 +209,11 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
 @contextlib.contextmanager
 def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[Path]:
     """A new folder to copy a whole artifact into; on success it takes the artifact's place. Killed before, it leaves a folder
-    that nobody takes for one."""
+    that nobody takes for one. The caller holds the lock of placing; one that has lost it, on a node that was cut off, has a
+    folder of another name."""
     final = artifact_folder(root, stage, key, digest)
-    aside = _aside(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove_asides(final)
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         write_json(aside / LABEL, {**read_label(aside), "incarnation": incarnation()})
@@ -193,8 +226,10 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.tmp")
+def _remove_asides(folder: Path) -> None:
+    """What take-overs that were killed have left of an artifact."""
+    for aside in folder.parent.glob(f".{folder.name}.*tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unshare(folder: Path) -> None:
@@ -209,15 +244,29 @@ def _unshare(folder: Path) -> None:
                 shutil.copyfile(path, own)
 
 
+@dataclass(frozen=True)
+class _Label:
+    """Of which types a label's values are; those of earlier versions lack some."""
+
+    digest: str
+    incarnation: str | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+
 def read_label(folder: Path) -> dict[str, Any]:
     """An artifact's label: `digest`, `incarnation`, `made_from`.
 
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    label = read_json(folder / LABEL)
-    if not isinstance(label, dict) or not isinstance(label.get("digest"), str):
-        raise ArtifactError(f"{folder / LABEL}: not a task's label: the file is damaged; move {folder} away")
+    remedy = f"move {folder} away"
+    read_json(folder / LABEL, _Label, remedy=remedy)
+    label = {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
+    made_from = label["made_from"]  # earlier versions named none
+    if made_from and sha256_json(made_from) != label["digest"]:
+        raise ArtifactError(
+            f"{folder / LABEL}: what it says is not what its digest is of: the file is damaged; {remedy}"
+        )
     return label
 
 
@@ -262,17 +311,25 @@ def read_marker(folder: Path) -> Marker | None:
     path = folder / MARKER
     if not path.exists():
         return None
-    try:
-        value = read_json(path)
-        if value.pop("sha256") != sha256_json(value):
-            raise ArtifactError(
-                f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; "
-                "put it back from a copy, or remove it and run again"
-            )
-        apart = Cost(**value["apart"]) if value["apart"] else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart, value["files"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+    remedy = "put it back from a copy, or remove it and run again"
+    value = read_json(path, dict[str, Any], remedy=remedy)
+    if value.pop("sha256", None) != sha256_json(value):
+        raise ArtifactError(
+            f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; {remedy}"
+        )
+    return read_json(path, Marker, remedy=remedy)
+
+
+def check_artifact(folder: Path) -> None:
+    """Before an artifact is read: that it is finished, and its files are those that it was finished with.
+
+    Raises:
+        ArtifactError: it is not, naming the file.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run its stage first")
+    check_files(folder, marker.files)
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:

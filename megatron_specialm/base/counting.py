@@ -5,16 +5,16 @@ look into the task's folder.
 """
 
 import contextlib
-import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_specialm.base.files import write_json
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 
 FILE = "progress.json"
 SECONDS = 10.0  # between two counts
@@ -57,16 +57,15 @@ def counted(
         of: how many units all items hold, where that is known.
         size: how many units an item holds.
     """
-    activity, began, done = lifeline.activity, time.monotonic(), 0
-    told = began
+    activity, watch, told, done = lifeline.activity, Stopwatch(), 0.0, 0
     (folder / FILE).unlink(missing_ok=True)  # of an attempt that was killed
     try:
         for item in items:
             yield item
             done += size(item)
-            if (now := time.monotonic()) - told >= SECONDS:
+            if (now := watch.seconds) - told >= SECONDS:
                 told = now
-                speed = done / (now - began)
+                speed = done / now
                 count = Count(done, of, unit, speed, (of - done) / speed if of and speed else None)
                 logger.info("%s: %s", activity, count)
                 lifeline.activity = f"{activity}: {count}"
@@ -78,9 +77,10 @@ def counted(
 
 
 def read_count(folder: Path) -> Count | None:
-    """How far the work in a folder is; None where it has told nothing yet, or is at its end."""
-    with contextlib.suppress(FileNotFoundError):
-        return Count(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    """How far the work in a folder is; None where it has told nothing yet, or is at its end. It is for people to look at, so
+    nothing ends because the file is damaged."""
+    with contextlib.suppress(ArtifactError):
+        return read_json(folder / FILE, Count)
     return None
 
 

@@ -49,6 +49,10 @@ class TrainingError(SpecialmError):
     exit_code = 4
 
 
+class UnconfirmedError(SpecialmError):
+    """Finished work would be made anew, for more than may be spent on that unasked."""
+
+
 class Stopped(SpecialmError):
     """This process was asked to stop, by a signal or its supervisor, and has done so in good order: run it again."""
 

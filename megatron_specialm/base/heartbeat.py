@@ -3,12 +3,14 @@
     SPECIALM_HEARTBEAT=host:port:token    where to; set by the supervisor, and without it there is no heartbeat
     SPECIALM_HEARTBEAT_SECONDS=5          how often
 
-Datagrams reach the supervisor under any launcher and never block training. A thread sends them: they go on while the main
-thread waits in a collective, with the stack that says which, and end when the node or the interpreter is lost.
+Datagrams reach the supervisor under any launcher and never block training. Each is bounded in size and of one form, by which
+the supervisor knows it (`slurm/heartbeats.py`). A thread sends them: they go on while the main thread waits in a collective,
+with the stack that says which, and end when the node or the interpreter is lost.
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -23,10 +25,12 @@ from typing import Any
 from megatron_specialm.base.environment import World, node_name
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.printing import printable
 
 INTERVAL_SECONDS = 5.0
 FRAMES = 8
 FRAME_CHARACTERS = 100
+NAME_CHARACTERS = 200  # of a node, and of what is done there
 ANSWER_BYTES = 4096
 PATIENCE_SECONDS = 0.2  # of each look for an answer: the end of the process waits for the last one
 
@@ -54,7 +58,8 @@ class Channel:
         try:
             host, port, token = address.rsplit(":", 2)
             channel = cls(host, int(port), token, float(seconds))
-            if 0 < channel.port < 65_536 and channel.seconds > 0:
+            host.encode("idna")  # as sending does
+            if 0 < channel.port < 65_536 and 0 < channel.seconds < math.inf:
                 return channel
             raise ValueError("out of range")
         except ValueError:
@@ -112,9 +117,9 @@ class _Sender(threading.Thread):
         lifeline = self._lifeline
         return json.dumps(
             {
-                "token": self._channel.token, "rank": self._world.rank, "node": node_name(), "pid": os.getpid(),
-                "progress": lifeline.progress, "step": lifeline.step, "activity": lifeline.activity,
-                "stack": _stack(self._main_thread), "time": time.time(),
+                "token": self._channel.token, "rank": self._world.rank, "node": printable(node_name())[:NAME_CHARACTERS],
+                "progress": lifeline.progress, "step": lifeline.step,
+                "activity": printable(lifeline.activity)[:NAME_CHARACTERS], "stack": _stack(self._main_thread),
             }
         ).encode()  # fmt: skip
 
@@ -123,7 +128,7 @@ def _says_stop(answer: bytes, token: str) -> bool:
     """Anybody can send a datagram: only the supervisor knows the token."""
     try:
         message: Any = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: brackets within brackets
         return False
     return isinstance(message, dict) and message.get("token") == token and message.get("stop") is True
 
@@ -135,6 +140,6 @@ def _stack(thread: int) -> list[str]:
     while frame is not None and len(found) < FRAMES:
         code = frame.f_code
         place = "/".join(PurePath(code.co_filename).parts[-2:])
-        found.append(f"{place}:{frame.f_lineno} {code.co_name}"[-FRAME_CHARACTERS:])
+        found.append(printable(f"{place}:{frame.f_lineno} {code.co_name}")[-FRAME_CHARACTERS:])
         frame = frame.f_back
     return found[::-1]

@@ -6,28 +6,34 @@ again only where a file's times say that it may have changed (`base/hash_cache.p
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, FileSeal, read_json, seal_file
+from megatron_specialm.base.files import MANIFEST, REMAKE, FileSeal, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
-_LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
+LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
 
 
 def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:
-    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. What a published folder's manifest
-    says is not read again.
+    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. Files that a published folder's
+    manifest lists are not read again.
 
     Args:
         without: names of files right in the folder that are left out.
+
+    Raises:
+        ArtifactError: a manifest lists a file that is not there, or is of another size.
     """
-    seals: dict[str, FileSeal] = {}
-    for manifest in folder.rglob(MANIFEST):
+    names, seals = present_files(folder, without=without), dict[str, FileSeal]()
+    for manifest in (folder / name for name in names if PurePath(name).name == MANIFEST):
+        listed = listed_files(manifest.parent)
+        if damage := find_damage(manifest.parent, listed):
+            raise ArtifactError(f"{damage}: {REMAKE}")
         inside = manifest.parent.relative_to(folder)
-        seals |= {(inside / name).as_posix(): seal for name, seal in read_json(manifest)["files"].items()}
-    return {name: seals.get(name) or seal_file(folder / name) for name in present_files(folder, without=without)}
+        seals |= {(inside / name).as_posix(): seal for name, seal in listed.items()}
+    return {name: seals.get(name) or seal_file(folder / name) for name in names}
 
 
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
@@ -38,7 +44,7 @@ def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if _LEFT_OVER.fullmatch(path.name) or path.is_symlink():
+        if LEFT_OVER.fullmatch(path.name) or path.is_symlink():
             continue
         if path.is_dir():
             yield from _files(path)
@@ -54,26 +60,30 @@ def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
             size = path.stat().st_size
         except OSError as error:
             return f"{path}: {error.strerror}, though the task that made it has finished"
-        if size != seal["bytes"]:
-            return f"{path}: {size} bytes, and {seal['bytes']} when it was made: the file was cut or grew"
+        if size != seal.bytes:
+            return f"{path}: {size} bytes, and {seal.bytes} when it was made: the file was cut or grew"
     return None
 
 
-def check_files(folder: Path, files: Mapping[str, FileSeal], *, again: bool = False) -> None:
+def check_files(
+    folder: Path, files: Mapping[str, FileSeal], *, again: bool = False, original: Path | None = None
+) -> None:
     """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
 
     Args:
         again: read them nevertheless.
+        original: the folder that this one was copied from, where changed bytes are to be mended.
 
     Raises:
         ArtifactError: naming the first file that is missing, cut short, or whose bytes have changed.
     """
     if damage := find_damage(folder, files):
         raise ArtifactError(damage)
-    hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again)
-    for path, sha256 in hashes.items():
-        if sha256 != files[path.relative_to(folder).as_posix()]["sha256"]:
+    hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again, alone=True)
+    place = original or folder
+    for name, seal in files.items():
+        if hashes[folder / name] != seal.sha256:
             raise ArtifactError(
-                f"{path}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a copy, or "
-                f"remove {folder}/done.json and run again"
+                f"{place / name}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a "
+                f"copy, or remove {place}/done.json and run again"
             )

@@ -1,17 +1,28 @@
 """Where this process stands, for whoever watches it, and whether it has been asked to stop.
 
-Asking is a signal: SIGTERM and SIGUSR1 mean the same. Python runs a handler between two bytecodes of the main thread, so a
-signal that comes while the main thread waits in a collective or in C++ takes effect when that call returns; none is lost.
+Asking is a signal: SIGTERM, SIGUSR1 and SIGHUP, of a terminal that was closed, mean the same. Python runs a handler between
+two bytecodes of the main thread, so a signal that comes while the main thread waits in a collective or in C++ takes effect when
+that call returns; none is lost.
 """
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from megatron_specialm.base.errors import Stopped
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+@contextlib.contextmanager
+def hearing(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Within, a handler hears these signals. SIGHUP stays ignored where nohup has begun this process. Main thread only."""
+    heard = [number for number in numbers if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
 class Lifeline:
@@ -75,9 +86,5 @@ class Lifeline:
         def ask(number: int, _frame: FrameType | None) -> None:
             self.ask_to_stop(signal.Signals(number).name)
 
-        previous = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-        try:
+        with hearing(ask, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

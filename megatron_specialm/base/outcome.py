@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ from megatron_specialm.base.files import write_json
 from megatron_specialm.base.lifeline import Lifeline
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The content of `stopped.json`: the step of a training that was saved, if it is one."""
+
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The content of an `error-<rank>.json`. `time` is Unix time."""
+
+    error: str
+    exit_code: int
+    step: int | None
+    node: str
+    time: float
 
 
 @contextlib.contextmanager
@@ -34,21 +53,21 @@ def recorded_outcome(world: World, lifeline: Lifeline, *, environ: Mapping[str, 
         yield
     except Stopped:
         if world.is_first:
-            _leave(folder / "stopped.json", {"step": lifeline.step})
+            _leave(folder / "stopped.json", asdict(Saved(lifeline.step)))
         raise
     except (Exception, KeyboardInterrupt) as error:
-        _leave(folder / f"error-{world.rank}.json", _described(error, step=lifeline.step))
+        _leave(folder / f"error-{world.rank}.json", asdict(_failure(error, step=lifeline.step)))
         raise
     if world.is_first:
         _leave(folder / "finished.json", {"time": time.time()})
 
 
-def _described(error: BaseException, *, step: int | None) -> dict[str, Any]:
+def _failure(error: BaseException, *, step: int | None) -> Failure:
     if isinstance(error, SpecialmError):
         what, exit_code = str(error), error.exit_code
     else:
         what, exit_code = f"{type(error).__name__}: {error}", 1
-    return {"error": what, "exit_code": exit_code, "step": step, "node": node_name(), "time": time.time()}
+    return Failure(what, exit_code, step, node_name(), time.time())
 
 
 def _leave(path: Path, value: Mapping[str, Any]) -> None:

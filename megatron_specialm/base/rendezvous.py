@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import MachineError, SpecialmError
+from megatron_specialm.base.errors import MachineError, SpecialmError, TrainingError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -64,6 +64,26 @@ def is_alive(world: World) -> bool:
         meet(world).check(["roll-call"])
         return True
     return False
+
+
+def await_word(world: World, key: str) -> str:
+    """What the first rank says under a key of the store. It may be at work for long before; the others wait for as long as it
+    lives.
+
+    Args:
+        key: says what has been done then, for the error.
+
+    Raises:
+        TrainingError: it has ended without a word.
+    """
+    store = meet(world)
+    while True:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if store.check([key]):
+                return store.get(key).decode()
+        if not is_alive(world):
+            raise TrainingError(f"rank 0 has ended and has not {key}: see what it said")
+        time.sleep(LOOK_SECONDS)
 
 
 def meeting_point(world: World) -> str:

@@ -9,36 +9,63 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType
+from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from megatron_specialm.base.printing import printable
 
 UNLIMITED = 100_000  # columns, where nobody's window ends
 WORD_COLUMNS = 12  # of a column of words, and of a heading, at least, before numbers go into another part
 
 
-def console() -> Console:
-    """The standard output. Where it is no terminal nothing is wrapped and nothing moves, whatever `COLUMNS`, `TERM` or
-    `FORCE_COLOR` say; what its encoding lacks is written as an escape."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.stdout is not None and sys.stdout.isatty():
-        return Console(width=shutil.get_terminal_size().columns)
-    return Console(width=UNLIMITED, height=25, force_interactive=False)
+def console(*, stderr: bool = False) -> Console:
+    """The standard output, or standard error. Where it is no terminal nothing is wrapped and nothing moves, whatever `COLUMNS`,
+    `TERM` or `FORCE_COLOR` say; what its encoding lacks is written as an escape."""
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    if stream is not None and stream.isatty():
+        return _Screen(stderr=stderr, width=shutil.get_terminal_size().columns)
+    return _Screen(stderr=stderr, width=UNLIMITED, height=25, force_interactive=False)
+
+
+class _Screen(Console):
+    """To which text is text: brackets and colons in it are no markup, and what would steer a terminal does not. Styles are
+    given apart from it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        return super().render_str(printable(text), **style)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def plain(text: str, style: str = "", *, overflow: OverflowMethod | None = None) -> Text:
+    """A text that is nothing else, whatever console it is printed on."""
+    return Text(printable(text), style, overflow=overflow)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it."""
+    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it. Words of the column
+    `cut` take what room a terminal leaves beside the others, and end there: a line of the table stays a line."""
 
     title: str
     header: list[str]
     lines: list[list[str]]
     words: int
     note: str = ""
+    cut: str = ""
 
     def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
         """The numbers before a column, which the note is about, and from it on, each behind the words."""
@@ -72,12 +99,12 @@ class Table:
             fitting.append(index)
         yield self._part(self.title if first else "", fitting)._rich(options.max_width)
         if self.note:
-            yield Text(f"{self.note}\n")
+            yield plain(f"{self.note}\n")
 
     def _part(self, title: str, numbers: Sequence[int]) -> "Table":
         columns = [*range(self.words), *numbers]
-        lines = [[line[index] for index in columns] for line in self.lines]
-        return Table(title, [self.header[index] for index in columns], lines, self.words)
+        header, *lines = ([printable(line[index]) for index in columns] for line in (self.header, *self.lines))
+        return Table(title, header, lines, self.words, cut=self.cut)
 
     def _natural(self) -> list[int]:
         """The columns' widths with nothing folded."""
@@ -92,18 +119,26 @@ class Table:
             least[index] = max(cells, min(heading, WORD_COLUMNS))
         return least
 
-    def _rich(self, limit: int) -> RichTable:
+    def _widths(self, limit: int) -> list[int]:
+        """The columns' widths: the room that is left beside the least goes round among those who can use it, and what is cut
+        takes the rest."""
         widths, natural = self._least(), self._natural()
-        while (
-            _width(widths) < limit and widths != natural
-        ):  # the room that is left goes round among those who can use it
-            for index, wanted in enumerate(natural):
-                widths[index] += widths[index] < wanted and _width(widths) < limit
-        title = Text(self.title) if self.title else None
+        for turn in ([name != self.cut for name in self.header], [True] * len(natural)):
+            wanted = [most if may else least for least, most, may in zip(widths, natural, turn, strict=True)]
+            while _width(widths) < limit and widths != wanted:
+                for index, most in enumerate(wanted):
+                    widths[index] += widths[index] < most and _width(widths) < limit
+        return widths
+
+    def _rich(self, limit: int) -> RichTable:
+        widths = self._widths(limit)
+        title = plain(self.title) if self.title else None
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
             justify = "left" if index < self.words else "right"
-            table.add_column(Text(name), justify=justify, overflow="fold", width=width)  # type: ignore[arg-type]
+            cut = name == self.cut
+            overflow = "ellipsis" if cut else "fold"
+            table.add_column(Text(name), justify=justify, overflow=overflow, no_wrap=cut, width=width)  # type: ignore[arg-type]
         for line in self.lines:
             # Numbers are not justified by rich, which would take the room behind them.
             cells = [

@@ -1,5 +1,6 @@
 """The command line."""
 
+import logging
 import sys
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from megatron_specialm import __version__
 from megatron_specialm.base.errors import SpecialmError, machine_errors
 from megatron_specialm.base.output import lasting_output
+from megatron_specialm.base.printing import PrintableFormatter, say
 from megatron_specialm.cli.app import app
 
 # Each adds its commands, in the order in which --help lists them.
@@ -20,17 +22,19 @@ WORK = (["run"], ["work"], ["supervise"])  # commands that print news of what th
 
 def main() -> None:
     """Run the command line. Errors of ours are printed in one line, without a traceback."""
+    if logging.lastResort:  # prints warnings where a command keeps no log
+        logging.lastResort.setFormatter(PrintableFormatter())
     with lasting_output(may_be_lost=sys.argv[1:2] in WORK):
         try:
             with machine_errors():
                 app()
         except SpecialmError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", error=True)
             sys.exit(error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit

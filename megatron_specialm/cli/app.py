@@ -1,12 +1,16 @@
 """What all commands share. Nothing here imports torch; the settings' schema is imported when a command runs."""
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from megatron_specialm.config.graph import TaskId
     from megatron_specialm.config.schema import Pipeline
+    from megatron_specialm.launch.redo import Redo
 
 app = typer.Typer(
     help="Small specialized language models from one page of YAML.",
@@ -19,9 +23,29 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values of the page to replace: dotted.key=value.", show_default=False)
 ]
 
+Yes = Annotated[bool, typer.Option("--yes", help="Make finished work anew without asking, whatever it costs.")]
+
 
 def load(page: Path, overrides: list[str] | None) -> "Pipeline":
     """The resolved page."""
     from megatron_specialm.config.load import load_pipeline
 
     return load_pipeline(page, overrides or ())
+
+
+def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:
+    """Before finished work is made anew for more than the page lets a run spend unasked: ask on a terminal, else want `--yes`.
+
+    Args:
+        may_ask: False where a launcher has started several of this process, which share a terminal.
+
+    Raises:
+        UnconfirmedError: nobody could be asked, or the answer was no.
+    """
+    from megatron_specialm.launch.redo import needs_a_yes, refuse_unconfirmed
+
+    if yes or not needs_a_yes(redo, pipeline):
+        return
+    on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    if not (may_ask and on_terminal and typer.confirm("Make it anew?", err=True)):
+        refuse_unconfirmed(redo, pipeline)

@@ -1,12 +1,13 @@
 """Commands that look after run folders."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.printing import say
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -22,22 +23,26 @@ def verify(
 
     damaged = 0
     for root in folders:
-        start = time.monotonic()
+        watch = Stopwatch()
         finding = verify_folder(root, deep=deep)
         for damage in finding.damage:
-            typer.echo(f"damaged: {damage}")
+            say(f"damaged: {damage}")
+        for path in finding.unfinished:
+            say(f"unfinished: {path}: not there (yet): `specialm run` goes on with the task")
         for path in finding.unlisted:
-            typer.echo(f"unlisted: {path}: no task has made it, and nothing reads it")
-        typer.echo(
-            f"{root}: {finding.artifacts} artifacts ({finding.unfinished} unfinished), {finding.files} files of "
-            f"{finding.bytes / 2**20:,.1f} MiB in {time.monotonic() - start:.1f} s: {len(finding.damage)} damaged"
+            say(f"unlisted: {path}: no task has made it, and nothing reads it")
+        say(
+            f"{root}: {finding.artifacts} artifacts ({len(finding.unfinished)} unfinished), {finding.files} files of "
+            f"{finding.bytes / 2**20:,.1f} MiB in {watch.seconds:.1f} s: {len(finding.damage)} damaged"
         )
         damaged += len(finding.damage)
     if damaged:
-        raise ArtifactError(
+        say(
             f"{damaged} damaged: put them back from a copy; or remove an artifact's done.json, and `specialm run` makes it "
-            "again"
+            "again",
+            error=True,
         )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -52,24 +57,30 @@ def clean(
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.base.terminal import console
     from megatron_specialm.launch.clean import find_unwanted, remove, unwanted_table
-    from megatron_specialm.launch.plan import make_plan
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder
     from megatron_specialm.slurm import records
-    from megatron_specialm.slurm.missing import live_tasks
+    from megatron_specialm.slurm.missing import used_by_jobs
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
     if not root.is_dir():
-        typer.echo(f"{root}: there is no run folder yet")
+        say(f"{root}: there is no run folder yet")
         return
+    refuse_foreign_folder(pipeline, root)
     with hold_folder(root):
         jobs = records.read_registry(root)
-        live = live_tasks(jobs).values() if jobs and shutil.which("squeue") else ()
-        unwanted = find_unwanted(make_plan(pipeline, root), root, live={task.digest for task in live})
+        can_ask = shutil.which("squeue") is not None
+        if yes and jobs and not can_ask:
+            raise MachineError(
+                f"{root}: jobs were submitted from here, and this machine has no squeue to ask which of them live: "
+                "clean on a login node of the cluster"
+            )
+        unwanted = find_unwanted(make_plan(pipeline, root), root, live=used_by_jobs(root, jobs) if can_ask else ())
         total = f"{len(unwanted)} artifacts, {sum(one.bytes for one in unwanted) / 2**20:,.1f} MiB"
         if unwanted:
             console().print(unwanted_table(unwanted))
         if not yes:
-            typer.echo(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
+            say(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
             return
         remove(unwanted, root)
-        typer.echo(f"{root}: {total} removed")
+        say(f"{root}: {total} removed")

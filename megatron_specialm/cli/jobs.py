@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.base.printing import log_to_stderr, say
+from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
 
 
 @app.command()
@@ -30,29 +31,31 @@ def submit(
         typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
-    from megatron_specialm.launch.plan import make_plan, select, show, write_resolved
+    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
     from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
+    from megatron_specialm.launch.redo import find_redo, redo_lines
     from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
-    from megatron_specialm.slurm.missing import live_tasks, missing_tasks
+    from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
     from megatron_specialm.slurm.state import submitted_jobs
 
     path = find_profile(site)
     pipeline, profile = load(page, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
-        typer.echo(f"warning: {path}: {warning}", err=True)
+        say(f"warning: {path}: {warning}", error=True)
     refuse_other_folders(pipeline)
     root = Path(pipeline.root)
+    refuse_foreign_folder(pipeline, root)
     # Who only looks need not be able to write.
     with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
         if not dry_run:
-            adopt_earlier_layout(root)
+            adopt_unattended(root)
         plan = make_plan(pipeline, root)
         chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
         known = submitted_jobs(root) if dry_run else jobs.recover(root)
@@ -65,22 +68,26 @@ def submit(
         refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
         refuse_too_little_held_out(pipeline, plan, root, stages=stages)
         wanted = jobs_of(pipeline, profile, missing)
+        redo = find_redo(pipeline, plan, root, missing)
+        for line in redo_lines(redo):
+            say(line)
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):
-                typer.echo(f"==> {job.name}: {len(job.elements)} elements\n{script}")
-            typer.echo(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
+                say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+            say(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
             return
+        agree(redo, pipeline, yes=yes)
         if missing or elsewhere:
             write_resolved(pipeline, root)
         take_over(elsewhere, root)
         show(plan, root)
         for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
             after = f", after {', '.join(record.after)}" if record.after else ""
-            typer.echo(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+            say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
     done = sum(planned.state == "done" for planned in chosen.values())
     coming = len(chosen) - done - len(missing) - len(elsewhere)
     counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
-    typer.echo(f"{pipeline.name}: {counts}, in {root}")
+    say(f"{pipeline.name}: {counts}, in {root}")
 
 
 @app.command()
@@ -117,9 +124,9 @@ def cancel(
         raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
     cancelled = cancel_jobs_of(Path(pipeline.root), stage)
     for job, alive in cancelled:
-        typer.echo(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
+        say(f"cancelled {job.slurm_id}: {job.name}, {alive} of {len(job.elements)} elements")
     if not cancelled:
-        typer.echo(f"{pipeline.root}: no job is queued or running")
+        say(f"{pipeline.root}: no job is queued or running")
 
 
 @app.command()
@@ -141,9 +148,9 @@ def logs(
     pipeline = load(page, overrides)
     *others, newest = newest_logs(pipeline, stage, key)
     for path in others:
-        typer.echo(path)
-    typer.echo(f"==> {newest} <==")
-    typer.echo("\n".join(tail(newest, lines)))
+        say(path)
+    say(f"==> {newest} <==")
+    say("\n".join(tail(newest, lines)))
     if go_on:
         follow(newest)
 
@@ -167,7 +174,7 @@ def supervise(
     from megatron_specialm.slurm.supervisor import Work
     from megatron_specialm.slurm.supervisor import supervise as run_attempt
 
-    logging.basicConfig(level=logging.INFO, format="supervisor: %(asctime)s %(message)s")
+    log_to_stderr("supervisor: %(asctime)s %(message)s", level=logging.INFO)
     allocation = read_allocation()
     profile = load_site(site) if site else Site()
     if launcher is not None:
@@ -192,7 +199,7 @@ def work(
 
     from megatron_specialm.slurm.work import work as do_element
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     do_element(job_file, element=element)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 
@@ -66,12 +67,12 @@ def parity(
         path = run.certificate_path(Path(pipeline.root), name)
         write_json(path, outcome)
         console().print(run.table(name, outcome))
-        typer.echo(
+        say(
             f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
         )
         outcomes.append(outcome["passed"])
     for refusal in refusals:
-        typer.echo(refusal)
+        say(refusal)
     if not outcomes:
         raise ConfigError(f"{page}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
     if not all(outcomes):
@@ -97,7 +98,7 @@ def tune_precision(
 
         timings = tuning.measure(distinct_setups(pipeline, name)[name])
         console().print(tuning.timings_table(timings, title=name))
-        typer.echo(f"stages.{name}: {tuning.advice(timings)}")
+        say(f"stages.{name}: {tuning.advice(timings)}")
 
 
 @app.command()
@@ -106,16 +107,14 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
-    from rich.console import Console
-
     from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
     from megatron_specialm.doctor.report import as_json, examine, page
 
-    with Console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
+    with console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
         findings = examine(quick=quick)
     if json:
-        typer.echo(as_json(findings))
+        say(as_json(findings))
     else:
         console().print(page(findings))
     if not can_train(findings):

@@ -2,11 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
+
+if TYPE_CHECKING:
+    from megatron_specialm.config.schema import Pipeline
 
 Runs = Annotated[
     list[Path] | None,
@@ -35,6 +39,7 @@ def results(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
+    _warn_of_damage(pipeline, root)
     outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
@@ -42,13 +47,13 @@ def results(
     if not outcome["rows"]:
         _nothing_evaluated(pipeline.root, page)
     elif markdown:
-        typer.echo((orders_table(outcome) if orders else results_table(merged)).markdown())
+        say((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
         console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
         if outcome["learning_rates"] and not orders:
             console().print(rates_table(outcome))
         for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
-            typer.echo(f"warning: {warning}")
+            say(f"warning: {warning}")
 
 
 @app.command()
@@ -68,6 +73,7 @@ def figures(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
+    _warn_of_damage(pipeline, root)
     outcome = write_results(pipeline, root, must_write=False)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
@@ -76,13 +82,21 @@ def figures(
     place = output or root
     if output is None and not os.access(root, os.W_OK):
         place = Path()
-        typer.echo(f"warning: {root} cannot be written to: the figures go here (--output)", err=True)
+        say(f"warning: {root} cannot be written to: the figures go here (--output)", error=True)
     for path in draw(outcome, place):
-        typer.echo(path)
+        say(path)
+
+
+def _warn_of_damage(pipeline: "Pipeline", root: Path) -> None:
+    """What is damaged counts for nothing in the tables."""
+    from megatron_specialm.launch.plan import damage_in, make_plan
+
+    for damage in damage_in(make_plan(pipeline, root), root):
+        say(f"warning: {damage}: it is left out", error=True)
 
 
 def _nothing_evaluated(root: str, page: Path) -> None:
-    typer.echo(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
+    say(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
 
 
 @app.command()
@@ -107,7 +121,7 @@ def generate(
 
     for folder in models:
         text = open_model(folder).write(prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-        _print_text(f"==> {folder} <==\n{text}" if len(models) > 1 else text)
+        say(f"==> {folder} <==\n{text}" if len(models) > 1 else text)
 
 
 @app.command()
@@ -118,40 +132,36 @@ def samples(
     seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
 ) -> None:
     """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
-    from megatron_specialm.base.artifacts import read_marker, view
+    from megatron_specialm.base.artifacts import artifact_folder, read_marker
+    from megatron_specialm.config.graph import TaskId
     from megatron_specialm.config.lineage import finetuned_models, tokenize_stage, train_stage
     from megatron_specialm.config.text import GENERIC
+    from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.worker import ignore_expected_warnings
 
     pipeline = load(page, overrides)
     root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
+    plan = make_plan(pipeline, root, keep_hashes=False)
+    folders = {name: artifact_folder(root, *name, planned.digest) for name, planned in plan.items()}
     models = {
         method: stage
         for method, stage in finetuned_models(pipeline).items()
-        if read_marker(view(root, stage, domain)) is not None
+        if read_marker(folders[TaskId(stage, domain)]) is not None
     }
     if not models:
-        typer.echo(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
+        say(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
         return
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import held_out_words, open_model  # imports Megatron-Core
 
     store = train_stage(pipeline, next(iter(models.values()))).tokens
-    tokenizer = view(root, tokenize_stage(pipeline, store).tokenizer, GENERIC)
-    prompt = held_out_words(view(root, store, domain), tokenizer)
-    _print_text(f"{domain}: how each method goes on from {prompt!r}")
+    tokenizer = folders[TaskId(tokenize_stage(pipeline, store).tokenizer, GENERIC)]
+    prompt = held_out_words(folders[TaskId(store, domain)], tokenizer)
+    say(f"{domain}: how each method goes on from {prompt!r}")
     for method, stage in models.items():
-        writer = open_model(view(root, stage, domain))
+        writer = open_model(folders[TaskId(stage, domain)])
         text = writer.write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
-        _print_text(f"{method}: {' '.join(text.split())}")
-
-
-def _print_text(text: str) -> None:
-    """Whatever a model says is text: no markup, and nothing that would steer a terminal."""
-    from megatron_specialm.base.terminal import console
-
-    plain = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
-    console().print(plain, markup=False, highlight=False, emoji=False)
+        say(f"{method}: {' '.join(text.split())}")
 
 
 @app.command()
@@ -167,4 +177,4 @@ def project(
     from megatron_specialm.train.served import project_expert  # imports Megatron-Core
 
     step = project_expert(folder, output, expert=expert)
-    typer.echo(f"expert {expert}: {step}")
+    say(f"expert {expert}: {step}")

@@ -6,17 +6,38 @@ train.npy      (N, E) float32, in the token store's order; absent where the file
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megatron_specialm.base.arrays import read_array
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.base.files import REMAKE, read_json, write_json
+from megatron_specialm.base.shapes import Count, Size
 
 DESCRIPTION = "vectors.json"
 FILE = "train.npy"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What `vectors.json` says of a file."""
+
+    path: str
+    rows: Count
+    bytes: Count
+    zero: Count
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of `vectors.json`."""
+
+    rows: Count
+    dimensions: Size
+    parts: list[Part]
 
 
 class Vectors:
@@ -29,18 +50,20 @@ class Vectors:
         Raises:
             ArtifactError: nothing there, or a file that is missing or of another size than was written.
         """
-        description = read_json(folder / DESCRIPTION)
-        self._files = [(folder / part["path"]).resolve() for part in description["parts"]]
-        for path, part in zip(self._files, description["parts"], strict=True):
+        description = read_json(folder / DESCRIPTION, Description)
+        self._files = [((folder / part.path).resolve(), part.rows) for part in description.parts]
+        for (path, _), part in zip(self._files, description.parts, strict=True):
             found = path.stat().st_size if path.is_file() else 0
-            if found != part["bytes"]:
+            if found != part.bytes:
                 raise ArtifactError(
-                    f"{path}: {found} bytes, {folder / DESCRIPTION} says {part['bytes']}: missing, cut short or "
+                    f"{path}: {found} bytes, {folder / DESCRIPTION} says {part.bytes}: missing, cut short or "
                     "overwritten: remove its folder and run the embed stage again"
                 )
-        self._firsts = np.cumsum([0, *(part["rows"] for part in description["parts"])])  # of each file; last, N
-        self.shape: tuple[int, int] = (int(self._firsts[-1]), description["dimensions"])
-        self.zero: int = sum(part["zero"] for part in description["parts"])
+        self._firsts = np.cumsum([0, *(part.rows for part in description.parts)])  # of each file; last, N
+        self.shape: tuple[int, int] = (int(self._firsts[-1]), description.dimensions)
+        self.zero: int = sum(part.zero for part in description.parts)
+        for number in range(len(self._files)):
+            self._map(number)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -50,29 +73,44 @@ class Vectors:
 
         Args:
             ids: (B,) window numbers, ascending.
+
+        Raises:
+            ArtifactError: some are not finite.
         """
         vectors = np.empty((len(ids), self.shape[1]), np.float32)
         ends = np.searchsorted(ids, self._firsts)  # where in `ids` each file's own begin
-        for path, first, start, stop in zip(self._files, self._firsts, ends, ends[1:], strict=False):
+        for number, (first, start, stop) in enumerate(zip(self._firsts, ends, ends[1:], strict=False)):
             if start < stop:
-                vectors[start:stop] = np.load(path, mmap_mode="r", allow_pickle=False)[ids[start:stop] - first]
+                vectors[start:stop] = self._map(number)[ids[start:stop] - first]
+                if not np.isfinite(vectors[start:stop]).all():
+                    raise ArtifactError(f"{self._files[number][0]}: has vectors that are not finite: {REMAKE}")
         return vectors
+
+    def _map(self, number: int) -> np.ndarray:
+        path, rows = self._files[number]
+        return read_array(path, dtype=np.float32, shape=(rows, self.shape[1]), mapped=True)
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, (n, E) float32; rows of zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def describe_vectors(folder: Path, *, zero: int = 0) -> None:
     """Describe the one file that stands in the folder, of whose vectors so many are zero."""
     path = folder / FILE
-    rows, dimensions = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    _write(folder, dimensions, [{"path": FILE, "rows": rows, "bytes": path.stat().st_size, "zero": zero}])
+    rows, dimensions = read_array(path, dtype=np.float32, shape=(None, None), mapped=True).shape
+    _write(folder, dimensions, [Part(FILE, rows, path.stat().st_size, zero)])
 
 
 def join_vectors(folders: Iterable[Path], *, folder: Path) -> None:
     """Describe in `folder` the files of shards, in their order, as one array."""
-    shards = [(os.path.relpath(shard, folder), read_json(shard / DESCRIPTION)) for shard in folders]
-    parts = [{**part, "path": f"{path}/{part['path']}"} for path, shard in shards for part in shard["parts"]]
-    _write(folder, shards[0][1]["dimensions"], parts)
+    shards = [(os.path.relpath(shard, folder), read_json(shard / DESCRIPTION, Description)) for shard in folders]
+    parts = [replace(part, path=f"{path}/{part.path}") for path, shard in shards for part in shard.parts]
+    _write(folder, shards[0][1].dimensions, parts)
 
 
-def _write(folder: Path, dimensions: int, parts: list[dict[str, Any]]) -> None:
-    rows = sum(part["rows"] for part in parts)
-    write_json(folder / DESCRIPTION, {"rows": rows, "dimensions": dimensions, "parts": parts})
+def _write(folder: Path, dimensions: int, parts: Sequence[Part]) -> None:
+    rows = sum(part.rows for part in parts)
+    write_json(folder / DESCRIPTION, asdict(Description(rows, dimensions, list(parts))))

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_specialm.config.yaml_file import Guessed
+from megatron_specialm.config.yaml_file import SHOWN, Guessed, shorten
 
-LONGEST = 200  # characters of a value in a message
+MOST_LINES = 20  # of mistakes: whoever makes more begins with these
 _FIXES = {
     "string_type": "quote it",
     "int_type": "write a whole number, without quotes, point or exponent, as in 1000",
@@ -27,13 +27,16 @@ def explain(
     key_of: Callable[[tuple[int | str, ...]], str],
     valid_keys: Callable[[tuple[int | str, ...]], Sequence[str]],
 ) -> list[str]:
-    """One line per mistake: dotted key, what is wrong, the value, and for unknown keys the nearest valid one.
+    """One line per mistake, of the first twenty: dotted key, what is wrong, the value, and for unknown keys the nearest valid
+    one.
 
     Args:
         key_of: the dotted key of a pydantic location.
         valid_keys: the keys that the mapping around a location's last part takes.
     """
-    return [_line(item, key_of(item["loc"]), valid_keys) for item in error.errors()]
+    items = error.errors()
+    lines = [_line(item, key_of(item["loc"])[:SHOWN], valid_keys) for item in items[:MOST_LINES]]
+    return [*lines, f"and {len(items) - MOST_LINES:,} more mistakes"] if len(items) > MOST_LINES else lines
 
 
 def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Sequence[str]]) -> str:
@@ -49,13 +52,13 @@ def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Seq
     message = "must be keys and values" if is_mapping else item["msg"].removeprefix("Value error, ")
     if fix := "give a value, or leave the key out" if value is None else _FIXES.get(item["type"]):
         message += f": {fix}"
-    shown = repr(value)
-    got = "" if isinstance(value, dict) else f" (got {shown if len(shown) <= LONGEST else shown[:LONGEST] + '...'})"
+    got = "" if isinstance(value, dict) else f" (got {shorten(value)})"
     return f"{key}: {message}{got}" if key else f"{message}{got}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The known word nearest to a mistaken one, as the end of a message; empty where none is near."""
+    word = word[:SHOWN]
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5) or [
         one for one in known if word and one.startswith(word)
     ]

@@ -5,7 +5,8 @@ shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generi
 several learning rates, each rate is one (`config/rates.py`). A task is named by its stage and its key, reads the artifacts of
 other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, its
 seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
-how files are named. A setting at its default is not in it, so that a new setting leaves what there is as it was.
+how files are named. A setting at the default that it was introduced with is not in it, so that a new setting leaves what there
+is as it was.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.capabilities import refuse
+from megatron_specialm.config.content import PLACEMENT, content_of
 from megatron_specialm.config.lineage import (
     ENCODER,
     HELD_OUT,
@@ -53,16 +55,8 @@ from megatron_specialm.config.schema import (
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 
-# Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
-# the digest under another name.
-PLACEMENT: dict[str, Any] = {
-    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size"},
-    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
-    "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
-    "path": True, "encoder": {"model"},  # the content is in it, whatever its place
-    "method": True,  # a name in tables and on model cards: the export's matter
-}  # fmt: skip
-# Raise it when the meaning of an artifact or the default of a setting changes: what there is, is then made again.
+# Raise it when the meaning of artifacts changes: what there is, is then made again. A default that changes is declared
+# (`config/content.py`).
 ARTIFACT_FORMAT = 5
 # What draws weights, an order of training data or a teacher's samples; whatever reads their work follows by its inputs.
 SEEDED_AS_TRAINING = (TrainStage, SelectStage, TeachStage)
@@ -121,10 +115,15 @@ def build_graph(pipeline: Pipeline) -> dict[TaskId, Task]:
     return {task.id: task for name in order for task in _tasks(pipeline, name)}
 
 
-def model_task(pipeline: Pipeline, key: str) -> TaskId:
-    """The train task behind a key `STAGE.KEY` of an evaluate or export stage."""
-    stage, _, train_key = key.rpartition(".")
+def model_task(key: str) -> TaskId:
+    """The train task behind a key `STAGE.KEY` of an export stage, or `STAGE.KEY` and `STAGE.KEY.SET` of an evaluate stage."""
+    stage, train_key, *_ = key.split(".")
     return TaskId(stage, train_key)
+
+
+def evaluated_set(key: str) -> str:
+    """The set of text on which the task of an evaluate stage scores its model: the model's own, or the one that is named."""
+    return key.rpartition(".")[2]
 
 
 def ancestors(graph: Mapping[TaskId, Task], task: TaskId) -> list[TaskId]:
@@ -151,7 +150,7 @@ def digest_content(
         stage = trial_of(stage, task.rate)  # other rates of the page change nothing of it
     return {
         "format": ARTIFACT_FORMAT,
-        "settings": stage.model_dump(mode="json", exclude=PLACEMENT, exclude_defaults=True),
+        "settings": content_of(stage, leave_out=PLACEMENT),
         "elsewhere": dict(task.elsewhere),
         "key": task.id.key,
         "seed": pipeline.seed_of_training if isinstance(stage, SEEDED_AS_TRAINING) else pipeline.seed,
@@ -255,7 +254,7 @@ def _entries(files: TextSet, *roles: str) -> dict[str, tuple[str, ...]]:
 
 def _given(files: TextSet, *names: str) -> dict[str, Any]:
     """Of a set's settings those that are not at their defaults."""
-    return files.model_dump(mode="json", include=set(names), exclude_defaults=True)
+    return {name: value for name, value in content_of(files).items() if name in names}
 
 
 def _tokenize_tasks(pipeline: Pipeline, name: str, stage: TokenizeStage) -> Iterator[Task]:
@@ -371,10 +370,11 @@ def _teach_tasks(pipeline: Pipeline, name: str, stage: TeachStage) -> Iterator[T
 def _evaluate_tasks(pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
     for model in stage.models:
         for key in model_keys(pipeline, model):
-            sets = sources(pipeline) if key == GENERIC else [key]
-            tokens = tuple(TaskId(stage.tokens, source) for source in sets)
-            inputs = (TaskId(model, key), *tokens)
-            yield Task(TaskId(name, f"{model}.{key}"), inputs, {}, domain_of(pipeline, key))
+            # A shared model is scored on each domain by a task of its own, so that another domain adds one and touches none.
+            for source in sources(pipeline) if key == GENERIC else [key]:
+                own = f"{model}.{key}" if source == key else f"{model}.{key}.{source}"
+                inputs = (TaskId(model, key), TaskId(stage.tokens, source))
+                yield Task(TaskId(name, own), inputs, {}, domain_of(pipeline, source))
 
 
 def _export_tasks(pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator[Task]:

@@ -18,9 +18,10 @@ from megatron_specialm.config.explain import did_you_mean, explain
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
-from megatron_specialm.config.yaml_file import dump_yaml, read_yaml, read_yaml_file
+from megatron_specialm.config.yaml_file import MOST_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
 
 PACKAGE = Path(megatron_specialm.__file__).parent
+MOST_PAGES = 20  # that extend each other
 
 
 def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
@@ -81,21 +82,23 @@ def resolve_page(page: dict[str, Any], path: Path) -> Pipeline:
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
-    """The resolved page as YAML: what a run folder keeps and its tasks run from."""
+    """The resolved page as YAML: what a run folder keeps, and what jobs run from."""
     return dump_yaml(pipeline.model_dump(mode="json"))
 
 
-def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_page(path: Path, seen: tuple[Path, ...] = (), room: Room | None = None) -> dict[str, Any]:
     """Read a page and lay it over the page it extends (a path relative to its own folder).
 
     Raises:
-        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of pages.
+        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of pages, or a long row.
     """
-    place = Path(os.path.realpath(path))
+    place, room = Path(os.path.realpath(path)), room or Room()
     if place in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(map(str, (*seen, place)))}")
+    if len(seen) == MOST_PAGES:
+        raise ConfigError(f"{seen[0]}: extends more than {MOST_PAGES - 1} pages one after the other: join some of them")
     try:
-        page = read_yaml_file(path)
+        page = read_yaml_file(path, room)
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         named = f" (named by `extends` in {seen[-1]})" if seen else ""
@@ -107,7 +110,7 @@ def read_page(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return page
     if not isinstance(base, str) or not base.isprintable():
         raise ConfigError(f"{path}: extends: must be the path of a page, from this one's folder (got {base!r})")
-    return _merge(read_page(path.parent / os.path.expanduser(base), (*seen, place)), page)
+    return _merge(read_page(path.parent / os.path.expanduser(base), (*seen, place), room), page)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -119,16 +122,19 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _apply_override(page: dict[str, Any], override: str) -> None:
+    where = f"override {shorten(override)}"
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
-    value = read_yaml(text, where=f"override {override!r}")
+        raise ConfigError(f"{where}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
+    value = read_yaml(text, where=where)
     *parents, last = key.split(".")
+    if len(parents) > MOST_LEVELS:
+        raise ConfigError(f"{where}: more than {MOST_LEVELS} dots: no setting stands so deep")
     place = page
     for depth, part in enumerate(parents):
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a mapping")
+            raise ConfigError(f"{where}: {'.'.join(parents[: depth + 1])} is a value, not a mapping")
     place[last] = value
 
 

@@ -7,13 +7,21 @@ A stage names the stages it reads in its own fields (`tokens: tokens`, `init: sl
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer, TrainStage
 
-RESERVED = ("artifacts", "figures", "jobs", "parity")  # other folders of a run
+RESERVED = ("artifacts", "figures", "jobs", "parity", "submission")  # other folders of a run, and a file of `jobs/0001`
 
 
 # --- preparing text ---------------------------------------------------------------------------------------------------
@@ -236,6 +244,11 @@ class Pipeline(Settings):
     reuse: list[PathText] = Field(
         default=[],
         description="other run folders: what is complete there for the same digest is taken over from them, not made again",
+    )
+    ask_above_device_hours: NonNegativeFloat = Field(
+        default=1.0,
+        description="`run` and `submit` ask, or want `--yes`, before they make finished work anew that takes more (wall time "
+        "times processes). No part of any digest",
     )
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
@@ -15,10 +16,10 @@ class Passes(NamedTuple):
     went forward only, as in validations; and how often weights were derived for them, for a mixture of experts or of
     adapters and their base."""
 
-    trained: int = 0
-    evaluated: int = 0
-    trained_variants: int = 0
-    evaluated_variants: int = 0
+    trained: Count = 0
+    evaluated: Count = 0
+    trained_variants: Count = 0
+    evaluated_variants: Count = 0
 
     def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
         """These, and one over so many slots, computed with so many mixtures."""

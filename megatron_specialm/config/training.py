@@ -100,7 +100,8 @@ class Schedule(Settings):
 
 
 class CheckpointPolicy(Settings):
-    """When to save and how many `step_N` folders to keep (the newest; the best is kept beside them)."""
+    """When to save and how many `step_N` folders to keep: the newest. Beside them the best is kept, and of `wsd` the one before
+    the decay, from which a longer training can go on."""
 
     every: PositiveInt = 500
     keep: PositiveInt = 2

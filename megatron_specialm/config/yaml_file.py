@@ -4,10 +4,12 @@
 YAML 1.1 takes unquoted text for other things: `24:00:00` for 86400, `010` for 8, `2024-01-01` for a date. None is ever meant
 in a page, so these are read as `Guessed`, which no setting takes. `1e-4`, which YAML 1.1 takes for text, is a
 number.
+
+What is read is bounded, before it takes long: the bytes of a page and all that it extends, their values with aliases written
+out (ten lines of aliases of aliases, or of merges of merges, are 10^10), and how deep they stand inside each other.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from typing import Any
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.regular import read_regular
 
-MOST_BYTES = 4 << 20  # of a file; the longest page we ship has 12 kB
-MOST_VALUES = 200_000  # of a page with its aliases written out: ten lines of aliases of aliases are 10^10
+MOST_BYTES = 4 << 20  # the longest page we ship has 12 kB, and one may list the files of a corpus
+MOST_VALUES = 50_000  # PyYAML takes a second for them
+MOST_LEVELS = 50
+SHOWN, LONGEST = 200, 1000  # characters of a value in an error, and of an error
 INTEGERS = range(-(2**63), 2**63)
 
 
@@ -40,40 +45,52 @@ class Guessed:
         return f"{self.text} without quotes is {self.guess} to YAML: {fixes}"
 
 
-def read_yaml_file(path: Path) -> Any:
+@dataclass
+class Room:
+    """How much may still be read, of files that make up one page."""
+
+    bytes: int = MOST_BYTES
+    values: int = MOST_VALUES
+
+
+def read_yaml_file(path: Path, room: Room | None = None) -> Any:
     """Read a file.
 
+    Args:
+        room: what those that are read for the same page share.
+
     Raises:
-        ConfigError: it cannot be read, is too large, or is not UTF-8 or YAML. A file that is missing is not looked at here.
+        ConfigError: it cannot be read, is no regular file, is too large, or is not UTF-8 or YAML.
         FileNotFoundError: it is missing.
     """
+    room = room or Room()
+    text = read_text(path, most_bytes=room.bytes)
+    room.bytes -= len(text.encode())
+    return read_yaml(text, where=str(path), room=room)
+
+
+def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
+    """The text of a page, or of another file that a page or a profile names. Raises as `read_yaml_file` does."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ConfigError(f"{path}: more than {MOST_BYTES >> 20} MiB: this is no page")
-        text = content.decode()
+        return read_regular(path, most_bytes=most_bytes).decode()
     except FileNotFoundError:
         raise
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error}): save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return read_yaml(text, where=str(path))
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_yaml(text: str, *, where: str) -> Any:
+def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
     """Read one document.
 
     Raises:
         ConfigError: it is not YAML, or none that a page can be: see the module.
     """
     try:
-        return _unshared(yaml.load(text, _Loader), iter(range(MOST_VALUES)))
-    except RecursionError:
-        raise ConfigError(f"{where}: not valid YAML: values stand too deep inside each other") from None
+        return _unshared(_Loader(text, room or Room()).get_single_data())
     except Exception as error:  # what constructors raise for a bad value: ValueError, KeyError, IndexError ...
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+        raise ConfigError(f"{where}: not valid YAML: {str(error)[:LONGEST]}") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -84,14 +101,42 @@ def dump_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """As the module says."""
 
+    def __init__(self, text: str, room: Room) -> None:
+        super().__init__(text)
+        self._room, self._level = room, 0
+        self._values: dict[yaml.Node, int] = {}  # in each whole node, with its aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count before anything is built: an alias is as many values as what it stands for."""
+        left, start = self._room.values, self.peek_event()
+        self._level += 1
+        if self._level > MOST_LEVELS:
+            raise _problem(f"values stand too deep inside each other, more than {MOST_LEVELS} levels", start)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        assert node is not None
+        if isinstance(start, yaml.AliasEvent):
+            if node not in self._values:
+                raise _problem("an anchor stands inside itself: write out what is meant", start)
+            self._room.values -= self._values[node]
+        else:
+            self._room.values -= 1
+            self._values[node] = left - self._room.values
+        if self._room.values < 0:
+            raise _problem(f"more than {MOST_VALUES:,} values, with all aliases written out", start)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set, and they win
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for index, key in enumerate(keys):
+        known: set[str] = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge):
             if not isinstance(key, str):
-                raise _problem(str(key) if isinstance(key, Guessed) else f"key {key!r} is not text: quote it", node)
-            if key in keys[:index]:
-                raise _problem(f"key {key!r} stands twice", node)
+                raise _problem(
+                    str(key) if isinstance(key, Guessed) else f"key {shorten(key)} is not text: quote it", node
+                )
+            if key in known:
+                raise _problem(f"key {shorten(key)} stands twice", node)
+            known.add(key)
         return super().construct_mapping(node, deep=deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> Any:
@@ -128,19 +173,20 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _problem(what: str, node: yaml.Node) -> yaml.YAMLError:
+def _problem(what: str, node: Any) -> yaml.YAMLError:
+    """An error at a node or an event."""
     return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
 
 
-def _unshared(value: Any, left: Iterator[int], key: str = "", inside: tuple[int, ...] = ()) -> Any:
+def _unshared(value: Any) -> Any:
     """A copy in which each mapping stands once: YAML's aliases are one object, and an override of one stage would change
     all that were merged from its anchor."""
-    if next(left, None) is None:
-        raise ValueError(f"more than {MOST_VALUES:,} values, with all aliases written out")
-    if id(value) in inside:
-        raise ValueError(f"{key.removeprefix('.')}: an anchor stands inside itself: write out what is meant")
     if isinstance(value, dict):
-        return {name: _unshared(part, left, f"{key}.{name}", (*inside, id(value))) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_unshared(part, left, f"{key}.{index}", (*inside, id(value))) for index, part in enumerate(value)]
-    return value
+        return {name: _unshared(part) for name, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
+
+
+def shorten(value: Any) -> str:
+    """A value as an error names it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"

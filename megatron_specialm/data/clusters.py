@@ -113,13 +113,13 @@ def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -
     Raises:
         DataError: no ids, or an id outside [0, k).
     """
-    sizes = np.sum([_count(block, k) for block in _blocks(parts)], axis=0)
+    sizes = np.sum([_count(block, k) for block in blocks(parts)], axis=0)
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
     free, start = (
         offsets[:-1].copy(),
         0,
     )  # where each cluster's next window goes; the number of the block's first window
-    for block in _blocks(parts):
+    for block in blocks(parts):
         by_cluster = np.argsort(
             block.astype(np.uint16 if k <= 1 << 16 else np.int64), kind="stable"
         )  # 16 bits: radix sort
@@ -131,7 +131,8 @@ def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -
     return offsets
 
 
-def _blocks(parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def blocks(parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Numbers of windows in parts that fit into memory."""
     for part in parts:
         for start in range(0, max(len(part), 1), BLOCK):  # no ids are one block of none, for `_count` to refuse
             yield np.asarray(part[start : start + BLOCK])

@@ -14,6 +14,7 @@ import tokenizers
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.data.sentencepiece_conversion import NEVER
+from megatron_specialm.data.tokenizer_checks import check_description, check_settings, read_mapping, read_text, refusing
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,18 @@ def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         DataError: a file that cannot be read, or no end token among the tokens.
     """
-    description = {**_read(source / JSON), "post_processor": None, "truncation": None, "padding": None}
-    try:
+    description = {"added_tokens": [], "model": {}, **read_mapping(source / JSON)}
+    description |= {"post_processor": None, "truncation": None, "padding": None}
+    check_description(source / JSON, description)
+    with refusing(source / JSON, f"not a tokenizer that tokenizers {tokenizers.__version__} can load"):
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(
-            f"{source / JSON}: not a tokenizer that tokenizers {tokenizers.__version__} can load ({error}): save it again "
-            "with this version"
-        ) from None
-    said = {**_read_if_there(source / SPECIAL_TOKENS), **_said(_read_if_there(source / CONFIG))}
+    for number, token in enumerate(description["added_tokens"]):
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise DataError(
+                f"{source / JSON}: added_tokens[{number}].id: tokenizers gives {token['content']!r} the id "
+                f"{tokenizer.token_to_id(token['content'])} (got {token['id']}): save the tokenizer again"
+            )
+    said = {**_read_settings(source / SPECIAL_TOKENS), **_said(_read_settings(source / CONFIG))}
     eod = _name(said.get("eos_token"))
     if eod is None or tokenizer.token_to_id(eod) is None:
         added = ", ".join(repr(token["content"]) for token in description["added_tokens"]) or "none"
@@ -78,10 +82,10 @@ def _kept(source: Path, said: dict[str, Any], tokenizer: tokenizers.Tokenizer) -
             kept[role] = name
         elif name is not None:
             logger.warning("%s: its %s %r is no token of %s and is passed over", source, role, name, JSON)
-    if said.get("padding_side") in ("left", "right"):
+    if said.get("padding_side"):
         kept["padding_side"] = said["padding_side"]
     template = source / CHAT_TEMPLATE
-    chat_template = _read_text(template) if template.is_file() else said.get("chat_template")
+    chat_template = read_text(template) if template.is_file() else said.get("chat_template")
     return kept if chat_template is None else {**kept, "chat_template": chat_template}
 
 
@@ -96,22 +100,8 @@ def _said(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return _read(path) if path.is_file() else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 ({error}): save the tokenizer again") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}): save the tokenizer again") from None
-    if not isinstance(value, dict) or not isinstance(value.get("added_tokens", []), list):
-        raise DataError(f"{path}: not a mapping as Hugging Face writes it: save the tokenizer again")
-    return {"added_tokens": [], "model": {}, **value} if path.name == JSON else value
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What stands in one of the files that say more; nothing where there is none."""
+    said = read_mapping(path) if path.is_file() else {}
+    check_settings(path, said)
+    return said

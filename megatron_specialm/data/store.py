@@ -14,15 +14,19 @@ import logging
 import os
 import resource
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_specialm.base.arrays import read_values
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import fsync_path, read_json, write_json
+from megatron_specialm.base.files import REMAKE, fsync_path, named, read_json, write_json
+from megatron_specialm.base.shapes import Count, Size
+from megatron_specialm.data.index import read_index
 
 DESCRIPTION = "store.json"
 MIXTURE = "mixture"  # the note (B, K) float32: which mixture of a projected network's experts computes each window
@@ -30,6 +34,42 @@ SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")
 
 logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)  # it tells of each file it opens
+
+
+@dataclass(frozen=True)
+class Part:
+    """What `store.json` says of a pair of files: the folder where they stand, and their sizes by name."""
+
+    folder: str
+    bytes: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What `store.json` says of a split. Either it has files, of `bytes` each, or `parts`."""
+
+    documents: Count
+    windows: Count
+    tokens: Count
+    skipped: Count = 0
+    bytes: dict[str, Count] | None = None
+    parts: list[Part] | None = None
+
+    @property
+    def files(self) -> list[Part]:
+        """The folders that hold its files: the store's own, or those of its shards."""
+        return self.parts or [Part(".", self.bytes or {})]
+
+
+@dataclass(frozen=True)
+class Description:
+    """The content of `store.json`. `tokenizer`: its fingerprint; `eod`: the id of the end-of-document token."""
+
+    tokenizer: str
+    context_length: Size
+    vocabulary_size: Size
+    eod: Count
+    splits: dict[str, Split]
 
 
 class Batch(NamedTuple):
@@ -59,90 +99,122 @@ class Batch(NamedTuple):
 class _Part:
     """The windows of one pair of files, all mapped: what a process keeps does not grow with them."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self._index = index = IndexedDataset(
-            str(folder / split), mmap=False
-        ).index  # to be kept: its end unmaps the file
-        self._lengths, self._starts = index.sequence_lengths, index.sequence_pointers  # in tokens, and in bytes
-        # A plain array on the mapped file: slices of np.memmap itself cost three times as much.
-        tokens = folder / f"{split}.bin"
-        is_empty = not len(index) and tokens.stat().st_size == 0  # which cannot be mapped
-        mapped = np.empty(0, index.dtype) if is_empty else np.memmap(tokens, dtype=index.dtype, mode="r")
-        self._tokens = np.asarray(mapped)
+    def __init__(self, folder: Path, split: str, part: Part, description: Description) -> None:
+        self._path, self._longest = folder / f"{split}.idx", description.context_length
+        dtype = token_type(description.vocabulary_size)
+        self._lengths, self._starts = read_index(self._path, dtype=dtype)
+        self._tokens = read_values(folder / f"{split}.bin", dtype=dtype, shape=(None,), mapped=True)
 
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def tokens(self) -> int:
+        return len(self._tokens)
+
     def window(self, index: int) -> np.ndarray:
-        start = int(self._starts[index]) // self._tokens.itemsize
-        return self._tokens[start : start + int(self._lengths[index])]
+        start, rest = divmod(int(self._starts[index]), self._tokens.itemsize)
+        length = int(self._lengths[index])
+        if rest or start < 0 or not 0 < length <= self._longest or start + length > len(self._tokens):
+            raise ArtifactError(
+                f"{self._path}: window {index} has {length} tokens from {start + rest / self._tokens.itemsize:g} on, of "
+                f"{len(self._tokens)} in windows of at most {self._longest}: {REMAKE}"
+            )
+        return self._tokens[start : start + length]
 
 
 class TokenStore:
     """The windows of one split. Tokens and their index are memory-mapped: in memory are a few hundred bytes per shard."""
 
-    def __init__(self, folder: Path, split: str, description: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.context_length: int = description["context_length"]
-        self.vocabulary_size: int = description["vocabulary_size"]
-        self.eod: int = description["eod"]
-        self.tokenizer: str = description["tokenizer"]  # its fingerprint
-        self.tokens: int = description["splits"][split]["tokens"]  # of all windows
-        folders = [folder / part["folder"] for part in _parts(description["splits"][split])]
-        _allow_open_files(2 * len(folders))
-        self._parts = [_Part(part, split) for part in folders]
+    def __init__(self, folder: Path, split: str, description: Description) -> None:
+        self.folder, self._split = folder, split
+        self.context_length = description.context_length
+        self.vocabulary_size = description.vocabulary_size
+        self.eod = description.eod
+        self.tokenizer = description.tokenizer  # its fingerprint
+        self.tokens = description.splits[split].tokens  # of all windows
+        parts = description.splits[split].files
+        _allow_open_files(2 * len(parts))
+        self._parts = [_Part(folder / part.folder, split, part, description) for part in parts]
         self._firsts = np.cumsum([0, *map(len, self._parts)])  # the number of each part's first window; last, N
+        found, said = (len(self), sum(part.tokens for part in self._parts)), description.splits[split]
+        if found != (said.windows, said.tokens):
+            raise ArtifactError(
+                f"{folder / DESCRIPTION}: {said.windows} windows of {said.tokens} tokens in {split}, and its files have "
+                f"{found[0]} of {found[1]}: {REMAKE}"
+            )
 
     @classmethod
     def open(cls, folder: Path, split: str, *, tokenizer: str | None = None) -> Self:
         """Open a split, and check that it is whole and, given a fingerprint, of that tokenizer.
 
         Raises:
-            ArtifactError: no such split, a file of another size than was written, or another tokenizer.
+            ArtifactError: no such split, a file of another size or kind than was written, or another tokenizer.
         """
-        description = read_json(folder / DESCRIPTION)
-        if tokenizer is not None and tokenizer != description["tokenizer"]:
+        description = read_json(folder / DESCRIPTION, Description)
+        if tokenizer is not None and tokenizer != description.tokenizer:
             raise ArtifactError(
-                f"{folder}: made with the tokenizer {description['tokenizer']}, not {tokenizer}: "
+                f"{folder}: made with the tokenizer {description.tokenizer}, not {tokenizer}: "
                 "run the tokenize stage again with the tokenizer that is wanted"
             )
-        if split not in description["splits"]:
-            raise ArtifactError(f"{folder}: has no split {split!r}; it has {', '.join(description['splits'])}")
-        for part in _parts(description["splits"][split]):
-            _check_sizes((folder / part["folder"]).resolve(), part["bytes"])
+        if split not in description.splits:
+            raise ArtifactError(f"{folder}: has no split {split!r}; it has {', '.join(description.splits)}")
+        for part in description.splits[split].files:
+            _check_sizes((folder / part.folder).resolve(), part.bytes)
         return cls(folder, split, description)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def window(self, index: int) -> np.ndarray:
-        """The token ids of a window (at most T), the end-of-document token included where it ends its document."""
+        """The token ids of a window (at most T), the end-of-document token included where it ends its document.
+
+        Raises:
+            ArtifactError: there is no such window, or the file has something else in its place.
+        """
         (window,) = self._windows(np.array([index]))
-        return window
+        return self._checked(window)
 
     def batch(self, ids: np.ndarray) -> Batch:
         """The windows of `ids` (B,) as model input: the end-of-document token, then the window less its last token.
 
         So every token of a window is predicted exactly once. Padding is the end-of-document token with mask 0.
+
+        Raises:
+            ArtifactError: there is no such window, or the file has something else in its place.
         """
         targets = np.full((len(ids), self.context_length), self.eod, np.int64)
         mask = np.zeros((len(ids), self.context_length), np.float32)
         for target, counts, window in zip(targets, mask, self._windows(ids), strict=True):
             target[: len(window)], counts[: len(window)] = window, 1
-        tokens = np.roll(targets, 1, axis=1)
+        tokens = np.roll(self._checked(targets), 1, axis=1)
         tokens[:, 0] = self.eod
         return Batch(tokens, targets, mask)
 
     def _windows(self, ids: np.ndarray) -> Iterable[np.ndarray]:
         """The token ids of each of the windows `ids` (B,)."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise ArtifactError(
+                f"{self.folder}: has windows 0 to {len(self) - 1}, and windows {ids.min()} to {ids.max()} are asked for: what "
+                f"names them is damaged or of another set: {REMAKE}"
+            )
         parts = np.searchsorted(self._firsts, ids, side="right") - 1
         places = ids - self._firsts[parts]
         return (self._parts[part].window(place) for part, place in zip(parts.tolist(), places.tolist(), strict=True))
 
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens that have all been found to be of the vocabulary: an embedding table has no rows for others."""
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
+            raise ArtifactError(
+                f"{self.folder}: {self._split}.bin, of it or of one of its shards, has token ids from {tokens.min()} to "
+                f"{tokens.max()} for a vocabulary of {self.vocabulary_size}: {REMAKE}"
+            )
+        return tokens
 
-def _parts(split: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The folders that hold a split's files, each with their sizes: the store's own, or those of its shards."""
-    return split.get("parts") or [{"folder": ".", "bytes": split["bytes"]}]
+
+def token_type(vocabulary_size: int) -> type[np.integer]:
+    """The integers that token ids are stored as."""
+    return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
 def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -172,14 +244,14 @@ class StoreWriter:
     def __init__(self, folder: Path, split: str, *, context_length: int, vocabulary_size: int) -> None:
         self._folder, self._split = folder, split
         self._context_length = context_length
-        dtype = np.uint16 if vocabulary_size < 65_500 else np.int32
-        self._builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype)
+        self._builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=token_type(vocabulary_size))
         self._documents = self._windows = self._tokens = 0
 
     def add_document(self, ids: np.ndarray) -> None:
         """Add a document (or part of one) as windows of T tokens, the last one being what is left."""
         starts = range(0, len(ids), self._context_length)
-        self._builder.add_document(ids, [min(self._context_length, len(ids) - start) for start in starts])
+        with named(self._folder / f"{self._split}.bin"):
+            self._builder.add_document(ids, [min(self._context_length, len(ids) - start) for start in starts])
         self._documents += 1
         self._windows += len(starts)
         self._tokens += len(ids)
@@ -187,7 +259,8 @@ class StoreWriter:
     def finish(self) -> dict[str, Any]:
         """Close the files; returns the split's part of the description."""
         paths = [self._folder / f"{self._split}{suffix}" for suffix in (".bin", ".idx")]
-        self._builder.finalize(str(paths[1]))
+        with named(paths[1]):
+            self._builder.finalize(str(paths[1]))
         for path in paths:
             fsync_path(path)
         return {
@@ -200,17 +273,18 @@ class StoreWriter:
 
 def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str, Any]:
     """A split's part of the description of `store`, whose windows are those of the shards in `folders`, in that order."""
-    shards = [(os.path.relpath(folder, store), read_json(folder / DESCRIPTION)["splits"][split]) for folder in folders]
+    shards = [(os.path.relpath(folder, store), read_json(folder / DESCRIPTION, Description)) for folder in folders]
+    splits = [(folder, description.splits[split]) for folder, description in shards]
     return {
-        **{name: sum(shard[name] for _, shard in shards) for name in COUNTS},
-        "parts": [{"folder": folder, "bytes": shard["bytes"]} for folder, shard in shards],
+        **{name: sum(getattr(own, name) for _, own in splits) for name in COUNTS},
+        "parts": [{"folder": folder, "bytes": own.bytes} for folder, own in splits],
     }
 
 
 def read_counts(folder: Path) -> dict[str, dict[str, int]]:
     """A store's counts (`COUNTS`), each by split."""
-    splits = read_json(folder / DESCRIPTION)["splits"]
-    return {name: {split: part[name] for split, part in splits.items()} for name in COUNTS}
+    splits = read_json(folder / DESCRIPTION, Description).splits
+    return {name: {split: getattr(own, name) for split, own in splits.items()} for name in COUNTS}
 
 
 def describe_store(

@@ -26,12 +26,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 
+from megatron_specialm.base.arrays import read_values
 from megatron_specialm.base.errors import ArtifactError, ConfigError
-from megatron_specialm.base.files import fsync_path, read_json, write_json
+from megatron_specialm.base.files import REMAKE, fsync_path, named, read_json, write_json
+from megatron_specialm.base.shapes import Count, Size
 
 DESCRIPTION = "cache.json"
 LENGTHS = "lengths"
@@ -89,16 +91,33 @@ class Kept:
         return {IDS: ids, ENTROPY: one}
 
 
+@dataclass(frozen=True)
+class Description:
+    """The content of `cache.json`. `teacher` and `store` are digests; `bytes` are the files' sizes by their names."""
+
+    kept: Kept
+    context_length: Size
+    teacher: str
+    store: str
+    windows: Count
+    tokens: Count
+    bytes: dict[str, Count]
+
+
 class TeacherCache:
     """A cache on disk. The arrays are memory-mapped; what is in memory is 12 bytes a window."""
 
-    def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
-        self.kept = Kept(**description["kept"])
-        self.context_length: int = description["context_length"]
-        self._lengths = np.fromfile(_path(folder, LENGTHS), np.int32)
+    def __init__(self, folder: Path, description: Description) -> None:
+        self.folder, self.kept, self.context_length = folder, description.kept, description.context_length
+        lengths = _path(folder, LENGTHS)
+        self._lengths = read_values(lengths, dtype=np.int32, shape=(description.windows,))
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
+        if ((self._lengths < 0) | (self._lengths > self.context_length)).any() or self._lengths.sum(
+            dtype=np.int64
+        ) != description.tokens:
+            raise ArtifactError(f"{lengths}: not the lengths of windows with {description.tokens} tokens: {REMAKE}")
         self._arrays = {
-            name: np.asarray(np.memmap(_path(folder, name), dtype, mode="r")).reshape(-1, *shape)
+            name: read_values(_path(folder, name), dtype=dtype, shape=(description.tokens, *shape), mapped=True)
             for name, (dtype, shape) in self.kept.arrays().items()
         }
 
@@ -112,14 +131,14 @@ class TeacherCache:
         Raises:
             ArtifactError: an unfinished or damaged cache, or one of another teacher or store.
         """
-        description = read_json(folder / DESCRIPTION)
+        description = read_json(folder / DESCRIPTION, Description)
         for what, wanted in {"teacher": teacher, "store": store}.items():
-            if description[what] != wanted:
+            if (found_with := getattr(description, what)) != wanted:
                 raise ArtifactError(
-                    f"{folder}: made with the {what} {description[what]}, not {wanted}: "
+                    f"{folder}: made with the {what} {found_with}, not {wanted}: "
                     f"teach again with the {what} that is wanted"
                 )
-        for name, size in description["bytes"].items():
+        for name, size in description.bytes.items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
@@ -133,7 +152,11 @@ class TeacherCache:
         return len(self._lengths)
 
     def notes(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """What was kept of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero where nothing counts."""
+        """What was kept of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero where nothing counts.
+
+        Raises:
+            ArtifactError: a token is none of the vocabulary.
+        """
         lengths, ends = self._lengths[ids].tolist(), self._ends[ids].tolist()
         notes = {}
         for name, array in self._arrays.items():
@@ -141,6 +164,12 @@ class TeacherCache:
             notes[name] = np.zeros((len(ids), self.context_length, *array.shape[1:]), dtype)
             for row, end, length in zip(notes[name], ends, lengths, strict=True):
                 row[:length] = array[end - length : end]
+        ids_BTK = notes.get(IDS)
+        if ids_BTK is not None and ids_BTK.size and not 0 <= ids_BTK.min() <= ids_BTK.max() < self.kept.vocabulary_size:
+            raise ArtifactError(
+                f"{_path(self.folder, IDS)}: has token ids from {ids_BTK.min()} to {ids_BTK.max()} for a vocabulary of "
+                f"{self.kept.vocabulary_size}: {REMAKE}"
+            )
         return notes
 
     def noise(self) -> float | None:
@@ -181,14 +210,16 @@ class CacheWriter:
         (length,) = {len(array) for array in arrays.values()}
         for name, (dtype, shape) in self.kept.arrays().items():
             assert arrays[name].shape[1:] == shape, f"{name}: {arrays[name].shape}"
-            self._files[name].write(arrays[name].astype(dtype, order="C").data)
+            with named(_path(self._folder, name)):
+                self._files[name].write(arrays[name].astype(dtype, order="C").data)
         self._lengths.append(length)
 
     def finish(self) -> None:
         """Close the files and describe them: from here on the cache can be opened."""
-        for file in self._files.values():
-            file.close()
-        np.array(self._lengths, np.int32).tofile(_path(self._folder, LENGTHS))
+        for name, file in self._files.items():
+            with named(_path(self._folder, name)):
+                file.close()
+        _path(self._folder, LENGTHS).write_bytes(np.array(self._lengths, np.int32).tobytes())
         paths = [_path(self._folder, name) for name in (LENGTHS, *self._files)]
         for path in paths:
             fsync_path(path)

@@ -17,6 +17,7 @@ token, not even where it spells it out: an imported tokenizer in which it would 
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,10 +27,19 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.base.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
+from megatron_specialm.base.files import (
+    atomic_path,
+    read_json,
+    reading,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
 from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
+from megatron_specialm.data.tokenizer_checks import check_pieces, read_file, refusing
 
 MODEL, SETTINGS = "sentencepiece.model", "settings.json"
 EOD = "</s>"
@@ -46,6 +56,22 @@ PROBES = (
     "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
     "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
 )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    pad_token: str | None = None
+    unk_token: str | None = None
+    padding_side: Literal["left", "right"] | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The content of `settings.json`, as far as its types matter."""
+
+    library: Literal["sentencepiece", "tokenizers"]
+    eod: str
+    kept: _Kept = _Kept()
 
 
 class Tokenizer:
@@ -77,16 +103,17 @@ class Tokenizer:
         Raises:
             ArtifactError: a file is missing or damaged.
         """
-        settings = read_json(folder / SETTINGS)
-        try:
-            exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
-            native = settings["library"] == "sentencepiece"
-            encode, decode = _sentencepiece_calls(folder / MODEL) if native else _tokenizers_calls(exported)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ArtifactError(
-                f"{folder}: cannot be loaded ({error}): remove it and make the tokenizer again"
-            ) from None
-        return cls(folder, encode, decode, exported, settings)
+        said = read_json(folder / SETTINGS, _Settings)
+        fix = "remove it and make the tokenizer again"
+        with refusing(folder, "cannot be loaded", kind=ArtifactError, fix=fix):
+            with reading(folder / JSON, form="a tokenizer"):
+                exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
+                encode, decode = _tokenizers_calls(exported)
+            if said.library == "sentencepiece":
+                with reading(folder / MODEL, form="a SentencePiece model"):
+                    encode, decode = _sentencepiece_calls(folder / MODEL)
+            with reading(folder / JSON, form="a tokenizer"):
+                return cls(folder, encode, decode, exported, read_json(folder / SETTINGS, dict[str, Any]))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of token ids per text, in one thread, without special tokens."""
@@ -186,16 +213,18 @@ def import_tokenizer(path: Path, folder: Path) -> Tokenizer:
         DataError: it is neither, has no end-of-sentence token or one that text can encode to, cannot be exported without
             changing its ids, or decodes to other text than it encodes.
     """
-    if path.suffix == ".model" and path.is_file():
-        _check_sentencepiece(path)
-        return _save_sentencepiece(path.read_bytes(), folder)
-    if (path / JSON).is_file():
-        description, settings = read_huggingface(path)
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
-        _check_calls(path, *_tokenizers_calls(tokenizer), tokenizer, settings["eod"])
-        write_json(folder / JSON, description)
-        write_json(folder / SETTINGS, {"library": "tokenizers", **settings})
-        return Tokenizer.load(folder)
+    with refusing(path, "cannot be used"):
+        if path.suffix == ".model" and path.is_file():
+            model = read_file(path)
+            _check_sentencepiece(path, model)
+            return _save_sentencepiece(model, folder)
+        if (path / JSON).is_file():
+            description, settings = read_huggingface(path)
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+            _check_calls(path, *_tokenizers_calls(tokenizer), tokenizer, settings["eod"])
+            write_json(folder / JSON, description)
+            write_json(folder / SETTINGS, {"library": "tokenizers", **settings})
+            return Tokenizer.load(folder)
     raise DataError(
         f"{path}: neither a SentencePiece .model file nor a folder with a {JSON}: correct the tokenizer's path"
     )
@@ -242,15 +271,15 @@ def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def _check_sentencepiece(source: Path) -> None:
+def _check_sentencepiece(source: Path, model: bytes) -> None:
     """Refuse a SentencePiece model that has no end of sentence, or whose conversion gives other ids than itself."""
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{source}: not a SentencePiece model ({error}): correct the tokenizer's path") from None
+    with refusing(source, "not a SentencePiece model", fix="correct the tokenizer's path"):
+        proto = schema.ModelProto.FromString(model)
+        check_pieces(source, proto)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if processor.eos_id() < 0:
         raise DataError(f"{source}: has no end-of-sentence piece to end documents with: train it with eos_id set")
-    tokenizer = converted(schema.ModelProto.FromString(processor.serialized_model_proto()))
+    tokenizer = converted(proto)
     encode, _ = _tokenizers_calls(tokenizer)
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     for text in (*PROBES, *(f"a{name}b {name}" for name in added)):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Group
 from rich.table import Column, Table
-from rich.text import Text
 
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.doctor import accelerator, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
 from megatron_specialm.doctor.packages import PACKAGES, blame, package_finding
@@ -95,16 +95,16 @@ def page(findings: list[Finding]) -> Group:
     table = _table("part", "state", "version", "")
     parts_of: dict[str, list[str]] = {}
     for finding in findings:
-        state = Text(finding.state, STYLES[finding.state])
-        table.add_row(finding.name, state, Text(finding.version), Text(finding.detail))
+        state = plain(finding.state, STYLES[finding.state])
+        table.add_row(plain(finding.name), state, plain(finding.version), plain(finding.detail))
         if finding.state != "ok" and finding.remedy:
             parts_of.setdefault(finding.remedy, []).append(finding.name)
     remedies = _table("to get", "")
     for remedy, parts in parts_of.items():
-        remedies.add_row("\n".join(parts), Text(remedy, overflow="fold"))
+        remedies.add_row(plain("\n".join(parts)), plain(remedy, overflow="fold"))
     if can_train(findings):
-        verdict = Text("This machine can train.", "green")
+        verdict = plain("This machine can train.", "green")
     else:
         lacking = [finding.name for finding in findings if finding.needed and finding.state != "ok"]
-        verdict = Text(f"Training needs what is not ok here: {', '.join(lacking)}.", "bold red")
+        verdict = plain(f"Training needs what is not ok here: {', '.join(lacking)}.", "bold red")
     return Group(table, "", *((remedies, "") if parts_of else ()), verdict)

@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, read_label, read_marker, view
+from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, SHOWN_DIGITS, read_label, read_marker, view
 from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.launch.plan import PlannedTask
@@ -22,7 +23,7 @@ class Unwanted:
 
     bytes: that its removal frees: not those that another run folder shares.
     age: seconds since it was finished, or begun.
-    device_seconds: what making it cost; None where it was not finished.
+    device_seconds: what making it cost, with what it went on from; None where it was not finished.
     """
 
     task: TaskId
@@ -36,11 +37,23 @@ def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Colle
     """Artifacts of other settings, text or inputs, and of tasks that the page has no more; the largest first.
 
     Args:
-        live: digests that queued and running jobs make.
+        live: digests of what queued and running jobs make and read: what those rest on is wanted too.
     """
-    wanted = {*live, *(planned.digest for planned in plan.values())}
+    wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
     found = [_describe(folder) for folder in all_artifacts(root) if not _is_of(folder, wanted)]
     return sorted(found, key=lambda unwanted: -unwanted.bytes)
+
+
+def _with_inputs(root: Path, digests: Iterable[str]) -> set[str]:
+    folders = {folder.name: folder for folder in all_artifacts(root)}
+    found: set[str] = set()
+    left = list(digests)
+    while left:
+        if (digest := left.pop()) not in found:
+            found.add(digest)
+            if (folder := folders.get(digest[:SHOWN_DIGITS])) is not None:
+                left += read_label(folder)["made_from"].get("inputs", {}).values()
+    return found
 
 
 def _is_of(folder: Path, digests: Iterable[str]) -> bool:
@@ -50,7 +63,7 @@ def _is_of(folder: Path, digests: Iterable[str]) -> bool:
 def _describe(folder: Path) -> Unwanted:
     with contextlib.suppress(ArtifactError):  # a damaged marker costs the figure
         marker = read_marker(folder)
-        cost = marker.cost.device_seconds if marker else None
+        cost = marker.whole_cost.device_seconds if marker else None
         when = (folder / (MARKER if marker else LABEL)).stat().st_mtime
         return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), max(0.0, time.time() - when), cost)
     return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), 0.0, None)
@@ -87,9 +100,10 @@ def remove(unwanted: Iterable[Unwanted], root: Path) -> None:
                 f"{one.folder / LABEL}: is of another digest: the file is damaged; look at the folder yourself"
             )
         aside = one.folder.with_name(f".{one.folder.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(one.folder, aside)
-        shutil.rmtree(aside)
+        with hold_task(root, *one.task):  # a job of which this machine cannot ask may be at work
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(one.folder, aside)
+            shutil.rmtree(aside)
         place = view(root, *one.task)
         if place.is_symlink() and not place.exists():
             place.unlink()

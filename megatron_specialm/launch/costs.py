@@ -47,7 +47,7 @@ def model_cost(
     costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in _ALL}
     devices = set()
     for name in ancestors(graph, model):
-        cost = asdict(markers[name].cost)
+        cost = asdict(markers[name].whole_cost)
         if isinstance(pipeline.stages[name.stage], TrainStage):
             devices.add(cost["device"])
         else:
@@ -69,10 +69,14 @@ def fill(costs: Mapping[str, Any]) -> float | None:
 
 
 def ledger_entries(task: Task, marker: Marker) -> Iterator[dict[str, Any]]:
-    """A task's own cost, and for whom it was paid; and where it did work that decides nothing, that apart."""
-    yield {"task": str(task.id), "phase": phase_of(task), "domain": task.domain, **asdict(marker.cost)}
+    """A task's own cost, and for whom it was paid; where it went on from an earlier training, what that one had cost by then;
+    and where it did work that decides nothing, that apart."""
+    whose = {"task": str(task.id), "phase": phase_of(task), "domain": task.domain}
+    yield {**whose, **asdict(marker.cost)}
+    if marker.earlier is not None:
+        yield {**whose, "earlier": marker.values["earlier"], **asdict(marker.earlier)}
     if marker.apart is not None:
-        yield {"task": str(task.id), "phase": COMPARISON, "domain": task.domain, **asdict(marker.apart)}
+        yield {**whose, "phase": COMPARISON, **asdict(marker.apart)}
 
 
 def phase_of(task: Task) -> str:

@@ -6,55 +6,102 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import (
     LABEL,
-    Cost,
     Marker,
     artifact_folder,
     finish_artifact,
     incarnation,
     read_label,
     read_marker,
+    view,
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
+from megatron_specialm.base.lock import hold_placing
+
+NO_STAGES = ("artifacts", "figures", "jobs", "parity")  # folders of a run folder, of this version or earlier ones
+
+
+def has_earlier_layout(root: Path) -> bool:
+    """Whether something stands in the places of earlier versions."""
+    return any((*_labels(root), *_markers(root)))
+
+
+def refuse_earlier_layout(root: Path) -> None:
+    """Before who only looks is told that nothing is there.
+
+    Raises:
+        ArtifactError: something stands in the places of earlier versions.
+    """
+    if has_earlier_layout(root):
+        raise ArtifactError(
+            f"{root}: an earlier version made it: the next `specialm run` or `submit` of its page takes it over"
+        )
 
 
 def adopt_earlier_layout(root: Path) -> None:
     """Move what stands in the places of earlier versions to those of this one; killed in between, it goes on next time. The
-    caller is alone at work in the folder.
+    caller has seen that no job of an earlier version works in the folder; another one that adopts is waited for.
 
     Raises:
-        ArtifactError: a label or marker is damaged.
+        ArtifactError: a label or marker is damaged; or a job of an earlier version has begun again what was moved.
+        MachineError: another job has been at it for long.
     """
-    for label in sorted(root.glob(f"*/*/{LABEL}")):
-        stage, key = label.parts[-3:-1]
-        folder = label.parent
-        if folder.is_symlink():
-            continue
-        target = artifact_folder(root, stage, key, read_label(folder)["digest"])
-        if not target.exists():
+    with hold_placing(root):
+        for label in sorted(_labels(root)):
+            stage, key = label.parts[-3:-1]
+            target = artifact_folder(root, stage, key, read_label(label.parent)["digest"])
+            _refuse_two(label.parent, target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, target)
+            os.rename(label.parent, target)
             fsync_path(target.parent)
-    for path in sorted(root.glob("*/done/*.json")):
-        stage, key = path.parts[-3], path.stem
-        marker = _read(path)
-        folder = artifact_folder(root, stage, key, marker.digest)
-        if (folder / LABEL).exists() and read_marker(folder) is None:
-            write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
-            finish_artifact(root, stage, key, marker)
-        path.unlink()
-        with contextlib.suppress(OSError):  # other markers are in it
-            path.parent.rmdir()
+        for path in sorted(_markers(root)):
+            _move_marker(root, path)
 
 
-def _read(path: Path) -> Marker:
-    value = read_json(path)
-    try:
-        apart = Cost(**value["apart"]) if value.get("apart") else None
-        return Marker(value["digest"], Cost(**value["cost"]), value["values"], value["versions"], apart)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not a completion marker ({error!r}): remove it and run again") from None
+def _labels(root: Path) -> Iterator[Path]:
+    """Of folders in place: where this version has links."""
+    return (
+        path for path in root.glob(f"*/*/{LABEL}") if path.parts[-3] not in NO_STAGES and not path.parent.is_symlink()
+    )
+
+
+def _markers(root: Path) -> Iterator[Path]:
+    """A domain may be named `done` too: its folder is an artifact's, or a link to one."""
+    return (
+        path
+        for path in root.glob("*/done/*.json")
+        if path.parts[-3] not in NO_STAGES and not path.parent.is_symlink() and not (path.parent / LABEL).exists()
+    )
+
+
+def _move_marker(root: Path, path: Path) -> None:
+    stage, key = path.parts[-3], path.stem
+    marker = read_json(path, Marker, remedy="remove it and run again")
+    folder = artifact_folder(root, stage, key, marker.digest)
+    if (folder / LABEL).exists() and read_marker(folder) is None and not _names_shards(folder):
+        _refuse_two(view(root, stage, key), folder)
+        write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
+        finish_artifact(root, stage, key, marker)
+    path.unlink()
+    with contextlib.suppress(OSError):  # other markers are in it
+        path.parent.rmdir()
+
+
+def _refuse_two(place: Path, moved: Path) -> None:
+    """That no job of an earlier version, which knows nothing of the new places, has made anew what was moved from its own."""
+    if moved.exists() and place.exists() and not place.is_symlink():
+        raise ArtifactError(
+            f"{place}: a job of an earlier version has made it again after it was moved to {moved}: let that job end, or "
+            "cancel it, and move one of the two folders away"
+        )
+
+
+def _names_shards(folder: Path) -> bool:
+    """Whether it is a set gathered from shards, which it names by where they stood: gathering them again takes seconds."""
+    lists = (folder / name for name in ("store.json", "vectors.json"))
+    return any(path.is_file() and '"../' in path.read_text(encoding="utf-8") for path in lists)

@@ -9,11 +9,12 @@ whole. What has no file here (`hf:`, a hub's model) is known by its name, what a
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_specialm.base.errors import MissingTextError
+from megatron_specialm.base.errors import ConfigError, MissingTextError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.hash_cache import sha256_files
 from megatron_specialm.config.graph import ENCODING_MODEL, TOKENIZER, Task, TaskId
@@ -31,17 +32,21 @@ class Part(NamedTuple):
     file: Path | None
 
 
-def hash_files(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, str]]:
+def hash_files(tasks: Iterable[Task], root: Path, *, keep: bool = True) -> dict[TaskId, dict[str, str]]:
     """SHA-256 of all that each task reads, by role.
 
+    Args:
+        keep: whether the run folder's cache is written.
+
     Raises:
+        ConfigError: what is read is in the run folder.
         DataError: a file that a task needs is missing or cannot be read, or a set has more shards than files.
     """
-    parts = look_up(tasks)
+    parts = look_up(tasks, root)
     files = dict.fromkeys(
         part.file for roles in parts.values() for found in roles.values() for part in found if part.file
     )
-    hashes = sha256_files(files, root / CACHE)
+    hashes = sha256_files(files, root / CACHE, keep=keep)
     return {
         name: {
             role: sha256_json([[part.label, hashes[part.file] if part.file else ""] for part in found])
@@ -51,11 +56,12 @@ def hash_files(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, str]
     }
 
 
-def look_up(tasks: Iterable[Task]) -> dict[TaskId, dict[str, list[Part]]]:
+def look_up(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list[Part]]]:
     """What stands behind the entries of each task and role. A set is looked up once: a thousand files for each of hundreds of
     shards takes a shared filesystem its time.
 
     Raises:
+        ConfigError: a glob or a folder has files of the run folder: whatever the run writes would make it stale.
         DataError: a file that a task needs is missing, or a set has more shards than files.
     """
     known: dict[tuple[tuple[str, ...], int], list[list[Part]]] = {}
@@ -63,14 +69,30 @@ def look_up(tasks: Iterable[Task]) -> dict[TaskId, dict[str, list[Part]]]:
     def behind(task: Task, role: str) -> list[Part]:
         entries = task.files[role]
         if role in (TOKENIZER, ENCODING_MODEL):
-            return [part for entry in entries for part in _model_parts(entry, role)]
+            parts = [part for entry in entries for part in _model_parts(entry, role)]
+            _refuse_own(parts, entries, root)
+            return parts
         key = entries, task.shard.shards if task.shard else 1
         if key not in known:
             cut = cut_in_shards(*key) if task.shard else [resolve_files(entries)]
             known[key] = [[part for file in files for part in _text_parts(file)] for files in cut]
+            _refuse_own(chain.from_iterable(known[key]), entries, root)
         return known[key][task.shard.number if task.shard else 0]
 
     return {task.id: {role: behind(task, role) for role in task.files} for task in tasks}
+
+
+def _refuse_own(parts: Iterable[Part], entries: Sequence[str], root: Path) -> None:
+    """Files of a run folder that an entry finds, which names them neither; one that is named is the user's."""
+    named = {Path(entry) for entry in entries}
+    found = {part.file.parent: part.file for part in parts if part.file is not None and part.file not in named}
+    for folder, file in found.items():
+        if folder.resolve().is_relative_to(root.resolve()):
+            finds = (entry for entry in entries if Path(entry) in file.parents or file in resolve_files([entry]))
+            raise ConfigError(
+                f"{next(finds, ', '.join(entries))}: finds {file}, which is in the run folder {root}: what a run writes there "
+                "would make what it has done stale: let the entry find files outside, or choose another root"
+            )
 
 
 def _text_parts(file: Path | str) -> list[Part]:

@@ -1,35 +1,39 @@
 """Run a plan inside the ranks that torchrun, srun or mpirun has started.
 
-Every rank walks the plan in order. All of them train together and, under MPI, cluster together; other stages are the
-first rank's work, while the others wait for its marker.
+The ranks meet. The first one, which holds the run folder, plans and judges, however long that takes, and says what it has
+planned; the others go by that. Then every rank walks the plan in order. All of them train together and, under MPI, cluster
+together; other stages are the first rank's work, while the others wait for its marker.
 """
 
 import contextlib
 import json
 import logging
 import os
-import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_specialm.base.artifacts import is_complete
+from megatron_specialm.base.artifacts import SHOWN_DIGITS, is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.heartbeat import heartbeat
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
-from megatron_specialm.base.rendezvous import is_alive, meet
+from megatron_specialm.base.printing import log_to_stderr, say
+from megatron_specialm.base.rendezvous import await_word, is_alive, meet
 from megatron_specialm.config.graph import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import PlannedTask, show
+from megatron_specialm.launch.plan import PlannedTask, State, make_plan, show
+from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.launch.reuse import take_over
-from megatron_specialm.launch.worker import execute, ignore_expected_warnings, limit_threads, works_together
+from megatron_specialm.launch.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
 
+PLANNED = "planned"  # a key of the ranks' store
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0  # for the last marker of a first rank that has ended to be seen, on a filesystem that caches
 
@@ -62,6 +66,22 @@ def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -
     return pipeline
 
 
+def fit_to_ranks(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], world: World) -> Pipeline:
+    """The page for the ranks that there are, each of which looks at its own machine.
+
+    Raises:
+        ConfigError: as of `fit_to_world`.
+        MachineError: the machine lacks what a stage that is to run needs.
+    """
+    alone = world.launcher == "none"
+    if not alone:
+        stages = {name.stage for name, planned in plan.items() if planned.state != "done"}
+        pipeline = fit_to_world(pipeline, world, stages=stages)
+    to_do = {name.stage for name, planned in plan.items() if planned.is_to_do}
+    refuse_what_the_machine_lacks(pipeline, stages=to_do, alone=alone)
+    return pipeline
+
+
 @contextlib.contextmanager
 def attended(world: World) -> Iterator[Lifeline]:
     """The life of a rank that a launcher has started: it says where it stands, stops when it is asked to, and leaves its
@@ -80,42 +100,83 @@ def attended(world: World) -> Iterator[Lifeline]:
         yield lifeline
 
 
+def join_ranks(pipeline: Pipeline, world: World, lifeline: Lifeline) -> None:
+    """Before a rank looks at the run folder: meet the others.
+
+    Raises:
+        MachineError: not all of them have come.
+    """
+    limit_threads(pipeline.local.threads)
+    ignore_expected_warnings()
+    log_to_stderr("%(asctime)s %(levelname)s %(message)s")
+    if world.is_first:  # as in a worker's log, less what Megatron-Core says
+        logging.getLogger("megatron_specialm").setLevel(logging.INFO)
+    meet(world)
+    lifeline.begin("planning" if world.is_first else "waiting for the plan of rank 0")
+
+
+def lead(plan: Mapping[TaskId, PlannedTask], world: World) -> None:
+    """Tell the other ranks, as the first one, what is planned and how it was found."""
+    found = {str(name): [planned.state, planned.digest] for name, planned in plan.items()}
+    meet(world).set(PLANNED, json.dumps(found))
+
+
+def follow(
+    pipeline: Pipeline, root: Path, world: World, lifeline: Lifeline
+) -> tuple[Pipeline, dict[TaskId, PlannedTask]]:
+    """The page and the plan of a rank beside the first one, which has said what it has planned.
+
+    Raises:
+        ConfigError: this rank would make something else of it.
+        MachineError: not all ranks have come, or this one's machine cannot do it.
+        TrainingError: the first rank has ended instead.
+    """
+    join_ranks(pipeline, world, lifeline)
+    found = json.loads(await_word(world, PLANNED))
+    plan = _as_found(make_plan(pipeline, root, keep_hashes=False), found, world)
+    return fit_to_ranks(pipeline, plan, world), plan
+
+
+def _as_found(
+    plan: Mapping[TaskId, PlannedTask], found: Mapping[str, tuple[State, str]], world: World
+) -> dict[TaskId, PlannedTask]:
+    """The part of a plan that the first rank has chosen, in the states in which it found it: it holds the folder, and what is
+    done may have changed since."""
+    own = {str(name): planned for name, planned in plan.items()}
+    for name, (_, digest) in found.items():
+        here = own[name].digest[:SHOWN_DIGITS] if name in own else "nothing"
+        if here != digest[:SHOWN_DIGITS]:
+            raise ConfigError(
+                f"{name}: rank {world.rank} would make it as {here}, rank 0 as {digest[:SHOWN_DIGITS]}: give all ranks the "
+                "same page and text"
+            )
+    return {own[name].task.id: replace(own[name], state=state) for name, (state, _) in found.items()}
+
+
 def run_inline(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
 ) -> None:
     """Take over what a plan finds in other run folders, which is the first rank's work, and do what it still lacks, in this
     process and with the other ranks.
 
+    Args:
+        plan: as the first rank found it.
+
     Raises:
         Stopped: this process was asked to stop.
     """
-    limit_threads(pipeline.local.threads)
-    ignore_expected_warnings()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    if world.is_first:  # as in a worker's log, less what Megatron-Core says
-        logging.getLogger("megatron_specialm").setLevel(logging.INFO)
-    elsewhere = _found_elsewhere(plan, world) if pipeline.reuse else frozenset()
     if world.is_first:
         show(plan, root)
     for planned in plan.values():
         if planned.state == "done":
             continue
-        if str(planned.task.id) not in elsewhere:
+        if planned.state != "done elsewhere":
             do_together(pipeline, root, planned.task, planned.made_from, world, lifeline)
         else:
             lifeline.begin(f"taking over {planned.task.id}")
             if world.is_first:
                 take_over({planned.task.id: planned}, root)
             _await_marker(root, planned.task.id, planned.digest, world, lifeline)
-
-
-def _found_elsewhere(plan: Mapping[TaskId, PlannedTask], world: World) -> frozenset[str]:
-    """The tasks that the first rank has found in other run folders, which may change before the others look."""
-    store = meet(world)
-    if world.is_first:
-        found = [str(planned.task.id) for planned in plan.values() if planned.there is not None]
-        store.set("found elsewhere", json.dumps(found))
-    return frozenset(json.loads(store.get("found elsewhere")))
 
 
 def do_together(
@@ -125,13 +186,14 @@ def do_together(
 
     Raises:
         Stopped: this process was asked to stop.
-        MachineError: not all ranks have come.
+        MachineError: not all ranks have come, or another process works at the task.
         TrainingError: the first rank has ended without finishing the task.
     """
     lifeline.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
-        execute(pipeline, root, task, made_from, world, lifeline)
+        with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
+            execute(pipeline, root, task, made_from, world, lifeline)
     _await_marker(root, task.id, sha256_json(made_from), world, lifeline)
 
 
@@ -161,5 +223,5 @@ def ending_together(world: World) -> Iterator[None]:
         from mpi4py import MPI
 
         message = f"error: {error}" if isinstance(error, SpecialmError) else traceback.format_exc()
-        print(message, file=sys.stderr, flush=True)
+        say(message, error=True)
         MPI.COMM_WORLD.Abort(error.exit_code if isinstance(error, SpecialmError) else 1)

@@ -2,7 +2,7 @@
 processes of its own.
 
 A task starts when its inputs are done. When one fails, what does not depend on it goes on; the failures are reported
-together at the end. Workers die with the launcher, however it ends.
+together at the end. Workers die with the launcher, however it ends, and hold the run folder until then.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ from megatron_specialm.base.accelerator import visible_gpus
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
-from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.base.lifeline import hearing
+from megatron_specialm.base.lock import HeldFolder
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.load import KINDS
@@ -32,10 +34,11 @@ from megatron_specialm.launch.logs import last_line, log_path
 from megatron_specialm.launch.plan import PlannedTask, show
 from megatron_specialm.launch.progress import Progress
 from megatron_specialm.launch.reuse import take_over
-from megatron_specialm.launch.worker import work, worker_context
+from megatron_specialm.launch.worker import ToLauncher, work, worker_context
 
 TERMINATION_SECONDS = 20
 POLL_SECONDS = 0.2
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskFailure(SpecialmError):
@@ -57,19 +60,28 @@ class _Running:
     planned: PlannedTask
     processes: list[BaseProcess]
     errors: Connection  # what the ranks say before they end with an error
+    alive: list[Connection]  # each rank ends when its own is closed, if only by our death
     gpus: Sequence[str] = ()
-    started: float = field(default_factory=time.monotonic)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def run_local(
-    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, jobs: int | None, progress: Progress
+    pipeline: Pipeline,
+    plan: Mapping[TaskId, PlannedTask],
+    root: Path,
+    *,
+    held: HeldFolder,
+    jobs: int | None,
+    progress: Progress,
 ) -> None:
     """Take over what a plan finds in other run folders, and do what it still lacks.
 
+    Args:
+        held: `root`, which the workers are to hold too.
+
     Raises:
         TaskFailure: with each failed task's error and log.
-        MachineError: another run is at work in this folder.
-        Interrupted: by Ctrl-C or SIGTERM; the workers have been ended.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have been ended.
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
     slots = jobs or pipeline.local.parallel_tasks or max(1, usable_cores() // pipeline.local.threads)
@@ -80,14 +92,14 @@ def run_local(
     gpus = visible_gpus()
     if gpus and not (jobs or pipeline.local.parallel_tasks):
         slots = len(gpus)  # two trainings would rarely fit on one
-    with hold_folder(root), _terminated_by_signal(), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
+    with hearing(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
         try:
             take_over(plan, root)
             show(plan, root)
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
                     own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))
-                    running[name] = _start(context, pipeline, waiting.pop(name), root, Path(meeting), own)
+                    running[name] = _start(context, pipeline, waiting.pop(name), root, held, Path(meeting), own)
                     progress.started(name)
                 if not running:
                     break  # everything that is left rests on a failure
@@ -95,7 +107,7 @@ def run_local(
                 for name in [name for name, task in running.items() if _has_ended(task)]:
                     task = running.pop(name)
                     error = _error_of(root, task)
-                    progress.finished(name, seconds=time.monotonic() - task.started, error=error)
+                    progress.finished(name, seconds=task.watch.seconds, error=error)
                     if error:
                         failures[name] = error
                 progress.update(
@@ -140,25 +152,37 @@ def least_used(gpus: Sequence[str], used: Iterable[Iterable[str]], *, count: int
 
 
 def _start(
-    context: BaseContext, pipeline: Pipeline, planned: PlannedTask, root: Path, meeting: Path, gpus: Sequence[str]
+    context: BaseContext,
+    pipeline: Pipeline,
+    planned: PlannedTask,
+    root: Path,
+    held: HeldFolder,
+    meeting: Path,
+    gpus: Sequence[str],
 ) -> _Running:
     """Start a task's ranks. They meet at a file, so no port is needed. Of the GPUs they see their own, each a rank's."""
     name = planned.task.id
     ranks = _ranks(pipeline, name)
     rendezvous = meeting / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
-    processes = []
+    processes, alive = [], []
     errors, sender = context.Pipe(duplex=False)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     for rank in range(ranks):
         world = {**visible, "RANK": str(rank), "WORLD_SIZE": str(ranks), "SPECIALM_RENDEZVOUS": f"file://{rendezvous}"}
+        theirs, ours = context.Pipe(duplex=False)
+        launcher = ToLauncher(sender, theirs, held)
         process = context.Process(  # type: ignore[attr-defined]
-            target=work, args=(root, name, planned.made_from, world, log_path(root, name), sender), name=str(name)
+            target=work,
+            args=(pipeline, root, name, planned.made_from, world, log_path(root, name), launcher),
+            name=str(name),
         )
         process.start()
+        theirs.close()
         processes.append(process)
+        alive.append(ours)
     sender.close()
-    return _Running(planned, processes, errors, gpus)
+    return _Running(planned, processes, errors, alive, gpus)
 
 
 def _has_ended(task: _Running) -> bool:
@@ -186,16 +210,16 @@ def _error_of(root: Path, task: _Running) -> str | None:
 
 
 def _end(running: Mapping[TaskId, _Running], *, within: float = TERMINATION_SECONDS) -> None:
-    """Ask all workers to end, trainings with a checkpoint, and after so many seconds make them."""
-    processes = [process for task in running.values() for process in task.processes if process.exitcode is None]
+    """Ask all workers to end, trainings with a checkpoint, and after so many seconds make them, and all that they have
+    started."""
+    processes = [process for task in running.values() for process in task.processes]
     for process in processes:
         _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + within
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode is None:
-            _signal(process, signal.SIGKILL)
-            process.join()
+        _signal(process, signal.SIGKILL)
+        process.join()
 
 
 def _signal(process: BaseProcess, number: signal.Signals) -> None:
@@ -204,19 +228,14 @@ def _signal(process: BaseProcess, number: signal.Signals) -> None:
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
-@contextlib.contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """SIGTERM ends the launcher as Ctrl-C does: workers first."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _interrupt(*_: object) -> None:
+    """What ENDING does to the launcher: it ends as by Ctrl-C, workers first. A terminal that is closed may say so twice, which
+    must not cut that short."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

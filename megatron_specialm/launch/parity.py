@@ -9,19 +9,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Column, Table
-from safetensors.numpy import load_file
 
 from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.temporary import short_place
+from megatron_specialm.base.tensors import TensorFiles
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.launch.worker import worker_context
 
@@ -83,10 +86,20 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class _Numbers:
+    """The content of a `numbers-RANK.json`: see `train/parity.py`."""
+
+    loss: list[float]
+    gradient_norm: list[float]
+    validation_loss: float
+    squares: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """What the processes of one run wrote, put together."""
 
-    numbers: dict[str, Any]
+    numbers: _Numbers
     squares: dict[str, float]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
@@ -149,13 +162,13 @@ def table(name: str, outcome: Mapping[str, Any]) -> Table:
     """A certificate for a reader."""
     headings = ("quantity", "tolerance", "over it", "largest differences, and where")
     columns = (Column(heading, overflow="fold") for heading in headings)
-    found = Table(*columns, title=f"{name}: {outcome['steps']} steps")
+    found = Table(*columns, title=plain(f"{name}: {outcome['steps']} steps"))
     for entry in outcome["differences"]:
         style = None if entry["passed"] else "bold red"
         over = f"{entry['failed']} of {entry['compared']}"
         named = entry["worst"][: max(1, entry["failed"])]  # where all is well, the largest only
         largest = "\n".join(f"{_shown(place['difference'])} {place['where']}" for place in named)
-        found.add_row(entry["quantity"], f"{entry['tolerance']:.0e}", over, largest, style=style)
+        found.add_row(plain(entry["quantity"]), f"{entry['tolerance']:.0e}", over, plain(largest), style=style)
     return found
 
 
@@ -181,12 +194,14 @@ def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> 
         World(rank, case.parallel.world_size, rank, f"file://{folder}/meeting", "parity")
         for rank in range(case.parallel.world_size)
     ]
+    pipes = [context.Pipe(duplex=False) for _ in worlds]
     processes = [
-        context.Process(target=_process, args=(measure, case, world, folder))  # type: ignore[attr-defined]
-        for world in worlds
+        context.Process(target=_process, args=(measure, case, world, folder, theirs))  # type: ignore[attr-defined]
+        for world, (theirs, _) in zip(worlds, pipes, strict=True)
     ]
-    for process in processes:
+    for process, (theirs, _) in zip(processes, pipes, strict=True):
         process.start()
+        theirs.close()
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode for process in processes):
@@ -204,7 +219,8 @@ def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> 
         )
 
 
-def _process(measure: str, case: ParityCase, world: World, folder: Path) -> None:
+def _process(measure: str, case: ParityCase, world: World, folder: Path, launcher: Connection) -> None:
+    end_with(launcher)
     with (folder / f"log-{world.rank}").open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -218,15 +234,13 @@ def _last_line(log: Path) -> str:
 
 
 def _read(folder: Path) -> Run:
-    tensors: dict[str, np.ndarray] = {}
+    tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
-    for path in sorted(folder.glob("tensors-*.safetensors")):
-        tensors.update(load_file(path))
     for path in sorted(folder.glob("numbers-*.json")):
-        for name, value in read_json(path)["squares"].items():
+        for name, value in read_json(path, _Numbers).squares.items():
             squares[name] = squares.get(name, 0.0) + value
     return Run(
-        read_json(folder / "numbers-0.json"),
+        read_json(folder / "numbers-0.json", _Numbers),
         squares,
         {name.removeprefix("gradients/"): tensor for name, tensor in tensors.items() if name.startswith("gradients/")},
         {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")},
@@ -236,9 +250,9 @@ def _read(folder: Path) -> Run:
 def _differences(case: ParityCase, one: Run, many: Run) -> list[Difference]:
     way = case.learning_rate * case.steps
     by_quantity = {
-        "loss": _of_steps(one.numbers["loss"], many.numbers["loss"]),
-        "gradient_norm": _of_steps(one.numbers["gradient_norm"], many.numbers["gradient_norm"]),
-        "validation_loss": _of_steps([one.numbers["validation_loss"]], [many.numbers["validation_loss"]]),
+        "loss": _of_steps(one.numbers.loss, many.numbers.loss),
+        "gradient_norm": _of_steps(one.numbers.gradient_norm, many.numbers.gradient_norm),
+        "validation_loss": _of_steps([one.numbers.validation_loss], [many.numbers.validation_loss]),
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
@@ -262,7 +276,7 @@ def _of_weights(
 
 def _norm_counts(case: ParityCase, run: Run) -> dict[str, float]:
     """How often each weight's gradient is in the norm. The squares are of clipped gradients, the tensors are not yet."""
-    factor = min(1.0, case.clip_grad / (run.numbers["gradient_norm"][0] + 1e-6))
+    factor = min(1.0, case.clip_grad / (run.numbers.gradient_norm[0] + 1e-6))
     counts = {}
     for name, gradient in run.gradients.items():
         whole = float(np.square(gradient.astype(np.float64)).sum()) * factor**2

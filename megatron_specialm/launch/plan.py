@@ -1,6 +1,6 @@
 """Which tasks of a pipeline are done, which are not, and what each one's digest is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,15 +8,16 @@ from typing import Any, Literal
 from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, is_complete, read_marker, show_artifact, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import sha256_json, write_text
-from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.base.integrity import LEFT_OVER, find_damage
 from megatron_specialm.config.graph import Task, TaskId, build_graph, digest_content
 from megatron_specialm.config.load import dump_pipeline, read_page
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.launch.earlier_layout import refuse_earlier_layout
 from megatron_specialm.launch.hashes import CACHE, hash_files, naming_what_makes
 
 RESOLVED = "pipeline.yaml"  # of a run folder
 # What commands leave in a new run folder before the page is written there.
-OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock")
+OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock", ".locks")
 State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 
 
@@ -38,16 +39,20 @@ class PlannedTask:
         return self.state in ("stale", "damaged", "to do")
 
 
-def make_plan(pipeline: Pipeline, root: Path) -> dict[TaskId, PlannedTask]:
+def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> dict[TaskId, PlannedTask]:
     """All tasks in the graph's order. Reads the text's content (see `launch/hashes.py`) and writes nothing else.
+
+    Args:
+        keep_hashes: False to write nothing at all.
 
     Raises:
         ConfigError: the graph does not hold together.
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
+    refuse_earlier_layout(root)
     with naming_what_makes(pipeline.text):
-        hashes = hash_files(graph.values(), root)
+        hashes = hash_files(graph.values(), root, keep=keep_hashes)
     others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]
     plan: dict[TaskId, PlannedTask] = {}
     for task in graph.values():
@@ -126,8 +131,29 @@ def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, Pl
                 )
 
 
-def write_resolved(pipeline: Pipeline, root: Path) -> None:
-    """Leave the resolved page in the run folder: tasks run from this copy.
+def refuse_other_work(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> None:
+    """Before a task is begun: that settings and files are still those that it was planned for.
+
+    Args:
+        made_from: what its digest was of then; the inputs' digests are taken from there.
+
+    Raises:
+        ArtifactError: they are not, with both digests.
+        DataError: a file is gone.
+    """
+    with naming_what_makes(pipeline.text):
+        hashes = hash_files([task], root)[task.id]
+    inputs = {name: made_from["inputs"].get(str(name), "") for name in task.inputs}
+    now = digest_content(pipeline, task, inputs=inputs, file_hashes=hashes)
+    if changed := [part for part in now if sha256_json(now[part]) != sha256_json(made_from.get(part))]:
+        raise ArtifactError(
+            f"{task.id}: was planned as {sha256_json(made_from)[:16]} and would be made as {sha256_json(now)[:16]}: its "
+            f"{' and '.join(changed)} changed in between: run or submit the same again, which plans anew"
+        )
+
+
+def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
+    """Before anything is written to a run folder: that it is one, of this pipeline, or a new one.
 
     Raises:
         ConfigError: the folder belongs to a pipeline of another name, or holds files and no run.
@@ -139,12 +165,24 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
             raise ConfigError(
                 f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"
             )
-    elif foreign := sorted(entry.name for entry in root.glob("*") if entry.name not in OWN_ENTRIES):
+    elif foreign := sorted(
+        entry.name for entry in root.glob("*") if entry.name not in OWN_ENTRIES and not LEFT_OVER.fullmatch(entry.name)
+    ):
         raise ConfigError(
             f"root: {root} holds files and no run ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}): "
             "choose an empty or a new folder"
         )
-    write_text(path, dump_pipeline(pipeline))
+
+
+def write_resolved(pipeline: Pipeline, root: Path) -> None:
+    """Leave the resolved page in the run folder, as a record: tasks run from the settings of their launch. The caller holds
+    the folder.
+
+    Raises:
+        ConfigError: as of `refuse_foreign_folder`.
+    """
+    refuse_foreign_folder(pipeline, root)
+    write_text(root / RESOLVED, dump_pipeline(pipeline))
 
 
 def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Sequence[Path]) -> PlannedTask:
@@ -159,6 +197,14 @@ def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Seque
     if marker is not None:
         return PlannedTask(task, digest, "damaged", made_from)
     return PlannedTask(task, digest, "stale" if read_marker(view(root, *task.id)) else "to do", made_from)
+
+
+def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
+    """Of each damaged task, what is wrong with its files."""
+    for name, planned in plan.items():
+        folder = artifact_folder(root, *name, planned.digest)
+        if planned.state == "damaged" and (marker := read_marker(folder)) is not None:
+            yield f"{name} is damaged: {find_damage(folder, marker.files)}"
 
 
 def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:

@@ -1,21 +1,36 @@
 """What a run shows while it works: a live bar per task on a terminal, plain lines of how far long ones are elsewhere."""
 
-import json
+import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 
 from megatron_specialm.base.counting import minutes, read_count
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import parse_json
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.config.graph import TaskId
 
 PLAIN_SECONDS = 15.0  # between two lines about one task where there is no terminal
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is looked at of a step's record in `metrics.jsonl`. `loss` is None where it is not finite."""
+
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float
+    eta_seconds: float
+    mfu: float | None
 
 
 class Progress:
@@ -46,10 +61,12 @@ class Progress:
         """A task has ended."""
         self._bars.remove_task(self._rows.pop(name))
         self._done += error is None
-        outcome = f"done in {seconds:.0f} s"
+        line = plain(f"[{self._done:>3}/{self._total}] {name}: ")
         if error:  # at once, not only at the end: what does not rest on it may go on for days
-            outcome = f"[red]failed[/red] after {seconds:.0f} s: {escape(error.splitlines()[0])}"
-        self._console.print(f"[{self._done:>3}/{self._total}] {name}: {outcome}", highlight=False)
+            line.append("failed", style="red").append(f" after {seconds:.0f} s: {error.splitlines()[0]}")
+        else:
+            line.append(f"done in {seconds:.0f} s")
+        self._console.print(line)
 
     def update(self, folders: Mapping[TaskId, Path]) -> None:
         """Read how far the running tasks are from what they leave in their folders."""
@@ -67,7 +84,7 @@ def _position(folder: Path) -> tuple[int, int | None, str, str] | None:
     """How far a task is, of how much, and in words beside a bar and in a line; None where it has told nothing."""
     if (record := last_record(folder / "metrics.jsonl")) is not None:
         state = _describe(record)
-        return record["step"], record["steps"], state, f"step {record['step']}/{record['steps']} {state}"
+        return record.step, record.steps, state, f"step {record.step}/{record.steps} {state}"
     count = read_count(folder)
     return None if count is None else (count.done, count.of, str(count), str(count))
 
@@ -77,24 +94,21 @@ def _folded(text: str) -> TextColumn:
     return TextColumn(text, table_column=Column(overflow="fold"), markup=False)
 
 
-def _describe(record: Mapping[str, Any]) -> str:
-    loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-    mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.0%}"
-    return f"loss {loss}, {record['tokens_per_second']:,.0f} tokens/s{mfu}, {minutes(record['eta_seconds'])} left"
+def _describe(record: StepRecord) -> str:
+    loss = "not finite" if record.loss is None else f"{record.loss:.3f}"
+    mfu = "" if record.mfu is None else f", MFU {record.mfu:.0%}"
+    return f"loss {loss}, {record.tokens_per_second:,.0f} tokens/s{mfu}, {minutes(record.eta_seconds)} left"
 
 
-def last_record(path: Path) -> dict[str, Any] | None:
-    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet."""
+def last_record(path: Path) -> StepRecord | None:
+    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet. It is
+    for people to look at: a line that is none, as a kill leaves one, is passed over."""
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8192))
         lines = file.read().split(b"\n")[:-1]
     for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "tokens_per_second" in record:
-            return record
+        with contextlib.suppress(ArtifactError):
+            return parse_json(line, StepRecord, path=path)
     return None

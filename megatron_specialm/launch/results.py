@@ -11,6 +11,7 @@ it. Stages of one method are its budgets. A domain with `sizes` is one set per s
 `capped` says whether the cap on steps, not early stopping, ended the model's own fine-tuning; null where that is not asked.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marker
+from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.graph import Task, TaskId, ancestors, model_task
 from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, sources
 from megatron_specialm.config.rates import beyond
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.plan import RESOLVED, make_plan
 from megatron_specialm.launch.rows import to_csv
 from megatron_specialm.launch.tables import results_table, seeds_of
 
@@ -40,7 +43,8 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
     Only artifacts that are current count: a number made from other settings or text is never shown beside new ones.
 
     Args:
-        must_write: False for one who only looks: that the run folder cannot be written to is a warning.
+        must_write: False for one who only looks, and does not hold the run folder: that another command does, or that it cannot
+            be written to, is a warning.
     """
     plan = make_plan(pipeline, root)
     graph = {name: planned.task for name, planned in plan.items()}
@@ -58,17 +62,21 @@ def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) ->
         "selection": _selection(pipeline, markers),
         "learning_rates": _learning_rates(pipeline, markers),
     }
+    if not must_write and not (root / RESOLVED).exists():  # no run folder yet: who looks makes none
+        return results
     ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
     try:
-        write_json(root / "ledger.json", ledger)
-        write_json(root / "results.json", results)
-        if rows:
-            write_text(root / "results.csv", to_csv(rows))
-            write_text(root / "results.md", results_table(results).markdown())
-    except OSError as error:
+        with contextlib.nullcontext() if must_write else hold_folder(root):
+            write_json(root / "ledger.json", ledger)
+            write_json(root / "results.json", results)
+            if rows:
+                write_text(root / "results.csv", to_csv(rows))
+                write_text(root / "results.md", results_table(results).markdown())
+    except (OSError, MachineError) as error:
         if must_write:
             raise
-        logger.warning("warning: %s is not brought up to date: %s", root / "results.json", error.strerror)
+        reason = error.strerror if isinstance(error, OSError) else error
+        logger.warning("warning: %s is not brought up to date: %s", root / "results.json", reason)
     return results
 
 
@@ -84,7 +92,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """One row per set that an evaluate task has scored; none where something that the model rests on is gone, for then
     its cost cannot be told."""
-    model = model_task(pipeline, name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
+    model = model_task(name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return []
     values = markers[name].values

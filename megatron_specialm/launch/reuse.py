@@ -2,7 +2,7 @@
 
 A task that is missing here and complete there, for the same digest, gets a folder of its own here. Large files that are
 written once are hard links to those there; all others, and where the filesystem has no such links, are copies. The folder is
-made aside and renamed: a kill at any time leaves what the next run takes over again. The other
+made aside, compared with its hashes and renamed: a kill at any time leaves what the next run takes over again. The other
 folder is only read. Nothing ever writes into a linked file: `begin_artifact` makes what it begins again its own first.
 """
 
@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import artifact_folder, placed_artifact, read_marker
+from megatron_specialm.base.artifacts import artifact_folder, is_complete, placed_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
-from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.base.integrity import check_files, find_damage
+from megatron_specialm.base.lock import hold_placing
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import RESOLVED, PlannedTask
@@ -43,15 +44,18 @@ def told(plan: Mapping[TaskId, PlannedTask]) -> str:
 
 
 def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
-    """Take over what the plan finds elsewhere. The caller is alone at work in the folder.
+    """Take over what the plan finds elsewhere, and another job that shares the folder has not taken over since.
 
     Raises:
-        ArtifactError: an artifact was removed or made anew there meanwhile.
+        ArtifactError: an artifact was removed or made anew there meanwhile, or is damaged there.
+        MachineError: another job has been at it for long.
         OSError: it cannot be read there or written here.
     """
     for planned in plan.values():
         if planned.there is not None:
-            _take_over(planned, root, planned.there)
+            with hold_placing(root):
+                if not is_complete(root, *planned.task.id, digest=planned.digest):
+                    _take_over(planned, root, planned.there)
 
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
@@ -62,10 +66,11 @@ def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
             raise FileNotFoundError
         with placed_artifact(root, *planned.task.id, planned.digest) as aside:
             _copy_folder(source, aside)
-            if read_marker(source) != marker or find_damage(
-                aside, marker.files
-            ):  # it goes first when a task is begun again
+            # The marker goes first when a task is begun again.
+            if read_marker(source) != marker or find_damage(aside, marker.files):
                 raise FileNotFoundError
+            # Links share damage: were only the marker here removed, the same bytes would come back.
+            check_files(aside, marker.files, original=source)
     except FileNotFoundError:
         raise ArtifactError(
             f"{source}: was removed or made anew while it was taken over: run the same command again"

@@ -45,7 +45,23 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 2):
         if len(line) != len(header):
             raise ArtifactError(f"{path}: line {number} has {len(line)} columns, and the first one {len(header)}")
-    return [{name: _value(name, cell) for name, cell in zip(header, line, strict=True)} for line in lines]
+    rows = [{name: _value(name, cell) for name, cell in zip(header, line, strict=True)} for line in lines]
+    check_rows(path, rows, remedy="make it again from `results.json`")
+    return rows
+
+
+def check_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, remedy: str) -> None:
+    """Refuse rows of a file of results that tables cannot be made of.
+
+    Raises:
+        ArtifactError: one has no perplexity, or a word where a number belongs, or the other way round.
+    """
+    for number, row in enumerate(rows):
+        for name in row.keys() & set(NEEDED):
+            if isinstance(row[name], str) != (name in WORDS) and row[name] is not None:
+                raise ArtifactError(f"{path}: row {number}: {name} is {row[name]!r:.60}: {remedy}")
+        if row.get("nll") is None or row.get("perplexity") is None:
+            raise ArtifactError(f"{path}: row {number} has no perplexity: {remedy}")
 
 
 def _value(name: str, cell: str) -> Any:

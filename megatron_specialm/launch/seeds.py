@@ -6,6 +6,7 @@ one sample, whatever their trainings' seeds.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.launch.costs import fill
 from megatron_specialm.launch.results import COST_PREFIXES, any_capped, together
+from megatron_specialm.launch.rows import check_rows
 from megatron_specialm.launch.tables import SEEDS, Seeds, seeds_of, varying
 
 # What a seed changes. Of the scores the spread is told too; of costs only the mean.
@@ -62,10 +64,50 @@ def merge_seeds(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**results, **{part: _merge(results[part], by) for part, by in PARTS.items() if part in results}}
 
 
+@dataclass(frozen=True)
+class _Entry:
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Row(_Entry):
+    method: str
+    stage: str
+    domain: str
+    base_domain: str
+    finetuned: bool
+
+
+@dataclass(frozen=True)
+class _Average(_Entry):
+    stage: str
+    size: int | None
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class _Concentration(_Entry):
+    stage: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What `launch/results.py` writes in any case; `check_rows` looks at the other columns of rows."""
+
+    pipeline: str
+    rows: list[_Row]
+    macro: list[_Average]
+    concentration: list[_Concentration]
+    selection: list[_Entry]
+    learning_rates: list[_Entry]
+
+
 def _read(path: Path) -> dict[str, Any]:
-    results = read_json(path)
-    if not {*PARTS, *CHOICES} <= results.keys():
-        raise ArtifactError(f"{path}: of an earlier version: write it again with `specialm results` of its page")
+    remedy = "damaged, or of an earlier version: write it again with `specialm results` of its page"
+    read_json(path, _Results, remedy=remedy)
+    results = read_json(path, dict[str, Any])
+    check_rows(path, results["rows"], remedy=remedy)
     for entry in (*results["rows"], *results["macro"], *results["selection"], *results["learning_rates"]):
         entry.setdefault("training_seed", entry["seed"])  # in earlier versions they were one
     return results

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_specialm.base.accelerator import Accelerator
-from megatron_specialm.base.artifacts import read_marker, view
+from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config import capabilities
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.config.graph import text_read, text_validated
+from megatron_specialm.config.graph import TaskId, text_read, text_validated
 from megatron_specialm.config.lineage import (
     distinct_setups,
     model_keys,
@@ -24,18 +25,21 @@ from megatron_specialm.config.rates import steps_to_compare
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.setup import Passes, Setup
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.plan import PlannedTask
 
+Plan = Mapping[TaskId, PlannedTask]
+NO_PLAN: Plan = MappingProxyType({})
 TYPICAL_UTILISATION = 0.4  # what others publish for models of this size; ours is measured by every training
 
 
-def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
+def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLAN) -> Table:
     """A row per train stage: for whom, its model, steps and tokens per run, FLOPs of all its runs (each learning rate that is
     tried is one), and the GPU hours that
     they take at `TYPICAL_UTILISATION` of the peak, where the machine's is known.
 
     Steps, slots and tokens are of the longest run, and at most these: early stopping makes runs shorter. Slots are what
     windows take, and FLOPs are of; the real tokens in them, and their share, are told where the run folder has the set
-    that is read most, as it was tokenized last. FLOPs have the validations in them where it has the set that is held out.
+    that is read most, as the plan wants it. FLOPs have the validations in them where it has the set that is held out.
     Parameters are for the vocabulary asked for, which an existing tokenizer decides itself.
     """
     header = ["stage", "runs", "weights", "trained", "steps", "slots/run", "tokens/run", "FLOPs/step", "FLOPs"]
@@ -50,8 +54,8 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
         runs = len(keys) * len(stage.optimizer.rates)
         steps = [_steps(pipeline, stage, key) for key in keys]
         slots = max(steps) * setup.global_batch_size * setup.context_length
-        tokens = _tokens(slots, _fill(pipeline, stage, keys))
-        flops = training_flops(pipeline, name)
+        tokens = _tokens(slots, _fill(pipeline, stage, keys, plan))
+        flops = training_flops(pipeline, name, plan)
         parameters = setup.model.plain.parameters(setup.vocabulary_size)
         trained = setup.model.trained_parameters(setup.vocabulary_size)
         hours = [f"{planned_hours(flops, peak):,.2f}"] if peak else []
@@ -62,7 +66,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator) -> Table:
     return Table("", header, lines, 1)
 
 
-def training_flops(pipeline: Pipeline, name: str) -> int:
+def training_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
     """FLOPs of all runs of a train stage, at most; those of its validations are left out where the held-out text has not
     been tokenized yet."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
@@ -71,14 +75,18 @@ def training_flops(pipeline: Pipeline, name: str) -> int:
         steps = _steps(pipeline, stage, key)
         # The training at the best rate goes on from its trial; at the others it ends there.
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
+        held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, text_validated(stage, key)))
         for run in (steps, *others):
-            total += run * setup.step_flops + setup.flops(_validations(pipeline, stage, setup, key, steps=run))
+            total += run * setup.step_flops + setup.flops(_validations(stage, setup, held_out, steps=run))
     return total
 
 
-def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, *, steps: int) -> Passes:
-    """Passes of a run's validations, at most: before the first step, every so many steps, and at the last."""
-    counts = _tokenized(pipeline, stage.tokens, text_validated(stage, key))
+def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | None, *, steps: int) -> Passes:
+    """Passes of a run's validations, at most: before the first step, every so many steps, and at the last.
+
+    Args:
+        counts: those of the set that is held out.
+    """
     if stage.early_stopping is None or counts is None:
         return Passes()
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
@@ -92,18 +100,20 @@ def _validations(pipeline: Pipeline, stage: TrainStage, setup: Setup, key: str, 
     return Passes(evaluated=slots, evaluated_variants=made)
 
 
-def _tokenized(pipeline: Pipeline, tokens: str, source: str) -> Mapping[str, Any] | None:
-    """Counts by split of a set as it was tokenized last; None where it was not yet."""
-    marker = read_marker(view(Path(pipeline.root), tokens, source))
+def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any] | None:
+    """Counts by split of a set as the plan wants it; None where it is not tokenized so, or the plan does not have it."""
+    if (planned := plan.get(name)) is None:
+        return None
+    marker = read_marker(artifact_folder(planned.there or Path(pipeline.root), *name, planned.digest))
     return marker.values if marker is not None and "windows" in marker.values else None
 
 
-def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str]) -> float | None:
+def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str], plan: Plan) -> float | None:
     """The share of real tokens in the windows of the sets that runs read most of; None where one is not tokenized."""
     fills = []
     context = tokenize_stage(pipeline, stage.tokens).context_length
     for source in dict.fromkeys(text_read(stage, key)[0] for key in keys):
-        if (counts := _tokenized(pipeline, stage.tokens, source)) is None:
+        if (counts := _tokenized(pipeline, plan, TaskId(stage.tokens, source))) is None:
             return None
         fills.append(counts["tokens"]["train"] / (counts["windows"]["train"] * context))
     return sum(fills) / len(fills)

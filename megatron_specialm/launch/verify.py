@@ -12,16 +12,17 @@ from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, read_labe
 from megatron_specialm.base.errors import ArtifactError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, verify_folder
 from megatron_specialm.base.integrity import check_files, find_damage, present_files
+from megatron_specialm.launch.earlier_layout import refuse_earlier_layout
 
 
 @dataclass
 class Finding:
-    """What was looked at in a run folder, and what is wrong: damage, and files that nobody lists."""
+    """What was looked at in a run folder, and what is wrong: damage, files that nobody lists, markers that are not there."""
 
     artifacts: int = 0
-    unfinished: int = 0
     files: int = 0
     bytes: int = 0
+    unfinished: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
 
@@ -40,10 +41,12 @@ def verify(root: Path, *, deep: bool) -> Finding:
     Raises:
         ArtifactError: there is no run folder.
     """
+    refuse_earlier_layout(root)
     if not (root / ARTIFACTS).is_dir():
         raise ArtifactError(f"{root}: not a run folder (it has no {ARTIFACTS}/): name the `root` of a run")
     finding = Finding()
-    for folder in all_artifacts(root):
+    marks = {path.parent for name in (LABEL, MARKER) for path in (root / ARTIFACTS).glob(f"*/*/*/{name}")}
+    for folder in sorted(marks):  # also those that lack the one or the other
         try:
             _verify(folder, finding, deep=deep)
         except SpecialmError as error:
@@ -57,7 +60,7 @@ def _verify(folder: Path, finding: Finding, *, deep: bool) -> None:
     if not digest.startswith(folder.name):
         raise ArtifactError(f"{folder / LABEL}: is of digest {digest}, and the folder of {folder.name}")
     if marker is None:
-        finding.unfinished += 1
+        finding.unfinished.append(str(folder / MARKER))
         if deep:
             for manifest in sorted(folder.rglob(MANIFEST)):
                 verify_folder(manifest.parent)
@@ -65,7 +68,7 @@ def _verify(folder: Path, finding: Finding, *, deep: bool) -> None:
     if marker.digest != digest:
         raise ArtifactError(f"{folder / MARKER}: is of digest {marker.digest}, and {LABEL} of {digest}")
     finding.files += len(marker.files)
-    finding.bytes += sum(seal["bytes"] for seal in marker.files.values())
+    finding.bytes += sum(seal.bytes for seal in marker.files.values())
     present = present_files(folder, without=(LABEL, MARKER))
     finding.unlisted += [str(folder / name) for name in present if name not in marker.files]
     if deep:

@@ -4,24 +4,23 @@ This module imports no torch: a stage's own module is imported when a task of it
 """
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm import __version__
-from megatron_specialm.base.accelerator import installed_version
+from megatron_specialm.base.accelerator import installed_version, name_of_device
 from megatron_specialm.base.artifacts import (
     LABEL,
     Cost,
@@ -30,23 +29,25 @@ from megatron_specialm.base.artifacts import (
     Spent,
     artifact_folder,
     begin_artifact,
+    check_artifact,
     finish_artifact,
     read_label,
-    read_marker,
 )
 from megatron_specialm.base.environment import World, discover_world
-from megatron_specialm.base.errors import ArtifactError, SpecialmError, TrainingError, machine_errors
+from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.base.integrity import check_files
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.lock import HeldFolder, hold_task
+from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
-from megatron_specialm.base.rendezvous import is_alive, meet
+from megatron_specialm.base.printing import log_to_stderr, say
+from megatron_specialm.base.rendezvous import await_word, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.graph import Task, TaskId, build_graph
-from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.launch.plan import refuse_other_work
 from megatron_specialm.stages.context import Context
 
 POLL_SECONDS = 0.1
@@ -59,42 +60,67 @@ EXPECTED_WARNINGS = (
 )
 
 
+@dataclass(frozen=True)
+class ToLauncher:
+    """What connects a worker with its launcher.
+
+    errors: says what went wrong, even where the disk is full.
+    alive: is closed when the launcher is gone; nothing comes through it.
+    held: the run folder, which the worker holds too.
+    """
+
+    errors: Connection
+    alive: Connection
+    held: HeldFolder
+
+
 def work(
+    pipeline: Pipeline,
     root: Path,
     name: TaskId,
     made_from: Mapping[str, Any],
     environment: Mapping[str, str],
     log: Path,
-    errors: Connection,
+    launcher: ToLauncher,
 ) -> None:
-    """The life of a worker process: do one task; what went wrong goes to the log, and through a pipe to the launcher,
-    which hears of it even where the disk is full. SIGTERM ends a training after its step, with a checkpoint; other work,
-    which has nothing to save, at once."""
-    os.setsid()  # Ctrl-C is for the launcher: it ends its workers in good order
-    _die_with_parent()
+    """The life of a worker process: do one task; what went wrong goes to the log and to the launcher. SIGTERM ends a training
+    after its step, with a checkpoint; other work, which has nothing to save, at once.
+
+    Args:
+        pipeline: the settings of the launch, whatever the run folder says by now.
+    """
+    end_with(launcher.alive)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     with lasting_output(may_be_lost=True):
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
         try:
-            pipeline = load_pipeline(root / "pipeline.yaml")
-            lifeline = Lifeline()
+            world, lifeline, task = discover_world(), Lifeline(), build_graph(pipeline)[name]
             trains = isinstance(pipeline.stages[name.stage], TrainStage)
-            with lifeline.hearing_signals() if trains else contextlib.nullcontext():
-                execute(pipeline, root, build_graph(pipeline)[name], made_from, discover_world(), lifeline)
+            with (
+                lifeline.hearing_signals() if trains else contextlib.nullcontext(),
+                begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext(),
+            ):
+                execute(pipeline, root, task, made_from, world, lifeline)
         except SpecialmError as error:
-            errors.send(str(error))
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            launcher.errors.send(str(error))
+            say(f"error: {error}", error=True)
             sys.exit(error.exit_code)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, even by `kill -9` (Linux)."""
-    pr_set_pdeathsig = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+@contextlib.contextmanager
+def begun(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> Iterator[None]:
+    """Around `execute`, by the first rank: hold the task, and see that it is what was planned.
+
+    Raises:
+        MachineError: another process works at it.
+        ArtifactError: settings or files have changed since it was planned.
+    """
+    with hold_task(root, *task.id):
+        refuse_other_work(pipeline, root, task, made_from)
+        yield
 
 
 def limit_threads(threads: int) -> None:
@@ -123,7 +149,7 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
         return multiprocessing.get_context("spawn")
     place_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(["megatron_specialm.launch.fork_server", *modules])
     return context
 
 
@@ -151,15 +177,18 @@ def execute(
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1
-            seconds = report.lost_seconds + time.monotonic() - context.started - report.apart.seconds
+            seconds = report.lost_seconds + context.watch.seconds - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
-            finish_artifact(root, *task.id, Marker(sha256_json(made_from), own, report.values, _versions(), apart))
+            marker = Marker(
+                sha256_json(made_from), own, report.values, _versions(), apart=apart, earlier=report.earlier
+            )
+            finish_artifact(root, *task.id, marker)
 
 
 def _cost(spent: Spent, processes: int) -> Cost:
     seconds = spent.seconds
-    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, _device_name(), processes, spent.slots)
+    return Cost(spent.tokens, spent.flops, seconds, seconds * processes, name_of_device(), processes, spent.slots)
 
 
 def works_together(stage: Settings, world: World) -> bool:
@@ -174,15 +203,14 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
     begun = f"begun {task.id} {digest}"
     if world.is_first:
         for name, folder in inputs.items():
-            _check_input(name, folder)
+            check_artifact(folder)
+            for part in _parts(root, name, folder):
+                check_artifact(part)
         folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
         if world.world_size > 1:
             meet(world).set(begun, "")
         return folder
-    while not meet(world).check([begun]):
-        if not is_alive(world):
-            raise TrainingError(f"{task.id}: rank 0, which begins it, has ended; see what it said")
-        time.sleep(POLL_SECONDS)
+    await_word(world, begun)
     folder = artifact_folder(root, *task.id, digest)
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:
@@ -195,22 +223,12 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
     )
 
 
-def _check_input(name: TaskId, folder: Path) -> None:
-    marker = read_marker(folder)
-    if marker is None:
-        raise ArtifactError(f"{folder}: not complete: run the stage {name.stage!r} first")
-    check_files(folder, marker.files)
-
-
-def _device_name() -> str:
-    torch = sys.modules.get("torch")  # a stage that has not imported it has used no GPU
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"cpu: {line.partition(':')[2].strip()}"
-    return f"cpu: {platform.machine()}"
+def _parts(root: Path, name: TaskId, folder: Path) -> Iterator[Path]:
+    """The artifacts whose files a reader of this one opens too: of a set in shards, the shards'."""
+    for other, digest in read_label(folder)["made_from"].get("inputs", {}).items():
+        stage, _, key = other.partition("/")
+        if stage == name.stage:
+            yield artifact_folder(root, stage, key, digest)
 
 
 def _versions() -> dict[str, str]:

@@ -13,13 +13,32 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Annotated, Self
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_specialm.base.heartbeat import FRAME_CHARACTERS, FRAMES, NAME_CHARACTERS
 from megatron_specialm.config.site import Limits
 
-DATAGRAM_BYTES = 65_536
+DATAGRAM_BYTES = 16_384  # more than any heartbeat has, each letter an escape
 LOOK_SECONDS = 0.2
-SAID = {"rank", "node", "activity", "progress", "step", "stack"}
+Text = Annotated[str, Field(max_length=NAME_CHARACTERS)]
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+Frame = Annotated[str, Field(max_length=FRAME_CHARACTERS)]
+
+
+class Said(BaseModel):
+    """A heartbeat's content, as `base/heartbeat.py` sends it: each field is there, and of its type and size."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    token: str
+    rank: Number
+    node: Text
+    activity: Text
+    progress: Number | None
+    step: Number | None
+    stack: Annotated[tuple[Frame, ...], Field(max_length=FRAMES)]
 
 
 @dataclass(frozen=True)
@@ -47,9 +66,11 @@ class Trouble:
 
 @dataclass
 class Listener:
-    """Receives heartbeats in a thread of its own while it is entered. `stop` tells every rank that asks to stop."""
+    """Receives heartbeats of so many ranks in a thread of its own while it is entered. `stop` tells every rank that asks to
+    stop."""
 
     address: str
+    ranks: int
     stop: bool = False
     beats: dict[int, Beat] = field(default_factory=dict)
 
@@ -87,31 +108,29 @@ class Listener:
         while not self._ended.is_set():
             with contextlib.suppress(OSError):
                 datagram, sender = self._socket.recvfrom(DATAGRAM_BYTES)
-                said = parse(datagram, token=self._token)
+                said = parse(datagram, token=self._token, ranks=self.ranks)
                 if said is not None:
-                    beat = heard(said, self.beats.get(said["rank"]), now=time.monotonic())
+                    beat = heard(said, self.beats.get(said.rank), now=time.monotonic())
                     self.beats[beat.rank] = beat
                     self._socket.sendto(json.dumps({"token": self._token, "stop": self.stop}).encode(), sender)
 
 
-def parse(datagram: bytes, *, token: str) -> dict[str, Any] | None:
-    """A heartbeat; None for what anybody else may have sent."""
+def parse(datagram: bytes, *, token: str, ranks: int) -> Said | None:
+    """A heartbeat of one of so many ranks; None for what anybody else may have sent, which costs next to nothing."""
+    if token.encode() not in datagram:
+        return None
     try:
-        said = json.loads(datagram)
-        if said["token"] == token and isinstance(said["rank"], int) and said.keys() >= SAID:
-            return said
-    except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets within brackets
-        pass
-    return None
+        said = Said.model_validate_json(datagram)
+    except ValidationError:
+        return None
+    return said if said.token == token and said.rank < ranks else None
 
 
-def heard(said: Mapping[str, Any], before: Beat | None, *, now: float) -> Beat:
+def heard(said: Said, before: Beat | None, *, now: float) -> Beat:
     """A rank's new state."""
-    same = before is not None and (before.activity, before.progress) == (said["activity"], said["progress"])
-    return Beat(
-        rank=said["rank"], node=said["node"], activity=said["activity"], progress=said["progress"], step=said["step"],
-        stack=tuple(said["stack"]), heard=now, advanced=before.advanced if before is not None and same else now,
-    )  # fmt: skip
+    same = before is not None and (before.activity, before.progress) == (said.activity, said.progress)
+    advanced = before.advanced if before is not None and same else now
+    return Beat(said.rank, said.node, said.activity, said.progress, said.step, said.stack, heard=now, advanced=advanced)
 
 
 def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble | None:

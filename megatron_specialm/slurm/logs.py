@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.output import nobody_reads
+from megatron_specialm.base.printing import say
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch import logs as local
@@ -43,7 +44,7 @@ def follow(path: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), path.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
         while not nobody_reads():
-            print(file.read(), end="", flush=True)
+            say(file.read(), end="")
             time.sleep(POLL_SECONDS)
 
 

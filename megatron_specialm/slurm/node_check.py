@@ -5,8 +5,9 @@ usage: python -m megatron_specialm.slurm.node_check ANSWER_FOLDER ADDRESS:PORT
 It leaves ANSWER_FOLDER/NODE.json, at the beginning and again at the end, so that a node which hangs is told from one that never
 began. torch is imported where there is something to compute on or with: GPUs, or other nodes.
 
-began, alone,      Unix time by this node's clock, as it began, had computed alone, and had also computed with the others;
-ended              what has not come yet is missing
+began              Unix time by this node's clock
+alone, ended       seconds after which it had computed alone, and had also computed with the others; what has not come yet is
+                   missing
 gpus               how many the driver shows
 products           FLOP/s of matrix products by device, None where the result was wrong
 bytes_per_second   of an all-reduce with the other nodes, None where its sum was wrong; missing where there are no others
@@ -26,10 +27,12 @@ from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import help_gloo, node_name
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json
+from megatron_specialm.base.stopwatch import Stopwatch
 
 
 def look(path: Path, meeting: str) -> None:
     """Write the answer to `path`."""
+    watch = Stopwatch()
     answer: dict[str, Any] = {"began": time.time(), "gpus": find_accelerator().gpus, "products": {}}
     write_json(path, answer)
     nodes = int(os.environ.get("SLURM_NTASKS", "1"))
@@ -37,12 +40,12 @@ def look(path: Path, meeting: str) -> None:
         with _failure_as(answer, "error"):
             _ask_the_doctor(path.parent)
             answer["products"] = _products()
-    answer["alone"] = time.time()
+    answer["alone"] = watch.seconds
     if nodes > 1:
         write_json(path, answer)  # from here on it may be others that it waits for
         with _failure_as(answer, "joint_error"):
             answer["bytes_per_second"] = _all_reduce(nodes, meeting)
-    write_json(path, {**answer, "ended": time.time()})
+    write_json(path, {**answer, "ended": watch.seconds})
 
 
 def _ask_the_doctor(folder: Path) -> None:

@@ -5,14 +5,30 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Preflight
 
 Answer = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What an answer has in any case, and of which types the rest is: see `node_check.py`."""
+
+    began: float
+    gpus: int
+    products: dict[str, float | None]
+    alone: float | None = None
+    ended: float | None = None
+    bytes_per_second: float | None = None
+    error: str | None = None
+    joint_error: str | None = None
 
 
 def check_nodes(
@@ -35,7 +51,7 @@ def check_nodes(
             f"{folder}: {free / 2**20:,.0f} MiB free, and {settings.free_disk / 2**20:,.0f} MiB are wanted "
             "(preflight.free_disk of the site profile): free space, and submit again"
         )
-    began = time.time()
+    began, watch = time.time(), Stopwatch()
     try:
         outcome = subprocess.run(command, timeout=settings.seconds, capture_output=True, text=True)
         said = " ".join(outcome.stderr.split())[-300:]
@@ -44,7 +60,7 @@ def check_nodes(
     answers = {node: answer for node in nodes if (answer := _answer(folder / f"{node}.json")) is not None}
     if not answers:
         raise MachineError(f"preflight: no node answers: {said}")
-    if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, time.time())):
+    if bad := judge(answers, nodes=nodes, gpus=gpus, settings=settings, between=(began, began + watch.seconds)):
         return bad
     waiting = {node: "it waits for the others" for node, answer in answers.items() if "ended" not in answer}
     errors = {node: answer["joint_error"] for node, answer in answers.items() if "joint_error" in answer}
@@ -83,7 +99,8 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
         return f"matrix products on {', '.join(wrong)} are wrong"
     if answer.get("bytes_per_second", 0) is None:
         return "an all-reduce with the others gives a wrong sum"
-    early, late = between[0] - answer["began"], answer.get("ended", answer["alone"]) - between[1]
+    early = between[0] - answer["began"]
+    late = answer["began"] + answer.get("ended", answer["alone"]) - between[1]
     if max(early, late) > settings.clock_seconds:
         return f"its clock differs by {max(early, late):.0f} s or more from the first node's"
     return answer.get("error")
@@ -91,6 +108,7 @@ def _fault(answer: Answer | None, gpus: int, settings: Preflight, between: tuple
 
 def _answer(path: Path) -> Answer | None:
     try:
+        read_json(path, _Answer)
         return read_json(path)
     except ArtifactError:
         return None

@@ -12,15 +12,15 @@ Slurm forgets a job minutes after its end; these files do not.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.base.files import parse_json, read_json, write_json
 
-STEP = "step.json"
+NOTE = "step.json"
+REMEDY = "put it right or remove it"  # nothing makes these files anew
 Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
 
 
@@ -65,7 +65,8 @@ class AttemptBegin:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line."""
+    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line. `time`: Unix time. `seconds`: that
+    it took; None in the records of earlier versions."""
 
     attempt: int
     outcome: Outcome
@@ -73,21 +74,77 @@ class AttemptEnd:
     reason: str
     requeued: bool
     time: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """How far an attempt is: the last step of a training, and the seconds it has taken (None as in `AttemptEnd`)."""
+
+    step: int | None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then the step of a
-    training that was noted last."""
+    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then what was noted
+    last of it."""
 
     begin: AttemptBegin
     end: AttemptEnd | None
-    noted: int | None = None
+    noted: Note | None = None
 
     @property
     def step(self) -> int | None:
         """The last training step that it reached, as far as is known."""
-        return self.end.step if self.end else self.noted
+        last = self.end or self.noted
+        return last.step if last else None
+
+    @property
+    def seconds(self) -> float | None:
+        """That it has taken, by the supervisor's own stopwatch, as far as is known."""
+        last = self.end or self.noted
+        return last.seconds if last else None
+
+
+@dataclass(frozen=True)
+class _Registry:
+    """The content of `jobs.json`."""
+
+    jobs: list[JobRecord]
+
+
+@dataclass(frozen=True)
+class _Event:
+    """What a line of `attempts.jsonl` says of itself; the rest is an `AttemptBegin` or an `AttemptEnd`."""
+
+    event: Literal["begin", "end"]
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """A task as a job's ranks are told of it: `made_from` is what its digest is of."""
+
+    key: str
+    digest: str
+    made_from: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """The content of `<job>.json`: what each of its elements is to do."""
+
+    stage: str
+    elements: list[list[JobTask]]
+
+
+def read_job_file(path: Path) -> JobFile:
+    """What a job's elements are to do.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    return read_json(path, JobFile, remedy="submit again")
 
 
 def jobs_folder(root: Path) -> Path:
@@ -142,22 +199,12 @@ def read_registry(root: Path) -> list[JobRecord]:
         ArtifactError: the registry is damaged.
     """
     path = registry_path(root)
-    if not path.exists():
-        return []
-    try:
-        return [_job(value) for value in read_json(path)["jobs"]]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a registry of jobs ({error!r}): put it right or remove it") from None
-
-
-def _job(value: Mapping[str, Any]) -> JobRecord:
-    elements = tuple(tuple(TaskRecord(**task) for task in element) for element in value["elements"])
-    return JobRecord(**{**value, "elements": elements, "after": tuple(value["after"])})
+    return read_json(path, _Registry, remedy=REMEDY).jobs if path.exists() else []
 
 
 def write_registry(root: Path, jobs: Iterable[JobRecord]) -> None:
     """Replace the registry, atomically. To be called under the run folder's lock."""
-    write_json(registry_path(root), {"jobs": [asdict(job) for job in jobs]})
+    write_json(registry_path(root), asdict(_Registry(list(jobs))))
 
 
 def record_begin(state: Path, begin: AttemptBegin) -> None:
@@ -167,7 +214,8 @@ def record_begin(state: Path, begin: AttemptBegin) -> None:
 
 def record_end(state: Path, end: AttemptEnd) -> None:
     """Note in an element's state folder how an attempt ended."""
-    _append(state, {"event": "end", **asdict(end)})
+    reason = end.reason.encode(errors="backslashreplace").decode()  # names of files may hold what is no text
+    _append(state, {"event": "end", **asdict(replace(end, reason=reason))})
 
 
 def _append(state: Path, event: Mapping[str, Any]) -> None:
@@ -180,33 +228,31 @@ def _append(state: Path, event: Mapping[str, Any]) -> None:
 
 
 def read_attempts(state: Path) -> list[Attempt]:
-    """All attempts at an element, in order; none where it has never run."""
+    """All attempts at an element, in order; none where it has never run.
+
+    Raises:
+        ArtifactError: a whole line is no event. One that a power loss has cut short is passed over.
+    """
+    path = state / "attempts.jsonl"
     attempts: list[Attempt] = []
-    for event in _events(state / "attempts.jsonl"):
-        kind = event.pop("event")
-        if kind == "begin":
-            begin = AttemptBegin(**{**event, "nodes": tuple(event["nodes"])})
-            attempts.append(Attempt(begin, None, _noted_step(state, begin.attempt)))
-        elif attempts and attempts[-1].begin.attempt == event["attempt"]:
-            attempts[-1] = Attempt(attempts[-1].begin, AttemptEnd(**event), attempts[-1].noted)
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        if not line.endswith(b"}"):  # empty, or cut short
+            continue
+        if parse_json(line, _Event, path=path, remedy=REMEDY).event == "begin":
+            begin = parse_json(line, AttemptBegin, path=path, remedy=REMEDY)
+            attempts.append(Attempt(begin, None, _noted(state, begin.attempt)))
+            continue
+        end = parse_json(line, AttemptEnd, path=path, remedy=REMEDY)
+        if attempts and attempts[-1].begin.attempt == end.attempt:
+            attempts[-1] = Attempt(attempts[-1].begin, end, attempts[-1].noted)
     return attempts
 
 
-def note_step(state: Path, attempt: int, step: int) -> None:
-    """Note how far an attempt is, for the case that it is lost."""
-    write_json(attempt_folder(state, attempt) / STEP, {"step": step})
+def write_note(state: Path, attempt: int, note: Note) -> None:
+    """Note how far an attempt is, for those who look at it and for the case that it is lost."""
+    write_json(attempt_folder(state, attempt) / NOTE, asdict(note))
 
 
-def _noted_step(state: Path, attempt: int) -> int | None:
-    path = attempt_folder(state, attempt) / STEP
-    return read_json(path)["step"] if path.exists() else None
-
-
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # an empty line, or one that a power loss has cut
-            continue
+def _noted(state: Path, attempt: int) -> Note | None:
+    path = attempt_folder(state, attempt) / NOTE
+    return read_json(path, Note, remedy=REMEDY) if path.exists() else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.site import Resources, Site
+from megatron_specialm.config.yaml_file import read_text
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,15 @@ def render(
         ConfigError: the template is missing, or has a `$` that is neither one of ours nor written `$$`.
     """
     try:
-        text = string.Template(template.read_text(encoding="utf-8"))
-        return text.substitute(
+        text = read_text(template)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{template}: cannot be read: {error.strerror}: correct `template` in the site profile"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{error}: correct `template` in the site profile") from None
+    try:
+        return string.Template(text).substitute(
             directives="\n".join(f"#SBATCH {option}" for option in directives),
             folder=shlex.quote(str(folder)),
             modules="\n".join(f"module load {shlex.quote(name)}" for name in site.modules),
@@ -112,7 +120,5 @@ def render(
             code=shlex.quote(str(code)),
             command=shlex.join(map(str, command)),
         )
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{template}: cannot be read ({error}): correct `template` in the site profile") from None
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{template}: {error}: write $$ for a dollar sign that is the shell's own") from None

@@ -40,13 +40,18 @@ class ElementState:
         return records.log_path(root, self.job.submission, self.job.name, self.number)
 
     def seconds(self, root: Path, now: float) -> float:
-        """Of all its attempts. One that was lost lasted until the next began, or until the last sign of life in the log."""
+        """Of all its attempts, as their supervisors have measured them: clocks of nodes differ, and are set. Where earlier
+        versions have not, by clocks: one that was lost lasted until the next began, or until the last sign of life in the
+        log."""
         last_sign = now if self.state in RUNNING else _last_written(self.log(root))
         limits = [*(attempt.begin.time for attempt in self.attempts[1:]), last_sign]
         ends = [
             attempt.end.time if attempt.end else limit for attempt, limit in zip(self.attempts, limits, strict=False)
         ]
-        return sum(max(0.0, end - attempt.begin.time) for attempt, end in zip(self.attempts, ends, strict=True))
+        return sum(
+            max(0.0, end - attempt.begin.time) if attempt.seconds is None else attempt.seconds
+            for attempt, end in zip(self.attempts, ends, strict=True)
+        )
 
 
 def element_states(root: Path) -> list[ElementState]:

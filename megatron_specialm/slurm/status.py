@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker, view
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
 from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.yaml_file import read_yaml_file
 from megatron_specialm.launch.capped import capped_warnings
 from megatron_specialm.launch.logs import last_line
 from megatron_specialm.launch.plan import PlannedTask, make_plan
@@ -128,7 +127,7 @@ def _stage(
             waiting[word] = waiting.get(word, 0) + 1
     elements = tuple(dict.fromkeys(carried.values()))
     seconds = sum(state.job.ranks * state.seconds(root, now) for state in ours)
-    seconds += sum(_local_seconds(root, name) for name in tasks if name not in carriers)
+    seconds += sum(_local_seconds(root, planned) for name, planned in tasks.items() if name not in carriers)
     failures = [
         _failure(root, element, [name.key for name, state in carried.items() if state is element])
         for element in elements
@@ -145,7 +144,7 @@ def _stage(
         trainings=tuple(_trainings(running)) if trains else (),
         counts=tuple(count for _, folder in running if (count := read_count(folder)) is not None),
         device_hours=seconds / 3600,
-        planned_hours=planned_hours(training_flops(pipeline, stage), peak) if trains and peak else None,
+        planned_hours=planned_hours(training_flops(pipeline, stage, plan), peak) if trains and peak else None,
         failures=tuple(failure for failure in failures if failure is not None),
         warnings=tuple(capped_warnings(pipeline, tasks, root)),
     )
@@ -165,8 +164,7 @@ def _trainings(running: Iterable[tuple[str, Path]]) -> Iterator[Training]:
     for key, folder in running:
         record = last_record(folder / "metrics.jsonl")
         if record is not None:
-            values = (record[field] for field in ("step", "steps", "loss", "tokens_per_second", "eta_seconds"))
-            yield Training(key, *values)
+            yield Training(key, record.step, record.steps, record.loss, record.tokens_per_second, record.eta_seconds)
 
 
 def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:
@@ -188,12 +186,12 @@ def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure 
     return Failure(tasks, element.slurm_name, state, nodes, error, str(log))
 
 
-def _local_seconds(root: Path, name: TaskId) -> float:
+def _local_seconds(root: Path, planned: PlannedTask) -> float:
     """What a task cost that no job of ours did, with what it did for comparison only."""
-    marker = read_marker(view(root, *name))
+    marker = read_marker(artifact_folder(root, *planned.task.id, planned.digest))
     if marker is None:
         return 0.0
-    return marker.cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
+    return marker.whole_cost.device_seconds + (marker.apart.device_seconds if marker.apart else 0.0)
 
 
 def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
@@ -201,6 +199,6 @@ def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
     if not states:
         return None
     profile = submission_folder(root, states[-1].job.submission) / "site.yaml"
-    site: Any = yaml.safe_load(profile.read_text(encoding="utf-8")) if profile.exists() else None
+    site: Any = read_yaml_file(profile) if profile.exists() else None
     gpu = site.get("gpu") if isinstance(site, dict) else None
-    return dense_peak(gpu) if gpu else None
+    return dense_peak(gpu) if isinstance(gpu, str) else None

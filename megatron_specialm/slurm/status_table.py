@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from megatron_specialm.base.counting import together
+from megatron_specialm.base.terminal import plain
 from megatron_specialm.slurm.state import ElementState
 from megatron_specialm.slurm.status import StageStatus, Status, Training
 
@@ -33,19 +33,19 @@ def status_view(status: Status) -> RenderableType:
     table.add_column("GPU h", _hours(so_far or None), justify="right", no_wrap=True)
     table.add_column("plan", _hours(sum(plans) if plans else None), justify="right", no_wrap=True)
     for stage in status.stages:
-        state = Text(state_text(stage), style=_colour(stage))
+        state = plain(state_text(stage), style=_colour(stage))
         if stage.trainings:
             state.append(f"\n{training_text(stage.trainings)}", style="default")
         if stage.counts:
             state.append(f"\n{together(stage.counts)}", style="default")
         table.add_row(
-            stage.stage,
+            plain(stage.stage),
             f"{stage.done}/{stage.tasks}",
             state,
             _hours(stage.device_hours or None),
             _hours(stage.planned_hours),
         )
-    warnings = [Text(f"warning: {warning}") for stage in status.stages for warning in stage.warnings]
+    warnings = [plain(f"warning: {warning}") for stage in status.stages for warning in stage.warnings]
     return Group(table, *_failures(status), *warnings)
 
 
@@ -135,10 +135,10 @@ def _failures(status: Status) -> list[RenderableType]:
     shown: list[RenderableType] = []
     for failure in failures[:SHOWN_FAILURES]:
         where = f" on {failure.nodes}" if failure.nodes else ""
-        shown.append(Text(f"{', '.join(failure.tasks)}: job {failure.job}{where}: {failure.state}", style="red"))
-        shown.append(Text(f"  {failure.error}\n  log: {failure.log}", overflow="fold"))
+        shown.append(plain(f"{', '.join(failure.tasks)}: job {failure.job}{where}: {failure.state}", style="red"))
+        shown.append(plain(f"  {failure.error}\n  log: {failure.log}", overflow="fold"))
     if len(failures) > SHOWN_FAILURES:
-        shown.append(Text(f"and {len(failures) - SHOWN_FAILURES} more failures: --json lists them all"))
+        shown.append(plain(f"and {len(failures) - SHOWN_FAILURES} more failures: --json lists them all"))
     return shown
 
 

@@ -95,7 +95,7 @@ class Submission:
         freeze_code(self.code)
         home = records.submission_folder(self.root, self.number)
         write_text(home / "pipeline.yaml", dump_pipeline(self.pipeline))
-        write_text(home / "site.yaml", dump_site(self.site))
+        write_text(home / "site.yaml", dump_site(self.site), private=True)  # `environment` may hold a token
         code = {**asdict(self.code), "folder": str(self.code.folder)}
         who = {"time": time.time(), "user": user_name(), "host": socket.gethostname(), "folder": str(self.folder)}
         write_json(home / "submission.json", {**who, "code": code})
@@ -162,7 +162,7 @@ def submit(
             place = submission.root, submission.number, job.name
             write_json(records.job_path(*place), {"stage": job.stage, "elements": _elements(job)})
             script = records.script_path(*place)
-            write_text(script, submission.script(job, after=record.after, comment=record.comment))
+            write_text(script, submission.script(job, after=record.after, comment=record.comment), private=True)
             records.write_registry(submission.root, [*known, *queued, record])
             try:
                 queued.append(replace(record, slurm_id=_sbatch(script, record.comment)))

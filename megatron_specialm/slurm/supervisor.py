@@ -8,8 +8,8 @@ the ranks alone were told to end, as they are when a partition's GraceTime begin
 """
 
 import contextlib
-import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -17,11 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import MachineError, SpecialmError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.base.outcome import Failure, Saved
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Site
 from megatron_specialm.slurm.allocation import Allocation
 from megatron_specialm.slurm.attempts import Ending, reason_to_end
@@ -33,11 +36,13 @@ from megatron_specialm.slurm.ranks import node_command, rank_command
 from megatron_specialm.slurm.records import (
     AttemptBegin,
     AttemptEnd,
+    Note,
+    Outcome,
     attempt_folder,
-    note_step,
     read_attempts,
     record_begin,
     record_end,
+    write_note,
 )
 from megatron_specialm.slurm.sbatch import Shape
 
@@ -52,7 +57,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """What to run, and where its state goes. `excluded`: the folder that lists the nodes to leave out."""
+    """What to run, and where its state goes. `excluded`: the folder that lists the nodes to leave out; `watch` runs since the
+    attempt began."""
 
     site: Site
     allocation: Allocation
@@ -61,6 +67,7 @@ class Work:
     command: Sequence[str]
     state: Path
     excluded: Path
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def folder(self) -> Path:
@@ -90,14 +97,14 @@ def supervise(work: Work) -> int:
         logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
         try:
             ending = _attempt(work, asked)
-        except MachineError as error:
+        except SpecialmError as error:  # the machine's doing, or a file of this attempt that is damaged
             ending = Ending("failed", str(error), exit_code=error.exit_code)
         final = ending.outcome == "finished" or asked.by is signal.SIGTERM
         end_reason = None if final else reason_to_end(ending, before, work.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
         logger.log(logging.INFO if final else logging.ERROR, "%s: %s", ending.outcome, reason)
-        end = AttemptEnd(allocation.attempt, ending.outcome, ending.step, reason, again, time.time())
+        end = _end(work, ending.outcome, ending.step, reason, requeued=again)
         record_end(work.state, end)
         if again:
             try:
@@ -117,18 +124,19 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
             exclude_node(work.excluded, node, reason=reason)
         reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
-    with Listener(work.allocation.address) as listener, _ranks(work, listener) as process:
+    with Listener(work.allocation.address, work.shape.ranks) as listener, _ranks(work, listener) as process:
         asked_at: float | None = None
-        looked = noted = time.monotonic()
+        looked, noted = time.monotonic(), -math.inf
         while not _is_over(work, process, asked, asked_at):
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
             if now - looked > SUSPENDED_SECONDS:
                 listener.forgive(now - looked)
             looked = now
-            if now - noted > NOTE_SECONDS and listener.step is not None:
-                note_step(work.state, work.allocation.attempt, listener.step)
-                noted = now
+            seconds = work.watch.seconds
+            if seconds - noted > NOTE_SECONDS:
+                write_note(work.state, work.allocation.attempt, Note(listener.step, seconds))
+                noted = seconds
             if asked.by is not None and asked_at is None:
                 logger.info("%s: the ranks are asked to save and stop", asked.by.name)
                 listener.stop, asked_at = True, now
@@ -139,9 +147,12 @@ def _attempt(work: Work, asked: _Asked) -> Ending:
             watched = asked_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
             if watched and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
                 logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
-                for node in found.nodes if len(work.allocation.nodes) > len(found.nodes) else ():
+                ours = tuple(
+                    node for node in work.allocation.nodes if node in found.nodes
+                )  # ranks have told their names
+                for node in ours if len(work.allocation.nodes) > len(ours) else ():
                     exclude_node(work.excluded, node, reason=found.reason)
-                return Ending("hang", found.reason, listener.step, found.nodes)
+                return Ending("hang", found.reason, listener.step, ours)
         return _ending(work, process.poll(), asked, listener.step)
 
 
@@ -205,12 +216,12 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
         return Ending("finished", "all tasks are done", step)
     if asked.by is not None:
         return _stopped(work, asked.by, step)
-    errors = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.folder.glob(ERRORS))]
+    errors = [read_json(path, Failure) for path in sorted(work.folder.glob(ERRORS))]
     if errors:
         # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
-        first = min(errors, key=lambda error: ("another process" in error["error"], error["time"]))
-        at = first["step"] if first["step"] is not None else step
-        return Ending("failed", f"{first['node']}: {first['error']}", at, exit_code=first["exit_code"])
+        first = min(errors, key=lambda failure: ("another process" in failure.error, failure.time))
+        at = first.step if first.step is not None else step
+        return Ending("failed", f"{first.node}: {first.error}", at, exit_code=first.exit_code)
     if (work.folder / STOPPED).exists():  # torchrun tells ranks to stop when one fails: its error counts, above
         return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
@@ -219,7 +230,7 @@ def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> En
 def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
     saved = work.folder / STOPPED
     if saved.exists():
-        step = json.loads(saved.read_text(encoding="utf-8"))["step"]
+        step = read_json(saved, Saved).step
         what = "stopped" if step is None else f"saved at step {step}"
     else:
         what = "nothing was saved, so it goes on from the checkpoint before"
@@ -231,8 +242,11 @@ def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Endi
 def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
     """After SIGTERM Slurm may kill this process at any moment: an attempt without an end would count as a lost one."""
     if asked is signal.SIGTERM:
-        end = AttemptEnd(work.allocation.attempt, "preempted", step, "ended by Slurm", False, time.time())
-        record_end(work.state, end)
+        record_end(work.state, _end(work, "preempted", step, "ended by Slurm", requeued=False))
+
+
+def _end(work: Work, outcome: Outcome, step: int | None, reason: str, *, requeued: bool) -> AttemptEnd:
+    return AttemptEnd(work.allocation.attempt, outcome, step, reason, requeued, time.time(), work.watch.seconds)
 
 
 def _queue_again(work: Work) -> None:

@@ -7,6 +7,7 @@ import time
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.output import nobody_reads
+from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.slurm.status import Status, read_status
@@ -35,7 +36,7 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
             try:
                 status = read_status(pipeline)
             except MachineError as error:
-                print(f"{error}; looking again", file=sys.stderr)
+                say(f"{error}; looking again", error=True)
             else:
                 if not as_json and sys.stdout.isatty():
                     console().clear()
@@ -47,6 +48,6 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
 
 def _show(status: Status, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(status_json(status)), flush=True)
+        say(json.dumps(status_json(status)))
     else:
         console().print(status_view(status))

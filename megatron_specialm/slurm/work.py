@@ -8,12 +8,13 @@ from typing import Any
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
-from megatron_specialm.base.files import read_json, sha256_json
+from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.launch.inline import attended, do_together
 from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.launch.worker import ignore_expected_warnings, limit_threads
+from megatron_specialm.slurm.records import read_job_file
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
@@ -39,20 +40,18 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
         graph = build_graph(pipeline)
         for key, made_from in tasks:
             name = TaskId(stage, key)
+            if name not in graph:
+                raise ArtifactError(f"{job_file}: {name} is no task of the page beside it: submit again")
             if not is_complete(root, *name, digest=sha256_json(made_from)):
                 do_together(pipeline, root, graph[name], made_from, world, lifeline)
 
 
 def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The stage, and of each task its key and what its digest is of."""
-    job: dict[str, Any] = read_json(job_file)
-    try:
-        tasks = [(task["key"], task["made_from"]) for task in job["elements"][element]]
-        return job["stage"], tasks
-    except (KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(
-            f"{job_file}: does not say what element {element} is to do ({error!r}): submit again"
-        ) from None
+    job = read_job_file(job_file)
+    if not 0 <= element < len(job.elements):
+        raise ArtifactError(f"{job_file}: does not say what element {element} is to do: submit again")
+    return job.stage, [(task.key, task.made_from) for task in job.elements[element]]
 
 
 def _element(environ: Mapping[str, str]) -> int:

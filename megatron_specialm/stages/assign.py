@@ -13,15 +13,23 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from megatron_specialm.base.arrays import new_array, write_array
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import atomic_path, write_json
+from megatron_specialm.base.files import write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.lineage import HELD_OUT, cluster_count, shard_keys
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
+from megatron_specialm.data.cluster_files import (
+    CLUSTERS,
+    HISTOGRAM,
+    OFFSETS,
+    ORDER,
+    read_centroids,
+    read_clusters,
+)
 from megatron_specialm.data.clusters import order_type, sort_by_cluster
 from megatron_specialm.stages.context import Context
 
@@ -39,41 +47,25 @@ def _assign(stage: AssignStage, context: Context) -> Report:
     """flops: 2 k E per window."""
     faiss.omp_set_num_threads(context.threads)
     vectors = Vectors(context.artifact(stage.vectors, context.key))
-    centroids = np.load(context.artifact(stage.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
+    k = cluster_count(context.pipeline, context.task.id.stage)
+    centroids = read_centroids(context.artifact(stage.clusters, GENERIC), k=k, dimensions=vectors.shape[1])
     clusters = kmeans.assign(
         vectors, centroids, counted=lambda parts: context.counted(parts, unit="windows", of=len(vectors), size=len)
     )
-    _save(context.folder, "clusters", clusters)
+    write_array(context.folder / CLUSTERS, clusters)
     return Report(flops=2 * len(vectors) * centroids.size, values={"windows": len(vectors)})
 
 
 def _index(context: Context, folders: list[Path]) -> dict[str, object]:
     """Write what follows from the clusters in some folders, in a row; returns the values to report."""
     k = cluster_count(context.pipeline, context.task.id.stage)
-    parts = [_clusters(folder) for folder in folders]
+    parts = [read_clusters(folder, k=k) for folder in folders]
     windows = sum(map(len, parts))
-    with atomic_path(context.folder / "order.npy") as path:
-        order = np.lib.format.open_memmap(path, mode="w+", dtype=order_type(windows), shape=(windows,))
+    with new_array(context.folder / ORDER, dtype=order_type(windows), shape=(windows,)) as order:
         offsets = sort_by_cluster(parts, order, k=k)
-        order.flush()
-    _save(context.folder, "offsets", offsets)
+    write_array(context.folder / OFFSETS, offsets)
     frequencies = np.diff(offsets) / windows
-    _save(context.folder, "histogram", frequencies)
+    write_array(context.folder / HISTOGRAM, frequencies)
     values = {"k": k, "windows": windows, **asdict(concentration(frequencies))}
     write_json(context.folder / "assign.json", values)
     return values
-
-
-def _clusters(folder: Path) -> np.ndarray:
-    path = folder / "clusters.npy"
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path}: missing or damaged ({error}): remove its folder and run the assign stage"
-        ) from None
-
-
-def _save(folder: Path, name: str, array: np.ndarray) -> None:
-    with atomic_path(folder / f"{name}.npy") as path, path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)

@@ -9,16 +9,17 @@ Under MPI every rank runs this, each on its share of the sample; the first one w
 import logging
 
 import faiss
-import numpy as np
 
+from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.base.files import atomic_path, write_json
+from megatron_specialm.base.files import write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.ranks import Alone, MpiRanks
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import ClusterStage
 from megatron_specialm.config.text import GENERIC
+from megatron_specialm.data.cluster_files import CENTROIDS
 from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
         "largest_cluster": int(result.sizes.max()),
     }
     if context.world.is_first:
-        with atomic_path(context.folder / "centroids.npy") as path, path.open("wb") as file:
-            np.save(file, result.centroids, allow_pickle=False)
+        write_array(context.folder / CENTROIDS, result.centroids)
         write_json(context.folder / "clusters.json", values)
     return Report(flops=2 * result.centroids.size * fitted * (stage.iterations + 1), values=values)
 

@@ -1,15 +1,15 @@
 """What a stage function is given beside its own settings."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import Marker, read_marker
+from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.graph import Task, TaskId
 from megatron_specialm.config.lineage import source_of
 from megatron_specialm.config.schema import Pipeline
@@ -28,12 +28,12 @@ class Context:
     world: World
     threads: int
     lifeline: Lifeline = field(default_factory=Lifeline)
-    started: float = field(default_factory=time.monotonic)  # when this attempt at the task began
+    watch: Stopwatch = field(default_factory=Stopwatch)  # runs since this attempt at the task began
 
     @property
     def key(self) -> str:
         """`generic`, a domain's name, one of these with a shard's number or a rate behind it, or `STAGE.KEY` of the model to
-        evaluate or export."""
+        evaluate (with another set behind it) or export."""
         return self.task.id.key
 
     @property
@@ -51,7 +51,9 @@ class Context:
         folder = self.artifact(stage, key)
         marker = read_marker(folder)
         if marker is None:
-            raise ArtifactError(f"{folder}: not complete: run the stage {stage!r} first")
+            raise ArtifactError(
+                f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first"
+            )
         return marker
 
     def counted(

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from megatron_specialm.base.arrays import new_array
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.base.files import atomic_path
 from megatron_specialm.clustering.coverage import check_coverage, count_zero
-from megatron_specialm.clustering.encoders import fit_encoder, load_encoder
+from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
 from megatron_specialm.config.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.config.schema import EmbedStage
@@ -79,9 +79,7 @@ def _fit(stage: EmbedStage, context: Context) -> Report:
         seed=seed,
         threads=context.threads,
     )
-    folder = context.folder / "encoder"
-    folder.mkdir(exist_ok=True)
-    encoder.save(folder)
+    save_encoder(encoder, context.folder / "encoder")
     return Report(values={"dimensions": encoder.dimensions, "encoder": stage.encoder.kind})
 
 
@@ -97,16 +95,14 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
     folder = context.artifact(context.task.id.stage, ENCODER) / "encoder"
     encoder = load_encoder(stage.encoder, folder, threads=context.threads)
     zero = 0
-    with atomic_path(context.folder / FILE) as path:
-        shape = (len(windows), encoder.dimensions)
-        vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    shape = (len(windows), encoder.dimensions)
+    with new_array(context.folder / FILE, dtype=np.float32, shape=shape) as vectors:
         batches = context.counted(
             windows.batches(), unit="windows", of=len(windows), size=lambda batch: batch[0].stop - batch[0].start
         )
         for rows, texts in batches:
             vectors[rows] = encoder.encode(texts)
             zero += count_zero(vectors[rows], name=context.key, first=rows.start)
-        vectors.flush()
         if context.task.shard is None and context.key != HELD_OUT:  # a part is judged with the set that it is of
             check_coverage(context.key, zero=zero, windows=len(windows))
     describe_vectors(context.folder, zero=zero)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import give_usual_mode, publish_folder, write_text
+from megatron_specialm.base.files import publish_folder, write_text
+from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.config.graph import model_task
 from megatron_specialm.config.lineage import is_finetuned, method_of, text_set, trainings
 from megatron_specialm.config.model import ModelConfig
@@ -44,7 +44,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
     """
-    model_id = model_task(context.pipeline, context.key)
+    model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
     served = read_served(final)
     shape, weights, state = served.shape, served.weights, served.state
@@ -91,11 +91,10 @@ def _write(
         pad=tokenizer.pad,
     )  # fmt: skip
     config.save_pretrained(folder)
-    save_file(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
     ends = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     GenerationConfig(**ends).save_pretrained(folder)
     save_tokenizer(tokenizer, folder, context_length=store.context_length)
-    give_usual_mode(*(path for path in folder.rglob("*") if path.is_file()))
 
 
 @torch.no_grad()
@@ -122,7 +121,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> N
 
 
 def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, difference: float) -> ModelFacts:
-    pipeline, model_id = context.pipeline, model_task(context.pipeline, context.key)
+    pipeline, model_id = context.pipeline, model_task(context.key)
     marker = context.marker(*model_id)
     steps = tuple(trainings(pipeline, model_id.stage))
     store = TokenStore.open(tokens, "train")
@@ -155,6 +154,6 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
 
 
 def _cost(marker: Marker) -> Cost:
-    """A training's, with that of the trials of its learning rates."""
-    trials = marker.values.get("trials", {})
-    return replace(marker.cost, **{what: getattr(marker.cost, what) + cost for what, cost in trials.items()})
+    """A training's, with that of the earlier one that it went on from, and of the trials of its learning rates."""
+    own, trials = marker.whole_cost, marker.values.get("trials", {})
+    return replace(own, **{what: getattr(own, what) + cost for what, cost in trials.items()})

@@ -13,8 +13,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, view
+from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.files import MANIFEST, reading, verify_folder
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import tokenize_stage
 from megatron_specialm.config.load import load_pipeline
@@ -25,7 +26,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.train.checkpoint import find_final
+from megatron_specialm.train.checkpoint import STATE, find_final
 from megatron_specialm.train.served import read_served
 
 PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
@@ -78,12 +79,11 @@ def open_model(folder: Path) -> Writer:
         ArtifactError: a file is missing or damaged, or the tokenizer is not the model's.
         CheckpointError: it is a projected network, which is many models.
     """
-    if (folder / "config.json").is_file():
-        return _exported(folder)
-    if (folder / "model" / "config.json").is_file():
-        return _exported(folder / "model")
+    for exported in (folder, folder / "model"):
+        if _is_export(exported):
+            return _exported(exported)
     artifact = folder.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
-    if (artifact / "result.json").is_file() and (artifact / LABEL).is_file():
+    if (artifact / LABEL).is_file() or (artifact / MARKER).is_file():
         root, stage_name = artifact.parents[3], artifact.parents[1].name
         pipeline = load_pipeline(root / "pipeline.yaml")
         stage = pipeline.stages.get(stage_name)
@@ -91,7 +91,10 @@ def open_model(folder: Path) -> Writer:
             tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
             digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
             # An artifact that an earlier version made does not say of which tokenizer it is.
-            return _trained(artifact, artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer))
+            tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer)
+            for read in (artifact, tokenizer_folder):
+                check_artifact(read)
+            return _trained(artifact, tokenizer_folder)
     raise ConfigError(
         f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, or an exported one, "
         "RUN/export/STAGE.KEY/model"
@@ -109,13 +112,18 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
     return begun.rpartition(" ")[0] or begun
 
 
+def _is_export(folder: Path) -> bool:
+    """By what a damaged one still has; the folder of a checkpoint's step has a manifest too."""
+    found = {name for name in (MANIFEST, "config.json", STATE) if (folder / name).is_file()}
+    return bool(found) and STATE not in found
+
+
 def _exported(folder: Path) -> Writer:
+    verify_folder(folder, alone=True)  # Transformers chooses by itself what it reads of a folder
     logging.disable_progress_bar()
-    try:
+    with reading(folder, form="a model that this version of Transformers loads", remedy="run its export again"):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: Transformers cannot load it: {error}") from None
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_specialm.base.artifacts import Marker
+from megatron_specialm.base.artifacts import Marker, Spent
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.config.rates import beyond, trial_key
 from megatron_specialm.config.training import TrainStage
@@ -29,10 +29,15 @@ class Choice:
         return self.trials[self.rate]
 
     @property
+    def counted(self) -> Spent:
+        """The tokens and slots of its steps, which stand in its own cost."""
+        return Spent(self.taken.whole_cost.tokens, self.taken.whole_cost.slots)
+
+    @property
     def values(self) -> dict[str, Any]:
         """For the model's own marker: the rate as the page has it; each rate's best validation loss, nats per token, None
         where it came to nothing; and what all trials have cost."""
-        costs = [trial.cost for trial in self.trials.values()]
+        costs = [trial.whole_cost for trial in self.trials.values()]
         return {
             "chosen_rate": self.rate,
             "learning_rates": {repr(rate): _loss(trial) for rate, trial in self.trials.items()},

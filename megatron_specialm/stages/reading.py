@@ -1,7 +1,8 @@
 """What a training reads: which windows, in which order, and what else is known of them. Each method is a branch here."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.graph import text_read, text_validated
 from megatron_specialm.config.lineage import (
     HELD_OUT,
+    cluster_count,
     cluster_of,
     key_for,
     tokenize_stage,
@@ -21,6 +23,7 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.validation import refuse_too_little
 from megatron_specialm.data.batches import Notes, Stream, Windows
+from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
 from megatron_specialm.data.joined import JoinedStore
@@ -36,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 class Reading(NamedTuple):
     """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
-    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`."""
+    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`; `to_measure`
+    does with settings of another length what was done with the stage's."""
 
     settings: TrainStage
     store: TokenStore
@@ -44,6 +48,12 @@ class Reading(NamedTuple):
     stream: Stream
     notes: Notes
     held_out: HeldOut | None
+    to_measure: Callable[[TrainStage], TrainStage]
+
+    @property
+    def slots_per_step(self) -> int:
+        """Token positions that a step reads, padding included."""
+        return self.settings.global_batch_size * self.store.context_length
 
 
 def read_for(stage: TrainStage, context: Context) -> Reading:
@@ -61,19 +71,20 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
             f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
         )
     if stage.projection is not None:
-        experts = _experts(stage, context)
+        experts = _experts(stage, context, windows=len(store))
         held_out = _held_out(stage, context, np.ones(stage.projection.experts))
         reading = Reading(
-            stage, store, windows, experts, lambda step, rows, _: _mixtures(experts, step, rows), held_out
-        )
+            stage, store, windows, experts,
+            lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
+        )  # fmt: skip
     else:
         index, weights = _clusters(stage, context, stores)
         stream = ImportanceStream(
             index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
         )
-        settings = _to_measure(stage, context, store, index)
-        held_out = _held_out(stage, context, weights)
-        reading = Reading(settings, store, windows, stream, _notes(stage, context), held_out)
+        to_measure = functools.partial(_to_measure, context=context, store=store, index=index)
+        settings, held_out, notes = to_measure(stage), _held_out(stage, context, weights), _notes(stage, context)
+        reading = Reading(settings, store, windows, stream, notes, held_out, to_measure)
     for warning in reading.stream.report(reading.settings.steps).warnings:
         logger.warning("%s", warning)
     return reading
@@ -96,9 +107,9 @@ def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
     return store
 
 
-def _experts(stage: TrainStage, context: Context) -> ExpertStream:
+def _experts(stage: TrainStage, context: Context, *, windows: int) -> ExpertStream:
     """SLM-pn: each window by its own cluster's expert, or a soup of them."""
-    index = _generic_index(stage, context)
+    index = _generic_index(stage, context, windows=windows)
     assert stage.windows_per_expert is not None
     for cluster in np.flatnonzero(index.sizes):
         check_enough(
@@ -136,7 +147,7 @@ def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> 
     set its fraction."""
     index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
     if stage.assignment is not None:
-        index = _generic_index(stage, context)
+        index = _generic_index(stage, context, windows=len(stores[0]))
         weights = _one_cluster(context, index) if stage.data == "cluster" else _like_domain(stage, context, index)
     if len(stores) == 2:
         share = stage.replay_fraction or stage.domain_fraction
@@ -152,7 +163,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     store = open_held_out(stage.tokens, context, text_validated(stage, context.model_key))
     if not validates_by_cluster(stage):
         return all_windows(store)
-    index = _generic_index(stage, context, HELD_OUT)
+    index = _generic_index(stage, context, HELD_OUT, windows=len(store))
     if stage.projection is not None:
         return by_expert(store, index)
     if stage.data == "cluster":
@@ -188,12 +199,9 @@ def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: 
         )
 
 
-def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC) -> ClusterIndex:
-    folder = context.artifact(stage.assignment or "", key)
-    return ClusterIndex(
-        np.load(folder / "order.npy", mmap_mode="r", allow_pickle=False),
-        np.load(folder / "offsets.npy", allow_pickle=False),
-    )
+def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
+    assignment = stage.assignment or ""
+    return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
 
 
 def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
@@ -202,7 +210,7 @@ def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
 
 def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
     folder = context.artifact(stage.assignment or "", context.model_key)
-    weights, lost = importance_weights(np.load(folder / "histogram.npy", allow_pickle=False), index.sizes)
+    weights, lost = importance_weights(read_histogram(folder, k=len(index.sizes)), index.sizes)
     if lost:
         logger.warning(
             "%.2f%% of %s lies in clusters that the generic set does not have", 100 * lost, context.model_key
@@ -210,7 +218,7 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
     return weights
 
 
-def _to_measure(stage: TrainStage, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
+def _to_measure(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the steps that this set, or this cluster, is for."""
     if stage.data == "cluster":
         cluster = cluster_of(context.model_key)

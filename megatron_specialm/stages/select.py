@@ -6,23 +6,22 @@ trials/          while fine-tunings decide: a folder per criterion and expert
 """
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.lineage import expert_key, model_of, train_stage, trained_clusters
+from megatron_specialm.config.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
+from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_held_out, open_store
@@ -54,7 +53,7 @@ def run(stage: SelectStage, context: Context) -> Report:
     stage_of_experts = train_stage(context.pipeline, stage.experts)
     keys = [expert_key(cluster) for cluster in trained_clusters(context.pipeline, stage.experts)]
     folder = context.artifact(stage_of_experts.assignment or "", context.key)
-    histogram_K = np.load(folder / "histogram.npy", allow_pickle=False)
+    histogram_K = read_histogram(folder, k=cluster_count(context.pipeline, stage_of_experts.assignment or ""))
     store = open_store(stage.tokens, context, context.key)
     if stage.tries_experts:
         open_held_out(stage.tokens, context, context.key)
@@ -67,7 +66,7 @@ def run(stage: SelectStage, context: Context) -> Report:
         for name in dict.fromkeys([stage.by, *stage.compare]):
             if name in ("frequency", "histogram"):
                 continue
-            began, projected = time.monotonic(), experts.flops
+            began, projected = context.watch.seconds, experts.flops
             if name == "loss":
                 sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
                 orders[name] = by_loss(keys, experts.load, sample)
@@ -79,7 +78,7 @@ def run(stage: SelectStage, context: Context) -> Report:
                 )
                 orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
                 passes = tried.spent
-            seconds = lost.get(name, 0.0) + time.monotonic() - began
+            seconds = lost.get(name, 0.0) + context.watch.seconds - began
             spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)
     choice = orders[stage.by][0] if stage.by in orders else stage.by
     projected = experts.flops

@@ -12,6 +12,7 @@ from megatron_specialm.config.schema import TokenizerStage
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.documents import read_documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer_checks import refusing
 from megatron_specialm.stages.context import Context
 
 
@@ -44,13 +45,13 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
 
 def _check_exported(tokenizer: Tokenizer) -> None:
     """What the export asks of a tokenizer, asked before anything is trained with it."""
-    with TemporaryDirectory() as folder:
+    fix = "use another tokenizer, or another version of transformers"
+    with TemporaryDirectory() as folder, refusing(tokenizer.folder, "cannot be exported", fix=fix):
         save_tokenizer(tokenizer, Path(folder), context_length=32)
         found = disagreement(Path(folder), tokenizer, context_length=32)
     if found is not None:
         raise DataError(
-            f"{tokenizer.folder}: cannot be exported: transformers {transformers.__version__} {found}: use another "
-            "tokenizer, or another version of transformers"
+            f"{tokenizer.folder}: cannot be exported: transformers {transformers.__version__} {found}: {fix}"
         )
 
 

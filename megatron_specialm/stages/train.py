@@ -4,36 +4,48 @@
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import megatron_specialm
-from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.files import atomic_path, read_json
+from megatron_specialm.base.accelerator import name_of_device
+from megatron_specialm.base.arrays import write_array
+from megatron_specialm.base.artifacts import Cost, Report, Spent
+from megatron_specialm.base.files import read_json
 from megatron_specialm.config.finetuning import Capped, capped_warning
-from megatron_specialm.config.lineage import assign_stage, cluster_of, has_online_teacher, key_for, model_of, setup_of
+from megatron_specialm.config.lineage import (
+    assign_stage,
+    cluster_count,
+    cluster_of,
+    has_online_teacher,
+    key_for,
+    model_of,
+    setup_of,
+)
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.rates import at_rate, trial_key, trial_of
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.cluster_files import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.stages.reading import Reading, read_for
-from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final
+from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.distributed import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.served import read_served
 from megatron_specialm.train.work import Work
 
@@ -66,6 +78,17 @@ def run(stage: TrainStage, context: Context) -> Report:
         if choice is not None:
             tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
             peers.from_first(lambda: adopt_checkpoints(tried, context.folder))
+        earlier = peers.from_first(lambda: go_on_from_earlier(stage, reading, context))
+        before = earlier.counted if earlier else choice.counted if choice else Spent()
+
+        def account(progress: Progress, work: Work) -> dict[str, Any]:
+            own, processes = _own(progress, before, reading), world.world_size
+            cost = Cost(
+                own.tokens, setup.flops(work.passes), work.seconds, work.seconds * processes, name_of_device(), processes,
+                own.slots,
+            )  # fmt: skip
+            return {"spent": asdict(cost.plus(earlier.cost) if earlier else cost)}
+
         engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
         run = Run(
@@ -79,8 +102,9 @@ def run(stage: TrainStage, context: Context) -> Report:
             processes=world.world_size,
             peers=peers,
             saver=Saver(context.folder, Peers.meet()),
+            account=account,
             lifeline=context.lifeline,
-            started=context.started,
+            watch=context.watch,
         )
         try:
             progress = train(engine, run)
@@ -89,6 +113,8 @@ def run(stage: TrainStage, context: Context) -> Report:
                 raise
             logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
             progress = replace(diverged.progress, best_step=None, best_loss=None)
+            if peers.is_first:
+                remove_unusable(context.folder, saved_steps(context.folder), last=progress.step)
     capped = is_capped(progress, settings)
     if capped and world.is_first and progress.best_step is not None:
         ended = Capped(context.key, progress.step, progress.best_step)
@@ -96,12 +122,13 @@ def run(stage: TrainStage, context: Context) -> Report:
     # Not from the record: another incarnation of this task, which has been given up, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
-    slots = (progress.step - progress.skipped_steps) * setup.global_batch_size * store.context_length
-    return Report(  # what a trial has done stands in its own
-        tokens=progress.tokens - (choice.taken.cost.tokens if choice else 0),
-        slots=slots - (choice.taken.cost.slots if choice else 0),
+    own = _own(progress, before, reading)
+    return Report(
+        tokens=own.tokens,
+        slots=own.slots,
         flops=setup.flops(passes),
         lost_seconds=lost.seconds,
+        earlier=earlier.cost if earlier else None,
         values={
             "steps": progress.step,
             "best_step": progress.best_step,
@@ -109,6 +136,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "capped": capped,
             "learning_rate": settings.optimizer.peak,
             **(choice.values if choice else {}),
+            **({"earlier": {"artifact": earlier.artifact, "step": earlier.step}} if earlier else {}),
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),
@@ -118,6 +146,13 @@ def run(stage: TrainStage, context: Context) -> Report:
             "max_repeats": float(read.max_repeats),
         },
     )
+
+
+def _own(progress: Progress, before: Spent, reading: Reading) -> Spent:
+    """The tokens and slots of this task's own steps. `before` are those of the steps that it went on from, which stand in the
+    cost of a trial or of an earlier training."""
+    slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
+    return Spent(progress.tokens - before.tokens, slots - before.slots)
 
 
 def _validation(reading: Reading, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
@@ -141,14 +176,24 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
     }
 
 
+@dataclass(frozen=True)
+class _Certificate:
+    """What is looked at of a certificate: see `launch/parity.py`."""
+
+    layout: dict[str, Any]
+    precision: str
+    versions: dict[str, str | None]
+
+
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
     """What `specialm parity` has found of this layout, if it was asked, with this code's versions."""
     path = context.root / "parity" / f"{context.task.id.stage}.json"
     if not path.exists():
         return None
-    found = read_json(path)
-    same = found["layout"] == stage.parallel.model_dump(mode="json") and found["precision"] == stage.precision
-    current = found["versions"]["torch"] == importlib.metadata.version("torch")
+    remedy = "remove it, or run `specialm parity` again"
+    found, said = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
+    same = said.layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
+    current = said.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
         logger.warning("%s is of another layout or version: run `specialm parity` again", path)
         return None
@@ -158,9 +203,9 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
 def _write_centroid(stage: TrainStage, context: Context) -> None:
     """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
     assign = assign_stage(context.pipeline, stage.assignment or "")
-    centroids = np.load(context.artifact(assign.clusters, GENERIC) / "centroids.npy", allow_pickle=False)
-    with atomic_path(context.folder / "centroid.npy") as path, path.open("wb") as file:
-        np.save(file, centroids[cluster_of(context.model_key)], allow_pickle=False)
+    k = cluster_count(context.pipeline, stage.assignment or "")
+    centroids = read_centroids(context.artifact(assign.clusters, GENERIC), k=k)
+    write_array(context.folder / CENTROID, centroids[cluster_of(context.model_key)])
 
 
 def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:

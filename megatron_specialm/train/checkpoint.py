@@ -6,63 +6,69 @@
 
 Tensors are whole and canonical (`model/weights.py`); each process writes those that fall to it, so what a file holds is
 of no consequence to a reader. A step is written aside, fsynced, hashed and renamed: a `step_N` folder is whole by
-construction; a reader checks the hashes all the same. Nothing in it is a pickle.
+construction; a reader checks the hashes all the same, and opens what the manifest lists and nothing else. Nothing in it is a
+pickle.
 """
 
 import functools
+import logging
 import os
 import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_specialm.base.artifacts import refuse_if_taken_over
+from megatron_specialm.base.artifacts import MARKER, refuse_if_taken_over
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
+    MANIFEST,
     FileSeal,
     fsync_path,
-    give_usual_mode,
     link_folder,
+    listed_files,
     publish_folder,
     read_json,
     seal_file,
+    unlisted_files,
     verify_folder,
     write_json,
 )
+from megatron_specialm.base.tensors import TensorFiles, save_tensors
 from megatron_specialm.train.peers import Peers
 
+STATE, RESULT = "state.json", "result.json"
+REMEDY = "remove the step's folder and run the same command again, which goes on from the step before"
 _STEP = re.compile(r"step_(\d{7,})")
+_PARTS = {part: re.compile(rf"{part}-\d{{5}}\.safetensors") for part in ("model", "optimizer")}
+
+logger = logging.getLogger(__name__)
 
 
-class TensorFiles(Mapping[str, torch.Tensor]):
-    """The tensors of several safetensors files, each read when it is asked for."""
+@dataclass(frozen=True)
+class _Progress:
+    step: int
+    best_step: int | None = None
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from None
-            self._files.update(dict.fromkeys(file.keys(), file))
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+@dataclass(frozen=True)
+class _State:
+    """What is read of a state here. `progress` is of a training that may go on from there."""
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+    progress: _Progress | None = None
+    learning_rate: float | None = None
 
-    def __len__(self) -> int:
-        return len(self._files)
+
+@dataclass(frozen=True)
+class _Result:
+    step: int
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,13 @@ def save_checkpoint(
         seals = {}
         for path, tensors in ((aside / f"{part}-{peers.rank:05d}.safetensors", parts[part]) for part in parts):
             if tensors:
-                _save_file(tensors, path)
+                save_tensors(tensors, path)
                 seals[path.name] = seal_file(path)
         return seals
 
     def publish() -> None:
         refuse_if_taken_over(folder)
-        write_json(aside / "state.json", state)
+        write_json(aside / STATE, state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
 
     aside = peers.from_first(lambda: _make_aside(final))
@@ -134,27 +140,38 @@ def _make_aside(final: Path) -> Path:
 
 
 def adopt_checkpoints(source: Path, folder: Path) -> None:
-    """Give a training the steps of a finished one, so that it goes on from there. Nothing is done where it has come as far
-    from them: the newest step comes last, so with it all are there. Steps of another learning rate are removed.
+    """Give a training the steps of its trial, so that it goes on from there. Nothing is done where it has come as far from
+    them: the newest step comes last, so with it all are there.
 
     Raises:
-        ArtifactError: a step is damaged, or there is none, or another incarnation of this training has taken over.
+        ArtifactError: a step is damaged, or there is none, or the training has steps of another learning rate, or another
+            incarnation of it has taken over.
     """
-    steps = _steps(source)
+    steps = saved_steps(source)
     if not steps:
         raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
-    _remove_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
-    own = _steps(folder)
+    _refuse_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
+    own = saved_steps(folder)
     if own and own[-1] >= steps[-1]:
         return
+    try:
+        for step in steps:
+            read_checkpoint(step_folder(source, step))
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
+    adopt_steps(source, folder, steps)
+
+
+def adopt_steps(source: Path, folder: Path, steps: Sequence[int]) -> None:
+    """Give a training some verified steps of another one, in this order: by hard links where the filesystem can.
+
+    Raises:
+        ArtifactError: another incarnation of this training has taken over.
+    """
     for step in steps:
-        theirs, final = step_folder(source, step), step_folder(folder, step)
-        try:
-            verify_folder(theirs)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; remove {source} to have that training done again") from None
+        final = step_folder(folder, step)
         aside = _make_aside(final)
-        link_folder(theirs, aside)
+        link_folder(step_folder(source, step), aside)
         refuse_if_taken_over(folder)
         if final.exists():
             shutil.rmtree(final)
@@ -162,32 +179,25 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
         fsync_path(folder)
 
 
-def _remove_steps_of_other_rates(folder: Path, *, like: Path) -> None:
-    """A trial that was done again may have turned the choice."""
+def _refuse_steps_of_other_rates(folder: Path, *, like: Path) -> None:
+    """A trial that was done again may have turned the choice; what was trained at the other rate by then is not ours to
+    remove."""
     rate = _rate_of(like)
-    for step in map(functools.partial(step_folder, folder), _steps(folder)):
-        if rate is not None and _rate_of(step) not in (None, rate):
-            shutil.rmtree(step)
+    for step in map(functools.partial(step_folder, folder), saved_steps(folder)):
+        if rate is not None and (other := _rate_of(step)) not in (None, rate):
+            raise CheckpointError(
+                f"{step}: was trained at learning rate {other!r}, and the trials choose {rate!r} now, as one was done again: "
+                f"move the step_* folders of {folder} away and run again, which trains at {rate!r}, or put the trials of "
+                "before back from a copy"
+            )
 
 
 def _rate_of(step: Path) -> float | None:
     """None where the step does not say: a damaged one is passed over anyway."""
     try:
-        return float(read_json(step / "state.json")["learning_rate"])
-    except (ArtifactError, KeyError, TypeError, ValueError):
+        return read_json(step / STATE, _State).learning_rate
+    except ArtifactError:
         return None
-
-
-def _save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors; what the operating system refuses is its own error, which safetensors wraps in words."""
-    try:
-        save_file(dict(tensors), path)
-        give_usual_mode(path)
-    except SafetensorError as error:
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            code = int(number.group(1))
-            raise OSError(code, os.strerror(code), str(path)) from None
-        raise
 
 
 class Saver:
@@ -201,8 +211,8 @@ class Saver:
         self._folder, self._peers = folder, peers
         self._pending: Future[None] | None = None
 
-    def save(self, *, keep: int, best: int | None, **step: Any) -> None:
-        """Begin `save_checkpoint(**step)`, then drop all but the newest `keep` steps and the best one.
+    def save(self, *, keep: int, beside: Collection[int | None], **step: Any) -> None:
+        """Begin `save_checkpoint(**step)`, then `prune_checkpoints`.
 
         Raises:
             OSError: the step before could not be written.
@@ -214,7 +224,7 @@ class Saver:
             try:
                 save_checkpoint(self._folder, peers=self._peers, **step)
                 if self._peers.is_first:
-                    prune_checkpoints(self._folder, keep=keep, best=best)
+                    prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
                 outcome.set_result(None)
             except BaseException as error:  # `wait` raises it
                 outcome.set_exception(error)
@@ -233,61 +243,111 @@ class Saver:
             pending.result()
 
 
-def prune_checkpoints(folder: Path, *, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` steps and the best one."""
-    steps = _steps(folder)
-    for step in steps[:-keep]:
-        if step != best:
-            shutil.rmtree(step_folder(folder, step))
+def prune_checkpoints(folder: Path, *, step: int, keep: int, beside: Collection[int | None]) -> None:
+    """Remove the steps up to `step`, which was just saved, but for the newest `keep` of them and those of `beside`. Later ones
+    are those that were passed over: they are no checkpoints to fall back on, and are written anew when training is there."""
+    up_to_here = [saved for saved in saved_steps(folder) if saved <= step]
+    for saved in up_to_here[:-keep]:
+        if saved not in beside:
+            shutil.rmtree(step_folder(folder, saved))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest step that verifies, and for each newer one that does not, why it was passed over."""
+    """The newest step that training can go on from, and for each newer one, why it was passed over: it does not verify, or the
+    best step so far does not, which would be the outcome if no later one was better."""
     skipped: list[str] = []
-    for step in reversed(_steps(folder)):
+    for step in reversed(saved_steps(folder)):
         try:
-            verify_folder(step_folder(folder, step))
-            return step_folder(folder, step), skipped
+            found = read_checkpoint(step_folder(folder, step)).folder
+            progress = read_json(found / STATE, _State).progress
+            if progress is not None and progress.best_step not in (None, step):
+                read_checkpoint(step_folder(folder, progress.best_step))
+            return found, skipped
         except ArtifactError as error:
             skipped.append(f"{step_folder(folder, step).name}: {error}")
     return None, skipped
 
 
+def remove_unusable(folder: Path, steps: Iterable[int], *, last: int) -> None:
+    """At the end of a training, remove those of some steps that do not verify, or are behind its `last` one: a finished
+    artifact lists none that is damaged."""
+    for step in steps:
+        path = step_folder(folder, step)
+        try:
+            if step <= last and path.exists():
+                verify_folder(path)
+                continue
+            why = f"training has ended at step {last}"
+        except ArtifactError as error:
+            why = str(error)
+        if path.exists():
+            logger.warning("removed %s: %s", path, why)
+            shutil.rmtree(path)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A verified step with all that training needs to go on."""
-    return Checkpoint(
-        folder,
-        TensorFiles(sorted(folder.glob("model-*.safetensors"))),
-        TensorFiles(sorted(folder.glob("optimizer-*.safetensors"))),
-        read_json(folder / "state.json"),
-    )
+    """A verified step with all that training needs to go on.
+
+    Raises:
+        ArtifactError: its manifest lists no weights or no state, its state is of another step, or two of its files have a
+            tensor of the same name.
+    """
+    listed = listed_files(folder)
+    files = {part: [folder / name for name in sorted(listed) if own.fullmatch(name)] for part, own in _PARTS.items()}
+    if STATE not in listed or not files["model"]:
+        raise CheckpointError(f"{folder / MANIFEST}: lists no {'weights' if STATE in listed else STATE}: {REMEDY}")
+    of = read_json(folder / STATE, _State, remedy=REMEDY).progress
+    if of is not None and step_folder(folder.parent, of.step).name != folder.name:
+        raise CheckpointError(f"{folder / STATE}: is of step {of.step}: {REMEDY}")
+    weights, optimizer_state = (TensorFiles(files[part]) for part in _PARTS)
+    return Checkpoint(folder, weights, optimizer_state, read_json(folder / STATE, dict[str, Any], remedy=REMEDY))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a step, and open it.
+
+    Raises:
+        ArtifactError: a file is missing, cut short or changed; or see `open_checkpoint`.
+    """
+    verify_folder(folder)
+    for path in unlisted_files(folder):
+        logger.warning("%s: is not read: %s does not list it", path, MANIFEST)
+    return open_checkpoint(folder)
 
 
 def read_model(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The canonical weights of a step, verified.
-
-    Raises:
-        ArtifactError: a file is missing, cut short or changed.
-    """
-    verify_folder(folder)
-    return open_checkpoint(folder).weights
+    """The canonical weights of a step; see `read_checkpoint`."""
+    return read_checkpoint(folder).weights
 
 
 def declare_final(folder: Path, *, step: int) -> None:
     """Name the step that is the outcome of training: the last, or with early stopping the best.
 
     Raises:
-        ArtifactError: another incarnation of this training has taken over.
+        ArtifactError: the step is damaged or gone, or another incarnation of this training has taken over.
     """
+    verify_folder(step_folder(folder, step))
     refuse_if_taken_over(folder)
-    write_json(folder / "result.json", {"step": step, "folder": step_folder(folder, step).name})
+    write_json(folder / RESULT, asdict(_Result(step, step_folder(folder, step).name)))
 
 
 def find_final(folder: Path) -> Path:
-    """The step folder that is the outcome of a finished training task."""
-    return folder / read_json(folder / "result.json")["folder"]
+    """The step folder that is the outcome of a finished training task.
+
+    Raises:
+        ArtifactError: there is none, or it is no step of this training.
+    """
+    remedy = f"remove {folder / MARKER} and run again, which goes on from the checkpoints"
+    result = read_json(folder / RESULT, _Result, remedy=remedy)
+    final = step_folder(folder, result.step)
+    if final.name != result.folder or not _STEP.fullmatch(final.name) or not final.is_dir():
+        raise ArtifactError(
+            f"{folder / RESULT}: names {result.folder!r} for step {result.step}, which is no step of this training: {remedy}"
+        )
+    return final
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a training's folder, in order; whether these are whole is another question."""
     found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match.group(1)) for match in found if match)

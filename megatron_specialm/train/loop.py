@@ -8,62 +8,46 @@ process is asked to stop (`base/lifeline.py`), all of them stop at the same step
 import contextlib
 import logging
 import math
-import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_specialm.base.errors import Stopped, TrainingError
-from megatron_specialm.base.files import verify_folder
+from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
+from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.throughput import utilisation
+from megatron_specialm.config.length import last_step, validates_after
+from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.train.checkpoint import Saver, declare_final, newest_checkpoint, open_checkpoint, step_folder
+from megatron_specialm.train.checkpoint import (
+    REMEDY,
+    STATE,
+    Saver,
+    declare_final,
+    newest_checkpoint,
+    open_checkpoint,
+    remove_unusable,
+    saved_steps,
+    step_folder,
+)
 from megatron_specialm.train.engine import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
-from megatron_specialm.train.schedule import learning_rate
-from megatron_specialm.train.work import WorkRecord
+from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.work import Work, WorkRecord
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where training stands after `step` optimizer steps. Losses are nats per token."""
+class _Resumed:
+    """What a checkpoint's state has beside what describes the model."""
 
-    step: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    spikes: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    evaluations: int = 0
-    evaluations_without_gain: int = 0
-
-    def after(self, stats: StepStats, *, spike: bool) -> "Progress":
-        """The progress after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            tokens=self.tokens + (0 if stats.skipped else stats.loss.tokens),
-            skipped_steps=self.skipped_steps + stats.skipped,
-            skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
-            spikes=self.spikes + spike,
-        )
-
-    def evaluated(self, loss: float) -> "Progress":
-        """The progress after a validation. A loss that is not finite is never the best."""
-        counted = replace(self, evaluations=self.evaluations + 1)
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(counted, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
-        return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)
+    progress: Progress
 
 
 class Diverged(TrainingError):
@@ -76,8 +60,9 @@ class Diverged(TrainingError):
 
 @dataclass(frozen=True)
 class Run:
-    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `started` is
-    when this attempt at the task began, by `time.monotonic`."""
+    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `account` is
+    what a checkpoint says of what it cost, from how far it is and the work so far; `watch` runs since this attempt at the task
+    began."""
 
     folder: Path
     settings: TrainStage
@@ -89,8 +74,9 @@ class Run:
     processes: int
     peers: Peers
     saver: Saver
+    account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
     lifeline: Lifeline = field(default_factory=Lifeline)
-    started: float = field(default_factory=time.monotonic)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def train(engine: Engine, run: Run) -> Progress:
@@ -108,21 +94,23 @@ def train(engine: Engine, run: Run) -> Progress:
         return _train(engine, run, note_work)
 
 
-def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
+def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
+    found = saved_steps(run.folder)
     progress = _resume(engine, run)
     saved = progress.step
     metrics = _open_metrics(run, progress)
-    norms: deque[float] = deque(maxlen=100)
     clock = _Clock()
     stop = Alarm(run.peers)
     if run.settings.early_stopping is not None and not progress.evaluations:
         # The first weights are a candidate too: a domain set may be too small to gain anything from it.
         progress = _evaluate(engine, run, progress, metrics, note_work)
-        _save(engine, run, progress)
+        _save(engine, run, progress, note_work)
     while not _is_over(progress, run.settings):
         run.lifeline.beat(step=progress.step)
         if stop.is_heard(run.lifeline.stop_asked_by is not None):
-            _stop(engine, run, progress, metrics, is_saved=progress.step == saved)
+            if progress.step != saved:
+                _save(engine, run, progress, note_work)
+            _stop(run, progress, metrics)
         rate = learning_rate(
             progress.step,
             peak=run.settings.optimizer.peak,
@@ -132,22 +120,21 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
         batch = run.batches.local(progress.step)
         stats = engine.train_step(batch, learning_rate=rate)
         note_work()
-        spike = len(norms) >= 20 and stats.gradient_norm > run.settings.spike_factor * statistics.median(norms)
+        spike = progress.is_spike(stats.gradient_norm, factor=run.settings.spike_factor)
         progress = progress.after(stats, spike=spike)
-        if math.isfinite(stats.gradient_norm):
-            norms.append(stats.gradient_norm)
         slots = batch.tokens.size * run.batches.processes
         _record_step(metrics, run, progress, stats, rate, slots=slots, spike=spike, clock=clock)
         _stop_if_poisoned(progress, run, stats)
         progress = _evaluate(engine, run, progress, metrics, note_work)
         if _is_time_to_save(progress, run.settings):
-            _save(engine, run, progress)
+            _save(engine, run, progress, note_work)
             saved = progress.step
     run.saver.wait()
     if run.settings.early_stopping is not None and progress.best_step is None:
         raise Diverged(_no_best(run, progress), progress)
     final = progress.step if progress.best_step is None else progress.best_step
     if run.peers.is_first:
+        remove_unusable(run.folder, [step for step in found if step != final], last=progress.step)
         declare_final(run.folder, step=final)
     if metrics:
         metrics.write(event="end", step=progress.step, final_step=final)
@@ -155,10 +142,8 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], None]) -> Progress:
     return progress
 
 
-def _stop(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, *, is_saved: bool) -> NoReturn:
-    """End all processes at this step, with a checkpoint of it that has been read back and verified."""
-    if not is_saved:
-        _save(engine, run, progress)
+def _stop(run: Run, progress: Progress, metrics: Metrics | None) -> NoReturn:
+    """End all processes at this step, when its checkpoint has been read back and verified."""
     run.saver.wait()
     saved = step_folder(run.folder, progress.step)
     if progress.step:
@@ -171,26 +156,28 @@ def _stop(engine: Engine, run: Run, progress: Progress, metrics: Metrics | None,
 
 
 class _Clock:
-    """Seconds since the last look."""
+    """Seconds per step since the last record."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.steps = 0
+        self._watch, self._steps = Stopwatch(), 0
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+    def count(self) -> None:
+        """One more step."""
+        self._steps += 1
+
+    def per_step(self) -> float:
+        steps, self._steps = self._steps, 0
+        return max(self._watch.lap(), 1e-6) / steps  # a lap may be nothing, but no speed is infinite
 
 
 @contextlib.contextmanager
-def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], None]]:
-    """What notes the work done by now. Only the first process keeps it."""
+def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], Work]]:
+    """What notes the work done by now, and says it. Only the first process keeps it."""
     if not run.peers.is_first:
-        yield lambda: None
+        yield Work
         return
     before = engine.passes  # an engine may have worked for another run
-    with WorkRecord(run.folder, copies=run.batches.processes, started=run.started) as record:
+    with WorkRecord(run.folder, copies=run.batches.processes, watch=run.watch) as record:
         yield lambda: record.write(engine.passes.plus(before, times=-1))
 
 
@@ -221,9 +208,12 @@ def _resume(engine: Engine, run: Run) -> Progress:
     if folder is None:
         return Progress()
     checkpoint = open_checkpoint(folder)
+    progress = read_json(folder / STATE, _Resumed).progress
+    if progress.step > progress.skipped_steps and not checkpoint.optimizer_state:
+        raise CheckpointError(f"{folder / MANIFEST}: lists no optimizer's state to go on with: {REMEDY}")
     engine.load(checkpoint.weights, checkpoint.optimizer_state)
     logger.info("resuming from %s", checkpoint.folder)
-    return Progress(**checkpoint.state["progress"])
+    return progress
 
 
 def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
@@ -237,7 +227,7 @@ def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
 
 
 def _is_over(progress: Progress, settings: TrainStage) -> bool:
-    return _has_stalled(progress, settings) or progress.step >= _last_step(settings)
+    return _has_stalled(progress, settings) or progress.step >= last_step(settings)
 
 
 def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
@@ -257,34 +247,29 @@ def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     return True if progress.step >= settings.steps else None
 
 
-def _last_step(settings: TrainStage) -> int:
-    return min(settings.steps, settings.trial_steps or settings.steps)
-
-
 def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
     return (
         progress.step % settings.checkpoint.every == 0
-        or progress.best_step == progress.step
+        or progress.step in (progress.best_step, step_to_keep(settings))
         or _is_over(progress, settings)
     )
 
 
-def _save(engine: Engine, run: Run, progress: Progress) -> None:
+def _save(engine: Engine, run: Run, progress: Progress, note_work: Callable[[], Work]) -> None:
     run.saver.save(
         keep=run.settings.checkpoint.keep,
-        best=progress.best_step,
+        beside=(progress.best_step, step_to_keep(run.settings)),
         step=progress.step,
         weights=engine.weights(),
         optimizer_state=engine.optimizer_state(),
-        state={**run.description, "progress": asdict(progress)},
+        state={**run.description, **run.account(progress, note_work()), "progress": asdict(progress)},
     )
 
 
 def _evaluate(
-    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], None]
+    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], Work]
 ) -> Progress:
-    stopping = run.settings.early_stopping
-    if stopping is None or (progress.step % stopping.evaluate_every and progress.step < run.settings.steps):
+    if not validates_after(progress.step, run.settings):
         return progress
     loss = engine.evaluate(_heard(run, note_work)).mean
     note_work()
@@ -295,7 +280,7 @@ def _evaluate(
     return progress.evaluated(loss)
 
 
-def _heard(run: Run, note_work: Callable[[], None]) -> Iterator[Batch]:
+def _heard(run: Run, note_work: Callable[[], Work]) -> Iterator[Batch]:
     """The validation's batches: it is progress, and work, too."""
     for batch in run.validation():
         run.lifeline.beat()
@@ -337,8 +322,8 @@ def _record_step(
 ) -> None:
     """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
     positions, of which padding fills some."""
-    clock.steps += 1
-    settings, last = run.settings, _last_step(run.settings)
+    clock.count()
+    settings, last = run.settings, last_step(run.settings)
     if stats.skipped or spike:
         what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
         logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
@@ -346,9 +331,7 @@ def _record_step(
         return
     if metrics is None:
         return
-    steps, seconds = clock.steps, clock.lap()
-    clock.steps = 0
-    per_step = seconds / steps
+    per_step = clock.per_step()
     slots_so_far = (progress.step - progress.skipped_steps) * slots
     metrics.write(
         step=progress.step,

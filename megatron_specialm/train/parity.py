@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
+from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.config.parity import ParityCase
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
@@ -53,7 +53,7 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
             norms.append(stats.gradient_norm)
         held_out = engine.evaluate([_own_rows(_batch(case, case.steps))]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
-    save_file(tensors, folder / f"tensors-{world.rank}.safetensors")
+    save_tensors(tensors, folder / f"tensors-{world.rank}.safetensors")
     numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
 

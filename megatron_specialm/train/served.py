@@ -9,11 +9,22 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.shapes import Size
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
-from megatron_specialm.train.checkpoint import declare_final, find_final, read_model, save_checkpoint
+from megatron_specialm.train.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What every checkpoint says of its model, and is used here; `stages/train.py` writes it."""
+
+    model: ModelConfig
+    vocabulary_size: Size
+    context_length: Size
+    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class TrainedModel:
         if shape.lora is not None:
             weights = merge_lora(weights, shape)
         # Where its training stood is not the model's: who trains it on begins anew.
-        state = {name: value for name, value in self.state.items() if name != "progress"}
+        state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
         return ServedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
 
 
@@ -82,8 +93,8 @@ def read_trained(step: Path) -> TrainedModel:
     Raises:
         ArtifactError: a file is missing, cut short or changed.
     """
-    weights, state = read_model(step), read_json(step / "state.json")
-    return TrainedModel(step, ModelConfig.model_validate(state["model"]), weights, state)
+    checkpoint, described = read_checkpoint(step), read_json(step / STATE, _Description)
+    return TrainedModel(step, described.model, checkpoint.weights, checkpoint.state)
 
 
 def read_served(step: Path) -> ServedModel:

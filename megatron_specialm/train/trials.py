@@ -17,9 +17,10 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.train.checkpoint import Saver
-from megatron_specialm.train.loop import Progress, Run, train
+from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.peers import Peers
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.served import ServedModel
 from megatron_specialm.train.work import Work
 

@@ -35,13 +35,14 @@ SITE: dict[str, Any] = {
 
 @dataclass
 class Run:
-    """A run of the smoke page, with overrides, on a cluster."""
+    """A run of a page, with overrides, on a cluster."""
 
     cluster: Cluster
     folder: Path
     overrides: list[str] = field(default_factory=list)
     site: dict[str, Any] = field(default_factory=dict)  # over SITE
     name: str = "runs/smoke"
+    page: Path = PAGE
 
     @property
     def root(self) -> Path:
@@ -51,7 +52,16 @@ class Run:
     def command(self, *arguments: str) -> list[str]:
         """A command of ours on this page."""
         verb, *rest = arguments
-        return [sys.executable, "-m", "megatron_specialm", verb, str(PAGE), f"root={self.name}", *self.overrides, *rest]
+        return [
+            sys.executable,
+            "-m",
+            "megatron_specialm",
+            verb,
+            str(self.page),
+            f"root={self.name}",
+            *self.overrides,
+            *rest,
+        ]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -151,7 +161,10 @@ def prepared(source: Path, folder: Path, *stages: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "data").symlink_to(source / "data")
     for stage in stages:
-        shutil.copytree(source / "runs/smoke" / stage, folder / "runs/smoke" / stage)
+        for place in (f"artifacts/{stage}", stage):
+            shutil.copytree(source / "runs/smoke" / place, folder / "runs/smoke" / place, symlinks=True)
+    if stages:
+        shutil.copy(source / "runs/smoke/pipeline.yaml", folder / "runs/smoke/pipeline.yaml")
     return folder
 
 

@@ -46,7 +46,7 @@ def test_a_certificate_goes_into_checkpoints_that_another_layout_takes_up(folder
     assert "kernels: " in log
 
     # A layout is no part of what a stage is: the finished one stays done, and another goes on from its checkpoints.
-    plan = _specialm(folder, "plan", str(PAGE), "stages.slm.parallel.pipeline_parallel=2")
+    plan = _specialm(folder, "plan", str(PAGE), "--tasks", "stages.slm.parallel.pipeline_parallel=2")
     assert [line for line in plan.stdout.splitlines() if "slm/generic" in line and "done" in line], plan.stdout
 
 

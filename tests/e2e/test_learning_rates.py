@@ -159,7 +159,7 @@ def test_the_choice_is_told(finished: Path) -> None:
 
 def test_another_rate_redoes_nothing_that_was_tried(finished: Path) -> None:
     more = "stages.whole.optimizer.learning_rate=[1.0e-3, 1.0e-2, 1.0e-4]"
-    lines = _specialm(finished, "plan", more).stdout.splitlines()
+    lines = _specialm(finished, "plan", more, "--tasks").stdout.splitlines()
     states = {words[0]: " ".join(words[1:3]) for line in lines if (words := line.split())}
     assert {rate: states[f"whole/law.rate-{rate}"].split()[0] for rate in ("0.001", BEST, "0.0001")} == {
         "0.001": "to", BEST: "done", "0.0001": "done",

@@ -35,6 +35,7 @@ NOT_RUN = {
     r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as PAGE or STAGE",
     r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
+    r"python tools/chaos\.py": "half an hour; tests/e2e/test_chaos.py does it in small",
     r"python tools/results_tables\.py": "finished seeds; tests/unit/test_results_tables.py runs it",
     r"(torchrun|srun|mpirun|sbatch)\b": "several processes, or a cluster; tests/distributed/test_launchers.py, tests/cluster",
     r"pip install": "a package index",

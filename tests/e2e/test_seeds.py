@@ -120,9 +120,9 @@ def test_long_stages_say_how_far_they_are(
     pipeline = load_pipeline(Path("page.yaml"), ["stages.perplexity.batch_size=4", "stages.taught.batch_size=4"])
     task = next(task for name, task in build_graph(pipeline).items() if name.stage == stage)
     root = Path(pipeline.root)
-    digest = make_plan(pipeline, root)[task.id].digest
+    made_from = make_plan(pipeline, root)[task.id].made_from
     (view(root, *task.id) / MARKER).unlink()
-    execute(pipeline, root, task, digest, ALONE, Lifeline())
+    execute(pipeline, root, task, made_from, ALONE, Lifeline())
     windows = TokenStore.open(root / "tokens/law", {"perplexity": "test", "taught": "train"}[stage])
     assert f"working on {task.id}: 4 of {len(windows)} windows, " in caplog.text
     assert f"working on {task.id}: {len(windows):,} of {len(windows):,} windows, " in caplog.text

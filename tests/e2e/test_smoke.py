@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -193,44 +192,6 @@ def test_a_second_run_does_nothing_again(finished: Path) -> None:
     assert _specialm(finished, "run", str(PAGE)).returncode == 0
     assert marker.stat().st_mtime_ns == before
     assert time.perf_counter() - start < 60
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
-    """`kill -9` of everything, three times, at whatever moment 3, 5 and 4 seconds of pretraining happen to be."""
-    (tmp_path / "data").symlink_to(finished / "data")
-    command = [sys.executable, "-m", "megatron_specialm", "run", str(PAGE), "--until", "slm"]
-    for seconds in (3.0, 5.0, 4.0):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=_environment(), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        metrics = tmp_path / "runs/smoke/slm/generic/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(seconds)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        _wait_for_workers_to_die(tmp_path)
-    assert subprocess.run(command, cwd=tmp_path, env=_environment(), timeout=300).returncode == 0
-    straight, resumed = (
-        folder / "runs/smoke/slm/generic" / "step_0000160/model-00000.safetensors" for folder in (finished, tmp_path)
-    )
-    assert straight.read_bytes() == resumed.read_bytes()
-
-
-def _wait_for_workers_to_die(folder: Path) -> None:
-    """Workers of a coordinator that was killed end by themselves; a second run must not meet them."""
-    import psutil
-
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        alive = [p for p in psutil.process_iter(["cwd", "cmdline"]) if p.info["cwd"] == str(folder)]
-        if not alive:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"still alive: {[p.info['cmdline'] for p in alive]}")
 
 
 MORE = """

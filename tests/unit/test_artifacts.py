@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from megatron_specialm.base import hash_cache
 from megatron_specialm.base.artifacts import (
     LABEL,
     MARKER,
@@ -21,13 +22,17 @@ from megatron_specialm.base.artifacts import (
     read_marker,
     view,
 )
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
-from megatron_specialm.base.files import publish_folder, read_json
-from megatron_specialm.base.integrity import check_files
+from megatron_specialm.base.files import publish_folder, read_json, sha256_file, sha256_json
+from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import TaskId
-from megatron_specialm.launch.earlier_layout import adopt_earlier_layout
+from megatron_specialm.config.graph import Task, TaskId
+from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
 from megatron_specialm.launch.plan import make_plan, show, write_resolved
+from megatron_specialm.launch.verify import verify
+from megatron_specialm.launch.worker import _begin
+from tests.processes import together
 from tests.run_folder import Run, make_run
 
 NAME = "slm", "generic"
@@ -114,6 +119,9 @@ def test_without_its_label_an_attempt_goes_on_and_a_damaged_one_is_named(tmp_pat
     (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A[:-1] + "c"}))
     with pytest.raises(ArtifactError, match=r"task\.json: is of another digest"):
         begin_artifact(tmp_path, *NAME, digest=A)
+    (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A, "made_from": {"steps": 1}}))
+    with pytest.raises(ArtifactError, match=r"task\.json: what it says is not what its digest is of"):
+        begin_artifact(tmp_path, *NAME, digest=A)
     assert (folder / "step").exists()
 
 
@@ -147,6 +155,27 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
         check_files(folder, marker.files)
 
 
+def test_what_was_checked_is_not_read_again_where_its_folder_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name, by the link for users, and in a run folder that was moved; what is gone is forgotten."""
+    folder, read = _made(tmp_path / "here", A), []
+    marker = read_marker(folder)
+    assert marker is not None
+    monkeypatch.setattr(hash_cache, "TICK_NS", 0)  # files that are just written are not read twice
+    monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    check_files(folder, marker.files)
+    assert len(read) == len(marker.files) == 3
+    check_files(view(tmp_path / "here", *NAME), marker.files)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = artifact_folder(tmp_path / "there", *NAME, A)
+    check_files(moved, marker.files)
+    assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(marker.files)
+    left = {name: seal for name, seal in marker.files.items() if name != "metrics.jsonl"}
+    check_files(moved, left)
+    assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(left)
+
+
 def test_a_changed_figure_in_a_marker_is_noticed(tmp_path: Path) -> None:
     path = _made(tmp_path, A) / MARKER
     path.write_text(path.read_text().replace("2.5", "2.4"))
@@ -164,22 +193,59 @@ def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
     (folder / "tokenizer.json").unlink()
     planned = make_plan(run.pipeline, run.root)[name]
     assert planned.state == "damaged" and planned.is_to_do
+    assert f"{name} is damaged: {folder}/tokenizer.json: No such file" in _says("results", "page.yaml")[1]
+
+
+def _in_the_earlier_layout(root: Path, *keys: str) -> None:
+    """Finished trainings as earlier versions left them, made from one of this version in the folder `new` beside it."""
+    new = _made(root.with_name("new"), A)
+    marker = {key: value for key, value in read_json(new / MARKER).items() if key not in ("files", "sha256", "apart")}
+    (root / "slm/done").mkdir(parents=True)
+    for key in keys:
+        shutil.copytree(new, old := root / "slm" / key, symlinks=True)
+        (old / MARKER).unlink()
+        (old / LABEL).write_text(json.dumps({"digest": A, "incarnation": "1@there"}))
+        (root / f"slm/done/{key}.json").write_text(json.dumps(marker))
 
 
 def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
-    new = _made(tmp_path, A)
-    marker = {key: value for key, value in read_json(new / MARKER).items() if key not in ("files", "sha256", "apart")}
-    label = {"digest": A, "incarnation": "1@there"}
-    shutil.copytree(new, old := tmp_path / "old/slm/generic", symlinks=True)
-    (old / MARKER).unlink()
-    (old / LABEL).write_text(json.dumps(label))
-    (tmp_path / "old/slm/done").mkdir()
-    (tmp_path / "old/slm/done/generic.json").write_text(json.dumps(marker))
-    adopt_earlier_layout(tmp_path / "old")
-    folder = artifact_folder(tmp_path / "old", *NAME, A)
-    assert read_marker(folder) == read_marker(new) and view(tmp_path / "old", *NAME).samefile(folder)
-    assert not (tmp_path / "old/slm/done").exists()
-    adopt_earlier_layout(tmp_path / "old")
+    root = tmp_path / "old"
+    _in_the_earlier_layout(root, "generic")
+    adopt_earlier_layout(root)
+    folder = artifact_folder(root, *NAME, A)
+    assert read_marker(folder) == read_marker(view(tmp_path / "new", *NAME)) and view(root, *NAME).samefile(folder)
+    assert not (root / "slm/done").exists()
+    adopt_earlier_layout(root)
+
+
+def test_jobs_that_share_a_folder_take_its_earlier_layout_over_at_the_same_time(tmp_path: Path) -> None:
+    root, keys = tmp_path / "old", [f"c{number}" for number in range(20)]
+    _in_the_earlier_layout(root, *keys)
+    together(lambda: adopt_earlier_layout(root))
+    assert all(is_complete(root, "slm", key, digest=A) for key in keys) and not has_earlier_layout(root)
+
+
+def test_what_an_earlier_version_has_made_again_since_is_not_declared_done(tmp_path: Path) -> None:
+    root = tmp_path / "old"
+    _in_the_earlier_layout(root, "generic")
+    place, folder = root / "slm/generic", artifact_folder(root, "slm", "generic", A)
+    folder.parent.mkdir(parents=True)
+    place.rename(folder)  # a job of an earlier version was at work, which goes on in its own place
+    place.mkdir()
+    for content in (None, (folder / LABEL).read_bytes()):
+        if content:
+            (place / LABEL).write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"{place}: a job of an earlier version has made it again"):
+            adopt_earlier_layout(root)
+        assert read_marker(folder) is None
+
+
+def test_a_domain_named_done_is_no_marker_of_the_earlier_layout(tmp_path: Path) -> None:
+    begin_artifact(tmp_path, "slm", "done", digest=A)
+    finish_artifact(tmp_path, "slm", "done", Marker(A, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    assert not has_earlier_layout(tmp_path)
+    adopt_earlier_layout(tmp_path)
+    assert is_complete(tmp_path, "slm", "done", digest=A)
 
 
 def _says(*arguments: str) -> tuple[int, str]:
@@ -204,12 +270,15 @@ def test_verify_names_what_is_damaged_and_what_nobody_lists(tmp_path: Path) -> N
     path.unlink()
     assert f"damaged: {path}: No such file" in _says("verify", str(root))[1]
     assert "not a run folder" in _says("verify", str(tmp_path))[1]
+    (folder / LABEL).unlink()
+    assert f"damaged: {folder / LABEL}: no such file" in _says("verify", str(root))[1]
 
 
 def test_verify_reads_the_checkpoints_of_what_is_not_finished(tmp_path: Path) -> None:
     folder = _made(tmp_path, A)
     (folder / MARKER).unlink()
-    assert "1 artifacts (1 unfinished)" in _says("verify", str(tmp_path), "--deep")[1]
+    code, said = _says("verify", str(tmp_path), "--deep")
+    assert code == 0 and "1 artifacts (1 unfinished)" in said and f"unfinished: {folder / MARKER}: not there" in said
     (folder / "step_0000001/model.bin").write_text("WEIGHTS")
     code, said = _says("verify", str(tmp_path), "--deep")
     assert code == 1 and "model.bin: SHA-256 differs" in said
@@ -238,3 +307,70 @@ def test_clean_leaves_what_a_job_makes(run: Run) -> None:
     assert "0 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1]
     run.slurm_says("")
     assert "1 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1] and job
+
+
+def test_a_domain_named_done_and_a_stage_named_task_are_nobodys_earlier_layout(tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, "tokens", "done", digest=A)
+    finish_artifact(tmp_path, "tokens", "done", Marker(A, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    (tmp_path / "jobs/0001").mkdir(parents=True)
+    (tmp_path / "jobs/0001/task.json").write_text("{}")
+    refuse_earlier_layout(tmp_path)
+    adopt_earlier_layout(tmp_path)
+    assert read_marker(folder) is not None and view(tmp_path, "tokens", "done").samefile(folder)
+
+
+def test_who_looks_at_an_earlier_layout_is_told(run: Run) -> None:
+    (run.root / "slm/generic").mkdir(parents=True)
+    (run.root / "slm/generic" / LABEL).write_text(json.dumps({"digest": A}))
+    for looks in (lambda: make_plan(run.pipeline, run.root), lambda: verify(run.root, deep=False)):
+        with pytest.raises(ArtifactError, match="an earlier version made it: the next `specialm run`"):
+            looks()
+
+
+def test_clean_is_of_the_folders_own_page(run: Run) -> None:
+    write_resolved(run.pipeline.model_copy(update={"name": "another"}), run.root)
+    _made(run.root, A)
+    assert "holds the run of pipeline 'another'" in _says("clean", "page.yaml", "--yes")[1]
+    assert artifact_folder(run.root, *NAME, A).exists()
+
+
+def test_clean_leaves_what_jobs_will_read_and_does_not_guess(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_resolved(run.pipeline, run.root)
+    run.submit("7", "slm-tuned", keys=["torch"])
+    slm = run.plan[TaskId(*NAME)]
+    run.slurm_says("7|0|PENDING|0|UNLIMITED||Dependency|\n")
+    begin_artifact(run.root, *NAME, digest=slm.digest, made_from=slm.made_from)
+    tokens = run.plan[TaskId("tokens", "generic")]
+    begin_artifact(run.root, "tokens", "generic", digest=tokens.digest, made_from=tokens.made_from)
+    assert "0 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    run.slurm_says("")
+    assert "2 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    (run.programs / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(run.programs))
+    assert "no squeue to ask" in _says("clean", "page.yaml", "seed=5", "--yes")[1]
+
+
+def test_results_make_no_run_folder(run: Run) -> None:
+    code, said = _says("results", "page.yaml")
+    assert code == 0 and "nothing has been evaluated yet" in said and not (run.root / "results.json").exists()
+    write_resolved(run.pipeline, run.root)
+
+
+def test_shards_are_checked_with_the_set_that_they_are_of(tmp_path: Path) -> None:
+    shard = _finished(tmp_path, "tokens", "generic.00000", made := {"inputs": {}})
+    whole = {"inputs": {"tokens/generic.00000": sha256_json(made)}}
+    folder = _finished(tmp_path, "tokens", "generic", whole)
+    tokens = TaskId("tokens", "generic")
+    task, wanted = Task(TaskId(*NAME), (tokens,), {}, None), {"inputs": {"tokens/generic": sha256_json(whole)}}
+    _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+    (shard / "train.bin").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=r"generic\.00000/.*/train\.bin: SHA-256 is not what it was"):
+        _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+
+
+def _finished(root: Path, stage: str, key: str, made_from: dict) -> Path:
+    digest = sha256_json(made_from)
+    folder = begin_artifact(root, stage, key, digest=digest, made_from=made_from)
+    (folder / "train.bin").write_bytes(b"token")
+    finish_artifact(root, stage, key, Marker(digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
+    return folder

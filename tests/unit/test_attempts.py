@@ -6,7 +6,7 @@ import pytest
 
 from megatron_specialm.config.site import Limits
 from megatron_specialm.slurm.attempts import Ending, reason_to_end
-from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Outcome
+from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Note, Outcome
 
 LIMITS = Limits(timeouts=3, failures=4)
 
@@ -52,7 +52,7 @@ def test_a_failure_that_came_further_than_all_before_starts_the_count_anew() -> 
     assert _why("failed", *slow, step=70) is None
     assert _why("failed", *slow, step=60) is None
     assert _why("failed", *slow, _ended("failed", 5), _ended("failed", 4), LOST, step=60) is not None
-    lost = [replace(LOST, noted=step) for step in (10, 20, 30, 40, 50, 60)]
+    lost = [replace(LOST, noted=Note(step)) for step in (10, 20, 30, 40, 50, 60)]
     assert _why("failed", *lost, step=61) is None
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import write_json
+from megatron_specialm.base.integrity import list_files
 from megatron_specialm.train.checkpoint import (
     declare_final,
     find_final,
@@ -12,6 +14,7 @@ from megatron_specialm.train.checkpoint import (
     prune_checkpoints,
     read_model,
     save_checkpoint,
+    saved_steps,
     step_folder,
 )
 
@@ -45,11 +48,36 @@ def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "absent") == (None, [])
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
     for step in range(1, 7):
         _save(tmp_path, step)
-    prune_checkpoints(tmp_path, keep=2, best=3)
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_0000003", "step_0000005", "step_0000006"]
+    prune_checkpoints(tmp_path, step=6, keep=2, beside=(1, None, 3))
+    assert saved_steps(tmp_path) == [1, 3, 5, 6]
+
+
+def test_retention_counts_no_step_behind_the_one_just_saved(tmp_path: Path) -> None:
+    """Such steps were passed over, as damaged: each new step would be removed at once."""
+    for step in (1, 2, 3, 4, 8, 9):
+        _save(tmp_path, step)
+    prune_checkpoints(tmp_path, step=4, keep=2, beside=(1,))
+    assert saved_steps(tmp_path) == [1, 3, 4, 8, 9]
+
+
+def test_a_damaged_step_is_no_outcome(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    (step_folder(tmp_path, 5) / "model-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"0 bytes.*run the same command again"):
+        declare_final(tmp_path, step=5)
+    write_json(tmp_path / "result.json", {"step": 6, "folder": "step_0000006"})
+    with pytest.raises(ArtifactError, match=r"remove .*/done.json and run again, which goes on from the checkpoints"):
+        find_final(tmp_path)
+
+
+def test_an_artifact_is_not_finished_with_a_file_that_its_manifest_lists_and_that_is_not_there(tmp_path: Path) -> None:
+    _save(tmp_path, 5)
+    (step_folder(tmp_path, 5) / "optimizer-00000.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"optimizer-00000\.safetensors: No such file.*run the same command again"):
+        list_files(tmp_path)
 
 
 def test_the_outcome_is_named(tmp_path: Path) -> None:

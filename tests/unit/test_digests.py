@@ -3,26 +3,33 @@ list of those that decide nothing, with the reason."""
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.config.graph import ARTIFACT_FORMAT, TaskId, build_graph, digest
-from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.base import Settings
+from megatron_specialm.config.content import Introduced, content_of, introduced_default
+from megatron_specialm.config.graph import TaskId, build_graph, digest
+from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from tests.settings import settings_in
 
 PAGES = configs_folder() / "pipelines"
+SHIPPED, SMOKE = sorted(PAGES.glob("*.yaml")), PAGES / "smoke.yaml"
 DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
+GOLDEN = DEFAULTS.parent / "digests"
+WIDE = {"layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "attention_heads": 4}
 DECIDES_NOTHING = {
     "Pipeline.name": "a run folder is of one name: another one needs another root",
     "Pipeline.root": "a place",
     "Pipeline.reuse": "places where equal work may stand",
+    "Pipeline.ask_above_device_hours": "when `run` asks",
     "Text.made_by": "a hint in errors",
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
@@ -237,13 +244,10 @@ def test_reasons_are_of_fields_that_decide_nothing(flips: dict[str, list[tuple[s
 
 
 def _defaults(cls: type[BaseModel], found: dict[str, Any]) -> dict[str, Any]:
-    """The default of every field of a class and of those inside it, as JSON."""
+    """The default that every field of a class and of those inside it was introduced with, as JSON."""
     for name, field in cls.model_fields.items():
-        if not field.is_required():
-            default = field.get_default(call_default_factory=True)
-            found[f"{cls.__name__}.{name}"] = (
-                default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-            )
+        if (default := introduced_default(field)) is not ...:
+            found[f"{cls.__name__}.{name}"] = default
         for inner in settings_in(field.annotation):
             _defaults(inner, found)
     return found
@@ -251,15 +255,121 @@ def _defaults(cls: type[BaseModel], found: dict[str, Any]) -> dict[str, Any]:
 
 def test_no_default_has_changed() -> None:
     """A setting at its default is in no digest: with another default, what was made with the old one would pass for made with
-    the new one. So either the default stays, or ARTIFACT_FORMAT rises and the file is written again:
-    `python -m tests.unit.test_digests`. New settings are added by the same command."""
-    recorded, now = json.loads(DEFAULTS.read_text()), json.loads(json.dumps(_defaults(Pipeline, {})))
-    assert recorded["format"] == ARTIFACT_FORMAT
-    assert not now.keys() - recorded["defaults"].keys(), "new settings: record their defaults"
-    for name, default in recorded["defaults"].items():
-        assert now.get(name) == default or name not in now, f"{name}: its default was {default}"
+    the new one. A default that changes is declared by `Introduced`, and new settings are recorded by
+    `python -m tests.unit.test_digests`."""
+    recorded = json.loads(DEFAULTS.read_text())["defaults"]
+    now = json.loads(json.dumps(_defaults(Pipeline, {})))
+    assert not now.keys() - recorded.keys(), "new settings: record the defaults that they are introduced with"
+    for name, default in recorded.items():
+        assert now.get(name) == default or name not in now, (
+            f"{name}: declare Introduced({default!r}) beside the new default"
+        )
+
+
+class _Inner(Settings):
+    rate: float = 0.1
+
+
+class _First(Settings):
+    steps: int = 10
+    inner: _Inner = _Inner()
+
+
+class _InnerLater(Settings):
+    rate: Annotated[float, Introduced(0.1)] = 0.2
+
+
+class _Later(Settings):
+    """With another default of each setting, and a new one."""
+
+    steps: Annotated[int, Introduced(10)] = 20
+    inner: _InnerLater = _InnerLater()
+    new: int | None = None
+
+
+def test_a_default_that_changes_moves_the_pages_that_leave_it_out_and_no_others() -> None:
+    assert content_of(_First()) == content_of(_First(steps=10, inner=_Inner(rate=0.1))) == {}
+    spelled = _Later(steps=10, inner=_InnerLater(rate=0.1))
+    assert content_of(spelled) == {}, "it is what it was"
+    assert content_of(_Later()) == content_of(_Later(steps=20)) == {"steps": 20, "inner": {"rate": 0.2}}
+    assert content_of(_First(steps=20, inner=_Inner(rate=0.2))) == content_of(_Later()), "and equal work is found"
+    assert content_of(_Later(new=1), leave_out={"steps": True, "inner": {"rate": True}}) == {"new": 1}
+
+
+# --- the shipped pages ------------------------------------------------------------------------------------------------
+
+
+def _known(page: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """The digest of each task, by `stage/key`. What stands in a file is the name of the file's role."""
+    pipeline = load_pipeline(page, overrides)
+    found: dict[TaskId, str] = {}
+    for task in build_graph(pipeline).values():
+        inputs = {name: found[name] for name in task.inputs}
+        found[task.id] = digest(pipeline, task, inputs=inputs, file_hashes={role: role for role in task.files})
+    return {str(name): value[:16] for name, value in found.items()}
+
+
+@pytest.mark.parametrize("page", SHIPPED, ids=lambda page: page.stem)
+def test_the_digests_of_shipped_pages_are_as_they_were(page: Path) -> None:
+    """What a change of the code makes stale, it makes stale in every run folder there is, and months are made again. Where
+    that is meant, or the page itself was changed, `python -m tests.unit.test_digests` records the new ones."""
+    golden = GOLDEN / f"{page.stem}.txt"
+    recorded = dict(line.split() for line in golden.read_text().splitlines()) if golden.exists() else {}
+    now = _known(page)
+    changed = {name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name)}
+    graph = build_graph(load_pipeline(page))
+    first = [
+        str(task.id) for task in graph.values() if str(task.id) in changed and not changed & {*map(str, task.inputs)}
+    ]
+    assert not changed, f"{len(changed)} of {len(now)} tasks, from {first[:5]} on: python -m tests.unit.test_digests"
+
+
+@pytest.mark.parametrize("page", SHIPPED, ids=lambda page: page.stem)
+def test_a_page_with_every_default_spelled_out_is_the_same(page: Path, tmp_path: Path) -> None:
+    resolved = tmp_path / "pipeline.yaml"
+    resolved.write_text(dump_pipeline(load_pipeline(page)))
+    shuffled = tmp_path / "shuffled.yaml"
+    shuffled.write_text(yaml.safe_dump(yaml.safe_load(resolved.read_text()), sort_keys=True))
+    assert _known(resolved) == _known(shuffled) == _known(page)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "stages.slm.steps=1_60", "stages.slm.steps=0xA0", "stages.slm.optimizer.learning_rate=2e-3",
+        "stages.slm.optimizer.learning_rate=0.0020", "stages.slm.optimizer.learning_rate=[2.0e-3]",
+        "stages.slm.optimizer.clip_grad=1", "stages.slm.optimizer.weight_decay=-0", "stages.slm.lora=null",
+        "stages.slm.precision=fp32", "stages.slm.schedule.final_fraction=1e-1", "training_seed=0",
+        "stages.slm.optimizer={learning_rate: 2.0e-3, clip_grad: 1.0, beta2: 0.99, beta1: 0.9}",
+        "text.domains.torch.train=[data/smoke/torch.train.jsonl]", "text.domains.torch.train=./data/*/torch.train.*",
+        "text.domains.torch.text_field=text", "text.domains.torch.validation_floor={tokens: 2000}",
+    ],
+)  # fmt: skip
+def test_another_spelling_is_the_same(spelled: str) -> None:
+    assert _known(SMOKE, [spelled]) == _known(SMOKE)
+
+
+@pytest.mark.parametrize("spelled", ["stages.slm.steps=1.6e2", 'stages.slm.optimizer.learning_rate="0.002"'])
+def test_a_value_of_another_type_is_refused_not_taken_for_the_same(spelled: str) -> None:
+    with pytest.raises(ConfigError, match="write a"):
+        load_pipeline(SMOKE, [spelled])
+
+
+def test_what_is_merged_from_an_anchor_is_what_is_written_out(tmp_path: Path) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text(ALL_KINDS.replace("&wide ", "").replace("*wide", str(WIDE)))
+    anchored = tmp_path / "anchored.yaml"
+    anchored.write_text(ALL_KINDS)
+    assert "*" not in page.read_text() and _known(page) == _known(anchored)
+
+
+def _record() -> None:
+    """Defaults of new settings, and all digests. Recorded defaults stay: they are those that settings were introduced with."""
+    defaults = {**_defaults(Pipeline, {}), **json.loads(DEFAULTS.read_text())["defaults"]}
+    DEFAULTS.write_text(json.dumps({"defaults": defaults}, indent=1, sort_keys=True) + "\n")
+    for page in SHIPPED:
+        (GOLDEN / f"{page.stem}.txt").write_text("".join(f"{name} {value}\n" for name, value in _known(page).items()))
 
 
 if __name__ == "__main__":
-    content = {"format": ARTIFACT_FORMAT, "defaults": _defaults(Pipeline, {})}
-    DEFAULTS.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    _record()

@@ -1,5 +1,6 @@
 """Each encoder gives unit vectors, gives them again after saving and loading, and says what is missing."""
 
+import importlib.metadata
 import re
 import shutil
 import sys
@@ -10,17 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
-from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.clustering.coverage import check_coverage, count_zero
-from megatron_specialm.clustering.encoders import (
-    Encoder,
-    cut_to_fit,
-    fit_encoder,
-    load_encoder,
-    sentence_bert_folder,
-    split_words,
-    unit_rows,
-)
+from megatron_specialm.clustering.encoders import Encoder, fit_encoder, load_encoder, save_encoder
+from megatron_specialm.clustering.sentence_bert import cut_to_fit, sentence_bert_folder, split_words
+from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.clustering.words import words
 from megatron_specialm.config.schema import Encoder as EncoderSettings
 from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
@@ -47,7 +41,7 @@ def check_contract(encoder: Encoder, settings: EncoderSettings, folder: Path) ->
     assert not encoder.encode([""]).any()
     assert encoder.flops_per_token > 0
 
-    encoder.save(folder)
+    save_encoder(encoder, folder)
     assert np.array_equal(load_encoder(settings, folder, threads=1).encode(TEXTS), vectors)
     assert not {".pkl", ".pickle", ".bin", ".joblib"} & {path.suffix for path in folder.rglob("*")}
 
@@ -89,8 +83,18 @@ def test_tfidf_needs_more_text_than_dimensions() -> None:
 
 
 def test_tfidf_names_the_missing_file(tmp_path: Path) -> None:
+    save_encoder(fitted(TFIDF), tmp_path / "encoder")
+    (tmp_path / "encoder/tfidf.npz").unlink()
     with pytest.raises(ArtifactError, match=r"tfidf\.npz: missing"):
-        load_encoder(TFIDF, tmp_path, threads=1)
+        load_encoder(TFIDF, tmp_path / "encoder", threads=1)
+
+
+def test_what_nobody_published_is_no_part_of_an_encoder(tmp_path: Path) -> None:
+    """sentence-transformers chooses by itself which files of a folder it reads."""
+    save_encoder(fitted(TFIDF), tmp_path / "encoder")
+    (tmp_path / "encoder/modules.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"encoder/modules\.json: manifest\.json does not list it"):
+        load_encoder(TFIDF, tmp_path / "encoder", threads=1)
 
 
 def test_tfidf_of_text_without_spaces() -> None:
@@ -171,13 +175,14 @@ def test_static_refuses_other_dimensions() -> None:
         fitted(StaticEncoder(kind="static", dimensions=300))
 
 
-def test_static_refuses_vectors_of_another_version(tmp_path: Path) -> None:
+def test_static_refuses_vectors_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wordllama")
     settings = StaticEncoder(kind="static")
-    fitted(settings).save(tmp_path)
-    write_json(tmp_path / "static.json", {**read_json(tmp_path / "static.json"), "wordllama": "0.0.1"})
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.1")
+    save_encoder(fitted(settings), tmp_path / "encoder")
+    monkeypatch.undo()
     with pytest.raises(ArtifactError, match=r"pip install wordllama==0\.0\.1"):
-        load_encoder(settings, tmp_path, threads=1)
+        load_encoder(settings, tmp_path / "encoder", threads=1)
 
 
 def test_static_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,8 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                         noise = 1 + 0.03 * seed * (-1) ** len(domain)
                         perplexity = level * factor * SIZES[size] ** steep * noise
                         costs = {
-                            "generic_tokens": 0, "specialization_tokens": 0,
+                            "generic_tokens": 0, "specialization_tokens": 0, "fill": None,
+                            "generic_slots": 0, "specialization_slots": 0,
                             "generic_flops": generic, "specialization_flops": specialization,
                             "generic_device_seconds": 2 + generic / 5e10,
                             "specialization_device_seconds": specialization / 4e10,
@@ -108,7 +109,7 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                         yield {
                             "method": method, "stage": f"{method}-{budget}{'-tuned' * finetuned}",
                             "domain": domain if size is None else f"{domain}-{size}", "base_domain": domain, "size": size,
-                            "finetuned": finetuned, "nll": math.log(perplexity), "perplexity": perplexity,
+                            "finetuned": finetuned, "domain_text": None, "nll": math.log(perplexity), "perplexity": perplexity,
                             "tokens_evaluated": 40_000, "learning_rate": 3e-3 if seed == 2 else 1e-3, **costs, **totals,
                             "devices": "cpu", "inference_parameters": 3_000_000, "seed": seed, "model": "m",
                         }  # fmt: skip
@@ -351,7 +352,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         merge_runs(_runs(tmp_path, one, one))
     with pytest.raises(ArtifactError, match=r"of the page 'other', and .* of 'arena'"):
         merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
-    with pytest.raises(ArtifactError, match="of an earlier version"):
+    with pytest.raises(ArtifactError, match="macro: Field required"):
         merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
     with pytest.raises(ArtifactError, match="no such file"):
         merge_runs([tmp_path / "absent" / "results.json"])

@@ -4,16 +4,21 @@ same ones the same."""
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_specialm.base import hash_cache
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.cli import app
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch import hashes
 from megatron_specialm.launch.plan import make_plan
+from tests.run_folder import make_run
 
 
 @pytest.fixture
@@ -63,9 +68,9 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
-OF_LAW = {"tokens/law", "vectors/law", "assignment/law", "tuned/law", "perplexity/tuned.law"}
-# It is the one task that reads all sets: a model for everybody is evaluated on each.
-OF_ALL = {"perplexity/slm.generic"}
+OF_LAW = {
+    "tokens/law", "vectors/law", "assignment/law", "tuned/law", "perplexity/tuned.law", "perplexity/slm.generic.law",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -98,9 +103,9 @@ def test_a_domains_text_changes_its_own_tasks_alone(text: Path, shards: int) -> 
         {"train_tokens": 100},
         {"test": ["taxt.jsonl"]},
     ):
-        assert _changed(before, _plan(text, generic=generic, law=change)) == OF_LAW | OF_ALL, change
+        assert _changed(before, _plan(text, generic=generic, law=change)) == OF_LAW, change
     (text / "law.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
-    assert _changed(before, _plan(text, generic=generic)) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text, generic=generic)) == OF_LAW
 
 
 def test_a_new_domain_leaves_what_is_there(text: Path) -> None:
@@ -108,13 +113,13 @@ def test_a_new_domain_leaves_what_is_there(text: Path) -> None:
     domains = {**more.text.domains, "new": more.text.domains["law"]}
     more = more.model_copy(update={"text": more.text.model_copy(update={"domains": domains})})
     after = {str(name): planned.digest for name, planned in make_plan(more, text / "run").items()}
-    assert {name for name in before if before[name] != after[name]} == OF_ALL
+    assert _changed(before, after) == {name.replace("law", "new") for name in OF_LAW}
 
 
 def test_the_order_of_files_counts_and_so_does_moving_one_to_another_set(text: Path) -> None:
     before = _plan(text, law={"train": ["law.jsonl", "tax.jsonl"]})
-    assert _changed(before, _plan(text, law={"train": ["tax.jsonl", "law.jsonl"]})) == OF_LAW | OF_ALL
-    assert _changed(before, _plan(text, law={"train": ["law.jsonl"], "validation": ["tax.jsonl"]})) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text, law={"train": ["tax.jsonl", "law.jsonl"]})) == OF_LAW
+    assert _changed(before, _plan(text, law={"train": ["law.jsonl"], "validation": ["tax.jsonl"]})) == OF_LAW
     everything = _changed(before, _plan(text, generic={"train": ["g1.jsonl", "g0.jsonl", "g2.jsonl"]}))
     assert {"tokenizer/generic", "tokens/generic", "slm/generic"} <= everything
     for shards in (2, 3):
@@ -131,7 +136,7 @@ def test_the_order_of_files_counts_and_so_does_moving_one_to_another_set(text: P
 
 def test_the_same_bytes_read_as_lines_or_as_a_whole_are_other_documents(text: Path) -> None:
     shutil.copy(text / "law.jsonl", text / "law.txt")
-    assert _changed(_plan(text), _plan(text, law={"train": ["law.txt"]})) == OF_LAW | OF_ALL
+    assert _changed(_plan(text), _plan(text, law={"train": ["law.txt"]})) == OF_LAW
 
 
 def test_a_dataset_of_the_hub_is_its_name_and_a_folder_its_files(text: Path) -> None:
@@ -142,7 +147,7 @@ def test_a_dataset_of_the_hub_is_its_name_and_a_folder_its_files(text: Path) -> 
     before = _plan(text, law={"train": ["hf:folder"]})
     assert before == _plan(text, law={"train": [f"hf:{text / 'folder'}"]})
     (text / "folder" / "a.jsonl").write_text("other")
-    assert _changed(before, _plan(text, law={"train": ["hf:folder"]})) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text, law={"train": ["hf:folder"]})) == OF_LAW
 
 
 def test_an_edit_that_leaves_size_and_time_as_they_were_is_noticed(text: Path) -> None:
@@ -151,7 +156,7 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_is_noticed(text: Path) -
     path.write_bytes(path.read_bytes().replace(b"law", b"LAW"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size and path.stat().st_mtime_ns == status.st_mtime_ns
-    assert _changed(before, _plan(text)) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text)) == OF_LAW
 
 
 def test_an_edit_within_one_tick_of_the_clock_is_noticed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +165,7 @@ def test_an_edit_within_one_tick_of_the_clock_is_noticed(text: Path, monkeypatch
     monkeypatch.setattr(hash_cache, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
     before = _plan(text)
     (text / "law.jsonl").write_bytes((text / "law.jsonl").read_bytes().replace(b"law", b"LAW"))
-    assert _changed(before, _plan(text)) == OF_LAW | OF_ALL
+    assert _changed(before, _plan(text)) == OF_LAW
 
 
 def test_a_file_that_was_written_long_ago_is_read_once(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +174,18 @@ def test_a_file_that_was_written_long_ago_is_read_once(text: Path, monkeypatch: 
     before = _plan(text)
     monkeypatch.setattr(hash_cache, "sha256_file", lambda file: pytest.fail(f"{file} is read again"))
     assert _plan(text) == before == _plan(text, generic={"train": ["./g[0-2].jsonl"]})
+
+
+def test_what_was_read_at_a_time_yet_to_come_is_read_again(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that was ahead and has been set back: a file that changes from now on is no younger than that."""
+    now = (text / "law.jsonl").stat().st_ctime_ns
+    monkeypatch.setattr(hash_cache, "_stamp", lambda file: [file.stat().st_size, now, now, 1])
+    with monkeypatch.context() as ahead:
+        real = time.time_ns
+        ahead.setattr(time, "time_ns", lambda: real() + 7200 * 10**9)
+        before = _plan(text)
+    (text / "law.jsonl").write_bytes((text / "law.jsonl").read_bytes().replace(b"law", b"LAW"))
+    assert _changed(before, _plan(text)) == OF_LAW
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 5}', '{"a": {"stamp": 1}}', "{"])
@@ -203,3 +220,16 @@ def test_a_model_is_its_files_and_one_in_a_package_its_version(text: Path, monke
     installed, missing = _encoder(page, "package:numpy", text / "run"), _encoder(page, "package:nothing", text / "run")
     monkeypatch.setattr(hashes.importlib.metadata, "version", lambda name: "0.0.1")
     assert installed != _encoder(page, "package:numpy", text / "run") and missing != installed
+
+
+def test_text_is_not_looked_for_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, monkeypatch)
+    run.train("slm", "generic", step=1, loss=1.0)  # leaves a metrics.jsonl
+    own = next(run.root.rglob("metrics.jsonl"))
+    for entry in ("**/*.jsonl", f"{tmp_path}/**/*.jsonl", f"{run.root.parent}/*/artifacts/*/*/*/*.jsonl"):
+        for command in ("check", "plan"):
+            outcome = CliRunner().invoke(app, [command, "page.yaml", f"text.generic.train=['data/smoke/*', '{entry}']"])
+            assert isinstance(outcome.exception, ConfigError)
+            assert str(outcome.exception).startswith(f"{entry}: finds ") and "metrics.jsonl" in str(outcome.exception)
+    named = CliRunner().invoke(app, ["plan", "page.yaml", f"text.generic.train={own}"])
+    assert named.exit_code == 0, "who names a file means it"

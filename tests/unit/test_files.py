@@ -2,14 +2,28 @@ import errno
 import os
 import resource
 import stat
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_specialm.base.arrays import new_array, write_array
+from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import ArtifactError, MachineError, machine_errors
-from megatron_specialm.base.files import atomic_path, publish_folder, read_json, verify_folder, write_json
+from megatron_specialm.base.files import (
+    atomic_path,
+    publish_folder,
+    read_json,
+    verify_folder,
+    write_json,
+    write_text,
+)
+from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.train.checkpoint import save_checkpoint
 
 
@@ -53,14 +67,94 @@ def test_what_stands_in_the_way_is_named(ask: Callable[[Path], object], says: st
         ask(place)
 
 
-def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 1,000 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(MachineError, match="ulimit -f"), machine_errors():
-            (tmp_path / "large").write_bytes(bytes(2000))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="ulimit -f"), machine_errors():
+        (tmp_path / "large").write_bytes(bytes(2000))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_an_array_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
+    begun = False
+    says = rf"^{tmp_path}/train\.npy: larger than files may be.*it takes 4,128 bytes, and [\d,]+ are free"
+    found = pytest.raises(MachineError, match=says)
+    with found, machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
+        begun = True
+    assert not begun and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_files")
+def test_tensors_that_find_no_room_are_the_machines_doing(tmp_path: Path) -> None:
+    """Checkpoints and exports; safetensors' own error is no `OSError`."""
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(MachineError, match=rf"^{path}: larger than files may be"), machine_errors():
+        save_tensors({"w": torch.ones(1000)}, path)
+
+
+def test_a_disk_that_is_full_ends_no_process_by_a_bus_error(tmp_path: Path) -> None:
+    """A filesystem of 1 MiB, where one can be mounted without being root, by a namespace of users."""
+    program = (
+        "import sys; from pathlib import Path; import numpy as np\n"
+        "from megatron_specialm.base.arrays import new_array; from megatron_specialm.base.errors import machine_errors\n"
+        "path = Path(sys.argv[1])\n"
+        "try:\n"
+        "    with machine_errors(), new_array(path / 'a.npy', dtype=np.float32, shape=(10**6,)) as array: array[:] = 1\n"
+        "except ValueError as error: print(error, list(path.iterdir()))\n"
+    )
+    inside = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1" {tmp_path}'
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mounted, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode != 0:
+        pytest.skip("no filesystem can be mounted here")
+    done = subprocess.run([*mounted, inside, sys.executable, program], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert f"{tmp_path}/a.npy: the disk is full" in done.stdout and done.stdout.strip().endswith("[]")
+
+
+def test_a_new_attempt_removes_what_killed_ones_have_left_and_nothing_else(tmp_path: Path) -> None:
+    folder = begin_artifact(tmp_path, "embed", "generic", digest="d" * 64)
+    program = (
+        "import os, signal, sys; from pathlib import Path; from megatron_specialm.base.arrays import new_array\n"
+        "with new_array(Path(sys.argv[1]), dtype='<f4', shape=(9,)): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder / "parts" / "train.npy")], check=False)
+    (left,) = (folder / "parts").iterdir()
+    assert left.name.startswith(".train.npy.") and left.name.endswith(".tmp")
+    foreign = [folder / name for name in ("notes.tmp", ".notes.tmp", ".train.npy.x1.tmp", "train.npy.1.tmp")]
+    for path in foreign:
+        path.touch()
+    begin_artifact(tmp_path, "embed", "generic", digest="d" * 64)
+    assert not left.exists() and all(path.exists() for path in foreign)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o277], ids=oct)
+def test_what_may_hold_a_secret_is_the_owners_alone_from_the_first_byte_on(
+    tmp_path: Path, mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    write = Path.write_text
+
+    def looked_at(path: Path, *args: Any, **settings: Any) -> int:
+        seen.append(stat.S_IMODE(path.stat().st_mode))
+        return write(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "write_text", looked_at)
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "site.yaml", "token", private=True)
+    finally:
+        os.umask(before)
+    assert [*map(oct, seen), oct(stat.S_IMODE((tmp_path / "site.yaml").stat().st_mode))] == ["0o600", "0o600"]
 
 
 def test_nan_is_not_json(tmp_path: Path) -> None:
@@ -100,7 +194,7 @@ def test_a_folder_without_its_manifest_is_not_whole(tmp_path: Path) -> None:
         verify_folder(final)
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077], ids=oct)
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o027, 0o077], ids=oct)
 def test_files_and_folders_follow_the_umask_and_the_folders_group(tmp_path: Path, mask: int) -> None:
     """Checkpoints too, although safetensors writes for the owner alone."""
     shared = tmp_path / "shared"
@@ -113,10 +207,11 @@ def test_files_and_folders_follow_the_umask_and_the_folders_group(tmp_path: Path
     try:
         _published(shared)
         save_checkpoint(shared / "slm", step=1, weights={"w": torch.ones(2)}, optimizer_state={}, state={})
+        write_array(shared / "train.npy", np.ones(3))
     finally:
         os.umask(before)
     made = [path for path in shared.rglob("*")]
-    assert {path.name for path in made} >= {"a.bin", "manifest.json", "model-00000.safetensors"}
+    assert {path.name for path in made} >= {"a.bin", "manifest.json", "model-00000.safetensors", "train.npy"}
     for path in made:
         status = path.stat()
         wanted = (0o2777 if path.is_dir() else 0o666) & ~mask

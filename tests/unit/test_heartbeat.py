@@ -16,6 +16,8 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, Stopped
 from megatron_specialm.base.heartbeat import Channel, heartbeat
 from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.printing import printable
+from megatron_specialm.slurm.heartbeats import DATAGRAM_BYTES, parse
 
 ROOT = Path(__file__).parents[2]
 WORLD = World(3, 4, 1, "", "test")
@@ -44,7 +46,7 @@ def test_it_says_who_where_and_how_far(supervisor: socket.socket) -> None:
     lifeline = Lifeline()
     with heartbeat(lifeline, WORLD, environ=_environ(supervisor)):
         first, _ = _hear(supervisor)
-        assert (first["token"], first["rank"], first["pid"]) == ("secret", 3, os.getpid())
+        assert (first["token"], first["rank"]) == ("secret", 3)
         assert first["progress"] is None and first["step"] is None
         assert any("unit/test_heartbeat.py:" in frame for frame in first["stack"])
         lifeline.begin("training")
@@ -55,12 +57,34 @@ def test_it_says_who_where_and_how_far(supervisor: socket.socket) -> None:
         assert (told["progress"], told["activity"]) == (2, "training")
 
 
+STOP = {"token": "secret", "stop": True}
+WRONG = [None, False, 0, 1, -1, 1e308, "", "true", "x" * 3000, [], [True], {}, {"a": 1}, 10**400, float("nan")]
+NO_STOP = [
+    b"", b"\xff", b"\x00", b"[]", b"null", b"stop", b"{", b"[" * 4000, b'{"a":' * 800,
+    b'{"token": "secret", "stop": ' + b"9" * 4000 + b"}", b'{"token": "secret"}', b'{"stop": true}',
+    *(json.dumps({**STOP, field: value}).encode() for field in STOP for value in [*WRONG, "guessed"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "activity", ["x" * 10**6, "\x1b]0;title\x07", "\ud800", "日本語" * 1000], ids=["long", "steers", "half", "wide"]
+)
+def test_what_it_does_is_said_in_a_packet_that_the_supervisor_takes(supervisor: socket.socket, activity: str) -> None:
+    lifeline = Lifeline()
+    lifeline.begin(activity)
+    with heartbeat(lifeline, WORLD, environ=_environ(supervisor)):
+        datagram = supervisor.recv(65_536)
+    assert len(datagram) <= DATAGRAM_BYTES
+    said = parse(datagram, token="secret", ranks=4)
+    assert said is not None and said.activity == printable(activity)[:200]
+
+
 def test_only_the_supervisor_can_stop_it_and_one_request_is_enough(supervisor: socket.socket) -> None:
     lifeline = Lifeline()
     beating = heartbeat(lifeline, WORLD, environ=_environ(supervisor))
     with lifeline.hearing_signals(), lifeline.at_step_boundaries(), beating:
         _, sender = _hear(supervisor)
-        for answer in (b"\xff", b"[]", b"stop", b'{"token": "guessed", "stop": true}', b'{"token": "secret"}'):
+        for answer in NO_STOP:
             supervisor.sendto(answer, sender)
         for _ in range(5):
             _hear(supervisor)
@@ -81,11 +105,20 @@ def test_nobody_listening_disturbs_nothing() -> None:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:port:token", "host:70000:token", "host:0:token"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", "host:port:token", "host:70000:token", "host:0:token", f"{'a' * 70}:9:token", "a..b:9:token"],
+)
 def test_what_the_supervisor_cannot_have_set_is_refused(address: str) -> None:
     with pytest.raises(MachineError, match=r"SPECIALM_HEARTBEAT=.*host:port:token"):
         Channel.of({"SPECIALM_HEARTBEAT": address})
     assert Channel.of({}) is None
+
+
+@pytest.mark.parametrize("seconds", ["", "x", "0", "-1", "nan", "inf", "1e999"])
+def test_how_often_is_a_number_of_seconds(seconds: str) -> None:
+    with pytest.raises(MachineError, match="SPECIALM_HEARTBEAT_SECONDS="):
+        Channel.of({"SPECIALM_HEARTBEAT": "host:9:token", "SPECIALM_HEARTBEAT_SECONDS": seconds})
 
 
 def test_a_silent_main_thread_is_heard_with_the_line_where_it_is_stuck(supervisor: socket.socket) -> None:

@@ -25,7 +25,7 @@ def test_status_from_the_command_line(run: Run) -> None:
     run.submit("7", "slm", keys=["generic"])
     run.slurm_says("7|0|COMPLETED|0|UNLIMITED|node1|None|\n")
     printed = CliRunner().invoke(app, ["status", "page.yaml"])
-    assert printed.exit_code == 0 and "41 not submitted" in printed.output
+    assert printed.exit_code == 0 and "47 not submitted" in printed.output
     watched = CliRunner().invoke(app, ["status", "page.yaml", "--watch", "--json"], catch_exceptions=False)
     (line,) = watched.output.splitlines()
     assert json.loads(line)["pipeline"] == "smoke", "no job is left: one look is enough"

@@ -9,8 +9,9 @@ import pytest
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
-from megatron_specialm.clustering.encoders import fit_encoder, unit_rows
+from megatron_specialm.clustering.encoders import fit_encoder
 from megatron_specialm.clustering.kmeans import KMeansResult, assign, fit
+from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.config.schema import TfidfEncoder
 
 

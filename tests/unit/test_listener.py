@@ -14,7 +14,7 @@ import pytest
 
 from megatron_specialm.base.heartbeat import Channel
 from megatron_specialm.config.site import Limits
-from megatron_specialm.slurm.heartbeats import Beat, Listener, describe, heard, parse, trouble
+from megatron_specialm.slurm.heartbeats import Beat, Listener, Said, describe, heard, parse, trouble
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(silent_seconds=60, hang_seconds=900, startup_seconds=1800)
@@ -35,7 +35,7 @@ with lifeline.hearing_signals(), heartbeat(lifeline, World(2, 4, 0, "", "test"))
 
 @pytest.fixture
 def listener() -> Iterator[Listener]:
-    with Listener("127.0.0.1") as entered:
+    with Listener("127.0.0.1", ranks=4) as entered:
         yield entered
 
 
@@ -84,22 +84,70 @@ def test_what_anybody_may_send_neither_counts_nor_deafens(listener: Listener) ->
     assert list(listener.beats) == [3]
 
 
+def _parsed(**changes: Any) -> Said | None:
+    return parse(json.dumps({**SAID, **changes}).encode(), token="t", ranks=4)
+
+
 def test_a_heartbeat_and_what_is_none() -> None:
-    assert parse(json.dumps(SAID).encode(), token="t") == SAID
+    assert _parsed() == Said.model_validate(SAID | {"stack": tuple(SAID["stack"])})
+    assert _parsed(progress=None, step=None, stack=[], more=1) is not None
     for name in SAID:
-        assert parse(json.dumps({key: value for key, value in SAID.items() if key != name}).encode(), token="t") is None
-    assert parse(json.dumps({**SAID, "rank": "0"}).encode(), token="t") is None
-    assert parse(json.dumps(SAID).encode(), token="other") is None
+        cut = json.dumps({key: value for key, value in SAID.items() if key != name}).encode()
+        assert parse(cut, token="t", ranks=4) is None
+    assert parse(json.dumps(SAID).encode(), token="other", ranks=4) is None
+    assert parse(json.dumps({**SAID, "token": "else", "node": "t"}).encode(), token="t", ranks=4) is None
+
+
+NEVER: list[Any] = [
+    True, False, -1, 1.5, 1e308, float("nan"), 2**63, 10**400, [1], [[["x"]]], [None], {}, {"a": 1}, "z" * 201, ["x"] * 9,
+    ["z" * 101],
+]  # fmt: skip
+WRONG = {
+    "token": [None, "", "T", *NEVER],
+    "rank": [None, "0", "", 4, 2**31, *NEVER],  # numbers of ranks that were never launched, too
+    "node": [None, ["n0"], *NEVER],
+    "activity": [None, ["training"], *NEVER],
+    "progress": ["1", "", *NEVER],
+    "step": ["1", "", *NEVER],
+    "stack": [None, "a:1 f", "", 5, *NEVER],
+}
+
+
+def test_a_field_of_another_type_or_range_is_none_and_deafens_nobody(listener: Listener) -> None:
+    """Each with the right token, over the wire; then a good one is heard, and nothing else was."""
+    token = listener.channel.split(":")[2]
+    wrong = [{**SAID, "token": token, field: value} for field, values in WRONG.items() for value in values]
+    assert len(wrong) > 120
+    for said in wrong:
+        assert parse(json.dumps(said).encode(), token=token, ranks=4) is None, said
+        _send(listener, json.dumps(said).encode())
+    _send(listener, json.dumps({**SAID, "token": token, "rank": 3}).encode())
+    _until(lambda: listener.beats)
+    assert list(listener.beats) == [3]
+
+
+def test_a_flood_of_others_drowns_nobody(listener: Listener) -> None:
+    token = listener.channel.split(":")[2]
+    flood = [b"[" * 60_000, json.dumps({**SAID, "token": "x" * 32}).encode(), json.dumps({"token": token}).encode()]
+    for step in range(1, 4):
+        good = json.dumps({**SAID, "token": token, "rank": 1, "step": step}).encode()
+        _until(lambda good=good, step=step: _send(listener, *flood * 30, good) or listener.step == step)
+    assert list(listener.beats) == [1]
 
 
 def test_progress_is_a_new_number_or_a_new_activity() -> None:
-    first = heard(SAID, None, now=10.0)
+    def said(**changes: Any) -> Said:
+        found = _parsed(**changes)
+        assert found is not None
+        return found
+
+    first = heard(said(), None, now=10.0)
     assert (first.heard, first.advanced) == (10.0, 10.0)
-    same = heard({**SAID, "step": 7, "stack": []}, first, now=20.0)
+    same = heard(said(step=7, stack=[]), first, now=20.0)
     assert (same.heard, same.advanced, same.step) == (20.0, 10.0, 7)
-    assert heard({**SAID, "step": 7}, same, now=25.0).advanced == 10.0
-    assert heard({**SAID, "progress": 2}, same, now=30.0).advanced == 30.0
-    assert heard({**SAID, "activity": "saving"}, same, now=30.0).advanced == 30.0
+    assert heard(said(step=7), same, now=25.0).advanced == 10.0
+    assert heard(said(progress=2), same, now=30.0).advanced == 30.0
+    assert heard(said(activity="saving"), same, now=30.0).advanced == 30.0
 
 
 def _beats(*changes: dict[str, Any], **common: Any) -> dict[int, Beat]:

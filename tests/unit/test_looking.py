@@ -68,3 +68,12 @@ def test_where_nothing_has_been_evaluated_they_say_so(
     outcome = CliRunner().invoke(app, [name, str(SMOKE), "root=another", *options])
     assert outcome.output == f"another: nothing has been evaluated yet: `specialm run {SMOKE}` does that\n"
     assert not Path("figures").exists()
+
+
+def test_samples_are_of_the_pages_models_and_of_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links for users may show what other settings made."""
+    monkeypatch.chdir(tmp_path)
+    _, root = declare_finished(tmp_path)
+    outcome = CliRunner().invoke(app, ["samples", str(SMOKE), f"root={root}", "seed=3"])
+    wanted = f"{root}: nothing has been fine-tuned on scipy yet: `specialm run {SMOKE}` does that"
+    assert " ".join(outcome.output.split()) == wanted and outcome.exit_code == 0

@@ -13,17 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
+from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
+from megatron_specialm.base.integrity import list_files
 from megatron_specialm.base.lifeline import Lifeline
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.setup import Setup
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, step_folder
+from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
 from megatron_specialm.train.engine import LossSum
-from megatron_specialm.train.loop import Progress, is_capped
+from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.megatron_engine import MegatronEngine
 from megatron_specialm.train.metrics import Metrics
+from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
 from tests.training import CONTEXT, SHAPE, read_metrics, run_training, stage
 
@@ -73,6 +77,63 @@ def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path)
         run_training(tmp_path, ALONE, stage(max_skipped_steps=2), objective=poisoned)
     skipped = [record for record in read_metrics(tmp_path) if record.get("skipped_steps")]
     assert [record["loss"] for record in skipped] == [None] * 3
+
+
+def test_wsd_keeps_the_step_before_its_decay_beside_the_last_ones(tmp_path: Path) -> None:
+    settings = stage(steps=20, schedule={"kind": "wsd", "warmup_steps": 0}, checkpoint={"every": 7, "keep": 1})
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [16, 20]
+
+
+def _flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_best_step_that_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    def trained() -> Progress:
+        _with_validations(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0])
+        return run_training(tmp_path, ALONE, stage(steps=100, **EARLY))
+
+    progress, best = trained(), step_folder(tmp_path, 4)
+    assert (progress.best_step, progress.step, find_final(tmp_path)) == (4, 16, best)
+    files, weights = list_files(tmp_path), {name: tensor.clone() for name, tensor in _final(tmp_path).items()}
+    if is_gone:
+        shutil.rmtree(best)
+    else:
+        _flip(best / "model-00000.safetensors")
+    assert newest_checkpoint(tmp_path)[0] is None, "every later step would end with the damaged one"
+    assert trained() == progress and find_final(tmp_path) == best
+    assert all(torch.equal(weights[name], tensor) for name, tensor in _final(tmp_path).items())
+    assert list_files(tmp_path).keys() == files.keys()
+    verify_folder(best)
+
+
+def test_a_finished_training_holds_no_damaged_step(tmp_path: Path) -> None:
+    settings = stage(checkpoint={"every": 4, "keep": 2})
+    run_training(tmp_path, ALONE, settings)
+    _flip(step_folder(tmp_path, 8) / "model-00000.safetensors")
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [12]
+    for step in (14, 16):  # as where a training that reads other numbers on other devices has ended later
+        shutil.copytree(step_folder(tmp_path, 12), step_folder(tmp_path, step))
+    run_training(tmp_path, ALONE, settings)
+    assert saved_steps(tmp_path) == [12]
+
+
+def test_damage_to_the_newest_steps_costs_no_step_that_is_saved_then(tmp_path: Path) -> None:
+    def checkpoints(steps: int) -> TrainStage:
+        return stage(steps=steps, checkpoint={"every": 4, "keep": 2})
+
+    run_training(tmp_path, ALONE, checkpoints(24))
+    for step in (20, 24):
+        _flip(step_folder(tmp_path, step) / "state.json")
+    run_training(tmp_path, ALONE, checkpoints(12))
+    assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 12), [])
 
 
 EARLY: dict[str, Any] = {"early_stopping": {"evaluate_every": 4, "patience": 3}}
@@ -166,6 +227,52 @@ def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path)
     assert trained("capped", cap) == capped
     shutil.rmtree(step_folder(tmp_path / "capped", cap))  # and before its last step was saved
     assert trained("capped", cap) == capped
+
+
+TIMES = {"time", "tokens_per_second", "eta_seconds", "mfu"}  # what no two trainings have in common
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """The last record of each step and event, without times."""
+    records = {(record["step"], record.get("event", "")): record for record in read_metrics(folder)}
+    told = [records[place] for place in sorted(records) if place[1] not in ("start", "stop")]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in told]
+
+
+@pytest.mark.parametrize("lost", [4, 24, 32])
+def test_a_resumed_training_reports_what_an_uninterrupted_one_does(tmp_path: Path, lost: int) -> None:
+    """Spikes too, for which the window of norms must be the same; one of them, and a skipped step, before the interruption."""
+
+    def upset(first: int) -> Any:
+        calls = iter(range(2 * first, 10_000))  # two micro-batches a step
+        factors = {22: 1e3, 23: math.nan, 29: 1e3, 33: 1e3}
+        return lambda logits, batch, **share: cross_entropy(logits, batch, **share) * factors.get(next(calls) // 2, 1.0)
+
+    settings = stage(steps=36, checkpoint={"every": 4, "keep": 20}, log_every=5, early_stopping=None)
+    straight = run_training(tmp_path / "straight", ALONE, settings, objective=upset(0))
+    assert (straight.spikes, straight.skipped_steps, len(straight.norms)) == (3, 1, 35)
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "straight", broken)
+    (broken / "result.json").unlink()
+    for step in range(lost, 37, 4):
+        shutil.rmtree(step_folder(broken, step))
+    assert run_training(broken, ALONE, settings, objective=upset(lost - 4)) == straight
+    assert _told(broken) == _told(tmp_path / "straight")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_norms(tmp_path: Path) -> None:
+    settings = stage(steps=4, checkpoint={"every": 2}, early_stopping=None)
+    straight = run_training(tmp_path / "straight", ALONE, settings)
+    run_training(tmp_path / "old", ALONE, settings.model_copy(update={"steps": 2}))
+    step = step_folder(tmp_path / "old", 2)
+    state = read_json(step / "state.json")
+    del state["progress"]["norms"]
+    write_json(step / "state.json", state)
+    publish_folder(step, step_folder(tmp_path / "old", 3))
+    (tmp_path / "old/step_0000003").rename(step)
+    (tmp_path / "old/result.json").unlink()
+    resumed = run_training(tmp_path / "old", ALONE, settings)
+    assert (resumed.step, resumed.tokens) == (straight.step, straight.tokens) and len(resumed.norms) == 2
 
 
 # --- what a training costs -----------------------------------------------------------------------------------------------

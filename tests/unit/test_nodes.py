@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = Preflight(seconds=120, free_disk=1)
 FIT: dict[str, Any] = {
     "began": 100.0,
-    "alone": 103.0,
-    "ended": 105.0,
+    "alone": 3.0,
+    "ended": 5.0,
     "gpus": 2,
     "products": {"cuda:0": 6e14, "cuda:1": 6e14},
 }
@@ -58,7 +58,7 @@ def test_fit_nodes() -> None:
         ({"products": {"cuda:0": 6e14, "cuda:1": 2e14}}, "its matrix products are 3.0 times slower than the others'"),
         ({"bytes_per_second": None}, "an all-reduce with the others gives a wrong sum"),
         ({"began": 93.0}, "its clock differs by 6 s or more from the first node's"),
-        ({"ended": 113.0}, "its clock differs by 7 s or more from the first node's"),
+        ({"ended": 13.0}, "its clock differs by 7 s or more from the first node's"),
         ({"error": "RuntimeError: ECC"}, "RuntimeError: ECC"),
     ],
 )
@@ -97,14 +97,14 @@ def test_two_nodes_compute_alone_and_together(tmp_path: Path, monkeypatch: pytes
     for node in ("node1", "node2"):
         answer = read_json(tmp_path / "nodes" / f"{node}.json")
         assert answer["products"]["cpu"] > 0 and answer["bytes_per_second"] > 0
-        assert answer["began"] < answer["ended"] and "joint_error" not in answer and "error" not in answer
+        assert 0 < answer["alone"] < answer["ended"] and "joint_error" not in answer and "error" not in answer
 
 
 def test_a_third_node_that_says_nothing_is_named(tmp_path: Path) -> None:
     write = """
         import json, sys, time
         for node in ("node1", "node2"):
-            answer = {"began": time.time(), "alone": time.time(), "ended": time.time(), "gpus": 0, "products": {"cpu": 1e9}}
+            answer = {"began": time.time(), "alone": 0.1, "ended": 0.2, "gpus": 0, "products": {"cpu": 1e9}}
             open(f"{sys.argv[1]}/{node}.json", "w").write(json.dumps(answer))
         open(f"{sys.argv[1]}/node3.json", "w").write("{")
     """
@@ -116,7 +116,7 @@ def test_a_third_node_that_says_nothing_is_named(tmp_path: Path) -> None:
 def test_nodes_that_cannot_compute_together_are_not_blamed(tmp_path: Path) -> None:
     write = """
         import json, sys, time
-        answer = dict.fromkeys(("began", "alone", "ended"), time.time())
+        answer = {"began": time.time(), "alone": 0.1, "ended": 0.2}
         answer |= {"gpus": 0, "products": {}, "joint_error": "no route"}
         open(f"{sys.argv[1]}/node1.json", "w").write(json.dumps(answer))
     """
@@ -128,7 +128,7 @@ def test_nodes_that_cannot_compute_together_are_not_blamed(tmp_path: Path) -> No
 def test_nodes_that_all_wait_for_each_other_are_not_blamed(tmp_path: Path) -> None:
     write = """
         import json, sys, time
-        answer = {"began": time.time(), "alone": time.time(), "gpus": 0, "products": {}}
+        answer = {"began": time.time(), "alone": 0.1, "gpus": 0, "products": {}}
         open(f"{sys.argv[1]}/node1.json", "w").write(json.dumps(answer))
     """
     command = [sys.executable, "-c", textwrap.dedent(write), str(tmp_path / "nodes")]
@@ -156,6 +156,8 @@ def test_bad_nodes_are_left_out_for_a_day(tmp_path: Path) -> None:
     assert entry["reason"] == "slow"
     assert excluded_nodes(tmp_path, now=entry["time"] + KEPT_SECONDS - 1) == ["node1", "node9"]
     assert excluded_nodes(tmp_path, now=entry["time"] + KEPT_SECONDS + 60) == []
+    assert excluded_nodes(tmp_path, now=entry["time"] - 7200) == ["node1", "node9"], "the clock was set back"
+    assert excluded_nodes(tmp_path, now=entry["time"] - KEPT_SECONDS - 60) == [], "it was a day ahead, or a year"
 
 
 def _find(folder: Path, ready: "multiprocessing.synchronize.Event") -> None:

@@ -11,7 +11,7 @@ from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import distinct_setups, setup_of
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.setup import Passes
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.launch.plan import PlannedTask, make_plan
 from megatron_specialm.launch.preflight import lacks, planned_machine
 from megatron_specialm.launch.summary import memory_table, training_flops, training_table
 
@@ -32,15 +32,16 @@ def test_a_page_holds_together_and_says_what_it_would_train(page: Path) -> None:
 
 def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Path) -> None:
     pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml", [f"root={tmp_path}"])
-    machine = planned_machine("A100")
+    machine, graph = planned_machine("A100"), build_graph(pipeline)
+    plan, other = ({name: PlannedTask(task, digest, "done", {}) for name, task in graph.items()} for digest in "de")
 
     def said() -> str:
         console = Console(width=200, record=True)
-        console.print(training_table(pipeline, machine))
+        console.print(training_table(pipeline, machine, plan))
         return console.export_text()
 
     assert "%)" not in said()
-    setup, before = setup_of(pipeline, "slm-tuned"), training_flops(pipeline, "slm-tuned")
+    setup, before = setup_of(pipeline, "slm-tuned"), training_flops(pipeline, "slm-tuned", plan)
     assert before == 3 * 30 * setup.step_flops
     for source, windows in {"generic": 100, "scipy": 9, "sklearn": 17, "torch": 8}.items():
         values = {
@@ -53,7 +54,7 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     assert "0.16M" in said() and "(50%)" in said() and "(20%)" in said()  # of 160 steps of 16 windows of 64 slots
     # Validations: before the first step and at three more, of two, three and one batches of eight windows.
     evaluated = Passes(evaluated=4 * (2 + 3 + 1) * 8 * 64)
-    assert training_flops(pipeline, "slm-tuned") == before + setup.flops(evaluated)
+    assert training_flops(pipeline, "slm-tuned", plan) == before + setup.flops(evaluated)
     layout = "stages.slm-tuned.parallel={data_parallel: 2, pipeline_parallel: 2}"
     spread = load_pipeline(
         configs_folder() / "pipelines" / "smoke.yaml",
@@ -61,8 +62,9 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     )
     # Batches of two windows: five, nine and four on two copies are three, five and two each, in multiples of two stages.
     evaluated = Passes(evaluated=4 * 2 * (4 + 6 + 2) * 2 * 64)
-    assert training_flops(spread, "slm-tuned") == before + setup.flops(evaluated)
-    assert training_flops(pipeline, "slm") == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
+    assert training_flops(spread, "slm-tuned", plan) == before + setup.flops(evaluated)
+    assert training_flops(pipeline, "slm", plan) == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
+    assert training_flops(pipeline, "slm-tuned", other) == before, "what was tokenized from other settings is not read"
 
 
 def test_the_papers_page_is_planned_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

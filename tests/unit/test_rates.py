@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
-from megatron_specialm.base.errors import ArtifactError, ConfigError, TrainingError
+from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.graph import TaskId, ancestors, build_graph
 from megatron_specialm.config.lineage import setup_of
@@ -296,11 +296,18 @@ def test_a_killed_take_over_is_finished_and_a_finished_one_left_alone(
     assert _steps(trial) == ["step_0000003", "step_0000007"]
 
 
-def test_steps_of_another_rate_make_room(trial: Path, tmp_path: Path) -> None:
+def test_steps_of_another_rate_are_refused_and_kept(trial: Path, tmp_path: Path) -> None:
     """A trial that was done again may turn the choice, of a training that another choice has begun."""
     folder = tmp_path / "model"
     for step in (5, 9):
         save_checkpoint(folder, step=step, weights={}, optimizer_state={}, state={"learning_rate": 0.0005})
+    with pytest.raises(
+        CheckpointError, match=r"step_0000005: .* rate 0\.0005, and the trials choose 0\.0017 now.*move"
+    ):
+        adopt_checkpoints(trial, folder)
+    assert _steps(folder) == ["step_0000005", "step_0000009"]
+    for name in _steps(folder):
+        (folder / name).rename(tmp_path / name)
     adopt_checkpoints(trial, folder)
     assert _steps(folder) == ["step_0000003", "step_0000007"]
 

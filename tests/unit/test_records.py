@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.errors import ArtifactError, MachineError
+from megatron_specialm.base.files import write_json
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.slurm.records import (
+    NOTE,
     Attempt,
     AttemptBegin,
     AttemptEnd,
     JobRecord,
+    Note,
     TaskRecord,
+    attempt_folder,
     read_attempts,
     read_registry,
     record_begin,
     record_end,
     registry_path,
+    write_note,
     write_registry,
 )
 
@@ -32,7 +37,9 @@ JOB = JobRecord(
     submitted=1764000000.5, ranks=4,
 )  # fmt: skip
 BEGIN = AttemptBegin(attempt=0, job="17_0", nodes=("node1", "node2"), ranks=4, time=100.0)
-END = AttemptEnd(attempt=0, outcome="timeout", step=40, reason="the time limit is near", requeued=True, time=160.0)
+END = AttemptEnd(
+    attempt=0, outcome="timeout", step=40, reason="the time limit is near", requeued=True, time=160.0, seconds=60.5
+)
 
 
 def test_the_registry_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -58,6 +65,15 @@ def test_attempts_are_paired_with_their_ends(tmp_path: Path) -> None:
     record_begin(tmp_path, last := replace(BEGIN, attempt=2, nodes=("node3",)))
     record_end(tmp_path, end := replace(END, attempt=2, outcome="finished", step=None, requeued=False))
     assert read_attempts(tmp_path) == [Attempt(BEGIN, END), Attempt(lost, None), Attempt(last, end)]
+    write_note(tmp_path, 1, Note(30, 12.5))
+    write_json(attempt_folder(tmp_path, 2) / NOTE, {"step": 7})  # as an earlier version has left it
+    notes = [attempt.noted for attempt in read_attempts(tmp_path)]
+    assert notes == [None, Note(30, 12.5), Note(7)]
+    assert [(attempt.step, attempt.seconds) for attempt in read_attempts(tmp_path)] == [
+        (40, 60.5),
+        (30, 12.5),
+        (None, 60.5),
+    ]
 
 
 def test_a_line_that_a_power_loss_has_cut_costs_no_other(tmp_path: Path) -> None:

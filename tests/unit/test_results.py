@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.cli import app
+from megatron_specialm.config.graph import evaluated_set, model_task
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -52,9 +53,9 @@ def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
 
 
 def _sets(pipeline: Pipeline, key: str, number: int) -> dict[str, dict[str, float]]:
-    domain = key.rpartition(".")[2]
-    names = ["generic", *pipeline.text.domains] if domain == "generic" else [domain]
-    return {name: {"nll": 1.0 + number / 100 + place, "tokens": 50} for place, name in enumerate(names)}
+    name = evaluated_set(key)
+    place = ["generic", *pipeline.text.domains].index(name) if model_task(key).key == "generic" else 0
+    return {name: {"nll": 1.0 + number / 100 + place, "tokens": 50}}
 
 
 def test_rows_and_costs(finished: tuple[Pipeline, Path]) -> None:

@@ -30,6 +30,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.launch.plan import PlannedTask, make_plan, select, write_resolved
 from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
 from megatron_specialm.slurm.records import read_registry
+from tests.processes import together
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("page.yaml")
@@ -113,7 +114,7 @@ def test_what_is_complete_there_is_taken_over_and_costs_what_it_cost(there: dict
         assert os.readlink(view(HERE, *name) / "latest") == "step_0000010"
         assert read_marker(view(HERE, *name)) == read_marker(view(THERE, *name))
     assert _content(THERE) == there
-    assert not [path for path in HERE.rglob(".*")], "nothing is left aside"
+    assert not [*HERE.rglob(".*.tmp")], "nothing is left aside"
 
 
 def test_large_files_are_links_and_what_is_written_in_place_is_not(there: dict) -> None:
@@ -197,10 +198,40 @@ def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
     assert not view(HERE, *SLM).exists() and read_marker(view(HERE, *SLM)) is None
 
 
+def test_damage_does_not_come_back_through_a_link(there: dict) -> None:
+    """One flipped bit is in both folders: whoever removes the marker here is told of the one there, which ends it."""
+    take_over(make_plan(_load(), HERE), HERE)
+    mine, theirs = (artifact_folder(root, *TOKENS, make_plan(_load(), HERE)[TOKENS].digest) for root in (HERE, THERE))
+    with (mine / "train.bin").open("r+b") as file:
+        file.write(b"T")
+    (mine / MARKER).unlink()
+    wanted = rf"{theirs}/train\.bin: SHA-256 is not what it was .* or remove {theirs}/done\.json and run again"
+    with pytest.raises(ArtifactError, match=wanted):
+        take_over(make_plan(_load(), HERE), HERE)
+    assert make_plan(_load(), HERE)[TOKENS].state == "done elsewhere" and not list(HERE.rglob(".*.tmp"))
+    (theirs / MARKER).unlink()
+    assert make_plan(_load(), HERE)[TOKENS].state == "to do"
+
+
+def test_what_another_job_has_taken_over_since_is_kept(there: dict) -> None:
+    plan = make_plan(_load(), HERE)
+    take_over(plan, HERE)
+    first = {name: view(HERE, *name).stat().st_ino for name in plan}
+    take_over(plan, HERE)
+    assert {name: view(HERE, *name).stat().st_ino for name in plan} == first
+
+
+def test_jobs_that_share_a_folder_take_over_at_the_same_time(there: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECIALM_INCARNATION", "7_0/0")  # they share the folder's lock
+    together(lambda: take_over(make_plan(_load(), HERE), HERE))
+    assert {planned.state for planned in make_plan(_load(), HERE).values()} == {"done"}
+    assert _content(THERE) == there and not list(HERE.rglob(".*.tmp"))
+
+
 def test_what_a_kill_has_left_aside_goes_when_the_task_is_begun(there: dict) -> None:
     plan = make_plan(_load(), HERE)
     final = artifact_folder(HERE, *SLM, plan[SLM].digest)
-    aside = final.with_name(f".{final.name}.tmp")
+    aside = final.with_name(f".{final.name}.0123abcd.tmp")
     aside.mkdir(parents=True)
     os.link(view(THERE, *SLM) / "train.bin", aside / "train.bin")
     begin_artifact(HERE, *SLM, digest=plan[SLM].digest)
@@ -246,10 +277,10 @@ def _submit(*arguments: str) -> str:
 
 def test_submit_takes_over_before_jobs_are_queued(there: dict) -> None:
     said = _submit("training_seed=1", "--dry-run")
-    assert f"small: 2 tasks to submit, 9 taken over from {THERE}, in {HERE}" in said
+    assert f"small: 3 tasks to submit, 9 taken over from {THERE}, in {HERE}" in said
     assert not (HERE / "tokens").exists()
     said = _submit("training_seed=1")
-    assert f"small: 2 tasks submitted, 0 on their way, 0 done, 9 taken over from {THERE}, in {HERE}" in said
+    assert f"small: 3 tasks submitted, 0 on their way, 0 done, 9 taken over from {THERE}, in {HERE}" in said
     assert [job.stage for job in read_registry(HERE)] == ["slm", "perplexity"] and not read_registry(HERE)[0].after
     states = {name.stage: planned.state for name, planned in make_plan(_load("training_seed=1"), HERE).items()}
     assert states.pop("slm") == states.pop("perplexity") == "to do" and set(states.values()) == {"done"}
@@ -293,4 +324,4 @@ def test_killed_at_any_moment_it_is_taken_over_by_the_next(there: dict) -> None:
         assert _content(THERE) == there
     assert moment > 10
     assert {make_plan(_load(), HERE)[name].state for name in (SLM, TOKENS)} == {"done"}
-    assert not [path for path in HERE.rglob(".*")]
+    assert not [*HERE.rglob(".*.tmp")]

@@ -157,7 +157,7 @@ def test_a_dollar_sign_in_a_template_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"template: .*write \$\$"):
         render(tmp_path / "template", Site(), directives=[], folder=tmp_path, code=tmp_path, command=[])
     for path in (tmp_path / "missing", tmp_path, tmp_path / ("x" * 5000)):
-        with pytest.raises(ConfigError, match=r"cannot be read .*: correct `template`"):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*: correct `template`"):
             render(path, Site(), directives=[], folder=tmp_path, code=tmp_path, command=[])
 
 

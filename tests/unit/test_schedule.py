@@ -3,8 +3,9 @@ import itertools
 import pytest
 
 from megatron_specialm.base.throughput import dense_peak, utilisation
+from megatron_specialm.config.schedule import decay_start, learning_rate, step_to_keep, steps_at_same_rates
 from megatron_specialm.config.training import Schedule
-from megatron_specialm.train.schedule import learning_rate
+from tests.training import stage
 
 
 def _rates(steps: int = 100, **settings) -> list[float]:
@@ -32,6 +33,40 @@ def test_decay_is_monotone_and_ends_at_the_final_fraction(kind: str) -> None:
 def test_wsd_is_stable_until_its_decay() -> None:
     rates = _rates(kind="wsd", warmup_steps=10, decay_fraction=0.2)
     assert set(rates[10:80]) == {1.0} and rates[80] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "same"),
+    [
+        ({}, {}, 40),  # a constant rate: all steps of the shorter one
+        ({"kind": "wsd"}, {"kind": "wsd"}, 32),  # until the shorter one's decay
+        ({"kind": "wsd", "warmup_steps": 36}, {"kind": "wsd", "warmup_steps": 36}, 36),
+        ({"kind": "wsd", "decay_fraction": 1.0}, {"kind": "wsd", "decay_fraction": 1.0}, 0),
+        ({"kind": "wsd", "final_fraction": 1.0}, {"kind": "wsd"}, 40),  # the longer one's decay begins at 48
+        ({"kind": "cosine", "warmup_steps": 5}, {"kind": "cosine", "warmup_steps": 5}, 5),
+        ({"kind": "cosine", "final_fraction": 1.0}, {"kind": "cosine", "final_fraction": 1.0}, 40),
+        ({}, {"kind": "wsd"}, 40),  # what was constant so far may decay
+        ({"warmup_steps": 3}, {"warmup_steps": 4}, 0),
+    ],
+)
+def test_how_far_the_rates_of_two_lengths_are_the_same(short: dict, long: dict, same: int) -> None:
+    one, other = (
+        stage(steps=steps, schedule={"warmup_steps": 0, **schedule}) for steps, schedule in ((40, short), (60, long))
+    )
+    assert steps_at_same_rates(one, other, most=40) == steps_at_same_rates(other, one, most=40) == same
+    assert steps_at_same_rates(one, other, most=10) == min(same, 10)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("constant", None), ("cosine", None), ("wsd", 80)])
+def test_the_checkpoint_before_a_decay_is_kept(kind: str, kept: int | None) -> None:
+    settings = stage(steps=100, schedule={"kind": kind, "warmup_steps": 10})
+    assert step_to_keep(settings) == kept
+    assert kept is None or settings.optimizer.peak > learning_rate(
+        kept, peak=settings.optimizer.peak, steps=100, schedule=settings.schedule
+    )
+    whole = Schedule(kind="wsd", warmup_steps=0, decay_fraction=1.0)
+    assert decay_start(steps=100, schedule=whole) == 0
+    assert step_to_keep(stage(schedule=whole)) is None, "the first weights need no checkpoint"
 
 
 def test_utilisation_is_against_the_dense_peak_and_unknown_devices_say_unknown() -> None:

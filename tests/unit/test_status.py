@@ -2,20 +2,33 @@
 
 import io
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from megatron_specialm.base.artifacts import begin_artifact, finish_artifact, read_marker, view
+from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.counting import Count
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.config.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
-from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Outcome, log_path, submission_folder
+from megatron_specialm.slurm.records import (
+    Attempt,
+    AttemptBegin,
+    AttemptEnd,
+    Note,
+    Outcome,
+    log_path,
+    record_begin,
+    record_end,
+    state_folder,
+    submission_folder,
+    write_note,
+)
 from megatron_specialm.slurm.state import judge
 from megatron_specialm.slurm.status import Status
 from megatron_specialm.slurm.status_table import status_json, status_view
@@ -34,6 +47,15 @@ def test_nothing_submitted_needs_no_slurm(run: Run, monkeypatch: pytest.MonkeyPa
     assert [run.text(stage) for stage in ("tokenizer", "tokens", "vectors")] == ["done", "done", "5 not submitted"]
     assert run.status().stages[1].device_hours == pytest.approx(0.04), "four tasks of 36 s, run on this machine"
     assert not run.status().is_live
+
+
+def test_hours_are_of_the_pages_own_work(run: Run) -> None:
+    """Settings that go back find the old work beside the new: it is what counts, wherever the link for users points."""
+    run.finish("tokens")
+    name = TaskId("tokens", "generic")
+    begin_artifact(run.root, *name, digest="f" * 64)
+    finish_artifact(run.root, *name, Marker("f" * 64, Cost(1, 1, 7236.0, 7236.0, "cpu", 1), {}, {}))
+    assert run.status().stages[1].device_hours == pytest.approx(0.04), "four tasks of 36 s"
 
 
 def test_what_the_cap_ended_is_told(run: Run) -> None:
@@ -58,7 +80,7 @@ def test_an_array_is_summarised(run: Run) -> None:
         "7|0|PENDING|0|UNLIMITED||JobArrayTaskLimit|\n7|1|RUNNING|0|9:42|node1|None|\n"
         "7|2|RUNNING|2|9:42|node[2-3]|None|\n7|3|PENDING|0|UNLIMITED||JobArrayTaskLimit|\n"
     )
-    wanted = "2 running on node1, node[2-3], restarted 2x; 2 pending (JobArrayTaskLimit); 37 not submitted"
+    wanted = "2 running on node1, node[2-3], restarted 2x; 2 pending (JobArrayTaskLimit); 43 not submitted"
     assert run.text("perplexity") == wanted
     assert run.status().is_live
 
@@ -113,6 +135,20 @@ def test_hours_of_attempts_that_were_lost(run: Run) -> None:
     (hours,) = (stage.device_hours for stage in run.status().stages if stage.stage == "slm")
     assert hours == pytest.approx(2 * 3 * 600 / 3600, rel=0.01)
     assert run.text("slm") == "pending (BeginTime), restarted 3x"
+
+
+@pytest.mark.parametrize("shift", [-7200, 7200])
+def test_hours_are_measured_not_read_from_clocks(run: Run, shift: float) -> None:
+    """The clock is set in each of three attempts: one ended, one lost, one under way."""
+    job = run.submit("7", "slm", keys=["generic"], ranks=2)
+    state, now = state_folder(run.root, "0001", "slm", 0), time.time()
+    for number in range(3):
+        record_begin(state, AttemptBegin(number, "7_0", ("node1",), job.ranks, now + number * shift))
+        write_note(state, number, Note(None, 300.0))
+    record_end(state, AttemptEnd(2, "preempted", None, "", True, now + 3 * shift, 360.0))
+    run.slurm_says("7|0|RUNNING|3|UNLIMITED||None|\n")
+    (hours,) = (stage.device_hours for stage in run.status().stages if stage.stage == "slm")
+    assert hours == pytest.approx(2 * (300 + 300 + 360) / 3600)
 
 
 def test_the_plan_is_the_arithmetic_of_check(run: Run) -> None:
@@ -226,7 +262,7 @@ def test_at_80_columns_every_word_is_whole(run: Run) -> None:
     frame = str.maketrans("", "", "─")
     assert sorted(narrow.translate(frame).split()) == sorted(wide.translate(frame).split())
     for words in ("DependencyNeverSatisfied", "gpu-node-[0013-0016]", "UnavailableNodes:gpu-node-[0001-0012]",
-                  "123456_2 on gpu-node-0018: failed", "the loss is not finite at step 40", " 1,600 ", "6/126"):  # fmt: skip
+                  "123456_2 on gpu-node-0018: failed", "the loss is not finite at step 40", " 1,600 ", "6/132"):  # fmt: skip
         assert words in narrow, words
     assert f"log: {run.root}/jobs/0001/slm-tuned.2.log" in narrow
 

@@ -111,6 +111,17 @@ def test_words_are_folded_not_cut() -> None:
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_column_that_may_be_cut_keeps_each_line_a_line(width: int) -> None:
+    lines = [["slm-tuned", "3 stale", "optimizer.learning_rate: 0.0001 -> 0.002; slm is made anew; " * 3, "12 min"]] * 4
+    table = Table("", ["stage", "tasks", "because", "spent"], lines, 3, cut="because")
+    said = _render(width, [table]).splitlines()
+    assert len(said) == 2 + 1 + len(lines) + 1 and max(map(len, said)) <= width
+    assert sum("slm-tuned" in line and "3 stale" in line and "12 min" in line for line in said) == len(lines)
+    whole = _render(UNLIMITED, [table])
+    assert "…" not in whole and lines[0][2].strip() in whole
+
+
 def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
     record = {
         "step": 12_000,
@@ -149,10 +160,10 @@ def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
 def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
     long_page(tmp_path)
     narrow = {"COLUMNS": "80", "TERM": "dumb", "FORCE_COLOR": "1"}
-    planned = _specialm(tmp_path, "plan", "long.yaml", **narrow)
-    (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic" in line)
+    planned = _specialm(tmp_path, "plan", "long.yaml", "--tasks", **narrow)
+    (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic.law" in line)
     assert line.split() == [
-        f"perplexity/{LONG}-1.generic", "to", "do", "generic", f"{LONG}-1/generic,", "tokens/generic,", "tokens/law",
+        f"perplexity/{LONG}-1.generic.law", "to", "do", "law", f"{LONG}-1/generic,", "tokens/law",
     ]  # fmt: skip
     checked = _specialm(tmp_path, "check", "long.yaml", **narrow)
     assert "…" not in checked and sum(checked.count(f" {LONG}-{number} ") for number in range(1, 6)) >= 5

@@ -45,7 +45,13 @@ def _expert(folder: Path, seed: int) -> ServedModel:
     """As it is read from the checkpoint of a training."""
     model = Gpt(SHAPE, vocabulary_size=40, context_length=8)
     model.initialize(seed=seed)
-    state = {"model": SHAPE.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, **PRETRAINED}
+    state = {
+        "model": SHAPE.model_dump(mode="json"),
+        "vocabulary_size": 40,
+        "context_length": 8,
+        "tokenizer": "x",
+        **PRETRAINED,
+    }
     weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in model.weights()}
     step = save_checkpoint(folder, step=500, weights=weights, optimizer_state={}, state=state)
     return read_served(step)
@@ -127,7 +133,7 @@ def test_an_expert_of_a_network_is_served_with_its_own_weights_only(tmp_path: Pa
     network = Gpt(shape, vocabulary_size=40, context_length=8)
     network.initialize(seed=0)
     weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in network.weights()}
-    state = {"model": shape.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8}
+    state = {"model": shape.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, "tokenizer": "x"}
     step = save_checkpoint(tmp_path / "network", step=1, weights=weights, optimizer_state={}, state=state)
     served = read_trained(step).served(one_hot(1, experts=3))
     assert served.shape == SHAPE

@@ -1,7 +1,6 @@
 """Early stopping validates on text that is like what the model is trained for: which windows, and the mean over them."""
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.graph import TaskId, build_graph
 from megatron_specialm.config.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
@@ -24,7 +24,7 @@ from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.launch.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
+from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.megatron_engine import MegatronEngine
@@ -286,7 +286,7 @@ def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[P
     given_up = threading.Event()
 
     def count_on() -> None:
-        with WorkRecord(folder, copies=1, started=0) as record:
+        with WorkRecord(folder, copies=1, watch=Stopwatch()) as record:
             while not given_up.wait(0.001):
                 record.write(Passes(trained=1))
 
@@ -314,7 +314,7 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     forward = 3 * 8 * 32 * ModelConfig.model_validate(MODEL).forward_flops(280, 32)  # three experts, eight windows each
     assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
-    assert 0 < report.apart.seconds < time.monotonic() - context.started
+    assert 0 < report.apart.seconds < context.watch.seconds
     alone = select.run(page.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
     assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], (
         "as it was planned"
@@ -332,9 +332,8 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     emptied = np.empty(len(order), np.int64)
     emptied[order] = kept
     index = ClusterIndex.from_assignment(emptied, k=3)
-    real = np.load
-    arrays = {folder / "order.npy": index.order, folder / "offsets.npy": index.offsets}
-    monkeypatch.setattr(np, "load", lambda path, **how: arrays.get(path) if path in arrays else real(path, **how))
+    real = reading.read_index
+    monkeypatch.setattr(reading, "read_index", lambda path, **how: index if path == folder else real(path, **how))
     with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):

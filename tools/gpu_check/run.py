@@ -166,7 +166,7 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 def _read(figures: Path) -> list[dict[str, Any]]:
     try:
-        return read_json(figures)
+        return read_json(figures, list[dict[str, Any]])
     except ArtifactError:  # none yet
         return []
 

@@ -1,0 +1,175 @@
+"""Sentence-BERT through sentence-transformers, for texts of any length."""
+
+import contextlib
+import importlib.metadata
+import math
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.base.files import give_usual_mode
+from megatron_specialm.base.packages import import_package
+from megatron_specialm.base.tensors import system_errors
+from megatron_specialm.clustering.vectors import unit_rows
+from megatron_specialm.config.schema import SentenceBertEncoder
+
+PACKAGE = "package:"  # before the name of an installed package that carries a model
+SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
+
+
+class SentenceBert:
+    """A Sentence-BERT model (Reimers and Gurevych 2019, arXiv 1908.10084).
+
+    Such models cut text off after a few hundred word pieces (all-MiniLM-L6-v2: 256), often short of a window. So a
+    window is cut into chunks of `chunk_words` words, and those that are still too long for the model, as of code or
+    formulas, are halved until it reads all of them. Its vector is their mean, each chunk counting by its word pieces.
+
+    counts: `encoder_tokens`, the word pieces of all texts, and `encoder_tokens_read`, those that the model did not cut off.
+    flops_per_token: 2 per parameter outside the embedding tables; attention, and padding, come on top.
+    """
+
+    def __init__(self, model: str, settings: SentenceBertEncoder, *, threads: int) -> None:
+        """model: a folder or a hub name.
+
+        Raises:
+            ConfigError: a folder that is no model.
+            MachineError: sentence-transformers is missing, or the model is neither here nor to be had from the hub.
+        """
+        try:
+            import torch
+
+            sentence_transformers = import_package("sentence_transformers")
+        except ImportError as error:
+            raise MachineError(
+                f"the sentence-bert encoder cannot be used ({error}): pip install 'megatron_specialm[bert]'"
+            ) from None
+        torch.set_num_threads(threads)
+        try:
+            self._model = sentence_transformers.SentenceTransformer(model)
+        except (OSError, ValueError, SafetensorError) as error:
+            if Path(model).is_dir():
+                raise ConfigError(
+                    f"encoder.model {model!r}: the folder {Path(model).resolve()} is no sentence-transformers model ({error}): "
+                    "name another; for a package write package:NAME; for the hub's model of this name rename the folder"
+                ) from None
+            raise MachineError(
+                f"encoder.model {model!r}: no sentence-transformers folder, and not to be had from the hub ({error}): "
+                "give a local folder, or package:NAME of an installed package that carries the model"
+            ) from None
+        self._settings = settings
+        self.counts = {"encoder_tokens": 0, "encoder_tokens_read": 0}
+        self._room = self._find_room()
+        self._dimensions = len(self._encode_chunks([""])[0])
+
+    def save(self, folder: Path) -> None:
+        """The weights are copied: compute nodes may not reach the hub, and a name on it may change its meaning."""
+        with system_errors(folder / "model"):
+            self._model.save(str(folder / "model"), create_model_card=False)
+        give_usual_mode(*(path for path in (folder / "model").rglob("*") if path.is_file()))
+
+    @property
+    def dimensions(self) -> int:
+        return self._dimensions
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * sum(values.numel() for name, values in self._model.named_parameters() if "embeddings" not in name)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        chunks = [self._chunks(text) for text in texts]
+        starts = np.cumsum([0, *map(len, chunks[:-1])])
+        everything = [chunk for chunks_of_text in chunks for chunk in chunks_of_text]
+        lengths = np.array([[length] for _, length in everything], dtype=np.float32)
+        self.counts["encoder_tokens"] += int(lengths.sum())
+        self.counts["encoder_tokens_read"] += int(np.minimum(lengths, self._room).sum())
+        vectors = self._encode_chunks([chunk for chunk, _ in everything])
+        return unit_rows(np.add.reduceat(vectors * lengths, starts))
+
+    def _chunks(self, text: str) -> list[tuple[str, int]]:
+        """What the model reads of a text at a time, with its number of word pieces."""
+        chunks = split_words(text, size=self._settings.chunk_words)
+        return [part for chunk in chunks for part in cut_to_fit(chunk, self._room, self._length)]
+
+    def _find_room(self) -> float:
+        """Word pieces that the model reads beside its own special tokens and the prompt it puts before a text."""
+        limit = self._model.max_seq_length
+        if limit is None or not self._tokenizes():
+            return math.inf
+        prompt = (self._model.prompts or {}).get(self._model.default_prompt_name or "") or ""
+        return max(1, limit - len(self._model.tokenizer(prompt)["input_ids"]))
+
+    def _length(self, text: str) -> int:
+        """Word pieces of a text; its words, where the model is not one of word pieces."""
+        if not self._tokenizes():
+            return len(text.split())
+        return len(self._model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _tokenizes(self) -> bool:
+        """Whether the model has a tokenizer of Transformers; models of word vectors have others, and read without limit."""
+        from transformers import PreTrainedTokenizerBase
+
+        return isinstance(self._model.tokenizer, PreTrainedTokenizerBase)
+
+    def _encode_chunks(self, chunks: list[str]) -> np.ndarray:
+        """(chunks, E) float32."""
+        import torch
+
+        bf16 = self._settings.precision == "bf16"
+        with torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self._model.encode(chunks, batch_size=self._settings.batch_size, show_progress_bar=False)
+
+
+def split_words(text: str, *, size: int) -> list[str]:
+    """The text in chunks of at most `size` words; an empty text is one empty chunk."""
+    words = text.split()
+    return [" ".join(words[start : start + size]) for start in range(0, max(len(words), 1), size)]
+
+
+def cut_to_fit(text: str, room: float, length: Callable[[str], int]) -> list[tuple[str, int]]:
+    """The text halved, at a space where there is one, until each part's `length` is at most `room`; with the lengths."""
+    size = length(text)
+    if size <= room or len(text) < 2:
+        return [(text, size)]
+    middle = len(text) // 2
+    cut = max(text.rfind(" ", 1, middle + 1), text.find(" ", 1)) if " " in text[1:-1] else middle
+    return [part for half in (text[:cut], text[cut:].lstrip(" ")) for part in cut_to_fit(half, room, length)]
+
+
+@contextlib.contextmanager
+def sentence_bert_folder(model: str) -> Iterator[str]:
+    """What sentence-transformers can open: the folder or hub name itself, or the folder inside `package:NAME`, unpacked
+    for the time being where the package carries it as a zip file. The package is not imported.
+
+    A name in the form `package:NAME` is always the package, whatever lies in the working directory. Of any other name a
+    folder wins over the hub, as sentence-transformers has it; a folder that is no model is refused when it is loaded.
+
+    Raises:
+        MachineError: the package is not installed, or carries no model.
+    """
+    if not model.startswith(PACKAGE):
+        yield model
+        return
+    name = model.removeprefix(PACKAGE)
+    try:
+        files = [Path(str(file.locate())) for file in importlib.metadata.files(name) or []]
+    except importlib.metadata.PackageNotFoundError:
+        raise MachineError(f"encoder.model {model!r}: the package is not installed: pip install {name}") from None
+    folders = [file.parent for file in files if file.name == SENTENCE_BERT_MARK]
+    archives = [
+        file for file in files if file.suffix == ".zip" and SENTENCE_BERT_MARK in zipfile.ZipFile(file).namelist()
+    ]
+    if not folders and not archives:
+        raise MachineError(
+            f"encoder.model {model!r}: the package has no folder or zip file with a {SENTENCE_BERT_MARK}"
+        )
+    if folders:
+        yield str(folders[0])
+        return
+    with tempfile.TemporaryDirectory() as unpacked:
+        zipfile.ZipFile(archives[0]).extractall(unpacked)
+        yield unpacked

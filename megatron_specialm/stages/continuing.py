@@ -1,0 +1,192 @@
+"""A training goes on from an earlier one that differs from it in length alone, instead of from its first weights.
+
+After equally many steps both hold the same bits of weights, optimizer and progress: the order of reading is a function of
+the step, a teacher or its cache is an input, and the loop's state stands in the checkpoint. That is so where
+
+    all else that the digest covers is the same: settings but for `LENGTH` (config/length.py), seed, inputs, files;
+    the learning rates of all steps up to there are the same, to the last bit (config/schedule.py);
+    both have validated after that step, or neither has: a training validates at its end, wherever that is.
+
+The newest such checkpoint is adopted, for a longer training as for a shorter one. Where there is none, the log says why.
+
+    earlier.json    in the task's folder: the step that was adopted, and what it had cost
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    Cost,
+    Marker,
+    Spent,
+    artifact_folders,
+    read_label,
+    read_marker,
+)
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, verify_folder, write_json
+from megatron_specialm.config.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.config.rates import trial_key
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.stages.context import Context
+from megatron_specialm.stages.reading import Reading
+from megatron_specialm.train.checkpoint import REMEDY, STATE, adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.train.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+FILE = "earlier.json"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The step of an earlier training that this one has gone on from.
+
+    artifact: the name of that training's folder, beside this one's.
+    tokens, slots: those of its steps up to there, in whichever task they were made.
+    cost: what it had cost by then; all that it cost, where the step was its last one.
+    """
+
+    artifact: str
+    step: int
+    tokens: int
+    slots: int
+    cost: Cost
+
+    @property
+    def counted(self) -> Spent:
+        """The tokens and slots that are no more to be trained on."""
+        return Spent(self.tokens, self.slots)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """What a training's folder says of it.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if not (folder / FILE).exists():
+            return None
+        return read_json(folder / FILE, cls, remedy=f"move {folder} away")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is read of a step's state; those of earlier versions lack some."""
+
+    progress: Progress
+    learning_rate: float | None = None
+    spent: Cost | None = None
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One that differs from this one in length alone: its folder, its settings made to measure, and its marker if it is
+    finished."""
+
+    folder: Path
+    settings: TrainStage
+    marker: Marker | None
+
+
+def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) -> Earlier | None:
+    """Adopt the newest step of an earlier training that is a step of this one too, if there is one behind those that this
+    one has. The first process calls it, once what there is of trials has been adopted.
+
+    Args:
+        stage: the settings, at one learning rate.
+    """
+    folder, noted = context.folder, Earlier.read(context.folder)
+    trainings = list(_trainings_of_other_lengths(stage, reading, context))
+    if noted is None and not trainings:
+        return None
+    newest, _ = newest_checkpoint(folder)
+    have = int(newest.name.removeprefix("step_")) if newest else 0
+    if noted is not None and have >= noted.step:
+        return noted
+    last = last_step(reading.settings)
+    found = [(step, each) for each in trainings for step in saved_steps(each.folder) if have < step <= last]
+    refused: set[Path] = set()
+    for step, other in sorted(found, key=lambda one: (one[0], one[1].marker is not None), reverse=True):
+        try:
+            earlier, steps = _look(step, other, stage, reading)
+        except ArtifactError as error:
+            if other.folder not in refused:  # of each its newest step is told
+                _tell(context, f"does not go on from step {step} of", other, f": {error}")
+            refused.add(other.folder)
+            continue
+        write_json(folder / FILE, asdict(earlier))  # before the steps: what they cost must not be forgotten
+        adopt_steps(other.folder, folder, steps)
+        _tell(context, f"goes on from step {step} of", other)
+        return earlier
+    (folder / FILE).unlink(missing_ok=True)
+    return None
+
+
+def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
+    length = other.settings.steps
+    logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, length, other.folder, why)
+
+
+def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
+    name = context.task.id
+    others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
+    if not others:
+        return
+    trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
+    ours = but_for_length(_made_from(context.folder), trials)
+    for folder in others:
+        try:
+            made_from, marker = _made_from(folder), read_marker(folder)
+        except ArtifactError as error:
+            logger.warning("%s: not looked at, to go on from it: %s", name, error)
+            continue
+        if but_for_length(made_from, trials) == ours:
+            yield _Training(folder, reading.to_measure(at_length(stage, made_from["settings"])), marker)
+
+
+def _made_from(folder: Path) -> dict[str, Any]:
+    made_from: dict[str, Any] = read_label(folder)["made_from"]
+    if not made_from:
+        raise ArtifactError(f"{folder / LABEL}: of an earlier version, which did not say what it was made from")
+    return made_from
+
+
+def _rates(context: Context) -> list[float]:
+    """Those of the page, where the task is no trial itself."""
+    stage = context.pipeline.stages[context.task.id.stage]
+    assert isinstance(stage, TrainStage)
+    return stage.optimizer.rates if context.task.rate is None else []
+
+
+def _look(step: int, other: _Training, stage: TrainStage, reading: Reading) -> tuple[Earlier, list[int]]:
+    """A step as one to go on from, and the steps to adopt for it, itself the last.
+
+    Raises:
+        ArtifactError: it is no step of this training, or is damaged.
+    """
+    if why := why_another_step(step, reading.settings, other.settings):
+        raise ArtifactError(why)
+    verify_folder(step_folder(other.folder, step))
+    state = read_json(step_folder(other.folder, step) / STATE, _State, remedy=REMEDY)
+    if state.learning_rate != stage.optimizer.peak:
+        raise ArtifactError(f"its learning rate is {state.learning_rate!r}, not {stage.optimizer.peak!r}")
+    progress, steps = state.progress, [step]
+    if progress.best_step not in (None, step):  # also where this training has it: there it may be damaged
+        verify_folder(step_folder(other.folder, progress.best_step))
+        steps.insert(0, progress.best_step)
+    slots = (step - progress.skipped_steps) * reading.slots_per_step
+    return Earlier(other.folder.name, step, progress.tokens, slots, _cost(step, state, other.marker)), steps
+
+
+def _cost(step: int, state: _State, marker: Marker | None) -> Cost:
+    """What a training had cost when it saved the step; where it ended with it, all that it cost."""
+    if marker is not None and marker.values["steps"] == step:
+        return marker.whole_cost
+    if state.spent is None:
+        raise ArtifactError("it is of an earlier version, which did not say what it had cost")
+    return state.spent

@@ -1,0 +1,52 @@
+"""Where a training stands: all that the loop knows beside the weights. Every checkpoint carries it."""
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+from megatron_specialm.train.engine import StepStats
+
+SPIKE_WINDOW = 100  # steps whose gradient norms say what is usual
+FEWEST_NORMS = 20  # of which there must be so many
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after `step` optimizer steps. Losses are nats per token; `norms` are the gradient norms of the
+    last steps, those that are finite (checkpoints of earlier versions lack them)."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations: int = 0
+    evaluations_without_gain: int = 0
+    norms: tuple[float, ...] = ()
+
+    def is_spike(self, norm: float, *, factor: float) -> bool:
+        """Whether a step's gradient norm is so many times as large as is usual."""
+        return len(self.norms) >= FEWEST_NORMS and norm > factor * statistics.median(self.norms)
+
+    def after(self, stats: StepStats, *, spike: bool) -> "Progress":
+        """The progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + (0 if stats.skipped else stats.loss.tokens),
+            skipped_steps=self.skipped_steps + stats.skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
+            spikes=self.spikes + spike,
+            norms=(*self.norms, stats.gradient_norm)[-SPIKE_WINDOW:]
+            if math.isfinite(stats.gradient_norm)
+            else self.norms,
+        )
+
+    def evaluated(self, loss: float) -> "Progress":
+        """The progress after a validation. A loss that is not finite is never the best."""
+        counted = replace(self, evaluations=self.evaluations + 1)
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(counted, best_step=self.step, best_loss=loss, evaluations_without_gain=0)
+        return replace(counted, evaluations_without_gain=self.evaluations_without_gain + 1)

@@ -1,0 +1,101 @@
+"""Every kind of file of a run, damaged in every way, before whatever reads it: it is noticed, and the file is named.
+
+One flipped bit, half of the file, none of it, no file, and one more file beside it. A reader that comes to the same
+nevertheless must not have opened the file: an extra one that nobody asked for, or what a command does without.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_specialm.base.artifacts import LABEL, MARKER
+from megatron_specialm.launch.worker import limit_threads
+from tests.damage import Damage, Finished, Verdict
+from tools.disturbed.page import write_page
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PLAN, VERIFY, RESULTS = "plan page.yaml", "verify run --deep", "results page.yaml"
+# What reads an artifact: commands, and tasks, one of each kind of stage that opens it.
+READERS = {
+    "tokenizer/generic": ["tokens/law", "vectors/law", "export/tuned.law", "generate run/tuned/law osk --tokens 4"],
+    "tokens/generic": ["slm/generic", "vectors/generic", "perplexity/slm.generic"],
+    "tokens/law": ["tuned/law", "taught/law", "slm-pn-chosen/law", "perplexity/tuned.law", "export/tuned.law"],
+    "vectors/generic.encoder": ["vectors/law"],
+    "vectors/generic": ["clusters/generic", "assignment/generic"],
+    "vectors/law": ["assignment/law"],
+    "clusters/generic": ["assignment/law", "slm-mix/c0"],
+    "assignment/generic": ["slm-is/law", "slm-pn/generic", "slm-mix/c0"],
+    "assignment/law": ["slm-is/law", "slm-mix-chosen/law", "slm-pn-chosen/law"],
+    "slm/generic": ["tuned/law", "perplexity/slm.generic", "generate run/slm/generic osk --tokens 4"],
+    "slm-mix/c0": ["slm-mix-chosen/law"],
+    "slm-pn/generic": ["slm-pn-chosen/law"],
+    "slm-mix-chosen/law": ["mix-tuned/law", "perplexity/slm-mix-chosen.law"],
+    "tuned/law": ["taught/law", "export/tuned.law", "generate run/tuned/law osk --tokens 4"],
+    "rates/law.rate-0.002": ["rates/law"],
+    "taught/law": ["distilled/law"],
+    "perplexity/tuned.law": [RESULTS],
+    "export/tuned.law": ["generate run/export/tuned.law osk --tokens 4"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A run of a page with all kinds of stages, and trainings of ten steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_page(folder, steps=10, every=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        limit_threads(1)
+        command = [sys.executable, "-m", "megatron_specialm", "run", "page.yaml"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield Finished(folder, scratch=folder / "scratch")
+
+
+def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damage, str]]:
+    """All damages of all files of an artifact, before each of its readers. Extra files are put beside all at once: a reader is
+    to open none of them."""
+    files = finished.files(artifact)
+    for reader in (*READERS[artifact], PLAN, VERIFY):
+        yield files, "extra", reader
+        for path in files:
+            for damage in _damages(path, reader):
+                yield [path], damage, reader
+
+
+def _damages(path: Path, reader: str) -> tuple[Damage, ...]:
+    """The plan reads markers, and of other files the size. `verify` reads all there is, which takes time."""
+    if reader == PLAN and path.name != MARKER:
+        return "cut", "empty", "delete"
+    return ("flip", "delete") if reader == VERIFY else ("flip", "cut", "empty", "delete")
+
+
+@pytest.mark.parametrize("artifact", READERS)
+def test_damage_is_noticed_by_name(finished: Finished, artifact: str) -> None:
+    wrong = []
+    for paths, damage, reader in cells(finished, artifact):
+        verdict, said = finished.judge(paths, damage, reader)
+        if not is_right(verdict, said, paths, damage, reader):
+            wrong.append(f"{damage} of {', '.join(map(str, paths))} before {reader}: {verdict}: {said[:300]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def is_right(verdict: Verdict, said: str, paths: list[Path], damage: Damage, reader: str) -> bool:
+    """Whether a reader may leave it at that. Where a marker is gone, the task is not finished: the plan has it to do, results
+    leave it out. Labels are for who makes an artifact, and for `verify`; commands read only some of the files."""
+    if verdict == "other":
+        gone = paths[0].name == MARKER and damage == "delete" and reader in (PLAN, RESULTS)
+        return gone or (reader == PLAN and "damaged" in said)
+    may_be_unread = damage == "extra" or paths[0].name == LABEL or not ("/" in reader.split()[0] or reader == PLAN)
+    return verdict == "noticed" or (verdict == "harmless" and may_be_unread and reader != VERIFY)
+
+
+def test_all_kinds_are_tried(finished: Finished) -> None:
+    """Each kind of stage is damaged, and at least 250 cells are looked at."""
+    kinds = {finished.pipeline.stages[artifact.partition("/")[0]].kind for artifact in READERS}
+    assert kinds == {stage.kind for stage in finished.pipeline.stages.values()}
+    assert sum(len(paths) for artifact in READERS for paths, _, _ in cells(finished, artifact)) >= 250

@@ -1,0 +1,38 @@
+"""A small page that has every kind of stage, and its text."""
+
+import json
+import random
+from pathlib import Path
+
+SETS = {"generic": ("ka lo mi ter son vel dra pin", 160), "law": ("osk ume fri gat bel nor quo ris", 60)}
+TOPICS = 3  # of the generic set, the last of which is the domain's: so many clusters have something to find
+
+
+def write_page(folder: Path, *, steps: int, every: int) -> None:
+    """Make `folder` a working directory of `page.yaml`, with its text.
+
+    Args:
+        steps: of each training.
+        every: so many steps a checkpoint is saved, and validated where a training validates.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Path(__file__).with_name("page.yaml").read_text(encoding="utf-8")
+    (folder / "page.yaml").write_text(page.replace("STEPS", str(steps)).replace("EVERY", str(every)), encoding="utf-8")
+    for name, (_, documents) in SETS.items():
+        for split, count in (("train", documents), ("test", documents // 8)):
+            generator = random.Random(f"{name} {split}")
+            texts = (_document(generator, _topic(name, number)) for number in range(count))
+            (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _topic(name: str, number: int) -> list[str]:
+    """The words of a document: of the domain, or of the topics of the generic set in turn."""
+    generic, domain = (syllables.split() for syllables, _ in SETS.values())
+    topics = [generic[:4], generic[4:], domain]
+    assert len(topics) == TOPICS
+    syllables = domain if name == "law" else topics[number % TOPICS]
+    return [first + second for first in syllables for second in [*syllables, ""]]
+
+
+def _document(generator: random.Random, words: list[str]) -> str:
+    return " ".join(generator.choices(words, k=generator.randint(40, 80))) + "."

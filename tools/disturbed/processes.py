@@ -1,0 +1,84 @@
+"""Commands of ours with all that they have started, found by a mark that processes inherit in their environment."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import psutil
+
+MARK = "SPECIALM_DISTURBED"
+PROJECT = Path(__file__).parents[2]
+
+
+class Launch:
+    """A command that runs, in its working directory. What it prints goes to a file."""
+
+    def __init__(self, folder: Path, *arguments: str, output: Path) -> None:
+        self.mark, self.output = uuid.uuid4().hex, output
+        self.disturbed_by: list[str] = []
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "COLUMNS": "200", MARK: self.mark}
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_specialm", *arguments],
+                cwd=folder, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                preexec_fn=_usual_signals,
+            )  # fmt: skip
+
+    @property
+    def code(self) -> int | None:
+        """How the command itself has ended; None while it runs."""
+        return self.process.poll()
+
+    @property
+    def said(self) -> str:
+        """All that it has printed so far."""
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def alive(self) -> list[psutil.Process]:
+        """What lives of it: itself and its descendants, wherever they have gone."""
+        return list(_marked(self.mark))
+
+    def fork_server(self) -> psutil.Process | None:
+        """The process whose children are the workers, while the command lives."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children():
+                if any("forkserver" in word for word in child.cmdline()):
+                    return child
+        return None
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that do tasks."""
+        server = self.fork_server()
+        with contextlib.suppress(psutil.Error):
+            return server.children() if server else []
+        return []
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        kill(self.alive())
+        self.process.wait()
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill processes, those that are gone excepted."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(psutil.Error):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                yield process
+
+
+def _usual_signals() -> None:
+    """What a shell or pytest has started may ignore them, and so would its children."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
