@@ -114,6 +114,8 @@ class Finished:
         done = CliRunner().invoke(app, command.split())
         if isinstance(done.exception, SpecialmError):
             raise SpecialmError(f"{done.output}{done.exception}")
+        if isinstance(done.exception, SystemExit):  # a command that has said what is wrong
+            raise SpecialmError(done.output)
         if done.exception is not None:
             raise done.exception
         return re.sub(r"in [\d.]+ s", "in no time", done.output)

@@ -16,7 +16,13 @@ ENDED = {
 COMMAND_SECONDS = 60
 RETRY_SECONDS = 30  # a controller that is being restarted is back by then
 # What a command says when the controller does not answer, as opposed to when it refuses.
-SILENT = ("Unable to contact slurm controller", "Socket timed out", "Zero Bytes were transmitted", "Connection refused")
+SILENT = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Zero Bytes were transmitted",
+    "Connection refused",
+    "Unexpected missing socket error",
+)
 OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_")
 # The reason stands last: it is the only one of which we do not know what it may hold.
 FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")

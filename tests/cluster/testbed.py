@@ -63,7 +63,13 @@ class Cluster:
 
     def run(self, *command: str, cwd: Path | None = None, timeout: float = 30) -> str:
         """What a command prints on the login node; fails with what it said if it fails."""
-        done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        for _ in range(5):
+            done = subprocess.run(
+                command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout
+            )
+            if "Unexpected missing socket error" not in done.stderr:  # the controller was not at its port
+                break
+            time.sleep(1)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
