@@ -12,6 +12,9 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import MANIFEST, REMAKE, FileSeal, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
+# What a training notes as it goes, for people and for its own resumption: an attempt that was cut off, and is fenced, may go
+# on writing there after another one has finished the task. Nothing else reads it.
+RECORDS = ("metrics.jsonl", "work.json")
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
 LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
 
@@ -39,7 +42,7 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, File
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
     """The names below a folder of its files, less those that `without` names and what killed writers have left."""
     names = (path.relative_to(folder).as_posix() for path in _files(folder))
-    return sorted(name for name in names if name not in (*without, CHECKED))
+    return sorted(name for name in names if name not in without and PurePath(name).name not in (CHECKED, *RECORDS))
 
 
 def _files(folder: Path) -> Iterator[Path]:

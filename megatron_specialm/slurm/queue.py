@@ -69,7 +69,9 @@ def slurm(*command: str) -> str:
         if outcome.returncode == 0:
             return outcome.stdout
         said = " ".join(outcome.stderr.split())
-        if not any(words in said for words in SILENT):
+        if outcome.returncode >= 0 and not any(
+            words in said for words in SILENT
+        ):  # else the command itself has crashed
             raise MachineError(f"{' '.join(command)}: {said or f'exit code {outcome.returncode}'}")
         if time.monotonic() >= deadline:
             raise MachineError(f"{command[0]}: {said}: try later; jobs run on meanwhile")

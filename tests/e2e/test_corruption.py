@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.artifacts import LABEL, MARKER
+from megatron_specialm.base.integrity import RECORDS
 from megatron_specialm.launch.worker import limit_threads
 from tests.damage import Damage, Finished, Verdict
 from tools.disturbed.page import write_page
@@ -63,12 +64,15 @@ def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damag
     for reader in (*READERS[artifact], PLAN, VERIFY):
         yield files, "extra", reader
         for path in files:
-            for damage in _damages(path, reader):
+            for damage in _damages(path, reader, is_first=reader == READERS[artifact][0]):
                 yield [path], damage, reader
 
 
-def _damages(path: Path, reader: str) -> tuple[Damage, ...]:
-    """The plan reads markers, and of other files the size. `verify` reads all there is, which takes time."""
+def _damages(path: Path, reader: str, *, is_first: bool) -> tuple[Damage, ...]:
+    """The plan reads markers, and of other files the size. `verify` reads all there is, which takes time. All tasks check what
+    they read in one place: the first one is tried with every damage, the others with one that no size tells."""
+    if not is_first and reader not in (PLAN, VERIFY):
+        return ("flip",)
     if reader == PLAN and path.name != MARKER:
         return "cut", "empty", "delete"
     return ("flip", "delete") if reader == VERIFY else ("flip", "cut", "empty", "delete")
@@ -90,6 +94,8 @@ def is_right(verdict: Verdict, said: str, paths: list[Path], damage: Damage, rea
     if verdict == "other":
         gone = paths[0].name == MARKER and damage == "delete" and reader in (PLAN, RESULTS)
         return gone or (reader == PLAN and "damaged" in said)
+    if paths[0].name in RECORDS:
+        return verdict in ("noticed", "harmless")
     may_be_unread = damage == "extra" or paths[0].name == LABEL or not ("/" in reader.split()[0] or reader == PLAN)
     return verdict == "noticed" or (verdict == "harmless" and may_be_unread and reader != VERIFY)
 

@@ -51,7 +51,7 @@ def _made(root: Path, digest: str, text: str = "weights") -> Path:
     aside.mkdir(exist_ok=True)
     (aside / "model.bin").write_text(text)
     publish_folder(aside, folder / "step_0000001")
-    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "notes.jsonl").write_text("{}\n")
     (folder / ".x.123.tmp").touch()
     (folder / "latest").unlink(missing_ok=True)
     (folder / "latest").symlink_to("step_0000001")
@@ -74,7 +74,7 @@ def test_users_see_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> Non
 def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
     _made(tmp_path / "here", A)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert (view(tmp_path / "there", *NAME) / "metrics.jsonl").exists()
+    assert (view(tmp_path / "there", *NAME) / "notes.jsonl").exists()
 
 
 def test_going_back_to_old_settings_finds_the_old_work(run: Run) -> None:
@@ -129,12 +129,12 @@ def test_the_marker_lists_every_file(tmp_path: Path) -> None:
     folder = _made(tmp_path, A)
     marker = read_marker(folder)
     assert marker is not None
-    assert set(marker.files) == {"metrics.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"}
+    assert set(marker.files) == {"notes.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"}
     assert marker.values == {"loss": 2.5, "by": {"1": 0.1}}
     check_files(folder, marker.files)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"])
+@pytest.mark.parametrize("name", ["notes.jsonl", "step_0000001/model.bin", "step_0000001/manifest.json"])
 def test_damage_is_named(tmp_path: Path, name: str) -> None:
     folder = _made(tmp_path, A)
     marker = read_marker(folder)
@@ -171,7 +171,7 @@ def test_what_was_checked_is_not_read_again_where_its_folder_has_another_name(
     moved = artifact_folder(tmp_path / "there", *NAME, A)
     check_files(moved, marker.files)
     assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(marker.files)
-    left = {name: seal for name, seal in marker.files.items() if name != "metrics.jsonl"}
+    left = {name: seal for name, seal in marker.files.items() if name != "notes.jsonl"}
     check_files(moved, left)
     assert len(read) == 3 and set(read_json(moved / CHECKED)) == set(left)
 
