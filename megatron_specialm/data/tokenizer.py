@@ -103,13 +103,13 @@ class Tokenizer:
         Raises:
             ArtifactError: a file is missing or damaged.
         """
-        said = read_json(folder / SETTINGS, _Settings)
+        stored = read_json(folder / SETTINGS, _Settings)
         fix = "remove it and make the tokenizer again"
         with refusing(folder, "cannot be loaded", kind=ArtifactError, fix=fix):
             with reading(folder / JSON, form="a tokenizer"):
                 exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
                 encode, decode = _tokenizers_calls(exported)
-            if said.library == "sentencepiece":
+            if stored.library == "sentencepiece":
                 with reading(folder / MODEL, form="a SentencePiece model"):
                     encode, decode = _sentencepiece_calls(folder / MODEL)
             with reading(folder / JSON, form="a tokenizer"):
