@@ -16,7 +16,7 @@ from megatron_specialm.base.hash_cache import sha256_files
 # on writing there after another one has finished the task. Nothing else reads it.
 RECORDS = ("metrics.jsonl", "work.json")
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
-LEFT_OVER = re.compile(r"\..*\.(tmp|mode)")  # of killed writers
+LEFT_OVER = re.compile(r"\..*\.tmp")  # of killed writers
 
 
 def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:

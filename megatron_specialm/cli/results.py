@@ -1,6 +1,7 @@
 """Commands about what a page has made."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,8 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 if TYPE_CHECKING:
-    from megatron_specialm.config.schema import Pipeline
+    from megatron_specialm.config.graph import TaskId
+    from megatron_specialm.launch.plan import PlannedTask
 
 Runs = Annotated[
     list[Path] | None,
@@ -39,8 +41,9 @@ def results(
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
-    _warn_of_damage(pipeline, root)
-    outcome = write_results(pipeline, root, must_write=False)
+    plan = make_plan(pipeline, root)
+    _warn_of_damage(plan, root)
+    outcome = write_results(pipeline, root, plan=plan, must_write=False)
     if runs:
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
     merged = merge_seeds(outcome) if runs else outcome
@@ -52,7 +55,7 @@ def results(
         console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
         if outcome["learning_rates"] and not orders:
             console().print(rates_table(outcome))
-        for warning in capped_warnings(pipeline, make_plan(pipeline, root), root):
+        for warning in capped_warnings(pipeline, plan, root):
             say(f"warning: {warning}")
 
 
@@ -68,13 +71,15 @@ def figures(
 ) -> None:
     """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
     from megatron_specialm.launch.figures import draw
+    from megatron_specialm.launch.plan import make_plan
     from megatron_specialm.launch.results import write_results
     from megatron_specialm.launch.seeds import merge_runs
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
-    _warn_of_damage(pipeline, root)
-    outcome = write_results(pipeline, root, must_write=False)
+    plan = make_plan(pipeline, root)
+    _warn_of_damage(plan, root)
+    outcome = write_results(pipeline, root, plan=plan, must_write=False)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
     if not outcome["rows"]:
@@ -87,11 +92,11 @@ def figures(
         say(path)
 
 
-def _warn_of_damage(pipeline: "Pipeline", root: Path) -> None:
+def _warn_of_damage(plan: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
     """What is damaged counts for nothing in the tables."""
-    from megatron_specialm.launch.plan import damage_in, make_plan
+    from megatron_specialm.launch.plan import damage_in
 
-    for damage in damage_in(make_plan(pipeline, root), root):
+    for damage in damage_in(plan, root):
         say(f"warning: {damage}: it is left out", error=True)
 
 

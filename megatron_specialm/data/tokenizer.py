@@ -103,17 +103,18 @@ class Tokenizer:
         Raises:
             ArtifactError: a file is missing or damaged.
         """
-        stored = read_json(folder / SETTINGS, _Settings)
+        read_json(folder / SETTINGS, _Settings)
+        settings = read_json(folder / SETTINGS, dict[str, Any])
         fix = "remove it and make the tokenizer again"
         with refusing(folder, "cannot be loaded", kind=ArtifactError, fix=fix):
             with reading(folder / JSON, form="a tokenizer"):
                 exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
                 encode, decode = _tokenizers_calls(exported)
-            if stored.library == "sentencepiece":
+            if settings["library"] == "sentencepiece":
                 with reading(folder / MODEL, form="a SentencePiece model"):
                     encode, decode = _sentencepiece_calls(folder / MODEL)
             with reading(folder / JSON, form="a tokenizer"):
-                return cls(folder, encode, decode, exported, read_json(folder / SETTINGS, dict[str, Any]))
+                return cls(folder, encode, decode, exported, settings)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array of token ids per text, in one thread, without special tokens."""

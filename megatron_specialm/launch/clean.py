@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.graph import TaskId
 from megatron_specialm.launch.plan import PlannedTask
-from megatron_specialm.launch.verify import all_artifacts
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,17 @@ def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Colle
         live: digests of what queued and running jobs make and read: what those rest on is wanted too.
     """
     wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
-    found = [_describe(folder) for folder in all_artifacts(root) if not _is_of(folder, wanted)]
+    found = [_describe(folder) for folder in _all_artifacts(root) if not _is_of(folder, wanted)]
     return sorted(found, key=lambda unwanted: -unwanted.bytes)
 
 
+def _all_artifacts(root: Path) -> Iterator[Path]:
+    """The folders of all artifacts in a run folder, finished or not, of whatever settings."""
+    return (path.parent for path in sorted((root / ARTIFACTS).glob(f"*/*/*/{LABEL}")))
+
+
 def _with_inputs(root: Path, digests: Iterable[str]) -> set[str]:
-    folders = {folder.name: folder for folder in all_artifacts(root)}
+    folders = {folder.name: folder for folder in _all_artifacts(root)}
     found: set[str] = set()
     left = list(digests)
     while left:

@@ -92,7 +92,7 @@ def needs_a_yes(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
 
 
 def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
-    """Where nobody can be asked, or the answer was no. Ranks of a run that look at the same folder all come to the same end.
+    """Where nobody can be asked, or the answer was no.
 
     Raises:
         UnconfirmedError: it costs more than the page lets a run spend unasked.

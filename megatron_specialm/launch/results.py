@@ -28,7 +28,7 @@ from megatron_specialm.config.rates import beyond
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.launch.costs import fill, ledger_entries, model_cost
-from megatron_specialm.launch.plan import RESOLVED, make_plan
+from megatron_specialm.launch.plan import RESOLVED, PlannedTask, make_plan
 from megatron_specialm.launch.rows import to_csv
 from megatron_specialm.launch.tables import results_table, seeds_of
 
@@ -37,16 +37,19 @@ logger = logging.getLogger(__name__)
 COST_PREFIXES = ("generic_", "specialization_", "total_")
 
 
-def write_results(pipeline: Pipeline, root: Path, *, must_write: bool = True) -> dict[str, Any]:
+def write_results(
+    pipeline: Pipeline, root: Path, *, plan: Mapping[TaskId, PlannedTask] | None = None, must_write: bool = True
+) -> dict[str, Any]:
     """Collect what has been evaluated so far; writes the files named above and returns the content of `results.json`.
 
     Only artifacts that are current count: a number made from other settings or text is never shown beside new ones.
 
     Args:
+        plan: of the folder as it is now, where there is one already.
         must_write: False for one who only looks, and does not hold the run folder: that another command does, or that it cannot
             be written to, is a warning.
     """
-    plan = make_plan(pipeline, root)
+    plan = make_plan(pipeline, root) if plan is None else plan
     graph = {name: planned.task for name, planned in plan.items()}
     markers = {
         name: marker

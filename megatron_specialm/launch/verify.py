@@ -4,7 +4,6 @@ The files of a finished task are those that its marker lists; of an unfinished t
 is in neither is named too: no reader opens it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +24,6 @@ class Finding:
     unfinished: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
-
-
-def all_artifacts(root: Path) -> Iterator[Path]:
-    """The folders of all artifacts in a run folder, finished or not, of whatever settings."""
-    return (path.parent for path in sorted((root / ARTIFACTS).glob(f"*/*/*/{LABEL}")))
 
 
 def verify(root: Path, *, deep: bool) -> Finding:

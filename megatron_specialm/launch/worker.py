@@ -200,7 +200,7 @@ def works_together(stage: Settings, world: World) -> bool:
 def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping[TaskId, Path], world: World) -> Path:
     """The first rank checks the inputs and makes the folder; the others, who may wait for long, work when it is there."""
     digest = sha256_json(made_from)
-    begun = f"begun {task.id} {digest}"
+    word = f"begun {task.id} {digest}"
     if world.is_first:
         for name, folder in inputs.items():
             check_artifact(folder)
@@ -208,9 +208,9 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
                 check_artifact(part)
         folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
         if world.world_size > 1:
-            meet(world).set(begun, "")
+            meet(world).set(word, "")
         return folder
-    await_word(world, begun)
+    await_word(world, word)
     folder = artifact_folder(root, *task.id, digest)
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:

@@ -183,6 +183,13 @@ def test_a_changed_figure_in_a_marker_is_noticed(tmp_path: Path) -> None:
         read_marker(path.parent)
 
 
+def test_a_changed_bit_that_reads_as_the_same_number_is_noticed_too(tmp_path: Path) -> None:
+    path = _made(tmp_path, A) / MARKER
+    path.write_text(path.read_text().replace('"loss": 2.5', '"loss": 2.50000000000000001'))
+    with pytest.raises(ArtifactError, match=r"done\.json: its content does not have the SHA-256"):
+        read_marker(path.parent)
+
+
 def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
     run.finish("tokenizer")
     name = next(name for name in run.plan if name.stage == "tokenizer")
