@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_specialm.base.arrays import read_array
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import REMAKE, read_json, write_json
+from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.shapes import Count, Size
 
 DESCRIPTION = "vectors.json"
@@ -74,16 +74,13 @@ class Vectors:
         Args:
             ids: (B,) window numbers, ascending.
 
-        Raises:
-            ArtifactError: some are not finite.
+        Whether they are finite is for those who compute with them: ranks have to refuse them together (`clustering/kmeans.py`).
         """
         vectors = np.empty((len(ids), self.shape[1]), np.float32)
         ends = np.searchsorted(ids, self._firsts)  # where in `ids` each file's own begin
         for number, (first, start, stop) in enumerate(zip(self._firsts, ends, ends[1:], strict=False)):
             if start < stop:
                 vectors[start:stop] = self._map(number)[ids[start:stop] - first]
-                if not np.isfinite(vectors[start:stop]).all():
-                    raise ArtifactError(f"{self._files[number][0]}: has vectors that are not finite: {REMAKE}")
         return vectors
 
     def _map(self, number: int) -> np.ndarray:

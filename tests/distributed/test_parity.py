@@ -164,7 +164,7 @@ def test_a_planted_fault_is_found_and_its_places_named(fault: str, layout: dict,
     named = [place["where"] for place in entry["worst"][: len(expected)]]
     assert len(named) == min(len(expected), WORST) and set(named) <= expected
     cells = table("slm", outcome).columns[-1].cells
-    assert any(named == [line.split()[-1] for line in cell.splitlines()] for cell in cells)
+    assert any(named == [line.split()[-1] for line in cell.plain.splitlines()] for cell in cells)
 
 
 def test_equal_differences_stand_in_the_order_of_names() -> None:

@@ -352,7 +352,6 @@ def _put(array: np.ndarray, place: Any, value: Any) -> np.ndarray:
         ("centroids.npy", _array(np.asfortranarray), "centroids.npy: .* column after column"),
         ("histogram.npy", _array(lambda a: _put(a, 0, -a[0])), "histogram.npy: not the frequencies"),
         ("clusters.npy", _array(lambda a: _put(a, 0, K)), "clusters.npy: has numbers from 0 to 3"),
-        ("train.npy", _array(lambda a: _put(a, (1, 2), np.inf)), "train.npy: has vectors that are not finite"),
         ("train.bin", _bytes(6, b"\xf0\xff"), "train.bin, .* has token ids from 0 to 65520 for a vocabulary of 100"),
         ("train.idx", _bytes(34, b"\x00\x00\x00\x00"), "train.idx: window 0 has 0 tokens"),
         ("train.idx", _bytes(34, b"\x00\x10\x00\x00"), "train.idx: window 0 has 4096 tokens"),
