@@ -330,7 +330,8 @@ def check_artifact(folder: Path) -> None:
     """
     marker = read_marker(folder)
     if marker is None:
-        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run its stage first")
+        stage = folder.parts[-3]  # RUN/artifacts/STAGE/KEY/DIGEST
+        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first")
     check_files(folder, marker.files)
 
 
