@@ -1,5 +1,6 @@
 """The smoke pipeline, end to end on real text, through the command line: its table, its exports, kill and resume."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from megatron_specialm.train.checkpoint import find_final, read_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+GOLDEN = Path(__file__).parent / "golden"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -240,3 +243,53 @@ def test_what_else_a_page_can_say(finished: Path) -> None:
     assert {path.name for path in (root / "btm").glob("c*")} == {"c0", "c2"}
     size = json.loads((root / "taught/torch/done.json").read_text())["values"]["bytes"]
     assert size < json.loads((root / "exact/torch/done.json").read_text())["values"]["bytes"] / 50
+
+
+def test_the_jobs_of_every_stage_are_as_recorded(finished: Path) -> None:
+    """Directives and command of each job that `submit` would queue: `golden/smoke-jobs.txt`, with the names of folders and of
+    this submission taken out. A change that is meant is recorded by deleting the file and running this test."""
+    options = ("root=elsewhere", "--site", str(ROOT / "slurm" / "site.yaml"), "--dry-run")
+    printed = _specialm(finished, "submit", str(PAGE), *options)
+    assert printed.returncode == 0, printed.stderr
+    names = {str(finished.resolve()): "FOLDER", str(finished): "FOLDER", sys.executable: "PYTHON"}
+    lines = [line for line in printed.stdout.splitlines() if line.startswith(("==>", "#SBATCH", "exec "))]
+    text = "".join(f"{line}\n" for line in lines if "--comment=" not in line)
+    for name, stands_for in names.items():
+        text = text.replace(name, stands_for)
+    golden = GOLDEN / "smoke-jobs.txt"
+    if not golden.exists():
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_the_final_weights_are_as_recorded(finished: Path) -> None:
+    """Bit for bit, on a machine like the one that `golden/smoke-weights.json` was recorded on; elsewhere other kernels round
+    otherwise, and installed packages have other docstrings. To record a change that is meant, delete the entry of this machine."""
+    golden = GOLDEN / "smoke-weights.json"
+    recorded = json.loads(golden.read_text()) if golden.exists() else {}
+    weights = {
+        f"{result.parent.parent.name}/{result.parent.name}": _digest(read_model(find_final(result.parent)))
+        for result in sorted((finished / "runs/smoke").glob("*/*/result.json"))
+    }
+    assert len(weights) > 30
+    if _machine(finished) not in recorded:
+        golden.write_text(json.dumps({**recorded, _machine(finished): weights}, indent=1, sort_keys=True) + "\n")
+    assert weights == recorded.get(_machine(finished), weights)
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _machine(folder: Path) -> str:
+    """What the last bits of a training depend on beside its settings: the processor, torch, and the text."""
+    text = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((folder / "data").rglob("*.jsonl"))))
+    return f"{_processor()}, torch {torch.__version__}, text {text.hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    said = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    return next(line.split(":")[1].strip() for line in said.splitlines() if line.startswith("Model name"))

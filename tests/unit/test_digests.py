@@ -65,54 +65,8 @@ TRY: dict[str, list[Any]] = {
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
 NOT_ALONE = {"TrainStage.model", "TrainStage.projection", "TrainStage.fp8", "Projection.experts"}
-ALL_KINDS = """
-name: all
-root: run
-text:
-  generic: {train: [a.jsonl, b.jsonl, c.jsonl], validation: v.jsonl, test: t.jsonl, shards: 2}
-  domains:
-    law: {train: [l.jsonl, m.jsonl], test: n.jsonl, text_field: body}
-    tax: {train: x.jsonl, validation: y.jsonl, test: z.jsonl, train_tokens: 4000, domain: tax}
-defaults:
-  train:
-    {tokens: tokens, model: nano, steps: 9, global_batch_size: 8, micro_batch_size: 4, schedule: {kind: wsd, warmup_steps: 2}}
-stages:
-  tokenizer: {kind: tokenizer, vocabulary_size: 400}
-  tokenizer-b: {kind: tokenizer, path: tokenizer.model}
-  tokens: {kind: tokenize, tokenizer: tokenizer, context_length: 32}
-  tokens-b: {kind: tokenize, tokenizer: tokenizer, context_length: 64}
-  tokens-c: {kind: tokenize, tokenizer: tokenizer, context_length: 32, validation_fraction: 0.2}
-  vectors: {kind: embed, tokens: tokens, encoder: {kind: tfidf, dimensions: 8}}
-  vectors-b: {kind: embed, tokens: tokens, encoder: {kind: static}}
-  vectors-c: {kind: embed, tokens: tokens, encoder: {kind: sentence-bert, model: some-name}}
-  clusters: {kind: cluster, vectors: vectors, k: 4}
-  clusters-b: {kind: cluster, vectors: vectors-b, k: 4}
-  assignment: {kind: assign, clusters: clusters, vectors: vectors}
-  assignment-b: {kind: assign, clusters: clusters-b, vectors: vectors-b}
-  slm: {kind: train, data: generic, optimizer: {weight_decay: 0.1}}
-  slm-b: {kind: train, data: generic}
-  network:
-    {kind: train, data: generic, assignment: assignment, projection: {experts: 4, capacity: 2, code_size: 4},
-     soup: {fraction: 0.5}, windows_per_expert: 4}
-  mixture: {kind: train, data: cluster, assignment: assignment}
-  like: {kind: train, data: importance, assignment: assignment}
-  wide: {kind: train, data: generic, precision: bf16, model: &wide {layers: 4, hidden_size: 128, ffn_hidden_size: 256,
-    attention_heads: 4}}
-  eight: {kind: train, data: generic, precision: fp8, micro_batch_size: 8, model: *wide}
-  split: {kind: train, data: generic, model: *wide, parallel: {tensor_parallel: 2, pipeline_parallel: 2}}
-  tuned: {kind: train, data: domain, init: slm, lora: {rank: 4}, early_stopping: {evaluate_every: 3}}
-  tried:
-    {kind: train, data: domain, init: slm, early_stopping: {evaluate_every: 3}, optimizer: {learning_rate: [1.0e-3, 2.0e-3]},
-     trial_steps: 3}
-  taught: {kind: teach, teacher: slm, tokens: tokens, count: 5}
-  taught-b: {kind: teach, teacher: slm-b, tokens: tokens-c, count: 5}
-  student: {kind: train, data: domain, distill: {teacher: slm, alpha: 0.5, cache: taught}}
-  pupil: {kind: train, data: domain, distill: {teacher: slm, alpha: 0.5}}
-  chosen: {kind: select, experts: mixture, tokens: tokens, by: finetuned, trial: {steps: 4, global_batch_size: 8}}
-  chosen-b: {kind: select, experts: network, tokens: tokens}
-  perplexity: {kind: evaluate, tokens: tokens, models: [slm, tuned]}
-  export: {kind: export, tokens: tokens, models: [tuned, chosen]}
-"""
+EVERY_KIND = GOLDEN.parent / "all-kinds.yaml"
+ALL_KINDS = EVERY_KIND.read_text()
 
 
 class Leaf(NamedTuple):
@@ -309,7 +263,7 @@ def _known(page: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     return {str(name): value[:16] for name, value in found.items()}
 
 
-@pytest.mark.parametrize("page", SHIPPED, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*SHIPPED, EVERY_KIND], ids=lambda page: page.stem)
 def test_the_digests_of_shipped_pages_are_as_they_were(page: Path) -> None:
     """What a change of the code makes stale, it makes stale in every run folder there is, and months are made again. Where
     that is meant, or the page itself was changed, `python -m tests.unit.test_digests` records the new ones."""
@@ -367,7 +321,7 @@ def _record() -> None:
     """Defaults of new settings, and all digests. Recorded defaults stay: they are those that settings were introduced with."""
     defaults = {**_defaults(Pipeline, {}), **json.loads(DEFAULTS.read_text())["defaults"]}
     DEFAULTS.write_text(json.dumps({"defaults": defaults}, indent=1, sort_keys=True) + "\n")
-    for page in SHIPPED:
+    for page in (*SHIPPED, EVERY_KIND):
         (GOLDEN / f"{page.stem}.txt").write_text("".join(f"{name} {value}\n" for name, value in _known(page).items()))
 
 
