@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from megatron_specialm.base.environment import World
-from megatron_specialm.config.parity import ParityCase
+from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.config.training import Optimizer
-from megatron_specialm.train.engine import LossSum, StepStats
-from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.parity import measure
+from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.parity.rank import measure
 
 # Every other weight is one number per row or column, or scales whole matrices.
 _DECAYED = re.compile(

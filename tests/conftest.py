@@ -43,7 +43,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone() -> Iterator[None]:
     """A process group of this process alone."""
     from megatron_specialm.base.environment import ALONE
-    from megatron_specialm.train.distributed import process_group
+    from megatron_specialm.engine.megatron.process_groups import process_group
 
     with process_group(ALONE):
         yield

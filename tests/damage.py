@@ -17,12 +17,12 @@ from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.integrity import CHECKED
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.plan import PlannedTask, make_plan
-from megatron_specialm.launch.worker import execute
+from megatron_specialm.graph.plan import PlannedTask, make_plan
+from megatron_specialm.run.worker import execute
 from tools.disturbed.compare import different_artifact
 
 Damage = Literal["flip", "cut", "empty", "delete", "extra"]

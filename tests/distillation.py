@@ -13,7 +13,7 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.parity import ParityCase
+from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
@@ -21,8 +21,8 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import OUTPUT_LAYER
 from megatron_specialm.train import distillation
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.train.distributed import data_rank, process_group
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.teaching import teach
 
 TEMPERATURE, COUNT, WINDOWS = 2.0, 6, 40

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_specialm.base.environment import World
-from megatron_specialm.config.parity import ParityCase
-from megatron_specialm.train.parity import measure
+from megatron_specialm.parity.case import ParityCase
+from megatron_specialm.parity.rank import measure
 
 
 def no_forward_reduction(case: ParityCase, world: World, folder: Path) -> None:
@@ -57,7 +57,7 @@ def replicated_counted_twice(case: ParityCase, world: World, folder: Path) -> No
 
 def scaled_by_copies(case: ParityCase, world: World, folder: Path) -> None:
     """Gradients are summed over the copies where the mean was divided out already."""
-    from megatron_specialm.train import megatron_engine
+    from megatron_specialm.engine.megatron import engine as megatron_engine
 
     healthy = megatron_engine.finalize_model_grads
 
@@ -102,7 +102,7 @@ def stages_keep_their_codes(case: ParityCase, world: World, folder: Path) -> Non
 
 def derived_before_gathered(case: ParityCase, world: World, folder: Path) -> None:
     """Weights are derived from parameters that the copies have yet to gather."""
-    from megatron_specialm.train.megatron_engine import MegatronEngine
+    from megatron_specialm.engine.megatron.engine import MegatronEngine
 
     MegatronEngine._finish_gathering = lambda _: None
     measure(case, world, folder)

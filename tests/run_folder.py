@@ -10,10 +10,10 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.plan import PlannedTask, make_plan
+from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.slurm.records import (
     AttemptBegin,
     AttemptEnd,

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import Stopped
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
@@ -21,14 +21,14 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import Batch
 from megatron_specialm.data.validation import all_windows
-from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.run.worker import limit_threads
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.checkpoint import Saver
-from megatron_specialm.train.distributed import data_rank, process_group
+from megatron_specialm.checkpoint.checkpoint import Saver
+from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
 from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.losses import Objective, cross_entropy
-from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.peers import Peers
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.base.control_group import Peers
 from megatron_specialm.train.progress import Progress
 
 VOCABULARY, CONTEXT = 100, 16

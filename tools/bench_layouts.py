@@ -23,7 +23,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
-from megatron_specialm.launch.worker import limit_threads
+from megatron_specialm.run.worker import limit_threads
 
 THREADS = 2
 LAYOUTS = {
@@ -71,8 +71,8 @@ def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: P
 
 def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: Connection) -> None:
     from megatron_specialm.model.gpt import Gpt
-    from megatron_specialm.train.distributed import process_group
-    from megatron_specialm.train.megatron_engine import MegatronEngine
+    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.engine.megatron.engine import MegatronEngine
 
     shape = ModelConfig(
         layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads

@@ -30,11 +30,11 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmEr
 from megatron_specialm.base.files import write_text
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import Table
-from megatron_specialm.launch.orders import orders_table
-from megatron_specialm.launch.results import results_from_rows
-from megatron_specialm.launch.rows import read_csv, to_csv
-from megatron_specialm.launch.seeds import merge_seeds, read_runs
-from megatron_specialm.launch.tables import is_tuned, results_in_two, results_table, seeds_of
+from megatron_specialm.report.orders import orders_table
+from megatron_specialm.report.results import results_from_rows
+from megatron_specialm.report.rows import read_csv, to_csv
+from megatron_specialm.report.seeds import merge_seeds, read_runs
+from megatron_specialm.report.tables import is_tuned, results_in_two, results_table, seeds_of
 
 Results = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.stopwatch import Stopwatch
 
 FILE = "progress.json"

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_specialm.base.environment import World, node_name
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.printing import printable
 
 INTERVAL_SECONDS = 5.0

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_specialm.base.environment import World, node_name
 from megatron_specialm.base.errors import SpecialmError, Stopped
 from megatron_specialm.base.files import write_json
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 
 logger = logging.getLogger(__name__)
 

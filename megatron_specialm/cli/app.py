@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_specialm.config.graph import TaskId
+    from megatron_specialm.graph.tasks import TaskId
     from megatron_specialm.config.schema import Pipeline
-    from megatron_specialm.launch.redo import Redo
+    from megatron_specialm.graph.redo import Redo
 
 app = typer.Typer(
     help="Small specialized language models from one page of YAML.",
@@ -42,7 +42,7 @@ def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may
     Raises:
         UnconfirmedError: nobody could be asked, or the answer was no.
     """
-    from megatron_specialm.launch.redo import needs_a_yes, refuse_unconfirmed
+    from megatron_specialm.graph.redo import needs_a_yes, refuse_unconfirmed
 
     if yes or not needs_a_yes(redo, pipeline):
         return

@@ -19,7 +19,7 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte; otherwise sizes.")] = False,
 ) -> None:
     """Look whether all that run folders hold is as it was made. Exit code 1 where something is damaged."""
-    from megatron_specialm.launch.verify import verify as verify_folder
+    from megatron_specialm.run.verify import verify as verify_folder
 
     damaged = 0
     for root in folders:
@@ -56,8 +56,8 @@ def clean(
 
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.launch.clean import find_unwanted, remove, unwanted_table
-    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder
+    from megatron_specialm.run.clean import find_unwanted, remove, unwanted_table
+    from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder
     from megatron_specialm.slurm import records
     from megatron_specialm.slurm.missing import used_by_jobs
 

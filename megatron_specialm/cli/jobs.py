@@ -36,10 +36,10 @@ def submit(
     """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.launch.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
-    from megatron_specialm.launch.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-    from megatron_specialm.launch.redo import find_redo, redo_lines
-    from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
+    from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
+    from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
+    from megatron_specialm.graph.redo import find_redo, redo_lines
+    from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
     from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
@@ -139,7 +139,7 @@ def logs(
     go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
 ) -> None:
     """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
-    from megatron_specialm.launch.logs import tail
+    from megatron_specialm.run.logs import tail
     from megatron_specialm.slurm.logs import follow, newest_logs
 
     (stage, key), overrides = _names_and_overrides(words, most=2)

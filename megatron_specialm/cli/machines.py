@@ -35,11 +35,11 @@ def parity(
     """
     from megatron_specialm.base.files import write_json
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.config.graph import build_graph
-    from megatron_specialm.config.lineage import distinct_setups, setup_of
-    from megatron_specialm.config.parity import parity_case
-    from megatron_specialm.launch import parity as run
-    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+    from megatron_specialm.graph.tasks import build_graph
+    from megatron_specialm.graph.lineage import distinct_setups, setup_of
+    from megatron_specialm.parity.case import parity_case
+    from megatron_specialm.parity import compare as run
+    from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 
     changes = {
         "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
@@ -87,8 +87,8 @@ def tune_precision(
 ) -> None:
     """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.config.lineage import distinct_setups
-    from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
+    from megatron_specialm.graph.lineage import distinct_setups
+    from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 
     for name in distinct_setups(load(page, overrides), stage):
         pipeline = load(page, [*(overrides or []), f"stages.{name}.precision=fp8"])

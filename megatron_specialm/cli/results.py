@@ -11,8 +11,8 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Overrides, Page, app, load
 
 if TYPE_CHECKING:
-    from megatron_specialm.config.graph import TaskId
-    from megatron_specialm.launch.plan import PlannedTask
+    from megatron_specialm.graph.tasks import TaskId
+    from megatron_specialm.graph.plan import PlannedTask
 
 Runs = Annotated[
     list[Path] | None,
@@ -32,12 +32,12 @@ def results(
 ) -> None:
     """Print the table of a page's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.launch.capped import capped_warnings
-    from megatron_specialm.launch.orders import orders_table
-    from megatron_specialm.launch.plan import make_plan
-    from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.seeds import merge_seeds, read_runs
-    from megatron_specialm.launch.tables import rates_table, results_in_two, results_table
+    from megatron_specialm.report.capped import capped_warnings
+    from megatron_specialm.report.orders import orders_table
+    from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.seeds import merge_seeds, read_runs
+    from megatron_specialm.report.tables import rates_table, results_in_two, results_table
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
@@ -70,10 +70,10 @@ def figures(
     ] = None,
 ) -> None:
     """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
-    from megatron_specialm.launch.figures import draw
-    from megatron_specialm.launch.plan import make_plan
-    from megatron_specialm.launch.results import write_results
-    from megatron_specialm.launch.seeds import merge_runs
+    from megatron_specialm.report.figures import draw
+    from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.seeds import merge_runs
 
     pipeline = load(page, overrides)
     root = Path(pipeline.root)
@@ -94,7 +94,7 @@ def figures(
 
 def _warn_of_damage(plan: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
     """What is damaged counts for nothing in the tables."""
-    from megatron_specialm.launch.plan import damage_in
+    from megatron_specialm.graph.plan import damage_in
 
     for damage in damage_in(plan, root):
         say(f"warning: {damage}: it is left out", error=True)
@@ -119,7 +119,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
 ) -> None:
     """Let models go on with a text, for a look at what they have learned."""
-    from megatron_specialm.launch.worker import ignore_expected_warnings
+    from megatron_specialm.run.worker import ignore_expected_warnings
 
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import open_model  # imports Megatron-Core
@@ -138,11 +138,11 @@ def samples(
 ) -> None:
     """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
     from megatron_specialm.base.artifacts import artifact_folder, read_marker
-    from megatron_specialm.config.graph import TaskId
-    from megatron_specialm.config.lineage import finetuned_models, tokenize_stage, train_stage
+    from megatron_specialm.graph.tasks import TaskId
+    from megatron_specialm.graph.lineage import finetuned_models, tokenize_stage, train_stage
     from megatron_specialm.config.text import GENERIC
-    from megatron_specialm.launch.plan import make_plan
-    from megatron_specialm.launch.worker import ignore_expected_warnings
+    from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.run.worker import ignore_expected_warnings
 
     pipeline = load(page, overrides)
     root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
@@ -176,10 +176,10 @@ def project(
     expert: Annotated[int, typer.Option(help="Which expert, from 0: the number of its cluster.", show_default=False)],
 ) -> None:
     """Write one expert of a projected network as an ordinary checkpoint. Needs nothing but the network's."""
-    from megatron_specialm.launch.worker import ignore_expected_warnings
+    from megatron_specialm.run.worker import ignore_expected_warnings
 
     ignore_expected_warnings()
-    from megatron_specialm.train.served import project_expert  # imports Megatron-Core
+    from megatron_specialm.checkpoint.merged import project_expert  # imports Megatron-Core
 
     step = project_expert(folder, output, expert=expert)
     say(f"expert {expert}: {step}")

@@ -12,7 +12,7 @@ from megatron_specialm.config.model import ModelConfig
 class ParallelConfig(Settings):
     """A layout: tensor x context x data x pipeline parallel processes, tensor ranks nearest to each other.
 
-    What a layout asks of the model, the batch and the machine is in `config/capabilities.py`.
+    What a layout asks of the model, the batch and the machine is in `estimate/capabilities.py`.
     """
 
     tensor_parallel: PositiveInt = Field(default=1, description="processes that share each matrix (TP)")

@@ -1,7 +1,7 @@
 """The schema of a pipeline's YAML page. Each class is one mapping of the page; the field's description is its manual.
 
 A stage names the stages it reads in its own fields (`tokens: tokens`, `init: slm`), and the graph follows from them
-(`config/graph.py`). What a stage is *for* (one run for everybody, or one per domain) follows from its `data`.
+(`graph/tasks.py`). What a stage is *for* (one run for everybody, or one per domain) follows from its `data`.
 """
 
 import re

@@ -77,7 +77,7 @@ class TrainOptimizer(Adam):
 
     @property
     def peak(self) -> float:
-        """The one rate of a training that has no choice, or has made it (`config/rates.py`)."""
+        """The one rate of a training that has no choice, or has made it (`graph/rates.py`)."""
         assert not isinstance(self.learning_rate, list), "no rate has been chosen yet"
         return self.learning_rate
 

@@ -20,7 +20,7 @@ def hold_out(
 
     Documents are read ahead until those meet the floor. Where the set ends before, more of it are held out, but at most half
     of the documents and half of the tokens; of a single document its last windows. Where that does not meet the floor, no
-    more are held out than the fraction says: the floor is checked by who validates (`config/validation.py`).
+    more are held out than the fraction says: the floor is checked by who validates (`graph/validation.py`).
     """
     blocks = _blocks(iter(documents), every=max(2, round(1 / fraction)), seed=seed)
     first: list[np.ndarray] = []

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
 from megatron_specialm.slurm.queue import Element, elements, find_by_comment
 from megatron_specialm.slurm.records import Attempt, JobRecord

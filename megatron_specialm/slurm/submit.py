@@ -21,7 +21,7 @@ from typing import Any, Self
 from megatron_specialm.base.environment import user_name
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import dump_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, dump_site

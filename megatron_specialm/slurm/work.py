@@ -9,11 +9,11 @@ from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.inline import attended, do_together
-from megatron_specialm.launch.preflight import refuse_what_the_machine_lacks
-from megatron_specialm.launch.worker import ignore_expected_warnings, limit_threads
+from megatron_specialm.run.inline import attended, do_together
+from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
+from megatron_specialm.run.worker import ignore_expected_warnings, limit_threads
 from megatron_specialm.slurm.records import read_job_file
 
 

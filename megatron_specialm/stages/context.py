@@ -8,10 +8,10 @@ from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.config.graph import Task, TaskId
-from megatron_specialm.config.lineage import source_of
+from megatron_specialm.graph.tasks import Task, TaskId
+from megatron_specialm.graph.lineage import source_of
 from megatron_specialm.config.schema import Pipeline
 
 

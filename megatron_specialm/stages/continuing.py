@@ -3,7 +3,7 @@
 After equally many steps both hold the same bits of weights, optimizer and progress: the order of reading is a function of
 the step, a teacher or its cache is an input, and the loop's state stands in the checkpoint. That is so where
 
-    all else that the digest covers is the same: settings but for `LENGTH` (config/length.py), seed, inputs, files;
+    all else that the digest covers is the same: settings but for `LENGTH` (graph/length.py), seed, inputs, files;
     the learning rates of all steps up to there are the same, to the last bit (config/schedule.py);
     both have validated after that step, or neither has: a training validates at its end, wherever that is.
 
@@ -29,12 +29,12 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, verify_folder, write_json
-from megatron_specialm.config.length import at_length, but_for_length, last_step, why_another_step
-from megatron_specialm.config.rates import trial_key
+from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.rates import trial_key
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import Reading
-from megatron_specialm.train.checkpoint import REMEDY, STATE, adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.checkpoint.checkpoint import REMEDY, STATE, adopt_steps, newest_checkpoint, saved_steps, step_folder
 from megatron_specialm.train.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -3,15 +3,15 @@
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import evaluated_set, model_task
+from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import find_final
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.merged import read_served
 
 
 def run(stage: EvaluateStage, context: Context) -> Report:

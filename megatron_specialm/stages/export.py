@@ -15,8 +15,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.config.graph import model_task
-from megatron_specialm.config.lineage import is_finetuned, method_of, text_set, trainings
+from megatron_specialm.graph.tasks import model_task
+from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, trainings
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC
@@ -28,9 +28,9 @@ from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import find_final
-from megatron_specialm.train.distributed import process_group
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.checkpoint.merged import read_served
 
 WINDOWS_COMPARED = 4
 

@@ -16,8 +16,8 @@ from transformers.utils import logging
 from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
-from megatron_specialm.config.graph import TaskId
-from megatron_specialm.config.lineage import tokenize_stage
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.lineage import tokenize_stage
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
@@ -26,8 +26,8 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.train.checkpoint import STATE, find_final
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.checkpoint import STATE, find_final
+from megatron_specialm.checkpoint.merged import read_served
 
 PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
 

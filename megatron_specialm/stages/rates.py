@@ -1,4 +1,4 @@
-"""The choice between a training's learning rates, after all were tried (config/rates.py)."""
+"""The choice between a training's learning rates, after all were tried (graph/rates.py)."""
 
 import logging
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_specialm.base.artifacts import Marker, Spent
 from megatron_specialm.base.errors import TrainingError
-from megatron_specialm.config.rates import beyond, trial_key
+from megatron_specialm.graph.rates import beyond, trial_key
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
-from megatron_specialm.config.graph import text_read, text_validated
-from megatron_specialm.config.lineage import (
+from megatron_specialm.graph.tasks import text_read, text_validated
+from megatron_specialm.graph.lineage import (
     HELD_OUT,
     cluster_count,
     cluster_of,
@@ -21,7 +21,7 @@ from megatron_specialm.config.lineage import (
 )
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.config.validation import refuse_too_little
+from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights

@@ -16,7 +16,7 @@ import torch
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
+from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
@@ -25,8 +25,8 @@ from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_held_out, open_store
-from megatron_specialm.train.checkpoint import find_final
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.train.selection import (
     Order,
     by_finetuning,
@@ -36,7 +36,7 @@ from megatron_specialm.train.selection import (
     halving_plan,
     trial_validations,
 )
-from megatron_specialm.train.served import ServedModel, one_hot, read_served, read_trained, write_served
+from megatron_specialm.checkpoint.merged import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
 from megatron_specialm.train.work import Work
 

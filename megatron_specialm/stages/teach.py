@@ -6,15 +6,15 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.config.lineage import key_for
+from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
-from megatron_specialm.train.checkpoint import find_final
-from megatron_specialm.train.distributed import process_group
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.checkpoint.merged import read_served
 from megatron_specialm.train.teaching import teach
 
 

@@ -16,7 +16,7 @@ from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.artifacts import Cost, Report, Spent
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.finetuning import Capped, capped_warning
-from megatron_specialm.config.lineage import (
+from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
     cluster_of,
@@ -26,7 +26,7 @@ from megatron_specialm.config.lineage import (
     setup_of,
 )
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.rates import at_rate, trial_key, trial_of
+from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -38,15 +38,15 @@ from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.stages.reading import Reading, read_for
-from megatron_specialm.train.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
+from megatron_specialm.checkpoint.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.train.distributed import data_rank, device_name, process_group
+from megatron_specialm.engine.megatron.process_groups import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
-from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.peers import Peers
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.base.control_group import Peers
 from megatron_specialm.train.progress import Progress
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.merged import read_served
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
 
 @dataclass(frozen=True)
 class _Certificate:
-    """What is looked at of a certificate: see `launch/parity.py`."""
+    """What is looked at of a certificate: see `parity/compare.py`."""
 
     layout: dict[str, Any]
     precision: str

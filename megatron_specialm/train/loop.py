@@ -2,7 +2,7 @@
 
 All that the loop knows beside the weights is in `Progress`, which every checkpoint carries; the data stream is a pure
 function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU. Where one
-process is asked to stop (`base/lifeline.py`), all of them stop at the same step and save it.
+process is asked to stop (`base/process_status.py`), all of them stop at the same step and save it.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
 from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.base.throughput import utilisation
-from megatron_specialm.config.length import last_step, validates_after
+from megatron_specialm.estimate.throughput import utilisation
+from megatron_specialm.graph.length import last_step, validates_after
 from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.train.checkpoint import (
+from megatron_specialm.checkpoint.checkpoint import (
     REMEDY,
     STATE,
     Saver,
@@ -34,9 +34,9 @@ from megatron_specialm.train.checkpoint import (
     saved_steps,
     step_folder,
 )
-from megatron_specialm.train.engine import Engine, StepStats
+from megatron_specialm.engine.protocol import Engine, StepStats
 from megatron_specialm.train.metrics import Metrics
-from megatron_specialm.train.peers import Alarm, Peers, is_lost_peer
+from megatron_specialm.base.control_group import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work, WorkRecord
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 
-from megatron_specialm.train.engine import StepStats
+from megatron_specialm.engine.protocol import StepStats
 
 SPIKE_WINDOW = 100  # steps whose gradient norms say what is usual
 FEWEST_NORMS = 20  # of which there must be so many

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_specialm.base.errors import DataError, TrainingError
-from megatron_specialm.config.lineage import cluster_of
+from megatron_specialm.graph.lineage import cluster_of
 from megatron_specialm.data.store import Batch
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.served import ServedModel
+from megatron_specialm.checkpoint.merged import ServedModel
 
 Order = tuple[str, ...]  # the experts' keys, best first
 Load = Callable[[str], ServedModel]

@@ -16,12 +16,12 @@ from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.train.checkpoint import Saver
+from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.train.loop import Run, train
-from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.peers import Peers
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.base.control_group import Peers
 from megatron_specialm.train.progress import Progress
-from megatron_specialm.train.served import ServedModel
+from megatron_specialm.checkpoint.merged import ServedModel
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Linear
-from megatron_specialm.config.setup import Setup
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import transformer_config
 
 WORTH = 1.05  # below this ratio FP8 stays off: its coarser numbers are no bargain for what noise could explain

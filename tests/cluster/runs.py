@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from megatron_specialm.slurm.records import Attempt, read_attempts
-from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model
+from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model
 from tests.cluster.testbed import Cluster
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 from tests.training import EPSILON
 

@@ -16,7 +16,7 @@ RANK = """
 import sys
 import torch.distributed
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.rendezvous import is_alive, meet
 rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 world = World(rank, size, rank, address, "test")
@@ -100,10 +100,10 @@ WAIT = """
 import sys
 from pathlib import Path
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.lifeline import Lifeline
-from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.launch import inline
+from megatron_specialm.run import inline
 inline.GRACE_SECONDS = 0.5
 pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
 task = build_graph(pipeline)[TaskId("tokenizer", "generic")]

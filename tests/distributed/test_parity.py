@@ -8,9 +8,9 @@ import pytest
 
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.parity import parity_case
-from megatron_specialm.config.setup import Setup
-from megatron_specialm.launch.parity import WORST, Difference, certificate, compare, table
+from megatron_specialm.parity.case import parity_case
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.parity.compare import WORST, Difference, certificate, compare, table
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.rendezvous import meet
-from megatron_specialm.launch.inline import lead
-from megatron_specialm.launch.plan import write_resolved
+from megatron_specialm.run.inline import lead
+from megatron_specialm.graph.plan import write_resolved
 from tests.conftest import ROOT
 from tests.run_folder import Run, make_run
 

@@ -12,13 +12,13 @@ import pytest
 from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.plan import make_plan, write_resolved
-from megatron_specialm.launch.results import write_results
-from megatron_specialm.launch.worker import execute
+from megatron_specialm.graph.plan import make_plan, write_resolved
+from megatron_specialm.report.results import write_results
+from megatron_specialm.run.worker import execute
 from megatron_specialm.stages import continuing
-from megatron_specialm.train.checkpoint import find_final, saved_steps, step_folder
+from megatron_specialm.checkpoint.checkpoint import find_final, saved_steps, step_folder
 from tests.e2e.test_bad_input import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -13,14 +13,14 @@ import torch
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import MARKER, read_marker, view
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.base.lifeline import Lifeline
-from megatron_specialm.config.graph import build_graph
+from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.launch.seeds import merge_runs
-from megatron_specialm.launch.worker import execute
-from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.report.seeds import merge_runs
+from megatron_specialm.run.worker import execute
+from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the court held that a tenant may keep what was planted before notice of leave had been given by its owner"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_specialm.base.files import read_json
-from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 
 PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_specialm.train.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"

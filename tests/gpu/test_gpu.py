@@ -9,19 +9,19 @@ import torch
 
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.config.capabilities import lacking
+from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.memory import memory_of
+from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
-from megatron_specialm.config.setup import Setup
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project
-from megatron_specialm.train.distributed import process_group
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from tests.adamw import Follower
 from tests.logits import SHAPES, TOLERANCES, difference, logits, logits_of_export, logits_on_cpu, trained
 

@@ -27,11 +27,11 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmEr
 from megatron_specialm.base.files import publish_folder, read_json, sha256_file, sha256_json
 from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import Task, TaskId
-from megatron_specialm.launch.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
-from megatron_specialm.launch.plan import make_plan, show, write_resolved
-from megatron_specialm.launch.verify import verify
-from megatron_specialm.launch.worker import _begin
+from megatron_specialm.graph.tasks import Task, TaskId
+from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
+from megatron_specialm.graph.plan import make_plan, show, write_resolved
+from megatron_specialm.run.verify import verify
+from megatron_specialm.run.worker import _begin
 from tests.processes import together
 from tests.run_folder import Run, make_run
 

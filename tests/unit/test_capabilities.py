@@ -8,14 +8,14 @@ from pydantic import ValidationError
 from megatron_specialm.base.accelerator import MIB, Accelerator, parse_gpus
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.capabilities import TABLE, lacking, refuse, rows
-from megatron_specialm.config.graph import build_graph
+from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse, rows
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
-from megatron_specialm.config.setup import Setup
-from megatron_specialm.launch.inline import fit_to_world
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.run.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
 PLAIN = Setup(

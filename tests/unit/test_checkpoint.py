@@ -6,7 +6,7 @@ import torch
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.integrity import list_files
-from megatron_specialm.train.checkpoint import (
+from megatron_specialm.checkpoint.checkpoint import (
     declare_final,
     find_final,
     newest_checkpoint,

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.graph import TaskId, build_graph
-from megatron_specialm.config.lineage import is_finetuned, method_of
+from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.lineage import is_finetuned, method_of
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.training import TrainStage
 

@@ -9,12 +9,12 @@ import torch
 from megatron_specialm.base.artifacts import Cost, artifact_folder, begin_artifact
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.stages.continuing import Earlier, go_on_from_earlier
 from megatron_specialm.stages.reading import Reading
-from megatron_specialm.train.checkpoint import newest_checkpoint, save_checkpoint, step_folder
+from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, save_checkpoint, step_folder
 from tests.contexts import make_context
 
 PAGE = """

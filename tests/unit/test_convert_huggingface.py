@@ -16,7 +16,7 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import verify_folder
-from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, Pipeline
 from megatron_specialm.convert.huggingface import from_huggingface, huggingface_config, to_huggingface
@@ -27,7 +27,7 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.checkpoint import declare_final, save_checkpoint
+from megatron_specialm.checkpoint.checkpoint import declare_final, save_checkpoint
 from tests.contexts import make_context
 
 VOCABULARY, CONTEXT = 100, 16
@@ -235,7 +235,7 @@ def _export(context: Context):
 
 @pytest.fixture
 def inputs(pipeline: Pipeline, tokenizer: Path, request: pytest.FixtureRequest) -> None:
-    from megatron_specialm.train.distributed import process_group
+    from megatron_specialm.engine.megatron.process_groups import process_group
 
     with process_group(ALONE):
         _make_inputs(Path(pipeline.root), tokenizer, spoil=getattr(request, "param", False))

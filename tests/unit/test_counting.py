@@ -10,10 +10,10 @@ from rich.console import Console
 
 from megatron_specialm.base import counting
 from megatron_specialm.base.counting import FILE, Count, counted, read_count, together
-from megatron_specialm.base.lifeline import Lifeline
-from megatron_specialm.config.graph import TaskId
-from megatron_specialm.launch import progress
-from megatron_specialm.launch.progress import Progress
+from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.run import progress
+from megatron_specialm.run.progress import Progress
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from tests.adamw import Follower
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
-from megatron_specialm.config.content import Introduced, content_of, introduced_default
-from megatron_specialm.config.graph import TaskId, build_graph, digest
+from megatron_specialm.graph.content import Introduced, content_of, introduced_default
+from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from tests.settings import settings_in

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.launch.costs import TASKS, total_cost
-from megatron_specialm.launch.drawing import (
+from megatron_specialm.report.costs import TASKS, total_cost
+from megatron_specialm.report.drawing import (
     Curve,
     Look,
     apart,
@@ -24,9 +24,9 @@ from megatron_specialm.launch.drawing import (
     plot,
     round_numbers,
 )
-from megatron_specialm.launch.figures import _figures, draw
-from megatron_specialm.launch.seeds import merge_runs
-from megatron_specialm.launch.tables import concentration_table, rates_table, results_table, selection_table
+from megatron_specialm.report.figures import _figures, draw
+from megatron_specialm.report.seeds import merge_runs
+from megatron_specialm.report.tables import concentration_table, rates_table, results_table, selection_table
 
 SIZES = {None: 1.0, 50_000: 1.3, 200_000: 1.0, 1_000_000: 0.8}  # factors of perplexity
 DOMAINS = {"legal": 0.8, "speeches": 1.0, "encyclopedia": 1.25}
@@ -234,7 +234,7 @@ def test_numbers_of_ticks() -> None:
 
 
 def test_nothing_draws_before_it_is_asked_to() -> None:
-    program = "import sys, megatron_specialm.cli, megatron_specialm.launch.figures; print('matplotlib' in sys.modules)"
+    program = "import sys, megatron_specialm.cli, megatron_specialm.report.figures; print('matplotlib' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
 
 
@@ -249,7 +249,7 @@ def test_figures_are_the_same_in_any_environment(tmp_path: Path) -> None:
         "MATPLOTLIBRC": str(rc), "MPLCONFIGDIR": "/proc/nowhere",
     }  # fmt: skip
     program = (
-        "import json, sys; from pathlib import Path; from megatron_specialm.launch.figures import draw\n"
+        "import json, sys; from pathlib import Path; from megatron_specialm.report.figures import draw\n"
         "draw(json.loads(Path('results.json').read_text()), Path(sys.argv[1]))"
     )
     drawn = []

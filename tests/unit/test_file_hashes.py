@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from megatron_specialm.base import hash_cache
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch import hashes
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.graph import file_hashes as hashes
+from megatron_specialm.graph.plan import make_plan
 from tests.run_folder import make_run
 
 

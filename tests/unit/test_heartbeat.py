@@ -15,7 +15,7 @@ import pytest
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, Stopped
 from megatron_specialm.base.heartbeat import Channel, heartbeat
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.printing import printable
 from megatron_specialm.slurm.heartbeats import DATAGRAM_BYTES, parse
 
@@ -127,7 +127,7 @@ def test_a_silent_main_thread_is_heard_with_the_line_where_it_is_stuck(superviso
 import time
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 def stuck():
     time.sleep(600)
 lifeline = Lifeline()

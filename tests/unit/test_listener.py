@@ -23,7 +23,7 @@ RANK = """
 import time
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 lifeline = Lifeline()
 with lifeline.hearing_signals(), heartbeat(lifeline, World(2, 4, 0, "", "test")):
     lifeline.begin("training")

@@ -15,17 +15,17 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
 from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
 from megatron_specialm.base.integrity import list_files
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.setup import Setup
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
-from megatron_specialm.train.engine import LossSum
+from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
+from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.graph import Task, TaskId, build_graph, digest
-from megatron_specialm.config.lineage import domain_text, is_finetuned, method_of, model_of, trainings
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest
+from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, model_of, trainings
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.model_card import READS

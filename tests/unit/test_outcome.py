@@ -9,7 +9,7 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError, Stopped, TrainingError
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
 
 FIRST, SECOND = World(0, 2, 0, "", "srun"), World(1, 2, 1, "", "srun")
@@ -77,7 +77,7 @@ def test_a_full_disk_hides_no_error() -> None:
 import resource, signal, sys, tempfile
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError
-from megatron_specialm.base.lifeline import Lifeline
+from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with tempfile.TemporaryDirectory() as folder:

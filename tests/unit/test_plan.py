@@ -5,11 +5,11 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.plan import make_plan, select, write_resolved
-from megatron_specialm.launch.preflight import read_first_documents
+from megatron_specialm.graph.plan import make_plan, select, write_resolved
+from megatron_specialm.run.preflight import read_first_documents
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 

@@ -18,11 +18,11 @@ from rich.text import Text
 from megatron_specialm.base import terminal
 from megatron_specialm.base.printing import log_to_stderr, printable, say
 from megatron_specialm.base.terminal import Table, console
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.report import page as doctor_page
-from megatron_specialm.launch import parity
-from megatron_specialm.launch.progress import Progress
+from megatron_specialm.parity import compare as parity
+from megatron_specialm.run.progress import Progress
 from tests.conftest import ROOT
 from tests.run_folder import Run, make_run
 

@@ -10,9 +10,9 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.distributed import process_group
-from megatron_specialm.train.megatron_engine import MegatronEngine
-from megatron_specialm.train.peers import Peers
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.base.control_group import Peers
 
 
 def _threads() -> int:

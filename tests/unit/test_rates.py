@@ -13,19 +13,19 @@ import torch
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.config.graph import TaskId, ancestors, build_graph
-from megatron_specialm.config.lineage import setup_of
+from megatron_specialm.graph.tasks import TaskId, ancestors, build_graph
+from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.rates import at_rate, beyond, trial_of
+from megatron_specialm.graph.rates import at_rate, beyond, trial_of
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.plan import make_plan, select
-from megatron_specialm.launch.results import write_results
-from megatron_specialm.launch.summary import training_flops
+from megatron_specialm.graph.plan import make_plan, select
+from megatron_specialm.report.results import write_results
+from megatron_specialm.report.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of
 from megatron_specialm.stages.rates import choose_rate
-from megatron_specialm.train.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
+from megatron_specialm.checkpoint.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
 from tests.contexts import make_context
 from tests.unit.test_results import declare_finished
 

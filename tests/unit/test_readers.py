@@ -21,19 +21,19 @@ from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, sav
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import TfidfEncoder
-from megatron_specialm.config.setup import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.data import cluster_files
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.launch.rows import NEEDED, WORDS, read_csv, to_csv
-from megatron_specialm.launch.seeds import read_runs
+from megatron_specialm.report.rows import NEEDED, WORDS, read_csv, to_csv
+from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
 from megatron_specialm.slurm.work import _tasks
 from megatron_specialm.stages.generation import open_model
-from megatron_specialm.train.checkpoint import (
+from megatron_specialm.checkpoint.checkpoint import (
     declare_final,
     find_final,
     newest_checkpoint,
@@ -43,7 +43,7 @@ from megatron_specialm.train.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from megatron_specialm.train.served import read_served
+from megatron_specialm.checkpoint.merged import read_served
 from megatron_specialm.train.work import Work
 from tests.training import SHAPE
 

@@ -13,11 +13,11 @@ import pytest
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import UnconfirmedError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.plan import make_plan, write_resolved
-from megatron_specialm.launch.plan_table import stage_table, task_table
-from megatron_specialm.launch.redo import Redo, device_time, find_redo, redo_lines, refuse_unconfirmed
+from megatron_specialm.graph.plan import make_plan, write_resolved
+from megatron_specialm.report.plan_table import stage_table, task_table
+from megatron_specialm.graph.redo import Redo, device_time, find_redo, redo_lines, refuse_unconfirmed
 from tests.conftest import ROOT
 
 PAGE = """

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import evaluated_set, model_task
+from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.launch.costs import total_cost
-from megatron_specialm.launch.plan import make_plan, write_resolved
-from megatron_specialm.launch.results import write_results
-from megatron_specialm.launch.tables import results_table
+from megatron_specialm.report.costs import total_cost
+from megatron_specialm.graph.plan import make_plan, write_resolved
+from megatron_specialm.report.results import write_results
+from megatron_specialm.report.tables import results_table
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.cli import app
-from megatron_specialm.launch.costs import COSTS, COUNTS
-from megatron_specialm.launch.orders import orders_table
-from megatron_specialm.launch.results import results_from_rows, write_results
-from megatron_specialm.launch.rows import read_csv, to_csv
-from megatron_specialm.launch.seeds import merge_seeds
+from megatron_specialm.report.costs import COSTS, COUNTS
+from megatron_specialm.report.orders import orders_table
+from megatron_specialm.report.results import results_from_rows, write_results
+from megatron_specialm.report.rows import read_csv, to_csv
+from megatron_specialm.report.seeds import merge_seeds
 from tests.conftest import ROOT
 from tests.unit.test_results import SMOKE, declare_finished
 

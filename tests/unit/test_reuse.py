@@ -24,11 +24,11 @@ from megatron_specialm.base.artifacts import (
     view,
 )
 from megatron_specialm.base.errors import ArtifactError, ConfigError
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.launch.plan import PlannedTask, make_plan, select, write_resolved
-from megatron_specialm.launch.reuse import refuse_other_folders, take_over, told
+from megatron_specialm.graph.plan import PlannedTask, make_plan, select, write_resolved
+from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
 from megatron_specialm.slurm.records import read_registry
 from tests.processes import together
 

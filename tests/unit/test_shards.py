@@ -11,13 +11,13 @@ from megatron_specialm.base import hash_cache
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.clustering.vectors import Vectors
-from megatron_specialm.config.graph import Shard, TaskId, build_graph
+from megatron_specialm.graph.tasks import Shard, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.stages import assign, cluster, embed, tokenize
 from megatron_specialm.stages.tokenizer import beginnings
 from tests.contexts import make_context

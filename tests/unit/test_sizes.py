@@ -10,7 +10,7 @@ import pytest
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.errors import ConfigError, DataError
-from megatron_specialm.config.graph import TaskId, build_graph, digest
+from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline, TokenizeStage
 from megatron_specialm.config.text import TextSet, ValidationFloor, size_name

@@ -11,15 +11,15 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.graph import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import ValidationFloor
-from megatron_specialm.config.validation import validating_stages
+from megatron_specialm.graph.validation import validating_stages
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
-from megatron_specialm.launch.plan import make_plan
-from megatron_specialm.launch.preflight import refuse_too_few_documents, refuse_too_little_held_out
+from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.run.preflight import refuse_too_few_documents, refuse_too_little_held_out
 from megatron_specialm.stages import tokenize
 from tests.contexts import make_context
 

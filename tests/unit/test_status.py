@@ -12,8 +12,8 @@ from rich.console import Console
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.counting import Count
 from megatron_specialm.base.files import write_json
-from megatron_specialm.config.graph import TaskId
-from megatron_specialm.config.lineage import setup_of
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.slurm.queue import Element
 from megatron_specialm.slurm.records import (

@@ -21,15 +21,15 @@ from rich.console import Console, RenderableType
 from megatron_specialm.base.counting import FILE, Count
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.terminal import UNLIMITED, Table, console
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.report import page as doctor_page
-from megatron_specialm.launch import parity
-from megatron_specialm.launch.preflight import planned_machine
-from megatron_specialm.launch.progress import Progress
-from megatron_specialm.launch.summary import capabilities_table, memory_table, training_table
-from megatron_specialm.launch.tables import concentration_table, rates_table, results_in_two, selection_table
+from megatron_specialm.parity import compare as parity
+from megatron_specialm.run.preflight import planned_machine
+from megatron_specialm.run.progress import Progress
+from megatron_specialm.report.summary import capabilities_table, memory_table, training_table
+from megatron_specialm.report.tables import concentration_table, rates_table, results_in_two, selection_table
 from tests.unit.test_figures import invented
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def test_in_a_log_a_line_of_a_table_and_of_a_run_is_a_line(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("megatron_specialm.launch.progress.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_specialm.run.progress.PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     domains = {f"{domain}-{LONG}-{number}": 1.0 for domain in ("law", "code") for number in range(20)}
     monkeypatch.setattr("tests.unit.test_figures.DOMAINS", domains)

@@ -10,9 +10,9 @@ from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.checkpoint import find_final, open_checkpoint, save_checkpoint
+from megatron_specialm.checkpoint.checkpoint import find_final, open_checkpoint, save_checkpoint
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
-from megatron_specialm.train.served import ServedModel, one_hot, read_served, read_trained, write_served
+from megatron_specialm.checkpoint.merged import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
 
 SHAPE = ModelConfig(layers=1, hidden_size=16, ffn_hidden_size=32, attention_heads=2)

@@ -11,23 +11,23 @@ import pytest
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.config.graph import TaskId, build_graph
-from megatron_specialm.config.lineage import HELD_OUT
+from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.setup import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
-from megatron_specialm.launch.plan import make_plan
+from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
 from megatron_specialm.stages.reading import Reading, read_for
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.work import WorkRecord
 from tests.contexts import make_context
 from tests.training import SHAPE, VOCABULARY, MemoryStore, read_metrics

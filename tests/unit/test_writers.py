@@ -15,11 +15,11 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineErr
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lock import hold_folder, hold_task
 from megatron_specialm.cli import app
-from megatron_specialm.config.graph import TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.hashes import CACHE
-from megatron_specialm.launch.inline import _as_found
-from megatron_specialm.launch.plan import refuse_other_work, write_resolved
+from megatron_specialm.graph.file_hashes import CACHE
+from megatron_specialm.run.inline import _as_found
+from megatron_specialm.graph.plan import refuse_other_work, write_resolved
 from megatron_specialm.slurm.missing import adopt_unattended
 from tests.run_folder import Run, make_run
 

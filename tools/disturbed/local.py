@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from megatron_specialm.config.graph import build_graph
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.launch.plan import make_plan, select
+from megatron_specialm.graph.plan import make_plan, select
 
 from .compare import different_artifacts, different_results, leftovers
 from .page import write_page

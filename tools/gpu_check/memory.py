@@ -1,4 +1,4 @@
-"""Peak memory of training steps against the estimate of `config/memory.py`."""
+"""Peak memory of training steps against the estimate of `estimate/memory.py`."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -11,14 +11,14 @@ from gpu_check.training import drawn_on_device, engine_of, free, preset, random_
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.config.capabilities import lacking
-from megatron_specialm.config.memory import memory_of
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
-from megatron_specialm.config.setup import Setup
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.data.store import MIXTURE
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.engine.megatron.process_groups import process_group
 
 MIB = 2**20
 

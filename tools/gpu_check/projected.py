@@ -7,7 +7,7 @@ from bench_projected import PAPER, QUICKSTART, compare
 
 from gpu_check.figures import Figure, at_most
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.train.distributed import process_group
+from megatron_specialm.engine.megatron.process_groups import process_group
 
 TARGETS = {64: 1.15, 512: 1.05}  # by windows per step
 

@@ -11,11 +11,11 @@ import torch
 
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.setup import Setup
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.megatron_engine import MegatronEngine
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 
 T = TypeVar("T")
 

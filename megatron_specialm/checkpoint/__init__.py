@@ -1,0 +1,1 @@
+"""Canonical weights on disk: saving, opening, merging."""

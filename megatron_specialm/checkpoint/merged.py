@@ -1,0 +1,154 @@
+"""A trained model in the form in which it is used: one expert of many, adapters merged. Needs no generic data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.files import read_json
+from megatron_specialm.base.shapes import Size
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.precision import Precision
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.merge import merge_lora, project
+from megatron_specialm.checkpoint.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What every checkpoint says of its model, and is used here; `stages/train.py` writes it."""
+
+    model: ModelConfig
+    vocabulary_size: Size
+    context_length: Size
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An ordinary model: its shape, its canonical weights, and what its checkpoint says of it."""
+
+    shape: ModelConfig
+    weights: Mapping[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Of its tokenizer."""
+        return self.state["vocabulary_size"]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the windows it was trained on."""
+        return self.state["context_length"]
+
+    def build(self, *, precision: Precision = "fp32") -> Gpt:
+        """The model with its weights, whole on this process."""
+        model = Gpt(
+            self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length, precision=precision
+        )
+        model.load(self.weights)
+        return model
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a training left: an ordinary model, one with adapters, or a projected network of many experts."""
+
+    step: Path
+    shape: ModelConfig
+    weights: Mapping[str, torch.Tensor]
+    state: dict[str, Any]
+
+    def served(self, mixture_K: torch.Tensor | None = None) -> ServedModel:
+        """The ordinary model.
+
+        Args:
+            mixture_K: of a projected network, the mixture of its experts that is wanted: one-hot for a single one.
+
+        Raises:
+            CheckpointError: a projected network, and no mixture or one of another number of experts.
+        """
+        weights, shape = self.weights, self.shape
+        if shape.projection is not None:
+            if mixture_K is None or len(mixture_K) != shape.projection.experts:
+                asked = "none was named" if mixture_K is None else f"a mixture of {len(mixture_K)} was asked for"
+                raise CheckpointError(
+                    f"{self.step}: a projected network of {shape.projection.experts} experts, and {asked}: say which expert"
+                )
+            weights = project(weights, shape, mixture_K)
+        if shape.lora is not None:
+            weights = merge_lora(weights, shape)
+        # Where its training stood is not the model's: who trains it on begins anew.
+        state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
+        return ServedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
+
+
+def read_trained(step: Path) -> TrainedModel:
+    """The model of a `step_N` folder. Its files are verified once; its tensors are read when they are asked for.
+
+    Raises:
+        ArtifactError: a file is missing, cut short or changed.
+    """
+    checkpoint, described = read_checkpoint(step), read_json(step / STATE, _Description)
+    return TrainedModel(step, described.model, checkpoint.weights, checkpoint.state)
+
+
+def read_served(step: Path) -> ServedModel:
+    """The ordinary model of a `step_N` folder.
+
+    Raises:
+        ArtifactError: a file is missing, cut short or changed.
+        CheckpointError: it is of a projected network, which is many models.
+    """
+    return read_trained(step).served()
+
+
+def one_hot(expert: int, *, experts: int) -> torch.Tensor:
+    """The mixture (K,) that is one expert.
+
+    Raises:
+        CheckpointError: there is no such expert.
+    """
+    if not 0 <= expert < experts:
+        raise CheckpointError(f"expert {expert} does not exist: there are experts 0 to {experts - 1}")
+    return torch.eye(experts)[expert]
+
+
+def write_served(model: ServedModel, folder: Path) -> Path:
+    """Write an ordinary model as the outcome of a training that ended at step 0; returns the step's folder."""
+    step = save_checkpoint(
+        folder,
+        step=0,
+        weights={name: tensor.contiguous() for name, tensor in model.weights.items()},
+        optimizer_state={},
+        state=model.state,
+    )
+    declare_final(folder, step=0)
+    return step
+
+
+def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
+    """Write an expert of a projected network as an ordinary model; returns its step's folder.
+
+    Args:
+        folder: of a train task that has ended.
+        output: to be made.
+
+    Raises:
+        CheckpointError: `folder` is of no finished training or of an ordinary model, there is no such expert, or `output`
+            is there already.
+    """
+    if not (folder / "result.json").is_file():
+        raise CheckpointError(f"{folder}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY")
+    network = read_trained(find_final(folder))
+    if network.shape.projection is None:
+        raise CheckpointError(
+            f"{network.step}: an ordinary model, not a projected network: it has no experts to project"
+        )
+    if output.exists():
+        raise CheckpointError(f"{output}: is there already: name a folder to make")
+    return write_served(network.served(one_hot(expert, experts=network.shape.projection.experts)), output)

@@ -1,0 +1,179 @@
+"""Commands that check, plan and run a page on this machine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.printing import say
+from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
+
+if TYPE_CHECKING:
+    from megatron_specialm.graph.tasks import TaskId
+    from megatron_specialm.config.schema import Pipeline
+    from megatron_specialm.graph.plan import PlannedTask
+
+
+def _print_capabilities(asked: bool) -> None:
+    if asked:
+        from megatron_specialm.base.terminal import console
+        from megatron_specialm.report.summary import capabilities_table
+
+        console().print(capabilities_table())
+        raise typer.Exit
+
+
+@app.command()
+def check(
+    page: Page,
+    overrides: Overrides = None,
+    _capabilities: Annotated[
+        bool,
+        typer.Option(
+            "--capabilities",
+            is_eager=True,
+            callback=_print_capabilities,
+            help="Print what can be trained in which layout, and exit.",
+        ),
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
+    ] = None,
+) -> None:
+    """Find every mistake in a page before anything runs, and say what it would train."""
+    from megatron_specialm.base.accelerator import find_accelerator
+    from megatron_specialm.base.artifacts import ARTIFACTS
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.graph.tasks import build_graph
+    from megatron_specialm.graph.file_hashes import look_up, naming_what_makes
+    from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.run.preflight import (
+        lacks,
+        planned_machine,
+        read_first_documents,
+        refuse_too_few_documents,
+    )
+    from megatron_specialm.graph.redo import find_redo, redo_lines
+    from megatron_specialm.run.reuse import refuse_other_folders
+    from megatron_specialm.report.summary import memory_table, training_table
+
+    pipeline = load(page, overrides)
+    root = Path(pipeline.root)
+    graph = build_graph(pipeline)
+    refuse_other_folders(pipeline)
+    with naming_what_makes(pipeline.text):
+        look_up(graph.values(), Path(pipeline.root))
+    read_first_documents(pipeline)
+    refuse_too_few_documents(pipeline)
+    machine = planned_machine(gpu) if gpu else find_accelerator()
+    # Where nothing is finished, no text need be read.
+    planned = make_plan(pipeline, root, keep_hashes=False) if (root / ARTIFACTS).is_dir() else {}
+    console().print(training_table(pipeline, machine, planned), memory_table(pipeline, machine))
+    reasons = [reason for _, reason in lacks(pipeline, machine)]
+    if gpu and reasons:
+        raise MachineError(reasons[0])
+    for reason in reasons:  # a login node has no GPU: the jobs may well have one
+        say(f"warning: `run` would refuse on this machine: {reason}")
+    for line in redo_lines(find_redo(pipeline, planned, root)):
+        say(line)
+    say(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+
+
+@app.command()
+def plan(
+    page: Page,
+    overrides: Overrides = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="A line per task, not per stage.")] = False,
+) -> None:
+    """Say how far each stage of a page is, what that has cost, and what is stale: why, and what making it anew costs."""
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.report.plan_table import stage_table, task_table
+    from megatron_specialm.graph.redo import find_redo
+    from megatron_specialm.run.reuse import refuse_other_folders
+
+    pipeline = load(page, overrides)
+    refuse_other_folders(pipeline)
+    root = Path(pipeline.root)
+    planned = make_plan(pipeline, root)
+    table = task_table if tasks else stage_table
+    console().print(table(planned, find_redo(pipeline, planned, root), root))
+
+
+@app.command()
+def run(
+    page: Page,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
+    until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Tasks at a time; default: GPUs, else cores / threads.", min=1)
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
+    from megatron_specialm.base.environment import discover_world
+    from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.run.inline import attended, follow, join_ranks, lead, run_inline
+    from megatron_specialm.run.local import run_local
+    from megatron_specialm.graph.plan import refuse_foreign_folder, write_resolved
+    from megatron_specialm.run.prepare import prepare
+    from megatron_specialm.run.progress import Progress
+    from megatron_specialm.graph.redo import redo_lines
+    from megatron_specialm.run.reuse import refuse_other_folders, told
+    from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
+
+    world = discover_world()
+    alone = world.launcher == "none"
+    with attended(world) as lifeline:
+        pipeline = load(page, overrides)
+        root = Path(pipeline.root)
+        refuse_other_folders(pipeline)
+        if not world.is_first:
+            run_inline(*follow(pipeline, root, world, lifeline), root, world, lifeline)
+            return
+        refuse_foreign_folder(pipeline, root)
+        # What is written to the folder, and looked up in it, is the holder's.
+        with hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job()) as held:
+            if not alone:
+                join_ranks(pipeline, world, lifeline)
+            adopt_unattended(root)
+            ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
+            if alone:
+                refuse_live(root, ready.chosen)
+            for line in redo_lines(ready.redo):
+                say(line)
+            agree(ready.redo, pipeline, yes=yes, may_ask=alone)
+            write_resolved(ready.pipeline, root)
+            if alone:
+                said = f"{ready.missing} of {len(ready.chosen)} tasks to do{told(ready.chosen)}"
+                say(f"{pipeline.name}: {said}, in {root}")
+                with Progress(ready.missing, console=console()) as progress:
+                    run_local(ready.pipeline, ready.chosen, root, held=held, jobs=jobs, progress=progress)
+            else:
+                lead(ready.chosen, world)
+                run_inline(ready.pipeline, ready.chosen, root, world, lifeline)
+            _show_results(ready.pipeline, ready.chosen, root)
+
+
+def _show_results(pipeline: "Pipeline", chosen: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
+    from megatron_specialm.base.terminal import console
+    from megatron_specialm.report.capped import capped_warnings
+    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.tables import rates_table, results_in_two
+
+    outcome = write_results(pipeline, root)
+    if outcome["rows"]:
+        console().print(*results_in_two(outcome))
+    if outcome["learning_rates"]:
+        console().print(rates_table(outcome))
+    for warning in capped_warnings(pipeline, chosen, root):
+        say(f"warning: {warning}")
+    say(f"results: {root / 'results.json'}")

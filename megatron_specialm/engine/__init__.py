@@ -1,0 +1,1 @@
+"""Engines: what trains a model on some processes. The training loop knows them by their protocol only."""

@@ -1,0 +1,1 @@
+"""The Megatron engine: Megatron-Core's parallelism, schedules and mixed-precision optimizer."""

@@ -1,0 +1,1 @@
+"""What settings ask of engine and machine, by arithmetic: capabilities, parameters, FLOPs, memory. Imports no torch."""

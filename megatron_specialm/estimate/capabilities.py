@@ -1,0 +1,313 @@
+"""What can be trained how: the one table of engine x model x layout x precision.
+
+Each capability says when a training asks for it and which conditions it then puts. A condition that does not hold is
+refused with all numbers and the nearest value that would do. Nothing else in the project says what is allowed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from megatron_specialm.base.accelerator import Accelerator
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
+
+TRANSFORMER_ENGINE = ">=2.9,<2.12"  # what megatron-core 0.16 works with
+# The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
+FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+REACH = 10_000  # values that are tried for one that would do, the nearest first
+USE_BF16 = "use `precision: bf16`"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`holds`, or `reason` (a template over the setup `s` and the parallel settings `p`) says why not. The way out is
+    `otherwise`, or another value of `field`."""
+
+    holds: Callable[[Setup], bool]
+    reason: str
+    field: str = ""
+    otherwise: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a feature asks of the machine, and why one does not do: the reason and the way out, or None."""
+
+    terms: str
+    lacks: Callable[[Setup, Accelerator], str | None]
+
+
+ANY = Machine("any", lambda _, __: None)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """A feature, what it is good for, and its conditions in one line."""
+
+    feature: str
+    asked: Callable[[Setup], bool]
+    terms: str
+    machine: Machine = ANY
+    conditions: tuple[Condition, ...] = ()
+
+
+def _lacks_fp8(setup: Setup, machine: Accelerator) -> str | None:
+    assert setup.fp8 is not None
+    needed, asked = FP8_CAPABILITY[setup.fp8.recipe], f"fp8 with recipe {setup.fp8.recipe}"
+    if machine.capability is not None and machine.capability >= needed:
+        return _lacks_transformer_engine(asked, machine, USE_BF16)
+    other = "recipe: tensorwise, or " if (machine.capability or (0, 0)) >= FP8_CAPABILITY["tensorwise"] else ""
+    return (
+        f"{asked} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and this machine has "
+        f"{machine.describe()}: {other}{USE_BF16}"
+    )
+
+
+def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> str | None:
+    asked = f"context_parallel {setup.parallel.context_parallel}"
+    otherwise = "set it to 1 and share the sequence with sequence_parallel"
+    if machine.capability is None:
+        return f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU: {otherwise}"
+    if setup.precision == "fp32":
+        return f"{asked} needs Transformer Engine's attention, which takes no fp32: set precision: bf16, or {otherwise}"
+    return _lacks_transformer_engine(asked, machine, otherwise)
+
+
+def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) -> str | None:
+    version = machine.transformer_engine
+    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
+    if version is not None and Version(Version(version).base_version) in SpecifierSet(TRANSFORMER_ENGINE):
+        return None
+    found = f"version {version} is installed" if version else "it is not installed"
+    return (
+        f"{asked} needs Transformer Engine {TRANSFORMER_ENGINE}, and {found}: "
+        f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}', or {otherwise}"
+    )
+
+
+def _size(name: str) -> Callable[[Setup], bool]:
+    return lambda setup: getattr(setup.parallel, name) > 1
+
+
+def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
+    return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
+
+
+TABLE = (
+    Capability(
+        "data parallel", lambda _: True, "global_batch_size is a multiple of micro_batch_size x data_parallel",
+        conditions=(
+            Condition(
+                lambda s: s.global_batch_size % s.shard == 0,
+                "global_batch_size {s.global_batch_size} must be a multiple of micro_batch_size {s.micro_batch_size} "
+                "x data_parallel {p.data_parallel} = {s.shard}",
+                "global_batch_size",
+            ),
+        ),
+    ),
+    Capability(
+        "tensor parallel", _size("tensor_parallel"),
+        "divides attention heads, query groups and ffn_hidden_size; any vocabulary",
+        conditions=(
+            Condition(
+                lambda s: s.model.attention_heads % s.parallel.tensor_parallel == 0,
+                "tensor_parallel {p.tensor_parallel} must divide the model's attention_heads {s.model.attention_heads}",
+                "parallel.tensor_parallel",
+            ),
+            Condition(
+                lambda s: s.model.kv_heads % s.parallel.tensor_parallel == 0,
+                "tensor_parallel {p.tensor_parallel} must divide the model's query_groups {s.model.kv_heads}",
+                "parallel.tensor_parallel",
+            ),
+            Condition(
+                lambda s: s.model.ffn_hidden_size % s.parallel.tensor_parallel == 0,
+                "tensor_parallel {p.tensor_parallel} must divide the model's ffn_hidden_size {s.model.ffn_hidden_size}",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "sequence parallel", lambda s: s.parallel.sequence_parallel, "tensor_parallel divides context_length",
+        conditions=(
+            Condition(
+                lambda s: s.context_length % s.parallel.tensor_parallel == 0,
+                "sequence_parallel: tensor_parallel {p.tensor_parallel} must divide context_length {s.context_length}",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "pipeline parallel", _size("pipeline_parallel"),
+        "a layer or more per stage (any number in all); as many micro-batches as stages or more",
+        conditions=(
+            Condition(
+                lambda s: s.model.layers >= s.parallel.chunks,
+                "pipeline_parallel {p.pipeline_parallel} x virtual_pipeline {p.virtual_pipeline} = {p.chunks} is more "
+                "than the model's {s.model.layers} layers",
+                "parallel.pipeline_parallel",
+            ),
+            Condition(
+                lambda s: s.micro_batches >= s.parallel.pipeline_parallel,
+                "global_batch_size {s.global_batch_size} / (micro_batch_size {s.micro_batch_size} x data_parallel "
+                "{p.data_parallel}) = {s.micro_batches} micro-batches are fewer than pipeline_parallel "
+                "{p.pipeline_parallel}: stages would always idle",
+                "micro_batch_size",
+            ),
+        ),
+    ),
+    Capability(
+        "interleaved pipeline", _size("virtual_pipeline"), "the number of micro-batches is a multiple of the stages",
+        conditions=(
+            Condition(
+                lambda s: s.micro_batches % s.parallel.pipeline_parallel == 0,
+                "virtual_pipeline {p.virtual_pipeline}: {s.micro_batches} micro-batches must be a multiple of "
+                "pipeline_parallel {p.pipeline_parallel}",
+                "global_batch_size",
+            ),
+        ),
+    ),
+    Capability(
+        "context parallel", _size("context_parallel"), "not fp32; context_length is a multiple of 2 x context_parallel",
+        machine=Machine("GPU with Transformer Engine", _lacks_context_parallel),
+        conditions=(
+            Condition(
+                lambda s: s.context_length % (2 * s.parallel.context_parallel) == 0,
+                "context_parallel {p.context_parallel}: context_length {s.context_length} must be a multiple of twice "
+                "that",
+                "parallel.context_parallel",
+            ),
+        ),
+    ),
+    Capability("distributed optimizer", lambda s: s.parallel.distributed_optimizer, "none"),
+    Capability("overlapped communication", lambda s: s.parallel.overlap_communication, "none"),
+    Capability("recomputation", lambda s: s.parallel.recompute != "none", "none"),
+    Capability(
+        "projected network", lambda s: s.model.projection is not None,
+        "windows_per_expert is a multiple of micro_batch_size, global_batch_size of windows_per_expert",
+        conditions=(
+            Condition(
+                lambda s: s.windows_per_expert % s.micro_batch_size == 0,
+                "windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size {s.micro_batch_size}: a "
+                "forward pass is of one expert",
+                "micro_batch_size",
+            ),
+            Condition(
+                lambda s: s.global_batch_size % s.windows_per_expert == 0,
+                "global_batch_size {s.global_batch_size} must be a multiple of windows_per_expert {s.windows_per_expert}",
+                "global_batch_size",
+            ),
+        ),
+    ),
+    Capability("LoRA", lambda s: s.model.lora is not None, "none"),
+    Capability(
+        "teacher beside the student", lambda s: s.teacher is not None,
+        "pipeline_parallel 1; tensor_parallel fits the teacher too",
+        conditions=(
+            Condition(
+                lambda s: s.parallel.pipeline_parallel == 1,
+                "distill: a teacher beside the student cannot be cut into stages, and pipeline_parallel is "
+                "{p.pipeline_parallel}",
+                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache, or set "
+                "parallel.pipeline_parallel: 1",
+            ),
+            Condition(
+                lambda s: s.parallel.context_parallel == 1,
+                "distill: a teacher beside the student reads whole windows, and context_parallel is {p.context_parallel}",
+                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache",
+            ),
+            Condition(
+                lambda s: _fits_tensor_parallel(s.teacher, s.parallel.tensor_parallel),
+                "distill: tensor_parallel {p.tensor_parallel} must divide the teacher's attention_heads "
+                "{s.teacher.attention_heads}, key/value heads {s.teacher.kv_heads} and ffn_hidden_size "
+                "{s.teacher.ffn_hidden_size} too",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
+    Capability("fp32", lambda s: s.precision == "fp32", "none"),
+    Capability("bf16", lambda s: s.precision == "bf16", "none"),
+    Capability(
+        "fp8", lambda s: s.precision == "fp8",
+        f"every process's matrix sizes are multiples of {FP8_MULTIPLE}; recipe blockwise: Hopper or later",
+        machine=Machine("GPU from Ada on, with Transformer Engine", _lacks_fp8),
+        conditions=(
+            Condition(
+                lambda s: s.not_for_fp8 is None,
+                f"fp8 takes sizes that are multiples of {FP8_MULTIPLE} on each process, and {{s.not_for_fp8}} is not",
+                otherwise=USE_BF16,
+            ),
+            Condition(
+                lambda s: s.model == s.model.plain,
+                "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
+                "change",
+                otherwise=USE_BF16,
+            ),
+            Condition(
+                lambda s: max(s.bf16_layers) <= s.model.layers // s.parallel.pipeline_parallel,
+                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} must each be at "
+                "most the layers of a pipeline stage, {s.model.layers} / {p.pipeline_parallel}",
+                otherwise="lower them",
+            ),
+            Condition(
+                lambda s: sum(s.bf16_layers) < s.model.layers,
+                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} leave none of "
+                "the {s.model.layers} layers in fp8",
+                otherwise=USE_BF16,
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+
+def refuse(name: str, setup: Setup) -> None:
+    """Check a train stage's setup.
+
+    Raises:
+        ConfigError: naming the stage, all numbers of the condition that does not hold, and the nearest value that does.
+    """
+    for capability in TABLE:
+        if capability.asked(setup):
+            for condition in capability.conditions:
+                if not condition.holds(setup):
+                    reason = condition.reason.format(s=setup, p=setup.parallel)
+                    raise ConfigError(f"stages.{name}: {reason}; {_way_out(condition, setup)}")
+
+
+def lacking(setup: Setup, machine: Accelerator) -> str | None:
+    """Why a machine cannot run a setup, and what would do; None where it can."""
+    reasons = (row.machine.lacks(setup, machine) for row in TABLE if row.asked(setup))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _way_out(condition: Condition, setup: Setup) -> str:
+    """The value of the condition's field that is nearest to the present one and lets everything hold, if any does."""
+    if condition.otherwise:
+        return condition.otherwise
+    present = setup.value(condition.field)
+    for value in islice(_nearest(present, below=2 * present + setup.shard), REACH):
+        candidate = setup.changed(condition.field, value)
+        if _holds(condition, candidate):
+            return f"the nearest {condition.field} that does is {value}"
+    return "no other value of it would do: change the layout"
+
+
+def _nearest(present: int, *, below: int) -> Iterator[int]:
+    """The numbers from 1, the nearest to the present one first."""
+    for distance in range(below):
+        yield from (value for value in {present - distance: 0, present + distance: 0} if 0 < value < below)
+
+
+def _holds(condition: Condition, setup: Setup) -> bool:
+    own = TABLE[0].conditions[0]  # a way out must not break the batch
+    return condition.holds(setup) and (own.holds(setup) or condition is own)
+
+
+def rows() -> list[dict[str, str]]:
+    """The table for a reader."""
+    fixed = {"engine": "megatron", "models": "neox, llama"}
+    return [{**fixed, "feature": row.feature, "machine": row.machine.terms, "terms": row.terms} for row in TABLE]

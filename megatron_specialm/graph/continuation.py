@@ -1,0 +1,50 @@
+"""How much of a training is left to do where it goes on from an earlier one that differs from it in length alone: what
+`stages/continuing.py` will find, told from settings and markers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import artifact_folders, read_label, read_marker
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
+from megatron_specialm.config.schedule import step_to_keep
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.plan import PlannedTask
+
+
+def part_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> float:
+    """The part of a training's steps that no finished one of another length has made; 1 of other tasks, and where the data
+    decide how many steps there are."""
+    stage = pipeline.stages[planned.task.id.stage]
+    if not isinstance(stage, TrainStage) or stage.recipe is not None or stage.budget != "equal":
+        return 1.0
+    rate = planned.task.rate
+    ours = at_rate(stage, stage.optimizer.rates[0]) if rate is None else trial_of(stage, rate)
+    last = last_step(ours)
+    shared = (
+        step
+        for steps, theirs in _finished(ours, stage, planned, root)
+        for step in (steps, step_to_keep(theirs) or 0)
+        if step <= last and why_another_step(step, ours, theirs) is None
+    )
+    return 1 - max(shared, default=0) / last
+
+
+def _finished(
+    ours: TrainStage, stage: TrainStage, planned: PlannedTask, root: Path
+) -> Iterator[tuple[int, TrainStage]]:
+    """The finished trainings of other lengths: how many steps each made, and its settings."""
+    name = planned.task.id
+    rates = stage.optimizer.rates if planned.task.rate is None else []
+    trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in rates}
+    for folder in artifact_folders(root, *name):
+        try:
+            made_from, marker = read_label(folder)["made_from"], read_marker(folder)
+        except ArtifactError:  # nobody goes on from it either
+            continue
+        if not made_from or marker is None or marker.digest == planned.digest:
+            continue
+        if but_for_length(made_from, trials) == but_for_length(planned.made_from, trials):
+            yield marker.values.get("steps", 0), at_length(ours, made_from["settings"])

@@ -1,0 +1,137 @@
+"""What a page's files are, as SHA-256 of their content.
+
+    <root>/file_hashes.json   the cache of `base/hash_cache.py`
+
+What counts is the content and the order of files, not their names: `./a.jsonl` is `a.jsonl`, and a glob is the list of what is
+behind it. Of a folder (a tokenizer's, an encoder's) the names in it count, of a text file how it is read: as lines, rows or a
+whole. What has no file here (`hf:`, a hub's model) is known by its name, what an installed package carries by its version.
+"""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_specialm.base.errors import ConfigError, MissingTextError
+from megatron_specialm.base.files import sha256_json
+from megatron_specialm.base.hash_cache import sha256_files
+from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER, Task, TaskId
+from megatron_specialm.config.text import Text
+from megatron_specialm.data.documents import HUB, cut_in_shards, resolve_files, text_format
+
+CACHE = "file_hashes.json"
+PACKAGE = "package:"
+
+
+class Part(NamedTuple):
+    """A file, and what beside its bytes decides how it is read; no file where a name says all."""
+
+    label: str
+    file: Path | None
+
+
+def hash_files(tasks: Iterable[Task], root: Path, *, keep: bool = True) -> dict[TaskId, dict[str, str]]:
+    """SHA-256 of all that each task reads, by role.
+
+    Args:
+        keep: whether the run folder's cache is written.
+
+    Raises:
+        ConfigError: what is read is in the run folder.
+        DataError: a file that a task needs is missing or cannot be read, or a set has more shards than files.
+    """
+    parts = look_up(tasks, root)
+    files = dict.fromkeys(
+        part.file for roles in parts.values() for found in roles.values() for part in found if part.file
+    )
+    hashes = sha256_files(files, root / CACHE, keep=keep)
+    return {
+        name: {
+            role: sha256_json([[part.label, hashes[part.file] if part.file else ""] for part in found])
+            for role, found in roles.items()
+        }
+        for name, roles in parts.items()
+    }
+
+
+def look_up(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list[Part]]]:
+    """What stands behind the entries of each task and role. A set is looked up once: a thousand files for each of hundreds of
+    shards takes a shared filesystem its time.
+
+    Raises:
+        ConfigError: a glob or a folder has files of the run folder: whatever the run writes would make it stale.
+        DataError: a file that a task needs is missing, or a set has more shards than files.
+    """
+    known: dict[tuple[tuple[str, ...], int], list[list[Part]]] = {}
+
+    def behind(task: Task, role: str) -> list[Part]:
+        entries = task.files[role]
+        if role in (TOKENIZER, ENCODING_MODEL):
+            parts = [part for entry in entries for part in _model_parts(entry, role)]
+            _refuse_own(parts, entries, root)
+            return parts
+        key = entries, task.shard.shards if task.shard else 1
+        if key not in known:
+            cut = cut_in_shards(*key) if task.shard else [resolve_files(entries)]
+            known[key] = [[part for file in files for part in _text_parts(file)] for files in cut]
+            _refuse_own(chain.from_iterable(known[key]), entries, root)
+        return known[key][task.shard.number if task.shard else 0]
+
+    return {task.id: {role: behind(task, role) for role in task.files} for task in tasks}
+
+
+def _refuse_own(parts: Iterable[Part], entries: Sequence[str], root: Path) -> None:
+    """Files of a run folder that an entry finds, which names them neither; one that is named is the user's."""
+    named = {Path(entry) for entry in entries}
+    found = {part.file.parent: part.file for part in parts if part.file is not None and part.file not in named}
+    for folder, file in found.items():
+        if folder.resolve().is_relative_to(root.resolve()):
+            finds = (entry for entry in entries if Path(entry) in file.parents or file in resolve_files([entry]))
+            raise ConfigError(
+                f"{next(finds, ', '.join(entries))}: finds {file}, which is in the run folder {root}: what a run writes there "
+                "would make what it has done stale: let the entry find files outside, or choose another root"
+            )
+
+
+def _text_parts(file: Path | str) -> list[Part]:
+    if isinstance(file, Path):
+        return [Part(text_format(file), file)]
+    name, _, split = file.removeprefix(HUB).partition(":")
+    files = _files_in(Path(name))  # of two things of that name, the hub's library takes the folder
+    return [Part(f"{HUB}:{split}", None), *files] if files else [Part(file, None)]
+
+
+def _model_parts(entry: str, role: str) -> list[Part]:
+    if entry.startswith(PACKAGE):
+        return [Part(f"{entry} {_installed_version(entry.removeprefix(PACKAGE))}", None)]
+    if files := _files_in(Path(entry)):
+        return files
+    if role == TOKENIZER:
+        return [Part("", Path(file)) for file in resolve_files([entry])]
+    return [Part(entry, None)]
+
+
+def _installed_version(package: str) -> str:
+    """Nothing where it is missing: the task itself says so."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        return importlib.metadata.version(package)
+    return ""
+
+
+def _files_in(folder: Path) -> list[Part]:
+    """All files of a folder, by their names in it; none where it is no folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [Part(path.relative_to(folder).as_posix(), path) for path in files]
+
+
+@contextlib.contextmanager
+def naming_what_makes(text: Text) -> Iterator[None]:
+    """Say with a missing file which command makes it, where the page knows."""
+    try:
+        yield
+    except MissingTextError as error:
+        if text.made_by is None:
+            raise
+        raise MissingTextError(f"{error}, or make this page's text: {text.made_by}") from None

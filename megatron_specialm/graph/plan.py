@@ -1,0 +1,219 @@
+"""Which tasks of a pipeline are done, which are not, and what each one's digest is."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, is_complete, read_marker, show_artifact, view
+from megatron_specialm.base.errors import ArtifactError, ConfigError
+from megatron_specialm.base.files import sha256_json, write_text
+from megatron_specialm.base.integrity import LEFT_OVER, find_damage
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest_content
+from megatron_specialm.config.load import dump_pipeline, read_page
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
+from megatron_specialm.graph.file_hashes import CACHE, hash_files, naming_what_makes
+
+RESOLVED = "pipeline.yaml"  # of a run folder
+# What commands leave in a new run folder before the page is written there.
+OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock", ".locks")
+State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task with the digest its artifact must carry, and what that is of. `stale`: finished once, from other settings, text or
+    inputs. `damaged`: finished, and now lacks a file, or has one of another size. `done elsewhere`: `there`, in another run
+    folder, which the page says to reuse."""
+
+    task: Task
+    digest: str
+    state: State
+    made_from: Mapping[str, Any]
+    there: Path | None = None
+
+    @property
+    def is_to_do(self) -> bool:
+        """Whether somebody must work on it: it is neither done nor to be taken over."""
+        return self.state in ("stale", "damaged", "to do")
+
+
+def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> dict[TaskId, PlannedTask]:
+    """All tasks in the graph's order. Reads the text's content (see `graph/file_hashes.py`) and writes nothing else.
+
+    Args:
+        keep_hashes: False to write nothing at all.
+
+    Raises:
+        ConfigError: the graph does not hold together.
+        DataError: text that a task needs is missing.
+    """
+    graph = build_graph(pipeline)
+    refuse_earlier_layout(root)
+    with naming_what_makes(pipeline.text):
+        hashes = hash_files(graph.values(), root, keep=keep_hashes)
+    others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]
+    plan: dict[TaskId, PlannedTask] = {}
+    for task in graph.values():
+        inputs = {name: plan[name].digest for name in task.inputs}
+        wanted = digest_content(pipeline, task, inputs=inputs, file_hashes=hashes[task.id])
+        plan[task.id] = _planned(task, wanted, root, others)
+    return plan
+
+
+def select(
+    plan: Mapping[TaskId, PlannedTask],
+    *,
+    only: str | None,
+    until: str | None,
+    keys: Sequence[str] | None = None,
+    check_inputs: bool = True,
+) -> dict[TaskId, PlannedTask]:
+    """The part of a plan that a run is about: one stage or some of its tasks, with what they rest on that is to be taken over,
+    or a stage with all it rests on; default: everything.
+
+    Args:
+        check_inputs: of a stage that is to run alone, whether its inputs are done.
+
+    Raises:
+        ConfigError: there is no such stage, or it has no task of such a key.
+        ArtifactError: one stage is to run, and an input of it is stale or missing.
+    """
+    for stage in (only, until):
+        if stage is not None and stage not in {task_id.stage for task_id in plan}:
+            raise ConfigError(f"no stage {stage!r}; there are {', '.join(dict.fromkeys(name.stage for name in plan))}")
+    if keys is not None and only is None:
+        raise ConfigError(f"--keys {','.join(keys)}: they are of one stage's tasks: name it with --only")
+    if only is not None:
+        chosen = {name: planned for name, planned in plan.items() if name.stage == only}
+        chosen = _of_keys(chosen, only, keys) if keys is not None else chosen
+        if check_inputs:
+            _check_inputs(plan, chosen)
+        return _with_what_is_elsewhere(plan, chosen)
+    if until is None:
+        return dict(plan)
+    wanted = _with_inputs(plan, {name for name in plan if name.stage == until})
+    return {name: planned for name, planned in plan.items() if name in wanted}
+
+
+def _with_inputs(plan: Mapping[TaskId, PlannedTask], tasks: Collection[TaskId]) -> set[TaskId]:
+    wanted = set(tasks)
+    for name in reversed(list(plan)):
+        if name in wanted:
+            wanted.update(plan[name].task.inputs)
+    return wanted
+
+
+def _with_what_is_elsewhere(
+    plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]
+) -> dict[TaskId, PlannedTask]:
+    elsewhere = {name for name in _with_inputs(plan, chosen) if plan[name].there is not None}
+    return {name: planned for name, planned in plan.items() if name in chosen or name in elsewhere}
+
+
+def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str]) -> dict[TaskId, PlannedTask]:
+    for key in keys:
+        if TaskId(stage, key) not in tasks:
+            raise ConfigError(f"--keys: {stage} has no task {key!r}; it has {', '.join(name.key for name in tasks)}")
+    parts = {
+        part for key in keys for part in tasks[TaskId(stage, key)].task.inputs
+    }  # shards of a set, trials of a training
+    return {name: planned for name, planned in tasks.items() if name.key in keys or name in parts}
+
+
+def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]) -> None:
+    for name, planned in chosen.items():
+        for needed in planned.task.inputs if planned.is_to_do else ():
+            if plan[needed].is_to_do and needed not in chosen:
+                raise ArtifactError(
+                    f"{name} reads {needed}, which is {plan[needed].state}: run that first, or --until {name.stage}"
+                )
+
+
+def refuse_other_work(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> None:
+    """Before a task is begun: that settings and files are still those that it was planned for.
+
+    Args:
+        made_from: what its digest was of then; the inputs' digests are taken from there.
+
+    Raises:
+        ArtifactError: they are not, with both digests.
+        DataError: a file is gone.
+    """
+    with naming_what_makes(pipeline.text):
+        hashes = hash_files([task], root)[task.id]
+    inputs = {name: made_from["inputs"].get(str(name), "") for name in task.inputs}
+    now = digest_content(pipeline, task, inputs=inputs, file_hashes=hashes)
+    if changed := [part for part in now if sha256_json(now[part]) != sha256_json(made_from.get(part))]:
+        raise ArtifactError(
+            f"{task.id}: was planned as {sha256_json(made_from)[:16]} and would be made as {sha256_json(now)[:16]}: its "
+            f"{' and '.join(changed)} changed in between: run or submit the same again, which plans anew"
+        )
+
+
+def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
+    """Before anything is written to a run folder: that it is one, of this pipeline, or a new one.
+
+    Raises:
+        ConfigError: the folder belongs to a pipeline of another name, or holds files and no run.
+    """
+    path = root / RESOLVED
+    if path.exists():
+        name = read_page(path).get("name")
+        if name != pipeline.name:
+            raise ConfigError(
+                f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"
+            )
+    elif foreign := sorted(
+        entry.name for entry in root.glob("*") if entry.name not in OWN_ENTRIES and not LEFT_OVER.fullmatch(entry.name)
+    ):
+        raise ConfigError(
+            f"root: {root} holds files and no run ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}): "
+            "choose an empty or a new folder"
+        )
+
+
+def write_resolved(pipeline: Pipeline, root: Path) -> None:
+    """Leave the resolved page in the run folder, as a record: tasks run from the settings of their launch. The caller holds
+    the folder.
+
+    Raises:
+        ConfigError: as of `refuse_foreign_folder`.
+    """
+    refuse_foreign_folder(pipeline, root)
+    write_text(root / RESOLVED, dump_pipeline(pipeline))
+
+
+def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Sequence[Path]) -> PlannedTask:
+    digest = sha256_json(made_from)
+    folder = artifact_folder(root, *task.id, digest)
+    marker = read_marker(folder)
+    if marker is not None and find_damage(folder, marker.files) is None:
+        return PlannedTask(task, digest, "done", made_from)
+    for there in others:
+        if is_complete(there, *task.id, digest=digest):
+            return PlannedTask(task, digest, "done elsewhere", made_from, there)
+    if marker is not None:
+        return PlannedTask(task, digest, "damaged", made_from)
+    return PlannedTask(task, digest, "stale" if read_marker(view(root, *task.id)) else "to do", made_from)
+
+
+def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
+    """Of each damaged task, what is wrong with its files."""
+    for name, planned in plan.items():
+        folder = artifact_folder(root, *name, planned.digest)
+        if planned.state == "damaged" and (marker := read_marker(folder)) is not None:
+            yield f"{name} is damaged: {find_damage(folder, marker.files)}"
+
+
+def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
+    """Let users find what is done where they look: settings may have gone back to those of an earlier artifact. The caller is
+    alone at work in the folder.
+
+    Raises:
+        ArtifactError: something that is no link stands there.
+    """
+    for name, planned in plan.items():
+        if planned.state == "done":
+            show_artifact(root, *name, planned.digest)

@@ -1,0 +1,124 @@
+"""Why finished work is stale: what differs between what it was made from and what it is to be made from now.
+
+Both are what a digest is of (`digest_content` of `graph/tasks.py`); an artifact's label keeps its own.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from json import dumps
+from typing import Any
+
+from megatron_specialm.config.base import Settings
+from megatron_specialm.graph.content import introduced_default
+from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
+from megatron_specialm.config.text import TextSet
+
+SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # of inputs in a row, and of a value
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """What has changed.
+
+    own: of the task itself, each as `optimizer.learning_rate: 0.002 -> 0.003`.
+    inputs: names of inputs, `stage/key`, by what has become of them.
+    """
+
+    own: Sequence[str] = ()
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """All of it, for one task."""
+        return "; ".join([*self.own, *(_of_inputs(names, how) for how, names in self.inputs.items())])
+
+    def by_stage(self) -> str:
+        """With inputs by their stages: the same for tasks of a stage that are stale for the same reason."""
+        stages = {how: [name.partition("/")[0] for name in names] for how, names in self.inputs.items()}
+        return str(Reasons(self.own, {how: list(dict.fromkeys(names)) for how, names in stages.items()}))
+
+
+def find_reasons(
+    old: Mapping[str, Any], new: Mapping[str, Any], stage: Settings, *, made_anew: Collection[str]
+) -> Reasons:
+    """Compare what finished work was made from with what its task is to be made from.
+
+    Args:
+        stage: the task's settings, of which `new` holds those that are not at their defaults.
+        made_anew: the inputs, as `stage/key`, that are not done themselves.
+    """
+    own = [
+        *_changes(old.get("settings", {}), new["settings"], stage),
+        *_changes(old.get("elsewhere", {}), new["elsewhere"], TextSet.model_construct()),
+        *_files(old.get("files", {}), new["files"]),
+        *(
+            f"{what}: {_value(old.get(key))} -> {_value(new[key])}"
+            for key, what in (("seed", "seed"), ("format", "the format of artifacts"))
+            if old.get(key) != new[key]
+        ),
+    ]
+    inputs: dict[str, list[str]] = {}
+    for name, how in _inputs(old.get("inputs", {}), new["inputs"], made_anew):
+        inputs.setdefault(how, []).append(name)
+    return Reasons(own, inputs)
+
+
+def seconds_anew(old: Mapping[str, Any], new: Mapping[str, Any], *, spent: float) -> float:
+    """About what making work anew takes, in device-seconds: what the old one took, in proportion to the windows that each is
+    trained on where settings alone say how many."""
+    before, after = _windows(old), _windows(new)
+    return spent * after / before if before and after else spent
+
+
+def _windows(made_from: Mapping[str, Any]) -> int | None:
+    settings = made_from.get("settings", {})
+    if "steps" not in settings or "early_stopping" in settings:
+        return None
+    windows: int = settings["steps"] * settings["global_batch_size"]
+    return windows
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], settings: Settings, inside: str = "") -> Iterator[str]:
+    """Dotted keys with both values. A key that is missing is at the default that it was introduced with."""
+    another_kind = old.get("kind") != new.get("kind")  # then no other key is comparable
+    fields = type(settings).model_fields
+    for name in ["kind"] if another_kind else dict.fromkeys((*new, *old)):
+        default = introduced_default(fields[name]) if name in fields else None
+        before, after, part = old.get(name, default), new.get(name, default), getattr(settings, name, None)
+        if isinstance(before, dict) and isinstance(after, dict) and isinstance(part, Settings):
+            yield from _changes(before, after, part, f"{inside}{name}.")
+        elif before != after:
+            yield f"{inside}{name}: {_value(before)} -> {_value(after)}"
+
+
+def _value(value: Any) -> str:
+    if value is None or value is ...:
+        return "unset"
+    text = value if isinstance(value, str) and value.isprintable() else dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+
+
+def _files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    for role in dict.fromkeys((*new, *old)):
+        what = f"the {'files' if role in (TOKENIZER, ENCODING_MODEL) else 'text'} of `{role}`"
+        if role not in old or role not in new:
+            yield f"it reads {what} {'too' if role in new else 'no longer'}"
+        elif old[role] != new[role]:
+            yield f"{what} changed"
+
+
+def _inputs(old: Mapping[str, str], new: Mapping[str, str], made_anew: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Names of inputs, and what has become of each."""
+    for name, digest in new.items():
+        if name not in old:
+            yield name, "read too"
+        elif old[name] != digest:
+            yield name, "made anew" if name in made_anew else "another"
+    for name in old:
+        if name not in new:
+            yield name, "read no longer"
+
+
+def _of_inputs(names: Sequence[str], how: str) -> str:
+    shown = ", ".join(names[:SHOWN_NAMES])
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'} {how}"

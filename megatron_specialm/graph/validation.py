@@ -1,0 +1,79 @@
+"""On which sets of text the stages of a page validate, and that so much of them is held out as this takes."""
+
+from collections.abc import Mapping
+
+from megatron_specialm.base.errors import DataError
+from megatron_specialm.graph.tasks import text_validated
+from megatron_specialm.graph.lineage import model_keys, text_set
+from megatron_specialm.config.schema import Pipeline, SelectStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
+
+
+def validating_stages(pipeline: Pipeline, tokens: str, source: str) -> list[str]:
+    """The stages that validate on the held-out text of a set, as the tokenize stage `tokens` has made it: trainings with
+    early stopping, and selections that fine-tune experts."""
+    return [name for name in pipeline.stages if source in _validated(pipeline, tokens, name)]
+
+
+def _validated(pipeline: Pipeline, tokens: str, name: str) -> set[str]:
+    stage = pipeline.stages[name]
+    if not isinstance(stage, TrainStage | SelectStage) or stage.tokens != tokens:
+        return set()
+    if isinstance(stage, SelectStage):
+        return set(pipeline.text.domains) if stage.tries_experts else set()
+    if stage.early_stopping is None:
+        return set()
+    return {text_validated(stage, key) for key in model_keys(pipeline, name)}
+
+
+def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:
+    """Of the files that a set is validated on, or that what it is validated on is held out of, so many documents at least
+    must be there; 0 where no stage validates on it. Of a single document the end can be held out."""
+    if not validating_stages(pipeline, tokens, source):
+        return 0
+    files = text_set(pipeline, source)
+    needed = files.validation_floor.documents
+    at_most_half = not files.validation and files.shards == 1 and needed > 1
+    return 2 * needed if at_most_half else needed
+
+
+def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Check what is held out of a set against its floor, where a stage of the page validates on it.
+
+    Args:
+        counts: `documents` and `tokens` by split, as the tokenize stage reports them.
+
+    Raises:
+        DataError: naming the set, what there is, the floor and what can be done.
+    """
+    files = text_set(pipeline, source)
+    trained, held_out = ((counts["documents"][split], counts["tokens"][split]) for split in ("train", "validation"))
+    if files.validation_floor.is_met(*held_out) or not validating_stages(pipeline, tokens, source):
+        return
+    beside = "" if files.validation else f" held out, beside {_amount(*trained)} to train on"
+    raise too_little(pipeline, tokens, source, f"{_amount(*held_out)}{beside}")
+
+
+def too_little(pipeline: Pipeline, tokens: str, source: str, has: str) -> DataError:
+    """The error of a set that has too little to validate on: `has` says how much."""
+    files, stages = text_set(pipeline, source), validating_stages(pipeline, tokens, source)
+    floor, where = files.validation_floor, f"text.{source}" if source == GENERIC else f"text.domains.{source}"
+    least = f"at least {floor.documents:,} documents and {floor.tokens:,} tokens"
+    wanted = f"to validate on them ({', '.join(stages)}) takes {least} (`validation_floor`)"
+    # Where a domain has sizes, they have it together.
+    lower = f"lower text.{'' if source == GENERIC else 'domains.'}{files.domain or source}.validation_floor"
+    if files.validation:
+        return DataError(
+            f"{where}.validation: {', '.join(files.validation)}: {has}; {wanted}: add documents, leave `validation` out to "
+            f"hold some of the training documents out, or {lower}"
+        )
+    shards = ", set fewer `shards`" if files.shards > 1 else ""
+    return DataError(
+        f"{where}: {has}; {wanted}, and at most half of a set is held out: add documents, name `validation` files{shards}, "
+        f"or {lower}"
+    )
+
+
+def _amount(documents: int, tokens: int) -> str:
+    return f"{documents:,} document{'s' if documents != 1 else ''} of {tokens:,} tokens"

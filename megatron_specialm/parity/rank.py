@@ -1,0 +1,96 @@
+"""One process's part of a parity run: train the case, and write down what is compared.
+
+tensors-RANK.safetensors    gradients/WEIGHT (first step), weights/WEIGHT (after the last)
+numbers-RANK.json           loss and gradient_norm per step; per weight, the squares that entered the norm
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_specialm.base.environment import World
+from megatron_specialm.base.files import write_json
+from megatron_specialm.base.tensors import save_tensors
+from megatron_specialm.parity.case import ParityCase
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.initial import first_value
+from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+
+
+def measure(case: ParityCase, world: World, folder: Path) -> None:
+    """Train `case` with the other processes of `world`."""
+    with process_group(world, parallel=case.parallel):
+        model = Gpt(
+            case.model,
+            vocabulary_size=case.vocabulary_size,
+            context_length=case.context_length,
+            precision=case.precision,
+            fp8=case.fp8,
+            parallel=case.parallel,
+        )
+        model.load(_first_weights(model))
+        engine = MegatronEngine(
+            model,
+            parallel=case.parallel,
+            optimizer=Optimizer(
+                learning_rate=case.learning_rate, clip_grad=case.clip_grad, epsilon=case.epsilon, weight_decay=0.1
+            ),
+            micro_batch_size=case.micro_batch_size,
+        )
+        losses, norms, tensors, squares = [], [], {}, {}
+        for step in range(case.steps):
+            loss = engine.accumulate_gradients(_own_rows(_batch(case, step)))
+            if step == 0:
+                tensors = {f"gradients/{name}": tensor for name, tensor in engine.gradients().items()}
+            stats = engine.apply_gradients(loss, learning_rate=case.learning_rate)
+            if step == 0:
+                squares = engine.norm_squares()
+            losses.append(loss.mean)
+            norms.append(stats.gradient_norm)
+        held_out = engine.evaluate([_own_rows(_batch(case, case.steps))]).mean
+        tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
+    save_tensors(tensors, folder / f"tensors-{world.rank}.safetensors")
+    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
+    write_json(folder / f"numbers-{world.rank}.json", numbers)
+
+
+def _first_weights(model: Gpt) -> dict[str, torch.Tensor]:
+    """As at the start of a training, but drawn where that has zeros: for want of a bias, or of LoRA's B, the gradient of
+    what it is multiplied with would be zero too, and wrong in no layout."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, spec in model.specs.items():
+        first = first_value(name, spec.shape, model.config, seed=0)
+        weights[name] = first if first.any() else 0.02 * torch.randn(spec.shape, generator=generator)
+    return weights
+
+
+def _batch(case: ParityCase, step: int) -> Batch:
+    """Random windows of uneven length: copies and micro-batches hold different numbers of tokens."""
+    generator = np.random.default_rng(step)
+    rows, positions = case.global_batch_size, case.context_length
+    windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
+    lengths = generator.integers(1, positions + 1, rows)
+    mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
+    notes = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, notes)
+
+
+def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
+    """Micro-batches of single experts and of mixtures in turns, some of them used twice."""
+    assert case.model.projection is not None
+    micro_batches, experts = case.global_batch_size // case.micro_batch_size, case.model.projection.experts
+    one_hot = np.eye(experts)[generator.integers(0, experts, micro_batches)]
+    mixed = generator.dirichlet(np.ones(experts), micro_batches)
+    chosen = np.where(np.arange(micro_batches)[:, None] % 2, mixed, one_hot)
+    return np.repeat(chosen, case.micro_batch_size, axis=0).astype(np.float32)
+
+
+def _own_rows(batch: Batch) -> Batch:
+    rank, copies = data_rank()
+    share = len(batch.tokens) // copies
+    return batch.rows(slice(rank * share, (rank + 1) * share))

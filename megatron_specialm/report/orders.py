@@ -1,0 +1,73 @@
+"""Which of the paper's orders of methods hold, on how many seeds, and by how much."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_specialm.base.terminal import Table
+from megatron_specialm.config.text import GENERIC, size_name
+from megatron_specialm.report.tables import Seeds, is_tuned, largest_budget, seeds_of
+
+# The one with the lower perplexity first (Grangier et al., arXiv 2402.01093). Of a soup against one expert, and of LoRA
+# against the whole model, the paper has no table: these two are ours.
+ORDERS = (
+    ("llm", "slm-d"), ("slm-d", "slm"), ("llm", "slm"), ("slm-pn", "slm"), ("slm-mix", "slm"), ("slm-is", "slm"),
+    ("slm", "slm-nopt"), ("slm-pn-soup", "slm-pn"), ("llm", "llm-lora"),
+)  # fmt: skip
+
+Model = tuple[str, bool]  # a method, and whether it is fine-tuned
+Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
+
+
+def orders_table(results: Mapping[str, Any]) -> Table:
+    """A line per order of two methods that both are there, fine-tuned and before, and per method that has both states.
+
+    A cell says on how many of the seeds the first has the lower perplexity, and by how many percent it differs from the
+    second's: the mean over seeds of the difference within a seed, with the least and the greatest. A method is its largest
+    budget.
+
+    Args:
+        results: of one or several seeds, not merged: as `read_runs` and `results_from_rows` give them.
+    """
+    scores = _scores(results)
+    sets = list(dict.fromkeys(name for name, *_ in scores))
+    methods = list(dict.fromkeys(method for _, method, _ in scores))
+    lines = []
+    for label, lower, higher in _comparisons(methods):
+        cells = [_cell(scores.get((name, *lower), {}), scores.get((name, *higher), {})) for name in sets]
+        if any(cells):
+            lines.append([label, *cells])
+    return Table("Orders: the first has the lower perplexity", ["order", *sets], lines, 1)
+
+
+def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
+    for tuned in (True, False):
+        for lower, higher in ORDERS:
+            yield f"{lower} < {higher}{'' if tuned else ', not fine-tuned'}", (lower, tuned), (higher, tuned)
+    for method in methods:
+        yield f"{method}: fine-tuned < not", (method, True), (method, False)
+
+
+def _scores(results: Mapping[str, Any]) -> Scores:
+    """The perplexities of every domain, and the averages over the domains of a size."""
+    scores: dict[tuple[str, str, bool], dict[Seeds, float]] = {}
+    rows = [row for row in results["rows"] if row["domain"] != GENERIC]
+    for name, entries in ((lambda row: row["domain"], rows), (_macro_name, results["macro"])):
+        for entry in largest_budget(entries):
+            of_model = scores.setdefault((name(entry), entry["method"], is_tuned(entry)), {})
+            of_model[seeds_of(entry)] = entry["perplexity"]
+    return scores
+
+
+def _macro_name(entry: Mapping[str, Any]) -> str:
+    return "macro" if entry["size"] is None else f"macro {size_name(entry['size'])}"
+
+
+def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:
+    """Nothing, where no seed has both."""
+    differences = [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
+    if not differences:
+        return ""
+    held = sum(difference < 0 for difference in differences)
+    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
+    return f"{held} of {len(differences)}, {statistics.fmean(differences):+.1f}%{spread}"

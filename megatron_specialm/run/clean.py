@@ -1,0 +1,118 @@
+"""What a run folder holds that its page does not want any more, and its removal: on demand only."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, SHOWN_DIGITS, read_label, read_marker, view
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.lock import hold_task
+from megatron_specialm.base.terminal import Table
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.plan import PlannedTask
+
+
+@dataclass(frozen=True)
+class Unwanted:
+    """An artifact that the page does not want.
+
+    bytes: that its removal frees: not those that another run folder shares.
+    age: seconds since it was finished, or begun.
+    device_seconds: what making it cost, with what it went on from; None where it was not finished.
+    """
+
+    task: TaskId
+    folder: Path
+    bytes: int
+    age: float
+    device_seconds: float | None
+
+
+def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Collection[str]) -> list[Unwanted]:
+    """Artifacts of other settings, text or inputs, and of tasks that the page has no more; the largest first.
+
+    Args:
+        live: digests of what queued and running jobs make and read: what those rest on is wanted too.
+    """
+    wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
+    found = [_describe(folder) for folder in _all_artifacts(root) if not _is_of(folder, wanted)]
+    return sorted(found, key=lambda unwanted: -unwanted.bytes)
+
+
+def _all_artifacts(root: Path) -> Iterator[Path]:
+    """The folders of all artifacts in a run folder, finished or not, of whatever settings."""
+    return (path.parent for path in sorted((root / ARTIFACTS).glob(f"*/*/*/{LABEL}")))
+
+
+def _with_inputs(root: Path, digests: Iterable[str]) -> set[str]:
+    folders = {folder.name: folder for folder in _all_artifacts(root)}
+    found: set[str] = set()
+    left = list(digests)
+    while left:
+        if (digest := left.pop()) not in found:
+            found.add(digest)
+            if (folder := folders.get(digest[:SHOWN_DIGITS])) is not None:
+                left += read_label(folder)["made_from"].get("inputs", {}).values()
+    return found
+
+
+def _is_of(folder: Path, digests: Iterable[str]) -> bool:
+    return any(digest.startswith(folder.name) for digest in digests)
+
+
+def _describe(folder: Path) -> Unwanted:
+    with contextlib.suppress(ArtifactError):  # a damaged marker costs the figure
+        marker = read_marker(folder)
+        cost = marker.whole_cost.device_seconds if marker else None
+        when = (folder / (MARKER if marker else LABEL)).stat().st_mtime
+        return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), max(0.0, time.time() - when), cost)
+    return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), 0.0, None)
+
+
+def _bytes(folder: Path) -> int:
+    stats = (path.lstat() for path in folder.rglob("*") if not path.is_dir())
+    return sum(status.st_size for status in stats if status.st_nlink == 1)
+
+
+def unwanted_table(unwanted: Iterable[Unwanted]) -> Table:
+    """A line per artifact."""
+    lines = [
+        [
+            str(one.task), one.folder.name, "finished" if one.device_seconds is not None else "unfinished",
+            f"{one.bytes / 2**20:,.1f}", f"{one.age / 86400:.1f}",
+            "" if one.device_seconds is None else f"{one.device_seconds / 3600:,.3f}",
+        ]
+        for one in unwanted
+    ]  # fmt: skip
+    return Table("", ["task", "digest", "state", "MiB", "days old", "device-hours"], lines, 3)
+
+
+def remove(unwanted: Iterable[Unwanted], root: Path) -> None:
+    """Remove artifacts, each by a rename first, so that a kill leaves none that is half there, and the links to them. The
+    caller is alone at work in the folder.
+
+    Raises:
+        ArtifactError: one is of another task by now.
+    """
+    for one in unwanted:
+        if not read_label(one.folder)["digest"].startswith(one.folder.name):
+            raise ArtifactError(
+                f"{one.folder / LABEL}: is of another digest: the file is damaged; look at the folder yourself"
+            )
+        aside = one.folder.with_name(f".{one.folder.name}.tmp")
+        with hold_task(root, *one.task):  # a job of which this machine cannot ask may be at work
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(one.folder, aside)
+            shutil.rmtree(aside)
+        place = view(root, *one.task)
+        if place.is_symlink() and not place.exists():
+            place.unlink()
+        for folder in (aside.parent, aside.parent.parent, place.parent):
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
+    for aside in (root / ARTIFACTS).glob("*/*/.*.tmp"):  # of a removal or a take-over that was killed
+        shutil.rmtree(aside)

@@ -1,0 +1,148 @@
+"""What a page asks of the machine that it is to run on, before anything runs."""
+
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
+from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.lineage import setup_of, sources, text_set
+from megatron_specialm.estimate.memory import memory_of, smallest_change
+from megatron_specialm.config.schema import Pipeline, TokenizeStage
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.validation import (
+    documents_needed,
+    refuse_too_little,
+    too_little,
+    validating_stages,
+)
+from megatron_specialm.data.documents import HUB, read_documents
+from megatron_specialm.graph.plan import PlannedTask
+
+GIB = 2**30
+USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
+# To plan for another machine: compute capability and GiB of memory, as the driver counts them.
+GPUS = {
+    "B200": ((10, 0), 178), "H200": ((9, 0), 140), "H100": ((9, 0), 79), "A100": ((8, 0), 79), "L40S": ((8, 9), 44),
+}  # fmt: skip
+
+
+def read_first_documents(pipeline: Pipeline) -> None:
+    """Find text that cannot be read, or has no such `text_field`, before hours of work reach it: the first document of each
+    set's training, validation and test files. A hub is not asked.
+
+    Raises:
+        DataError: as reading them all would.
+    """
+    for files in (text_set(pipeline, source) for source in sources(pipeline)):
+        for entries in (files.train, files.validation, files.test):
+            local = [entry for entry in entries if not entry.startswith(HUB)]
+            if local:
+                next(read_documents(local, text_field=files.text_field))
+
+
+def refuse_too_few_documents(pipeline: Pipeline) -> None:
+    """Find sets with too few documents to validate on, by reading no more than it takes. Whether their tokens are enough is
+    known when they are tokenized. A hub is not asked.
+
+    Raises:
+        DataError: naming the set, the floor and what can be done.
+    """
+    for tokens, stage in pipeline.stages.items():
+        for source in sources(pipeline) if isinstance(stage, TokenizeStage) else ():
+            files, needed = text_set(pipeline, source), documents_needed(pipeline, tokens, source)
+            entries = files.validation or files.train
+            if any(entry.startswith(HUB) for entry in entries):
+                continue
+            found = sum(1 for _ in islice(read_documents(entries, text_field=files.text_field), needed))
+            if found < needed:
+                raise too_little(pipeline, tokens, source, f"{found} document{'s' if found != 1 else ''}")
+
+
+def refuse_too_little_held_out(
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, stages: Collection[str]
+) -> None:
+    """Check the sets that were tokenized before, perhaps for a page none of whose stages validated on them.
+
+    Args:
+        stages: those that are to run.
+
+    Raises:
+        DataError: as the tokenize stage would.
+    """
+    for name, planned in plan.items():
+        if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.is_to_do:
+            continue
+        marker = read_marker(artifact_folder(planned.there or root, *name, planned.digest))
+        if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
+            refuse_too_little(pipeline, *name, marker.values)
+
+
+def planned_machine(name: str) -> Accelerator:
+    """A machine of GPUs of that name, with Transformer Engine.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"gpu {name}: not known; known are {', '.join(GPUS)}")
+    capability, gib = GPUS[name]
+    return Accelerator(name, capability, "2.9.0", gpus=8, memory_bytes=gib * GIB)
+
+
+def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str], alone: bool = True) -> None:
+    """Check the train stages that are to run.
+
+    Args:
+        alone: all their processes run on this machine; otherwise a launcher has spread them over nodes.
+
+    Raises:
+        MachineError: naming the stage, what it needs, what is here and what would do.
+    """
+    machine = find_accelerator()
+    for name, reason in lacks(pipeline, machine, alone=alone):
+        if name in stages:
+            raise MachineError(reason)
+    for name in stages if alone and machine.gpus else ():
+        stage = pipeline.stages[name]
+        if isinstance(stage, TrainStage) and stage.parallel.world_size > machine.gpus:
+            raise MachineError(
+                f"stages.{name}.parallel: {stage.parallel.describe()} takes {stage.parallel.world_size} processes, one per "
+                f"GPU, and this machine has {machine.describe()}: lower it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
+
+
+def refuse_what_gpus_lack(pipeline: Pipeline, gpu: str | None, *, stages: Collection[str]) -> None:
+    """Before jobs are queued: that train stages fit the GPUs they are to run on. An unknown GPU (None) is not judged.
+
+    Raises:
+        ConfigError: there is no such GPU in our table.
+        MachineError: naming the stage, what it needs and what would do.
+    """
+    for name, reason in lacks(pipeline, planned_machine(gpu), alone=False) if gpu else ():
+        if name in stages:
+            raise MachineError(reason)
+
+
+def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> Iterator[tuple[str, str]]:
+    """The train stages that a machine cannot run, each with the reason in one line."""
+    for name, stage in pipeline.stages.items():
+        if isinstance(stage, TrainStage):
+            setup = setup_of(pipeline, name)
+            if reason := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
+                yield name, f"stages.{name}: {reason}"
+
+
+def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> str | None:
+    processes = setup.parallel.world_size if alone else 1  # on this machine, at least
+    limit = int(USABLE * machine.memory_bytes) if machine.gpus else host_memory_bytes() // processes
+    needed = memory_of(setup, fused=machine.has_fused_layers).total
+    if needed <= limit:
+        return None
+    whose = f"{machine.name} has" if machine.gpus else f"{processes} processes on this machine have"
+    change = smallest_change(setup, limit, fused=machine.has_fused_layers)
+    return f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each: {change}"
