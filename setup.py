@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# Pages, models, the site profile and the job's template stand in folders at the top, where people read them; a wheel carries
+# Configs, models, the site profile and the job's template stand in folders at the top, where people read them; a wheel carries
 # them inside the package, where `shipped_folder` of config/load.py finds them.
 SHIPPED = {
     "megatron_specialm.shipped.configs": ["models/*.yaml", "pipelines/*.yaml"],

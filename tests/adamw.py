@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from megatron_specialm.base.environment import World
-from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.config.training import Optimizer
-from megatron_specialm.engine.protocol import LossSum, StepStats
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.parity.rank import measure
 
 # Every other weight is one number per row or column, or scales whole matrices.

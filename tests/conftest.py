@@ -31,8 +31,8 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smoke")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     subprocess.run([sys.executable, ROOT / "tools" / "smoke_corpus.py"], cwd=folder, check=True, env=environment)
-    page = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
-    command = [sys.executable, "-m", "megatron_specialm", "run", page]
+    config = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+    command = [sys.executable, "-m", "megatron_specialm", "run", config]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)

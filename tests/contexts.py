@@ -4,8 +4,8 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import view
 from megatron_specialm.base.environment import ALONE, World
-from megatron_specialm.graph.tasks import Task
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.tasks import Task
 from megatron_specialm.stages.context import Context
 
 

@@ -17,11 +17,11 @@ from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.integrity import CHECKED
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.cli import app
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import PlannedTask, make_plan
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.worker import execute
 from tools.disturbed.compare import different_artifact
 
@@ -80,7 +80,7 @@ class Finished:
 
     def __post_init__(self) -> None:
         os.chdir(self.folder)
-        self.pipeline = load_pipeline(Path("page.yaml"))
+        self.pipeline = load_pipeline(Path("config.yaml"))
         self.root = Path(self.pipeline.root)
         self.plan = make_plan(self.pipeline, self.root)
 
@@ -107,7 +107,7 @@ class Finished:
             place.parent.mkdir(parents=True)
             place.symlink_to(self.folder_of(str(other)).resolve())
         planned = self.plan[name]
-        execute(self.pipeline, self.scratch, planned.task, planned.made_from, ALONE, Lifeline())
+        execute(self.pipeline, self.scratch, planned.task, planned.made_from, ALONE, ProcessStatus())
         return different_artifact(self.folder_of(str(name)), artifact_folder(self.scratch, *name, planned.digest))
 
     def _said(self, command: str) -> str:

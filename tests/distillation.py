@@ -13,16 +13,16 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
-from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
+from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import OUTPUT_LAYER
+from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.train import distillation
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.teaching import teach
 
 TEMPERATURE, COUNT, WINDOWS = 2.0, 6, 40
@@ -73,9 +73,9 @@ def prepare(case: ParityCase, folder: Path) -> None:
     )  # fmt: skip
     store, teacher = TokenStore.open(folder / "tokens", "train"), _teacher(case, ParallelConfig())
     for kept in (
-        Kept("exact", size, TEMPERATURE),
-        Kept("top-k", size, TEMPERATURE, COUNT),
-        Kept("sampled", size, TEMPERATURE, COUNT),
+        CacheFormat("exact", size, TEMPERATURE),
+        CacheFormat("top-k", size, TEMPERATURE, COUNT),
+        CacheFormat("sampled", size, TEMPERATURE, COUNT),
     ):
         cache = CacheWriter(folder / kept.kind, kept, context_length=context, teacher="t", store="s")
         teach(teacher, store, cache, batch_size=7)

@@ -1,4 +1,4 @@
-"""A run folder of the smoke page, made by the functions that make real ones; Slurm's commands print what they are told."""
+"""A run folder of the smoke config, made by the functions that make real ones; Slurm's commands print what they are told."""
 
 import json
 import time
@@ -10,10 +10,10 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.files import write_json
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, make_plan
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.records import (
     AttemptBegin,
     AttemptEnd,
@@ -38,7 +38,7 @@ DOMAINS = ("scipy", "sklearn", "torch")
 
 @dataclass
 class Run:
-    """A run folder of the smoke page, and Slurm as far as its commands are asked."""
+    """A run folder of the smoke config, and Slurm as far as its commands are asked."""
 
     pipeline: Pipeline
     root: Path
@@ -92,14 +92,14 @@ class Run:
 
 
 def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Nothing is done and nothing submitted yet; `page.yaml` in the working directory is the page."""
+    """Nothing is done and nothing submitted yet; `config.yaml` in the working directory is the config."""
     monkeypatch.chdir(tmp_path)
     pipeline = load_pipeline(SMOKE)
     for files in (pipeline.text.generic, *pipeline.text.domains.values()):
         for entry in (*files.train, *files.validation, *files.test):
             Path(entry).parent.mkdir(parents=True, exist_ok=True)
             Path(entry).write_text(json.dumps({"text": entry}) + "\n")
-    Path("page.yaml").write_text(f"extends: {SMOKE}\n")
+    Path("config.yaml").write_text(f"extends: {SMOKE}\n")
     programs = tmp_path / "programs"
     programs.mkdir()
     end = f'for id; do sed -i -E "s/^($id[|][0-9]+[|])(RUNNING|PENDING)/\\1CANCELLED/" {programs}/squeue.txt; done'

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import Stopped
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
@@ -21,14 +23,12 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import Batch
 from megatron_specialm.data.validation import all_windows
-from megatron_specialm.run.worker import limit_threads
-from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.checkpoint.checkpoint import Saver
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.run.worker import limit_threads
 from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.losses import Objective, cross_entropy
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.base.control_group import Peers
 from megatron_specialm.train.progress import Progress
 
 VOCABULARY, CONTEXT = 100, 16
@@ -110,10 +110,10 @@ def _rank(folder: Path, world: World, settings: dict) -> None:
     with (folder / f"log-{world.rank}").open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    lifeline = Lifeline()
+    process_status = ProcessStatus()
     try:
-        with lifeline.hearing_signals(), lifeline.at_step_boundaries():
-            run_training(folder, world, stage(**settings), lifeline=lifeline)
+        with process_status.hearing_signals(), process_status.at_step_boundaries():
+            run_training(folder, world, stage(**settings), process_status=process_status)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.exit_code)
@@ -126,7 +126,7 @@ def run_training(
     *,
     windows: int = 64,
     objective: Objective = cross_entropy,
-    lifeline: Lifeline | None = None,
+    process_status: ProcessStatus | None = None,
 ) -> Progress:
     """Train in a process group of its own."""
     shape = settings.model
@@ -164,9 +164,9 @@ def run_training(
                 flops_per_step=1,
                 device_name="cpu",
                 processes=world.world_size,
-                peers=Peers.meet(),
-                saver=Saver(folder, Peers.meet()),
-                lifeline=lifeline or Lifeline(),
+                peers=ControlGroup.meet(),
+                saver=Saver(folder, ControlGroup.meet()),
+                process_status=process_status or ProcessStatus(),
             ),
         )
 

@@ -70,9 +70,9 @@ def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: P
 
 
 def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: Connection) -> None:
-    from megatron_specialm.model.gpt import Gpt
-    from megatron_specialm.engine.megatron.process_groups import process_group
     from megatron_specialm.engine.megatron.engine import MegatronEngine
+    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.model.gpt import Gpt
 
     shape = ModelConfig(
         layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads

@@ -79,7 +79,7 @@ def _text(folder: Path, size: int) -> None:
 
 
 def tokenize(folder: Path, args: argparse.Namespace) -> str:
-    """Reading, encoding and writing the store, in one process."""
+    """TrainingData, encoding and writing the store, in one process."""
     from megatron_specialm.data.documents import read_documents
     from megatron_specialm.data.encoding import Encoder
     from megatron_specialm.data.store import StoreWriter, describe_store

@@ -22,8 +22,8 @@ from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Precision
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.setup import Setup
 
 
 @dataclass(frozen=True)

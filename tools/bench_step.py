@@ -24,9 +24,9 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.model.gpt import Gpt
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
     python tools/chaos.py [--kills 50] [--seed 0] [--steps 60] [--until STAGE] [--folder FOLDER] [--slurm]
 
-A small page with every kind of stage runs undisturbed; then again and again, disturbed at random moments and started anew,
+A small config with every kind of stage runs undisturbed; then again and again, disturbed at random moments and started anew,
 until it ends by itself, and with another folder and the next seed until there were `--kills` disturbances. Each time weights,
 exports, tables and digests are compared, and looked for what is left over, of files and of processes. The first run that
 does not hold is kept, with how to repeat it, and the exit code is 1.
 
-With --slurm the page is submitted as jobs to the Slurm cluster of the tests, which is started on this machine (as root): jobs
+With --slurm the config is submitted as jobs to the Slurm cluster of the tests, which is started on this machine (as root): jobs
 are cancelled and queued again, their processes killed, nodes lost.
 """
 
@@ -73,7 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=50, help="disturbances, all together")
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count on")
     parser.add_argument("--steps", type=int, default=60, help="of each training")
-    parser.add_argument("--until", help="end with this stage; default: the whole page")
+    parser.add_argument("--until", help="end with this stage; default: the whole config")
     parser.add_argument(
         "--slurm", action="store_true", help="as jobs on the Slurm cluster of the tests, started here (root)"
     )

@@ -12,14 +12,14 @@ cd "$(dirname "$0")/.."
 . tools/environment.sh static
 echo "== fetching text"
 python tools/quickstart_corpus.py
-page=configs/pipelines/quickstart.yaml
-echo "== specialm run $page $*"
-specialm run "$page" "$@"
+config=configs/pipelines/quickstart.yaml
+echo "== specialm run $config $*"
+specialm run "$config" "$@"
 overrides=()
 for word in "$@"; do
   case $word in -*) ;; *=*) overrides+=("$word") ;; esac
 done
-echo "== specialm figures $page"
-specialm figures "$page" ${overrides[@]+"${overrides[@]}"}
-echo "== specialm samples $page"
-specialm samples "$page" ${overrides[@]+"${overrides[@]}"}
+echo "== specialm figures $config"
+specialm figures "$config" ${overrides[@]+"${overrides[@]}"}
+echo "== specialm samples $config"
+specialm samples "$config" ${overrides[@]+"${overrides[@]}"}

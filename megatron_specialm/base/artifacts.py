@@ -27,7 +27,7 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import (
     MANIFEST,
-    FileSeal,
+    ManifestEntry,
     atomic_path,
     fsync_path,
     json_text,
@@ -128,7 +128,7 @@ class Marker:
     values: dict[str, Any]
     versions: dict[str, str]
     apart: Cost | None = None
-    files: Mapping[str, FileSeal] = field(default_factory=dict)
+    files: Mapping[str, ManifestEntry] = field(default_factory=dict)
     earlier: Cost | None = None
 
     @property
@@ -276,7 +276,7 @@ def incarnation(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SPECIALM_INCARNATION") or f"{os.getpid()}@{socket.gethostname()}"
 
 
-def refuse_if_taken_over(folder: Path) -> None:
+def check_fence(folder: Path) -> None:
     """Before anything is published in an artifact's folder. A folder without a label is no task's.
 
     Raises:
@@ -298,7 +298,7 @@ def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
     folder = artifact_folder(root, stage, key, marker.digest)
     whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
     content = json.loads(json.dumps(asdict(whole)))  # as it will be read
-    refuse_if_taken_over(folder)
+    check_fence(folder)
     write_json(folder / MARKER, {**content, "sha256": sha256_json(content)})
     show_artifact(root, stage, key, marker.digest)
 

@@ -11,14 +11,14 @@ from megatron_specialm.base.errors import SpecialmError
 T = TypeVar("T")
 
 
-class Peers:
+class ControlGroup:
     """All processes of a training, or this one alone."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
 
     @classmethod
-    def meet(cls) -> "Peers":
+    def meet(cls) -> "ControlGroup":
         """A line of its own between all processes; all call this at once. Each thread that talks needs one."""
         return cls(dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
 
@@ -67,15 +67,15 @@ class Peers:
         return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
 
 
-class Alarm:
+class StopFlag:
     """A flag that anybody may raise and all hear of at the same call: at once where they hear it at the first call, else at
     the call after. So the answer has a step's time to come, and nobody waits for it."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: ControlGroup) -> None:
         self._peers = peers
         self._asked: Callable[[], bool] | None = None
 
-    def is_heard(self, raised: bool) -> bool:
+    def poll(self, raised: bool) -> bool:
         """Whether it was raised; all call this equally often."""
         if self._asked is None:
             self._asked = self._peers.begin_any(raised)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
 
 FILE = "progress.json"
@@ -44,7 +44,7 @@ class Count:
 def counted(
     items: Iterable[Item],
     folder: Path,
-    lifeline: Lifeline,
+    process_status: ProcessStatus,
     *,
     unit: str,
     of: int | None = None,
@@ -57,7 +57,7 @@ def counted(
         of: how many units all items hold, where that is known.
         size: how many units an item holds.
     """
-    activity, watch, told, done = lifeline.activity, Stopwatch(), 0.0, 0
+    activity, watch, told, done = process_status.activity, Stopwatch(), 0.0, 0
     (folder / FILE).unlink(missing_ok=True)  # of an attempt that was killed
     try:
         for item in items:
@@ -68,11 +68,11 @@ def counted(
                 speed = done / now
                 count = Count(done, of, unit, speed, (of - done) / speed if of and speed else None)
                 logger.info("%s: %s", activity, count)
-                lifeline.activity = f"{activity}: {count}"
+                process_status.activity = f"{activity}: {count}"
                 with contextlib.suppress(OSError):  # a full disk stops the work itself soon enough
                     write_json(folder / FILE, asdict(count))
     finally:
-        lifeline.activity = activity
+        process_status.activity = activity
         (folder / FILE).unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ class SpecialmError(ValueError):
 
 
 class ConfigError(SpecialmError):
-    """A pipeline page that does not say something we can run: unknown key, wrong type, cycle, missing stage."""
+    """A pipeline config that does not say something we can run: unknown key, wrong type, cycle, missing stage."""
 
 
 class DataError(SpecialmError):
@@ -26,7 +26,7 @@ class DataError(SpecialmError):
 
 
 class MissingTextError(DataError):
-    """A file of text that a page names is not there."""
+    """A file of text that a config names is not there."""
 
 
 class ArtifactError(SpecialmError):

@@ -215,7 +215,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class FileSeal:
+class ManifestEntry:
     """What the manifest says of a file."""
 
     bytes: int
@@ -226,16 +226,16 @@ class FileSeal:
 class Manifest:
     """The content of a manifest: the files of its folder by their names, which are paths from there."""
 
-    files: dict[str, FileSeal]
+    files: dict[str, ManifestEntry]
 
 
-def seal_file(path: Path) -> FileSeal:
+def seal_file(path: Path) -> ManifestEntry:
     """Flush a file to the disk and take its size and SHA-256."""
     fsync_path(path)
-    return FileSeal(path.stat().st_size, sha256_file(path))
+    return ManifestEntry(path.stat().st_size, sha256_file(path))
 
 
-def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, FileSeal] | None = None) -> None:
+def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, ManifestEntry] | None = None) -> None:
     """Seal a folder and give it its final name: every file hashed and fsynced, the manifest last, then one rename.
 
     Args:
@@ -266,7 +266,7 @@ def link_folder(folder: Path, aside: Path) -> None:
             fsync_path(copy)
 
 
-def listed_files(folder: Path) -> dict[str, FileSeal]:
+def listed_files(folder: Path) -> dict[str, ManifestEntry]:
     """The files of a published folder by their names: those, and no others, are to be read.
 
     Raises:

@@ -24,8 +24,8 @@ from typing import Any
 
 from megatron_specialm.base.environment import World, node_name
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.printing import printable
+from megatron_specialm.base.process_status import ProcessStatus
 
 INTERVAL_SECONDS = 5.0
 FRAMES = 8
@@ -70,13 +70,15 @@ class Channel:
 
 
 @contextlib.contextmanager
-def heartbeat(lifeline: Lifeline, world: World, *, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def heartbeat(
+    process_status: ProcessStatus, world: World, *, environ: Mapping[str, str] = os.environ
+) -> Iterator[None]:
     """Send heartbeats of this process within. A request to stop comes to the main thread as SIGTERM."""
     channel = Channel.of(environ)
     if channel is None:
         yield
         return
-    sender = _Sender(channel, lifeline, world)
+    sender = _Sender(channel, process_status, world)
     sender.start()
     try:
         yield
@@ -88,10 +90,10 @@ def heartbeat(lifeline: Lifeline, world: World, *, environ: Mapping[str, str] = 
 class _Sender(threading.Thread):
     """Whatever the network does, this only tries again."""
 
-    def __init__(self, channel: Channel, lifeline: Lifeline, world: World) -> None:
+    def __init__(self, channel: Channel, process_status: ProcessStatus, world: World) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.ended = threading.Event()
-        self._channel, self._lifeline, self._world = channel, lifeline, world
+        self._channel, self._lifeline, self._world = channel, process_status, world
         self._main_thread = threading.get_ident()
         self._told = False
 
@@ -114,12 +116,12 @@ class _Sender(threading.Thread):
                     signal.pthread_kill(self._main_thread, signal.SIGTERM)  # wakes it even from a sleep
 
     def _datagram(self) -> bytes:
-        lifeline = self._lifeline
+        process_status = self._lifeline
         return json.dumps(
             {
                 "token": self._channel.token, "rank": self._world.rank, "node": printable(node_name())[:NAME_CHARACTERS],
-                "progress": lifeline.progress, "step": lifeline.step,
-                "activity": printable(lifeline.activity)[:NAME_CHARACTERS], "stack": _stack(self._main_thread),
+                "progress": process_status.progress, "step": process_status.step,
+                "activity": printable(process_status.activity)[:NAME_CHARACTERS], "stack": _stack(self._main_thread),
             }
         ).encode()  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePath
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.files import MANIFEST, REMAKE, FileSeal, listed_files, seal_file
+from megatron_specialm.base.files import MANIFEST, REMAKE, ManifestEntry, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
 # What a training notes as it goes, for people and for its own resumption: an attempt that was cut off, and is fenced, may go
@@ -19,7 +19,7 @@ CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
 LEFT_OVER = re.compile(r"\..*\.tmp")  # of killed writers
 
 
-def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, FileSeal]:
+def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, ManifestEntry]:
     """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. Files that a published folder's
     manifest lists are not read again.
 
@@ -29,7 +29,7 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, File
     Raises:
         ArtifactError: a manifest lists a file that is not there, or is of another size.
     """
-    names, seals = present_files(folder, without=without), dict[str, FileSeal]()
+    names, seals = present_files(folder, without=without), dict[str, ManifestEntry]()
     for manifest in (folder / name for name in names if PurePath(name).name == MANIFEST):
         listed = listed_files(manifest.parent)
         if damage := find_damage(manifest.parent, listed):
@@ -55,7 +55,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
+def find_damage(folder: Path, files: Mapping[str, ManifestEntry]) -> str | None:
     """What is wrong with the first file that is missing or has another size; None where all are there."""
     for name, seal in files.items():
         path = folder / name
@@ -69,7 +69,7 @@ def find_damage(folder: Path, files: Mapping[str, FileSeal]) -> str | None:
 
 
 def check_files(
-    folder: Path, files: Mapping[str, FileSeal], *, again: bool = False, original: Path | None = None
+    folder: Path, files: Mapping[str, ManifestEntry], *, again: bool = False, original: Path | None = None
 ) -> None:
     """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
 

@@ -5,7 +5,7 @@
     <root>/.locks/.placing        who puts whole artifacts in their places, from earlier versions or other run folders
 
 Jobs that a supervisor attends share their locks with each other: an attempt at a job must not wait for ranks of the one before,
-on a node that may only be cut off, which `refuse_if_taken_over` of `base/artifacts.py` keeps from publishing. Only one at a
+on a node that may only be cut off, which `check_fence` of `base/artifacts.py` keeps from publishing. Only one at a
 time places whole artifacts, job or not: the next one then finds them there. The ranks of `specialm submit` hold their tasks
 alone, not the folder. So jobs work beside each other, and no `run` beside a job at its task.
 

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_specialm.base.environment import World, node_name
 from megatron_specialm.base.errors import SpecialmError, Stopped
 from megatron_specialm.base.files import write_json
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ class Failure:
 
 
 @contextlib.contextmanager
-def recorded_outcome(world: World, lifeline: Lifeline, *, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def recorded_outcome(
+    world: World, process_status: ProcessStatus, *, environ: Mapping[str, str] = os.environ
+) -> Iterator[None]:
     """Leave how what is within ends. Errors pass through."""
     if "SPECIALM_ATTEMPT" not in environ:
         yield
@@ -53,10 +55,10 @@ def recorded_outcome(world: World, lifeline: Lifeline, *, environ: Mapping[str, 
         yield
     except Stopped:
         if world.is_first:
-            _leave(folder / "stopped.json", asdict(Saved(lifeline.step)))
+            _leave(folder / "stopped.json", asdict(Saved(process_status.step)))
         raise
     except (Exception, KeyboardInterrupt) as error:
-        _leave(folder / f"error-{world.rank}.json", asdict(_failure(error, step=lifeline.step)))
+        _leave(folder / f"error-{world.rank}.json", asdict(_failure(error, step=process_status.step)))
         raise
     if world.is_first:
         _leave(folder / "finished.json", {"time": time.time()})

@@ -25,7 +25,7 @@ def hearing(handler: Callable[[int, FrameType | None], None], *numbers: signal.S
             signal.signal(number, handler_before)
 
 
-class Lifeline:
+class ProcessStatus:
     """What a process tells its watchers, and what it does when it is asked to stop: end at once with `Stopped`, or inside
     `at_step_boundaries` finish the step first.
 

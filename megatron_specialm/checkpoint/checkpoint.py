@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from megatron_specialm.base.artifacts import MARKER, refuse_if_taken_over
+from megatron_specialm.base.artifacts import MARKER, check_fence
+from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import (
     MANIFEST,
-    FileSeal,
+    ManifestEntry,
     fsync_path,
     link_folder,
     listed_files,
@@ -41,7 +42,6 @@ from megatron_specialm.base.files import (
     write_json,
 )
 from megatron_specialm.base.tensors import TensorFiles, save_tensors
-from megatron_specialm.base.control_group import Peers
 
 STATE, RESULT = "state.json", "result.json"
 REMEDY = "remove the step's folder and run the same command again, which goes on from the step before"
@@ -93,7 +93,7 @@ def save_checkpoint(
     weights: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
-    peers: Peers = Peers(),  # noqa: B008 (this process alone)
+    peers: ControlGroup = ControlGroup(),  # noqa: B008 (this process alone)
 ) -> Path:
     """Write a step aside and publish it. All processes call this, each with the tensors that it is to write; it returns
     when the step is durable.
@@ -104,7 +104,7 @@ def save_checkpoint(
     """
     final = step_folder(folder, step)
 
-    def write() -> dict[str, FileSeal]:
+    def write() -> dict[str, ManifestEntry]:
         parts = {"model": weights, "optimizer": optimizer_state}
         seals = {}
         for path, tensors in ((aside / f"{part}-{peers.rank:05d}.safetensors", parts[part]) for part in parts):
@@ -114,7 +114,7 @@ def save_checkpoint(
         return seals
 
     def publish() -> None:
-        refuse_if_taken_over(folder)
+        check_fence(folder)
         write_json(aside / STATE, state)
         publish_folder(aside, final, sealed={name: seal for own in sealed for name, seal in own.items()})
 
@@ -131,7 +131,7 @@ def _make_aside(final: Path) -> Path:
         ArtifactError: another incarnation of this training has taken over.
     """
     folder = final.parent
-    refuse_if_taken_over(folder)
+    check_fence(folder)
     for abandoned in folder.glob(".step_*.tmp"):
         shutil.rmtree(abandoned, ignore_errors=True)
     aside = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"  # no other incarnation writes into it
@@ -172,7 +172,7 @@ def adopt_steps(source: Path, folder: Path, steps: Sequence[int]) -> None:
         final = step_folder(folder, step)
         aside = _make_aside(final)
         link_folder(step_folder(source, step), aside)
-        refuse_if_taken_over(folder)
+        check_fence(folder)
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)
@@ -207,7 +207,7 @@ class Saver:
     it. Hence the daemon threads.
     """
 
-    def __init__(self, folder: Path, peers: Peers) -> None:
+    def __init__(self, folder: Path, peers: ControlGroup) -> None:
         self._folder, self._peers = folder, peers
         self._pending: Future[None] | None = None
 
@@ -327,7 +327,7 @@ def declare_final(folder: Path, *, step: int) -> None:
         ArtifactError: the step is damaged or gone, or another incarnation of this training has taken over.
     """
     verify_folder(step_folder(folder, step))
-    refuse_if_taken_over(folder)
+    check_fence(folder)
     write_json(folder / RESULT, asdict(_Result(step, step_folder(folder, step).name)))
 
 

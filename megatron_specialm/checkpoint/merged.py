@@ -10,11 +10,11 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.shapes import Size
+from megatron_specialm.checkpoint.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
-from megatron_specialm.checkpoint.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Description:
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class MergedModel:
     """An ordinary model: its shape, its canonical weights, and what its checkpoint says of it."""
 
     shape: ModelConfig
@@ -63,7 +63,7 @@ class TrainedModel:
     weights: Mapping[str, torch.Tensor]
     state: dict[str, Any]
 
-    def served(self, mixture_K: torch.Tensor | None = None) -> ServedModel:
+    def served(self, mixture_K: torch.Tensor | None = None) -> MergedModel:
         """The ordinary model.
 
         Args:
@@ -84,7 +84,7 @@ class TrainedModel:
             weights = merge_lora(weights, shape)
         # Where its training stood is not the model's: who trains it on begins anew.
         state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
-        return ServedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
+        return MergedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
 
 
 def read_trained(step: Path) -> TrainedModel:
@@ -97,7 +97,7 @@ def read_trained(step: Path) -> TrainedModel:
     return TrainedModel(step, described.model, checkpoint.weights, checkpoint.state)
 
 
-def read_served(step: Path) -> ServedModel:
+def read_merged(step: Path) -> MergedModel:
     """The ordinary model of a `step_N` folder.
 
     Raises:
@@ -118,7 +118,7 @@ def one_hot(expert: int, *, experts: int) -> torch.Tensor:
     return torch.eye(experts)[expert]
 
 
-def write_served(model: ServedModel, folder: Path) -> Path:
+def write_merged(model: MergedModel, folder: Path) -> Path:
     """Write an ordinary model as the outcome of a training that ended at step 0; returns the step's folder."""
     step = save_checkpoint(
         folder,
@@ -151,4 +151,4 @@ def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
         )
     if output.exists():
         raise CheckpointError(f"{output}: is there already: name a folder to make")
-    return write_served(network.served(one_hot(expert, experts=network.shape.projection.experts)), output)
+    return write_merged(network.served(one_hot(expert, experts=network.shape.projection.experts)), output)

@@ -14,7 +14,7 @@ from megatron_specialm.cli.app import app
 
 # Each adds its commands, in the order in which --help lists them.
 # isort: off
-from megatron_specialm.cli import pages, jobs, results, folders, machines  # noqa: F401
+from megatron_specialm.cli import pipelines, jobs, results, folders, machines  # noqa: F401
 # isort: on
 
 WORK = (["run"], ["work"], ["supervise"])  # commands that print news of what they do; of the others it is all they do

@@ -8,33 +8,33 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megatron_specialm.graph.tasks import TaskId
     from megatron_specialm.config.schema import Pipeline
     from megatron_specialm.graph.redo import Redo
+    from megatron_specialm.graph.tasks import TaskId
 
 app = typer.Typer(
-    help="Small specialized language models from one page of YAML.",
+    help="Small specialized language models from one config of YAML.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Page = Annotated[Path, typer.Argument(help="A pipeline's YAML page.", show_default=False)]
+Config = Annotated[Path, typer.Argument(help="A pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values of the page to replace: dotted.key=value.", show_default=False)
+    list[str] | None, typer.Argument(help="Values of the config to replace: dotted.key=value.", show_default=False)
 ]
 
 Yes = Annotated[bool, typer.Option("--yes", help="Make finished work anew without asking, whatever it costs.")]
 
 
-def load(page: Path, overrides: list[str] | None) -> "Pipeline":
-    """The resolved page."""
+def load(config: Path, overrides: list[str] | None) -> "Pipeline":
+    """The resolved config."""
     from megatron_specialm.config.load import load_pipeline
 
-    return load_pipeline(page, overrides or ())
+    return load_pipeline(config, overrides or ())
 
 
 def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:
-    """Before finished work is made anew for more than the page lets a run spend unasked: ask on a terminal, else want `--yes`.
+    """Ask before finished work is made anew at more cost than `ask_above_device_hours`: on a terminal; elsewhere want `--yes`.
 
     Args:
         may_ask: False where a launcher has started several of this process, which share a terminal.

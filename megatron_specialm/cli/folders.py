@@ -8,13 +8,13 @@ import typer
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.cli.app import Config, Overrides, app, load
 
 
 @app.command()
 def verify(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders: the `root` of a page.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders: the `root` of a config.", show_default=False)
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte; otherwise sizes.")] = False,
 ) -> None:
@@ -47,21 +47,21 @@ def verify(
 
 @app.command()
 def clean(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them.")] = False,
 ) -> None:
-    """List what a page's run folder holds of other settings, with size, age and cost. Removes nothing without --yes."""
+    """List what a config's run folder holds of other settings, with size, age and cost. Removes nothing without --yes."""
     import shutil
 
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.run.clean import find_unwanted, remove, unwanted_table
     from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder
+    from megatron_specialm.run.clean import find_unwanted, remove, unwanted_table
     from megatron_specialm.slurm import records
     from megatron_specialm.slurm.missing import used_by_jobs
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     root = Path(pipeline.root)
     if not root.is_dir():
         say(f"{root}: there is no run folder yet")
@@ -80,7 +80,7 @@ def clean(
         if unwanted:
             console().print(unwanted_table(unwanted))
         if not yes:
-            say(f"{root}: {total} that this page does not want" + ("; --yes removes them" if unwanted else ""))
+            say(f"{root}: {total} that this config does not want" + ("; --yes removes them" if unwanted else ""))
             return
         remove(unwanted, root)
         say(f"{root}: {total} removed")

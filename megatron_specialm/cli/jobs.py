@@ -1,4 +1,4 @@
-"""Commands for a page as Slurm jobs, and those that jobs themselves run."""
+"""Commands for a config as Slurm jobs, and those that jobs themselves run."""
 
 import contextlib
 from pathlib import Path
@@ -8,12 +8,12 @@ import typer
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.printing import log_to_stderr, say
-from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
+from megatron_specialm.cli.app import Config, Overrides, Yes, agree, app, load
 
 
 @app.command()
 def submit(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     site: Annotated[
         Path | None,
@@ -33,12 +33,12 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Queue what a page's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
+    """Queue what a config's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
     from megatron_specialm.base.lock import hold_folder
     from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
     from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
-    from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.graph.redo import find_redo, redo_lines
+    from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of
@@ -46,7 +46,7 @@ def submit(
     from megatron_specialm.slurm.state import submitted_jobs
 
     path = find_profile(site)
-    pipeline, profile = load(page, overrides), load_site(path)
+    pipeline, profile = load(config, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
         say(f"warning: {path}: {warning}", error=True)
     refuse_other_folders(pipeline)
@@ -92,16 +92,16 @@ def submit(
 
 @app.command()
 def status(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
     every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
 ) -> None:
-    """Say how far a page's jobs are, what they cost so far, and why some have failed."""
+    """Say how far a config's jobs are, what they cost so far, and why some have failed."""
     from megatron_specialm.slurm.watch import show_status, watch_status
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     if watch:
         watch_status(pipeline, as_json=as_json, seconds=every)
     else:
@@ -110,16 +110,16 @@ def status(
 
 @app.command()
 def cancel(
-    page: Page,
+    config: Config,
     words: Annotated[
         list[str] | None, typer.Argument(help="[STAGE], of this one alone; and overrides.", show_default=False)
     ] = None,
 ) -> None:
-    """Cancel a page's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    """Cancel a config's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
     from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
 
     (stage, *_), overrides = _names_and_overrides(words, most=1)
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     if stage is not None and stage not in pipeline.stages:
         raise ConfigError(f"no stage {stage!r}; there are {', '.join(pipeline.stages)}")
     cancelled = cancel_jobs_of(Path(pipeline.root), stage)
@@ -131,7 +131,7 @@ def cancel(
 
 @app.command()
 def logs(
-    page: Page,
+    config: Config,
     words: Annotated[
         list[str], typer.Argument(help="STAGE [KEY], one task of it, as c3; and overrides.", show_default=False)
     ],
@@ -144,8 +144,8 @@ def logs(
 
     (stage, key), overrides = _names_and_overrides(words, most=2)
     if stage is None:
-        raise ConfigError("logs: of which stage? specialm logs PAGE STAGE [KEY] [OVERRIDES]")
-    pipeline = load(page, overrides)
+        raise ConfigError("logs: of which stage? specialm logs CONFIG STAGE [KEY] [OVERRIDES]")
+    pipeline = load(config, overrides)
     *others, newest = newest_logs(pipeline, stage, key)
     for path in others:
         say(path)
@@ -204,8 +204,8 @@ def work(
 
 
 def _names_and_overrides(words: list[str] | None, *, most: int) -> tuple[list[str | None], list[str]]:
-    """At most so many names, None for those that are not given, and overrides of the page: those have a `=`."""
+    """At most so many names, None for those that are not given, and overrides of the config: those have a `=`."""
     names = [word for word in words or () if "=" not in word]
     if len(names) > most:
-        raise ConfigError(f"{' '.join(names[most:])}: too many names: at most {most} may stand behind the page")
+        raise ConfigError(f"{' '.join(names[most:])}: too many names: at most {most} may stand behind the config")
     return [*names, *[None] * (most - len(names))], [word for word in words or () if "=" in word]

@@ -9,36 +9,36 @@ import typer
 
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.printing import say
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.cli.app import Config, Overrides, app, load
 
 
 @app.command()
 def parity(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
-    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
-    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
-    context_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
-    data_parallel: Annotated[int | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
-    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    context_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
     distributed_optimizer: Annotated[
-        bool | None, typer.Option(help="Instead of the page's.", show_default=False)
+        bool | None, typer.Option(help="Instead of the config's.", show_default=False)
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Instead of the page's.", show_default=False)] = None,
+    precision: Annotated[str | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
 
-    Without --stage, for every setup of the page that can be in the layout; the others are listed with the reason. Writes a
+    Without --stage, for every setup of the config that can be in the layout; the others are listed with the reason. Writes a
     certificate per train stage into the run folder; training copies it into its checkpoints.
     """
     from megatron_specialm.base.files import write_json
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.tasks import build_graph
     from megatron_specialm.graph.lineage import distinct_setups, setup_of
-    from megatron_specialm.parity.case import parity_case
+    from megatron_specialm.graph.tasks import build_graph
     from megatron_specialm.parity import compare as run
+    from megatron_specialm.parity.case import parity_case
     from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 
     changes = {
@@ -48,13 +48,13 @@ def parity(
         "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
     }  # fmt: skip
     given = {field: value for field, value in changes.items() if value is not None}
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     build_graph(pipeline)
     outcomes: list[bool] = []
     refusals: list[str] = []
     for name in distinct_setups(pipeline, stage):
         try:
-            pipeline = load(page, [*(overrides or []), *(f"stages.{name}.{field}={given[field]}" for field in given)])
+            pipeline = load(config, [*(overrides or []), *(f"stages.{name}.{field}={given[field]}" for field in given)])
             build_graph(pipeline)  # the layout must be one that the model itself can take
             refuse_what_the_machine_lacks(pipeline, stages=[name])
         except (ConfigError, MachineError) as error:
@@ -74,24 +74,24 @@ def parity(
     for refusal in refusals:
         say(refusal)
     if not outcomes:
-        raise ConfigError(f"{page}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
+        raise ConfigError(f"{config}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
     if not all(outcomes):
         raise typer.Exit(1)
 
 
 @app.command()
 def tune_precision(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
 ) -> None:
-    """Time each linear of a page's models in bf16 and FP8 on this GPU, and say what to set."""
+    """Time each linear of a config's models in bf16 and FP8 on this GPU, and say what to set."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.lineage import distinct_setups
     from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 
-    for name in distinct_setups(load(page, overrides), stage):
-        pipeline = load(page, [*(overrides or []), f"stages.{name}.precision=fp8"])
+    for name in distinct_setups(load(config, overrides), stage):
+        pipeline = load(config, [*(overrides or []), f"stages.{name}.precision=fp8"])
         refuse_what_the_machine_lacks(pipeline, stages=[name])
 
         from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
@@ -109,13 +109,13 @@ def doctor(
     """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
-    from megatron_specialm.doctor.report import as_json, examine, page
+    from megatron_specialm.doctor.report import as_json, config, examine
 
     with console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
         findings = examine(quick=quick)
     if json:
         say(as_json(findings))
     else:
-        console().print(page(findings))
+        console().print(config(findings))
     if not can_train(findings):
         raise typer.Exit(1)

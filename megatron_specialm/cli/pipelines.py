@@ -1,4 +1,4 @@
-"""Commands that check, plan and run a page on this machine."""
+"""Commands that check, plan and run a config on this machine."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,12 @@ import typer
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.printing import say
-from megatron_specialm.cli.app import Overrides, Page, Yes, agree, app, load
+from megatron_specialm.cli.app import Config, Overrides, Yes, agree, app, load
 
 if TYPE_CHECKING:
-    from megatron_specialm.graph.tasks import TaskId
     from megatron_specialm.config.schema import Pipeline
     from megatron_specialm.graph.plan import PlannedTask
+    from megatron_specialm.graph.tasks import TaskId
 
 
 def _print_capabilities(asked: bool) -> None:
@@ -27,7 +27,7 @@ def _print_capabilities(asked: bool) -> None:
 
 @app.command()
 def check(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     _capabilities: Annotated[
         bool,
@@ -42,24 +42,24 @@ def check(
         str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
     ] = None,
 ) -> None:
-    """Find every mistake in a page before anything runs, and say what it would train."""
+    """Find every mistake in a config before anything runs, and say what it would train."""
     from megatron_specialm.base.accelerator import find_accelerator
     from megatron_specialm.base.artifacts import ARTIFACTS
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.tasks import build_graph
     from megatron_specialm.graph.file_hashes import look_up, naming_what_makes
     from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.graph.redo import find_redo, redo_lines
+    from megatron_specialm.graph.tasks import build_graph
+    from megatron_specialm.report.summary import memory_table, training_table
     from megatron_specialm.run.preflight import (
         lacks,
         planned_machine,
         read_first_documents,
         refuse_too_few_documents,
     )
-    from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.run.reuse import refuse_other_folders
-    from megatron_specialm.report.summary import memory_table, training_table
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     root = Path(pipeline.root)
     graph = build_graph(pipeline)
     refuse_other_folders(pipeline)
@@ -78,23 +78,23 @@ def check(
         say(f"warning: `run` would refuse on this machine: {reason}")
     for line in redo_lines(find_redo(pipeline, planned, root)):
         say(line)
-    say(f"{page}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+    say(f"{config}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
 
 
 @app.command()
 def plan(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="A line per task, not per stage.")] = False,
 ) -> None:
-    """Say how far each stage of a page is, what that has cost, and what is stale: why, and what making it anew costs."""
+    """Say how far each stage of a config is, what that has cost, and what is stale: why, and what making it anew costs."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.plan import make_plan
-    from megatron_specialm.report.plan_table import stage_table, task_table
     from megatron_specialm.graph.redo import find_redo
+    from megatron_specialm.report.plan_table import stage_table, task_table
     from megatron_specialm.run.reuse import refuse_other_folders
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     refuse_other_folders(pipeline)
     root = Path(pipeline.root)
     planned = make_plan(pipeline, root)
@@ -104,7 +104,7 @@ def plan(
 
 @app.command()
 def run(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
     until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
@@ -117,33 +117,33 @@ def run(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Do what a page's run folder still lacks, then print the table. Run again after any interruption."""
+    """Do what a config's run folder still lacks, then print the table. Run again after any interruption."""
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.run.inline import attended, follow, join_ranks, lead, run_inline
-    from megatron_specialm.run.local import run_local
     from megatron_specialm.graph.plan import refuse_foreign_folder, write_resolved
+    from megatron_specialm.graph.redo import redo_lines
+    from megatron_specialm.run.inline import follow, join_ranks, lead, rank_lifecycle, run_inline
+    from megatron_specialm.run.local import run_local
     from megatron_specialm.run.prepare import prepare
     from megatron_specialm.run.progress import Progress
-    from megatron_specialm.graph.redo import redo_lines
     from megatron_specialm.run.reuse import refuse_other_folders, told
     from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
 
     world = discover_world()
     alone = world.launcher == "none"
-    with attended(world) as lifeline:
-        pipeline = load(page, overrides)
+    with rank_lifecycle(world) as process_status:
+        pipeline = load(config, overrides)
         root = Path(pipeline.root)
         refuse_other_folders(pipeline)
         if not world.is_first:
-            run_inline(*follow(pipeline, root, world, lifeline), root, world, lifeline)
+            run_inline(*follow(pipeline, root, world, process_status), root, world, process_status)
             return
         refuse_foreign_folder(pipeline, root)
         # What is written to the folder, and looked up in it, is the holder's.
         with hold_folder(root, wait_seconds=HANDOVER_SECONDS, shared=in_job()) as held:
             if not alone:
-                join_ranks(pipeline, world, lifeline)
+                join_ranks(pipeline, world, process_status)
             adopt_unattended(root)
             ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
             if alone:
@@ -159,7 +159,7 @@ def run(
                     run_local(ready.pipeline, ready.chosen, root, held=held, jobs=jobs, progress=progress)
             else:
                 lead(ready.chosen, world)
-                run_inline(ready.pipeline, ready.chosen, root, world, lifeline)
+                run_inline(ready.pipeline, ready.chosen, root, world, process_status)
             _show_results(ready.pipeline, ready.chosen, root)
 
 

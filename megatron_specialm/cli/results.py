@@ -1,4 +1,4 @@
-"""Commands about what a page has made."""
+"""Commands about what a config has made."""
 
 import os
 from collections.abc import Mapping
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_specialm.base.printing import say
-from megatron_specialm.cli.app import Overrides, Page, app, load
+from megatron_specialm.cli.app import Config, Overrides, app, load
 
 if TYPE_CHECKING:
-    from megatron_specialm.graph.tasks import TaskId
     from megatron_specialm.graph.plan import PlannedTask
+    from megatron_specialm.graph.tasks import TaskId
 
 Runs = Annotated[
     list[Path] | None,
-    typer.Option(help="The run folder of the same page at another seed; may be repeated.", show_default=False),
+    typer.Option(help="The run folder of the same config at another seed; may be repeated.", show_default=False),
 ]
 
 
 @app.command()
 def results(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
     runs: Runs = None,
@@ -30,16 +30,16 @@ def results(
         bool, typer.Option("--orders", help="Instead: which of the paper's orders of methods hold, on how many seeds.")
     ] = False,
 ) -> None:
-    """Print the table of a page's run folder again; of several seeds, means and standard deviations."""
+    """Print the table of a config's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
+    from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.report.capped import capped_warnings
     from megatron_specialm.report.orders import orders_table
-    from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.report.results import write_results
     from megatron_specialm.report.seeds import merge_seeds, read_runs
     from megatron_specialm.report.tables import rates_table, results_in_two, results_table
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     root = Path(pipeline.root)
     plan = make_plan(pipeline, root)
     _warn_of_damage(plan, root)
@@ -48,7 +48,7 @@ def results(
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
     merged = merge_seeds(outcome) if runs else outcome
     if not outcome["rows"]:
-        _nothing_evaluated(pipeline.root, page)
+        _nothing_evaluated(pipeline.root, config)
     elif markdown:
         say((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
@@ -61,7 +61,7 @@ def results(
 
 @app.command()
 def figures(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     runs: Runs = None,
     output: Annotated[
@@ -69,13 +69,13 @@ def figures(
         typer.Option(help="Where `figures/` is made; default: the run folder.", show_default=False),
     ] = None,
 ) -> None:
-    """Draw a page's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
-    from megatron_specialm.report.figures import draw
+    """Draw a config's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
     from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.report.figures import draw
     from megatron_specialm.report.results import write_results
     from megatron_specialm.report.seeds import merge_runs
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     root = Path(pipeline.root)
     plan = make_plan(pipeline, root)
     _warn_of_damage(plan, root)
@@ -83,7 +83,7 @@ def figures(
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
     if not outcome["rows"]:
-        _nothing_evaluated(pipeline.root, page)
+        _nothing_evaluated(pipeline.root, config)
     place = output or root
     if output is None and not os.access(root, os.W_OK):
         place = Path()
@@ -100,8 +100,8 @@ def _warn_of_damage(plan: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
         say(f"warning: {damage}: it is left out", error=True)
 
 
-def _nothing_evaluated(root: str, page: Path) -> None:
-    say(f"{root}: nothing has been evaluated yet: `specialm run {page}` does that")
+def _nothing_evaluated(root: str, config: Path) -> None:
+    say(f"{root}: nothing has been evaluated yet: `specialm run {config}` does that")
 
 
 @app.command()
@@ -131,20 +131,20 @@ def generate(
 
 @app.command()
 def samples(
-    page: Page,
+    config: Config,
     overrides: Overrides = None,
     tokens: Annotated[int, typer.Option(help="To write, at most.", min=1)] = 40,
     seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
 ) -> None:
     """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
     from megatron_specialm.base.artifacts import artifact_folder, read_marker
-    from megatron_specialm.graph.tasks import TaskId
-    from megatron_specialm.graph.lineage import finetuned_models, tokenize_stage, train_stage
     from megatron_specialm.config.text import GENERIC
+    from megatron_specialm.graph.lineage import finetuned_models, tokenize_stage, train_stage
     from megatron_specialm.graph.plan import make_plan
+    from megatron_specialm.graph.tasks import TaskId
     from megatron_specialm.run.worker import ignore_expected_warnings
 
-    pipeline = load(page, overrides)
+    pipeline = load(config, overrides)
     root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
     plan = make_plan(pipeline, root, keep_hashes=False)
     folders = {name: artifact_folder(root, *name, planned.digest) for name, planned in plan.items()}
@@ -154,7 +154,7 @@ def samples(
         if read_marker(folders[TaskId(stage, domain)]) is not None
     }
     if not models:
-        say(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {page}` does that")
+        say(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {config}` does that")
         return
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import held_out_words, open_model  # imports Megatron-Core

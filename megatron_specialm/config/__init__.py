@@ -1,1 +1,1 @@
-"""What a pipeline is: the schema of its YAML page, how it is loaded, and the graph of tasks derived from it."""
+"""What a pipeline is: the schema of its YAML file, how it is loaded, and the graph of tasks derived from it."""

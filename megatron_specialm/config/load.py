@@ -1,6 +1,6 @@
-"""From a YAML page to a validated `Pipeline`.
+"""From a YAML file to a validated `Pipeline`.
 
-In this order: `extends` (the page is laid over another one), dotted overrides from the command line, `defaults` by stage
+In this order: `extends` (the config is laid over another one), dotted overrides from the command line, `defaults` by stage
 kind, model presets by name, validation. What comes out is resolved: writing it down and loading it again gives the same.
 """
 
@@ -21,7 +21,7 @@ from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
 from megatron_specialm.config.yaml_file import MOST_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
 
 PACKAGE = Path(megatron_specialm.__file__).parent
-MOST_PAGES = 20  # that extend each other
+MOST_CONFIGS = 20  # that extend each other
 
 
 def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
@@ -40,12 +40,12 @@ def shipped_folder(name: str) -> Path:
 
 
 def configs_folder() -> Path:
-    """The shipped pages and models."""
+    """The shipped configs and models."""
     return shipped_folder("configs")
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Load, resolve and validate a pipeline page.
+    """Load, resolve and validate a pipeline config.
 
     Args:
         path: the YAML file.
@@ -54,63 +54,65 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     Raises:
         ConfigError: naming the file, the dotted key, the value and the fix.
     """
-    page = read_page(path)
+    config = read_config(path)
     for override in overrides:
-        _apply_override(page, override)
-    return resolve_page(page, path)
+        _apply_override(config, override)
+    return resolve_config(config, path)
 
 
-def resolve_page(page: dict[str, Any], path: Path) -> Pipeline:
-    """Resolve and validate what a page's file and overrides have given; see `load_pipeline`."""
-    defaults = page.pop("defaults", None) or {}
+def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
+    """Resolve and validate what a config's file and overrides have given; see `load_pipeline`."""
+    defaults = config.pop("defaults", None) or {}
     if not isinstance(defaults, dict):
         raise ConfigError(
             f"{path}: defaults: must map stage kinds to settings, as in {{train: {{...}}}} (got {defaults!r})"
         )
-    stages = page.get("stages")
+    stages = config.get("stages")
     if isinstance(stages, dict):
         _check_defaults(f"{path}: defaults", defaults)
-        page["stages"] = {
+        config["stages"] = {
             name: _resolve_stage(path, name, stage, defaults, others=stages.keys() - {name})
             for name, stage in stages.items()
         }
     try:
-        return Pipeline.model_validate(page)
+        return Pipeline.model_validate(config)
     except ValidationError as error:
         lines = explain(error, key_of=_key_of, valid_keys=_valid_keys)
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
-    """The resolved page as YAML: what a run folder keeps, and what jobs run from."""
+    """The resolved config as YAML: what a run folder keeps, and what jobs run from."""
     return dump_yaml(pipeline.model_dump(mode="json"))
 
 
-def read_page(path: Path, seen: tuple[Path, ...] = (), room: Room | None = None) -> dict[str, Any]:
-    """Read a page and lay it over the page it extends (a path relative to its own folder).
+def read_config(path: Path, seen: tuple[Path, ...] = (), room: Room | None = None) -> dict[str, Any]:
+    """Read a config and lay it over the config it extends (a path relative to its own folder).
 
     Raises:
-        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of pages, or a long row.
+        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of configs, or a long row.
     """
     place, room = Path(os.path.realpath(path)), room or Room()
     if place in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(map(str, (*seen, place)))}")
-    if len(seen) == MOST_PAGES:
-        raise ConfigError(f"{seen[0]}: extends more than {MOST_PAGES - 1} pages one after the other: join some of them")
+    if len(seen) == MOST_CONFIGS:
+        raise ConfigError(
+            f"{seen[0]}: extends more than {MOST_CONFIGS - 1} configs one after the other: join some of them"
+        )
     try:
-        page = read_yaml_file(path, room)
+        config = read_yaml_file(path, room)
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         named = f" (named by `extends` in {seen[-1]})" if seen else ""
         raise ConfigError(f"{path}: no such file{named}{did_you_mean(path.name, siblings)}") from None
-    if not isinstance(page, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(page).__name__}")
-    base = page.pop("extends", None)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, found {type(config).__name__}")
+    base = config.pop("extends", None)
     if base is None:
-        return page
+        return config
     if not isinstance(base, str) or not base.isprintable():
-        raise ConfigError(f"{path}: extends: must be the path of a page, from this one's folder (got {base!r})")
-    return _merge(read_page(path.parent / os.path.expanduser(base), (*seen, place), room), page)
+        raise ConfigError(f"{path}: extends: must be the path of a config, from this one's folder (got {base!r})")
+    return _merge(read_config(path.parent / os.path.expanduser(base), (*seen, place), room), config)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -121,7 +123,7 @@ def _merge(base: Any, over: Any) -> Any:
     return {key: value for key, value in merged.items() if not (value is None and key in base)}
 
 
-def _apply_override(page: dict[str, Any], override: str) -> None:
+def _apply_override(config: dict[str, Any], override: str) -> None:
     where = f"override {shorten(override)}"
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -130,7 +132,7 @@ def _apply_override(page: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     if len(parents) > MOST_LEVELS:
         raise ConfigError(f"{where}: more than {MOST_LEVELS} dots: no setting stands so deep")
-    place = page
+    place = config
     for depth, part in enumerate(parents):
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
@@ -162,11 +164,11 @@ def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, An
     return {key: value for key, value in defaults.items() if not (key == "model" and "init" in stage)}
 
 
-def _preset(where: str, page: Path, name: str) -> Any:
-    folders = [page.parent / "models", page.parent.parent / "models", configs_folder() / "models"]
+def _preset(where: str, config: Path, name: str) -> Any:
+    folders = [config.parent / "models", config.parent.parent / "models", configs_folder() / "models"]
     known = {entry.stem: entry for folder in reversed(folders) for entry in sorted(folder.glob("*.yaml"))}
     if name in known:
-        return {"name": name, **read_page(known[name])}
+        return {"name": name, **read_config(known[name])}
     raise ConfigError(
         f"{where}: no preset {name!r}{did_you_mean(name, list(known))}; known: {', '.join(sorted(known))}"
     )
@@ -182,7 +184,7 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
-    """The dotted key as it stands in the page."""
+    """The dotted key as it stands in the config."""
     tags = {*KINDS, *ENCODERS, ONE_RATE, SEVERAL_RATES}
     return ".".join(
         str(part)
@@ -193,7 +195,7 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 def _tag_index(location: tuple[int | str, ...], index: int) -> int:
     """pydantic puts a union's tag into the location, right behind the stage's name, `encoder` or `learning_rate`: it is no key
-    of the page."""
+    of the config."""
     behind_stage = index == 2 and location[0] == "stages"
     behind_union = location[index - 1] in ("encoder", "learning_rate")
     return index if behind_stage or behind_union else -1

@@ -1,4 +1,4 @@
-"""The schema of a pipeline's YAML page. Each class is one mapping of the page; the field's description is its manual.
+"""The schema of a pipeline's YAML file. Each class is one mapping of the config; the field's description is its manual.
 
 A stage names the stages it reads in its own fields (`tokens: tokens`, `init: slm`), and the graph follows from them
 (`graph/tasks.py`). What a stage is *for* (one run for everybody, or one per domain) follows from its `data`.
@@ -230,7 +230,7 @@ class Local(Settings):
 
 
 class Pipeline(Settings):
-    """One YAML page: which text, which stages, in which folder."""
+    """One YAML file: which text, which stages, in which folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     root: PathText = Field(description="the run folder, relative to the working directory")

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.explain import did_you_mean, explain
-from megatron_specialm.config.load import KINDS, read_page, shipped_folder
+from megatron_specialm.config.load import KINDS, read_config, shipped_folder
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.yaml_file import dump_yaml
 
@@ -163,19 +163,19 @@ def load_site(path: Path) -> Site:
             f"{path}: no such site profile: copy {shipped_folder('slurm') / 'site.yaml'}, fit it to your cluster, name it "
             "with --site"
         )
-    page = read_page(path)
+    config = read_config(path)
     try:
-        return Site.model_validate(page)
+        return Site.model_validate(config)
     except ValidationError as error:
         lines = explain(error, key_of=lambda location: ".".join(map(str, location)), valid_keys=_valid_keys)
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
-    """What stands under `jobs` and says nothing for a page: meant for another one, or mistyped."""
+    """What stands under `jobs` and says nothing for a config: meant for another one, or mistyped."""
     known = ["default", *KINDS, *pipeline.stages]
     return [
-        f"jobs.{name}: neither a kind of stage nor a stage of this page{did_you_mean(name, known)}"
+        f"jobs.{name}: neither a kind of stage nor a stage of this config{did_you_mean(name, known)}"
         for name in site.jobs
         if name not in known
     ]

@@ -1,4 +1,4 @@
-"""The text of a pipeline's page: the generic set, and the domains with their sizes."""
+"""The text of a pipeline's config: the generic set, and the domains with their sizes."""
 
 import re
 from typing import Any, Self
@@ -46,7 +46,7 @@ class TextSet(Settings):
         description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
     )
     domain: str | None = Field(
-        default=None, description="the domain that this is a size of; set where the page says `sizes` of a domain"
+        default=None, description="the domain that this is a size of; set where the config says `sizes` of a domain"
     )
 
     @field_validator("train", "test", "validation", mode="before")

@@ -1,4 +1,4 @@
-"""A train stage of a pipeline's page: what is trained on what, how, and from which weights."""
+"""A train stage of a pipeline's config: what is trained on what, how, and from which weights."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
@@ -20,7 +20,7 @@ from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 
-# How pydantic calls the two forms of a learning rate: parts of an error's location that are no keys of the page.
+# How pydantic calls the two forms of a learning rate: parts of an error's location that are no keys of the config.
 ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
 
 

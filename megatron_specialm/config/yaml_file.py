@@ -1,11 +1,11 @@
-"""YAML as pages and site profiles have it: keys are text and stand once, values are plain, and what cannot be read is a
+"""YAML as configs and site profiles have it: keys are text and stand once, values are plain, and what cannot be read is a
 `ConfigError`, whatever PyYAML raises.
 
 YAML 1.1 takes unquoted text for other things: `24:00:00` for 86400, `010` for 8, `2024-01-01` for a date. None is ever meant
-in a page, so these are read as `Guessed`, which no setting takes. `1e-4`, which YAML 1.1 takes for text, is a
+in a config, so these are read as `Guessed`, which no setting takes. `1e-4`, which YAML 1.1 takes for text, is a
 number.
 
-What is read is bounded, before it takes long: the bytes of a page and all that it extends, their values with aliases written
+What is read is bounded, before it takes long: the bytes of a config and all that it extends, their values with aliases written
 out (ten lines of aliases of aliases, or of merges of merges, are 10^10), and how deep they stand inside each other.
 """
 
@@ -19,7 +19,7 @@ import yaml
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.regular import read_regular
 
-MOST_BYTES = 4 << 20  # the longest page we ship has 12 kB, and one may list the files of a corpus
+MOST_BYTES = 4 << 20  # the longest config we ship has 12 kB, and one may list the files of a corpus
 MOST_VALUES = 50_000  # PyYAML takes a second for them
 MOST_LEVELS = 50
 SHOWN, LONGEST = 200, 1000  # characters of a value in an error, and of an error
@@ -47,7 +47,7 @@ class Guessed:
 
 @dataclass
 class Room:
-    """How much may still be read, of files that make up one page."""
+    """How much may still be read, of files that make up one config."""
 
     bytes: int = MOST_BYTES
     values: int = MOST_VALUES
@@ -57,7 +57,7 @@ def read_yaml_file(path: Path, room: Room | None = None) -> Any:
     """Read a file.
 
     Args:
-        room: what those that are read for the same page share.
+        room: what those that are read for the same config share.
 
     Raises:
         ConfigError: it cannot be read, is no regular file, is too large, or is not UTF-8 or YAML.
@@ -70,7 +70,7 @@ def read_yaml_file(path: Path, room: Room | None = None) -> Any:
 
 
 def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
-    """The text of a page, or of another file that a page or a profile names. Raises as `read_yaml_file` does."""
+    """The text of a config, or of another file that a config or a profile names. Raises as `read_yaml_file` does."""
     try:
         return read_regular(path, most_bytes=most_bytes).decode()
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
     """Read one document.
 
     Raises:
-        ConfigError: it is not YAML, or none that a page can be: see the module.
+        ConfigError: it is not YAML, or none that a config can be: see the module.
     """
     try:
         return _unshared(_Loader(text, room or Room()).get_single_data())

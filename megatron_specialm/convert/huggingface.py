@@ -32,13 +32,13 @@ class _Row(NamedTuple):
     kind: str = "copy"
 
 
-def _copies(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+def _data_parallel_group(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
     return [_Row(f"{ours}.{end}", (f"{theirs}.{end}",)) for ours, theirs in pairs.items() for end in suffixes]
 
 
 _NEOX = [
     _Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-    *_copies(
+    *_data_parallel_group(
         {
             "decoder.layers.N.input_layernorm": "gpt_neox.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_qkv": "gpt_neox.layers.N.attention.query_key_value",
@@ -55,7 +55,7 @@ _NEOX = [
 ]
 _LLAMA = [
     _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    *_copies(
+    *_data_parallel_group(
         {
             "decoder.layers.N.input_layernorm": "model.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_proj": "model.layers.N.self_attn.o_proj",

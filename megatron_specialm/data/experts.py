@@ -108,7 +108,7 @@ def expert_steps(steps: int, *, budget: str, size: int, sizes: np.ndarray) -> in
 
 
 def check_enough(cluster: int, *, windows: int, needed: int, field: str, otherwise: str) -> None:
-    """Refuse an expert whose cluster is smaller than what it reads at a time, which `field` of the page says.
+    """Refuse an expert whose cluster is smaller than what it reads at a time, which `field` of the config says.
 
     Raises:
         DataError: with both numbers.

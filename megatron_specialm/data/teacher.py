@@ -48,7 +48,7 @@ Kind = Literal["exact", "top-k", "sampled"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheFormat:
     """What a cache keeps of every token. `count` is K; an exact cache has none.
 
     Raises:
@@ -95,7 +95,7 @@ class Kept:
 class Description:
     """The content of `cache.json`. `teacher` and `store` are digests; `bytes` are the files' sizes by their names."""
 
-    kept: Kept
+    kept: CacheFormat
     context_length: Size
     teacher: str
     store: str
@@ -196,7 +196,7 @@ def noise_of_draws(ids_NK: np.ndarray) -> float | None:
 class CacheWriter:
     """Writes a cache, window after window. Nothing is readable before `finish` has written `cache.json`."""
 
-    def __init__(self, folder: Path, kept: Kept, *, context_length: int, teacher: str, store: str) -> None:
+    def __init__(self, folder: Path, kept: CacheFormat, *, context_length: int, teacher: str, store: str) -> None:
         self.kept = kept
         self._folder = folder
         self._labels = {"context_length": context_length, "teacher": teacher, "store": store}

@@ -1,4 +1,4 @@
-"""All findings about a machine, in order, and the page that shows them."""
+"""All findings about a machine, in order, and the config that shows them."""
 
 import contextlib
 import json
@@ -90,7 +90,7 @@ def _table(*header: str) -> Table:
     return Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
 
 
-def page(findings: list[Finding]) -> Group:
+def config(findings: list[Finding]) -> Group:
     """The findings as a table that fits 80 columns, and below it how to get what is not ok."""
     table = _table("part", "state", "version", "")
     parts_of: dict[str, list[str]] = {}

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.estimate.capabilities import refuse
 from megatron_specialm.config.parallel import padded_vocabulary, split_layers
+from megatron_specialm.estimate.capabilities import refuse
 from megatron_specialm.estimate.setup import Setup
 
 FP32 = 4
@@ -233,7 +233,7 @@ def _position_share(setup: Setup) -> int:
 
 
 def smallest_change(setup: Setup, limit: int, *, fused: bool) -> str:
-    """The change of the page that makes a setup fit `limit` bytes per process and costs least: first what costs no
+    """The change of the config that makes a setup fit `limit` bytes per process and costs least: first what costs no
     speed, then what costs some, then more processes; one change if one will do, otherwise all up to the first that does.
     """
     changes = list(_changes(setup))

@@ -100,7 +100,7 @@ class Setup:
         return (self.fp8.bf16_first_layers, self.fp8.bf16_last_layers) if self.fp8 else (0, 0)
 
     def changed(self, field: str, value: int) -> "Setup":
-        """The setup with another value of a field, named as in the page: `parallel.X` or a field of the stage."""
+        """The setup with another value of a field, named as in the config: `parallel.X` or a field of the stage."""
         place, _, name = field.rpartition(".")
         if place == "parallel":
             return replace(self, parallel=self.parallel.model_copy(update={name: value}))

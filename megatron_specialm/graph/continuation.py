@@ -6,12 +6,12 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folders, read_label, read_marker
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
-from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 
 
 def part_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> float:

@@ -39,7 +39,7 @@ def refuse_earlier_layout(root: Path) -> None:
     """
     if has_earlier_layout(root):
         raise ArtifactError(
-            f"{root}: an earlier version made it: the next `specialm run` or `submit` of its page takes it over"
+            f"{root}: an earlier version made it: the next `specialm run` or `submit` of its config takes it over"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a page's files are, as SHA-256 of their content.
+"""What a config's files are, as SHA-256 of their content.
 
     <root>/file_hashes.json   the cache of `base/hash_cache.py`
 
@@ -17,9 +17,9 @@ from typing import NamedTuple
 from megatron_specialm.base.errors import ConfigError, MissingTextError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.hash_cache import sha256_files
-from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER, Task, TaskId
 from megatron_specialm.config.text import Text
 from megatron_specialm.data.documents import HUB, cut_in_shards, resolve_files, text_format
+from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER, Task, TaskId
 
 CACHE = "file_hashes.json"
 PACKAGE = "package:"
@@ -128,10 +128,10 @@ def _files_in(folder: Path) -> list[Part]:
 
 @contextlib.contextmanager
 def naming_what_makes(text: Text) -> Iterator[None]:
-    """Say with a missing file which command makes it, where the page knows."""
+    """Say with a missing file which command makes it, where the config knows."""
     try:
         yield
     except MissingTextError as error:
         if text.made_by is None:
             raise
-        raise MissingTextError(f"{error}, or make this page's text: {text.made_by}") from None
+        raise MissingTextError(f"{error}, or make this config's text: {text.made_by}") from None

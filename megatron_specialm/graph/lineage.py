@@ -1,4 +1,4 @@
-"""What a stage's models are: for whom, of which shape and method, and from which weights. Answers follow from the page,
+"""What a stage's models are: for whom, of which shape and method, and from which weights. Answers follow from the config,
 through `init`, `experts` and `teacher`; the graph (`graph/tasks.py`) has checked that these name what they must."""
 
 from typing import Literal
@@ -13,9 +13,9 @@ from megatron_specialm.config.schema import (
     TokenizerStage,
     TokenizeStage,
 )
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.estimate.setup import Setup
 
 # Keys of tasks of their own, which no domain can have as a name: the one that makes an embed stage's encoder, and those that
 # embed and assign the generic set's held-out windows, where a training is validated by their clusters.
@@ -168,7 +168,7 @@ def _variants(stage: TrainStage) -> int:
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
-    """The named train stage and its setup, or one stage for each setup that the page has.
+    """The named train stage and its setup, or one stage for each setup that the config has.
 
     Raises:
         ConfigError: there is no train stage of that name.
@@ -211,7 +211,7 @@ def is_finetuned(pipeline: Pipeline, name: str) -> bool:
 
 
 def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
-    """For each method the last stage of the page that fine-tunes a model of it."""
+    """For each method the last stage of the config that fine-tunes a model of it."""
     stages = [name for name, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
     return {method_of(pipeline, name): name for name in stages if is_finetuned(pipeline, name)}
 

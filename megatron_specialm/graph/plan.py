@@ -9,14 +9,14 @@ from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, is_comp
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import sha256_json, write_text
 from megatron_specialm.base.integrity import LEFT_OVER, find_damage
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest_content
-from megatron_specialm.config.load import dump_pipeline, read_page
+from megatron_specialm.config.load import dump_pipeline, read_config
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
 from megatron_specialm.graph.file_hashes import CACHE, hash_files, naming_what_makes
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest_content
 
 RESOLVED = "pipeline.yaml"  # of a run folder
-# What commands leave in a new run folder before the page is written there.
+# What commands leave in a new run folder before the config is written there.
 OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock", ".locks")
 State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 
@@ -25,7 +25,7 @@ State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 class PlannedTask:
     """A task with the digest its artifact must carry, and what that is of. `stale`: finished once, from other settings, text or
     inputs. `damaged`: finished, and now lacks a file, or has one of another size. `done elsewhere`: `there`, in another run
-    folder, which the page says to reuse."""
+    folder, which the config says to reuse."""
 
     task: Task
     digest: str
@@ -160,10 +160,10 @@ def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
     """
     path = root / RESOLVED
     if path.exists():
-        name = read_page(path).get("name")
+        name = read_config(path).get("name")
         if name != pipeline.name:
             raise ConfigError(
-                f"root: {root} holds the run of pipeline {name!r}, and this page is {pipeline.name!r}: choose another root"
+                f"root: {root} holds the run of pipeline {name!r}, and this config is {pipeline.name!r}: choose another root"
             )
     elif foreign := sorted(
         entry.name for entry in root.glob("*") if entry.name not in OWN_ENTRIES and not LEFT_OVER.fullmatch(entry.name)
@@ -175,7 +175,7 @@ def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
 
 
 def write_resolved(pipeline: Pipeline, root: Path) -> None:
-    """Leave the resolved page in the run folder, as a record: tasks run from the settings of their launch. The caller holds
+    """Leave the resolved config in the run folder, as a record: tasks run from the settings of their launch. The caller holds
     the folder.
 
     Raises:

@@ -9,9 +9,9 @@ from json import dumps
 from typing import Any
 
 from megatron_specialm.config.base import Settings
+from megatron_specialm.config.text import TextSet
 from megatron_specialm.graph.content import introduced_default
 from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
-from megatron_specialm.config.text import TextSet
 
 SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # of inputs in a row, and of a value
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, read_marker, view
 from megatron_specialm.base.errors import UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.continuation import part_to_do
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.reasons import Reasons, find_reasons, seconds_anew
+from megatron_specialm.graph.tasks import TaskId
 
 SHOWN_KEYS = 4  # of tasks in a row
 UNKNOWN = Reasons(["an earlier version made it, which did not write down from what"])
@@ -87,7 +87,7 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
 
 
 def needs_a_yes(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
-    """Whether making it anew costs more than the page lets a run spend unasked."""
+    """Whether making it anew costs more than the config lets a run spend unasked."""
     return _to_confirm(redo) > 3600 * pipeline.ask_above_device_hours
 
 
@@ -95,7 +95,7 @@ def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
     """Where nobody can be asked, or the answer was no.
 
     Raises:
-        UnconfirmedError: it costs more than the page lets a run spend unasked.
+        UnconfirmedError: it costs more than the config lets a run spend unasked.
     """
     if needs_a_yes(redo, pipeline):
         raise UnconfirmedError(

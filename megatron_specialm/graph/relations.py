@@ -4,15 +4,6 @@ anything runs."""
 from collections.abc import Iterator
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.graph.lineage import (
-    assign_stage,
-    cluster_count,
-    key_for,
-    model_keys,
-    model_of,
-    tokenize_stage,
-    trained_clusters,
-)
 from megatron_specialm.config.schema import (
     EmbedStage,
     EvaluateStage,
@@ -23,6 +14,15 @@ from megatron_specialm.config.schema import (
     TokenizerStage,
 )
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import (
+    assign_stage,
+    cluster_count,
+    key_for,
+    model_keys,
+    model_of,
+    tokenize_stage,
+    trained_clusters,
+)
 
 
 def check_relations(pipeline: Pipeline, name: str) -> None:

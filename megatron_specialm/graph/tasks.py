@@ -3,7 +3,7 @@
 A stage is one or more tasks: one per set of text (`generic` and each domain) or one for all. Of a set in shards, each
 shard is a task (`tokens/generic.00003`), and the set's own task (`tokens/generic`) gathers what they made; of a training at
 several learning rates, each rate is one (`graph/rates.py`). A task is named by its stage and its key, reads the artifacts of
-other tasks, and has a digest over all that decides its result: its own settings, what it reads of the page beside them, its
+other tasks, and has a digest over all that decides its result: its own settings, what it reads of the config beside them, its
 seed, its inputs' digests and the content of the files it reads by their role; not where or on how many processes it runs, nor
 how files are named. A setting at the default that it was introduced with is not in it, so that a new setting leaves what there
 is as it was.
@@ -17,6 +17,22 @@ from typing import Any, NamedTuple, get_args
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
+from megatron_specialm.config.schema import (
+    AssignStage,
+    ClusterStage,
+    EmbedStage,
+    EvaluateStage,
+    ExportStage,
+    Pipeline,
+    SelectStage,
+    StaticEncoder,
+    TeachStage,
+    TfidfEncoder,
+    TokenizerStage,
+    TokenizeStage,
+)
+from megatron_specialm.config.text import GENERIC, TextSet
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate.capabilities import refuse
 from megatron_specialm.graph.content import PLACEMENT, content_of
 from megatron_specialm.graph.lineage import (
@@ -38,22 +54,6 @@ from megatron_specialm.graph.lineage import (
 )
 from megatron_specialm.graph.rates import trial_key, trial_of
 from megatron_specialm.graph.relations import check_relations
-from megatron_specialm.config.schema import (
-    AssignStage,
-    ClusterStage,
-    EmbedStage,
-    EvaluateStage,
-    ExportStage,
-    Pipeline,
-    SelectStage,
-    StaticEncoder,
-    TeachStage,
-    TfidfEncoder,
-    TokenizerStage,
-    TokenizeStage,
-)
-from megatron_specialm.config.text import GENERIC, TextSet
-from megatron_specialm.config.training import TrainStage
 
 # Raise it when the meaning of artifacts changes: what there is, is then made again. A default that changes is declared
 # (`graph/content.py`).
@@ -88,7 +88,7 @@ class Task:
     files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`) the entries that it reads; of those behind `train` a
         `shard` reads a range only.
     rate: the learning rate that it tries for its stage's training.
-    elsewhere: what it reads of the page beside its own stage.
+    elsewhere: what it reads of the config beside its own stage.
     """
 
     id: TaskId
@@ -147,7 +147,7 @@ def digest_content(
     stage = pipeline.stages[task.id.stage]
     if task.rate is not None:
         assert isinstance(stage, TrainStage)
-        stage = trial_of(stage, task.rate)  # other rates of the page change nothing of it
+        stage = trial_of(stage, task.rate)  # other rates of the config change nothing of it
     return {
         "format": ARTIFACT_FORMAT,
         "settings": content_of(stage, leave_out=PLACEMENT),
@@ -187,7 +187,7 @@ REFERENCES: dict[type[Settings], dict[str, _Kinds]] = {
 
 
 def _stage_order(pipeline: Pipeline) -> list[str]:
-    """Stages so that each stands behind those it names (depth first, in the page's order)."""
+    """Stages so that each stands behind those it names (depth first, in the config's order)."""
     done: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:

@@ -1,13 +1,13 @@
-"""On which sets of text the stages of a page validate, and that so much of them is held out as this takes."""
+"""On which sets of text the stages of a config validate, and that so much of them is held out as this takes."""
 
 from collections.abc import Mapping
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.graph.tasks import text_validated
-from megatron_specialm.graph.lineage import model_keys, text_set
 from megatron_specialm.config.schema import Pipeline, SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import model_keys, text_set
+from megatron_specialm.graph.tasks import text_validated
 
 
 def validating_stages(pipeline: Pipeline, tokens: str, source: str) -> list[str]:
@@ -39,7 +39,7 @@ def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:
 
 
 def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Check what is held out of a set against its floor, where a stage of the page validates on it.
+    """Check what is held out of a set against its floor, where a stage of the config validates on it.
 
     Args:
         counts: `documents` and `tokens` by split, as the tokenize stage reports them.

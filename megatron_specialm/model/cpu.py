@@ -101,7 +101,7 @@ def _take_no_fused_optimizer() -> None:
 def _keep_freed_memory() -> None:
     """Have the C library keep large freed blocks instead of returning them to the kernel.
 
-    A step frees and allocates the same tens of megabytes of logits again and again; fresh pages for each made the
+    A step frees and allocates the same tens of megabytes of logits again and again; fresh configs for each made the
     softmax of a small model six times slower, and a whole training step a fifth (docs/benchmarks.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -56,7 +56,7 @@ class DerivedWeights:
         self._variants: list[list[torch.Tensor]] = []  # per place, the rows as leaves that micro-batches use
         self._gradients: list[torch.Tensor] = []
 
-    def derive(self, mixtures_JK: torch.Tensor) -> None:
+    def materialize(self, mixtures_JK: torch.Tensor) -> None:
         """Compute all variants of a step. Where gradients are recorded, they are gathered from here on."""
         self._release()
         self._values = list(self._compute(mixtures_JK))
@@ -78,7 +78,7 @@ class DerivedWeights:
         for number, place in enumerate(self._places[chunk], start=first):
             setattr(place.linear, place.attribute, self._variants[number][variant])
 
-    def return_gradients(self) -> None:
+    def backward_mixtures(self) -> None:
         """Pass what the variants gathered on to the parameters that they were computed from."""
         gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
         torch.autograd.backward(self._values, gradients)

@@ -57,7 +57,7 @@ def has_kernels() -> bool:
     return torch.cuda.is_available()
 
 
-class OwnWeight(NamedTuple):
+class LocalParameter(NamedTuple):
     """A parameter of this process, the canonical weight that it is (a part of), and how it is cut."""
 
     name: str
@@ -97,12 +97,12 @@ class Gpt:
             if fp8 is not None:
                 keep_in_bf16(chunk, [name for name in LINEARS if name not in fp8.linears])
 
-    def weights(self) -> Iterator[OwnWeight]:
+    def weights(self) -> Iterator[LocalParameter]:
         """This process's parameters. A tied output layer on another pipeline stage than the embedding is a copy of it."""
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 canonical = chunk.canonical_name(name)
-                yield OwnWeight(canonical, parameter, self.specs[canonical])
+                yield LocalParameter(canonical, parameter, self.specs[canonical])
 
     def initialize(self, *, seed: int) -> None:
         """Draw first weights (`model/initial.py`). No layout changes them."""

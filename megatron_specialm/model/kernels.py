@@ -1,4 +1,4 @@
-"""Which fused kernels a model runs on here, by what it is made of: the same page may be fast on one machine only."""
+"""Which fused kernels a model runs on here, by what it is made of: the same config may be fast on one machine only."""
 
 from torch import nn
 

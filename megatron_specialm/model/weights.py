@@ -92,7 +92,7 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
     return {**codes, WORD_EMBEDDINGS: embedding, **layers, **final, **output}
 
 
-# Where a layer's linears stand, by the names that pages use.
+# Where a layer's linears stand, by the names that configs use.
 LINEAR_PLACES: dict[Linear, str] = {
     "qkv": "self_attention.linear_qkv",
     "proj": "self_attention.linear_proj",

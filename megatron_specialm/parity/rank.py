@@ -12,13 +12,13 @@ import torch
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.initial import first_value
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
-from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.parity.case import ParityCase
 
 
 def measure(case: ParityCase, world: World, folder: Path) -> None:

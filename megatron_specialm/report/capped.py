@@ -5,10 +5,10 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.config.finetuning import Capped, capped_warning
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 
 
 def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path) -> list[str]:

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_specialm.base.artifacts import Marker
-from megatron_specialm.graph.tasks import Task, TaskId, ancestors
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.tasks import Task, TaskId, ancestors
 
 SPECIALIZATION = "specialization"
 COMPARISON = "comparison"  # in the ledger only: part of no model's cost

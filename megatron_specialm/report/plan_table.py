@@ -6,9 +6,9 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.terminal import Table
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.redo import Redo, device_time
+from megatron_specialm.graph.tasks import TaskId
 
 SHOWN_REASONS = 2  # of a stage's
 NOTE = "spent and anew (about): device time, which is wall time times processes"

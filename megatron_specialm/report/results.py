@@ -22,13 +22,13 @@ from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marke
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.base.lock import hold_folder
-from megatron_specialm.graph.tasks import Task, TaskId, ancestors, model_task
-from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, sources
-from megatron_specialm.graph.rates import beyond
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.report.costs import fill, ledger_entries, model_cost
+from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, sources
 from megatron_specialm.graph.plan import RESOLVED, PlannedTask, make_plan
+from megatron_specialm.graph.rates import beyond
+from megatron_specialm.graph.tasks import Task, TaskId, ancestors, model_task
+from megatron_specialm.report.costs import fill, ledger_entries, model_cost
 from megatron_specialm.report.rows import to_csv
 from megatron_specialm.report.tables import results_table, seeds_of
 

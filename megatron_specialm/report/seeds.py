@@ -1,4 +1,4 @@
-"""The results of one page at several seeds, as one: means, and how far the seeds spread.
+"""The results of one config at several seeds, as one: means, and how far the seeds spread.
 
 A run is known by its `seed` and its `training_seed`. Runs of one `seed` have the same clusters, so that their concentration is
 one sample, whatever their trainings' seeds.
@@ -24,7 +24,7 @@ PARTS = {"rows": ("stage", "domain"), "macro": ("stage", "size"), "concentration
 
 
 def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
-    """Merge the `results.json` of several run folders of one page.
+    """Merge the `results.json` of several run folders of one config.
 
     An entry is known by its stage and its set. Each score becomes its mean over the seeds that have it, and gets beside it
     `SCORE_sd`, the sample standard deviation (None for a single seed); costs become means; `seeds` lists the seeds, and
@@ -33,7 +33,7 @@ def merge_runs(paths: Sequence[Path]) -> dict[str, Any]:
     differ are text.
 
     Raises:
-        ArtifactError: a file is missing or of an earlier version, of another page, or of seeds that came before.
+        ArtifactError: a file is missing or of an earlier version, of another config, or of seeds that came before.
     """
     return merge_seeds(read_runs(paths))
 
@@ -45,7 +45,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Any]:
     for path, run in zip(paths, runs, strict=True):
         if run["pipeline"] != runs[0]["pipeline"]:
             raise ArtifactError(
-                f"{path}: of the page {run['pipeline']!r}, and {paths[0]} of {runs[0]['pipeline']!r}: merge runs of one page"
+                f"{path}: of {run['pipeline']!r}, and {paths[0]} of {runs[0]['pipeline']!r}: merge runs of one config"
             )
         for own in set(map(seeds_of, run["rows"])):
             if own in seeds:
@@ -104,7 +104,7 @@ class _Results:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "damaged, or of an earlier version: write it again with `specialm results` of its page"
+    remedy = "damaged, or of an earlier version: write it again with `specialm results` of its config"
     read_json(path, _Results, remedy=remedy)
     results = read_json(path, dict[str, Any])
     check_rows(path, results["rows"], remedy=remedy)

@@ -1,4 +1,4 @@
-"""What a page would train, by arithmetic; and by what the run folder has of tokenized text, where it has."""
+"""What a config would train, by arithmetic; and by what the run folder has of tokenized text, where it has."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,10 +8,13 @@ from typing import Any
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.terminal import Table
-from megatron_specialm.estimate.throughput import dense_peak
-from megatron_specialm.estimate import capabilities
+from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.graph.tasks import TaskId, text_read, text_validated
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.estimate import capabilities
+from megatron_specialm.estimate.memory import memory_of
+from megatron_specialm.estimate.setup import Passes, Setup
 from megatron_specialm.graph.lineage import (
     distinct_setups,
     model_keys,
@@ -20,12 +23,9 @@ from megatron_specialm.graph.lineage import (
     tokenize_stage,
     train_stage,
 )
-from megatron_specialm.estimate.memory import memory_of
-from megatron_specialm.graph.rates import steps_to_compare
-from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.estimate.setup import Passes, Setup
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.rates import steps_to_compare
+from megatron_specialm.graph.tasks import TaskId, text_read, text_validated
 
 Plan = Mapping[TaskId, PlannedTask]
 NO_PLAN: Plan = MappingProxyType({})
@@ -129,13 +129,13 @@ def planned_hours(flops: float, peak: float) -> float:
 
 
 def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
-    """Steps of one run, at most: a recipe goes by the size of the domain's set, where the page says it."""
+    """Steps of one run, at most: a recipe goes by the size of the domain's set, where the config says it."""
     size = text_set(pipeline, key).train_tokens if stage.recipe else None
     return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps
 
 
 def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
-    """A column per setup of the page: the layout, and what the process that needs most needs of memory."""
+    """A column per setup of the config: the layout, and what the process that needs most needs of memory."""
     setups = distinct_setups(pipeline, None)
     fused = machine.has_fused_layers
     memories = [memory_of(setup, fused=fused) for setup in setups.values()]

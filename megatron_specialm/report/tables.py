@@ -10,7 +10,7 @@ from megatron_specialm.report.costs import COSTS, SPECIALIZATION
 CAPPED = "*"  # behind a perplexity
 CAPPED_SAYS = "ended by the cap on steps, not by early stopping"
 
-SEEDS = ("seed", "training_seed")  # the columns by which runs of one page are told apart
+SEEDS = ("seed", "training_seed")  # the columns by which runs of one config are told apart
 Seeds = tuple[tuple[str, int], ...]
 
 

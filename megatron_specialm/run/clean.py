@@ -1,4 +1,4 @@
-"""What a run folder holds that its page does not want any more, and its removal: on demand only."""
+"""What a run folder holds that its config does not want any more, and its removal: on demand only."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, SHOWN_DIG
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 
 
 @dataclass(frozen=True)
 class Unwanted:
-    """An artifact that the page does not want.
+    """An artifact that the config does not want.
 
     bytes: that its removal frees: not those that another run folder shares.
     age: seconds since it was finished, or begun.
@@ -33,7 +33,7 @@ class Unwanted:
 
 
 def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Collection[str]) -> list[Unwanted]:
-    """Artifacts of other settings, text or inputs, and of tasks that the page has no more; the largest first.
+    """Artifacts of other settings, text or inputs, and of tasks that the config has no more; the largest first.
 
     Args:
         live: digests of what queued and running jobs make and read: what those rest on is wanted too.

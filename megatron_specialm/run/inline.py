@@ -21,14 +21,14 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.printing import log_to_stderr, say
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import await_word, is_alive, meet
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask, State, make_plan, show
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
@@ -67,7 +67,7 @@ def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -
 
 
 def fit_to_ranks(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], world: World) -> Pipeline:
-    """The page for the ranks that there are, each of which looks at its own machine.
+    """The config for the ranks that there are, each of which looks at its own machine.
 
     Raises:
         ConfigError: as of `fit_to_world`.
@@ -83,24 +83,24 @@ def fit_to_ranks(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], world: 
 
 
 @contextlib.contextmanager
-def attended(world: World) -> Iterator[Lifeline]:
+def rank_lifecycle(world: World) -> Iterator[ProcessStatus]:
     """The life of a rank that a launcher has started: it says where it stands, stops when it is asked to, and leaves its
     outcome. A process that nobody has launched, and no supervisor waits for, needs none of it."""
-    lifeline = Lifeline()
+    process_status = ProcessStatus()
     if world.launcher == "none" and "SPECIALM_ATTEMPT" not in os.environ:
-        yield lifeline
+        yield process_status
         return
     with (
-        ending_together(world),
-        lifeline.hearing_signals(),
-        recorded_outcome(world, lifeline),
+        abort_mpi_on_error(world),
+        process_status.hearing_signals(),
+        recorded_outcome(world, process_status),
         machine_errors(),
-        heartbeat(lifeline, world),
+        heartbeat(process_status, world),
     ):
-        yield lifeline
+        yield process_status
 
 
-def join_ranks(pipeline: Pipeline, world: World, lifeline: Lifeline) -> None:
+def join_ranks(pipeline: Pipeline, world: World, process_status: ProcessStatus) -> None:
     """Before a rank looks at the run folder: meet the others.
 
     Raises:
@@ -112,7 +112,7 @@ def join_ranks(pipeline: Pipeline, world: World, lifeline: Lifeline) -> None:
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
     meet(world)
-    lifeline.begin("planning" if world.is_first else "waiting for the plan of rank 0")
+    process_status.begin("planning" if world.is_first else "waiting for the plan of rank 0")
 
 
 def lead(plan: Mapping[TaskId, PlannedTask], world: World) -> None:
@@ -122,16 +122,16 @@ def lead(plan: Mapping[TaskId, PlannedTask], world: World) -> None:
 
 
 def follow(
-    pipeline: Pipeline, root: Path, world: World, lifeline: Lifeline
+    pipeline: Pipeline, root: Path, world: World, process_status: ProcessStatus
 ) -> tuple[Pipeline, dict[TaskId, PlannedTask]]:
-    """The page and the plan of a rank beside the first one, which has said what it has planned.
+    """The config and the plan of a rank beside the first one, which has said what it has planned.
 
     Raises:
         ConfigError: this rank would make something else of it.
         MachineError: not all ranks have come, or this one's machine cannot do it.
         TrainingError: the first rank has ended instead.
     """
-    join_ranks(pipeline, world, lifeline)
+    join_ranks(pipeline, world, process_status)
     found = json.loads(await_word(world, PLANNED))
     plan = _as_found(make_plan(pipeline, root, keep_hashes=False), found, world)
     return fit_to_ranks(pipeline, plan, world), plan
@@ -148,13 +148,13 @@ def _as_found(
         if here != digest[:SHOWN_DIGITS]:
             raise ConfigError(
                 f"{name}: rank {world.rank} would make it as {here}, rank 0 as {digest[:SHOWN_DIGITS]}: give all ranks the "
-                "same page and text"
+                "same config and text"
             )
     return {own[name].task.id: replace(own[name], state=state) for name, (state, _) in found.items()}
 
 
 def run_inline(
-    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, lifeline: Lifeline
+    pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, process_status: ProcessStatus
 ) -> None:
     """Take over what a plan finds in other run folders, which is the first rank's work, and do what it still lacks, in this
     process and with the other ranks.
@@ -171,16 +171,21 @@ def run_inline(
         if planned.state == "done":
             continue
         if planned.state != "done elsewhere":
-            do_together(pipeline, root, planned.task, planned.made_from, world, lifeline)
+            run_task(pipeline, root, planned.task, planned.made_from, world, process_status)
         else:
-            lifeline.begin(f"taking over {planned.task.id}")
+            process_status.begin(f"taking over {planned.task.id}")
             if world.is_first:
                 take_over({planned.task.id: planned}, root)
-            _await_marker(root, planned.task.id, planned.digest, world, lifeline)
+            _await_marker(root, planned.task.id, planned.digest, world, process_status)
 
 
-def do_together(
-    pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any], world: World, lifeline: Lifeline
+def run_task(
+    pipeline: Pipeline,
+    root: Path,
+    task: Task,
+    made_from: Mapping[str, Any],
+    world: World,
+    process_status: ProcessStatus,
 ) -> None:
     """Do one task; every rank calls this, and none goes on before it is done.
 
@@ -189,17 +194,17 @@ def do_together(
         MachineError: not all ranks have come, or another process works at the task.
         TrainingError: the first rank has ended without finishing the task.
     """
-    lifeline.stop_if_asked()
+    process_status.stop_if_asked()
     meet(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
         with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
-            execute(pipeline, root, task, made_from, world, lifeline)
-    _await_marker(root, task.id, sha256_json(made_from), world, lifeline)
+            execute(pipeline, root, task, made_from, world, process_status)
+    _await_marker(root, task.id, sha256_json(made_from), world, process_status)
 
 
-def _await_marker(root: Path, name: TaskId, digest: str, world: World, lifeline: Lifeline) -> None:
+def _await_marker(root: Path, name: TaskId, digest: str, world: World, process_status: ProcessStatus) -> None:
     """Wait until a task is done: the first rank's marker frees the others."""
-    lifeline.begin(f"waiting for {name}")
+    process_status.begin(f"waiting for {name}")
     last_alive = time.monotonic()
     while not is_complete(root, *name, digest=digest):
         if is_alive(world):
@@ -210,7 +215,7 @@ def _await_marker(root: Path, name: TaskId, digest: str, world: World, lifeline:
 
 
 @contextlib.contextmanager
-def ending_together(world: World) -> Iterator[None]:
+def abort_mpi_on_error(world: World) -> Iterator[None]:
     """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
     which wait for what it was to make."""
     try:

@@ -22,16 +22,16 @@ from megatron_specialm.base.accelerator import visible_gpus
 from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import SpecialmError
-from megatron_specialm.base.process_status import hearing
 from megatron_specialm.base.lock import HeldFolder
+from megatron_specialm.base.process_status import hearing
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.run.logs import last_line, log_path
 from megatron_specialm.graph.plan import PlannedTask, show
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.run.logs import last_line, log_path
 from megatron_specialm.run.progress import Progress
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import ToLauncher, work, worker_context

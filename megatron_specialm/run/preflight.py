@@ -1,4 +1,4 @@
-"""What a page asks of the machine that it is to run on, before anything runs."""
+"""What a config asks of the machine that it is to run on, before anything runs."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -7,21 +7,21 @@ from pathlib import Path
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.errors import ConfigError, MachineError
-from megatron_specialm.estimate.capabilities import lacking
-from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.graph.lineage import setup_of, sources, text_set
-from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.config.schema import Pipeline, TokenizeStage
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.documents import HUB, read_documents
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.memory import memory_of, smallest_change
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.graph.lineage import setup_of, sources, text_set
+from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.validation import (
     documents_needed,
     refuse_too_little,
     too_little,
     validating_stages,
 )
-from megatron_specialm.data.documents import HUB, read_documents
-from megatron_specialm.graph.plan import PlannedTask
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
@@ -66,7 +66,7 @@ def refuse_too_few_documents(pipeline: Pipeline) -> None:
 def refuse_too_little_held_out(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, stages: Collection[str]
 ) -> None:
-    """Check the sets that were tokenized before, perhaps for a page none of whose stages validated on them.
+    """Check the sets that were tokenized before, perhaps for a config none of whose stages validated on them.
 
     Args:
         stages: those that are to run.

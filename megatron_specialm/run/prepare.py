@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_specialm.base.environment import World
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.run.inline import fit_to_ranks
 from megatron_specialm.graph.plan import PlannedTask, make_plan, select
-from megatron_specialm.run.preflight import refuse_too_little_held_out
 from megatron_specialm.graph.redo import Redo, find_redo
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.run.inline import fit_to_ranks
+from megatron_specialm.run.preflight import refuse_too_little_held_out
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin: the page as it fits the ranks, the tasks that it is about, and which of them are made anew."""
+    """A run that can begin: the config as it fits the ranks, the tasks that it is about, and which of them are made anew."""
 
     pipeline: Pipeline
     chosen: Mapping[TaskId, PlannedTask]
@@ -39,7 +39,7 @@ def prepare(
         only, until, keys: as of `select`.
 
     Raises:
-        SpecialmError: the page, its text, an input or the machine is not what the run needs.
+        SpecialmError: the config, its text, an input or the machine is not what the run needs.
     """
     plan = make_plan(pipeline, root)
     chosen = select(plan, only=only, until=until, keys=keys)

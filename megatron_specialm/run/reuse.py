@@ -1,4 +1,4 @@
-"""What other run folders have (`reuse` of a page), taken over instead of made again.
+"""What other run folders have (`reuse` of a config), taken over instead of made again.
 
 A task that is missing here and complete there, for the same digest, gets a folder of its own here. Large files that are
 written once are hard links to those there; all others, and where the filesystem has no such links, are copies. The folder is
@@ -16,16 +16,16 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import fsync_path
 from megatron_specialm.base.integrity import check_files, find_damage
 from megatron_specialm.base.lock import hold_placing
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import RESOLVED, PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 
 # Weights, tokens, vectors, a teacher's cache. What trainings write in place (metrics.jsonl, work.json) is small, and copied.
 LINKED = (".safetensors", ".bin", ".idx", ".npy", ".npz")
 
 
 def refuse_other_folders(pipeline: Pipeline) -> None:
-    """Before anything runs: that the page's `reuse` names run folders. Its own may be among them, and be missing.
+    """Before anything runs: that the config's `reuse` names run folders. Its own may be among them, and be missing.
 
     Raises:
         ConfigError: one is none.

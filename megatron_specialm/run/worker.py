@@ -36,18 +36,18 @@ from megatron_specialm.base.artifacts import (
 from megatron_specialm.base.environment import World, discover_world
 from megatron_specialm.base.errors import ArtifactError, SpecialmError, machine_errors
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import log_to_stderr, say
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import await_word, meet
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.config.base import Settings
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph
 from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import refuse_other_work
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph
 from megatron_specialm.stages.context import Context
 
 POLL_SECONDS = 0.1
@@ -97,13 +97,13 @@ def work(
     with lasting_output(may_be_lost=True):
         log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
         try:
-            world, lifeline, task = discover_world(), Lifeline(), build_graph(pipeline)[name]
+            world, process_status, task = discover_world(), ProcessStatus(), build_graph(pipeline)[name]
             trains = isinstance(pipeline.stages[name.stage], TrainStage)
             with (
-                lifeline.hearing_signals() if trains else contextlib.nullcontext(),
+                process_status.hearing_signals() if trains else contextlib.nullcontext(),
                 begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext(),
             ):
-                execute(pipeline, root, task, made_from, world, lifeline)
+                execute(pipeline, root, task, made_from, world, process_status)
         except SpecialmError as error:
             launcher.errors.send(str(error))
             say(f"error: {error}", error=True)
@@ -154,7 +154,12 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
 
 
 def execute(
-    pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any], world: World, lifeline: Lifeline
+    pipeline: Pipeline,
+    root: Path,
+    task: Task,
+    made_from: Mapping[str, Any],
+    world: World,
+    process_status: ProcessStatus,
 ) -> None:
     """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
 
@@ -166,14 +171,14 @@ def execute(
         SpecialmError: what the stage found wrong with its input or the machine, or ranks that do not come.
         Stopped: it was asked to stop.
     """
-    lifeline.begin(f"working on {task.id}")
+    process_status.begin(f"working on {task.id}")
     stage = pipeline.stages[task.id.stage]
     with machine_errors():
         if works_together(stage, world):
             meet(world)  # here a signal ends the wait at once
         inputs = {name: artifact_folder(root, *name, made_from["inputs"][str(name)]) for name in task.inputs}
         folder = _begin(root, task, made_from, inputs, world)
-        context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, lifeline)
+        context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, process_status)
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
             processes = world.world_size if works_together(stage, world) else 1

@@ -57,7 +57,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Stall:
     """Ranks that hold up a job. `nodes` are theirs, where that says anything about the nodes."""
 
     reason: str
@@ -133,7 +133,7 @@ def heard(said: Said, before: Beat | None, *, now: float) -> Beat:
     return Beat(said.rank, said.node, said.activity, said.progress, said.step, said.stack, heard=now, advanced=advanced)
 
 
-def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble | None:
+def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Stall | None:
     """What is wrong with ranks, by what they said; None while nothing is.
 
     A rank that was heard and has gone silent is lost, or its node is. Where all speak and none gets on, those are named whose
@@ -141,16 +141,16 @@ def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Trouble
     """
     if silent := not_heard(beats, limits.silent_seconds, now=now):
         nodes = tuple(sorted({beat.node for beat in silent}))
-        return Trouble(f"no heartbeat for {limits.silent_seconds:g} s of {who(silent)}", nodes)
+        return Stall(f"no heartbeat for {limits.silent_seconds:g} s of {who(silent)}", nodes)
     if not beats or any(now - beat.advanced <= _patience(beat, limits) for beat in beats.values()):
         return None
     suspects = _fewest(list(beats.values()))
     waited = now - max(beat.advanced for beat in beats.values())
     where = " > ".join(suspects[0].stack[-3:])
     if len(suspects) == len(beats):
-        return Trouble(f"no progress for {waited:.0f} s; all {len(beats)} ranks are in {where}", ())
+        return Stall(f"no progress for {waited:.0f} s; all {len(beats)} ranks are in {where}", ())
     nodes = tuple(sorted({beat.node for beat in suspects}))
-    return Trouble(f"no progress for {waited:.0f} s; {who(suspects)} in {where}; the others wait", nodes)
+    return Stall(f"no progress for {waited:.0f} s; {who(suspects)} in {where}; the others wait", nodes)
 
 
 def not_heard(beats: Mapping[int, Beat], seconds: float, *, now: float) -> list[Beat]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_specialm.config.base import Settings
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import ClusterStage, Pipeline
 from megatron_specialm.config.site import Launcher, Resources, Site
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.records import TaskRecord
 from megatron_specialm.slurm.sbatch import Shape, shape_of
 

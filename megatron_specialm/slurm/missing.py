@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
 from megatron_specialm.slurm.queue import live_elements
 from megatron_specialm.slurm.records import JobRecord

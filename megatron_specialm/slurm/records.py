@@ -1,7 +1,7 @@
 """What a run folder remembers of its Slurm jobs, and where it stands.
 
     <root>/jobs/jobs.json                       the registry: every job ever submitted, rewritten after each sbatch
-    <root>/jobs/<submission>/                   one submission: the resolved page and site, then per job:
+    <root>/jobs/<submission>/                   one submission: the resolved config and site, then per job:
         <job>.json  <job>.sbatch                what its elements are to do, and the script, always of an array
         <job>.<element>.log                     the output of all attempts of an element
         <job>.<element>/attempts.jsonl          one line as an attempt begins, one as it ends

@@ -8,16 +8,16 @@ from typing import Any
 
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
 from megatron_specialm.base.counting import Count, read_count
-from megatron_specialm.estimate.throughput import dense_peak
-from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.yaml_file import read_yaml_file
-from megatron_specialm.report.capped import capped_warnings
-from megatron_specialm.run.logs import last_line
 from megatron_specialm.graph.plan import PlannedTask, make_plan
-from megatron_specialm.run.progress import last_record
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.report.capped import capped_warnings
 from megatron_specialm.report.summary import planned_hours, training_flops
+from megatron_specialm.run.logs import last_line
+from megatron_specialm.run.progress import last_record
 from megatron_specialm.slurm.records import submission_folder
 from megatron_specialm.slurm.state import RUNNING, ElementState, element_states, newest
 
@@ -84,7 +84,7 @@ class Status:
 
 
 def read_status(pipeline: Pipeline, *, now: float | None = None) -> Status:
-    """Look at a page's run folder and at Slurm's queue; the queue is not asked where nothing was submitted.
+    """Look at a config's run folder and at Slurm's queue; the queue is not asked where nothing was submitted.
 
     Raises:
         ArtifactError: a record in the run folder is damaged.

@@ -21,10 +21,10 @@ from typing import Any, Self
 from megatron_specialm.base.environment import user_name
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import dump_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, dump_site
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
 from megatron_specialm.slurm.code import Code, freeze_code, this_code
 from megatron_specialm.slurm.jobs import Job
@@ -59,7 +59,7 @@ class NotQueued(MachineError):
 
 @dataclass(frozen=True)
 class Submission:
-    """A folder of frozen inputs that jobs run from. `folder` is where `submit` was called; the page's paths start there."""
+    """A folder of frozen inputs that jobs run from. `folder` is where `submit` was called; the config's paths start there."""
 
     number: str
     pipeline: Pipeline
@@ -91,7 +91,7 @@ class Submission:
         return cls(number, pipeline, site, template, root, this_code(records.jobs_folder(root)), Path.cwd())
 
     def freeze(self) -> None:
-        """Write down the page, the profile and the code that its jobs run from."""
+        """Write down the config, the profile and the code that its jobs run from."""
         freeze_code(self.code)
         home = records.submission_folder(self.root, self.number)
         write_text(home / "pipeline.yaml", dump_pipeline(self.pipeline))

@@ -9,26 +9,26 @@ from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.run.inline import attended, do_together
+from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.run.inline import rank_lifecycle, run_task
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.run.worker import ignore_expected_warnings, limit_threads
 from megatron_specialm.slurm.records import read_job_file
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
-    """Do the tasks of an element of `<run folder>/jobs/<submission>/<job>.json`, by the resolved page beside it.
+    """Do the tasks of an element of `<run folder>/jobs/<submission>/<job>.json`, by the resolved config beside it.
 
     Args:
         element: its number; by default that of this process's Slurm array task.
 
     Raises:
-        SpecialmError: what is wrong with the job's file, the page, an input or the machine.
+        SpecialmError: what is wrong with the job's file, the config, an input or the machine.
         Stopped: this process was asked to stop.
     """
     world = discover_world()
-    with attended(world) as lifeline:
+    with rank_lifecycle(world) as process_status:
         root = job_file.resolve().parents[2]
         stage, tasks = _tasks(job_file, _element(environ) if element is None else element)
         pipeline = load_pipeline(job_file.parent / "pipeline.yaml")
@@ -41,9 +41,9 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
         for key, made_from in tasks:
             name = TaskId(stage, key)
             if name not in graph:
-                raise ArtifactError(f"{job_file}: {name} is no task of the page beside it: submit again")
+                raise ArtifactError(f"{job_file}: {name} is no task of the config beside it: submit again")
             if not is_complete(root, *name, digest=sha256_json(made_from)):
-                do_together(pipeline, root, graph[name], made_from, world, lifeline)
+                run_task(pipeline, root, graph[name], made_from, world, process_status)
 
 
 def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:

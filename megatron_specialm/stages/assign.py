@@ -19,7 +19,6 @@ from megatron_specialm.base.files import write_json
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.vectors import Vectors
-from megatron_specialm.graph.lineage import HELD_OUT, cluster_count, shard_keys
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.cluster_files import (
@@ -31,6 +30,7 @@ from megatron_specialm.data.cluster_files import (
     read_clusters,
 )
 from megatron_specialm.data.clusters import order_type, sort_by_cluster
+from megatron_specialm.graph.lineage import HELD_OUT, cluster_count, shard_keys
 from megatron_specialm.stages.context import Context
 
 

@@ -8,17 +8,17 @@ from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.graph.tasks import Task, TaskId
-from megatron_specialm.graph.lineage import source_of
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.lineage import source_of
+from megatron_specialm.graph.tasks import Task, TaskId
 
 
 @dataclass(frozen=True)
 class Context:
     """The task to do: what it may read (`inputs`: each one's folder), where to write (`folder`), who this process is (`world`),
-    and who watches it (`lifeline`)."""
+    and who watches it (`process_status`)."""
 
     pipeline: Pipeline
     task: Task
@@ -27,7 +27,7 @@ class Context:
     folder: Path
     world: World
     threads: int
-    lifeline: Lifeline = field(default_factory=Lifeline)
+    process_status: ProcessStatus = field(default_factory=ProcessStatus)
     watch: Stopwatch = field(default_factory=Stopwatch)  # runs since this attempt at the task began
 
     @property
@@ -61,4 +61,8 @@ class Context:
     ) -> Iterable[Item]:
         """The same items; how many have been worked on is told while it takes long (`base/counting.py`). Where all ranks
         work, the first one tells."""
-        return counted(items, self.folder, self.lifeline, unit=unit, of=of, size=size) if self.world.is_first else items
+        return (
+            counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)
+            if self.world.is_first
+            else items
+        )

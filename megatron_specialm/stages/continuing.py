@@ -29,12 +29,19 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, verify_folder, write_json
+from megatron_specialm.checkpoint.checkpoint import (
+    REMEDY,
+    STATE,
+    adopt_steps,
+    newest_checkpoint,
+    saved_steps,
+    step_folder,
+)
+from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.rates import trial_key
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import Reading
-from megatron_specialm.checkpoint.checkpoint import REMEDY, STATE, adopt_steps, newest_checkpoint, saved_steps, step_folder
+from megatron_specialm.stages.reading import TrainingData
 from megatron_specialm.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -93,7 +100,7 @@ class _Training:
     marker: Marker | None
 
 
-def go_on_from_earlier(stage: TrainStage, reading: Reading, context: Context) -> Earlier | None:
+def go_on_from_earlier(stage: TrainStage, reading: TrainingData, context: Context) -> Earlier | None:
     """Adopt the newest step of an earlier training that is a step of this one too, if there is one behind those that this
     one has. The first process calls it, once what there is of trials has been adopted.
 
@@ -132,7 +139,7 @@ def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
     logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, length, other.folder, why)
 
 
-def _trainings_of_other_lengths(stage: TrainStage, reading: Reading, context: Context) -> Iterator[_Training]:
+def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, context: Context) -> Iterator[_Training]:
     name = context.task.id
     others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
     if not others:
@@ -157,13 +164,13 @@ def _made_from(folder: Path) -> dict[str, Any]:
 
 
 def _rates(context: Context) -> list[float]:
-    """Those of the page, where the task is no trial itself."""
+    """Those of the config, where the task is no trial itself."""
     stage = context.pipeline.stages[context.task.id.stage]
     assert isinstance(stage, TrainStage)
     return stage.optimizer.rates if context.task.rate is None else []
 
 
-def _look(step: int, other: _Training, stage: TrainStage, reading: Reading) -> tuple[Earlier, list[int]]:
+def _look(step: int, other: _Training, stage: TrainStage, reading: TrainingData) -> tuple[Earlier, list[int]]:
     """A step as one to go on from, and the steps to adopt for it, itself the last.
 
     Raises:

@@ -17,11 +17,11 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.clustering.coverage import check_coverage, count_zero
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
-from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.config.schema import EmbedStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.stages.context import Context
 
 BATCH = 500  # windows whose text is in memory at a time; a slow encoder takes seconds for them, so that its progress is seen

@@ -3,15 +3,15 @@
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.graph.tasks import evaluated_set, model_task
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.stages.context import Context
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.graph.tasks import evaluated_set, model_task
+from megatron_specialm.stages.context import Context
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.checkpoint.merged import read_served
 
 
 def run(stage: EvaluateStage, context: Context) -> Report:
@@ -21,7 +21,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     set the mean negative log-likelihood in nats per token and the number of tokens.
     """
     source = evaluated_set(context.key)
-    served = read_served(find_final(context.artifact(*model_task(context.key))))
+    served = read_merged(find_final(context.artifact(*model_task(context.key))))
     store = TokenStore.open(context.artifact(stage.tokens, source), "test", tokenizer=served.state["tokenizer"])
     windows = min(len(store), stage.max_windows or len(store))
     batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)

@@ -15,8 +15,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.graph.tasks import model_task
-from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, trainings
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC
@@ -26,11 +26,11 @@ from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, trainings
+from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
-from megatron_specialm.checkpoint.checkpoint import find_final
-from megatron_specialm.engine.megatron.process_groups import process_group
-from megatron_specialm.checkpoint.merged import read_served
 
 WINDOWS_COMPARED = 4
 
@@ -46,7 +46,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     """
     model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
-    served = read_served(final)
+    served = read_merged(final)
     shape, weights, state = served.shape, served.weights, served.state
     tokenize = context.pipeline.stages[stage.tokens]
     assert isinstance(tokenize, TokenizeStage)

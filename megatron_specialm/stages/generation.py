@@ -16,8 +16,8 @@ from transformers.utils import logging
 from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
-from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.graph.lineage import tokenize_stage
+from megatron_specialm.checkpoint.checkpoint import STATE, find_final
+from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
@@ -26,8 +26,8 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.checkpoint.checkpoint import STATE, find_final
-from megatron_specialm.checkpoint.merged import read_served
+from megatron_specialm.graph.lineage import tokenize_stage
+from megatron_specialm.graph.tasks import TaskId
 
 PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
 
@@ -132,9 +132,9 @@ def _exported(folder: Path) -> Writer:
 
 
 def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
-    served, tokenizer = read_served(find_final(folder)), Tokenizer.load(tokenizer_folder)
+    served, tokenizer = read_merged(find_final(folder)), Tokenizer.load(tokenizer_folder)
     if tokenizer.fingerprint != served.state["tokenizer"]:
-        raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the page again")
+        raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the config again")
     model = transformers_model(
         served.shape, served.weights, vocabulary_size=served.vocabulary_size, context_length=served.context_length,
         eod=tokenizer.eod,

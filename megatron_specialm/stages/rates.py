@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_specialm.base.artifacts import Marker, Spent
 from megatron_specialm.base.errors import TrainingError
-from megatron_specialm.graph.rates import beyond, trial_key
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.rates import beyond, trial_key
 from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Choice:
 
     @property
     def values(self) -> dict[str, Any]:
-        """For the model's own marker: the rate as the page has it; each rate's best validation loss, nats per token, None
+        """For the model's own marker: the rate as the config has it; each rate's best validation loss, nats per token, None
         where it came to nothing; and what all trials have cost."""
         costs = [trial.whole_cost for trial in self.trials.values()]
         return {

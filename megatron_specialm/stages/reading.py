@@ -9,19 +9,8 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
-from megatron_specialm.graph.tasks import text_read, text_validated
-from megatron_specialm.graph.lineage import (
-    HELD_OUT,
-    cluster_count,
-    cluster_of,
-    key_for,
-    tokenize_stage,
-    trained_clusters,
-    validates_by_cluster,
-)
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -32,12 +21,23 @@ from megatron_specialm.data.store import MIXTURE, TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
+from megatron_specialm.graph.lineage import (
+    HELD_OUT,
+    cluster_count,
+    cluster_of,
+    key_for,
+    tokenize_stage,
+    trained_clusters,
+    validates_by_cluster,
+)
+from megatron_specialm.graph.tasks import text_read, text_validated
+from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
 
 
-class Reading(NamedTuple):
+class TrainingData(NamedTuple):
     """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
     for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`; `to_measure`
     does with settings of another length what was done with the stage's."""
@@ -56,7 +56,7 @@ class Reading(NamedTuple):
         return self.settings.global_batch_size * self.store.context_length
 
 
-def read_for(stage: TrainStage, context: Context) -> Reading:
+def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
     """Open what a train task reads.
 
     Raises:
@@ -73,7 +73,7 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
     if stage.projection is not None:
         experts = _experts(stage, context, windows=len(store))
         held_out = _held_out(stage, context, np.ones(stage.projection.experts))
-        reading = Reading(
+        reading = TrainingData(
             stage, store, windows, experts,
             lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
         )  # fmt: skip
@@ -82,9 +82,9 @@ def read_for(stage: TrainStage, context: Context) -> Reading:
         stream = ImportanceStream(
             index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
         )
-        to_measure = functools.partial(_to_measure, context=context, store=store, index=index)
+        to_measure = functools.partial(_resolve_steps, context=context, store=store, index=index)
         settings, held_out, notes = to_measure(stage), _held_out(stage, context, weights), _notes(stage, context)
-        reading = Reading(settings, store, windows, stream, notes, held_out, to_measure)
+        reading = TrainingData(settings, store, windows, stream, notes, held_out, to_measure)
     for warning in reading.stream.report(reading.settings.steps).warnings:
         logger.warning("%s", warning)
     return reading
@@ -100,7 +100,7 @@ def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
     """The validation split of a set, on which this stage validates.
 
     Raises:
-        DataError: it is below the floor. The tokenize stage says so too, if it ran from a page on which a stage validates.
+        DataError: it is below the floor. The tokenize stage says so too, if it ran from a config on which a stage validates.
     """
     store = open_store(tokens, context, source, "validation")
     refuse_too_little(context.pipeline, tokens, source, read_counts(store.folder))
@@ -218,7 +218,7 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
     return weights
 
 
-def _to_measure(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
+def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the steps that this set, or this cluster, is for."""
     if stage.data == "cluster":
         cluster = cluster_of(context.model_key)

@@ -16,17 +16,18 @@ import torch
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_held_out, open_store
-from megatron_specialm.checkpoint.checkpoint import find_final
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.train.selection import (
     Order,
     by_finetuning,
@@ -36,7 +37,6 @@ from megatron_specialm.train.selection import (
     halving_plan,
     trial_validations,
 )
-from megatron_specialm.checkpoint.merged import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
 from megatron_specialm.train.work import Work
 
@@ -83,7 +83,7 @@ def run(stage: SelectStage, context: Context) -> Report:
     choice = orders[stage.by][0] if stage.by in orders else stage.by
     projected = experts.flops
     model = experts.load(choice)
-    write_served(model, context.folder)
+    write_merged(model, context.folder)
     planned = _planned(stage, experts.shape, store, experts=len(keys))
     summaries = {name: _summary(orders.get(name), choice, spent.get(name, planned[name])) for name in planned}
     values: dict[str, Any] = {"choice": choice, "by": stage.by, "experts": len(keys), "criteria": summaries}
@@ -119,10 +119,10 @@ class _Experts:
         self._mixtures = {expert_key(cluster): one_hot(cluster, experts=count) for cluster in range(count)}
         self._mixtures["histogram"] = histogram_K
 
-    def load(self, key: str) -> ServedModel:
+    def load(self, key: str) -> MergedModel:
         """The expert of that key."""
         if self._network is None:
-            return read_served(self._folder(key))
+            return read_merged(self._folder(key))
         self.flops += self._price
         return self._network.served(self._mixtures[key])
 
@@ -135,7 +135,7 @@ def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times
 
 
 def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
-    """What each criterion would cost, projections left out; of trials where the page says how an expert is tried."""
+    """What each criterion would cost, projections left out; of trials where the config says how an expert is tried."""
     sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
     slots = experts * min(stage.sample_windows, len(store)) * store.context_length
     costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * shape.forward_flops(*sizes))}

@@ -6,15 +6,15 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.graph.lineage import key_for
+from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
-from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
+from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
-from megatron_specialm.checkpoint.checkpoint import find_final
-from megatron_specialm.engine.megatron.process_groups import process_group
-from megatron_specialm.checkpoint.merged import read_served
 from megatron_specialm.train.teaching import teach
 
 
@@ -27,9 +27,9 @@ def run(stage: TeachStage, context: Context) -> Report:
         MachineError: the cache does not fit on the disk.
     """
     teacher = (stage.teacher, key_for(context.pipeline, stage.teacher, context.key))
-    served = read_served(find_final(context.artifact(*teacher)))
+    served = read_merged(find_final(context.artifact(*teacher)))
     store = open_store(stage.tokens, context, context.key)
-    kept = Kept(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
+    kept = CacheFormat(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
     _check_room(context.folder, kept, tokens=store.tokens)
     made_of = {
         "teacher": context.marker(*teacher).digest,
@@ -49,7 +49,7 @@ def run(stage: TeachStage, context: Context) -> Report:
     return Report(tokens=tokens, slots=positions, flops=flops, values=values)
 
 
-def _check_room(folder: Path, kept: Kept, *, tokens: int) -> None:
+def _check_room(folder: Path, kept: CacheFormat, *, tokens: int) -> None:
     needed, free = tokens * kept.bytes_per_token, shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.graph.lineage import shard_keys, source_of, text_set
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
 from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.lineage import shard_keys, source_of, text_set
+from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.stages.context import Context
 
 

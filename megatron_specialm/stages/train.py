@@ -14,8 +14,20 @@ import megatron_specialm
 from megatron_specialm.base.accelerator import name_of_device
 from megatron_specialm.base.arrays import write_array
 from megatron_specialm.base.artifacts import Cost, Report, Spent
+from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.files import read_json
+from megatron_specialm.checkpoint.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
+from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.finetuning import Capped, capped_warning
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import TeachStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.cluster_files import CENTROID, read_centroids
+from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import data_rank, device_name, process_group
 from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
@@ -25,28 +37,16 @@ from megatron_specialm.graph.lineage import (
     model_of,
     setup_of,
 )
-from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
-from megatron_specialm.config.schema import TeachStage
-from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import TrainingBatches
-from megatron_specialm.data.cluster_files import CENTROID, read_centroids
-from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
-from megatron_specialm.stages.reading import Reading, read_for
-from megatron_specialm.checkpoint.checkpoint import Saver, adopt_checkpoints, find_final, remove_unusable, saved_steps
+from megatron_specialm.stages.reading import TrainingData, open_training_data
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.engine.megatron.process_groups import data_rank, device_name, process_group
 from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.base.control_group import Peers
 from megatron_specialm.train.progress import Progress
-from megatron_specialm.checkpoint.merged import read_served
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
@@ -55,26 +55,26 @@ logger = logging.getLogger(__name__)
 def run(stage: TrainStage, context: Context) -> Report:
     """Train one model; the outcome is the step that `result.json` in the task's folder names. Where it has several learning
     rates, go on with the best of their trials."""
-    context.lifeline.begin("starting")
+    context.process_status.begin("starting")
     world, trial, choice = context.world, context.task.rate, None
     if trial is not None:
         stage = trial_of(stage, trial)
     elif len(stage.optimizer.rates) > 1:
         choice = choose_rate(stage, context)
         stage = at_rate(stage, choice.rate)
-    reading = read_for(stage, context)
+    reading = open_training_data(stage, context)
     settings, store = reading.settings, reading.store
     shape = model_of(context.pipeline, context.task.id.stage)
     setup = setup_of(context.pipeline, context.task.id.stage)
-    # The page's vocabulary is a wish where the tokenizer was there before.
+    # The config's vocabulary is a wish where the tokenizer was there before.
     setup = replace(setup, vocabulary_size=store.vocabulary_size)
     lost = Work.read(context.folder)
     if stage.data == "cluster" and trial is None and world.is_first:
         _write_centroid(stage, context)
     grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
-    with context.lifeline.at_step_boundaries(), grouped:
+    with context.process_status.at_step_boundaries(), grouped:
         rank, copies = data_rank()
-        peers = Peers.meet()
+        peers = ControlGroup.meet()
         if choice is not None:
             tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
             peers.from_first(lambda: adopt_checkpoints(tried, context.folder))
@@ -101,9 +101,9 @@ def run(stage: TrainStage, context: Context) -> Report:
             device_name=device_name(world),
             processes=world.world_size,
             peers=peers,
-            saver=Saver(context.folder, Peers.meet()),
+            saver=Saver(context.folder, ControlGroup.meet()),
             account=account,
-            lifeline=context.lifeline,
+            process_status=context.process_status,
             watch=context.watch,
         )
         try:
@@ -148,14 +148,14 @@ def run(stage: TrainStage, context: Context) -> Report:
     )
 
 
-def _own(progress: Progress, before: Spent, reading: Reading) -> Spent:
+def _own(progress: Progress, before: Spent, reading: TrainingData) -> Spent:
     """The tokens and slots of this task's own steps. `before` are those of the steps that it went on from, which stand in the
     cost of a trial or of an earlier training."""
     slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
     return Spent(progress.tokens - before.tokens, slots - before.slots)
 
 
-def _validation(reading: Reading, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
+def _validation(reading: TrainingData, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
     assert reading.held_out is not None, "only early stopping validates"
     return reading.held_out.batches(batch_size=batch_size, rank=rank, processes=processes)
 
@@ -220,7 +220,7 @@ def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: Toke
         teacher=_teacher(stage, context, store) if has_online_teacher(stage) else None,
     )
     if stage.init is not None:
-        start = read_served(find_final(_model_folder(stage.init, context)))
+        start = read_merged(find_final(_model_folder(stage.init, context)))
         engine.load({**model.first_adapters(seed=context.pipeline.seed_of_training), **start.weights}, None)
     return engine
 
@@ -250,7 +250,7 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
 def _teacher(stage: TrainStage, context: Context, store: TokenStore) -> Gpt:
     """The teacher beside the student, in its layout."""
     assert stage.distill is not None
-    served = read_served(find_final(_model_folder(stage.distill.teacher, context)))
+    served = read_merged(find_final(_model_folder(stage.distill.teacher, context)))
     teacher = _model(stage, served.shape, store)
     teacher.load(served.weights)
     return teacher

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.engine.protocol import LossSum
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 
 

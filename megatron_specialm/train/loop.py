@@ -13,16 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_specialm.base.control_group import ControlGroup, StopFlag, is_lost_peer
 from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
 from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.estimate.throughput import utilisation
-from megatron_specialm.graph.length import last_step, validates_after
-from megatron_specialm.config.schedule import learning_rate, step_to_keep
-from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import TrainingBatches
-from megatron_specialm.data.store import Batch
+from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.checkpoint.checkpoint import (
     REMEDY,
     STATE,
@@ -34,9 +30,13 @@ from megatron_specialm.checkpoint.checkpoint import (
     saved_steps,
     step_folder,
 )
+from megatron_specialm.config.schedule import learning_rate, step_to_keep
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.batches import TrainingBatches
+from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.protocol import Engine, StepStats
+from megatron_specialm.graph.length import last_step, validates_after
 from megatron_specialm.train.metrics import Metrics
-from megatron_specialm.base.control_group import Alarm, Peers, is_lost_peer
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work, WorkRecord
 
@@ -72,10 +72,10 @@ class Run:
     flops_per_step: int
     device_name: str
     processes: int
-    peers: Peers
+    peers: ControlGroup
     saver: Saver
     account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
-    lifeline: Lifeline = field(default_factory=Lifeline)
+    process_status: ProcessStatus = field(default_factory=ProcessStatus)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -89,7 +89,7 @@ def train(engine: Engine, run: Run) -> Progress:
         TrainingError: another process has died.
         Stopped: some process was asked to stop; the step at which all of them did is saved.
     """
-    run.lifeline.begin("training")
+    run.process_status.begin("training")
     with _lost_peers(run), _work_record(engine, run) as note_work:
         return _train(engine, run, note_work)
 
@@ -100,14 +100,14 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
     saved = progress.step
     metrics = _open_metrics(run, progress)
     clock = _Clock()
-    stop = Alarm(run.peers)
+    stop = StopFlag(run.peers)
     if run.settings.early_stopping is not None and not progress.evaluations:
         # The first weights are a candidate too: a domain set may be too small to gain anything from it.
         progress = _evaluate(engine, run, progress, metrics, note_work)
         _save(engine, run, progress, note_work)
     while not _is_over(progress, run.settings):
-        run.lifeline.beat(step=progress.step)
-        if stop.is_heard(run.lifeline.stop_asked_by is not None):
+        run.process_status.beat(step=progress.step)
+        if stop.poll(run.process_status.stop_asked_by is not None):
             if progress.step != saved:
                 _save(engine, run, progress, note_work)
             _stop(run, progress, metrics)
@@ -124,7 +124,7 @@ def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
         progress = progress.after(stats, spike=spike)
         slots = batch.tokens.size * run.batches.processes
         _record_step(metrics, run, progress, stats, rate, slots=slots, spike=spike, clock=clock)
-        _stop_if_poisoned(progress, run, stats)
+        _raise_if_diverged(progress, run, stats)
         progress = _evaluate(engine, run, progress, metrics, note_work)
         if _is_time_to_save(progress, run.settings):
             _save(engine, run, progress, note_work)
@@ -271,7 +271,7 @@ def _evaluate(
 ) -> Progress:
     if not validates_after(progress.step, run.settings):
         return progress
-    loss = engine.evaluate(_heard(run, note_work)).mean
+    loss = engine.evaluate(_with_heartbeat(run, note_work)).mean
     note_work()
     if not math.isfinite(loss):
         logger.warning("step %d: the validation loss is %s: it counts as no gain", progress.step, loss)
@@ -280,10 +280,10 @@ def _evaluate(
     return progress.evaluated(loss)
 
 
-def _heard(run: Run, note_work: Callable[[], Work]) -> Iterator[Batch]:
+def _with_heartbeat(run: Run, note_work: Callable[[], Work]) -> Iterator[Batch]:
     """The validation's batches: it is progress, and work, too."""
     for batch in run.validation():
-        run.lifeline.beat()
+        run.process_status.beat()
         note_work()
         yield batch
 
@@ -296,7 +296,7 @@ def _no_best(run: Run, progress: Progress) -> str:
     )
 
 
-def _stop_if_poisoned(progress: Progress, run: Run, stats: StepStats) -> None:
+def _raise_if_diverged(progress: Progress, run: Run, stats: StepStats) -> None:
     if progress.skipped_in_a_row <= run.settings.max_skipped_steps:
         return
     run.saver.wait()

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from megatron_specialm.base.errors import DataError, TrainingError
-from megatron_specialm.graph.lineage import cluster_of
+from megatron_specialm.checkpoint.merged import MergedModel
 from megatron_specialm.data.store import Batch
+from megatron_specialm.graph.lineage import cluster_of
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.checkpoint.merged import ServedModel
 
 Order = tuple[str, ...]  # the experts' keys, best first
-Load = Callable[[str], ServedModel]
+Load = Callable[[str], MergedModel]
 # Fine-tune an expert until it has had so many steps, going on from where it stood: its validation loss, which is not finite
 # where it came to nothing.
 Tune = Callable[[str, int], float]

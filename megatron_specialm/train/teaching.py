@@ -10,7 +10,7 @@ import torch
 
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.store import Batch, TokenStore
-from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheWriter, Kept
+from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheFormat, CacheWriter
 from megatron_specialm.model.gpt import Gpt
 
 
@@ -48,7 +48,9 @@ def teach(
     return tokens
 
 
-def keep(log_probabilities_NV: torch.Tensor, kept: Kept, generator: np.random.Generator) -> dict[str, torch.Tensor]:
+def keep(
+    log_probabilities_NV: torch.Tensor, kept: CacheFormat, generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
     """What a cache keeps of the teacher's distributions (N, V), by name: (N, ...) each."""
     if kept.kind == "exact":
         return {LOG_PROBABILITIES: log_probabilities_NV}

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from megatron_specialm.base.artifacts import Spent
+from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.errors import TrainingError
+from megatron_specialm.checkpoint.checkpoint import Saver
+from megatron_specialm.checkpoint.merged import MergedModel
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.checkpoint.checkpoint import Saver
-from megatron_specialm.train.loop import Run, train
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.base.control_group import Peers
+from megatron_specialm.train.loop import Run, train
 from megatron_specialm.train.progress import Progress
-from megatron_specialm.checkpoint.merged import ServedModel
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Trials:
     """The fine-tunings of one criterion, on this process."""
 
     def __init__(
-        self, trial: Trial, store: TokenStore, load: Callable[[str], ServedModel], *, folder: Path, seed: int
+        self, trial: Trial, store: TokenStore, load: Callable[[str], MergedModel], *, folder: Path, seed: int
     ) -> None:
         self._trial, self._store, self._load, self._folder = trial, store, load, folder
         self._stream = ImportanceStream(
@@ -59,7 +59,7 @@ class Trials:
         self._spent[key] = self._work(key, start, progress)
         return math.nan if progress.best_loss is None else progress.best_loss
 
-    def _train(self, key: str, start: ServedModel, steps: int) -> Progress:
+    def _train(self, key: str, start: MergedModel, steps: int) -> Progress:
         folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
         engine = MegatronEngine(
@@ -79,12 +79,12 @@ class Trials:
                 flops_per_step=0,  # nobody looks at a trial's utilisation
                 device_name="",
                 processes=1,
-                peers=Peers(),
-                saver=Saver(folder, Peers()),
+                peers=ControlGroup(),
+                saver=Saver(folder, ControlGroup()),
             ),
         )
 
-    def _work(self, key: str, model: ServedModel, progress: Progress) -> Spent:
+    def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
         flops = work.passes.trained * model.shape.training_flops(*sizes)
         flops += work.passes.evaluated * model.shape.forward_flops(*sizes)

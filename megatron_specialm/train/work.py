@@ -55,7 +55,7 @@ class WorkRecord:
             copies: data-parallel copies of the model: each makes as many passes as the first one.
             watch: of this attempt.
         """
-        self._before, self._copies, self._watch = Work.read(folder), copies, watch
+        self._before, self._data_parallel_group, self._watch = Work.read(folder), copies, watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> Work:
@@ -64,7 +64,7 @@ class WorkRecord:
         Args:
             passes: those of one copy since this attempt began.
         """
-        all_passes = self._before.passes.plus(passes, times=self._copies)
+        all_passes = self._before.passes.plus(passes, times=self._data_parallel_group)
         work = Work(all_passes, self._before.seconds + self._watch.seconds)
         text = json.dumps({"passes": work.passes._asdict(), "seconds": work.seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)

@@ -1,4 +1,4 @@
-"""A working directory on the login node: text, a page, a site profile, and the commands of a user."""
+"""A working directory on the login node: text, a config, a site profile, and the commands of a user."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ import psutil
 import torch
 import yaml
 
-from megatron_specialm.slurm.records import Attempt, read_attempts
 from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model
+from megatron_specialm.slurm.records import Attempt, read_attempts
 from tests.cluster.testbed import Cluster
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 SITE: dict[str, Any] = {
     "template": str(ROOT / "slurm" / "stage.sbatch.template"),
     "jobs": {
@@ -35,14 +35,14 @@ SITE: dict[str, Any] = {
 
 @dataclass
 class Run:
-    """A run of a page, with overrides, on a cluster."""
+    """A run of a config, with overrides, on a cluster."""
 
     cluster: Cluster
     folder: Path
     overrides: list[str] = field(default_factory=list)
     site: dict[str, Any] = field(default_factory=dict)  # over SITE
     name: str = "runs/smoke"
-    page: Path = PAGE
+    config: Path = CONFIG
 
     @property
     def root(self) -> Path:
@@ -50,14 +50,14 @@ class Run:
         return self.folder / self.name
 
     def command(self, *arguments: str) -> list[str]:
-        """A command of ours on this page."""
+        """A command of ours on this config."""
         verb, *rest = arguments
         return [
             sys.executable,
             "-m",
             "megatron_specialm",
             verb,
-            str(self.page),
+            str(self.config),
             f"root={self.name}",
             *self.overrides,
             *rest,
@@ -78,7 +78,7 @@ class Run:
         return done.stdout + done.stderr
 
     def submit(self, *arguments: str, code: int = 0) -> str:
-        """Submit the page by the site's profile; what was printed."""
+        """Submit the config by the site's profile; what was printed."""
         path = self.folder / "site.yaml"
         path.write_text(yaml.safe_dump(_merged(SITE, self.site)))
         return self.specialm("submit", "--site", str(path), *arguments, code=code)

@@ -134,7 +134,7 @@ def test_a_submit_that_dies_behind_sbatch(run: Run, tmp_path: Path) -> None:
     assert run.wait("slm") == ["COMPLETED"]
 
 
-def test_words_of_a_page_are_no_commands(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+def test_words_of_a_config_are_no_commands(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
     """Quotes, spaces, semicolons and substitutions in paths and in the profile, through a real sbatch."""
     word = "a b;touch hit;'\"`touch hit`$(touch hit)&|>hit"
     folder = prepared(smoke_run, tmp_path / word)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_specialm.config.load import load_pipeline
-from tests.cluster.runs import PAGE, ROOT, Run, assert_same_bits, prepared, weights
+from tests.cluster.runs import CONFIG, ROOT, Run, assert_same_bits, prepared, weights
 from tests.cluster.testbed import Cluster
 
 TEXT = ("tokenizer", "tokens")
@@ -76,8 +76,8 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
 def test_learning_rates_are_tried_in_a_job_before_that_of_the_models(
     cluster: Cluster, smoke_run: Path, tmp_path: Path
 ) -> None:
-    """The best one is the smoke page's own, so its models are made."""
-    best = load_pipeline(PAGE).stages["slm-nopt"].optimizer.learning_rate
+    """The best one is the smoke config's own, so its models are made."""
+    best = load_pipeline(CONFIG).stages["slm-nopt"].optimizer.learning_rate
     rates = f"stages.slm-nopt.optimizer.learning_rate=[1.0e-6, {best}]"
     run = Run(cluster, prepared(smoke_run, tmp_path, *TEXT), [rates, "stages.slm-nopt.trial_steps=10"])
     assert "9 tasks submitted" in run.submit("--only", "slm-nopt")
@@ -104,12 +104,12 @@ def test_kmeans_over_mpi_gives_the_centroids_of_one_process(cluster: Cluster, sm
 
 @pytest.mark.timeout(120)
 def test_by_hand(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
-    """`sbatch slurm/stage.sbatch PAGE STAGE`, with the options of this cluster."""
+    """`sbatch slurm/stage.sbatch CONFIG STAGE`, with the options of this cluster."""
     run = Run(cluster, prepared(smoke_run, tmp_path, *TEXT))
-    page, root = str(PAGE), "root=runs/smoke"
+    config, root = str(CONFIG), "root=runs/smoke"
     options = ["--parsable", "--ntasks-per-node=2", "--nodes=1", "--cpus-per-task=1", "--mem=1G", "--time=10"]
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
-    command = ["sbatch", *options, "slurm/stage.sbatch", page, "slm", root, "stages.slm.steps=20"]
+    command = ["sbatch", *options, "slurm/stage.sbatch", config, "slm", root, "stages.slm.steps=20"]
     job = subprocess.check_output(command, cwd=tmp_path, env=run.environment, text=True).strip()
     (ended,) = cluster.wait(job, 90)
     log = (tmp_path / f"specialm-{job}.log").read_text()

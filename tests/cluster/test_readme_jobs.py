@@ -1,4 +1,4 @@
-"""The README's commands on a cluster, in their order and short form: the page stops after its first stage."""
+"""The README's commands on a cluster, in their order and short form: the config stops after its first stage."""
 
 import os
 import shlex

@@ -13,13 +13,13 @@ from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 from tests.training import EPSILON
 
-PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
 OVERRIDES = [
     "stages.tokenizer.vocabulary_size=300", "stages.slm.steps=10", "stages.slm.schedule.warmup_steps=2",
     "stages.slm.global_batch_size=16", "defaults.train.micro_batch_size=4",
     f"stages.slm.optimizer.epsilon={EPSILON}", "--until", "slm",
 ]  # fmt: skip
-RUN = ["-m", "megatron_specialm", "run", PAGE, *OVERRIDES]
+RUN = ["-m", "megatron_specialm", "run", CONFIG, *OVERRIDES]
 
 
 def _start(folder: Path, command: list[str], **environment: str) -> None:  # noqa: F811

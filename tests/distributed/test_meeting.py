@@ -16,11 +16,11 @@ RANK = """
 import sys
 import torch.distributed
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import is_alive, meet
 rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 world = World(rank, size, rank, address, "test")
-with Lifeline().hearing_signals():
+with ProcessStatus().hearing_signals():
     print("here", flush=True)
     sys.stdin.readline()
     meet(world)
@@ -100,14 +100,14 @@ WAIT = """
 import sys
 from pathlib import Path
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.run import inline
 inline.GRACE_SECONDS = 0.5
 pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
 task = build_graph(pipeline)[TaskId("tokenizer", "generic")]
-inline.do_together(pipeline, Path(sys.argv[1]), task, "0" * 64, World(1, 2, 1, sys.argv[2], "test"), Lifeline())
+inline.run_task(pipeline, Path(sys.argv[1]), task, "0" * 64, World(1, 2, 1, sys.argv[2], "test"), ProcessStatus())
 """
 
 

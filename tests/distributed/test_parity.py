@@ -8,8 +8,8 @@ import pytest
 
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.parity.case import parity_case
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.parity.case import parity_case
 from megatron_specialm.parity.compare import WORST, Difference, certificate, compare, table
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)

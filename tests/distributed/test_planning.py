@@ -12,8 +12,8 @@ import pytest
 
 from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.rendezvous import meet
-from megatron_specialm.run.inline import lead
 from megatron_specialm.graph.plan import write_resolved
+from megatron_specialm.run.inline import lead
 from tests.conftest import ROOT
 from tests.run_folder import Run, make_run
 
@@ -38,7 +38,7 @@ def place() -> dict[str, str]:
 
 def _start(rank: int, place: Mapping[str, str], *options: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_specialm", "run", "page.yaml", *options], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "megatron_specialm", "run", "config.yaml", *options], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **place, **_of_rank(rank)},
     )  # fmt: skip
 

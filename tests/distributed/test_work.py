@@ -12,13 +12,13 @@ import pytest
 
 from megatron_specialm.base.artifacts import read_marker, view
 from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.checkpoint.checkpoint import newest_checkpoint
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 from tests.training import read_metrics
 
-PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 STEPS = 200
 
 
@@ -30,7 +30,7 @@ def submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: 
         "stages.tokenizer.vocabulary_size=300", f"stages.slm.steps={STEPS}", "stages.slm.global_batch_size=16",
         "defaults.train.micro_batch_size=4", "stages.slm.parallel.data_parallel=2", "stages.slm.log_every=1",
     ]  # fmt: skip
-    pipeline = load_pipeline(PAGE, overrides)
+    pipeline = load_pipeline(CONFIG, overrides)
     place = folder / "runs" / "smoke" / "jobs" / "0001"
     write_text(place / "pipeline.yaml", dump_pipeline(pipeline))
     jobs: dict[str, list] = {}

@@ -19,7 +19,7 @@ WORDS = tuple(a + b + c for a in ("br", "d", "fl", "g", "kr", "l") for b in "aei
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory with a little text for the smoke page."""
+    """A working directory with a little text for the smoke config."""
     data = tmp_path / "data" / "smoke"
     data.mkdir(parents=True)
     for number, name in enumerate(SETS):
@@ -32,13 +32,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _command(*arguments: str) -> list[str]:
-    page = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+    config = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
     return [
         sys.executable,
         "-m",
         "megatron_specialm",
         arguments[0],
-        page,
+        config,
         "stages.tokenizer.vocabulary_size=300",
         *arguments[1:],
     ]
@@ -89,7 +89,7 @@ def test_documents_that_are_none(folder: Path, content: bytes, words: list[str])
 
 def test_a_missing_file_and_an_unknown_key_are_said_before_anything_runs(folder: Path) -> None:
     (folder / "data/smoke/scipy.test.jsonl").unlink()
-    _fails(folder, 2, "scipy.test.jsonl", "no such file", "or make this page's text: python tools/smoke_corpus.py")
+    _fails(folder, 2, "scipy.test.jsonl", "no such file", "or make this config's text: python tools/smoke_corpus.py")
     _fails(folder, 2, "stages.slm.stepz", "did you mean 'steps'", overrides=("stages.slm.stepz=3",))
     assert not (folder / "runs/smoke/pipeline.yaml").exists()
 

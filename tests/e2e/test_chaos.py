@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the page has run undisturbed."""
+    """A working directory in which the config has run undisturbed."""
     folder = tmp_path_factory.mktemp("straight")
     straight_run(folder, **SIZES)
     return folder

@@ -15,11 +15,11 @@ from megatron_specialm.base.artifacts import LABEL, MARKER
 from megatron_specialm.base.integrity import RECORDS
 from megatron_specialm.run.worker import limit_threads
 from tests.damage import Damage, Finished, Verdict
-from tools.disturbed.page import write_page
+from tools.disturbed.config import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PLAN, VERIFY, RESULTS = "plan page.yaml", "verify run --deep", "results page.yaml"
+PLAN, VERIFY, RESULTS = "plan config.yaml", "verify run --deep", "results config.yaml"
 # What reads an artifact: commands, and tasks, one of each kind of stage that opens it.
 READERS = {
     "tokenizer/generic": ["tokens/law", "vectors/law", "export/tuned.law", "generate run/tuned/law osk --tokens 4"],
@@ -45,13 +45,13 @@ READERS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """A run of a page with all kinds of stages, and trainings of ten steps."""
+    """A run of a config with all kinds of stages, and trainings of ten steps."""
     folder = tmp_path_factory.mktemp("finished")
-    write_page(folder, steps=10, every=5)
+    write_config(folder, steps=10, every=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         limit_threads(1)
-        command = [sys.executable, "-m", "megatron_specialm", "run", "page.yaml"]
+        command = [sys.executable, "-m", "megatron_specialm", "run", "config.yaml"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         yield Finished(folder, scratch=folder / "scratch")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 TENSOR = ("stages.slm.parallel.tensor_parallel=2", "stages.slm.parallel.sequence_parallel=true")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,12 +33,12 @@ def _state(folder: Path, step: int) -> dict:
 
 
 def test_a_certificate_goes_into_checkpoints_that_another_layout_takes_up(folder: Path) -> None:
-    proof = _specialm(folder, "parity", str(PAGE), *TENSOR, "--stage", "slm", "--pipeline-parallel", "1")
+    proof = _specialm(folder, "parity", str(CONFIG), *TENSOR, "--stage", "slm", "--pipeline-parallel", "1")
     assert proof.returncode == 0 and "equals one process" in proof.stdout, proof.stdout + proof.stderr
     certificate = json.loads((folder / "runs/smoke/parity/slm.json").read_text())
     assert certificate["passed"] and certificate["layout"]["tensor_parallel"] == 2
 
-    first = _specialm(folder, "run", str(PAGE), *TENSOR, "--until", "slm")
+    first = _specialm(folder, "run", str(CONFIG), *TENSOR, "--until", "slm")
     assert first.returncode == 0, first.stdout + first.stderr
     last = _state(folder, 160)
     assert last["parity"] == certificate and last["layout"]["sequence_parallel"] is True
@@ -46,30 +46,30 @@ def test_a_certificate_goes_into_checkpoints_that_another_layout_takes_up(folder
     assert "kernels: " in log
 
     # A layout is no part of what a stage is: the finished one stays done, and another goes on from its checkpoints.
-    plan = _specialm(folder, "plan", str(PAGE), "--tasks", "stages.slm.parallel.pipeline_parallel=2")
+    plan = _specialm(folder, "plan", str(CONFIG), "--tasks", "stages.slm.parallel.pipeline_parallel=2")
     assert [line for line in plan.stdout.splitlines() if "slm/generic" in line and "done" in line], plan.stdout
 
 
 def test_a_layout_that_differs_is_found_out(folder: Path) -> None:
-    refused = _specialm(folder, "parity", str(PAGE), "--stage", "slm", "--tensor-parallel", "3")
+    refused = _specialm(folder, "parity", str(CONFIG), "--stage", "slm", "--tensor-parallel", "3")
     assert refused.returncode == 2 and "must divide the model's attention_heads" in refused.stderr
     assert "the nearest parallel.tensor_parallel that does is" in refused.stderr
-    none = _specialm(folder, "parity", str(PAGE), "--tensor-parallel", "3")
+    none = _specialm(folder, "parity", str(CONFIG), "--tensor-parallel", "3")
     assert none.returncode == 2 and none.stdout.count(": not run: stages.") == 7
-    missing = _specialm(folder, "parity", str(PAGE), "--stage", "nothing")
+    missing = _specialm(folder, "parity", str(CONFIG), "--stage", "nothing")
     assert missing.returncode == 2 and "no train stage of that name; there are slm" in missing.stderr
 
 
 def test_check_says_what_would_not_fit(folder: Path) -> None:
     large = ("stages.slm.model=llm-771m", "stages.slm.global_batch_size=4096", "stages.slm.micro_batch_size=4096")
-    refused = _specialm(folder, "check", str(PAGE), *large, "--gpu", "H100")
+    refused = _specialm(folder, "check", str(CONFIG), *large, "--gpu", "H100")
     assert refused.returncode == 3
     assert "a process needs" in refused.stderr and "set micro_batch_size: " in refused.stderr
-    fits = _specialm(folder, "check", str(PAGE), "--gpu", "H100")
+    fits = _specialm(folder, "check", str(CONFIG), "--gpu", "H100")
     assert fits.returncode == 0 and "GPU hours at 40% MFU" in " ".join(fits.stdout.split()), fits.stdout
-    fp8 = _specialm(folder, "run", str(PAGE), "stages.slm.precision=fp8")
+    fp8 = _specialm(folder, "run", str(CONFIG), "stages.slm.precision=fp8")
     assert fp8.returncode == 3 and "needs a GPU of compute capability 8.9" in fp8.stderr
-    assert _specialm(folder, "tune-precision", str(PAGE)).returncode == 3
+    assert _specialm(folder, "tune-precision", str(CONFIG)).returncode == 3
 
 
 def test_capabilities_are_printed(folder: Path) -> None:

@@ -19,7 +19,7 @@ from tests.e2e.test_bad_input import ROOT, WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-PAGE = """
+CONFIG = """
 name: rates
 root: run
 text:
@@ -48,7 +48,7 @@ BEST, STEPS, TRIED = "0.01", 60, 30  # `trial_steps: 28`: until the next validat
 
 
 def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_specialm", arguments[0], "page.yaml", *arguments[1:]]
+    return [sys.executable, "-m", "megatron_specialm", arguments[0], "config.yaml", *arguments[1:]]
 
 
 def _environment() -> dict[str, str]:
@@ -63,9 +63,9 @@ def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the page has run; what it printed is in `stdout`."""
+    """A working directory in which the config has run; what it printed is in `stdout`."""
     folder = tmp_path_factory.mktemp("rates")
-    (folder / "page.yaml").write_text(PAGE)
+    (folder / "config.yaml").write_text(CONFIG)
     for number, name in enumerate(("generic", "law")):
         for split, documents in (("train", 40), ("test", 4)):
             texts = [

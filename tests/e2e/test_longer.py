@@ -12,19 +12,19 @@ import pytest
 from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.checkpoint.checkpoint import find_final, saved_steps, step_folder
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.report.results import write_results
 from megatron_specialm.run.worker import execute
 from megatron_specialm.stages import continuing
-from megatron_specialm.checkpoint.checkpoint import find_final, saved_steps, step_folder
 from tests.e2e.test_bad_input import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Of `stopped` the last step is validated as an end, at 40 and not at 60; `chosen` is decided at step 10.
-PAGE = """
+CONFIG = """
 name: longer
 root: run
 text:
@@ -50,9 +50,9 @@ TRAININGS = {"constant": "generic", "wsd": "generic", "cosine": "generic", "stop
 
 
 def _run(folder: Path, *overrides: str) -> str:
-    """Do in this process what the page lacks in a working directory; what was said of going on."""
+    """Do in this process what the config lacks in a working directory; what was said of going on."""
     with contextlib.chdir(folder):
-        pipeline = load_pipeline(Path("page.yaml"), overrides)
+        pipeline = load_pipeline(Path("config.yaml"), overrides)
         root = Path(pipeline.root)
         write_resolved(pipeline, root)
         said: list[str] = []
@@ -63,7 +63,7 @@ def _run(folder: Path, *overrides: str) -> str:
         logger.addHandler(handler)
         for planned in make_plan(pipeline, root).values():
             if planned.is_to_do:
-                execute(pipeline, root, planned.task, planned.made_from, ALONE, Lifeline())
+                execute(pipeline, root, planned.task, planned.made_from, ALONE, ProcessStatus())
         logger.removeHandler(handler)
         write_results(pipeline, root)
     return "\n".join(said)
@@ -75,9 +75,9 @@ def _steps(steps: int, *stages: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the page has run with 40 steps, and then with 60; `fresh` is of 60 at once."""
+    """A working directory in which the config has run with 40 steps, and then with 60; `fresh` is of 60 at once."""
     folder = tmp_path_factory.mktemp("longer")
-    (folder / "page.yaml").write_text(PAGE)
+    (folder / "config.yaml").write_text(CONFIG)
     for number, name in enumerate(("generic", "law")):
         for split, documents in (("train", 40), ("test", 4)):
             texts = [

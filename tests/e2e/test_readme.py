@@ -32,7 +32,7 @@ NOT_RUN = {
     r"specialm doctor$": "tests/unit/test_doctor.py runs it; here it runs with --quick",
     r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",
     r"specialm( run| check| parity| figures| clean)?$": "a mention, which says no more than the name",
-    r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as PAGE or STAGE",
+    r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as CONFIG or STAGE",
     r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
     r"python tools/chaos\.py": "half an hour; tests/e2e/test_chaos.py does it in small",

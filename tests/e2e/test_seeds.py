@@ -13,19 +13,19 @@ import torch
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import MARKER, read_marker, view
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.base.process_status import Lifeline
-from megatron_specialm.graph.tasks import build_graph
+from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.report.seeds import merge_runs
 from megatron_specialm.run.worker import execute
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the court held that a tenant may keep what was planted before notice of leave had been given by its owner"
 WORDS = TEXT.split()
-PAGE = """
+CONFIG = """
 name: seeds
 root: runs/first
 text:
@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *launcher, "-m", "megatron_specialm", "run", "page.yaml", *arguments]
+    command = [sys.executable, *launcher, "-m", "megatron_specialm", "run", "config.yaml", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
@@ -59,7 +59,7 @@ def _run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the run of one seed."""
     folder = tmp_path_factory.mktemp("seeds")
-    (folder / "page.yaml").write_text(PAGE)
+    (folder / "config.yaml").write_text(CONFIG)
     for number, name in enumerate(("generic", "law"), 1):
         lines = (" ".join(WORDS[(i * j * j + number * j) % len(WORDS)] for j in range(60)) for i in range(1, 80))
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
@@ -117,12 +117,12 @@ def test_long_stages_say_how_far_they_are(
     monkeypatch.chdir(first)
     monkeypatch.setattr(counting, "SECONDS", 0.0)
     caplog.set_level(logging.INFO)
-    pipeline = load_pipeline(Path("page.yaml"), ["stages.perplexity.batch_size=4", "stages.taught.batch_size=4"])
+    pipeline = load_pipeline(Path("config.yaml"), ["stages.perplexity.batch_size=4", "stages.taught.batch_size=4"])
     task = next(task for name, task in build_graph(pipeline).items() if name.stage == stage)
     root = Path(pipeline.root)
     made_from = make_plan(pipeline, root)[task.id].made_from
     (view(root, *task.id) / MARKER).unlink()
-    execute(pipeline, root, task, made_from, ALONE, Lifeline())
+    execute(pipeline, root, task, made_from, ALONE, ProcessStatus())
     windows = TokenStore.open(root / "tokens/law", {"perplexity": "test", "taught": "train"}[stage])
     assert f"working on {task.id}: 4 of {len(windows)} windows, " in caplog.text
     assert f"working on {task.id}: {len(windows):,} of {len(windows):,} windows, " in caplog.text
@@ -132,7 +132,7 @@ def test_long_stages_say_how_far_they_are(
 def test_what_is_no_run_folder_is_refused(first: Path) -> None:
     for command in (["run"], ["plan"], ["check"], ["submit"]):
         outcome = subprocess.run(
-            [sys.executable, "-m", "megatron_specialm", *command, "page.yaml", "root=runs/fourth", "reuse=data"],
+            [sys.executable, "-m", "megatron_specialm", *command, "config.yaml", "root=runs/fourth", "reuse=data"],
             cwd=first, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         )  # fmt: skip
         assert outcome.returncode == 2 and "reuse: data: is not a run folder" in outcome.stderr, outcome.stderr

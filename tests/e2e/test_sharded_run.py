@@ -1,4 +1,4 @@
-"""A page with its generic set in shards, through the command line: what is trained is what is trained without them."""
+"""A config with its generic set in shards, through the command line: what is trained is what is trained without them."""
 
 import importlib.util
 import json
@@ -16,12 +16,12 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 
-PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
 OVERRIDES = [
     "stages.tokenizer.vocabulary_size=300", "stages.slm-is.steps=10", "stages.slm-is.schedule.warmup_steps=2",
     "stages.vectors.encoder.dimensions=64", "stages.slm-is.global_batch_size=16", "defaults.train.micro_batch_size=4",
 ]  # fmt: skip
-RUN = ["-m", "megatron_specialm", "run", PAGE, *OVERRIDES]
+RUN = ["-m", "megatron_specialm", "run", CONFIG, *OVERRIDES]
 
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 

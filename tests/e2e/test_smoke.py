@@ -19,7 +19,7 @@ import torch
 from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "configs" / "pipelines" / "smoke.yaml"
+CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 GOLDEN = Path(__file__).parent / "golden"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -153,7 +153,7 @@ def test_models_go_on_with_a_text(finished: Path) -> None:
     assert tuple(parts[::2]) == models and len(set(parts[1::2])) == 1
     assert parts[1].startswith("Compute the") and len(parts[1].strip()) > len("Compute the")
 
-    sampled = _specialm(finished, "samples", str(PAGE))
+    sampled = _specialm(finished, "samples", str(CONFIG))
     first, *others = sampled.stdout.splitlines()
     assert first.startswith("scipy: how each method goes on from ")
     methods = ["llm", "llm-lora", "slm", "slm-d", "slm-is", "slm-mix", "slm-nopt", "slm-pn", "slm-pn-soup"]
@@ -192,13 +192,13 @@ def test_a_second_run_does_nothing_again(finished: Path) -> None:
     marker = finished / "runs/smoke/slm/generic/done.json"
     before = marker.stat().st_mtime_ns
     start = time.perf_counter()
-    assert _specialm(finished, "run", str(PAGE)).returncode == 0
+    assert _specialm(finished, "run", str(CONFIG)).returncode == 0
     assert marker.stat().st_mtime_ns == before
     assert time.perf_counter() - start < 60
 
 
 MORE = """
-extends: {page}
+extends: {config}
 stages:
   taught:      {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: sampled, count: 8}}
   exact:       {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: exact}}
@@ -219,11 +219,11 @@ stages:
 """
 
 
-def test_what_else_a_page_can_say(finished: Path) -> None:
+def test_what_else_a_config_can_say(finished: Path) -> None:
     """Caches of a teacher, replay, the domain from the start, experts that branch off a model, and every criterion."""
-    page = finished / "more.yaml"
-    page.write_text(MORE.format(page=PAGE))
-    done = _specialm(finished, "run", str(page), "--until", "more")
+    config = finished / "more.yaml"
+    config.write_text(MORE.format(config=CONFIG))
+    done = _specialm(finished, "run", str(config), "--until", "more")
     assert done.returncode == 0, done.stdout + done.stderr
     root = finished / "runs/smoke"
     for domain in ("scipy", "sklearn", "torch"):
@@ -249,7 +249,7 @@ def test_the_jobs_of_every_stage_are_as_recorded(finished: Path) -> None:
     """Directives and command of each job that `submit` would queue: `golden/smoke-jobs.txt`, with the names of folders and of
     this submission taken out. A change that is meant is recorded by deleting the file and running this test."""
     options = ("root=elsewhere", "--site", str(ROOT / "slurm" / "site.yaml"), "--dry-run")
-    printed = _specialm(finished, "submit", str(PAGE), *options)
+    printed = _specialm(finished, "submit", str(CONFIG), *options)
     assert printed.returncode == 0, printed.stderr
     names = {str(finished.resolve()): "FOLDER", str(finished): "FOLDER", sys.executable: "PYTHON"}
     lines = [line for line in printed.stdout.splitlines() if line.startswith(("==>", "#SBATCH", "exec "))]
@@ -263,8 +263,9 @@ def test_the_jobs_of_every_stage_are_as_recorded(finished: Path) -> None:
 
 
 def test_the_final_weights_are_as_recorded(finished: Path) -> None:
-    """Bit for bit, on a machine like the one that `golden/smoke-weights.json` was recorded on; elsewhere other kernels round
-    otherwise, and installed packages have other docstrings. To record a change that is meant, delete the entry of this machine."""
+    """Bit for bit, on a machine like the one that `golden/smoke-weights.json` was recorded on; elsewhere
+    other kernels round otherwise, and installed packages have other docstrings. To record a change that is meant, delete this
+    machine's entry."""
     golden = GOLDEN / "smoke-weights.json"
     recorded = json.loads(golden.read_text()) if golden.exists() else {}
     weights = {

@@ -88,10 +88,10 @@ def test_the_first_rank_holds_the_folder(folder: Path) -> None:  # noqa: F811
     first = _start(folder, *until, **world, RANK="0", LOCAL_RANK="0")
     try:
         _wait_for((folder / "runs/smoke/pipeline.yaml").exists, first)  # it now waits for the other
-        page = (folder / "runs/smoke/pipeline.yaml").read_bytes()
+        config = (folder / "runs/smoke/pipeline.yaml").read_bytes()
         code, said = _ends(_start(folder, *until, "stages.tokenizer.vocabulary_size=301"))
         assert code == 3 and f"another command (pid {first.pid} on " in said, said
-        assert (folder / "runs/smoke/pipeline.yaml").read_bytes() == page
+        assert (folder / "runs/smoke/pipeline.yaml").read_bytes() == config
         code, said = _ends(_start(folder, *until, **world, RANK="1", LOCAL_RANK="1"))
         assert code == 0, said
     finally:

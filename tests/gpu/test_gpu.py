@@ -9,19 +9,19 @@ import torch
 
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
-from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import LINEARS, Fp8Config
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.memory import memory_of
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project
-from megatron_specialm.engine.megatron.process_groups import process_group
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from tests.adamw import Follower
 from tests.logits import SHAPES, TOLERANCES, difference, logits, logits_of_export, logits_on_cpu, trained
 
@@ -31,8 +31,8 @@ CONTEXT, VOCABULARY = 1024, 32_000
 
 
 def _preset(name: str) -> ModelConfig:
-    page = configs_folder() / "pipelines" / "smoke.yaml"
-    return load_pipeline(page, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr,return-value]
+    config = configs_folder() / "pipelines" / "smoke.yaml"
+    return load_pipeline(config, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr,return-value]
 
 
 def _shallow(model: ModelConfig, layers: int) -> ModelConfig:

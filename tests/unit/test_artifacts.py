@@ -27,9 +27,9 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmEr
 from megatron_specialm.base.files import publish_folder, read_json, sha256_file, sha256_json
 from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
-from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
 from megatron_specialm.graph.plan import make_plan, show, write_resolved
+from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.verify import verify
 from megatron_specialm.run.worker import _begin
 from tests.processes import together
@@ -200,7 +200,7 @@ def test_a_file_that_is_gone_makes_a_task_damaged(run: Run) -> None:
     (folder / "tokenizer.json").unlink()
     planned = make_plan(run.pipeline, run.root)[name]
     assert planned.state == "damaged" and planned.is_to_do
-    assert f"{name} is damaged: {folder}/tokenizer.json: No such file" in _says("results", "page.yaml")[1]
+    assert f"{name} is damaged: {folder}/tokenizer.json: No such file" in _says("results", "config.yaml")[1]
 
 
 def _in_the_earlier_layout(root: Path, *keys: str) -> None:
@@ -291,19 +291,19 @@ def test_verify_reads_the_checkpoints_of_what_is_not_finished(tmp_path: Path) ->
     assert code == 1 and "model.bin: SHA-256 differs" in said
 
 
-def test_clean_lists_and_removes_on_demand_what_the_page_does_not_want(run: Run) -> None:
+def test_clean_lists_and_removes_on_demand_what_the_config_does_not_want(run: Run) -> None:
     write_resolved(run.pipeline, run.root)
     run.finish("tokenizer", "slm")
     kept = artifact_folder(run.root, *NAME, run.plan[TaskId(*NAME)].digest)
     old = _made(run.root, A)
-    gone = begin_artifact(run.root, "of-an-earlier-page", "generic", digest=B)
-    code, said = _says("clean", "page.yaml")
+    gone = begin_artifact(run.root, "of-an-earlier-config", "generic", digest=B)
+    code, said = _says("clean", "config.yaml")
     assert code == 0 and "slm/generic" in said and "unfinished" in said and "--yes removes them" in said
     assert "2 artifacts" in said and old.exists() and gone.exists()
-    assert "2 artifacts" in _says("clean", "page.yaml", "--yes")[1]
-    assert not old.exists() and not (run.root / "of-an-earlier-page").exists() and kept.exists()
+    assert "2 artifacts" in _says("clean", "config.yaml", "--yes")[1]
+    assert not old.exists() and not (run.root / "of-an-earlier-config").exists() and kept.exists()
     assert {path.parent.parent.name for path in (run.root / "artifacts").glob("*/*/*")} == {"tokenizer", "slm"}
-    assert "0 artifacts" in _says("clean", "page.yaml")[1]
+    assert "0 artifacts" in _says("clean", "config.yaml")[1]
 
 
 def test_clean_leaves_what_a_job_makes(run: Run) -> None:
@@ -311,9 +311,9 @@ def test_clean_leaves_what_a_job_makes(run: Run) -> None:
     job = run.submit("7", "slm", keys=["generic"])
     begin_artifact(run.root, *NAME, digest=run.plan[TaskId(*NAME)].digest)
     run.slurm_says("7|0|RUNNING|0|UNLIMITED|node1|None|\n")
-    assert "0 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1]
+    assert "0 artifacts" in _says("clean", "config.yaml", "stages.slm.steps=9")[1]
     run.slurm_says("")
-    assert "1 artifacts" in _says("clean", "page.yaml", "stages.slm.steps=9")[1] and job
+    assert "1 artifacts" in _says("clean", "config.yaml", "stages.slm.steps=9")[1] and job
 
 
 def test_a_domain_named_done_and_a_stage_named_task_are_nobodys_earlier_layout(tmp_path: Path) -> None:
@@ -334,10 +334,10 @@ def test_who_looks_at_an_earlier_layout_is_told(run: Run) -> None:
             looks()
 
 
-def test_clean_is_of_the_folders_own_page(run: Run) -> None:
+def test_clean_is_of_the_folders_own_config(run: Run) -> None:
     write_resolved(run.pipeline.model_copy(update={"name": "another"}), run.root)
     _made(run.root, A)
-    assert "holds the run of pipeline 'another'" in _says("clean", "page.yaml", "--yes")[1]
+    assert "holds the run of pipeline 'another'" in _says("clean", "config.yaml", "--yes")[1]
     assert artifact_folder(run.root, *NAME, A).exists()
 
 
@@ -349,16 +349,16 @@ def test_clean_leaves_what_jobs_will_read_and_does_not_guess(run: Run, monkeypat
     begin_artifact(run.root, *NAME, digest=slm.digest, made_from=slm.made_from)
     tokens = run.plan[TaskId("tokens", "generic")]
     begin_artifact(run.root, "tokens", "generic", digest=tokens.digest, made_from=tokens.made_from)
-    assert "0 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    assert "0 artifacts" in _says("clean", "config.yaml", "seed=5")[1]
     run.slurm_says("")
-    assert "2 artifacts" in _says("clean", "page.yaml", "seed=5")[1]
+    assert "2 artifacts" in _says("clean", "config.yaml", "seed=5")[1]
     (run.programs / "squeue").unlink()
     monkeypatch.setenv("PATH", str(run.programs))
-    assert "no squeue to ask" in _says("clean", "page.yaml", "seed=5", "--yes")[1]
+    assert "no squeue to ask" in _says("clean", "config.yaml", "seed=5", "--yes")[1]
 
 
 def test_results_make_no_run_folder(run: Run) -> None:
-    code, said = _says("results", "page.yaml")
+    code, said = _says("results", "config.yaml")
     assert code == 0 and "nothing has been evaluated yet" in said and not (run.root / "results.json").exists()
     write_resolved(run.pipeline, run.root)
 

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from megatron_specialm.base.accelerator import MIB, Accelerator, parse_gpus
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse, rows
-from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
+from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse, rows
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.run.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
@@ -130,10 +130,10 @@ def test_precision_in_megatron_cores_words() -> None:
 
 
 def test_fp8_settings_go_with_fp8() -> None:
-    page = configs_folder() / "pipelines" / "smoke.yaml"
+    config = configs_folder() / "pipelines" / "smoke.yaml"
     with pytest.raises(ConfigError, match="`fp8` goes with `precision: fp8`"):
-        load_pipeline(page, ["stages.slm.fp8.recipe=delayed"])
-    stage = load_pipeline(page, ["stages.slm.precision=fp8"]).stages["slm"]
+        load_pipeline(config, ["stages.slm.fp8.recipe=delayed"])
+    stage = load_pipeline(config, ["stages.slm.precision=fp8"]).stages["slm"]
     assert stage.fp8 == Fp8Config()  # type: ignore[union-attr]
 
 
@@ -148,8 +148,8 @@ def test_the_table_for_a_reader() -> None:
 
 
 def test_ranks_that_the_layout_does_not_divide() -> None:
-    page = configs_folder() / "pipelines" / "smoke.yaml"
-    pipeline = load_pipeline(page, ["stages.slm.parallel.tensor_parallel=2"])
+    config = configs_folder() / "pipelines" / "smoke.yaml"
+    pipeline = load_pipeline(config, ["stages.slm.parallel.tensor_parallel=2"])
     with pytest.raises(ConfigError) as refusal:
         fit_to_world(pipeline, World(0, 5, 0, "env://", "torchrun"), stages=pipeline.stages)
     assert "stages.slm.parallel: 5 ranks (torchrun)" in str(refusal.value)
@@ -160,8 +160,8 @@ def test_ranks_that_the_layout_does_not_divide() -> None:
 
 def test_weights_of_another_tokenizer() -> None:
     """Of the same size, so that nothing else would notice."""
-    page = configs_folder() / "pipelines" / "smoke.yaml"
+    config = configs_folder() / "pipelines" / "smoke.yaml"
     other = ["stages.words.kind=tokenizer", "stages.other.kind=tokenize", "stages.other.tokenizer=words"]
-    pipeline = load_pipeline(page, [*other, "stages.other.context_length=64", "stages.slm-tuned.tokens=other"])
+    pipeline = load_pipeline(config, [*other, "stages.other.context_length=64", "stages.slm-tuned.tokens=other"])
     with pytest.raises(ConfigError, match="they are of tokenizer `words`, and the weights of `slm` of tokenizer"):
         build_graph(pipeline)

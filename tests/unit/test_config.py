@@ -3,18 +3,18 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.graph.tasks import TaskId, build_graph
-from megatron_specialm.graph.lineage import is_finetuned, method_of
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import is_finetuned, method_of
+from megatron_specialm.graph.tasks import TaskId, build_graph
 
-PAGES = sorted((configs_folder() / "pipelines").glob("*.yaml"))
+CONFIGS = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_shipped_page_loads_and_plans(page: Path, tmp_path: Path) -> None:
-    pipeline = load_pipeline(page)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_shipped_config_loads_and_plans(config: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(config)
     graph = build_graph(pipeline)
     assert {name.stage for name in graph} == set(pipeline.stages)
     done: set[TaskId] = set()
@@ -32,7 +32,7 @@ def test_every_model_preset_is_a_shape(preset: Path) -> None:
     assert isinstance(stage, TrainStage) and stage.model is not None and stage.model.name == preset.stem
 
 
-def test_a_page_for_ones_own_text_is_short() -> None:
+def test_a_config_for_ones_own_text_is_short() -> None:
     lines = (configs_folder() / "pipelines" / "your-domain.yaml").read_text().splitlines()
     assert len([line for line in lines if line.strip() and not line.lstrip().startswith("#")]) < 32
 
@@ -105,16 +105,16 @@ def test_a_cycle_is_shown() -> None:
         ("seed: [", "not valid YAML"),
         ("seed: 1\nseed: 2\n", "'seed' stands twice"),
         ("- a\n", "must be a mapping"),
-        ("extends: page.yaml\n", "extends itself"),
-        ("extends: absent.yaml\n", r"absent\.yaml: no such file \(named by `extends` in .*page\.yaml"),
+        ("extends: config.yaml\n", "extends itself"),
+        ("extends: absent.yaml\n", r"absent\.yaml: no such file \(named by `extends` in .*config\.yaml"),
     ],
 )
-def test_files_that_are_no_pages(tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "page.yaml").write_text(text)
+def test_files_that_are_no_configs(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=says):
-        load_pipeline(tmp_path / "page.yaml")
+        load_pipeline(tmp_path / "config.yaml")
 
 
-def test_a_missing_page_suggests_its_neighbour() -> None:
+def test_a_missing_config_suggests_its_neighbour() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'smoke\.yaml'"):
         load_pipeline(SMOKE.with_name("smok.yaml"))

@@ -9,15 +9,15 @@ import torch
 from megatron_specialm.base.artifacts import Cost, artifact_folder, begin_artifact
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
-from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, save_checkpoint, step_folder
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.stages.continuing import Earlier, go_on_from_earlier
-from megatron_specialm.stages.reading import Reading
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, save_checkpoint, step_folder
+from megatron_specialm.stages.reading import TrainingData
 from tests.contexts import make_context
 
-PAGE = """
+CONFIG = """
 name: small
 root: run
 text: {generic: {train: g.txt, test: t.txt}, domains: {law: {train: law.txt, test: t.txt}}}
@@ -31,15 +31,15 @@ NAME = TaskId("slm", "generic")
 
 
 @pytest.fixture(autouse=True)
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("page.yaml").write_text(PAGE)
+    Path("config.yaml").write_text(CONFIG)
     for name in ("g", "t", "law"):
         Path(f"{name}.txt").write_text(f"some words of {name}\n")
 
 
 def _begin(steps: int) -> Path:
-    planned = make_plan(load_pipeline(Path("page.yaml"), [f"stages.slm.steps={steps}"]), Path("run"))[NAME]
+    planned = make_plan(load_pipeline(Path("config.yaml"), [f"stages.slm.steps={steps}"]), Path("run"))[NAME]
     return begin_artifact(Path("run"), *NAME, digest=planned.digest, made_from=planned.made_from)
 
 
@@ -52,16 +52,16 @@ def _save(folder: Path, step: int, **state: Any) -> None:
 
 
 def _go_on(steps: int) -> Earlier | None:
-    pipeline = load_pipeline(Path("page.yaml"), [f"stages.slm.steps={steps}"])
+    pipeline = load_pipeline(Path("config.yaml"), [f"stages.slm.steps={steps}"])
     planned = make_plan(pipeline, Path("run"))[NAME]
     folder, stage = artifact_folder(Path("run"), *NAME, planned.digest), pipeline.stages["slm"]
     store: Any = SimpleNamespace(context_length=32)
     unread: Any = None
-    reading = Reading(stage, store, unread, unread, unread, None, lambda settings: settings)
+    reading = TrainingData(stage, store, unread, unread, unread, None, lambda settings: settings)
     return go_on_from_earlier(stage, reading, make_context(pipeline, planned.task, Path("run"), folder))
 
 
-def test_a_longer_training_goes_on_from_the_newest_step(page: None) -> None:
+def test_a_longer_training_goes_on_from_the_newest_step(config: None) -> None:
     short = _begin(40)
     _save(short, 20)
     _save(short, 40)
@@ -82,7 +82,7 @@ def test_a_longer_training_goes_on_from_the_newest_step(page: None) -> None:
     ],
 )
 def test_a_step_whose_state_is_of_another_shape_is_passed_over(
-    page: None, caplog: pytest.LogCaptureFixture, state: dict[str, Any]
+    config: None, caplog: pytest.LogCaptureFixture, state: dict[str, Any]
 ) -> None:
     short = _begin(40)
     _save(short, 20)
@@ -94,7 +94,7 @@ def test_a_step_whose_state_is_of_another_shape_is_passed_over(
     assert "does not go on from step 40" in caplog.text
 
 
-def test_a_best_step_that_is_damaged_here_is_taken_from_there(page: None) -> None:
+def test_a_best_step_that_is_damaged_here_is_taken_from_there(config: None) -> None:
     short, longer = _begin(40), _begin(60)
     for folder in (short, longer):
         _save(folder, 20)

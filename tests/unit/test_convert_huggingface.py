@@ -16,18 +16,18 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import verify_folder
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.checkpoint.checkpoint import declare_final, save_checkpoint
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, Pipeline
 from megatron_specialm.convert.huggingface import from_huggingface, huggingface_config, to_huggingface
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
 from megatron_specialm.stages.context import Context
-from megatron_specialm.checkpoint.checkpoint import declare_final, save_checkpoint
 from tests.contexts import make_context
 
 VOCABULARY, CONTEXT = 100, 16

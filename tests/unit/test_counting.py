@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_specialm.base import counting
 from megatron_specialm.base.counting import FILE, Count, counted, read_count, together
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run import progress
 from megatron_specialm.run.progress import Progress
@@ -25,18 +25,18 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("always")
 def test_it_is_told_everywhere_and_gone_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    lifeline = Lifeline()
-    lifeline.begin("working on vectors/generic")
-    items = counted([[0] * 500, [0] * 500, [0] * 250], tmp_path, lifeline, unit="windows", of=1250, size=len)
+    process_status = ProcessStatus()
+    process_status.begin("working on vectors/generic")
+    items = counted([[0] * 500, [0] * 500, [0] * 250], tmp_path, process_status, unit="windows", of=1250, size=len)
     assert [len(next(items)) for _ in range(3)] == [500, 500, 250], "the items are what they were"
     count = read_count(tmp_path)
     assert count is not None and (count.done, count.of, count.unit) == (1000, 1250, "windows")
     assert count.seconds_left == pytest.approx(250 / count.per_second)
     assert "working on vectors/generic: 1,000 of 1,250 windows, " in caplog.text and " left" in caplog.text
-    assert lifeline.activity.startswith("working on vectors/generic: 1,000 of 1,250 windows, ")
-    assert lifeline.progress is None, "a slow batch is no hang"
+    assert process_status.activity.startswith("working on vectors/generic: 1,000 of 1,250 windows, ")
+    assert process_status.progress is None, "a slow batch is no hang"
     assert list(items) == [] and not (tmp_path / FILE).exists() and read_count(tmp_path) is None
-    assert lifeline.activity == "working on vectors/generic"
+    assert process_status.activity == "working on vectors/generic"
 
 
 @pytest.mark.usefixtures("always")
@@ -45,15 +45,15 @@ def test_it_is_gone_after_an_error_too(tmp_path: Path) -> None:
         yield from ("one", "two")
         raise ValueError("no JSON")
 
-    lifeline = Lifeline()
+    process_status = ProcessStatus()
     with pytest.raises(ValueError, match="no JSON"):
-        list(counted(documents(), tmp_path, lifeline, unit="characters"))
-    assert not (tmp_path / FILE).exists() and lifeline.activity == "starting"
+        list(counted(documents(), tmp_path, process_status, unit="characters"))
+    assert not (tmp_path / FILE).exists() and process_status.activity == "starting"
 
 
 def test_what_is_done_soon_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    for _ in counted(range(3), tmp_path, Lifeline(), unit="iterations", of=3):
+    for _ in counted(range(3), tmp_path, ProcessStatus(), unit="iterations", of=3):
         assert not list(tmp_path.iterdir())
     assert not caplog.text
 
@@ -71,7 +71,7 @@ def test_a_run_says_it_in_plain_lines(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     output = io.StringIO()
     name = TaskId("vectors", "generic")
-    items = counted(range(4), tmp_path, Lifeline(), unit="windows", of=4)
+    items = counted(range(4), tmp_path, ProcessStatus(), unit="windows", of=4)
     with Progress(1, console=Console(file=output, width=200)) as shown:
         shown.started(name)
         shown.update({name: tmp_path})  # nothing is told yet

@@ -11,12 +11,12 @@ from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from tests.adamw import Follower
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3
@@ -168,7 +168,7 @@ def test_a_projected_expert_is_a_plain_model(shape: ModelConfig, mixture: torch.
     model = Gpt(config, vocabulary_size=VOCABULARY, context_length=CONTEXT)
     model.load(weights)
     assert model.derived is not None
-    model.derived.derive(torch.stack([_one_hot(1), mixture]))
+    model.derived.materialize(torch.stack([_one_hot(1), mixture]))
     model.derived.use(0, 1)
     tokens = torch.from_numpy(_batch(0).tokens)
     plain = _plain(config, project(weights, config, mixture))
@@ -248,7 +248,7 @@ def test_lora_trains_adapters_alone_and_merges(shape: ModelConfig, recompute: st
     model = Gpt(config, vocabulary_size=VOCABULARY, context_length=CONTEXT)
     model.load(after)
     assert model.derived is not None
-    model.derived.derive(torch.zeros(1, 1))
+    model.derived.materialize(torch.zeros(1, 1))
     model.derived.use(0, 0)
     tokens = torch.from_numpy(_batch(1).tokens)
     torch.testing.assert_close(model.logits(tokens), merged.logits(tokens), rtol=0, atol=1e-5)
@@ -269,7 +269,7 @@ def _computed(model: Gpt, mixture_K: torch.Tensor) -> Weights:
     """The weights that a model computes, by the names that they have in an ordinary one."""
     assert model.derived is not None
     with torch.no_grad():
-        model.derived.derive(mixture_K[None])
+        model.derived.materialize(mixture_K[None])
     model.derived.use(0, 0)
     found = {}
     for layer in range(model.config.layers):

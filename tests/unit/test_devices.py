@@ -9,8 +9,8 @@ import torch
 from megatron_specialm.base.accelerator import visible_gpus
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.run.local import least_used
 from megatron_specialm.engine.megatron.process_groups import device_of
+from megatron_specialm.run.local import least_used
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_or_the_one_that_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

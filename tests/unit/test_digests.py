@@ -1,4 +1,4 @@
-"""What is in a task's digest. Every value of a page is flipped: some task must get another digest, or the value stands on the
+"""What is in a task's digest. Every value of a config is flipped: some task must get another digest, or the value stands on the
 list of those that decide nothing, with the reason."""
 
 import copy
@@ -14,14 +14,14 @@ from pydantic import BaseModel, ValidationError
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
-from megatron_specialm.graph.content import Introduced, content_of, introduced_default
-from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.content import Introduced, content_of, introduced_default
+from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from tests.settings import settings_in
 
-PAGES = configs_folder() / "pipelines"
-SHIPPED, SMOKE = sorted(PAGES.glob("*.yaml")), PAGES / "smoke.yaml"
+CONFIGS = configs_folder() / "pipelines"
+SHIPPED, SMOKE = sorted(CONFIGS.glob("*.yaml")), CONFIGS / "smoke.yaml"
 DEFAULTS = Path(__file__).parent / "golden" / "defaults.json"
 GOLDEN = DEFAULTS.parent / "digests"
 WIDE = {"layers": 4, "hidden_size": 128, "ffn_hidden_size": 256, "attention_heads": 4}
@@ -49,7 +49,7 @@ DECIDES_NOTHING = {
     "TextSet.domain": "groups sizes in tables",
     "ValidationFloor.*": "of a set with `validation` files nothing is held out; of others the digest has it",
 }
-# Values of fields that are not given in any page, and what else to try where the next number would not do.
+# Values of fields that are not given in any config, and what else to try where the next number would not do.
 TRY: dict[str, list[Any]] = {
     "path": ["tokenizer.model"], "early_stopping": [{"evaluate_every": 5}], "lora": [{}], "soup": [{}], "fp8": [{}],
     "trial": [{"steps": 4, "global_batch_size": 8}], "recipe": ["paper"], "wandb_project": ["x"], "method": ["x"],
@@ -70,7 +70,7 @@ ALL_KINDS = EVERY_KIND.read_text()
 
 
 class Leaf(NamedTuple):
-    """A value of a page: its place, the field of which class it is, and the field's type."""
+    """A value of a config: its place, the field of which class it is, and the field's type."""
 
     path: tuple[str, ...]
     field: str
@@ -119,10 +119,10 @@ def _choices(annotation: Any) -> Iterator[Any]:
             yield from _choices(part)
 
 
-def _digests(page: dict[str, Any]) -> dict[TaskId, str] | None:
-    """Digests where each entry is a file of its own content; None for a page that is not valid."""
+def _digests(config: dict[str, Any]) -> dict[TaskId, str] | None:
+    """Digests where each entry is a file of its own content; None for a config that is not valid."""
     try:
-        pipeline = Pipeline.model_validate(page)
+        pipeline = Pipeline.model_validate(config)
         graph = build_graph(pipeline)
     except (ValidationError, ConfigError):
         return None
@@ -139,7 +139,7 @@ def _digests(page: dict[str, Any]) -> dict[TaskId, str] | None:
 
 @pytest.fixture(scope="module")
 def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    path = tmp_path_factory.mktemp("page") / "page.yaml"
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(ALL_KINDS)
     return load_pipeline(path)
 
@@ -148,10 +148,10 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
     """Of each field, the flips that were valid: where, and whether a digest changed."""
     outcome: dict[str, list[tuple[str, bool]]] = {}
-    shipped = [load_pipeline(PAGES / f"{name}.yaml") for name in ("smoke", "your-domain")]
+    shipped = [load_pipeline(CONFIGS / f"{name}.yaml") for name in ("smoke", "your-domain")]
     for number, pipeline in enumerate([all_kinds, *shipped]):
-        page, stages = pipeline.model_dump(mode="json"), list(pipeline.stages)
-        before = _digests(page)
+        config, stages = pipeline.model_dump(mode="json"), list(pipeline.stages)
+        before = _digests(config)
         for leaf in _leaves(pipeline):
             if number and leaf.field in outcome and len(leaf.path) > 3 and len(outcome[leaf.field]) > 12:
                 continue  # one of very many of its kind
@@ -159,7 +159,7 @@ def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
             for other in _others(leaf, stages):
                 if other == leaf.value:
                     continue
-                changed = copy.deepcopy(page)
+                changed = copy.deepcopy(config)
                 place = changed
                 for part in leaf.path[:-1]:
                     place = place[part]
@@ -241,7 +241,7 @@ class _Later(Settings):
     new: int | None = None
 
 
-def test_a_default_that_changes_moves_the_pages_that_leave_it_out_and_no_others() -> None:
+def test_a_default_that_changes_moves_the_configs_that_leave_it_out_and_no_others() -> None:
     assert content_of(_First()) == content_of(_First(steps=10, inner=_Inner(rate=0.1))) == {}
     spelled = _Later(steps=10, inner=_InnerLater(rate=0.1))
     assert content_of(spelled) == {}, "it is what it was"
@@ -250,12 +250,12 @@ def test_a_default_that_changes_moves_the_pages_that_leave_it_out_and_no_others(
     assert content_of(_Later(new=1), leave_out={"steps": True, "inner": {"rate": True}}) == {"new": 1}
 
 
-# --- the shipped pages ------------------------------------------------------------------------------------------------
+# --- the shipped configs ------------------------------------------------------------------------------------------------
 
 
-def _known(page: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+def _known(config: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     """The digest of each task, by `stage/key`. What stands in a file is the name of the file's role."""
-    pipeline = load_pipeline(page, overrides)
+    pipeline = load_pipeline(config, overrides)
     found: dict[TaskId, str] = {}
     for task in build_graph(pipeline).values():
         inputs = {name: found[name] for name in task.inputs}
@@ -263,28 +263,28 @@ def _known(page: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     return {str(name): value[:16] for name, value in found.items()}
 
 
-@pytest.mark.parametrize("page", [*SHIPPED, EVERY_KIND], ids=lambda page: page.stem)
-def test_the_digests_of_shipped_pages_are_as_they_were(page: Path) -> None:
+@pytest.mark.parametrize("config", [*SHIPPED, EVERY_KIND], ids=lambda config: config.stem)
+def test_the_digests_of_shipped_configs_are_as_they_were(config: Path) -> None:
     """What a change of the code makes stale, it makes stale in every run folder there is, and months are made again. Where
-    that is meant, or the page itself was changed, `python -m tests.unit.test_digests` records the new ones."""
-    golden = GOLDEN / f"{page.stem}.txt"
+    that is meant, or the config itself was changed, `python -m tests.unit.test_digests` records the new ones."""
+    golden = GOLDEN / f"{config.stem}.txt"
     recorded = dict(line.split() for line in golden.read_text().splitlines()) if golden.exists() else {}
-    now = _known(page)
+    now = _known(config)
     changed = {name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name)}
-    graph = build_graph(load_pipeline(page))
+    graph = build_graph(load_pipeline(config))
     first = [
         str(task.id) for task in graph.values() if str(task.id) in changed and not changed & {*map(str, task.inputs)}
     ]
     assert not changed, f"{len(changed)} of {len(now)} tasks, from {first[:5]} on: python -m tests.unit.test_digests"
 
 
-@pytest.mark.parametrize("page", SHIPPED, ids=lambda page: page.stem)
-def test_a_page_with_every_default_spelled_out_is_the_same(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda config: config.stem)
+def test_a_config_with_every_default_spelled_out_is_the_same(config: Path, tmp_path: Path) -> None:
     resolved = tmp_path / "pipeline.yaml"
-    resolved.write_text(dump_pipeline(load_pipeline(page)))
+    resolved.write_text(dump_pipeline(load_pipeline(config)))
     shuffled = tmp_path / "shuffled.yaml"
     shuffled.write_text(yaml.safe_dump(yaml.safe_load(resolved.read_text()), sort_keys=True))
-    assert _known(resolved) == _known(shuffled) == _known(page)
+    assert _known(resolved) == _known(shuffled) == _known(config)
 
 
 @pytest.mark.parametrize(
@@ -310,19 +310,21 @@ def test_a_value_of_another_type_is_refused_not_taken_for_the_same(spelled: str)
 
 
 def test_what_is_merged_from_an_anchor_is_what_is_written_out(tmp_path: Path) -> None:
-    page = tmp_path / "page.yaml"
-    page.write_text(ALL_KINDS.replace("&wide ", "").replace("*wide", str(WIDE)))
+    config = tmp_path / "config.yaml"
+    config.write_text(ALL_KINDS.replace("&wide ", "").replace("*wide", str(WIDE)))
     anchored = tmp_path / "anchored.yaml"
     anchored.write_text(ALL_KINDS)
-    assert "*" not in page.read_text() and _known(page) == _known(anchored)
+    assert "*" not in config.read_text() and _known(config) == _known(anchored)
 
 
 def _record() -> None:
     """Defaults of new settings, and all digests. Recorded defaults stay: they are those that settings were introduced with."""
     defaults = {**_defaults(Pipeline, {}), **json.loads(DEFAULTS.read_text())["defaults"]}
     DEFAULTS.write_text(json.dumps({"defaults": defaults}, indent=1, sort_keys=True) + "\n")
-    for page in (*SHIPPED, EVERY_KIND):
-        (GOLDEN / f"{page.stem}.txt").write_text("".join(f"{name} {value}\n" for name, value in _known(page).items()))
+    for config in (*SHIPPED, EVERY_KIND):
+        (GOLDEN / f"{config.stem}.txt").write_text(
+            "".join(f"{name} {value}\n" for name, value in _known(config).items())
+        )
 
 
 if __name__ == "__main__":

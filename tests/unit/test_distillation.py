@@ -18,15 +18,15 @@ from megatron_specialm.data.teacher import (
     IDS,
     LOG_PROBABILITIES,
     TAIL,
+    CacheFormat,
     CacheWriter,
-    Kept,
     TeacherCache,
     noise_of_draws,
 )
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, cross_entropy
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.teaching import keep, teach
 
 VOCABULARY, CONTEXT = 23, 12
@@ -60,7 +60,7 @@ def _batch(positions: int = 7, rows: int = 3, **notes: torch.Tensor) -> DeviceBa
     return DeviceBatch(tokens, targets, mask, notes=notes)
 
 
-def _kept(teacher_TBV: torch.Tensor, kept: Kept, seed: int = 0) -> dict[str, torch.Tensor]:
+def _kept(teacher_TBV: torch.Tensor, kept: CacheFormat, seed: int = 0) -> dict[str, torch.Tensor]:
     """The notes (B, T, ...) that a cache of these logits gives."""
     found = keep(
         torch.log_softmax(teacher_TBV.transpose(0, 1).flatten(0, 1) / kept.temperature, 1),
@@ -117,9 +117,11 @@ def test_it_is_the_closed_form(alpha: float, temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "kept", [None, Kept("exact", VOCABULARY, TEMPERATURE), Kept("top-k", VOCABULARY, TEMPERATURE, 5)], ids=str
+    "kept",
+    [None, CacheFormat("exact", VOCABULARY, TEMPERATURE), CacheFormat("top-k", VOCABULARY, TEMPERATURE, 5)],
+    ids=str,
 )
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(kept: Kept | None) -> None:
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(kept: CacheFormat | None) -> None:
     logits = _logits(0)
     notes = _online(logits) if kept is None else _kept(logits, kept)
     loss, gradient = _loss(logits, notes, teacher="online" if kept is None else kept.kind)
@@ -130,9 +132,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kept: Kept | None) -
 
 
 @pytest.mark.parametrize(
-    "kept", [Kept("exact", VOCABULARY, TEMPERATURE), Kept("top-k", VOCABULARY, TEMPERATURE, VOCABULARY)], ids=str
+    "kept",
+    [CacheFormat("exact", VOCABULARY, TEMPERATURE), CacheFormat("top-k", VOCABULARY, TEMPERATURE, VOCABULARY)],
+    ids=str,
 )
-def test_a_cache_of_the_whole_vocabulary_is_the_teacher(kept: Kept) -> None:
+def test_a_cache_of_the_whole_vocabulary_is_the_teacher(kept: CacheFormat) -> None:
     student, teacher = _logits(0), _logits(1)
     online, cached = _loss(student, _online(teacher)), _loss(student, _kept(teacher, kept), teacher=kept.kind)
     torch.testing.assert_close(cached[0], online[0], rtol=1e-5, atol=0)
@@ -142,7 +146,7 @@ def test_a_cache_of_the_whole_vocabulary_is_the_teacher(kept: Kept) -> None:
 @pytest.mark.parametrize("count", [1, 5, VOCABULARY - 1])
 def test_top_k_is_the_divergence_of_merged_events(count: int) -> None:
     student, teacher = _logits(0), _logits(1)
-    notes = _kept(teacher, Kept("top-k", VOCABULARY, TEMPERATURE, count))
+    notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
     leaf = student.double().requires_grad_()
 
     def merged(logits_TBV: torch.Tensor) -> torch.Tensor:
@@ -162,7 +166,7 @@ def test_a_rest_too_small_for_one_less_the_others_is_not_lost() -> None:
     """The student puts 1e-20 where the teacher puts a tenth: 1 - sum would be 0, and the divergence infinite."""
     teacher, student = torch.zeros(1, 1, VOCABULARY), torch.zeros(1, 1, VOCABULARY)
     teacher[..., 0], student[..., 0] = np.log(9 * (VOCABULARY - 1)), 46 + np.log(VOCABULARY - 1)
-    notes = _kept(teacher, Kept("top-k", VOCABULARY, 1.0, 1))
+    notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, 1.0, 1))
     batch = DeviceBatch(*torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(1, 1), notes=notes)
     loss = Distillation(alpha=1.0, temperature=1.0, teacher="top-k")(student, batch)
     assert float(loss) == pytest.approx(0.9 * np.log(0.9) + 0.1 * (np.log(0.1) + 46), rel=1e-5)
@@ -174,7 +178,7 @@ def test_top_k_is_biased_downwards() -> None:
     exact = float(_loss(student, _online(teacher))[0])
     found = []
     for count in (1, 4, 16):
-        notes = _kept(teacher, Kept("top-k", VOCABULARY, TEMPERATURE, count))
+        notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
         found.append(float(_loss(student, notes, teacher="top-k")[0]))
     assert found == sorted(found)
     assert found[0] < 0.5 * exact and found[1] < 0.9 * exact and found[-1] < 0.999 * exact
@@ -182,7 +186,7 @@ def test_top_k_is_biased_downwards() -> None:
 
 def test_sampled_is_unbiased_in_loss_and_gradient() -> None:
     """25 caches of 40 times the same windows, 12 draws per token: within 4 standard errors, and those small."""
-    caches, times, kept = 25, 40, Kept("sampled", VOCABULARY, TEMPERATURE, 12)
+    caches, times, kept = 25, 40, CacheFormat("sampled", VOCABULARY, TEMPERATURE, 12)
     student, teacher = _logits(0), _logits(1)
     exact, exact_gradient = _loss(student, _online(teacher))
     many, many_teachers = student.repeat(1, times, 1), teacher.repeat(1, times, 1)
@@ -208,7 +212,7 @@ def test_sampled_is_unbiased_in_loss_and_gradient() -> None:
 def test_the_noise_of_draws_stays_in_every_epoch() -> None:
     """A student of scores that are free for every token goes to the draws' own distribution, however often it reads them:
     its distance from the teacher is the noise that the cache tells. Fresh draws for every epoch would average out."""
-    tokens, epochs, kept = 2_000, 16, Kept("sampled", VOCABULARY, TEMPERATURE, 8)
+    tokens, epochs, kept = 2_000, 16, CacheFormat("sampled", VOCABULARY, TEMPERATURE, 8)
     teacher = torch.softmax(3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)), 0)
     caches = [
         keep(teacher.log().expand(tokens, -1), kept, np.random.default_rng((seed, 0)))[IDS] for seed in range(epochs)
@@ -239,9 +243,9 @@ def test_padding_does_not_count(teacher: Teacher) -> None:
     assert torch.equal(again, loss) and torch.equal(gradient_again, gradient)
 
 
-def _some(kind: Teacher) -> Kept:
+def _some(kind: Teacher) -> CacheFormat:
     assert kind != "online"
-    return Kept(kind, VOCABULARY, TEMPERATURE, 0 if kind == "exact" else 6)
+    return CacheFormat(kind, VOCABULARY, TEMPERATURE, 0 if kind == "exact" else 6)
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 1.1}, {"alpha": -0.1}, {"temperature": 0.0}])
@@ -276,7 +280,9 @@ def _model(shape: ModelConfig, *, seed: int) -> Gpt:
     return model
 
 
-def _taught(folder: Path, store: TokenStore, kept: Kept, *, batch_size: int = 5, seed: int = 0) -> TeacherCache:
+def _with_teacher_logits(
+    folder: Path, store: TokenStore, kept: CacheFormat, *, batch_size: int = 5, seed: int = 0
+) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
     assert teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, seed=seed) == store.tokens
     return TeacherCache.open(folder, teacher="t", store="s")
@@ -305,7 +311,7 @@ def _assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float,
 @pytest.mark.usefixtures("alone")
 def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore) -> None:
     """Written batch by batch in the order of ids, read in another order and other batches."""
-    cache = _taught(tmp_path / "cache", store, Kept("exact", VOCABULARY, TEMPERATURE), batch_size=7)
+    cache = _with_teacher_logits(tmp_path / "cache", store, CacheFormat("exact", VOCABULARY, TEMPERATURE), batch_size=7)
     assert len(cache) == len(store)
     ids = np.random.default_rng(1).permutation(len(store))[:16]
     online = _gradients(store.batch(ids), kind="online")
@@ -317,7 +323,7 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["top-k", "sampled"])
 def test_accumulation_changes_nothing(tmp_path: Path, store: TokenStore, kind: Teacher) -> None:
-    cache = _taught(tmp_path / "cache", store, _some(kind))
+    cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind))
     ids = np.arange(8)
     batch = store.batch(ids)._replace(notes=cache.notes(ids))
     whole, parts = (_gradients(batch, kind=kind, micro_batch_size=size) for size in (8, 2))
@@ -356,7 +362,7 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
 def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore) -> None:
     kept, ids = _some("sampled"), np.arange(len(store))
     one, other, another = (
-        _taught(tmp_path / f"{size}-{seed}", store, kept, batch_size=size, seed=seed).notes(ids)[IDS]
+        _with_teacher_logits(tmp_path / f"{size}-{seed}", store, kept, batch_size=size, seed=seed).notes(ids)[IDS]
         for size, seed in ((4, 0), (9, 0), (4, 1))
     )
     # Batches of another size may round a probability otherwise, and a draw that falls between the two is another id.
@@ -368,7 +374,7 @@ def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore
 def test_notes_are_what_the_teacher_says_and_zero_behind_a_window(
     tmp_path: Path, store: TokenStore, kind: Teacher
 ) -> None:
-    cache = _taught(tmp_path / "cache", store, _some(kind))
+    cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind))
     ids = np.array([5, 2, 11, 2])
     batch, notes = store.batch(ids), cache.notes(ids)
     expected = torch.log_softmax(_model(TEACHER, seed=1).logits(torch.from_numpy(batch.tokens)) / TEMPERATURE, -1)
@@ -386,7 +392,7 @@ def test_notes_are_what_the_teacher_says_and_zero_behind_a_window(
 @pytest.mark.usefixtures("alone")
 def test_a_cache_of_something_else_or_cut_short_is_refused(tmp_path: Path, store: TokenStore) -> None:
     folder = tmp_path / "cache"
-    _taught(folder, store, _some("sampled"))
+    _with_teacher_logits(folder, store, _some("sampled"))
     for wanted, said in (
         ({"teacher": "other", "store": "s"}, "with the teacher t, not other: teach again"),
         ({"teacher": "t", "store": "other"}, "with the store s, not other: teach again"),
@@ -424,18 +430,18 @@ def test_a_cache_of_something_else_or_cut_short_is_refused(tmp_path: Path, store
 )
 def test_what_cannot_be_kept_is_refused(settings: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Kept(vocabulary_size=VOCABULARY, **settings)
+        CacheFormat(vocabulary_size=VOCABULARY, **settings)
 
 
 @pytest.mark.parametrize(("vocabulary", "size"), [(2**16, 2), (2**16 + 1, 4)])
 def test_ids_take_as_many_bytes_as_they_need(vocabulary: int, size: int) -> None:
-    dtype, _ = Kept("sampled", vocabulary, count=1).arrays()[IDS]
+    dtype, _ = CacheFormat("sampled", vocabulary, count=1).arrays()[IDS]
     assert dtype.itemsize == size and np.iinfo(dtype).max >= vocabulary - 1
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_cache_tells_the_noise_of_its_draws(tmp_path: Path, store: TokenStore) -> None:
-    cache, ids = _taught(tmp_path / "sampled", store, _some("sampled")), np.arange(len(store))
+    cache, ids = _with_teacher_logits(tmp_path / "sampled", store, _some("sampled")), np.arange(len(store))
     assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same draws
     assert 0 < (cache.noise() or 0) < 1 / cache.kept.count
-    assert _taught(tmp_path / "exact", store, _some("exact")).noise() is None
+    assert _with_teacher_logits(tmp_path / "exact", store, _some("exact")).noise() is None

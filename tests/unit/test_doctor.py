@@ -20,7 +20,7 @@ from megatron_specialm.doctor import accelerator, compute, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
 from megatron_specialm.doctor.packages import PACKAGES, describe, package_finding
 from megatron_specialm.doctor.process import Outcome, Process, start_command, start_module, wait_all
-from megatron_specialm.doctor.report import page
+from megatron_specialm.doctor.report import config
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -78,7 +78,7 @@ def test_a_quick_look_fits_a_terminal() -> None:
     assert outcome.stdout.splitlines()[-1].strip() == "This machine can train."
     narrow = io.StringIO()
     findings = _findings(_doctor("--quick", "--json")).values()
-    Console(file=narrow, width=80).print(page([Finding(**finding) for finding in findings]))
+    Console(file=narrow, width=80).print(config([Finding(**finding) for finding in findings]))
     lines = narrow.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) < 60
 
@@ -112,7 +112,7 @@ def test_a_package_that_breaks_megatron_core(tmp_path: Path, code: str, reason: 
     assert outcome.returncode == 1
 
 
-def test_the_page_of_a_machine_that_cannot_train(tmp_path: Path) -> None:
+def test_the_config_of_a_machine_that_cannot_train(tmp_path: Path) -> None:
     outcome = _doctor("--quick", path=_package(tmp_path, "megatron", "raise OSError('disk [red] error')"), COLUMNS="80")
     assert outcome.returncode == 1 and "Traceback" not in outcome.stderr, outcome.stderr
     assert "OSError: disk [red] error" in outcome.stdout

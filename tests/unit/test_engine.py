@@ -7,8 +7,8 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.model.gpt import Gpt
 from tests.adamw import Follower
 from tests.training import EPSILON
 

@@ -50,7 +50,7 @@ def invented(
     methods: tuple[str, ...] = tuple(METHODS),
     capped: tuple[str, ...] = (),
 ) -> Any:
-    """Results as `write_results` makes them, of a page with these methods and sizes; of the `capped` methods all
+    """Results as `write_results` makes them, of a config with these methods and sizes; of the `capped` methods all
     fine-tunings are."""
     rows = [
         {**row, "capped": row["method"] in capped if row["finetuned"] else None} for row in _rows(seed, sizes, methods)
@@ -350,7 +350,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = invented(methods=("slm",))
     with pytest.raises(ArtifactError, match=r"1\.json: seed 0 and training_seed 0 are those of .*0\.json too"):
         merge_runs(_runs(tmp_path, one, one))
-    with pytest.raises(ArtifactError, match=r"of the page 'other', and .* of 'arena'"):
+    with pytest.raises(ArtifactError, match=r"of the config 'other', and .* of 'arena'"):
         merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
     with pytest.raises(ArtifactError, match="macro: Field required"):
         merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))

@@ -14,23 +14,23 @@ from typer.testing import CliRunner
 from megatron_specialm.base import hash_cache
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.cli import app
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph import file_hashes as hashes
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import TaskId
 from tests.run_folder import make_run
 
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files of `_page`, each of its own text."""
+    """A working directory with the files of `_config`, each of its own text."""
     monkeypatch.chdir(tmp_path)
     for name in ("g0", "g1", "g2", "gt", "law", "lawt", "tax", "taxt"):
         Path(f"{name}.jsonl").write_text(json.dumps({"text": name, "body": name}) + "\n")
     return tmp_path
 
 
-def _page(folder: Path, **text: Any) -> Pipeline:
+def _config(folder: Path, **text: Any) -> Pipeline:
     sets = {
         "generic": {"train": ["g0.jsonl", "g1.jsonl", "g2.jsonl"], "test": ["gt.jsonl"]},
         "law": {"train": ["law.jsonl"], "test": ["lawt.jsonl"]},
@@ -42,7 +42,7 @@ def _page(folder: Path, **text: Any) -> Pipeline:
     train = {"kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 8, "schedule": {"warmup_steps": 1}}
     return Pipeline.model_validate(
         {
-            "name": "page",
+            "name": "config",
             "root": str(folder / "run"),
             "text": {"generic": sets.pop("generic"), "domains": sets},
             "stages": {
@@ -60,8 +60,8 @@ def _page(folder: Path, **text: Any) -> Pipeline:
 
 
 def _plan(folder: Path, **text: Any) -> dict[str, str]:
-    page = _page(folder, **text)
-    return {str(name): planned.digest for name, planned in make_plan(page, Path(page.root)).items()}
+    config = _config(folder, **text)
+    return {str(name): planned.digest for name, planned in make_plan(config, Path(config.root)).items()}
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -109,7 +109,7 @@ def test_a_domains_text_changes_its_own_tasks_alone(text: Path, shards: int) -> 
 
 
 def test_a_new_domain_leaves_what_is_there(text: Path) -> None:
-    before, more = _plan(text), _page(text)
+    before, more = _plan(text), _config(text)
     domains = {**more.text.domains, "new": more.text.domains["law"]}
     more = more.model_copy(update={"text": more.text.model_copy(update={"domains": domains})})
     after = {str(name): planned.digest for name, planned in make_plan(more, text / "run").items()}
@@ -203,23 +203,28 @@ def _encoder(pipeline: Pipeline, model: str, root: Path) -> str:
 
 
 def test_a_model_is_its_files_and_one_in_a_package_its_version(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = _page(text)
+    config = _config(text)
     vectors = {"kind": "embed", "tokens": "tokens", "encoder": {"kind": "sentence-bert", "model": "x"}}
-    page = Pipeline.model_validate({**page.model_dump(), "stages": {**page.model_dump()["stages"], "vectors": vectors}})
+    config = Pipeline.model_validate(
+        {**config.model_dump(), "stages": {**config.model_dump()["stages"], "vectors": vectors}}
+    )
     for name in ("model", "same"):
         (text / name / "inside").mkdir(parents=True)
         (text / name / "config.json").write_text("{}")
         (text / name / "inside" / "weights").write_text("abc")
-    first = _encoder(page, "model", text / "run")
-    assert first == _encoder(page, "./model", text / "run") == _encoder(page, str(text / "same"), text / "run")
+    first = _encoder(config, "model", text / "run")
+    assert first == _encoder(config, "./model", text / "run") == _encoder(config, str(text / "same"), text / "run")
     (text / "same" / "inside" / "weights").write_text("abd")
-    assert first != _encoder(page, "same", text / "run")
+    assert first != _encoder(config, "same", text / "run")
     (text / "model" / "config.json").rename(text / "model" / "other.json")
-    assert first != _encoder(page, "model", text / "run"), "the names in a folder decide how it is read"
-    assert _encoder(page, "some/hub-name", text / "run") != _encoder(page, "other/hub-name", text / "run")
-    installed, missing = _encoder(page, "package:numpy", text / "run"), _encoder(page, "package:nothing", text / "run")
+    assert first != _encoder(config, "model", text / "run"), "the names in a folder decide how it is read"
+    assert _encoder(config, "some/hub-name", text / "run") != _encoder(config, "other/hub-name", text / "run")
+    installed, missing = (
+        _encoder(config, "package:numpy", text / "run"),
+        _encoder(config, "package:nothing", text / "run"),
+    )
     monkeypatch.setattr(hashes.importlib.metadata, "version", lambda name: "0.0.1")
-    assert installed != _encoder(page, "package:numpy", text / "run") and missing != installed
+    assert installed != _encoder(config, "package:numpy", text / "run") and missing != installed
 
 
 def test_text_is_not_looked_for_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +233,10 @@ def test_text_is_not_looked_for_in_the_run_folder(tmp_path: Path, monkeypatch: p
     own = next(run.root.rglob("metrics.jsonl"))
     for entry in ("**/*.jsonl", f"{tmp_path}/**/*.jsonl", f"{run.root.parent}/*/artifacts/*/*/*/*.jsonl"):
         for command in ("check", "plan"):
-            outcome = CliRunner().invoke(app, [command, "page.yaml", f"text.generic.train=['data/smoke/*', '{entry}']"])
+            outcome = CliRunner().invoke(
+                app, [command, "config.yaml", f"text.generic.train=['data/smoke/*', '{entry}']"]
+            )
             assert isinstance(outcome.exception, ConfigError)
             assert str(outcome.exception).startswith(f"{entry}: finds ") and "metrics.jsonl" in str(outcome.exception)
-    named = CliRunner().invoke(app, ["plan", "page.yaml", f"text.generic.train={own}"])
+    named = CliRunner().invoke(app, ["plan", "config.yaml", f"text.generic.train={own}"])
     assert named.exit_code == 0, "who names a file means it"

@@ -15,8 +15,8 @@ import pytest
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, Stopped
 from megatron_specialm.base.heartbeat import Channel, heartbeat
-from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.printing import printable
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.slurm.heartbeats import DATAGRAM_BYTES, parse
 
 ROOT = Path(__file__).parents[2]
@@ -43,15 +43,15 @@ def _hear(supervisor: socket.socket) -> tuple[dict, tuple]:
 
 
 def test_it_says_who_where_and_how_far(supervisor: socket.socket) -> None:
-    lifeline = Lifeline()
-    with heartbeat(lifeline, WORLD, environ=_environ(supervisor)):
+    process_status = ProcessStatus()
+    with heartbeat(process_status, WORLD, environ=_environ(supervisor)):
         first, _ = _hear(supervisor)
         assert (first["token"], first["rank"]) == ("secret", 3)
         assert first["progress"] is None and first["step"] is None
         assert any("unit/test_heartbeat.py:" in frame for frame in first["stack"])
-        lifeline.begin("training")
+        process_status.begin("training")
         for step in (1, 2):
-            lifeline.beat(step=step)
+            process_status.beat(step=step)
         while (told := _hear(supervisor)[0])["step"] != 2:
             pass
         assert (told["progress"], told["activity"]) == (2, "training")
@@ -70,9 +70,9 @@ NO_STOP = [
     "activity", ["x" * 10**6, "\x1b]0;title\x07", "\ud800", "日本語" * 1000], ids=["long", "steers", "half", "wide"]
 )
 def test_what_it_does_is_said_in_a_packet_that_the_supervisor_takes(supervisor: socket.socket, activity: str) -> None:
-    lifeline = Lifeline()
-    lifeline.begin(activity)
-    with heartbeat(lifeline, WORLD, environ=_environ(supervisor)):
+    process_status = ProcessStatus()
+    process_status.begin(activity)
+    with heartbeat(process_status, WORLD, environ=_environ(supervisor)):
         datagram = supervisor.recv(65_536)
     assert len(datagram) <= DATAGRAM_BYTES
     said = parse(datagram, token="secret", ranks=4)
@@ -80,28 +80,28 @@ def test_what_it_does_is_said_in_a_packet_that_the_supervisor_takes(supervisor: 
 
 
 def test_only_the_supervisor_can_stop_it_and_one_request_is_enough(supervisor: socket.socket) -> None:
-    lifeline = Lifeline()
-    beating = heartbeat(lifeline, WORLD, environ=_environ(supervisor))
-    with lifeline.hearing_signals(), lifeline.at_step_boundaries(), beating:
+    process_status = ProcessStatus()
+    beating = heartbeat(process_status, WORLD, environ=_environ(supervisor))
+    with process_status.hearing_signals(), process_status.at_step_boundaries(), beating:
         _, sender = _hear(supervisor)
         for answer in NO_STOP:
             supervisor.sendto(answer, sender)
         for _ in range(5):
             _hear(supervisor)
-        assert lifeline.stop_asked_by is None
+        assert process_status.stop_asked_by is None
         supervisor.sendto(b'{"token": "secret", "stop": true}', sender)
-        while lifeline.stop_asked_by is None:
+        while process_status.stop_asked_by is None:
             _hear(supervisor)
-        lifeline.stop_asked_by = None
+        process_status.stop_asked_by = None
         for _ in range(3):
             supervisor.sendto(b'{"token": "secret", "stop": true}', _hear(supervisor)[1])
-        assert lifeline.stop_asked_by is None, "the first request counts"
+        assert process_status.stop_asked_by is None, "the first request counts"
 
 
 def test_nobody_listening_disturbs_nothing() -> None:
     for host in ("127.0.0.1", "240.0.0.1", "no.such.host.invalid"):
         environ = {"SPECIALM_HEARTBEAT": f"{host}:9:secret", "SPECIALM_HEARTBEAT_SECONDS": "0.01"}
-        with heartbeat(Lifeline(), WORLD, environ=environ):
+        with heartbeat(ProcessStatus(), WORLD, environ=environ):
             time.sleep(0.1)
 
 
@@ -127,11 +127,11 @@ def test_a_silent_main_thread_is_heard_with_the_line_where_it_is_stuck(superviso
 import time
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 def stuck():
     time.sleep(600)
-lifeline = Lifeline()
-with lifeline.hearing_signals(), heartbeat(lifeline, ALONE):
+process_status = ProcessStatus()
+with process_status.hearing_signals(), heartbeat(process_status, ALONE):
     stuck()
 """
     process = subprocess.Popen(
@@ -149,15 +149,15 @@ with lifeline.hearing_signals(), heartbeat(lifeline, ALONE):
 
 
 def test_at_once_or_at_the_boundary() -> None:
-    lifeline = Lifeline()
-    with lifeline.hearing_signals():
-        with lifeline.at_step_boundaries():
+    process_status = ProcessStatus()
+    with process_status.hearing_signals():
+        with process_status.at_step_boundaries():
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert lifeline.stop_asked_by == "SIGUSR1"
+            assert process_status.stop_asked_by == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGTERM)  # the ending is not disturbed
         with pytest.raises(Stopped, match="SIGUSR1"):
-            lifeline.stop_if_asked()
-    fresh = Lifeline()
+            process_status.stop_if_asked()
+    fresh = ProcessStatus()
     fresh.begin("tokens/generic")
     with fresh.hearing_signals(), pytest.raises(Stopped, match="SIGTERM while tokens/generic"):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,16 +24,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_status_from_the_command_line(run: Run) -> None:
     run.submit("7", "slm", keys=["generic"])
     run.slurm_says("7|0|COMPLETED|0|UNLIMITED|node1|None|\n")
-    printed = CliRunner().invoke(app, ["status", "page.yaml"])
+    printed = CliRunner().invoke(app, ["status", "config.yaml"])
     assert printed.exit_code == 0 and "47 not submitted" in printed.output
-    watched = CliRunner().invoke(app, ["status", "page.yaml", "--watch", "--json"], catch_exceptions=False)
+    watched = CliRunner().invoke(app, ["status", "config.yaml", "--watch", "--json"], catch_exceptions=False)
     (line,) = watched.output.splitlines()
     assert json.loads(line)["pipeline"] == "smoke", "no job is left: one look is enough"
 
 
 def test_cancel(run: Run) -> None:
     def cancel(*more: str) -> str:
-        return CliRunner().invoke(app, ["cancel", "page.yaml", *more]).output
+        return CliRunner().invoke(app, ["cancel", "config.yaml", *more]).output
 
     assert "no job is queued or running" in cancel()
     assert not (run.root / ".lock").exists(), "nothing to hold"
@@ -56,10 +56,10 @@ def test_cancel(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cancel", "page.yaml", "slm-x"], "no stage 'slm-x'; there are tokenizer,"),
-        (["logs", "page.yaml", "slm-x"], "no stage 'slm-x'"),
-        (["logs", "page.yaml", "slm-tuned", "c3"], "slm-tuned has no task 'c3'; it has scipy, sklearn, torch"),
-        (["logs", "page.yaml", "slm-tuned"], "slm-tuned has no log yet"),
+        (["cancel", "config.yaml", "slm-x"], "no stage 'slm-x'; there are tokenizer,"),
+        (["logs", "config.yaml", "slm-x"], "no stage 'slm-x'"),
+        (["logs", "config.yaml", "slm-tuned", "c3"], "slm-tuned has no task 'c3'; it has scipy, sklearn, torch"),
+        (["logs", "config.yaml", "slm-tuned"], "slm-tuned has no log yet"),
     ],
 )
 def test_mistakes_are_named(
@@ -84,7 +84,7 @@ def test_the_newest_log_wherever_it_ran(run: Run) -> None:
     write_registry(run.root, [job, replace(job, submission="0002")])
     _write(newer := log_path(run.root, "0002", "slm-tuned", 0), 400)
     assert newest_logs(run.pipeline, "slm-tuned", None) == [other, newer]
-    printed = CliRunner().invoke(app, ["logs", "page.yaml", "slm-tuned", "--lines", "2"]).output
+    printed = CliRunner().invoke(app, ["logs", "config.yaml", "slm-tuned", "--lines", "2"]).output
     assert printed == f"{other}\n==> {newer} <==\nline 8\nline 9\n"
 
 

@@ -18,17 +18,17 @@ from megatron_specialm.slurm.heartbeats import Beat, Listener, Said, describe, h
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(silent_seconds=60, hang_seconds=900, startup_seconds=1800)
-SAID = {"token": "t", "rank": 0, "node": "n0", "activity": "training", "progress": 1, "step": 1, "stack": ["a:1 f"]}
+FIELDS = {"token": "t", "rank": 0, "node": "n0", "activity": "training", "progress": 1, "step": 1, "stack": ["a:1 f"]}
 RANK = """
 import time
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.process_status import Lifeline
-lifeline = Lifeline()
-with lifeline.hearing_signals(), heartbeat(lifeline, World(2, 4, 0, "", "test")):
-    lifeline.begin("training")
+from megatron_specialm.base.process_status import ProcessStatus
+process_status = ProcessStatus()
+with process_status.hearing_signals(), heartbeat(process_status, World(2, 4, 0, "", "test")):
+    process_status.begin("training")
     for step in range(1, 6):
-        lifeline.beat(step=step)
+        process_status.beat(step=step)
     time.sleep(600)
 """
 
@@ -77,25 +77,25 @@ def _send(listener: Listener, *datagrams: bytes) -> None:
 def test_what_anybody_may_send_neither_counts_nor_deafens(listener: Listener) -> None:
     channel = Channel.of({"SPECIALM_HEARTBEAT": listener.channel})
     assert channel is not None
-    guessed, cut = json.dumps({**SAID, "token": "guessed"}), json.dumps({"token": channel.token, "rank": 1})
+    guessed, cut = json.dumps({**FIELDS, "token": "guessed"}), json.dumps({"token": channel.token, "rank": 1})
     _send(listener, b"", b"\xff\x00", b"null", b"[]", b"{}", b"[" * 60_000, guessed.encode(), cut.encode())
-    _send(listener, json.dumps({**SAID, "token": channel.token, "rank": 3}).encode())
+    _send(listener, json.dumps({**FIELDS, "token": channel.token, "rank": 3}).encode())
     _until(lambda: listener.beats)
     assert list(listener.beats) == [3]
 
 
 def _parsed(**changes: Any) -> Said | None:
-    return parse(json.dumps({**SAID, **changes}).encode(), token="t", ranks=4)
+    return parse(json.dumps({**FIELDS, **changes}).encode(), token="t", ranks=4)
 
 
 def test_a_heartbeat_and_what_is_none() -> None:
-    assert _parsed() == Said.model_validate(SAID | {"stack": tuple(SAID["stack"])})
+    assert _parsed() == Said.model_validate(FIELDS | {"stack": tuple(FIELDS["stack"])})
     assert _parsed(progress=None, step=None, stack=[], more=1) is not None
-    for name in SAID:
-        cut = json.dumps({key: value for key, value in SAID.items() if key != name}).encode()
+    for name in FIELDS:
+        cut = json.dumps({key: value for key, value in FIELDS.items() if key != name}).encode()
         assert parse(cut, token="t", ranks=4) is None
-    assert parse(json.dumps(SAID).encode(), token="other", ranks=4) is None
-    assert parse(json.dumps({**SAID, "token": "else", "node": "t"}).encode(), token="t", ranks=4) is None
+    assert parse(json.dumps(FIELDS).encode(), token="other", ranks=4) is None
+    assert parse(json.dumps({**FIELDS, "token": "else", "node": "t"}).encode(), token="t", ranks=4) is None
 
 
 NEVER: list[Any] = [
@@ -116,21 +116,21 @@ WRONG = {
 def test_a_field_of_another_type_or_range_is_none_and_deafens_nobody(listener: Listener) -> None:
     """Each with the right token, over the wire; then a good one is heard, and nothing else was."""
     token = listener.channel.split(":")[2]
-    wrong = [{**SAID, "token": token, field: value} for field, values in WRONG.items() for value in values]
+    wrong = [{**FIELDS, "token": token, field: value} for field, values in WRONG.items() for value in values]
     assert len(wrong) > 120
     for said in wrong:
         assert parse(json.dumps(said).encode(), token=token, ranks=4) is None, said
         _send(listener, json.dumps(said).encode())
-    _send(listener, json.dumps({**SAID, "token": token, "rank": 3}).encode())
+    _send(listener, json.dumps({**FIELDS, "token": token, "rank": 3}).encode())
     _until(lambda: listener.beats)
     assert list(listener.beats) == [3]
 
 
 def test_a_flood_of_others_drowns_nobody(listener: Listener) -> None:
     token = listener.channel.split(":")[2]
-    flood = [b"[" * 60_000, json.dumps({**SAID, "token": "x" * 32}).encode(), json.dumps({"token": token}).encode()]
+    flood = [b"[" * 60_000, json.dumps({**FIELDS, "token": "x" * 32}).encode(), json.dumps({"token": token}).encode()]
     for step in range(1, 4):
-        good = json.dumps({**SAID, "token": token, "rank": 1, "step": step}).encode()
+        good = json.dumps({**FIELDS, "token": token, "rank": 1, "step": step}).encode()
         _until(lambda good=good, step=step: _send(listener, *flood * 30, good) or listener.step == step)
     assert list(listener.beats) == [1]
 

@@ -22,8 +22,8 @@ for command in sys.argv[1:]:
     print(outcome.output)
 """
 COMMANDS = [
-    "results page.yaml", "results page.yaml --markdown", "plan page.yaml", "status page.yaml", "check page.yaml",
-    "figures page.yaml", "submit page.yaml --site site.yaml --dry-run",
+    "results config.yaml", "results config.yaml --markdown", "plan config.yaml", "status config.yaml", "check config.yaml",
+    "figures config.yaml", "submit config.yaml --site site.yaml --dry-run",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def _in_own_mounts(script: str, *arguments: str, folder: Path) -> subprocess.Com
 def test_a_run_folder_that_cannot_be_written_to_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _, root = declare_finished(tmp_path)
-    (tmp_path / "page.yaml").write_text(f"extends: {SMOKE}\nroot: {root}\n")
+    (tmp_path / "config.yaml").write_text(f"extends: {SMOKE}\nroot: {root}\n")
     (tmp_path / "site.yaml").write_text("{}\n")
     for text in (tmp_path / "data").rglob("*.jsonl"):
         text.touch()  # its hash is to be taken anew, and cannot be kept
@@ -70,7 +70,7 @@ def test_where_nothing_has_been_evaluated_they_say_so(
     assert not Path("figures").exists()
 
 
-def test_samples_are_of_the_pages_models_and_of_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_of_the_configs_models_and_of_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The links for users may show what other settings made."""
     monkeypatch.chdir(tmp_path)
     _, root = declare_finished(tmp_path)

@@ -15,17 +15,17 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import Stopped, TrainingError
 from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
 from megatron_specialm.base.integrity import list_files
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch
-from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.protocol import LossSum
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.losses import DeviceBatch, cross_entropy
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
@@ -350,15 +350,15 @@ def test_a_torn_record_does_not_swallow_the_next(tmp_path: Path) -> None:
 
 def _stopped_at(folder: Path, step: int, **settings: Any) -> str:
     """Train, with a signal while the step after `step` is computed; what is said of it."""
-    lifeline, calls = Lifeline(), iter(range(10_000))
+    process_status, calls = ProcessStatus(), iter(range(10_000))
 
     def signalled(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
         if next(calls) == 2 * (step - 1):  # two micro-batches a step
             os.kill(os.getpid(), signal.SIGUSR1)
         return cross_entropy(logits, batch, **share)
 
-    with lifeline.hearing_signals(), lifeline.at_step_boundaries(), pytest.raises(Stopped) as stopped:
-        run_training(folder, ALONE, stage(**settings), objective=signalled, lifeline=lifeline)
+    with process_status.hearing_signals(), process_status.at_step_boundaries(), pytest.raises(Stopped) as stopped:
+        run_training(folder, ALONE, stage(**settings), objective=signalled, process_status=process_status)
     return str(stopped.value)
 
 
@@ -380,26 +380,26 @@ def test_asked_to_stop_it_saves_its_step_and_goes_on_to_the_same_bits(tmp_path: 
 
 
 def test_asked_before_the_first_step_it_saves_nothing(tmp_path: Path) -> None:
-    asked = Lifeline()
+    asked = ProcessStatus()
     asked.stop_asked_by = "SIGTERM"
     with pytest.raises(Stopped, match="before the first step"):
-        run_training(tmp_path, ALONE, stage(), lifeline=asked)
+        run_training(tmp_path, ALONE, stage(), process_status=asked)
     assert not list(tmp_path.glob("*step_*"))
     run_training(tmp_path, ALONE, stage(steps=4))
     before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("step_*"))
     with pytest.raises(Stopped, match="at step 4, saved in"):
-        run_training(tmp_path, ALONE, stage(), lifeline=asked)
+        run_training(tmp_path, ALONE, stage(), process_status=asked)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("step_*")) == before
 
 
 def test_asked_in_the_last_step_it_ends(tmp_path: Path) -> None:
-    lifeline = Lifeline()
-    with lifeline.at_step_boundaries():
+    process_status = ProcessStatus()
+    with process_status.at_step_boundaries():
         calls = iter(range(10_000))
 
         def asking(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
             if next(calls) == 2 * 11:
-                lifeline.ask_to_stop("a test")
+                process_status.ask_to_stop("a test")
             return cross_entropy(logits, batch, **share)
 
-        assert run_training(tmp_path, ALONE, stage(), objective=asking, lifeline=lifeline).step == 12
+        assert run_training(tmp_path, ALONE, stage(), objective=asking, process_status=process_status).step == 12

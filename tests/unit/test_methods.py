@@ -1,4 +1,4 @@
-"""Each method of the paper as settings of a page: whose task it is, what it reads, and what is refused before it runs."""
+"""Each method of the paper as settings of a config: whose task it is, what it reads, and what is refused before it runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest
-from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, model_of, trainings
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.model_card import READS
+from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, model_of, trainings
+from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
 TRAIN: dict[str, Any] = {
@@ -47,15 +47,15 @@ STAGES: dict[str, Any] = {
 
 
 def _load(folder: Path, **stages: Any) -> Pipeline:
-    """The page with some stages' fields changed."""
+    """The config with some stages' fields changed."""
     changed = {name: {**STAGES.get(name, {}), **fields} for name, fields in stages.items()}
     files = {"train": "train.txt", "test": "test.txt"}
-    page = {
+    config = {
         "name": "methods", "root": "run", "text": {"generic": files, "domains": {"law": files, "art": files}},
         "stages": {**STAGES, **changed},
     }  # fmt: skip
-    path = folder / "page.yaml"
-    path.write_text(yaml.safe_dump(page))
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
     return load_pipeline(path)
 
 
@@ -125,7 +125,7 @@ def test_replay_and_specialized_pretraining_read_both_sets(tmp_path: Path) -> No
         assert {TaskId("tokens", "law"), TaskId("tokens", "generic")} <= set(task.inputs) and task.domain == "law"
 
 
-def test_a_resolved_page_says_the_same(tmp_path: Path) -> None:
+def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
     pipeline = _load(tmp_path)
     (tmp_path / "resolved.yaml").write_text(dump_pipeline(pipeline))
     assert load_pipeline(tmp_path / "resolved.yaml") == pipeline
@@ -191,11 +191,11 @@ def test_clusters_of_other_windows_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_domain_is_not_named_as_an_expert(tmp_path: Path) -> None:
-    page = yaml.safe_load((_load(tmp_path), (tmp_path / "page.yaml").read_text())[1])
-    page["text"]["domains"]["c4"] = page["text"]["domains"]["law"]
-    (tmp_path / "page.yaml").write_text(yaml.safe_dump(page))
+    config = yaml.safe_load((_load(tmp_path), (tmp_path / "config.yaml").read_text())[1])
+    config["text"]["domains"]["c4"] = config["text"]["domains"]["law"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"domain name 'c4': .* by the experts of clusters"):
-        load_pipeline(tmp_path / "page.yaml")
+        load_pipeline(tmp_path / "config.yaml")
 
 
 def test_more_experts_leave_those_that_are_there_as_they_are(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_an_override_of_one_stage_leaves_those_of_the_same_anchor(tmp_path: Path) -> None:
     _load(tmp_path)
-    page = tmp_path / "page.yaml"
+    config = tmp_path / "config.yaml"
     anchored = "\n  one: &one {kind: train, tokens: tokens, data: domain, init: slm, steps: 3, global_batch_size: 8, "
     anchored += "schedule: {warmup_steps: 0}, optimizer: {learning_rate: 0.5}}\n  other: {<<: *one, init: llm}\n"
-    page.write_text(page.read_text().replace("stages:\n", f"stages:{anchored}"))
-    stages = load_pipeline(page, ["stages.other.optimizer.learning_rate=0.25"]).stages
+    config.write_text(config.read_text().replace("stages:\n", f"stages:{anchored}"))
+    stages = load_pipeline(config, ["stages.other.optimizer.learning_rate=0.25"]).stages
     assert [stages[name].optimizer.learning_rate for name in ("one", "other")] == [0.5, 0.25]

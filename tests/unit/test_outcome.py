@@ -9,8 +9,8 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError, Stopped, TrainingError
-from megatron_specialm.base.process_status import Lifeline
 from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.base.process_status import ProcessStatus
 
 FIRST, SECOND = World(0, 2, 0, "", "srun"), World(1, 2, 1, "", "srun")
 
@@ -31,11 +31,11 @@ def test_errors_of_any_rank_are_left_and_pass_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, says: str, code: int
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
-    lifeline = Lifeline()
-    lifeline.beat(step=40)
+    process_status = ProcessStatus()
+    process_status.beat(step=40)
     with (
         pytest.raises(type(error)) as raised,
-        recorded_outcome(SECOND, lifeline, environ={"SPECIALM_ATTEMPT": str(tmp_path)}),
+        recorded_outcome(SECOND, process_status, environ={"SPECIALM_ATTEMPT": str(tmp_path)}),
     ):
         raise error
     assert raised.value is error
@@ -48,16 +48,16 @@ def test_errors_of_any_rank_are_left_and_pass_through(
 
 @pytest.mark.parametrize(("world", "leaves"), [(FIRST, {"stopped.json": {"step": 3}}), (SECOND, {})])
 def test_the_first_rank_says_at_which_step_all_stopped(tmp_path: Path, world: World, leaves: dict) -> None:
-    lifeline = Lifeline()
-    lifeline.beat(step=3)
-    with pytest.raises(Stopped), recorded_outcome(world, lifeline, environ={"SPECIALM_ATTEMPT": str(tmp_path)}):
+    process_status = ProcessStatus()
+    process_status.beat(step=3)
+    with pytest.raises(Stopped), recorded_outcome(world, process_status, environ={"SPECIALM_ATTEMPT": str(tmp_path)}):
         raise Stopped("at step 3")
     assert _left(tmp_path) == leaves
 
 
 def test_success_is_said_by_the_first_rank_alone(tmp_path: Path) -> None:
     for world, expected in ((SECOND, []), (FIRST, ["finished.json"])):
-        with recorded_outcome(world, Lifeline(), environ={"SPECIALM_ATTEMPT": str(tmp_path)}):
+        with recorded_outcome(world, ProcessStatus(), environ={"SPECIALM_ATTEMPT": str(tmp_path)}):
             pass
         assert list(_left(tmp_path)) == expected
 
@@ -65,9 +65,9 @@ def test_success_is_said_by_the_first_rank_alone(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     environ = {"SPECIALM_ATTEMPT": str(tmp_path / "file" / "attempt-0")}
-    with pytest.raises(SpecialmError, match="the cause"), recorded_outcome(FIRST, Lifeline(), environ=environ):
+    with pytest.raises(SpecialmError, match="the cause"), recorded_outcome(FIRST, ProcessStatus(), environ=environ):
         raise SpecialmError("the cause")
-    with recorded_outcome(FIRST, Lifeline(), environ=environ):
+    with recorded_outcome(FIRST, ProcessStatus(), environ=environ):
         pass
 
 
@@ -77,13 +77,13 @@ def test_a_full_disk_hides_no_error() -> None:
 import resource, signal, sys, tempfile
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError
-from megatron_specialm.base.process_status import Lifeline
+from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.outcome import recorded_outcome
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with tempfile.TemporaryDirectory() as folder:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        with recorded_outcome(World(0, 1, 0, "", "srun"), Lifeline(), environ={"SPECIALM_ATTEMPT": folder}):
+        with recorded_outcome(World(0, 1, 0, "", "srun"), ProcessStatus(), environ={"SPECIALM_ATTEMPT": folder}):
             raise SpecialmError("the cause")
     except SpecialmError as error:
         sys.exit(str(error) != "the cause")

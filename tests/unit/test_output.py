@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.e2e.test_bad_input import folder  # noqa: F401  (a fixture)
 
-PAGE = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
+CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
 SPEAK = """
 import logging, sys
 from pathlib import Path
@@ -82,15 +82,15 @@ def _specialm(folder: Path, command: str) -> subprocess.CompletedProcess[str]:  
 
 def test_a_table_on_a_full_disk_is_an_error(folder: Path) -> None:  # noqa: F811
     """What a command prints is all that it does: that part of it is missing must not pass for success."""
-    outcome = _specialm(folder, f"specialm plan {PAGE} > /dev/full")
+    outcome = _specialm(folder, f"specialm plan {CONFIG} > /dev/full")
     assert outcome.returncode == 3 and "error: standard output: the disk is full" in outcome.stderr, outcome.stderr
     assert "Traceback" not in outcome.stderr and "Exception ignored" not in outcome.stderr
-    outcome = _specialm(folder, f"specialm plan {PAGE} | head -1; exit ${{PIPESTATUS[0]}}")
+    outcome = _specialm(folder, f"specialm plan {CONFIG} | head -1; exit ${{PIPESTATUS[0]}}")
     assert outcome.returncode == 0 and outcome.stderr == "", outcome.stderr
 
 
 def test_a_run_that_nobody_watches_goes_on(folder: Path) -> None:  # noqa: F811
-    run = f"specialm run {PAGE} stages.tokenizer.vocabulary_size=300 --until tokenizer"
+    run = f"specialm run {CONFIG} stages.tokenizer.vocabulary_size=300 --until tokenizer"
     outcome = _specialm(folder, f"{run} > /dev/full 2>&-")
     assert outcome.returncode == 0, outcome
     assert (folder / "runs/smoke/tokenizer/generic/done.json").exists()

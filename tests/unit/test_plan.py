@@ -5,10 +5,10 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import make_plan, select, write_resolved
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import read_first_documents
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -16,7 +16,7 @@ SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the smoke page's files."""
+    """A working directory with the smoke config's files."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "smoke"
     folder.mkdir(parents=True)

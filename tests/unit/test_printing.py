@@ -18,9 +18,9 @@ from rich.text import Text
 from megatron_specialm.base import terminal
 from megatron_specialm.base.printing import log_to_stderr, printable, say
 from megatron_specialm.base.terminal import Table, console
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.doctor.finding import Finding
-from megatron_specialm.doctor.report import page as doctor_page
+from megatron_specialm.doctor.report import config as doctor_config
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.run.progress import Progress
 from tests.conftest import ROOT
@@ -90,7 +90,7 @@ OUTCOME: dict[str, Any] = {
         (Table(HOSTILE, [HOSTILE, "n"], [[HOSTILE, "1"]], 1, note=HOSTILE), 4),
         (_rich_table(), 5),
         (parity.table(HOSTILE, OUTCOME), 3),
-        (doctor_page([Finding(HOSTILE, "missing", HOSTILE, HOSTILE, HOSTILE, needed=True)]), 6),
+        (doctor_config([Finding(HOSTILE, "missing", HOSTILE, HOSTILE, HOSTILE, needed=True)]), 6),
     ],
     ids=["text", "styled", "group", "table", "rich table", "parity", "doctor"],
 )
@@ -128,19 +128,19 @@ def test_a_jobs_error_and_log_are_text(
 
 
 @pytest.fixture
-def odd_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page of an odd name, with a root of another, and a log of a third kind in it."""
+def odd_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of an odd name, with a root of another, and a log of a third kind in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("text")
     Path("r[red]x", "jobs").mkdir(parents=True)
     Path("r[red]x", "jobs", "tokens.generic.log").write_bytes(b"begin \x1b]0;title\x07 \xff [red]end\n")
-    page = Path("p[red]\x1b[31m.yaml")
-    page.write_text(
+    config = Path("p[red]\x1b[31m.yaml")
+    config.write_text(
         "name: odd\nroot: 'r[red]x'\n"
         "text: {generic: {train: t.txt, test: t.txt}, domains: {law: {train: t.txt, test: t.txt}}}\n"
         "stages: {tokenizer: {kind: tokenizer}, tokens: {kind: tokenize, tokenizer: tokenizer}}\n"
     )
-    return page
+    return config
 
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
@@ -153,9 +153,9 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_commands_say_names_as_they_are(odd_page: Path, name: str, is_terminal: bool) -> None:
+def test_commands_say_names_as_they_are(odd_config: Path, name: str, is_terminal: bool) -> None:
     (command, *more), wanted = COMMANDS[name]
-    arguments = [sys.executable, "-m", "megatron_specialm", command, str(odd_page), *more]
+    arguments = [sys.executable, "-m", "megatron_specialm", command, str(odd_config), *more]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not is_terminal:
         done = subprocess.run(arguments, capture_output=True, text=True, env=environ)

@@ -5,14 +5,14 @@ import os
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
-from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.base.control_group import Peers
+from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.model.gpt import Gpt
 
 
 def _threads() -> int:
@@ -24,7 +24,7 @@ def test_one_process_has_two_groups_and_few_threads(neox: ModelConfig) -> None:
     with process_group(ALONE):
         model = Gpt(neox, vocabulary_size=100, context_length=16)
         MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=1)
-        peers = [Peers.meet() for _ in range(2)]  # a training's: for its loop, and for saving
+        peers = [ControlGroup.meet() for _ in range(2)]  # a training's: for its loop, and for saving
         assert dist.distributed_c10d._world.pg_map.keys() == {
             dist.group.WORLD,
             parallel_state.get_data_parallel_group(),

@@ -12,20 +12,20 @@ import torch
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
+from megatron_specialm.checkpoint.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
 from megatron_specialm.config.finetuning import finetuning_recipe
-from megatron_specialm.graph.tasks import TaskId, ancestors, build_graph
-from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.graph.rates import at_rate, beyond, trial_of
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.graph.plan import make_plan, select
+from megatron_specialm.graph.rates import at_rate, beyond, trial_of
+from megatron_specialm.graph.tasks import TaskId, ancestors, build_graph
 from megatron_specialm.report.results import write_results
 from megatron_specialm.report.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of
 from megatron_specialm.stages.rates import choose_rate
-from megatron_specialm.checkpoint.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
 from tests.contexts import make_context
 from tests.unit.test_results import declare_finished
 
@@ -37,7 +37,7 @@ BRIEFLY = "stages.slm-tuned.trial_steps=10"
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the smoke page's files."""
+    """A working directory with the smoke config's files."""
     monkeypatch.chdir(tmp_path)
     for name in ("generic", "scipy", "sklearn", "torch"):
         for split in ("train", "test"):
@@ -61,7 +61,7 @@ def _digests(*overrides: str) -> dict[str, str]:
     return {str(name): planned.digest for name, planned in make_plan(_load(*overrides), Path("run")).items()}
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the config ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_list_of_one_is_the_rate_itself() -> None:
@@ -70,7 +70,7 @@ def test_a_list_of_one_is_the_rate_itself() -> None:
     )
 
 
-def test_a_resolved_page_has_the_list(tmp_path: Path) -> None:
+def test_a_resolved_config_has_the_list(tmp_path: Path) -> None:
     pipeline = _load(RATES, BRIEFLY)
     (tmp_path / "resolved.yaml").write_text(dump_pipeline(pipeline))
     assert load_pipeline(tmp_path / "resolved.yaml") == pipeline

@@ -17,22 +17,6 @@ from megatron_specialm.base.errors import ArtifactError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, sha256_json, write_json
 from megatron_specialm.base.hash_cache import _read_cache
 from megatron_specialm.base.tensors import TensorFiles, save_tensors
-from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
-from megatron_specialm.clustering.vectors import Vectors, describe_vectors
-from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
-from megatron_specialm.config.schema import TfidfEncoder
-from megatron_specialm.estimate.setup import Passes
-from megatron_specialm.data import cluster_files
-from megatron_specialm.data.clusters import ClusterIndex
-from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
-from megatron_specialm.data.teacher import CacheWriter, Kept, TeacherCache
-from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.report.rows import NEEDED, WORDS, read_csv, to_csv
-from megatron_specialm.report.seeds import read_runs
-from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
-from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
-from megatron_specialm.slurm.work import _tasks
-from megatron_specialm.stages.generation import open_model
 from megatron_specialm.checkpoint.checkpoint import (
     declare_final,
     find_final,
@@ -43,7 +27,23 @@ from megatron_specialm.checkpoint.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from megatron_specialm.checkpoint.merged import read_served
+from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
+from megatron_specialm.clustering.vectors import Vectors, describe_vectors
+from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
+from megatron_specialm.config.schema import TfidfEncoder
+from megatron_specialm.data import cluster_files
+from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
+from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
+from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
+from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.report.rows import NEEDED, WORDS, read_csv, to_csv
+from megatron_specialm.report.seeds import read_runs
+from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
+from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
+from megatron_specialm.slurm.work import _tasks
+from megatron_specialm.stages.generation import open_model
 from megatron_specialm.train.work import Work
 from tests.training import SHAPE
 
@@ -86,7 +86,9 @@ def _make_vectors(folder: Path) -> None:
 
 def _make_cache(folder: Path) -> None:
     draw = np.random.default_rng(0)
-    writer = CacheWriter(folder, Kept("top-k", VOCABULARY, count=2), context_length=CONTEXT, teacher="te", store="st")
+    writer = CacheWriter(
+        folder, CacheFormat("top-k", VOCABULARY, count=2), context_length=CONTEXT, teacher="te", store="st"
+    )
     for length in (3, 8, 1):
         values = {"log_probabilities": draw.normal(size=(length, 2)), "tail": draw.normal(size=length)}
         writer.add({"ids": draw.integers(0, VOCABULARY, (length, 2)), **values})
@@ -123,7 +125,7 @@ def _make_training(folder: Path) -> None:
 
 
 def _read_training(folder: Path) -> None:
-    assert read_served(find_final(folder)).weights["w"].tolist() == [2.0] * 4
+    assert read_merged(find_final(folder)).weights["w"].tolist() == [2.0] * 4
 
 
 def _make_encoder(folder: Path) -> None:
@@ -175,9 +177,9 @@ def _make_artifact(folder: Path) -> None:
         (made / name).rename(folder / name)
 
 
-def _make_page(folder: Path) -> None:
-    page = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
-    (folder / "pipeline.yaml").write_text(dump_pipeline(page))
+def _make_config(folder: Path) -> None:
+    config = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
+    (folder / "pipeline.yaml").write_text(dump_pipeline(config))
 
 
 KINDS = [
@@ -208,7 +210,7 @@ KINDS = [
     Kind("nodes.json", lambda f: exclude_node(f, "node1", reason="r"), excluded_nodes),
     Kind("results.json", _make_results, lambda f: read_runs([f / "results.json"])),
     Kind("rows.csv", lambda f: (f / "rows.csv").write_text(to_csv([ROW])), lambda f: read_csv(f / "rows.csv")),
-    Kind("pipeline.yaml", _make_page, lambda f: load_pipeline(f / "pipeline.yaml")),
+    Kind("pipeline.yaml", _make_config, lambda f: load_pipeline(f / "pipeline.yaml")),
     *(
         Kind(f"model/{name}", _make_export, lambda f: open_model(f / "model"), sealed=name != MANIFEST)
         for name in (MANIFEST, "config.json", "model.safetensors")
@@ -488,4 +490,4 @@ def test_a_state_without_a_model_is_said(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, step=0, weights={"w": torch.ones(1)}, optimizer_state={}, state={"tokenizer": "t"})
     assert open_checkpoint(step_folder(tmp_path, 0)).state == {"tokenizer": "t"}
     with pytest.raises(ArtifactError, match=r"step_0000000/state.json: model: Field required"):
-        read_served(step_folder(tmp_path, 0))
+        read_merged(step_folder(tmp_path, 0))

@@ -13,14 +13,14 @@ import pytest
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import UnconfirmedError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan, write_resolved
-from megatron_specialm.report.plan_table import stage_table, task_table
 from megatron_specialm.graph.redo import Redo, device_time, find_redo, redo_lines, refuse_unconfirmed
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.report.plan_table import stage_table, task_table
 from tests.conftest import ROOT
 
-PAGE = """
+CONFIG = """
 name: small
 root: run
 text:
@@ -44,9 +44,9 @@ SECONDS = 600.0  # what each finished task took
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a page, its text, and a run folder in which all is done."""
+    """A working directory with a config, its text, and a run folder in which all is done."""
     monkeypatch.chdir(tmp_path)
-    Path("page.yaml").write_text(PAGE)
+    Path("config.yaml").write_text(CONFIG)
     for name in ("g0", "g1", "t", "law", "tax"):
         Path(f"{name}.txt").write_text(f"some words of {name}\n")
     _finish()
@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _finish(*overrides: str, root: Path = Path("run")) -> None:
-    pipeline = load_pipeline(Path("page.yaml"), overrides)
+    pipeline = load_pipeline(Path("config.yaml"), overrides)
     write_resolved(pipeline, root)
     for name, planned in make_plan(pipeline, root).items():
         if planned.state != "done":
@@ -64,7 +64,7 @@ def _finish(*overrides: str, root: Path = Path("run")) -> None:
 
 
 def _redo(*overrides: str) -> dict[str, Redo]:
-    pipeline = load_pipeline(Path("page.yaml"), overrides)
+    pipeline = load_pipeline(Path("config.yaml"), overrides)
     return {str(name): one for name, one in find_redo(pipeline, make_plan(pipeline, Path("run")), Path("run")).items()}
 
 
@@ -116,7 +116,7 @@ def test_only_what_depends_on_it_is_stale_and_for_that_alone(folder: Path) -> No
 
 
 def test_an_input_that_was_made_anew_already_is_another(folder: Path) -> None:
-    law = load_pipeline(Path("page.yaml"), ["stages.slm.steps=20"])
+    law = load_pipeline(Path("config.yaml"), ["stages.slm.steps=20"])
     name = TaskId("slm", "generic")
     planned = make_plan(law, Path("run"))[name]
     begin_artifact(Path("run"), *name, digest=planned.digest, made_from=planned.made_from)
@@ -132,7 +132,7 @@ def test_work_whose_label_does_not_say_from_what_is_said_to_be_so(folder: Path) 
 
 
 def test_the_same_reason_is_said_once_for_a_stage(folder: Path) -> None:
-    pipeline = load_pipeline(Path("page.yaml"), ["stages.slm.steps=20", "stages.tokens.context_length=64"])
+    pipeline = load_pipeline(Path("config.yaml"), ["stages.slm.steps=20", "stages.tokens.context_length=64"])
     plan = make_plan(pipeline, Path("run"))
     lines = list(redo_lines(find_redo(pipeline, plan, Path("run"))))
     assert lines == [
@@ -149,7 +149,7 @@ def test_the_same_reason_is_said_once_for_a_stage(folder: Path) -> None:
 
 def test_only_making_anew_asks_and_only_above_the_limit(folder: Path) -> None:
     def refused(*overrides: str, tasks: list[TaskId] | None = None) -> bool:
-        pipeline = load_pipeline(Path("page.yaml"), overrides)
+        pipeline = load_pipeline(Path("config.yaml"), overrides)
         try:
             refuse_unconfirmed(find_redo(pipeline, make_plan(pipeline, Path("run")), Path("run"), tasks), pipeline)
         except UnconfirmedError:
@@ -166,7 +166,7 @@ def test_only_making_anew_asks_and_only_above_the_limit(folder: Path) -> None:
     assert not refused(*anew, "ask_above_device_hours=0.5", tasks=[TaskId("slm", "generic")]), "the chosen tasks count"
     longer = ["stages.slm.steps=40"]  # by four times the steps
     assert refused(*longer) and not refused(*longer, "ask_above_device_hours=1.5")
-    pipeline = load_pipeline(Path("page.yaml"), longer)
+    pipeline = load_pipeline(Path("config.yaml"), longer)
     planned = make_plan(pipeline, Path("run"))[TaskId("slm", "generic")]
     begin_artifact(Path("run"), "slm", "generic", digest=planned.digest, made_from=planned.made_from)
     assert not refused(*longer), "what was begun goes on"
@@ -188,7 +188,7 @@ def test_a_longer_training_costs_what_it_does_not_go_on_from(
 ) -> None:
     """Also where the finished one had gone on itself: its marker's own cost is that of a part."""
     rest = [f"stages.slm.schedule.kind={schedule}"]
-    name, pipeline = TaskId("slm", "generic"), load_pipeline(Path("page.yaml"), rest)
+    name, pipeline = TaskId("slm", "generic"), load_pipeline(Path("config.yaml"), rest)
     planned = make_plan(pipeline, Path("run"))[name]
     begin_artifact(Path("run"), *name, digest=planned.digest, made_from=planned.made_from)
     own, earlier = (Cost(0, 0, share * SECONDS, share * SECONDS, "cpu", 1) for share in (0.2, 0.8))
@@ -204,18 +204,18 @@ def test_damaged_work_is_made_anew_too_and_says_which_file(folder: Path) -> None
     (marker,) = Path("run").glob("artifacts/slm/generic/*")
     (marker / "model.bin").write_bytes(b"weights")
     name = TaskId("slm", "generic")
-    planned = make_plan(load_pipeline(Path("page.yaml")), Path("run"))[name]
+    planned = make_plan(load_pipeline(Path("config.yaml")), Path("run"))[name]
     begin_artifact(Path("run"), *name, digest=planned.digest, made_from=planned.made_from)
     finish_artifact(Path("run"), *name, Marker(planned.digest, Cost(0, 0, 7200.0, 7200.0, "cpu", 1), {}, {}))
     (marker / "model.bin").unlink()
     assert "model.bin: No such file" in _reasons()["slm/generic"]
     with pytest.raises(UnconfirmedError, match=r"about 2\.0 h, and above 1 device-hours .*--yes"):
-        pipeline = load_pipeline(Path("page.yaml"))
+        pipeline = load_pipeline(Path("config.yaml"))
         refuse_unconfirmed(find_redo(pipeline, make_plan(pipeline, Path("run")), Path("run")), pipeline)
 
 
 def test_a_plan_has_a_line_per_stage_or_per_task(folder: Path) -> None:
-    pipeline = load_pipeline(Path("page.yaml"), ["stages.tuned.steps=20"])
+    pipeline = load_pipeline(Path("config.yaml"), ["stages.tuned.steps=20"])
     plan = make_plan(pipeline, Path("run"))
     redo = find_redo(pipeline, plan, Path("run"))
     stages = {line[0]: line[1:] for line in stage_table(plan, redo, Path("run")).lines}
@@ -256,17 +256,17 @@ NAMED = "slm/generic: steps: 10 -> 40; about 40 min"
 
 def test_check_names_what_is_stale_and_writes_nothing(folder: Path) -> None:
     before = _content()
-    checked = _specialm("check", "page.yaml", STEPS)
+    checked = _specialm("check", "config.yaml", STEPS)
     assert checked.returncode == 0 and NAMED in checked.stdout, checked.stdout + checked.stderr
     assert _content() == before
-    checked = _specialm("check", "page.yaml", "root=nowhere")
+    checked = _specialm("check", "config.yaml", "root=nowhere")
     assert checked.returncode == 0 and "made anew" not in checked.stdout and _content() == before
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
 def test_without_a_terminal_it_takes_a_yes_and_nothing_is_done(folder: Path, command: str) -> None:
     before = _content()
-    refused = _specialm(command, "page.yaml", STEPS)
+    refused = _specialm(command, "config.yaml", STEPS)
     assert refused.returncode == 2 and NAMED in refused.stdout, refused.stdout + refused.stderr
     assert "above 1 device-hours (`ask_above_device_hours`)" in refused.stderr and "--yes" in refused.stderr
     after = _content()
@@ -279,7 +279,7 @@ def test_ranks_of_a_launcher_are_refused_alike(folder: Path) -> None:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with ThreadPoolExecutor(2) as pool:
-        ranks = list(pool.map(lambda rank: _specialm("run", "page.yaml", STEPS, RANK=rank, **meeting), "01"))
+        ranks = list(pool.map(lambda rank: _specialm("run", "config.yaml", STEPS, RANK=rank, **meeting), "01"))
     assert [rank.returncode for rank in ranks] == [2, 4], "the others end with it"
     assert NAMED in ranks[0].stdout and "--yes" in ranks[0].stderr
     assert ranks[1].stdout == "", "the first one speaks for all"
@@ -317,17 +317,17 @@ def cluster(folder: Path) -> str:
 
 
 def test_on_a_terminal_it_asks(folder: Path, cluster: str) -> None:
-    code, said = _on_terminal(b"n\n", "run", "page.yaml", STEPS)
+    code, said = _on_terminal(b"n\n", "run", "config.yaml", STEPS)
     assert code == 2 and NAMED in said and "Make it anew? [y/N]" in said and "Nothing was done" in said
     assert _reasons() == {}
-    code, said = _on_terminal(b"", "run", "page.yaml", STEPS, RANK="0", WORLD_SIZE="1")
+    code, said = _on_terminal(b"", "run", "config.yaml", STEPS, RANK="0", WORLD_SIZE="1")
     assert code == 2 and "Make it anew?" not in said, "ranks share a terminal"
-    code, said = _on_terminal(b"y\n", "submit", "page.yaml", STEPS, PATH=cluster)
+    code, said = _on_terminal(b"y\n", "submit", "config.yaml", STEPS, PATH=cluster)
     assert code == 0 and "Make it anew?" in said and "5 tasks submitted" in said, said
 
 
 def test_a_submit_that_was_agreed_to_queues_and_one_that_only_looks_asks_nothing(folder: Path, cluster: str) -> None:
-    arguments = ["submit", "page.yaml", STEPS, "--only", "slm", "ask_above_device_hours=0"]
+    arguments = ["submit", "config.yaml", STEPS, "--only", "slm", "ask_above_device_hours=0"]
     shown = _specialm(*arguments, "--dry-run", PATH=cluster)
     assert shown.returncode == 0 and NAMED in shown.stdout, shown.stderr
     queued = _specialm(*arguments, "--yes", PATH=cluster)

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.cli import app
-from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.report.costs import total_cost
 from megatron_specialm.graph.plan import make_plan, write_resolved
+from megatron_specialm.graph.tasks import evaluated_set, model_task
+from megatron_specialm.report.costs import total_cost
 from megatron_specialm.report.results import write_results
 from megatron_specialm.report.tables import results_table
 
@@ -31,7 +31,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline,
 
 
 def declare_finished(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
-    """Every task of the smoke page declared done: training cost 10 tokens in 40 slots, anything 100 FLOPs and 2 seconds."""
+    """Every task of the smoke config declared done: training cost 10 tokens in 40 slots, anything 100 FLOPs and 2 seconds."""
     root = folder / "run"
     pipeline = load_pipeline(SMOKE, [f"root={root}", *overrides])
     write_resolved(pipeline, root)

@@ -24,16 +24,16 @@ from megatron_specialm.base.artifacts import (
     view,
 )
 from megatron_specialm.base.errors import ArtifactError, ConfigError
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, make_plan, select, write_resolved
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
 from megatron_specialm.slurm.records import read_registry
 from tests.processes import together
 
 ROOT = Path(__file__).parents[2]
-PAGE = Path("page.yaml")
+CONFIG = Path("config.yaml")
 TEXT = """
 name: small
 root: run
@@ -54,7 +54,7 @@ THERE, HERE = Path("runs/there"), Path("runs/here")
 
 
 def _load(*overrides: str) -> Pipeline:
-    return load_pipeline(PAGE, [f"root={HERE}", f"reuse={THERE}", *overrides])
+    return load_pipeline(CONFIG, [f"root={HERE}", f"reuse={THERE}", *overrides])
 
 
 def _finish(pipeline: Pipeline, root: Path) -> None:
@@ -76,9 +76,9 @@ def _finish(pipeline: Pipeline, root: Path) -> None:
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bytes, int, int]]:
     """A working directory with a finished run; what its folder holds."""
     monkeypatch.chdir(tmp_path)
-    PAGE.write_text(TEXT)
+    CONFIG.write_text(TEXT)
     Path("text.txt").write_text("some words\n")
-    _finish(load_pipeline(PAGE, [f"root={THERE}"]), THERE)
+    _finish(load_pipeline(CONFIG, [f"root={THERE}"]), THERE)
     return _content(THERE)
 
 
@@ -155,7 +155,7 @@ def test_another_seed_of_trainings_takes_over_all_but_them(there: dict) -> None:
 
 
 def test_what_is_stale_here_makes_room(there: dict) -> None:
-    old = load_pipeline(PAGE, [f"root={HERE}", "seed=3"])
+    old = load_pipeline(CONFIG, [f"root={HERE}", "seed=3"])
     _finish(old, HERE)
     plan = make_plan(_load(), HERE)
     assert plan[SLM].state == "done elsewhere"
@@ -172,8 +172,8 @@ def test_a_part_takes_over_what_it_rests_on(there: dict) -> None:
     assert not any(planned.there for planned in select(make_plan(_load(), THERE), only="slm", until=None).values())
 
 
-def test_folders_are_looked_at_in_order_and_the_pages_own_is_none(there: dict) -> None:
-    second = load_pipeline(PAGE, ["root=runs/second", "training_seed=1"])
+def test_folders_are_looked_at_in_order_and_the_configs_own_is_none(there: dict) -> None:
+    second = load_pipeline(CONFIG, ["root=runs/second", "training_seed=1"])
     _finish(second, Path("runs/second"))
     pipeline = _load(f"reuse=[{HERE}, {THERE}, runs/second]", "training_seed=1")
     plan = make_plan(pipeline, HERE)
@@ -265,7 +265,7 @@ def _submit(*arguments: str) -> str:
         "-m",
         "megatron_specialm",
         "submit",
-        "page.yaml",
+        "config.yaml",
         f"root={HERE}",
         f"reuse={THERE}",
         *arguments,
@@ -307,7 +307,7 @@ CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.syml
 
 
 def test_killed_at_any_moment_it_is_taken_over_by_the_next(there: dict) -> None:
-    _finish(load_pipeline(PAGE, [f"root={HERE}", "seed=3"]), HERE)
+    _finish(load_pipeline(CONFIG, [f"root={HERE}", "seed=3"]), HERE)
     moment, survived = 0, False
     while not survived:
         moment += 1

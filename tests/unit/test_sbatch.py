@@ -1,4 +1,4 @@
-"""The scripts of jobs: as the golden file has them, and whatever a page or a profile holds, no word of it is run."""
+"""The scripts of jobs: as the golden file has them, and whatever a config or a profile holds, no word of it is run."""
 
 import json
 import os
@@ -86,24 +86,24 @@ FIELDS = {
 @pytest.mark.parametrize("value", VALUES)
 def test_a_value_of_any_field_is_one_line_and_run_by_no_shell(tmp_path: Path, value: str) -> None:
     """Each alone: it is refused by name, or the script runs as if it were any word."""
-    pages = [{name: _filled(part, value)} for name, part in FIELDS.items() if name != "jobs"]
-    pages += [{"jobs": {"train": {name: value}}} for name in FIELDS["jobs"]["train"]]  # type: ignore[index, call-overload]
-    pages.append({"jobs": {"train": {"options": [f"--comment={value}"]}}})
-    for page in pages:
-        (tmp_path / "site.yaml").write_text(json.dumps(page))
+    configs = [{name: _filled(part, value)} for name, part in FIELDS.items() if name != "jobs"]
+    configs += [{"jobs": {"train": {name: value}}} for name in FIELDS["jobs"]["train"]]  # type: ignore[index, call-overload]
+    configs.append({"jobs": {"train": {"options": [f"--comment={value}"]}}})
+    for config in configs:
+        (tmp_path / "site.yaml").write_text(json.dumps(config))
         try:
             site = load_site(tmp_path / "site.yaml")
         except ConfigError as error:
             assert "site.yaml: " in str(error)
             continue
-        assert value.isprintable() and "jobs" not in page, page
+        assert value.isprintable() and "jobs" not in config, config
         container = [site.container.image, site.container.python, *site.container.mounts] if site.container else []
         command = [site.python or "true", "true", *container]
         (tmp_path / "script").write_text(
             "module() { :; }\n" + _script(site, folder=tmp_path, command=["true", *command])
         )
         subprocess.run(["bash", "script"], cwd=tmp_path, check=True, timeout=60)
-        assert not (tmp_path / "hit").exists(), page
+        assert not (tmp_path / "hit").exists(), config
 
 
 def _filled(part: object, value: str) -> object:
@@ -113,7 +113,7 @@ def _filled(part: object, value: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ("page", "said"),
+    ("config", "said"),
     [
         ("jobs: {default: {partition: 'gpu\\n#SBATCH --wrap=x'}}", "jobs.default.partition"),
         ("jobs: {train: {account: 'a --wrap=x'}}", "jobs.train.account"),
@@ -144,9 +144,9 @@ def _filled(part: object, value: str) -> object:
         ("limits: {heartbeat_seconds: 60}", "limits: silent_seconds 60 must be several times heartbeat_seconds 60"),
     ],
 )
-def test_what_a_profile_must_not_hold_is_named(tmp_path: Path, page: str, said: str) -> None:
+def test_what_a_profile_must_not_hold_is_named(tmp_path: Path, config: str, said: str) -> None:
     path = tmp_path / "site.yaml"
-    path.write_text(page)
+    path.write_text(config)
     with pytest.raises(ConfigError) as caught:
         load_site(path)
     assert said in str(caught.value) and str(path) in str(caught.value)

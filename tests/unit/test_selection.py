@@ -102,7 +102,7 @@ def test_a_warning_of_the_cap_says_what_helps() -> None:
     said = capped_warning("tuned", stage, domains)
     assert "tuned/law (2,000 steps, best step 2,000: still falling)" in said
     assert "tuned/med (2,000 steps, best step 1,990)" in said
-    assert "stages.tuned.recipe=null" in said and "raise" not in said  # the page's steps are not what ended it
+    assert "stages.tuned.recipe=null" in said and "raise" not in said  # the config's steps are not what ended it
     said = capped_warning("tuned", stage, [Capped("law", 3000, 2990)])  # it may be the recipe's cap as well
     assert "raise stages.tuned.steps (now 3,000); where `recipe: paper` allows no more" in said
     plain = stage.model_copy(update={"recipe": None})

@@ -11,13 +11,13 @@ from megatron_specialm.base import hash_cache
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.clustering.vectors import Vectors
-from megatron_specialm.graph.tasks import Shard, TaskId, build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import Shard, TaskId, build_graph
 from megatron_specialm.stages import assign, cluster, embed, tokenize
 from megatron_specialm.stages.tokenizer import beginnings
 from tests.contexts import make_context
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 HELD_OUT = {"validation": "held-out.jsonl"}  # so that shards hold out no documents of their own
 
 
-def _page(root: Path, *, shards: int = 1, **files: object) -> Pipeline:
+def _config(root: Path, *, shards: int = 1, **files: object) -> Pipeline:
     generic = {"train": "generic.?.jsonl", "test": "law.jsonl", "shards": shards, **files}
     return Pipeline.model_validate(
         {
@@ -68,7 +68,7 @@ def _page(root: Path, *, shards: int = 1, **files: object) -> Pipeline:
 
 
 def test_each_shard_is_a_task_and_the_sets_own_task_gathers_them(text: Path) -> None:
-    graph = build_graph(_page(text, shards=3))
+    graph = build_graph(_config(text, shards=3))
     assert [name.key for name in graph if name.stage == "tokens"] == [*SHARDS, "generic", "law"]
     for number, key in enumerate(SHARDS):
         task = graph[TaskId("tokens", key)]
@@ -86,7 +86,7 @@ def test_a_shard_is_a_range_of_the_files(text: Path) -> None:
 
 def test_more_shards_than_files_are_refused(text: Path) -> None:
     with pytest.raises(DataError, match=r"8 shards of the 7 files behind generic.*: set `shards` to 7 or fewer"):
-        make_plan(_page(text, shards=8), text / "run")
+        make_plan(_config(text, shards=8), text / "run")
 
 
 def test_shards_of_a_set_that_is_cut_by_tokens_are_refused(text: Path) -> None:
@@ -100,46 +100,46 @@ def _digests(pipeline: Pipeline, root: Path) -> dict[str, str]:
 
 
 def test_one_shard_is_the_set_as_it_was(text: Path) -> None:
-    assert _digests(_page(text), text / "run") == _digests(_page(text, shards=1), text / "run")
+    assert _digests(_config(text), text / "run") == _digests(_config(text, shards=1), text / "run")
 
 
 def test_a_shards_digest_is_of_its_own_files(text: Path) -> None:
-    page = _page(text, shards=3)
-    page = page.model_copy(update={"stages": {**page.stages, "tokenizer": page.stages["tokenizer"].model_copy(
+    config = _config(text, shards=3)
+    config = config.model_copy(update={"stages": {**config.stages, "tokenizer": config.stages["tokenizer"].model_copy(
         update={"path": str(text / "law.jsonl")})}})  # fmt: skip  # a tokenizer that the generic text does not decide
-    before = _digests(page, text / "run")
+    before = _digests(config, text / "run")
     (text / "generic.2.jsonl").write_text(json.dumps({"text": "something else"}) + "\n")
-    after = _digests(page, text / "run")
+    after = _digests(config, text / "run")
     assert {key for key in before if before[key] != after[key]} == {"generic.00001", "generic"}
 
 
 def test_a_changed_file_is_read_again_alone(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, read = _page(text, shards=3), []
+    config, read = _config(text, shards=3), []
     monkeypatch.setattr(hash_cache, "TICK_NS", 0)  # files that are just written are not read twice
-    make_plan(page, text / "run")
+    make_plan(config, text / "run")
     real = hash_cache.sha256_file
     monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file.name) or real(file))
     (text / "generic.5.jsonl").write_text(json.dumps({"text": "something else"}) + "\n")
-    make_plan(page, text / "run")
+    make_plan(config, text / "run")
     assert read == ["generic.5.jsonl"]
     os.utime(text / "generic.1.jsonl", ns=(1, 1))
-    make_plan(page, text / "run")
+    make_plan(config, text / "run")
     assert read[1:] == ["generic.1.jsonl"]
 
 
 RUN = {"tokenize": tokenize.run, "embed": embed.run, "cluster": cluster.run, "assign": assign.run}
 
 
-def _prepare(page: Pipeline, root: Path, tokenizer: Path, *, until: str = "tokens") -> Path:
+def _prepare(config: Pipeline, root: Path, tokenizer: Path, *, until: str = "tokens") -> Path:
     """Run the tasks up to a stage, in order; returns the root."""
     (root / "tokenizer").mkdir(parents=True)
     (root / "tokenizer" / "generic").symlink_to(tokenizer)
-    order = list(page.stages)
-    for task in build_graph(page).values():
+    order = list(config.stages)
+    for task in build_graph(config).values():
         if 0 < order.index(task.id.stage) <= order.index(until):
-            stage = page.stages[task.id.stage]
+            stage = config.stages[task.id.stage]
             folder = begin_artifact(root, *task.id, digest="t")
-            RUN[stage.kind](stage, make_context(page, task, root, folder))
+            RUN[stage.kind](stage, make_context(config, task, root, folder))
     return root
 
 
@@ -149,16 +149,16 @@ def _windows(folder: Path, split: str) -> list[list[int]]:
 
 
 def test_shards_hold_the_windows_of_the_whole_set_in_its_order(text: Path, tokenizer: Path) -> None:
-    whole = _prepare(_page(text, **HELD_OUT), text / "whole", tokenizer)
-    sharded = _prepare(_page(text, shards=3, **HELD_OUT), text / "sharded", tokenizer)
+    whole = _prepare(_config(text, **HELD_OUT), text / "whole", tokenizer)
+    sharded = _prepare(_config(text, shards=3, **HELD_OUT), text / "sharded", tokenizer)
     for split in ("train", "validation", "test"):
         assert _windows(sharded / "tokens/generic", split) == _windows(whole / "tokens/generic", split)
 
 
 def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> None:
-    page = _page(text, shards=3, validation_floor={"documents": 9, "tokens": 100})
-    sharded = _prepare(page, text / "sharded", tokenizer) / "tokens/generic"
-    whole = _prepare(_page(text), text / "whole", tokenizer) / "tokens/generic"
+    config = _config(text, shards=3, validation_floor={"documents": 9, "tokens": 100})
+    sharded = _prepare(config, text / "sharded", tokenizer) / "tokens/generic"
+    whole = _prepare(_config(text), text / "whole", tokenizer) / "tokens/generic"
     train, validation = _windows(sharded, "train"), _windows(sharded, "validation")
     assert sorted(train + validation) == sorted(_windows(whole, "train") + _windows(whole, "validation"))
     counts = [json.loads((text / "sharded/tokens" / key / "store.json").read_text())["splits"] for key in SHARDS]
@@ -170,8 +170,8 @@ def test_each_shard_holds_out_its_own_documents(text: Path, tokenizer: Path) -> 
 
 
 def test_vectors_clusters_and_assignment_are_those_of_the_whole_set(text: Path, tokenizer: Path) -> None:
-    whole = _prepare(_page(text, **HELD_OUT), text / "whole", tokenizer, until="assignment")
-    sharded = _prepare(_page(text, shards=3, **HELD_OUT), text / "sharded", tokenizer, until="assignment")
+    whole = _prepare(_config(text, **HELD_OUT), text / "whole", tokenizer, until="assignment")
+    sharded = _prepare(_config(text, shards=3, **HELD_OUT), text / "sharded", tokenizer, until="assignment")
     ours, theirs = (Vectors(root / "vectors/generic") for root in (sharded, whole))
     assert ours.shape == theirs.shape
     ids = np.arange(0, len(ours), 7)  # of all shards
@@ -187,26 +187,26 @@ def test_unknown_text_is_judged_over_the_whole_set(text: Path, tokenizer: Path) 
     """Of the words of the last shard's files TF-IDF knows none; of the set's it knows more than half."""
     for number in (4, 5, 6):
         (text / f"generic.{number}.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
-    root = _prepare(_page(text, shards=3, **HELD_OUT), text / "run", tokenizer, until="vectors")
+    root = _prepare(_config(text, shards=3, **HELD_OUT), text / "run", tokenizer, until="vectors")
     part, whole = (Vectors(root / "vectors" / key) for key in (SHARDS[-1], "generic"))
     assert part.zero == len(part) == 3 < len(whole) / 2 and whole.zero == 3
 
 
 def test_a_damaged_part_is_named(text: Path, tokenizer: Path) -> None:
-    page = _page(text, shards=3)
-    root = _prepare(page, text / "run", tokenizer, until="assignment")
+    config = _config(text, shards=3)
+    root = _prepare(config, text / "run", tokenizer, until="assignment")
     path = root / "vectors" / SHARDS[1] / "train.npy"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match=r"vectors/generic\.00001/t/train\.npy: \d+ bytes, .* says"):
         Vectors(root / "vectors/generic")
     (root / "assignment" / SHARDS[2] / "clusters.npy").unlink()
-    task = build_graph(page)[TaskId("assignment", "generic")]
+    task = build_graph(config)[TaskId("assignment", "generic")]
     with pytest.raises(ArtifactError, match=r"assignment/generic\.00002/clusters\.npy: no such file"):
-        assign.run(page.stages["assignment"], make_context(page, task, root, root / "assignment/generic"))
+        assign.run(config.stages["assignment"], make_context(config, task, root, root / "assignment/generic"))
 
 
 def test_every_set_is_encoded_by_the_encoders_own_task(text: Path) -> None:
-    graph, made = build_graph(_page(text, shards=3)), TaskId("vectors", "generic.encoder")
+    graph, made = build_graph(_config(text, shards=3)), TaskId("vectors", "generic.encoder")
     readers = [name.key for name, task in graph.items() if made in task.inputs]
     assert readers == [*SHARDS, "law"]
     assert graph[made].inputs == (TaskId("tokenizer", "generic"), TaskId("tokens", "generic"))
@@ -220,6 +220,6 @@ def test_the_tokenizer_of_a_set_in_shards_reads_the_beginning_of_each_file(text:
     assert {t.split(":")[0] for t in texts} == {
         f"Number {number} of generic.{file}" for number in (0, 1) for file in range(FILES)
     }
-    digests = {shards: make_plan(_page(text, shards=shards), text / "run") for shards in (1, 2, 3)}
+    digests = {shards: make_plan(_config(text, shards=shards), text / "run") for shards in (1, 2, 3)}
     made = {shards: plan[TaskId("tokenizer", "generic")].digest for shards, plan in digests.items()}
     assert made[1] != made[2] == made[3]

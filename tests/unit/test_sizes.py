@@ -1,4 +1,4 @@
-"""Sizes of a domain: on the page, in digests, and in the token store."""
+"""Sizes of a domain: on the config, in digests, and in the token store."""
 
 import json
 import logging
@@ -10,13 +10,13 @@ import pytest
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.errors import ConfigError, DataError
-from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline, TokenizeStage
 from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
 from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.graph.tasks import TaskId, build_graph, digest
 from megatron_specialm.stages import tokenize
 from tests.contexts import make_context
 
@@ -33,7 +33,7 @@ def test_a_domain_with_sizes_is_a_domain_per_size() -> None:
     assert len({tuple(files.test) for name, files in domains.items() if name.startswith("torch")}) == 1
 
 
-def test_a_resolved_page_loads_as_it_is(tmp_path: Path) -> None:
+def test_a_resolved_config_loads_as_it_is(tmp_path: Path) -> None:
     pipeline = load_pipeline(SMOKE, [SIZES])
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_pipeline(pipeline))

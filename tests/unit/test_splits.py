@@ -11,14 +11,14 @@ import pytest
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report, begin_artifact, finish_artifact
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import ValidationFloor
-from megatron_specialm.graph.validation import validating_stages
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.validation import validating_stages
 from megatron_specialm.run.preflight import refuse_too_few_documents, refuse_too_little_held_out
 from megatron_specialm.stages import tokenize
 from tests.contexts import make_context
@@ -185,8 +185,8 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _page(root: Path, stages: dict[str, Any], **law: Any) -> Pipeline:
-    """A page with a generic set of 400 documents of about 50 tokens, and a domain of the files that are given."""
+def _config(root: Path, stages: dict[str, Any], **law: Any) -> Pipeline:
+    """A config with a generic set of 400 documents of about 50 tokens, and a domain of the files that are given."""
     root.mkdir(exist_ok=True)
     generic, test = _write(root / "generic.jsonl", _texts(400)), _write(root / "test.jsonl", _texts(5))
     return Pipeline.model_validate(
@@ -210,16 +210,16 @@ PLAIN = {"slm": {**TRAIN, **MODEL, "data": "generic"}}
 TUNED = {**PLAIN, "tuned": {**TRAIN, "data": "domain", "init": "slm", **EARLY}}
 
 
-def _tokenized(page: Pipeline, tokenizer: Path, key: str = "law", *, digest: str = "t") -> Report:
+def _tokenized(config: Pipeline, tokenizer: Path, key: str = "law", *, digest: str = "t") -> Report:
     """The tokenize tasks of a set, its shards' first; what the set's own reports."""
-    root = Path(page.root)
+    root = Path(config.root)
     (root / "tokenizer").mkdir(parents=True, exist_ok=True)
     if not (root / "tokenizer" / "generic").exists():
         (root / "tokenizer" / "generic").symlink_to(tokenizer)
-    for task in build_graph(page).values():
+    for task in build_graph(config).values():
         if task.id.stage == "tokens" and task.id.key.partition(".")[0] == key:
             folder = begin_artifact(root, *task.id, digest=digest)
-            report = tokenize.run(page.stages["tokens"], make_context(page, task, root, folder))
+            report = tokenize.run(config.stages["tokens"], make_context(config, task, root, folder))
     return report
 
 
@@ -235,18 +235,18 @@ def test_the_stages_that_validate_on_a_set(tmp_path: Path) -> None:
             "trial": {"steps": 3, "global_batch_size": 4},
         },
     }  # fmt: skip
-    page = _page(tmp_path / "all", {**TUNED, **clusters})
-    assert validating_stages(page, "tokens", "generic") == ["mix"]
-    assert validating_stages(page, "tokens", "law") == ["tuned", "tried"]
+    config = _config(tmp_path / "all", {**TUNED, **clusters})
+    assert validating_stages(config, "tokens", "generic") == ["mix"]
+    assert validating_stages(config, "tokens", "law") == ["tuned", "tried"]
     early = {"early": {**TRAIN, **MODEL, "data": "generic", "domain_fraction": 0.2, **EARLY}}
-    assert validating_stages(_page(tmp_path / "early", early), "tokens", "generic") == []
-    assert validating_stages(_page(tmp_path / "early", early), "tokens", "law") == ["early"]
+    assert validating_stages(_config(tmp_path / "early", early), "tokens", "generic") == []
+    assert validating_stages(_config(tmp_path / "early", early), "tokens", "law") == ["early"]
 
 
 def test_a_set_that_is_too_small_is_refused_where_a_stage_validates_on_it(tmp_path: Path, tokenizer: Path) -> None:
     few = _write(tmp_path / "few.jsonl", _texts(20))
     for stages in ({}, PLAIN):
-        report = _tokenized(_page(tmp_path / "plain", stages, train=few), tokenizer)
+        report = _tokenized(_config(tmp_path / "plain", stages, train=few), tokenizer)
         assert report.values["documents"]["validation"] == 2, "one of each ten"
     says = (
         r"text\.domains\.law: 2 documents of \d+ tokens held out, beside 18 documents of \d+ tokens to train on; to validate "
@@ -254,12 +254,12 @@ def test_a_set_that_is_too_small_is_refused_where_a_stage_validates_on_it(tmp_pa
         r"held out: add documents, name `validation` files, or lower text\.domains\.law\.validation_floor"
     )
     with pytest.raises(DataError, match=says):
-        _tokenized(_page(tmp_path / "tuned", TUNED, train=few), tokenizer)
+        _tokenized(_config(tmp_path / "tuned", TUNED, train=few), tokenizer)
     report = _tokenized(
-        _page(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3, "tokens": 50}), tokenizer
+        _config(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3, "tokens": 50}), tokenizer
     )
     assert report.values["documents"]["validation"] == 3
-    _tokenized(_page(tmp_path / "tuned", TUNED, train=few), tokenizer, key="generic")  # nothing is wrong with it
+    _tokenized(_config(tmp_path / "tuned", TUNED, train=few), tokenizer, key="generic")  # nothing is wrong with it
 
 
 def test_validation_files_that_are_too_small_are_named(tmp_path: Path, tokenizer: Path) -> None:
@@ -267,38 +267,38 @@ def test_validation_files_that_are_too_small_are_named(tmp_path: Path, tokenizer
     with pytest.raises(
         DataError, match=r"text\.domains\.law\.validation: .*one\.jsonl: 1 document of \d+ tokens; .*leave"
     ):
-        _tokenized(_page(tmp_path / "tuned", TUNED, validation=one), tokenizer)
+        _tokenized(_config(tmp_path / "tuned", TUNED, validation=one), tokenizer)
     enough = _write(tmp_path / "enough.jsonl", _texts(80))
-    report = _tokenized(_page(tmp_path / "enough", TUNED, validation=enough), tokenizer)
+    report = _tokenized(_config(tmp_path / "enough", TUNED, validation=enough), tokenizer)
     assert report.values["documents"] == {"train": 400, "validation": 80, "test": 5}
 
 
-def test_a_single_document_is_validated_on_where_the_page_says_so(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_single_document_is_validated_on_where_the_config_says_so(tmp_path: Path, tokenizer: Path) -> None:
     book = _write(tmp_path / "book.jsonl", [" ".join(_texts(400))])
     with pytest.raises(
         DataError, match=r"text\.domains\.law: 1 document of .* beside 1 document of .*at least 4 documents"
     ):
-        _tokenized(_page(tmp_path / "tuned", TUNED, train=book), tokenizer)
-    report = _tokenized(_page(tmp_path / "low", TUNED, train=book, validation_floor={"documents": 1}), tokenizer)
+        _tokenized(_config(tmp_path / "tuned", TUNED, train=book), tokenizer)
+    report = _tokenized(_config(tmp_path / "low", TUNED, train=book, validation_floor={"documents": 1}), tokenizer)
     assert report.values["documents"]["validation"] == 1 and report.values["tokens"]["validation"] >= 2_000
     line = _write(tmp_path / "line.jsonl", ["word1 word2"])
-    assert _tokenized(_page(tmp_path / "plain", PLAIN, train=line), tokenizer).values["windows"]["validation"] == 0
+    assert _tokenized(_config(tmp_path / "plain", PLAIN, train=line), tokenizer).values["windows"]["validation"] == 0
     with pytest.raises(DataError, match=r"0 documents of 0 tokens held out"):
-        _tokenized(_page(tmp_path / "line", TUNED, train=line, validation_floor={"documents": 1}), tokenizer)
+        _tokenized(_config(tmp_path / "line", TUNED, train=line, validation_floor={"documents": 1}), tokenizer)
 
 
 def test_a_split_without_windows_is_a_store(tmp_path: Path, tokenizer: Path) -> None:
     line = _write(tmp_path / "line.jsonl", ["word1 word2"])
-    page = _page(tmp_path / "plain", PLAIN, train=line)
-    _tokenized(page, tokenizer)
-    assert not len(TokenStore.open(Path(page.root) / "tokens" / "law", "validation"))
+    config = _config(tmp_path / "plain", PLAIN, train=line)
+    _tokenized(config, tokenizer)
+    assert not len(TokenStore.open(Path(config.root) / "tokens" / "law", "validation"))
 
 
 def test_what_is_given_to_validate_on_does_not_depend_on_the_floor(tmp_path: Path) -> None:
     """Lowering the floor, as the error says, makes nothing stale where it held nothing out."""
     given = _write(tmp_path / "given.jsonl", _texts(3))
     graphs = [
-        build_graph(_page(tmp_path / str(floor), TUNED, validation=given, validation_floor={"documents": floor}))
+        build_graph(_config(tmp_path / str(floor), TUNED, validation=given, validation_floor={"documents": floor}))
         for floor in (1, 2)
     ]
     tasks = [graph[TaskId("tokens", "law")] for graph in graphs]
@@ -308,12 +308,12 @@ def test_what_is_given_to_validate_on_does_not_depend_on_the_floor(tmp_path: Pat
 def test_a_size_is_refused_where_the_text_ends_before_the_floor(tmp_path: Path, tokenizer: Path) -> None:
     few = _write(tmp_path / "few.jsonl", _texts(40))
     sized = {"train": few, "train_tokens": 500}
-    assert _tokenized(_page(tmp_path / "plain", PLAIN, **sized), tokenizer).values["tokens"]["train"] <= 500
+    assert _tokenized(_config(tmp_path / "plain", PLAIN, **sized), tokenizer).values["tokens"]["train"] <= 500
     with pytest.raises(
         DataError, match=r"text\.domains\.law: \d documents of .* held out.*at least 4 documents and 2,000"
     ):
-        _tokenized(_page(tmp_path / "tuned", TUNED, **sized), tokenizer)
-    report = _tokenized(_page(tmp_path / "all", TUNED, train_tokens=500), tokenizer)
+        _tokenized(_config(tmp_path / "tuned", TUNED, **sized), tokenizer)
+    report = _tokenized(_config(tmp_path / "all", TUNED, train_tokens=500), tokenizer)
     assert report.values["documents"]["validation"] >= 4 and report.values["tokens"]["validation"] >= 2_000
     assert 500 - T < report.values["tokens"]["train"] <= 500
 
@@ -321,36 +321,36 @@ def test_a_size_is_refused_where_the_text_ends_before_the_floor(tmp_path: Path, 
 def test_shards_meet_the_floor_together(tmp_path: Path, tokenizer: Path) -> None:
     texts = _texts(150)
     parts = [_write(tmp_path / f"part{n}.jsonl", texts[n * 50 : n * 50 + 50]) for n in range(3)]
-    report = _tokenized(_page(tmp_path / "tuned", TUNED, train=parts, shards=3), tokenizer)
+    report = _tokenized(_config(tmp_path / "tuned", TUNED, train=parts, shards=3), tokenizer)
     assert report.values["documents"]["validation"] >= 4 and report.values["tokens"]["validation"] >= 2_000
     _write(tmp_path / "part1.jsonl", ["word1"])  # a shard of which nothing can be held out
     report = _tokenized(
-        _page(tmp_path / "one", TUNED, train=parts, shards=3, validation_floor={"tokens": 400}), tokenizer
+        _config(tmp_path / "one", TUNED, train=parts, shards=3, validation_floor={"tokens": 400}), tokenizer
     )
     assert report.values["documents"]["validation"] >= 4 and report.values["tokens"]["validation"] >= 400
     with pytest.raises(DataError, match=r"at least 4 documents and 9,000 tokens.*set fewer `shards`, or lower"):
         _tokenized(
-            _page(tmp_path / "high", TUNED, train=parts, shards=3, validation_floor={"tokens": 9_000}), tokenizer
+            _config(tmp_path / "high", TUNED, train=parts, shards=3, validation_floor={"tokens": 9_000}), tokenizer
         )
 
 
-def test_a_page_is_checked_for_sets_with_too_few_documents(tmp_path: Path) -> None:
+def test_a_config_is_checked_for_sets_with_too_few_documents(tmp_path: Path) -> None:
     few = _write(tmp_path / "few.jsonl", _texts(7))
-    refuse_too_few_documents(_page(tmp_path / "plain", PLAIN, train=few))
+    refuse_too_few_documents(_config(tmp_path / "plain", PLAIN, train=few))
     with pytest.raises(DataError, match=r"text\.domains\.law: 7 documents; to validate .* at most half of a set"):
-        refuse_too_few_documents(_page(tmp_path / "tuned", TUNED, train=few))
-    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3}))
+        refuse_too_few_documents(_config(tmp_path / "tuned", TUNED, train=few))
+    refuse_too_few_documents(_config(tmp_path / "low", TUNED, train=few, validation_floor={"documents": 3}))
     with pytest.raises(DataError, match=r"text\.domains\.law\.validation: .*one\.jsonl: 1 document; "):
         one = _write(tmp_path / "one.jsonl", _texts(1))
-        refuse_too_few_documents(_page(tmp_path / "tuned", TUNED, validation=one))
-    refuse_too_few_documents(_page(tmp_path / "low", TUNED, train=one, validation_floor={"documents": 1}))
+        refuse_too_few_documents(_config(tmp_path / "tuned", TUNED, validation=one))
+    refuse_too_few_documents(_config(tmp_path / "low", TUNED, train=one, validation_floor={"documents": 1}))
 
 
-def test_what_was_tokenized_for_a_page_without_early_stopping_is_checked_before_anything_runs(
+def test_what_was_tokenized_for_a_config_without_early_stopping_is_checked_before_anything_runs(
     tmp_path: Path, tokenizer: Path
 ) -> None:
     few = _write(tmp_path / "few.jsonl", _texts(20))
-    plain, tuned = (_page(tmp_path / "page", stages, train=few) for stages in (PLAIN, TUNED))
+    plain, tuned = (_config(tmp_path / "config", stages, train=few) for stages in (PLAIN, TUNED))
     root, plan = Path(plain.root), make_plan(plain, Path(plain.root))
     name, report = TaskId("tokens", "law"), _tokenized(plain, tokenizer, digest=plan[TaskId("tokens", "law")].digest)
     finish_artifact(root, *name, Marker(plan[name].digest, Cost(0, 0, 0.0, 0.0, "cpu", 1), report.values, {}))

@@ -12,9 +12,9 @@ from rich.console import Console
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.counting import Count
 from megatron_specialm.base.files import write_json
-from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.graph.lineage import setup_of
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.queue import Element
 from megatron_specialm.slurm.records import (
     Attempt,
@@ -49,7 +49,7 @@ def test_nothing_submitted_needs_no_slurm(run: Run, monkeypatch: pytest.MonkeyPa
     assert not run.status().is_live
 
 
-def test_hours_are_of_the_pages_own_work(run: Run) -> None:
+def test_hours_are_of_the_configs_own_work(run: Run) -> None:
     """Settings that go back find the old work beside the new: it is what counts, wherever the link for users points."""
     run.finish("tokens")
     name = TaskId("tokens", "generic")
@@ -196,7 +196,7 @@ def test_slurm_is_believed_of_the_living_and_the_records_of_the_dead(
     assert judge(element, attempts) == wanted
 
 
-def test_a_page_that_has_changed(run: Run) -> None:
+def test_a_config_that_has_changed(run: Run) -> None:
     """Jobs for other settings are history, unless they are still in the way; what they made is stale."""
     run.finish("slm")
     run.submit("7", "slm-tuned")

@@ -13,11 +13,11 @@ import yaml
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineError
 from megatron_specialm.base.files import read_json
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.graph.plan import PlannedTask, make_plan
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import submit as submitting
 from megatron_specialm.slurm.jobs import Job, jobs_of
 from megatron_specialm.slurm.missing import Live, live_tasks, missing_tasks
@@ -33,7 +33,7 @@ Plan = Mapping[TaskId, PlannedTask]
 
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
-    """The smoke page, in a working directory with its files."""
+    """The smoke config, in a working directory with its files."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "smoke"
     folder.mkdir(parents=True)

@@ -21,15 +21,15 @@ from rich.console import Console, RenderableType
 from megatron_specialm.base.counting import FILE, Count
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.terminal import UNLIMITED, Table, console
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
-from megatron_specialm.doctor.report import page as doctor_page
+from megatron_specialm.doctor.report import config as doctor_config
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
-from megatron_specialm.run.preflight import planned_machine
-from megatron_specialm.run.progress import Progress
 from megatron_specialm.report.summary import capabilities_table, memory_table, training_table
 from megatron_specialm.report.tables import concentration_table, rates_table, results_in_two, selection_table
+from megatron_specialm.run.preflight import planned_machine
+from megatron_specialm.run.progress import Progress
 from tests.unit.test_figures import invented
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +43,12 @@ def _render(width: int, shown: Iterable[RenderableType]) -> str:
     return output.getvalue()
 
 
-def long_page(folder: Path) -> Path:
-    """A page with a stage of a long name, and its text."""
+def long_config(folder: Path) -> Path:
+    """A config with a stage of a long name, and its text."""
     for name in ("generic", "law"):
         (folder / f"{name}.txt").write_text("some words of text\n")
     sets = {"train": "generic.txt", "test": "law.txt"}
-    page = {
+    config = {
         "name": "long", "root": "run", "text": {"generic": sets, "domains": {"law": sets}},
         "stages": {
             "tokenizer": {"kind": "tokenizer", "vocabulary_size": 300},
@@ -64,7 +64,7 @@ def long_page(folder: Path) -> Path:
         },
     }  # fmt: skip
     path = folder / "long.yaml"
-    path.write_text(yaml.safe_dump(page))
+    path.write_text(yaml.safe_dump(config))
     return path
 
 
@@ -78,9 +78,9 @@ def _results() -> list[Table]:
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_no_number_is_cut_or_broken(tmp_path: Path, width: int) -> None:
-    pages = [load_pipeline(configs_folder() / "pipelines" / "paper.yaml"), load_pipeline(long_page(tmp_path))]
+    configs = [load_pipeline(configs_folder() / "pipelines" / "paper.yaml"), load_pipeline(long_config(tmp_path))]
     machine = planned_machine("H100")
-    tables = [*_results(), *(make(page, machine) for page in pages for make in (training_table, memory_table))]
+    tables = [*_results(), *(make(config, machine) for config in configs for make in (training_table, memory_table))]
     for table in tables:
         said = _render(width, [table])
         assert "…" not in said and max(map(len, said.splitlines())) <= width
@@ -106,7 +106,7 @@ def test_words_are_folded_not_cut() -> None:
         ],
     }  # fmt: skip
     finding = Finding("torch", "broken", "2.11.0+cu130", f"/shared/{LONG}/{LONG}/{LONG}", f"pip install {LONG}{LONG}")
-    for shown in (parity.table(LONG, certificate), doctor_page([finding]), capabilities_table()):
+    for shown in (parity.table(LONG, certificate), doctor_config([finding]), capabilities_table()):
         said = _render(80, [shown])
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
@@ -158,7 +158,7 @@ def _specialm(folder: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_in_a_pipe_a_line_of_a_table_is_a_line(tmp_path: Path) -> None:
-    long_page(tmp_path)
+    long_config(tmp_path)
     narrow = {"COLUMNS": "80", "TERM": "dumb", "FORCE_COLOR": "1"}
     planned = _specialm(tmp_path, "plan", "long.yaml", "--tasks", **narrow)
     (line,) = (line for line in planned.splitlines() if f"perplexity/{LONG}-1.generic.law" in line)
@@ -208,7 +208,7 @@ def test_in_a_log_a_line_of_a_table_and_of_a_run_is_a_line(
 
 @pytest.mark.parametrize("name", ["plan", "check", "status"])
 def test_on_a_terminal_it_is_as_wide_as_that(name: str, tmp_path: Path) -> None:
-    long_page(tmp_path)
+    long_config(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

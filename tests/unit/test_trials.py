@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_specialm.checkpoint.checkpoint import find_final, open_checkpoint, save_checkpoint
+from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.checkpoint.checkpoint import find_final, open_checkpoint, save_checkpoint
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
-from megatron_specialm.checkpoint.merged import ServedModel, one_hot, read_served, read_trained, write_served
 from megatron_specialm.train.trials import Trials
 
 SHAPE = ModelConfig(layers=1, hidden_size=16, ffn_hidden_size=32, attention_heads=2)
@@ -41,7 +41,7 @@ def _store(folder: Path) -> TokenStore:
     return TokenStore.open(folder, "train")
 
 
-def _expert(folder: Path, seed: int) -> ServedModel:
+def _expert(folder: Path, seed: int) -> MergedModel:
     """As it is read from the checkpoint of a training."""
     model = Gpt(SHAPE, vocabulary_size=40, context_length=8)
     model.initialize(seed=seed)
@@ -54,7 +54,7 @@ def _expert(folder: Path, seed: int) -> ServedModel:
     }
     weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in model.weights()}
     step = save_checkpoint(folder, step=500, weights=weights, optimizer_state={}, state=state)
-    return read_served(step)
+    return read_merged(step)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path, al
     store = _store(tmp_path / "tokens")
     experts = {f"c{number}": _expert(tmp_path / f"expert-{number}", number) for number in range(3)}
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in experts["c0"].weights.items()}
-    experts["c0"] = ServedModel(experts["c0"].shape, broken, experts["c0"].state)
+    experts["c0"] = MergedModel(experts["c0"].shape, broken, experts["c0"].state)
     order = by_halving(
         ["c0", "c1", "c2"], Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / "t", seed=0).tune, 6
     )
@@ -122,8 +122,8 @@ def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path, al
 def test_a_served_model_is_written_and_read_as_it_is(tmp_path: Path, alone: None) -> None:
     model = _expert(tmp_path / "expert", 0)
     assert "progress" not in model.state
-    write_served(model, tmp_path / "out")
-    again = read_served(find_final(tmp_path / "out"))
+    write_merged(model, tmp_path / "out")
+    again = read_merged(find_final(tmp_path / "out"))
     assert again.shape == model.shape and again.state == model.state
     assert all(torch.equal(again.weights[name], model.weights[name]) for name in model.weights)
 

@@ -11,23 +11,23 @@ import pytest
 from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.graph.tasks import TaskId, build_graph
-from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
+from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
-from megatron_specialm.stages.reading import Reading, read_for
+from megatron_specialm.stages.reading import TrainingData, open_training_data
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.train.work import WorkRecord
 from tests.contexts import make_context
 from tests.training import SHAPE, VOCABULARY, MemoryStore, read_metrics
@@ -186,7 +186,7 @@ def _text(topics: list[int], *, seed: int) -> str:
     return "".join(f'{{"text": "{" ".join(document)}"}}\n' for document in words)
 
 
-def _page(root: Path, **generic: object) -> Pipeline:
+def _config(root: Path, **generic: object) -> Pipeline:
     generic = {
         "train": str(root / "generic*.jsonl"),
         "test": str(root / "law.jsonl"),
@@ -205,20 +205,20 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for part in range(2):
         (folder / f"generic{part}.jsonl").write_text(_text([0, 1, 2] * 40, seed=part))
     (folder / "law.jsonl").write_text(_text([1] * 30, seed=2))
-    page, root = _page(folder, shards=request.param), folder / "run"
-    for task in build_graph(page).values():
-        stage = page.stages[task.id.stage]
+    config, root = _config(folder, shards=request.param), folder / "run"
+    for task in build_graph(config).values():
+        stage = config.stages[task.id.stage]
         if stage.kind in RUN:
             made = begin_artifact(root, *task.id, digest="t")
-            RUN[stage.kind](stage, make_context(page, task, root, made))
-    return page, root
+            RUN[stage.kind](stage, make_context(config, task, root, made))
+    return config, root
 
 
-def _reading(prepared: tuple[Pipeline, Path], stage: str, key: str) -> Reading:
-    page, root = prepared
-    task, settings = build_graph(page)[TaskId(stage, key)], page.stages[stage]
+def _reading(prepared: tuple[Pipeline, Path], stage: str, key: str) -> TrainingData:
+    config, root = prepared
+    task, settings = build_graph(config)[TaskId(stage, key)], config.stages[stage]
     assert isinstance(settings, TrainStage)
-    return read_for(settings, make_context(page, task, root, root / stage / key))
+    return open_training_data(settings, make_context(config, task, root, root / stage / key))
 
 
 def _held_out(prepared: tuple[Pipeline, Path], stage: str, key: str) -> HeldOut:
@@ -258,10 +258,10 @@ def test_each_kind_of_training_is_validated_on_its_own_text(prepared: tuple[Pipe
 
 @pytest.mark.parametrize(("stage", "key"), [("mix", "c1"), ("is", "law"), ("pn", "generic"), ("early", "law")])
 def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline, Path], stage: str, key: str) -> None:
-    page, root = prepared
-    held_out, task = _held_out(prepared, stage, key), build_graph(page)[TaskId(stage, key)]
+    config, root = prepared
+    held_out, task = _held_out(prepared, stage, key), build_graph(config)[TaskId(stage, key)]
     folder = begin_artifact(root, stage, key, digest="t")
-    report = train.run(page.stages[stage], make_context(page, task, root, folder))
+    report = train.run(config.stages[stage], make_context(config, task, root, folder))
     validations = [record for record in read_metrics(folder) if record.get("event") == "validation"]
     assert [record["step"] for record in validations] == [0, 2, 4]
     assert report.values["validation_loss"] == min(record["validation_loss"] for record in validations)
@@ -281,7 +281,7 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
 
 
 def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[Pipeline, Path]) -> None:
-    page, root = prepared
+    config, root = prepared
     folder = begin_artifact(root, "slm", "generic", digest="t")
     given_up = threading.Event()
 
@@ -291,10 +291,10 @@ def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[P
                 record.write(Passes(trained=1))
 
     other = threading.Thread(target=count_on)
-    context = make_context(page, build_graph(page)[TaskId("slm", "generic")], root, folder)
+    context = make_context(config, build_graph(config)[TaskId("slm", "generic")], root, folder)
     other.start()
     try:
-        report = train.run(page.stages["slm"].model_copy(update={"early_stopping": None}), context)
+        report = train.run(config.stages["slm"].model_copy(update={"early_stopping": None}), context)
     finally:
         given_up.set()
         other.join()
@@ -302,20 +302,20 @@ def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[P
 
 
 def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared: tuple[Pipeline, Path]) -> None:
-    page, root = prepared
-    graph = build_graph(page)
+    config, root = prepared
+    graph = build_graph(config)
     for key in ("c0", "c1", "c2"):
         folder = begin_artifact(root, "mix", key, digest="t")
-        train.run(page.stages["mix"], make_context(page, graph[TaskId("mix", key)], root, folder))
+        train.run(config.stages["mix"], make_context(config, graph[TaskId("mix", key)], root, folder))
     folder = begin_artifact(root, "chosen", "law", digest="t")
-    context = make_context(page, graph[TaskId("chosen", "law")], root, folder)
-    report = select.run(page.stages["chosen"], context)
+    context = make_context(config, graph[TaskId("chosen", "law")], root, folder)
+    report = select.run(config.stages["chosen"], context)
     criteria = report.values["criteria"]
     forward = 3 * 8 * 32 * ModelConfig.model_validate(MODEL).forward_flops(280, 32)  # three experts, eight windows each
     assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
     assert 0 < report.apart.seconds < context.watch.seconds
-    alone = select.run(page.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
+    alone = select.run(config.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
     assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], (
         "as it was planned"
     )
@@ -341,9 +341,9 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
 
 
 def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tuple[Pipeline, Path]) -> None:
-    """The set holds out enough, what falls to a cluster is not; and a domain's set that another page has made is not."""
-    page, root = prepared
-    text = page.model_dump(mode="json")
+    """The set holds out enough, what falls to a cluster is not; and a domain's set that another config has made is not."""
+    config, root = prepared
+    text = config.model_dump(mode="json")
     for files in (text["text"]["generic"], text["text"]["domains"]["law"]):
         files["validation_floor"] = {"tokens": 350}
     changed = Pipeline.model_validate(text)
@@ -364,16 +364,16 @@ def test_a_part_of_the_held_out_windows_below_the_floor_is_refused(prepared: tup
 
 
 def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(prepared: tuple[Pipeline, Path]) -> None:
-    page, root = prepared
-    graph = build_graph(page)
+    config, root = prepared
+    graph = build_graph(config)
     held_out = TaskId("vectors", HELD_OUT), TaskId("assignment", HELD_OUT)
     assert all(graph[name].domain is None for name in held_out)
     readers = {name.stage for name, task in graph.items() if held_out[1] in task.inputs}
     assert readers == {"mix", "is", "pn"}
     silent = {name: {**stage, "early_stopping": None} if "steps" in stage else stage for name, stage in STAGES.items()}
-    plain = Pipeline.model_validate({**page.model_dump(mode="json"), "stages": silent})
+    plain = Pipeline.model_validate({**config.model_dump(mode="json"), "stages": silent})
     assert not set(held_out) & set(build_graph(plain))
-    ours, theirs = make_plan(page, root), make_plan(plain, root)
+    ours, theirs = make_plan(config, root), make_plan(plain, root)
     for name in theirs:
-        if page.stages[name.stage].kind in RUN:
+        if config.stages[name.stage].kind in RUN:
             assert ours[name].digest == theirs[name].digest, "what was prepared before serves on"

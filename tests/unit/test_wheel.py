@@ -1,4 +1,4 @@
-"""An installed wheel does what a checkout does, from a folder with nothing but a page and its text."""
+"""An installed wheel does what a checkout does, from a folder with nothing but a config and its text."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_terminal import LONG, long_page
+from tests.unit.test_terminal import LONG, long_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def test_a_wheel_has_what_stands_beside_the_package_in_a_checkout(library: Path)
 
 def test_an_installed_wheel_checks_plans_and_submits(library: Path, tmp_path: Path) -> None:
     """A preset by name, the site profile and the job's template come with it; a profile of one's own needs no template."""
-    long_page(tmp_path)
+    long_config(tmp_path)
     assert "OK" in _run(tmp_path, "megatron_specialm", "check", "long.yaml", library=library)
     assert LONG in _run(tmp_path, "megatron_specialm", "plan", "long.yaml", library=library)
     submit = ("megatron_specialm", "submit", "long.yaml", "--dry-run")

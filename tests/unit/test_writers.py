@@ -15,11 +15,11 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, MachineErr
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.lock import hold_folder, hold_task
 from megatron_specialm.cli import app
-from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.file_hashes import CACHE
-from megatron_specialm.run.inline import _as_found
 from megatron_specialm.graph.plan import refuse_other_work, write_resolved
+from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.run.inline import _as_found
 from megatron_specialm.slurm.missing import adopt_unattended
 from tests.run_folder import Run, make_run
 
@@ -49,23 +49,23 @@ def test_a_refused_run_has_written_nothing(
         monkeypatch.setenv(name, value)
     with hold_folder(run.root):
         before = _content(run.root)
-        outcome = CliRunner().invoke(app, ["run", "page.yaml", OTHER])
+        outcome = CliRunner().invoke(app, ["run", "config.yaml", OTHER])
         assert isinstance(outcome.exception, MachineError) and "another command" in str(outcome.exception)
         assert _content(run.root) == before
 
 
-def test_a_run_beside_a_jobs_task_has_written_no_page(run: Run) -> None:
+def test_a_run_beside_a_jobs_task_has_written_no_config(run: Run) -> None:
     run.submit("7", "tokens")
     run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
-    page = (run.root / "pipeline.yaml").read_bytes()
+    config = (run.root / "pipeline.yaml").read_bytes()
     for override, said in (
         (OTHER, "does it"),
         ("stages.tokens.context_length=16", "makes it from other settings or text"),
     ):
-        outcome = CliRunner().invoke(app, ["run", "page.yaml", override])
+        outcome = CliRunner().invoke(app, ["run", "config.yaml", override])
         assert isinstance(outcome.exception, MachineError), outcome.exception
         assert f"{TOKENS}: job 7_0 {said}: let it end" in str(outcome.exception)
-    assert (run.root / "pipeline.yaml").read_bytes() == page
+    assert (run.root / "pipeline.yaml").read_bytes() == config
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
@@ -75,7 +75,7 @@ def test_the_layout_of_an_earlier_version_stays_while_a_job_may_run_it(run: Run,
     label.write_text(json.dumps({"digest": "a" * 64}))
     run.submit("7", "tokens")
     run.slurm_says("7|0|RUNNING|0|1:00:00|node1|None|\n")
-    outcome = CliRunner().invoke(app, [command, "page.yaml"])
+    outcome = CliRunner().invoke(app, [command, "config.yaml"])
     assert isinstance(outcome.exception, MachineError), outcome.exception
     assert f"an earlier version made this folder, and job 7_0, for {TOKENS}, may still run" in str(outcome.exception)
     assert label.exists() and not label.parent.is_symlink()
@@ -86,10 +86,10 @@ def test_the_layout_of_an_earlier_version_stays_while_a_job_may_run_it(run: Run,
 
 def test_who_looks_beside_a_run_writes_no_results(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     with hold_folder(run.root):
-        assert CliRunner().invoke(app, ["results", "page.yaml"]).exit_code == 0
+        assert CliRunner().invoke(app, ["results", "config.yaml"]).exit_code == 0
         assert not (run.root / "results.json").exists()
     assert "results.json is not brought up to date" in caplog.text and "another command" in caplog.text
-    assert CliRunner().invoke(app, ["results", "page.yaml"]).exit_code == 0
+    assert CliRunner().invoke(app, ["results", "config.yaml"]).exit_code == 0
     assert (run.root / "results.json").exists()
 
 
@@ -116,14 +116,14 @@ def test_what_was_planned_is_done(run: Run) -> None:
     planned = run.plan[TOKENS]
     as_recorded = json.loads(json.dumps(planned.made_from))
     refuse_other_work(run.pipeline, run.root, planned.task, as_recorded)
-    others = load_pipeline(Path("page.yaml"), [OTHER])
+    others = load_pipeline(Path("config.yaml"), [OTHER])
     refuse_other_work(others, run.root, planned.task, as_recorded)  # of another stage
 
 
 def test_work_that_is_no_longer_what_was_planned_is_refused(run: Run) -> None:
     planned = run.plan[TOKENS]
     cached = read_json(run.root / CACHE)
-    other = load_pipeline(Path("page.yaml"), ["stages.tokens.context_length=16"])
+    other = load_pipeline(Path("config.yaml"), ["stages.tokens.context_length=16"])
     with pytest.raises(
         ArtifactError, match=rf"{TOKENS}: was planned as {planned.digest[:16]} .*: its settings changed"
     ):

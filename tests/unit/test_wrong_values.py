@@ -1,4 +1,4 @@
-"""Every value of a page and of a site profile, replaced by what does not belong there: it loads, or it is a `ConfigError`."""
+"""Every value of a config and of a site profile, replaced by what does not belong there: it loads, or it is a `ConfigError`."""
 
 import copy
 import random
@@ -10,13 +10,13 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.graph.tasks import build_graph
-from megatron_specialm.config.load import configs_folder, load_pipeline, read_page, resolve_page
+from megatron_specialm.config.load import configs_folder, load_pipeline, read_config, resolve_config
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
-from megatron_specialm.run.preflight import planned_machine
+from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.report.summary import memory_table, training_table
+from megatron_specialm.run.preflight import planned_machine
 from tests.settings import settings_in
 
 ROOT = Path(__file__).parents[2]
@@ -49,29 +49,29 @@ def _nodes(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         yield from _nodes(part, (*path, key))
 
 
-def _with(page: dict[str, Any], path: Sequence[str | int], text: str) -> dict[str, Any]:
-    page = copy.deepcopy(page)
-    place: Any = page
+def _with(config: dict[str, Any], path: Sequence[str | int], text: str) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    place: Any = config
     for part in path[:-1]:
         place = place[part]
     place[path[-1]] = read_yaml(text, where="value")
-    return page
+    return config
 
 
-def test_a_page_with_any_wrong_value_loads_or_is_refused_by_name() -> None:
+def test_a_config_with_any_wrong_value_loads_or_is_refused_by_name() -> None:
     """A sample of some 30,000 pairs, another one in no run: the seed is fixed."""
-    page = {**read_page(SMOKE), "local": {"threads": 1, "parallel_tasks": 1}}
+    config = {**read_config(SMOKE), "local": {"threads": 1, "parallel_tasks": 1}}
     resolved = load_pipeline(SMOKE).model_dump(mode="json")
     draw = random.Random(0)
-    for one in (page, resolved):
+    for one in (config, resolved):
         for path, text in draw.sample([(path, text) for path in _nodes(one) for text in WRONG], 700):
             _loads_or_is_refused(one, path, text)
 
 
-def _loads_or_is_refused(page: dict[str, Any], path: Sequence[str | int], text: str) -> None:
+def _loads_or_is_refused(config: dict[str, Any], path: Sequence[str | int], text: str) -> None:
     key = ".".join(map(str, path))
     try:
-        pipeline = resolve_page(_with(page, path, text), Path("page.yaml"))
+        pipeline = resolve_config(_with(config, path, text), Path("config.yaml"))
         build_graph(pipeline)
         training_table(pipeline, planned_machine("H100"))
         memory_table(pipeline, planned_machine("H100"))
@@ -82,10 +82,10 @@ def _loads_or_is_refused(page: dict[str, Any], path: Sequence[str | int], text: 
 
 
 def test_a_profile_with_any_wrong_value_loads_or_is_refused_by_name(tmp_path: Path) -> None:
-    page, file = read_yaml(FULL_SITE, where="site"), tmp_path / "site.yaml"
-    pairs = [(path, text) for path in _nodes(page) for text in WRONG]
+    config, file = read_yaml(FULL_SITE, where="site"), tmp_path / "site.yaml"
+    pairs = [(path, text) for path in _nodes(config) for text in WRONG]
     for path, text in random.Random(0).sample(pairs, 400):
-        file.write_text(dump_yaml(_with(page, path, "=here=")).replace("=here=", text))
+        file.write_text(dump_yaml(_with(config, path, "=here=")).replace("=here=", text))
         try:
             site = load_site(file)
         except ConfigError as error:
@@ -150,7 +150,7 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: &x {b: *x}\n", r"page\.yaml: not valid YAML: an anchor stands inside itself"),
+        (b"a: &x {b: *x}\n", r"config\.yaml: not valid YAML: an anchor stands inside itself"),
         (b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10 if i else [b"x"])) for i in range(12)),
          "more than 50,000 values"),
         ("name: é".encode("utf-16"), "not UTF-8"),
@@ -165,10 +165,10 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
         (b"x" * (5 << 20), "more than 4,194,304 bytes"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_pages_are_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
-    (tmp_path / "page.yaml").write_bytes(content)
+def test_files_that_are_no_configs_are_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=says):
-        load_pipeline(tmp_path / "page.yaml")
+        load_pipeline(tmp_path / "config.yaml")
 
 
 def test_numbers_with_an_exponent_are_numbers_and_text_that_looks_like_one_stays_text() -> None:
@@ -187,11 +187,11 @@ def test_numbers_with_an_exponent_are_numbers_and_text_that_looks_like_one_stays
 
 def test_a_home_is_where_the_shell_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    page = load_pipeline(
+    config = load_pipeline(
         SMOKE, ["root=~/runs", "text.generic.train=[~/a/*.jsonl, b.jsonl]", "stages.tokenizer.path=~/t"]
     )
-    assert page.root == f"{tmp_path}/runs" and page.text.generic.train == [f"{tmp_path}/a/*.jsonl", "b.jsonl"]
-    assert page.stages["tokenizer"].path == f"{tmp_path}/t"  # type: ignore[union-attr]
+    assert config.root == f"{tmp_path}/runs" and config.text.generic.train == [f"{tmp_path}/a/*.jsonl", "b.jsonl"]
+    assert config.stages["tokenizer"].path == f"{tmp_path}/t"  # type: ignore[union-attr]
     assert load_pipeline(SMOKE, ["root=./~/runs"]).root == "./~/runs"
     (tmp_path / "site.yaml").write_text("python: ~/venv/bin/python\n")
     assert load_site(tmp_path / "site.yaml").python == f"{tmp_path}/venv/bin/python"

@@ -1,4 +1,4 @@
-"""Whether two runs of a page have come to the same, to the bit, and have left nothing beside it.
+"""Whether two runs of a config have come to the same, to the bit, and have left nothing beside it.
 
 Runs that were disturbed repeat steps, so that times and counted passes differ, and so does what names them: clocks, machines,
 process ids. All else is compared.

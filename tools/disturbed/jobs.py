@@ -1,4 +1,4 @@
-"""A page that is run as jobs on the tests' Slurm cluster, disturbed at random, and submitted again until all is done."""
+"""A config that is run as jobs on the tests' Slurm cluster, disturbed at random, and submitted again until all is done."""
 
 import contextlib
 import random
@@ -14,8 +14,8 @@ import psutil
 from tests.cluster.runs import Run
 from tests.cluster.testbed import Cluster
 
+from .config import write_config
 from .local import HELD, compare, not_done
-from .page import write_page
 
 PATIENCE_SECONDS = 300.0  # for jobs that nobody disturbs
 LONGEST_SECONDS = 12.0  # from one disturbance to the next
@@ -121,12 +121,12 @@ DISTURBANCES: dict[str, Callable[[DisturbedJobs], None]] = {
 def disturbed_jobs(
     cluster: Cluster, folder: Path, straight: Path, *, seed: int, at_most: int, steps: int, every: int, until: str
 ) -> DisturbedJobs:
-    """Run the page, until a stage, as jobs in a new working directory, disturbing them at most so many times; compare what
+    """Run the config, until a stage, as jobs in a new working directory, disturbing them at most so many times; compare what
     it comes to with an undisturbed run."""
-    write_page(folder, steps=steps, every=every)
+    write_config(folder, steps=steps, every=every)
     site = {"jobs": {"default": {"processes_per_node": 1}, "train": {"tasks_per_job": 1}}}
     jobs = DisturbedJobs(
-        Run(cluster, folder, site=site, name="run", page=Path("page.yaml")), until, random.Random(seed)
+        Run(cluster, folder, site=site, name="run", config=Path("config.yaml")), until, random.Random(seed)
     )
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not_done(folder, until=until):

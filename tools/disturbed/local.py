@@ -1,4 +1,4 @@
-"""A page that is run on this machine, disturbed at random, and run again until it ends by itself."""
+"""A config that is run on this machine, disturbed at random, and run again until it ends by itself."""
 
 import contextlib
 import random
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan, select
+from megatron_specialm.graph.tasks import build_graph
 
 from .compare import different_artifacts, different_results, leftovers
-from .page import write_page
+from .config import write_config
 from .processes import Launch, kill
 
 GRACE_SECONDS = 10.0  # within which all processes of a command must be gone behind it
@@ -34,17 +34,17 @@ class Disturbed:
 
     folder: Path
     random: random.Random
-    until: str | None = None  # the stage with whose inputs the run ends; None: the whole page
+    until: str | None = None  # the stage with whose inputs the run ends; None: the whole config
     happened: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     ending: list[tuple[Launch, float]] = field(default_factory=list)  # with the time by which all of it must be gone
     launches: int = 0
 
     def start(self, *overrides: str) -> Launch:
-        """Run the page."""
+        """Run the config."""
         self.launches += 1
         output = self.folder / f"output-{self.launches:03d}"
-        return Launch(self.folder, "run", "page.yaml", *_part(self.until), *overrides, output=output)
+        return Launch(self.folder, "run", "config.yaml", *_part(self.until), *overrides, output=output)
 
     def fault(self, launch: Launch, what: str) -> None:
         """Note what must not be."""
@@ -198,7 +198,7 @@ DISTURBANCES = {
 
 
 def disturb(run: Disturbed, *, at_most: int, longest: float = LONGEST_SECONDS) -> None:
-    """Run the page in the folder of a run until it ends by itself, disturbing it at most so many times."""
+    """Run the config in the folder of a run until it ends by itself, disturbing it at most so many times."""
     while True:
         launch = run.start()
         while launch.code is None and run.happened.total() < at_most:
@@ -222,13 +222,13 @@ def disturb(run: Disturbed, *, at_most: int, longest: float = LONGEST_SECONDS) -
 
 
 def straight_run(folder: Path, *, steps: int, every: int, until: str | None = None) -> None:
-    """Run the page, or what a stage rests on, undisturbed in a new working directory.
+    """Run the config, or what a stage rests on, undisturbed in a new working directory.
 
     Raises:
         RuntimeError: it fails.
     """
-    write_page(folder, steps=steps, every=every)
-    launch = Launch(folder, "run", "page.yaml", *_part(until), output=folder / "output")
+    write_config(folder, steps=steps, every=every)
+    launch = Launch(folder, "run", "config.yaml", *_part(until), output=folder / "output")
     if launch.process.wait(PATIENCE_SECONDS) != 0:
         raise RuntimeError(launch.said)
 
@@ -244,9 +244,9 @@ def disturbed_run(
     until: str | None = None,
     longest: float = LONGEST_SECONDS,
 ) -> Disturbed:
-    """Run the page, or what a stage rests on, in a new working directory, disturbing it at most so many times, with at most
+    """Run the config, or what a stage rests on, in a new working directory, disturbing it at most so many times, with at most
     `longest` seconds from one to the next; compare what it comes to with the undisturbed run."""
-    write_page(folder, steps=steps, every=every)
+    write_config(folder, steps=steps, every=every)
     run = Disturbed(folder, random.Random(seed), until)
     disturb(run, at_most=at_most, longest=longest)
     if not run.faults:
@@ -257,14 +257,14 @@ def disturbed_run(
 def not_done(folder: Path, *, until: str | None = None) -> list[str]:
     """What a run lacks, or what a stage rests on, by the plan."""
     with contextlib.chdir(folder):
-        plan = make_plan(load_pipeline(Path("page.yaml")), Path("run"))
+        plan = make_plan(load_pipeline(Path("config.yaml")), Path("run"))
     wanted = select(plan, only=None, until=until)
     return [f"{name} is {planned.state}" for name, planned in wanted.items() if planned.state != "done"]
 
 
 def compare(straight: Path, folder: Path, *, until: str | None = None) -> list[str]:
     """Where a run that has ended falls short of the undisturbed one: tasks, bits, tables, and what is left over."""
-    pipeline = load_pipeline(folder / "page.yaml")
+    pipeline = load_pipeline(folder / "config.yaml")
     names = [name for name in build_graph(pipeline) if (straight / "run" / name.stage / name.key).exists()]
     one, other = straight / "run", folder / "run"
     return not_done(folder, until=until) or [

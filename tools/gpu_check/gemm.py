@@ -10,9 +10,9 @@ from gpu_check.figures import Figure, attempt, between
 from gpu_check.training import RECIPES, preset, seconds_per_call
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
+from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.setup import Setup
 
 # Relative to the norm of the fp32 result. bf16 keeps 8 bits; E4M3 4, and E5M2, for gradients, 3: each rounds both factors,

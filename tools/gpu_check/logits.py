@@ -22,8 +22,8 @@ from gpu_check.training import preset
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
-from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.model.gpt import Gpt
 
 SEED = 0
 # Largest difference: in fp32 what an export may differ by; in bf16 relative to the largest logit, which has 8 bits.

@@ -11,14 +11,14 @@ from gpu_check.training import drawn_on_device, engine_of, free, preset, random_
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.estimate.capabilities import lacking
-from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.data.store import MIXTURE
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.memory import memory_of
+from megatron_specialm.estimate.setup import Setup
 
 MIB = 2**20
 

@@ -20,13 +20,13 @@ from gpu_check.training import (
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.estimate.throughput import utilisation
-from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.engine.megatron.process_groups import device_name, process_group
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.setup import Setup
 
 Step = Callable[[], object]
 LOSS_GAP = 0.01  # relative, as tests/gpu asks of a few layers

@@ -10,14 +10,14 @@ from gpu_check.training import RECIPES, engine_of, free, preset
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.schedule import learning_rate
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import Schedule
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.setup import Setup
 
 PACKAGES = ("torch", "numpy")  # whose docstrings are read: where anything trains, these are
 CHARACTERS = 2_000_000

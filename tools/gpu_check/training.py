@@ -11,11 +11,11 @@ import torch
 
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model.gpt import Gpt
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ RECIPES: tuple[Literal["delayed", "tensorwise", "blockwise"], ...] = ("delayed",
 
 def preset(name: str) -> ModelConfig:
     """A model of configs/models."""
-    page = configs_folder() / "pipelines" / "smoke.yaml"
-    shape = load_pipeline(page, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr]
+    config = configs_folder() / "pipelines" / "smoke.yaml"
+    shape = load_pipeline(config, [f"stages.slm.model={name}"]).stages["slm"].model  # type: ignore[union-attr]
     assert shape is not None
     return shape
 

@@ -17,15 +17,15 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.model.gpt import Gpt, OwnWeight, forward
-from megatron_specialm.model.kernels import live_kernels
-from megatron_specialm.engine.protocol import LossSum, StepStats
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
-from megatron_specialm.engine.megatron.shards import Share, gather_whole, keep_original, share_of, take_share
+from megatron_specialm.engine.megatron.shards import OptimizerShard, gather_whole, keep_original, local_shard, shard_of
+from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.model.gpt import Gpt, LocalParameter, forward
+from megatron_specialm.model.kernels import live_kernels
+from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -56,7 +56,7 @@ class MegatronEngine:
         self._model = model
         self._objective = objective
         self._teacher = None if teacher is None else _checked(teacher, model, parallel)
-        self._copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._data_parallel_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._vocabulary = _vocabulary_share(model)
         self._config = model.chunks[0].config
         self._chunks = [_data_parallel(chunk, parallel) for chunk in model.chunks]
@@ -146,9 +146,9 @@ class MegatronEngine:
         that all hold all of the optimizer's state each take a norm of their own; the first one's is reported."""
         counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
         squares: dict[str, float] = {}
-        for weight, share in self._shares():
+        for weight, share in self._shards():
             gradient = None if share.main is None else share.main.grad
-            another_norm = share.group is None and self._copies.rank() > 0
+            another_norm = share.group is None and self._data_parallel_group.rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
                 squares[weight.name] = float(gradient.double().square().sum())
         return squares
@@ -157,11 +157,11 @@ class MegatronEngine:
         """See `Engine.load`."""
         self._model.load(weights)
         with torch.no_grad():
-            for weight, share in self._shares():
+            for weight, share in self._shards():
                 if not weight.parameter.requires_grad:
-                    keep_original(weight.parameter, take_share(weight, share, weights[weight.name]))
+                    keep_original(weight.parameter, local_shard(weight, share, weights[weight.name]))
                 elif share.main is not None:
-                    share.main.view(-1).copy_(take_share(weight, share, weights[weight.name]))
+                    share.main.view(-1).copy_(local_shard(weight, share, weights[weight.name]))
                     if optimizer_state:
                         self._load_moments(weight, share, share.main, optimizer_state)
         if optimizer_state:
@@ -171,16 +171,16 @@ class MegatronEngine:
             self._has_moments = True
 
     def _load_moments(
-        self, weight: OwnWeight, share: Share, main: torch.Tensor, state: Mapping[str, torch.Tensor]
+        self, weight: LocalParameter, share: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
     ) -> None:
         own = self._optimizer.optimizer.state[main] = {} if self._counts_by_group else {"step": state["step"].clone()}
         for moment in _MOMENTS:
             name = f"{moment}/{weight.name}"
             if name not in state:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
-            own[moment] = take_share(weight, share, state[name]).to(main).view(main.shape).clone()
+            own[moment] = local_shard(weight, share, state[name]).to(main).view(main.shape).clone()
 
-    def _moment(self, moment: str, _: OwnWeight, share: Share) -> torch.Tensor | None:
+    def _moment(self, moment: str, _: LocalParameter, share: OptimizerShard) -> torch.Tensor | None:
         return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
 
     def _steps(self) -> float:
@@ -194,17 +194,17 @@ class MegatronEngine:
         """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
         return not isinstance(self._optimizer.optimizer, torch.optim.AdamW)
 
-    def _shares(self) -> Iterator[tuple[OwnWeight, Share]]:
+    def _shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
         for weight in self._model.weights():
-            yield weight, share_of(self._optimizer, weight.parameter)
+            yield weight, shard_of(self._optimizer, weight.parameter)
 
     def _collect(
-        self, value: Callable[[OwnWeight, Share], torch.Tensor | None], *, trained_only: bool = False
+        self, value: Callable[[LocalParameter, OptimizerShard], torch.Tensor | None], *, trained_only: bool = False
     ) -> dict[str, torch.Tensor]:
         """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         found = {}
-        for turn, (weight, share) in enumerate(self._shares()):
+        for turn, (weight, share) in enumerate(self._shards()):
             if trained_only and not weight.parameter.requires_grad:
                 continue
             whole = gather_whole(weight, share, value(weight, share))
@@ -231,7 +231,7 @@ class MegatronEngine:
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
         if self._teacher is not None and chunk.training:
-            batch = _taught(self._teacher, batch)
+            batch = _with_teacher_logits(self._teacher, batch)
         if (derived := self._model.derived) is None:
             output = forward(chunk, batch.tokens)
         else:
@@ -250,12 +250,12 @@ class MegatronEngine:
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
         """What Megatron-Core's schedule calls when all backward passes are done."""
         if self._model.derived is not None:
-            self._model.derived.return_gradients()
+            self._model.derived.backward_mixtures()
         finalize_model_grads(chunks, *args, **kwargs)
 
     def _micro_batches(self, batches: list[Batch]) -> list[DeviceBatch]:
         """The micro-batches of some batches. Of derived weights, all variants that they use are computed here."""
-        found, variants = [], Variants()
+        found, variants = [], ExpertMixtures()
         for batch in batches:
             # The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size.
             batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
@@ -266,7 +266,7 @@ class MegatronEngine:
         if self._model.derived is not None:
             self._finish_gathering()
             self._variants = len(variants.table())
-            self._model.derived.derive(variants.table().to(self._model.device))
+            self._model.derived.materialize(variants.table().to(self._model.device))
         return found
 
     def _finish_gathering(self) -> None:
@@ -296,13 +296,13 @@ class MegatronEngine:
         total = torch.stack(sums).double().sum() if sums else torch.zeros((), dtype=torch.float64)
         counts = torch.tensor(float(count), dtype=torch.float64)
         both = torch.stack([total.to(self._model.device), counts.to(self._model.device)])
-        dist.all_reduce(both[:1], group=self._copies)
+        dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
         return LossSum(float(both[0]), int(both[1]))
 
 
-class Variants:
+class ExpertMixtures:
     """The different mixtures of experts that micro-batches use, numbered as they come."""
 
     def __init__(self) -> None:
@@ -350,7 +350,7 @@ def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
 
 
 @torch.no_grad()
-def _taught(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
+def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's share of the vocabulary."""
     (whole,) = teacher.chunks
     logits_BTV = forward(whole, batch.tokens).transpose(0, 1)

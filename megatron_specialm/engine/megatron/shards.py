@@ -12,10 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_specialm.model.gpt import OwnWeight, own_part
+from megatron_specialm.model.gpt import LocalParameter, own_part
 
 
-class Share(NamedTuple):
+class OptimizerShard(NamedTuple):
     """What the optimizer of this process holds of a parameter: its fp32 main tensor, None where it holds nothing;
     which elements of the flattened parameter these are; and the processes that hold the others, None where all hold all.
     """
@@ -25,23 +25,23 @@ class Share(NamedTuple):
     group: dist.ProcessGroup | None
 
 
-def share_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Share:
+def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> OptimizerShard:
     """This process's share of a parameter. One that is not trained is no optimizer's: every copy has it, as it was before
     it was rounded (`keep_original`)."""
     if not parameter.requires_grad:
-        return Share(getattr(parameter, "original", parameter), slice(0, parameter.numel()), None)
+        return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), None)
     if not isinstance(optimizer, DistributedOptimizer):
-        return Share(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
+        return OptimizerShard(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if parameter not in optimizer.model_param_group_index_map:
-        return Share(None, slice(0, 0), copies)
+        return OptimizerShard(None, slice(0, 0), copies)
     group, _ = optimizer.model_param_group_index_map[parameter]
     # Its index there does not hold for a group of both precisions: the optimizer's list has those in fp32 first.
     trained = [*optimizer.model_fp32_groups[group], *optimizer.model_float16_groups[group]]
     index = next(index for index, other in enumerate(trained) if other is parameter)
     elements = optimizer._get_model_param_range_map(parameter)["param"]
     main = optimizer.optimizer.param_groups[group]["params"][index]
-    return Share(main, slice(elements.start, elements.end), copies)
+    return OptimizerShard(main, slice(elements.start, elements.end), copies)
 
 
 def keep_original(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ def keep_original(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         parameter.original = value.detach().float().cpu().view(parameter.shape)  # type: ignore[attr-defined]
 
 
-def gather_whole(weight: OwnWeight, share: Share, value: torch.Tensor | None) -> torch.Tensor:
+def gather_whole(weight: LocalParameter, share: OptimizerShard, value: torch.Tensor | None) -> torch.Tensor:
     """The canonical tensor of which each process holds a share, fp32. All processes of a pipeline stage call it at once.
 
     Args:
@@ -71,6 +71,6 @@ def gather_whole(weight: OwnWeight, share: Share, value: torch.Tensor | None) ->
     return weight.spec.join(parts)
 
 
-def take_share(weight: OwnWeight, share: Share, whole: torch.Tensor) -> torch.Tensor:
+def local_shard(weight: LocalParameter, share: OptimizerShard, whole: torch.Tensor) -> torch.Tensor:
     """The elements of a canonical tensor that are this process's share, flat."""
     return own_part(weight.spec, whole).flatten()[share.elements]

@@ -1,4 +1,4 @@
-"""The shipped pages hold together: each loads, its graph builds, and what it would train can be said."""
+"""The shipped configs hold together: each loads, its graph builds, and what it would train can be said."""
 
 import re
 from pathlib import Path
@@ -7,20 +7,20 @@ import pytest
 from rich.console import Console
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
-from megatron_specialm.graph.tasks import TaskId, build_graph
-from megatron_specialm.graph.lineage import distinct_setups, setup_of
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.graph.lineage import distinct_setups, setup_of
 from megatron_specialm.graph.plan import PlannedTask, make_plan
-from megatron_specialm.run.preflight import lacks, planned_machine
+from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.report.summary import memory_table, training_flops, training_table
+from megatron_specialm.run.preflight import lacks, planned_machine
 
-PAGES = sorted((configs_folder() / "pipelines").glob("*.yaml"))
+CONFIGS = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_holds_together_and_says_what_it_would_train(page: Path) -> None:
-    pipeline = load_pipeline(page)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_a_config_holds_together_and_says_what_it_would_train(config: Path) -> None:
+    pipeline = load_pipeline(config)
     machine = planned_machine("A100")
     assert len(build_graph(pipeline)) > len(pipeline.stages)
     assert not list(lacks(pipeline, machine))
@@ -67,7 +67,7 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     assert training_flops(pipeline, "slm-tuned", other) == before, "what was tokenized from other settings is not read"
 
 
-def test_the_papers_page_is_planned_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_config_is_planned_with_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it on a stand-in for its files: models, budgets and cluster counts are the paper's (Tables 1, 6 and 7)."""
     monkeypatch.chdir(tmp_path)
     pipeline = load_pipeline(configs_folder() / "pipelines" / "paper.yaml")

@@ -1,4 +1,4 @@
-"""Pages that would be read for ever, or fill the memory, are refused before they do; by one reader wherever YAML comes from.
+"""Configs that would be read for ever, or fill the memory, are refused before they do; by one reader wherever YAML comes from.
 
 No time is asserted: what is not bounded does not end within a test's.
 """
@@ -12,7 +12,7 @@ import pytest
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import yaml_file
-from megatron_specialm.config.load import MOST_PAGES, load_pipeline
+from megatron_specialm.config.load import MOST_CONFIGS, load_pipeline
 from megatron_specialm.config.site import Site, load_site, template_of
 from megatron_specialm.config.yaml_file import MOST_BYTES, MOST_LEVELS, MOST_VALUES, read_yaml, read_yaml_file
 from megatron_specialm.slurm.sbatch import render
@@ -59,13 +59,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_page_is_refused_in_few_words(name: str, tmp_path: Path) -> None:
+def test_a_hostile_config_is_refused_in_few_words(name: str, tmp_path: Path) -> None:
     content, says = HOSTILE[name]
-    (tmp_path / "page.yaml").write_text(content)
+    (tmp_path / "config.yaml").write_text(content)
     for load in (load_pipeline, load_site):
         with pytest.raises(ConfigError, match=says) as found:
-            load(tmp_path / "page.yaml")
-        assert str(found.value).startswith(str(tmp_path / "page.yaml")) and len(str(found.value)) < 10_000
+            load(tmp_path / "config.yaml")
+        assert str(found.value).startswith(str(tmp_path / "config.yaml")) and len(str(found.value)) < 10_000
 
 
 def _fifo(path: Path) -> None:
@@ -82,7 +82,7 @@ def _large(path: Path) -> None:
         file.truncate(10 << 30)  # without a block on the disk
 
 
-NO_PAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+NO_CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "zero": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
     "random": (lambda path: path.symlink_to("/dev/urandom"), "no regular file"),
     "null": (lambda path: path.symlink_to("/dev/null"), "no regular file"),
@@ -96,18 +96,18 @@ NO_PAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_PAGES)
-def test_what_is_no_page_is_neither_waited_for_nor_read(
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_what_is_no_config_is_neither_waited_for_nor_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a page, as what one extends, as a preset, as a profile, and as a profile's template."""
+    """As a config, as what one extends, as a preset, as a profile, and as a profile's template."""
     monkeypatch.chdir(tmp_path)  # a socket's path is short
-    make, says = NO_PAGES[name]
+    make, says = NO_CONFIGS[name]
     make(Path("x.yaml"))
-    Path("page.yaml").write_text("extends: x.yaml\n")
+    Path("config.yaml").write_text("extends: x.yaml\n")
     for load in (load_pipeline, load_site):
         with pytest.raises(ConfigError, match=says):
-            load(Path("page.yaml"))
+            load(Path("config.yaml"))
     with pytest.raises(ConfigError, match=says):
         load_pipeline(Path("x.yaml"))
     with pytest.raises(ConfigError, match=f"{says}|no such site profile"):
@@ -137,17 +137,17 @@ def test_what_is_no_page_is_neither_waited_for_nor_read(
     ],
     ids=range(7),
 )  # fmt: skip
-def test_overrides_are_read_as_pages_are(override: str, says: str) -> None:
+def test_overrides_are_read_as_configs_are(override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as found:
         load_pipeline(SMOKE, [override])
     assert len(str(found.value)) < 3000
 
 
-def test_pages_that_extend_each_other_are_few_and_share_their_room(tmp_path: Path) -> None:
-    for number in range(MOST_PAGES + 1):
+def test_configs_that_extend_each_other_are_few_and_share_their_room(tmp_path: Path) -> None:
+    for number in range(MOST_CONFIGS + 1):
         (tmp_path / f"p{number}.yaml").write_text(f"extends: p{number + 1}.yaml\n")
-    (tmp_path / f"p{MOST_PAGES + 1}.yaml").write_text(f"extends: {SMOKE}\n")
-    with pytest.raises(ConfigError, match=r"p0\.yaml: extends more than 19 pages"):
+    (tmp_path / f"p{MOST_CONFIGS + 1}.yaml").write_text(f"extends: {SMOKE}\n")
+    with pytest.raises(ConfigError, match=r"p0\.yaml: extends more than 19 configs"):
         load_pipeline(tmp_path / "p0.yaml")
     assert load_pipeline(tmp_path / "p5.yaml").name == "smoke"
     (tmp_path / "a.yaml").write_text("extends: b.yaml\nx: [" + "1," * (MOST_VALUES // 2) + "]")
@@ -156,9 +156,9 @@ def test_pages_that_extend_each_other_are_few_and_share_their_room(tmp_path: Pat
         load_pipeline(tmp_path / "a.yaml")
 
 
-def test_what_pages_really_have_is_read() -> None:
-    for page in sorted((ROOT / "configs").rglob("*.yaml")):
-        read_yaml_file(page)
+def test_what_configs_really_have_is_read() -> None:
+    for config in sorted((ROOT / "configs").rglob("*.yaml")):
+        read_yaml_file(config)
     files = "".join(f"  - data/part-{number:05d}.jsonl\n" for number in range(20_000))
     assert len(read_yaml(f"train:\n{files}", where="x")["train"]) == 20_000
     merged = read_yaml("a: &a {x: 1, y: [2]}\nb: {<<: *a, x: 3}\nc: {<<: [*a, {z: 4}]}\nd: *a\n", where="x")

@@ -1,4 +1,4 @@
-"""A small page that has every kind of stage, and its text."""
+"""A small config that has every kind of stage, and its text."""
 
 import json
 import random
@@ -8,16 +8,18 @@ SETS = {"generic": ("ka lo mi ter son vel dra pin", 160), "law": ("osk ume fri g
 TOPICS = 3  # of the generic set, the last of which is the domain's: so many clusters have something to find
 
 
-def write_page(folder: Path, *, steps: int, every: int) -> None:
-    """Make `folder` a working directory of `page.yaml`, with its text.
+def write_config(folder: Path, *, steps: int, every: int) -> None:
+    """Make `folder` a working directory of `config.yaml`, with its text.
 
     Args:
         steps: of each training.
         every: so many steps a checkpoint is saved, and validated where a training validates.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = Path(__file__).with_name("page.yaml").read_text(encoding="utf-8")
-    (folder / "page.yaml").write_text(page.replace("STEPS", str(steps)).replace("EVERY", str(every)), encoding="utf-8")
+    config = Path(__file__).with_name("config.yaml").read_text(encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        config.replace("STEPS", str(steps)).replace("EVERY", str(every)), encoding="utf-8"
+    )
     for name, (_, documents) in SETS.items():
         for split, count in (("train", documents), ("test", documents // 8)):
             generator = random.Random(f"{name} {split}")
