@@ -1,1 +1,0 @@
-"""Which tasks are missing, where they run, and what came out."""
