@@ -264,7 +264,7 @@ def test_the_jobs_of_every_stage_are_as_recorded(finished: Path) -> None:
 
 def test_the_final_weights_are_as_recorded(finished: Path) -> None:
     """Bit for bit, on a machine like the one that `golden/smoke-weights.json` was recorded on; elsewhere other kernels round
-    otherwise, and installed packages have other docstrings. To record a change that is meant, delete the entry of this machine."""
+    otherwise, and installed packages have other docstrings. To record a change that is meant, delete this machine's entry."""
     golden = GOLDEN / "smoke-weights.json"
     recorded = json.loads(golden.read_text()) if golden.exists() else {}
     weights = {
