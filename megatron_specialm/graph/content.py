@@ -17,16 +17,6 @@ from pydantic_core import to_jsonable_python
 
 from megatron_specialm.config.base import Settings
 
-# Settings that say where, in what portions and how talkatively a task runs, not what it computes; and others that are in
-# the digest under another name.
-PLACEMENT: dict[str, Any] = {
-    "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size": True},
-    "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
-    "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
-    "path": True, "encoder": {"model": True},  # the content is in it, whatever its place
-    "method": True,  # a name in tables and on model cards: the export's matter
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Introduced:
@@ -55,7 +45,8 @@ def content_of(settings: Settings, *, leave_out: Mapping[str, Any] | None = None
     """Settings as JSON, without those at the default that they were introduced with.
 
     Args:
-        leave_out: fields that decide nothing, as in `PLACEMENT`: True, or of settings inside a mapping of the same form.
+        leave_out: fields that decide nothing, as in `StageKind.placement`: True, or for settings inside a mapping of the same
+            form.
     """
     values, found = settings.model_dump(mode="json"), {}
     for name, field in type(settings).model_fields.items():

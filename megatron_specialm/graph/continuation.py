@@ -10,6 +10,7 @@ from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 
@@ -17,8 +18,8 @@ from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 def part_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> float:
     """The part of a training's steps that no finished one of another length has made; 1 of other tasks, and where the data
     decide how many steps there are."""
-    stage = pipeline.stages[planned.task.id.stage]
-    if not isinstance(stage, TrainStage) or stage.recipe is not None or stage.budget != "equal":
+    stage = train_stages(pipeline).get(planned.task.id.stage)
+    if stage is None or stage.recipe is not None or stage.budget != "equal":
         return 1.0
     rate = planned.task.rate
     ours = at_rate(stage, stage.optimizer.rates[0]) if rate is None else trial_of(stage, rate)

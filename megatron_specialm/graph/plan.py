@@ -11,9 +11,11 @@ from megatron_specialm.base.files import sha256_json, write_text
 from megatron_specialm.base.integrity import LEFT_OVER, find_damage
 from megatron_specialm.config.load import dump_pipeline, read_config
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.digests import digest_content
 from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
 from megatron_specialm.graph.file_hashes import CACHE, hash_files, naming_what_makes
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest_content
+from megatron_specialm.graph.tasks import Task, TaskId
 
 RESOLVED = "pipeline.yaml"  # of a run folder
 # What commands leave in a new run folder before the config is written there.

@@ -3,28 +3,21 @@
 from collections.abc import Mapping
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.schema import Pipeline, SelectStage
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
-from megatron_specialm.graph.lineage import model_keys, text_set
-from megatron_specialm.graph.tasks import text_validated
+from megatron_specialm.graph.lineage import text_set
+from megatron_specialm.graph.stage_kind import kind_of
 
 
 def validating_stages(pipeline: Pipeline, tokens: str, source: str) -> list[str]:
     """The stages that validate on the held-out text of a set, as the tokenize stage `tokens` has made it: trainings with
     early stopping, and selections that fine-tune experts."""
-    return [name for name in pipeline.stages if source in _validated(pipeline, tokens, name)]
-
-
-def _validated(pipeline: Pipeline, tokens: str, name: str) -> set[str]:
-    stage = pipeline.stages[name]
-    if not isinstance(stage, TrainStage | SelectStage) or stage.tokens != tokens:
-        return set()
-    if isinstance(stage, SelectStage):
-        return set(pipeline.text.domains) if stage.tries_experts else set()
-    if stage.early_stopping is None:
-        return set()
-    return {text_validated(stage, key) for key in model_keys(pipeline, name)}
+    return [
+        name
+        for name, stage in pipeline.stages.items()
+        if ("tokens", tokens) in kind_of(stage).named_stages(stage)
+        and source in kind_of(stage).validated_sets(pipeline, name, stage)
+    ]
 
 
 def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:

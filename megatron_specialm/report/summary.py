@@ -19,13 +19,16 @@ from megatron_specialm.graph.lineage import (
     distinct_setups,
     model_keys,
     setup_of,
+    text_read,
     text_set,
+    text_validated,
     tokenize_stage,
     train_stage,
+    train_stages,
 )
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.rates import steps_to_compare
-from megatron_specialm.graph.tasks import TaskId, text_read, text_validated
+from megatron_specialm.graph.tasks import TaskId
 
 Plan = Mapping[TaskId, PlannedTask]
 NO_PLAN: Plan = MappingProxyType({})
@@ -47,9 +50,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     peak = dense_peak(machine.name)
     if peak:
         header.append(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
-    for name, stage in pipeline.stages.items():
-        if not isinstance(stage, TrainStage):
-            continue
+    for name, stage in train_stages(pipeline).items():
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         runs = len(keys) * len(stage.optimizer.rates)
         steps = [_steps(pipeline, stage, key) for key in keys]

@@ -26,11 +26,12 @@ from megatron_specialm.graph.lineage import (
     cluster_count,
     cluster_of,
     key_for,
+    text_read,
+    text_validated,
     tokenize_stage,
     trained_clusters,
     validates_by_cluster,
 )
-from megatron_specialm.graph.tasks import text_read, text_validated
 from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.stages.context import Context
 

@@ -36,6 +36,7 @@ from megatron_specialm.graph.lineage import (
     key_for,
     model_of,
     setup_of,
+    stage_of,
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.model.gpt import Gpt
@@ -241,9 +242,7 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
         return cross_entropy
     kind: Teacher = "online"
     if distill.cache is not None:
-        cache = context.pipeline.stages[distill.cache]
-        assert isinstance(cache, TeachStage)
-        kind = cache.keep
+        kind = stage_of(context.pipeline, distill.cache, TeachStage).keep
     return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
 
 

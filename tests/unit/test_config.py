@@ -5,8 +5,9 @@ import pytest
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import is_finetuned, method_of
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId
 
 CONFIGS = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"

@@ -16,8 +16,10 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.content import Introduced, content_of, introduced_default
-from megatron_specialm.graph.tasks import TaskId, build_graph, digest
+from megatron_specialm.graph.digests import digest
+from megatron_specialm.graph.tasks import TaskId
 from tests.settings import settings_in
 
 CONFIGS = configs_folder() / "pipelines"

@@ -10,8 +10,10 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.model_card import READS
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.digests import digest
 from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, model_of, trainings
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest
+from megatron_specialm.graph.tasks import Task, TaskId
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
 TRAIN: dict[str, Any] = {

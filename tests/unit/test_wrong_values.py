@@ -14,7 +14,7 @@ from megatron_specialm.config.load import configs_folder, load_pipeline, read_co
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
-from megatron_specialm.graph.tasks import build_graph
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.report.summary import memory_table, training_table
 from megatron_specialm.run.preflight import planned_machine
 from tests.settings import settings_in

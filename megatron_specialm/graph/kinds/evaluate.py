@@ -1,0 +1,38 @@
+"""The kind `evaluate`: a task for each model and set of text that it is scored on."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from megatron_specialm.config.schema import EvaluateStage, Pipeline
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.graph.lineage import domain_of, model_keys, sources
+from megatron_specialm.graph.relations import check_model
+from megatron_specialm.graph.stage_kind import Placement, References, StageKind, register
+from megatron_specialm.graph.tasks import Task, TaskId
+
+
+@register
+class EvaluateKind(StageKind[EvaluateStage]):
+    """See the module."""
+
+    kind = "evaluate"
+    makes = "perplexity"
+    references: ClassVar[References] = {"tokens": "tokens", "models": "model"}
+    placement: ClassVar[Placement] = {
+        "batch_size": True,
+        "models": True,
+    }  # which other models there are decides nothing about one of them
+
+    def tasks(self, pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
+        for model in stage.models:
+            for key in model_keys(pipeline, model):
+                # A shared model is scored on each domain by a task of its own, so that another domain adds one and touches
+                # none.
+                for source in sources(pipeline) if key == GENERIC else [key]:
+                    own = f"{model}.{key}" if source == key else f"{model}.{key}.{source}"
+                    inputs = (TaskId(model, key), TaskId(stage.tokens, source))
+                    yield Task(TaskId(name, own), inputs, {}, domain_of(pipeline, source))
+
+    def check(self, pipeline: Pipeline, name: str, stage: EvaluateStage) -> None:
+        for model in stage.models:
+            check_model(pipeline, name, "models", stage.tokens, model)
