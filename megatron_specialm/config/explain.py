@@ -18,6 +18,7 @@ _FIXES = {
     "tuple_type": "write a list, as in [a, b]",
     "dict_type": "write one key and value a line, or leave the key out",
     "model_type": "write one key and value a line, or leave the key out",
+    "model_attributes_type": "write one key and value a line, or leave the key out",
 }
 
 
@@ -46,14 +47,32 @@ def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Seq
     if item["type"] == "missing":
         return f"{key}: required, and missing"
     value = item["input"]
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid") and isinstance(value, dict):
+        return _wrong_tag(item, key)
     if isinstance(value, Guessed):
         return f"{key}: {value}"
-    is_mapping = item["type"] in ("dict_type", "model_type")  # of which pydantic names the class
+    is_mapping = item["type"] in (
+        "dict_type",
+        "model_type",
+        "model_attributes_type",
+    )  # of which pydantic names the class
     message = "must be keys and values" if is_mapping else item["msg"].removeprefix("Value error, ")
     if fix := "give a value, or leave the key out" if value is None else _FIXES.get(item["type"]):
         message += f": {fix}"
     got = "" if isinstance(value, dict) else f" (got {shorten(value)})"
     return f"{key}: {message}{got}" if key else f"{message}{got}"
+
+
+def _wrong_tag(item: Any, key: str) -> str:
+    """The field that says of which class settings are is missing, or has another value."""
+    field = item["ctx"]["discriminator"].strip("'")
+    value = item["input"].get(field)
+    if field not in item["input"]:
+        return f"{key}.{field}: required, and missing"
+    if isinstance(value, Guessed):
+        return f"{key}.{field}: {value}"
+    known = [tag.strip("'") for tag in item["ctx"].get("expected_tags", "").split(", ") if tag]
+    return f"{key}.{field}: must be one of {', '.join(known)} (got {shorten(value)}){did_you_mean(str(value), known)}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

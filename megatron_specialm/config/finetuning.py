@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.trainings import DomainTraining
 
 # Sets of at most so many tokens, the factor on the learning rate, the most steps (Grangier et al., arXiv 2402.01093,
 # section 4); of LoRA up to five times as many.
@@ -35,7 +36,7 @@ class Capped(NamedTuple):
     best_step: int
 
 
-def capped_warning(name: str, stage: TrainStage, capped: Sequence[Capped]) -> str:
+def capped_warning(name: str, stage: DomainTraining, capped: Sequence[Capped]) -> str:
     """What to say of a stage's fine-tunings that their cap ended, not early stopping, and what to do. Under a recipe `steps`
     may not be the cap, or not for long."""
     tasks = [f"{name}/{one.key} ({_how(one)})" for one in capped[:SHOWN_TASKS]]

@@ -7,7 +7,7 @@ kind, model presets by name, validation. What comes out is resolved: writing it 
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,19 +18,21 @@ from megatron_specialm.config.explain import did_you_mean, explain
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
+from megatron_specialm.config.trainings import settings_of_other_data
 from megatron_specialm.config.yaml_file import MOST_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
 
 PACKAGE = Path(megatron_specialm.__file__).parent
 MOST_CONFIGS = 20  # that extend each other
 
 
-def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
-    """The classes of a discriminated union by their `kind`."""
-    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(union)[0])}
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that a field of this type may hold, behind unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in _classes(part)]
 
 
-KINDS = _by_kind(schema.Stage)
-ENCODERS = _by_kind(schema.Encoder)
+KINDS = list(dict.fromkeys(get_args(cls.model_fields["kind"].annotation)[0] for cls in _classes(schema.Stage)))
 
 
 def shipped_folder(name: str) -> Path:
@@ -152,16 +154,19 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
         raise ConfigError(
             f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"
         )
-    own = _without_inherited_shape(defaults.get(kind) or {}, stage)
-    stage = _merge(own, stage)
+    stage = _merge(_defaults_for(stage, defaults.get(kind) or {}), stage)
     if isinstance(stage.get("model"), str):
         stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
     return stage
 
 
-def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
-    """A default `model` is for stages that start from random weights: one with `init` takes its shape from there."""
-    return {key: value for key, value in defaults.items() if not (key == "model" and "init" in stage)}
+def _defaults_for(stage: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of its kind that a stage takes: none that go with another `data`, and no `model` where it has `init`, from
+    which it takes its shape."""
+    others = settings_of_other_data({**defaults, **stage}.get("data")) if stage["kind"] == "train" else set()
+    return {
+        key: value for key, value in defaults.items() if key not in others and not (key == "model" and "init" in stage)
+    }
 
 
 def _preset(where: str, config: Path, name: str) -> Any:
@@ -185,41 +190,39 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
 
 def _key_of(location: tuple[int | str, ...]) -> str:
     """The dotted key as it stands in the config."""
-    tags = {*KINDS, *ENCODERS, ONE_RATE, SEVERAL_RATES}
-    return ".".join(
-        str(part)
-        for index, part in enumerate(location)
-        if not (index and part in tags and index == _tag_index(location, index))
-    )
-
-
-def _tag_index(location: tuple[int | str, ...], index: int) -> int:
-    """pydantic puts a union's tag into the location, right behind the stage's name, `encoder` or `learning_rate`: it is no key
-    of the config."""
-    behind_stage = index == 2 and location[0] == "stages"
-    behind_union = location[index - 1] in ("encoder", "learning_rate")
-    return index if behind_stage or behind_union else -1
+    return ".".join(str(part) for part in _walk(location)[0])
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the mapping around a location's last part takes."""
-    current: type[BaseModel] | None = Pipeline
-    for part in location[:-1]:
-        if part in KINDS and current is Pipeline:
-            current = KINDS[str(part)]
-            continue
-        if current is None or part not in current.model_fields:
-            continue
-        found = _settings_class(current.model_fields[str(part)].annotation)
-        current = found or (None if part == "encoder" else current)
-    if "encoder" in location[:-1]:
-        current = ENCODERS[str(location[list(location).index("encoder") + 1])]
-    elif current is TextSet:
-        return [*TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
-    return list(current.model_fields) if current else []
+    classes = _walk(location[:-1])[1]
+    names = dict.fromkeys(name for cls in classes for name in cls.model_fields)
+    return [*names, *(["sizes"] if TextSet in classes and "domains" in location else [])]
 
 
-def _settings_class(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((arg for arg in get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[BaseModel]]]:
+    """The parts of a pydantic location that are keys of the config, and the classes that the value there may be of. Where there
+    are several, the next part is the tag of a union, which chooses among them."""
+    keys: list[int | str] = []
+    classes: list[type[BaseModel]] = [Pipeline]
+    inside: Any = None  # the type of a field that holds a mapping or a list of settings: the next part is a key of it
+    for part in location:
+        if inside is not None:
+            keys.append(part)
+            inside = None
+        elif tagged := [cls for cls in classes if len(classes) > 1 and part in _tags(cls)]:
+            classes = tagged
+        elif part not in (ONE_RATE, SEVERAL_RATES):
+            keys.append(part)
+            field = next((cls.model_fields[str(part)] for cls in classes if part in cls.model_fields), None)
+            classes = _classes(field.annotation) if field is not None else []
+            inside = field.annotation if field is not None and get_origin(field.annotation) in (dict, list) else None
+    return keys, classes
+
+
+def _tags(cls: type[BaseModel]) -> set[str]:
+    """What a union may tell a class by: the values of its fields that can have one value only."""
+    fields = [
+        get_args(field.annotation) for field in cls.model_fields.values() if get_origin(field.annotation) is Literal
+    ]
+    return {values[0] for values in fields if len(values) == 1}

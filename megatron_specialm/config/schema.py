@@ -19,7 +19,8 @@ from pydantic import (
 
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
-from megatron_specialm.config.training import Optimizer, TrainStage
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.trainings import Training
 
 RESERVED = ("artifacts", "figures", "jobs", "parity", "submission")  # other folders of a run, and a file of `jobs/0001`
 
@@ -211,7 +212,7 @@ Stage = Annotated[
     | EmbedStage
     | ClusterStage
     | AssignStage
-    | TrainStage
+    | Training
     | SelectStage
     | TeachStage
     | EvaluateStage

@@ -1,7 +1,7 @@
-"""A train stage of a pipeline's config: what is trained on what, how, and from which weights."""
+"""The settings that all train stages have: what is trained, how, and from which weights."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     Discriminator,
@@ -19,6 +19,7 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
+from megatron_specialm.config.text import GENERIC
 
 # How pydantic calls the two forms of a learning rate: parts of an error's location that are no keys of the config.
 ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
@@ -136,13 +137,18 @@ class Distillation(Settings):
     )
 
 
-class TrainStage(Settings):
-    """Pretraining and specialization: the same stage with other data and other first weights.
+class ProjectedNetwork(NamedTuple):
+    """SLM-pn: what a training of one large model of many experts has beside other trainings."""
 
-    `data` decides for whom: `generic` trains once for all domains, `cluster` (SLM-mix) once per cluster of the generic
-    set, `importance` (SLM-is: the generic set resampled to the domain's cluster histogram) and `domain` (the domain's own
-    text) once per domain. With a `projection`, `generic` training is of an SLM-pn: each window's own cluster's expert.
-    """
+    assignment: str
+    projection: Projection
+    windows_per_expert: int
+    soup: Soup | None
+
+
+class TrainStage(Settings):
+    """Pretraining and specialization: the same stage with other data and other first weights. These settings go with every
+    `data`; `config/trainings.py` has a class for each value of it, with the others."""
 
     kind: Literal["train"]
     tokens: str
@@ -151,42 +157,8 @@ class TrainStage(Settings):
     init: str | None = Field(default=None, description="the stage whose final weights are the first ones here")
     method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
     steps: PositiveInt
-
-    # What changes with the method.
-    assignment: str | None = Field(
-        default=None, description="the assign stage; for `importance`, `cluster` and projected networks"
-    )
-    clusters: list[NonNegativeInt] | None = Field(
-        default=None, min_length=1, description="`cluster` only: train these experts; default: one per cluster"
-    )
-    budget: Literal["equal", "proportional"] = Field(
-        default="equal",
-        description="`cluster` only: an expert's `steps`, or scaled by its cluster's share (mean: `steps`)",
-    )
-    projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
-    windows_per_expert: PositiveInt | None = Field(
-        default=None,
-        description="SLM-pn: windows in a row of a batch that one expert computes, a multiple of micro_batch_size. Few, so "
-        "that a batch has many experts",
-    )
-    soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
     lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged when served")
     distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher too")
-    replay_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="`domain` only: the generic set's share of each batch (arXiv 2502.06042)"
-    )
-    domain_fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="`generic` and `importance`: the domain's share of each batch, repeated from the start (arXiv "
-        "2603.16177); the training is then per domain",
-    )
-    recipe: Literal["paper"] | None = Field(
-        default=None,
-        description="`domain` only: the paper's fine-tuning by the size of the set: up to 1M tokens a third of the "
-        "learning rate and at most 2,000 steps, up to 8M 4,000 steps, beyond 30,000",
-    )
 
     global_batch_size: PositiveInt = Field(description="windows per step")
     micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
@@ -221,84 +193,77 @@ class TrainStage(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.model is None) == (self.init is None):
-            raise ValueError(
-                "give either `model` (start from random weights) or `init` (start from another stage's), not both"
-            )
-        needed = self.data in ("importance", "cluster") or self.projection is not None
-        if needed != (self.assignment is not None):
-            raise ValueError(
-                "`assignment` goes with `data: importance`, `data: cluster` and `projection`, which need it: "
-                + ("name an assign stage" if needed else "drop it")
-            )
-        for wrong, reason in self._misplaced():
+        for wrong, reason in self._contradictions():
             if wrong:
                 raise ValueError(reason)
-        if self.fp8 is not None and self.precision != "fp8":
-            raise ValueError(f"`fp8` goes with `precision: fp8` (it is {self.precision}): set that, or drop `fp8`")
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
         return self
 
-    def _misplaced(self) -> Iterator[tuple[bool, str]]:
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """Settings beside others that they mean nothing with."""
-        of_clusters = self.clusters is not None or self.budget != "equal"
-        yield of_clusters and self.data != "cluster", "`clusters` and `budget` go with `data: cluster`"
-        projected = self.projection is not None
         yield (
-            projected and (self.data != "generic" or self.model is None),
-            (
-                "`projection` goes with `data: generic` and a `model`: all experts are trained together, once for all domains"
-            ),
+            (self.model is None) == (self.init is None),
+            "give either `model` (start from random weights) or `init` (start from another stage's), not both",
         )
-        yield (
-            projected and self.domain_fraction > 0,
-            "`domain_fraction` does not go with `projection`: drop one of them",
-        )
-        yield (
-            (self.windows_per_expert is not None) != projected,
-            (
-                "`windows_per_expert` goes with `projection`, which needs it: how many windows in a row one expert computes"
-            ),
-        )
-        repeated = self.clusters is not None and len(set(self.clusters)) < len(self.clusters)
-        yield repeated, f"`clusters` {self.clusters}: one stands twice"
-        yield self.soup is not None and not projected, "`soup` goes with `projection`"
         yield (
             self.lora is not None and self.init is None,
-            ("`lora` adapts weights that were trained before: give `init` instead of `model`"),
+            "`lora` adapts weights that were trained before: give `init` instead of `model`",
         )
-        yield (
-            self.replay_fraction > 0 and self.data != "domain",
-            ("`replay_fraction` goes with `data: domain`: other trainings read the generic set anyway"),
-        )
-        yield (
-            self.domain_fraction > 0 and self.data not in ("generic", "importance"),
-            ("`domain_fraction` goes with `data: generic` or `data: importance`"),
-        )
-        yield self.recipe is not None and self.data != "domain", "`recipe: paper` is for `data: domain`"
         rates = self.optimizer.rates
         yield (
             len(rates) > 1 and self.early_stopping is None,
-            (
-                f"`optimizer.learning_rate` {rates}: the best is taken by validation loss: give `early_stopping`, or one number"
-            ),
+            f"`optimizer.learning_rate` {rates}: the best is taken by validation loss: give `early_stopping`, or one number",
         )
         yield (
             self.trial_steps is not None and len(rates) == 1,
-            (
-                f"`trial_steps` {self.trial_steps} goes with several rates in `optimizer.learning_rate` (it is {rates[0]}): "
-                "give a list, or drop `trial_steps`"
-            ),
-        )
-        yield (
-            self.distill is not None and projected,
-            ("`distill` does not go with `projection`: distill into an expert after it was selected"),
+            f"`trial_steps` {self.trial_steps} goes with several rates in `optimizer.learning_rate` (it is {rates[0]}): "
+            "give a list, or drop `trial_steps`",
         )
         yield (
             self.distill is not None
             and self.distill.cache is not None
-            and (self.replay_fraction > 0 or self.data != "domain"),
+            and (self.data != "domain" or self.mixed_fraction > 0),
             "`distill.cache` holds the domain's windows only: use `data: domain` without `replay_fraction`, or drop "
             "`cache` and let the teacher compute beside the student",
         )
+        yield (
+            self.fp8 is not None and self.precision != "fp8",
+            f"`fp8` goes with `precision: fp8` (it is {self.precision}): set that, or drop `fp8`",
+        )
+        yield (
+            self.schedule.warmup_steps > self.steps,
+            f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}",
+        )
+
+    @property
+    def clustering(self) -> str | None:
+        """The assign stage whose clusters it reads."""
+        return None
+
+    @property
+    def network(self) -> ProjectedNetwork | None:
+        """What it is of, where that is a projected network."""
+        return None
+
+    @property
+    def mixed_fraction(self) -> float:
+        """The share of each batch that is of a second set of text: the domain's, or where that is the first, the generic."""
+        return 0.0
+
+    @property
+    def mixes_in_domain(self) -> bool:
+        """Whether the domain's text is mixed into another one."""
+        return self.mixed_fraction > 0 and self.data != "domain"
+
+    @property
+    def steps_follow_data(self) -> bool:
+        """Whether `steps` alone does not say how many steps are made, early stopping aside: it depends on the text's size."""
+        return False
+
+    def text_read(self, key: str) -> list[str]:
+        """The sets of text that the training of a model reads, the one that decides its size first."""
+        own, mixed = (key, GENERIC) if self.data == "domain" else (GENERIC, key)
+        return [own, mixed] if self.mixed_fraction > 0 else [own]
+
+    def text_validated(self, key: str) -> str:
+        """The set on whose held-out text early stopping validates: a domain's for whatever reads the domain's text."""
+        return self.text_read(key)[-1 if self.mixes_in_domain else 0]

@@ -19,7 +19,7 @@ def part_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> float:
     """The part of a training's steps that no finished one of another length has made; 1 of other tasks, and where the data
     decide how many steps there are."""
     stage = train_stages(pipeline).get(planned.task.id.stage)
-    if stage is None or stage.recipe is not None or stage.budget != "equal":
+    if stage is None or stage.steps_follow_data:
         return 1.0
     rate = planned.task.rate
     ours = at_rate(stage, stage.optimizer.rates[0]) if rate is None else trial_of(stage, rate)

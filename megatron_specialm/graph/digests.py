@@ -1,8 +1,8 @@
 """The digest of a task: SHA-256 over all that decides its result.
 
-These are its own settings, the other settings of the config that it reads, its seed, its inputs' digests, and the content of the
-files it reads, by their role; not where or on how many processes it runs, nor the names of files. A setting at the default that
-it was introduced with is left out (`graph/content.py`), so that a new setting leaves every digest as it was.
+These are its own settings, the other settings of the config that it reads, its seed, its inputs' digests, and the content of
+the files it reads, by their role; not where or on how many processes it runs, nor the names of files. A setting at the default
+that it was introduced with is left out (`graph/content.py`), so that a new setting leaves every digest as it was.
 """
 
 from collections.abc import Mapping

@@ -10,6 +10,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import AssignStage, ClusterStage, Pipeline, TokenizerStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, kind_of
 from megatron_specialm.graph.tasks import TaskId
@@ -119,8 +120,9 @@ def key_for(pipeline: Pipeline, name: str, key: str) -> str:
 def trained_clusters(pipeline: Pipeline, name: str) -> list[int]:
     """The clusters that a mixture or a projected network has experts of."""
     stage = train_stage(pipeline, name)
-    assert stage.assignment is not None
-    return stage.clusters or list(range(cluster_count(pipeline, stage.assignment)))
+    assert stage.clustering is not None
+    chosen = stage.clusters if isinstance(stage, ClusterTraining) else None
+    return chosen or list(range(cluster_count(pipeline, stage.clustering)))
 
 
 def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
@@ -144,24 +146,12 @@ def has_online_teacher(stage: TrainStage) -> bool:
 def validates_by_cluster(stage: TrainStage) -> bool:
     """Whether early stopping asks which clusters the held-out generic windows are in. What reads the domain's text is
     validated on the domain's."""
-    return stage.early_stopping is not None and stage.assignment is not None and not stage.domain_fraction
-
-
-def text_read(stage: TrainStage, key: str) -> list[str]:
-    """The sets whose text a training reads, the one that decides its size first."""
-    if stage.data == "domain":
-        return [key, GENERIC] if stage.replay_fraction else [key]
-    return [GENERIC, key] if stage.domain_fraction else [GENERIC]
-
-
-def text_validated(stage: TrainStage, key: str) -> str:
-    """The set on whose held-out text early stopping validates: a domain's for whatever reads the domain's text."""
-    return text_read(stage, key)[-1 if stage.domain_fraction else 0]
+    return stage.early_stopping is not None and stage.clustering is not None and not stage.mixes_in_domain
 
 
 def held_out_assignments(pipeline: Pipeline) -> set[str]:
     """The assign stages by whose clusters a training is validated."""
-    return {stage.assignment or "" for stage in train_stages(pipeline).values() if validates_by_cluster(stage)}
+    return {stage.clustering or "" for stage in train_stages(pipeline).values() if validates_by_cluster(stage)}
 
 
 def setup_of(pipeline: Pipeline, name: str) -> Setup:
@@ -178,7 +168,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.global_batch_size,
         stage.micro_batch_size,
         stage.fp8,
-        stage.windows_per_expert or 1,
+        stage.network.windows_per_expert if stage.network else 1,
         _variants(stage),
         model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
     )
@@ -186,10 +176,10 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
 
 def _variants(stage: TrainStage) -> int:
     """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
-    if stage.projection is None:
+    if (network := stage.network) is None:
         return 0
-    groups = stage.global_batch_size // (stage.windows_per_expert or 1)
-    return groups if stage.soup else min(groups, stage.projection.experts)
+    groups = stage.global_batch_size // network.windows_per_expert
+    return groups if network.soup else min(groups, network.projection.experts)
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:

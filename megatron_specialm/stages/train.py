@@ -203,8 +203,8 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
 
 def _write_centroid(stage: TrainStage, context: Context) -> None:
     """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
-    assign = assign_stage(context.pipeline, stage.assignment or "")
-    k = cluster_count(context.pipeline, stage.assignment or "")
+    assign = assign_stage(context.pipeline, stage.clustering or "")
+    k = cluster_count(context.pipeline, stage.clustering or "")
     centroids = read_centroids(context.artifact(assign.clusters, GENERIC), k=k)
     write_array(context.folder / CENTROID, centroids[cluster_of(context.model_key)])
 

@@ -137,9 +137,9 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
     ("stage", "fields", "words"),
     [
         ("mix", {"clusters": [0, 4]}, "clusters: 4 does not exist: `assignment` has clusters 0 to 3"),
-        ("mix", {"assignment": None}, "need it: name an assign stage"),
+        ("mix", {"assignment": None}, "`data: cluster` needs `assignment`: name an assign stage"),
         ("slm", {"assignment": "assignment"}, "need it: drop it"),
-        ("slm", {"clusters": [1]}, "`clusters` and `budget` go with `data: cluster`"),
+        ("slm", {"clusters": [1]}, "`clusters` goes with `data: cluster`, and this is `data: generic`: drop it"),
         ("pn", {"projection": {"experts": 5, "capacity": 3, "code_size": 5}},
          "projection.experts: 5, and `assignment` has 4 clusters"),
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
@@ -171,8 +171,16 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("taught", {"keep": "top-k", "count": 501}, "count: 501 of a vocabulary of 500"),
         ("taught", {"count": None}, "`count` goes with"),
         ("slm", {"replay_fraction": 0.1}, "`replay_fraction` goes with `data: domain`"),
-        ("tuned", {"domain_fraction": 0.1}, "`domain_fraction` goes with `data: generic`"),
-        ("slm", {"recipe": "paper"}, "`recipe: paper` is for `data: domain`"),
+        ("slm", {"budget": "proportional"}, "`budget` goes with `data: cluster`"),
+        ("tuned", {"domain_fraction": 0.1}, "`domain_fraction` goes with `data: generic` or `data: importance`"),
+        ("slm", {"recipe": "paper"}, "`recipe` goes with `data: domain`"),
+        ("tuned", {"assignment": "assignment"}, "`assignment` goes with"),
+        ("pn", {"model": None, "init": "slm"}, "`projection` goes with a `model`"),
+        ("pn", {"domain_fraction": 0.1}, "`domain_fraction` does not go with `projection`"),
+        ("slm", {"data": "genric"}, "must be one of generic, cluster, importance, domain (got 'genric'); did you mean"),
+        ("slm", {"data": None}, "slm.data: must be one of"),
+        ("tuned", {"recpie": "paper"}, "tuned.recpie: unknown key; did you mean 'recipe'"),
+        ("pn", {"projection": {"expert": 4}}, "pn.projection.expert: unknown key; did you mean 'experts'"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused_before_anything_runs(
@@ -182,6 +190,36 @@ def test_what_means_nothing_is_refused_before_anything_runs(
         build_graph(_load(tmp_path, **{stage: fields}))
     assert words in str(refusal.value)
     assert f"stages.{stage}" in str(refusal.value)
+
+
+def test_settings_of_other_data_may_stand_at_their_defaults(tmp_path: Path) -> None:
+    """Earlier versions wrote every setting into the configs that they resolved."""
+    others = {
+        "clusters": None, "budget": "equal", "replay_fraction": 0.0, "domain_fraction": 0.0, "recipe": None,
+        "assignment": None, "projection": None, "windows_per_expert": None, "soup": None,
+    }  # fmt: skip
+    spelled = {name: {**others, **STAGES[name]} for name in ("slm", "mix", "pn", "tuned", "early", "replay")}
+    assert _load(tmp_path, **spelled) == _load(tmp_path)
+
+
+def test_defaults_of_trainings_are_for_those_that_have_the_setting(tmp_path: Path) -> None:
+    _load(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    defaults = {"replay_fraction": 0.25, "clusters": [0, 1], "domain_fraction": 0.5, "recipe": "paper"}
+    config["defaults"] = {"train": defaults}
+    for name in ("pn", "cached"):  # with which some of these do not go
+        del config["stages"][name]
+    config["stages"]["soup"]["experts"] = "mix"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = load_pipeline(tmp_path / "config.yaml").model_dump()["stages"]
+    has = {"slm": ["domain_fraction"], "mix": ["clusters"], "tuned": ["replay_fraction", "recipe"]}
+    for name, settings in has.items():
+        given = {key: found[name][key] for key in defaults if key in found[name]}
+        assert given == {key: defaults[key] for key in settings}, name
+    config["defaults"]["train"]["recpie"] = "paper"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"slm\.recpie: unknown key"):
+        load_pipeline(tmp_path / "config.yaml")
 
 
 def test_clusters_of_other_windows_are_refused(tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ class EvaluateKind(StageKind[EvaluateStage]):
     kind = "evaluate"
     makes = "perplexity"
     references: ClassVar[References] = {"tokens": "tokens", "models": "model"}
-    placement: ClassVar[Placement] = {
-        "batch_size": True,
-        "models": True,
-    }  # which other models there are decides nothing about one of them
+    # Which other models there are decides nothing about one of them.
+    placement: ClassVar[Placement] = {"batch_size": True, "models": True}
 
     def tasks(self, pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
         for model in stage.models:

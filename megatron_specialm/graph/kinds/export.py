@@ -17,7 +17,7 @@ class ExportKind(StageKind[ExportStage]):
     kind = "export"
     makes = "export"
     references: ClassVar[References] = {"tokens": "tokens", "models": "model"}
-    placement: ClassVar[Placement] = {"models": True}  # which other models there are decides nothing about one of them
+    placement: ClassVar[Placement] = {"models": True}  # other models decide nothing about one of them
 
     def tasks(self, pipeline: Pipeline, name: str, stage: ExportStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)

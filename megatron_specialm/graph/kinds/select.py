@@ -32,11 +32,11 @@ class SelectKind(ModelKind[SelectStage]):
     uses_training_seed = True
 
     def tasks(self, pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator[Task]:
-        experts = train_stage(pipeline, stage.experts)
-        assert experts.assignment is not None
+        assignment = train_stage(pipeline, stage.experts).clustering
+        assert assignment is not None
         models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
         for domain in pipeline.text.domains:
-            read = (TaskId(stage.tokens, domain), TaskId(experts.assignment, domain), *models)
+            read = (TaskId(stage.tokens, domain), TaskId(assignment, domain), *models)
             yield Task(TaskId(name, domain), (tokenizer_task(pipeline, stage.tokens), *read), {}, domain)
 
     def check(self, pipeline: Pipeline, name: str, stage: SelectStage) -> None:

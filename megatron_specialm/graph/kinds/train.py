@@ -22,8 +22,6 @@ from megatron_specialm.graph.lineage import (
     model_of,
     setup_of,
     stage_of,
-    text_read,
-    text_validated,
     tokenizer_task,
     trained_clusters,
     validates_by_cluster,
@@ -46,7 +44,7 @@ class TrainKind(ModelKind[TrainStage]):
     placement: ClassVar[Placement] = {
         "parallel": True, "micro_batch_size": True, "checkpoint": True, "log_every": True, "tensorboard": True,
         "wandb_project": True,
-        "clusters": True,  # which other experts there are decides nothing about one of them
+        "clusters": True,  # other experts decide nothing about one of them
         "method": True,  # a name in tables and on model cards: it is in the export's digest
     }  # fmt: skip
     ranks_by = "any"
@@ -56,15 +54,15 @@ class TrainKind(ModelKind[TrainStage]):
     def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)
         for key in model_keys(pipeline, name):
-            inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in text_read(stage, key))]
-            if stage.assignment is not None:
-                inputs.append(TaskId(stage.assignment, GENERIC))
+            inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
+            if (assignment := stage.clustering) is not None:
+                inputs.append(TaskId(assignment, GENERIC))
                 if stage.data == "importance":
-                    inputs.append(TaskId(stage.assignment, key))
+                    inputs.append(TaskId(assignment, key))
                 if validates_by_cluster(stage):
-                    inputs.append(TaskId(stage.assignment, HELD_OUT))
+                    inputs.append(TaskId(assignment, HELD_OUT))
                 if stage.data == "cluster":
-                    inputs.append(TaskId(assign_stage(pipeline, stage.assignment).clusters, GENERIC))
+                    inputs.append(TaskId(assign_stage(pipeline, assignment).clusters, GENERIC))
             if stage.init is not None:
                 inputs.append(TaskId(stage.init, key_for(pipeline, stage.init, key)))
             if stage.distill is not None:
@@ -82,8 +80,8 @@ class TrainKind(ModelKind[TrainStage]):
         for field, model in models.items():
             if model is not None:
                 check_model(pipeline, name, field, stage.tokens, model, keys=model_keys(pipeline, name))
-        if stage.assignment is not None:
-            _check_clusters(pipeline, name, stage, stage.assignment)
+        if stage.clustering is not None:
+            _check_clusters(pipeline, name, stage, stage.clustering)
         if stage.distill is not None and stage.distill.cache is not None:
             _check_cache(pipeline, name, stage)
         refuse(name, setup_of(pipeline, name))
@@ -98,13 +96,13 @@ class TrainKind(ModelKind[TrainStage]):
     def validated_sets(self, pipeline: Pipeline, name: str, stage: TrainStage) -> set[str]:
         if stage.early_stopping is None:
             return set()
-        return {text_validated(stage, key) for key in model_keys(pipeline, name)}
+        return {stage.text_validated(key) for key in model_keys(pipeline, name)}
 
     def keys(self, pipeline: Pipeline, name: str, stage: TrainStage) -> list[str]:
         """One per domain also where it starts from a domain's weights."""
         if stage.data == "cluster":
             return [expert_key(cluster) for cluster in trained_clusters(pipeline, name)]
-        per_domain = stage.data != "generic" or stage.domain_fraction > 0
+        per_domain = stage.data != "generic" or stage.mixes_in_domain
         if stage.init is not None and model_keys(pipeline, stage.init) != [GENERIC]:
             per_domain = True
         return list(pipeline.text.domains) if per_domain else [GENERIC]
@@ -112,7 +110,7 @@ class TrainKind(ModelKind[TrainStage]):
     def shape(self, pipeline: Pipeline, stage: TrainStage) -> ModelConfig:
         """What it starts from is merged first: one expert, without adapters."""
         if stage.model is not None:
-            return stage.model.model_copy(update={"projection": stage.projection})
+            return stage.model.model_copy(update={"projection": stage.network and stage.network.projection})
         assert stage.init is not None
         return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
 
@@ -123,11 +121,11 @@ class TrainKind(ModelKind[TrainStage]):
         if stage.data == "domain":
             return "fine-tuned"
         before = domain_text(pipeline, stage.init) if stage.init is not None else "none"
-        return "mixed in" if stage.domain_fraction and before == "none" else before
+        return "mixed in" if stage.mixes_in_domain and before == "none" else before
 
     def origin(self, stage: TrainStage) -> str:
-        mixed = f"+{GENERIC}" if stage.replay_fraction else "+domain" if stage.domain_fraction else ""
-        return f"{stage.data}{mixed}"
+        mixed = "domain" if stage.mixes_in_domain else GENERIC
+        return f"{stage.data}+{mixed}" if stage.mixed_fraction else stage.data
 
 
 def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment: str) -> None:
@@ -138,9 +136,9 @@ def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment
             f"`{vectors.tokens}`: set them equal, or name another assign stage"
         )
     k = cluster_count(pipeline, assignment)
-    if stage.projection is not None and stage.projection.experts != k:
+    if stage.network is not None and (experts := stage.network.projection.experts) != k:
         raise ConfigError(
-            f"stages.{name}.projection.experts: {stage.projection.experts}, and `{assignment}` has {k} clusters: "
+            f"stages.{name}.projection.experts: {experts}, and `{assignment}` has {k} clusters: "
             "an expert is a cluster's, so set them equal"
         )
     for cluster in trained_clusters(pipeline, name) if stage.data == "cluster" else ():
