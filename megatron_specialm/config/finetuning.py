@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.config.trainings import DomainTraining
 
 # Sets of at most so many tokens, the factor on the learning rate, the most steps (Grangier et al., arXiv 2402.01093,
 # section 4); of LoRA up to five times as many.
@@ -36,7 +35,7 @@ class Capped(NamedTuple):
     best_step: int
 
 
-def capped_warning(name: str, stage: DomainTraining, capped: Sequence[Capped]) -> str:
+def capped_warning(name: str, stage: TrainStage, capped: Sequence[Capped]) -> str:
     """What to say of a stage's fine-tunings that their cap ended, not early stopping, and what to do. Under a recipe `steps`
     may not be the cap, or not for long."""
     tasks = [f"{name}/{one.key} ({_how(one)})" for one in capped[:SHOWN_TASKS]]
@@ -45,9 +44,9 @@ def capped_warning(name: str, stage: DomainTraining, capped: Sequence[Capped]) -
     fixes = []
     if any(one.steps >= stage.steps for one in capped):
         fixes.append(f"raise stages.{name}.steps (now {stage.steps:,})")
-    if stage.recipe is not None:
+    if stage.size_recipe is not None:
         fixes.append(
-            f"where `recipe: {stage.recipe}` allows no more, set stages.{name}.recipe=null and a learning rate of your own"
+            f"where `recipe: {stage.size_recipe}` allows no more, set stages.{name}.recipe=null and a learning rate of your own"
         )
     return f"the cap on steps, not early stopping, ended {', '.join(tasks)}: {'; '.join(fixes)}"
 

@@ -255,9 +255,14 @@ class TrainStage(Settings):
         return self.mixed_fraction > 0 and self.data != "domain"
 
     @property
+    def size_recipe(self) -> Literal["paper"] | None:
+        """The recipe by which steps and learning rates follow from the size of the domain's set."""
+        return None
+
+    @property
     def steps_follow_data(self) -> bool:
         """Whether `steps` alone does not say how many steps are made, early stopping aside: it depends on the text's size."""
-        return False
+        return self.size_recipe is not None
 
     def text_read(self, key: str) -> list[str]:
         """The sets of text that the training of a model reads, the one that decides its size first."""

@@ -160,8 +160,8 @@ class DomainTraining(_OfOneData):
         return self.replay_fraction
 
     @property
-    def steps_follow_data(self) -> bool:
-        return self.recipe is not None
+    def size_recipe(self) -> Literal["paper"] | None:
+        return self.recipe
 
 
 Training = Annotated[

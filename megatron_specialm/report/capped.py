@@ -6,7 +6,6 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.trainings import DomainTraining
 from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
@@ -17,8 +16,6 @@ def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root
     cap ended is a model's if it was taken; the log of any other says so."""
     warnings = []
     for name, stage in train_stages(pipeline).items():
-        if not isinstance(stage, DomainTraining):
-            continue
         found = []
         for task, planned in plan.items():
             wanted = task.stage == name and planned.task.rate is None

@@ -12,7 +12,6 @@ from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.config.trainings import DomainTraining
 from megatron_specialm.estimate import capabilities
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.setup import Passes, Setup
@@ -130,8 +129,7 @@ def planned_hours(flops: float, peak: float) -> float:
 
 def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
     """Steps of one run, at most: a recipe goes by the size of the domain's set, where the config says it."""
-    by_size = isinstance(stage, DomainTraining) and stage.recipe is not None
-    size = text_set(pipeline, key).train_tokens if by_size else None
+    size = text_set(pipeline, key).train_tokens if stage.size_recipe else None
     return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps
 
 

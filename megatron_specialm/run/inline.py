@@ -48,7 +48,7 @@ def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -
         ConfigError: the ranks are no multiple of a stage's tensor x pipeline x context parallel processes, or more than its
             batch divides into.
     """
-    fitted = dict(pipeline.stages)
+    fitted: dict[str, Any] = dict(pipeline.stages)
     for name, stage in train_stages(pipeline).items():
         if name not in stages:
             continue

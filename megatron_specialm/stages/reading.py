@@ -11,7 +11,7 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import ProjectedNetwork, TrainStage
-from megatron_specialm.config.trainings import ClusterTraining, DomainTraining
+from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -229,6 +229,6 @@ def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, in
                 otherwise="use fewer clusters (k), or name those to train in `clusters`",
             )  # fmt: skip
         return with_steps(stage, expert_steps(stage.steps, budget=stage.budget, size=size, sizes=index.sizes))
-    if isinstance(stage, DomainTraining) and stage.recipe is not None:
+    if stage.size_recipe is not None:
         return finetuning_recipe(stage, set_tokens=store.tokens)
     return stage
