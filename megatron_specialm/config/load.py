@@ -1,7 +1,7 @@
 """From a YAML file to a validated `Pipeline`.
 
-In this order: `extends` (the config is laid over another one), dotted overrides from the command line, `defaults` by stage
-kind, model presets by name, validation. What comes out is resolved: writing it down and loading it again gives the same.
+In this order: `extends` (the config is merged over another one), dotted overrides from the command line, `defaults` by stage
+kind, model presets by name, validation. The result is resolved: dumped and loaded again it is the same.
 """
 
 import os
@@ -19,10 +19,10 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
 from megatron_specialm.config.trainings import settings_of_other_data
-from megatron_specialm.config.yaml_file import MOST_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
+from megatron_specialm.config.yaml_file import MAX_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
 
 PACKAGE = Path(megatron_specialm.__file__).parent
-MOST_CONFIGS = 20  # that extend each other
+MAX_CONFIGS = 20  # in a chain of `extends`
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
@@ -36,7 +36,7 @@ KINDS = list(dict.fromkeys(get_args(cls.model_fields["kind"].annotation)[0] for 
 
 
 def shipped_folder(name: str) -> Path:
-    """A folder that comes with the code: inside the package in a wheel, at the top of the repository in a checkout."""
+    """A folder that is shipped with the code: inside the package in a wheel, at the top of the repository in a checkout."""
     packaged = PACKAGE / "shipped" / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name
 
@@ -63,7 +63,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 
 def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
-    """Resolve and validate what a config's file and overrides have given; see `load_pipeline`."""
+    """Resolve and validate a config that was read from its file and overridden; see `load_pipeline`."""
     defaults = config.pop("defaults", None) or {}
     if not isinstance(defaults, dict):
         raise ConfigError(
@@ -84,23 +84,25 @@ def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
-    """The resolved config as YAML: what a run folder keeps, and what jobs run from."""
+    """The resolved config as YAML, as a run folder keeps it and jobs read it."""
     return dump_yaml(pipeline.model_dump(mode="json"))
 
 
 def read_config(path: Path, seen: tuple[Path, ...] = (), room: Room | None = None) -> dict[str, Any]:
-    """Read a config and lay it over the config it extends (a path relative to its own folder).
+    """Read a config and merge it over the one that it extends (a path relative to its own folder).
+
+    Args:
+        seen: the configs that led here by `extends`.
+        room: how much may still be read.
 
     Raises:
-        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of configs, or a long row.
+        ConfigError: a file is missing or not YAML, has a key twice, or the chain of `extends` is a circle or too long.
     """
     place, room = Path(os.path.realpath(path)), room or Room()
     if place in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(map(str, (*seen, place)))}")
-    if len(seen) == MOST_CONFIGS:
-        raise ConfigError(
-            f"{seen[0]}: extends more than {MOST_CONFIGS - 1} configs one after the other: join some of them"
-        )
+    if len(seen) == MAX_CONFIGS:
+        raise ConfigError(f"{seen[0]}: extends a chain of more than {MAX_CONFIGS - 1} configs: join some of them")
     try:
         config = read_yaml_file(path, room)
     except FileNotFoundError:
@@ -118,7 +120,7 @@ def read_config(path: Path, seen: tuple[Path, ...] = (), room: Room | None = Non
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """Lay one mapping over another; anything but two mappings is replaced. A null takes a key out."""
+    """Merge two mappings, `over` winning; any other value is replaced. A null removes a key of `base`."""
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
         return over
     merged = {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
@@ -132,8 +134,8 @@ def _apply_override(config: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{where}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
     value = read_yaml(text, where=where)
     *parents, last = key.split(".")
-    if len(parents) > MOST_LEVELS:
-        raise ConfigError(f"{where}: more than {MOST_LEVELS} dots: no setting stands so deep")
+    if len(parents) > MAX_LEVELS:
+        raise ConfigError(f"{where}: more than {MAX_LEVELS} dots: no setting stands so deep")
     place = config
     for depth, part in enumerate(parents):
         place = place.setdefault(part, {})
@@ -146,7 +148,7 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
     if not isinstance(stage, dict):
         raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
     kind = stage.get("kind")
-    if kind is None:  # mostly an override of a stage whose name is mistyped
+    if kind is None:  # often an override of a stage whose name is mistyped
         raise ConfigError(
             f"{path}: stages.{name}: has no `kind`{did_you_mean(name, sorted(others))}; kinds: {', '.join(KINDS)}"
         )
@@ -205,7 +207,7 @@ def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[B
     are several, the next part is the tag of a union, which chooses among them."""
     keys: list[int | str] = []
     classes: list[type[BaseModel]] = [Pipeline]
-    inside: Any = None  # the type of a field that holds a mapping or a list of settings: the next part is a key of it
+    inside: Any = None  # a mapping or list of settings, of which the next part is a key or index
     for part in location:
         if inside is not None:
             keys.append(part)

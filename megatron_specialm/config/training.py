@@ -21,7 +21,7 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.text import GENERIC
 
-# How pydantic calls the two forms of a learning rate: parts of an error's location that are no keys of the config.
+# pydantic's tags for the two forms of a learning rate: parts of an error's location that are not keys of the config.
 ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
 
 
@@ -35,15 +35,15 @@ Rates = Annotated[
 
 
 class Adam(Settings):
-    """Adam with the paper's settings as defaults (Table 7: clip 5.0), but for its learning rate."""
+    """Adam without its learning rate. Defaults are the paper's (Table 7: clip 5.0)."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(
         default=0.0,
-        description="AdamW's, of the weights of linears, embeddings, projected bases and LoRA's adapters; norms, biases, "
-        "codes and projections do not decay",
+        description="decoupled (AdamW), for the weights of linears, embeddings, projected bases and LoRA adapters; not for "
+        "norms, biases, codes and projections",
     )
     clip_grad: PositiveFloat = Field(default=5.0, description="global gradient norm")
 
@@ -55,11 +55,11 @@ class Optimizer(Adam):
 
 
 class TrainOptimizer(Adam):
-    """Adam at one learning rate, or at several, of which the best is taken."""
+    """Adam at one learning rate, or at several, of which the best is kept."""
 
     learning_rate: Rates = Field(
         default=1e-4,
-        description="a list is tried, with `early_stopping`: each rate by a training of its own, of which the one with the "
+        description="of a list (with `early_stopping`) each rate is tried by a training of its own, and the one with the "
         "lowest validation loss is kept, the first of equal ones (`trial_steps`)",
     )
 
@@ -73,17 +73,17 @@ class TrainOptimizer(Adam):
 
     @property
     def rates(self) -> list[float]:
-        """The rates to try; one where there is no choice."""
+        """The learning rates to try; a list of one where one is given."""
         return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
 
     @property
     def peak(self) -> float:
-        """The one rate of a training that has no choice, or has made it (`graph/rates.py`)."""
+        """The learning rate, where one is given or has been chosen (`graph/rates.py`)."""
         assert not isinstance(self.learning_rate, list), "no rate has been chosen yet"
         return self.learning_rate
 
     def scaled(self, factor: float) -> Self:
-        """With every rate times a factor."""
+        """With every learning rate multiplied by a factor."""
         return self.model_copy(update={"learning_rate": _one_or_several([rate * factor for rate in self.rates])})
 
 
@@ -97,20 +97,20 @@ class Schedule(Settings):
     kind: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegativeInt = 1_000
     final_fraction: float = Field(default=0.1, ge=0, le=1, description="of the peak rate, at the last step")
-    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: share of the steps that decay")
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: fraction of the steps that decay")
 
 
 class CheckpointPolicy(Settings):
-    """When to save and how many `step_N` folders to keep: the newest. Beside them the best is kept, and of `wsd` the one before
-    the decay, from which a longer training can go on."""
+    """How often to save, and how many of the newest `step_N` folders to keep. The best checkpoint is kept too, and with
+    `wsd` the one before the decay, from which a longer training can continue."""
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
 
 
 class EarlyStopping(Settings):
-    """Stop when the validation loss has not improved for `patience` evaluations in a row; the best checkpoint counts. It is
-    of held-out text like the training's: data/validation.py says which."""
+    """Stop when the validation loss has not improved for `patience` evaluations in a row; the best checkpoint is the
+    result. The loss is on held-out text like that of the training (data/validation.py)."""
 
     evaluate_every: PositiveInt
     patience: PositiveInt = 3
@@ -138,7 +138,7 @@ class Distillation(Settings):
 
 
 class ProjectedNetwork(NamedTuple):
-    """SLM-pn: what a training of one large model of many experts has beside other trainings."""
+    """SLM-pn: the settings of a training of one large model of many experts."""
 
     assignment: str
     projection: Projection
@@ -158,7 +158,7 @@ class TrainStage(Settings):
     method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
     steps: PositiveInt
     lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged when served")
-    distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher too")
+    distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher in addition")
 
     global_batch_size: PositiveInt = Field(description="windows per step")
     micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
@@ -171,15 +171,16 @@ class TrainStage(Settings):
     early_stopping: EarlyStopping | None = None
     trial_steps: PositiveInt | None = Field(
         default=None,
-        description="with several learning rates: compare them after so many steps, at the next validation, and go on with "
-        "the best alone; default: train each to the end",
+        description="with several learning rates: compare them at the first validation after this many steps, and continue "
+        "with the best only; default: train each to the end",
     )
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = Field(
-        default=5, description="steps in a row with a loss or gradient norm that is not finite, before training stops"
+        default=5,
+        description="consecutive steps with a loss or gradient norm that is not finite, before training stops",
     )
     spike_factor: PositiveFloat = Field(
-        default=5.0, description="a gradient norm above this many times its recent median is counted as a spike"
+        default=5.0, description="a gradient norm above this multiple of its recent median is counted as a spike"
     )
     tensorboard: bool = False
     wandb_project: str | None = None
@@ -199,7 +200,7 @@ class TrainStage(Settings):
         return self
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """Settings beside others that they mean nothing with."""
+        """Combinations of settings that contradict each other, with the message."""
         yield (
             (self.model is None) == (self.init is None),
             "give either `model` (start from random weights) or `init` (start from another stage's), not both",
@@ -241,17 +242,18 @@ class TrainStage(Settings):
 
     @property
     def network(self) -> ProjectedNetwork | None:
-        """What it is of, where that is a projected network."""
+        """Its settings as a projected network; None for other models."""
         return None
 
     @property
     def mixed_fraction(self) -> float:
-        """The share of each batch that is of a second set of text: the domain's, or where that is the first, the generic."""
+        """The fraction of each batch that comes from a second set of text: the domain's, or with `data: domain` the generic
+        one."""
         return 0.0
 
     @property
     def mixes_in_domain(self) -> bool:
-        """Whether the domain's text is mixed into another one."""
+        """Whether the domain's text is mixed into the generic one."""
         return self.mixed_fraction > 0 and self.data != "domain"
 
     @property
@@ -261,14 +263,14 @@ class TrainStage(Settings):
 
     @property
     def steps_follow_data(self) -> bool:
-        """Whether `steps` alone does not say how many steps are made, early stopping aside: it depends on the text's size."""
+        """Whether the number of steps depends on the size of the text, and not on `steps` alone (early stopping aside)."""
         return self.size_recipe is not None
 
     def text_read(self, key: str) -> list[str]:
-        """The sets of text that the training of a model reads, the one that decides its size first."""
+        """The sets of text that the training of the model `key` reads, the main one first."""
         own, mixed = (key, GENERIC) if self.data == "domain" else (GENERIC, key)
         return [own, mixed] if self.mixed_fraction > 0 else [own]
 
     def text_validated(self, key: str) -> str:
-        """The set on whose held-out text early stopping validates: a domain's for whatever reads the domain's text."""
+        """The set on whose held-out text early stopping validates: the domain's wherever its text is read."""
         return self.text_read(key)[-1 if self.mixes_in_domain else 0]

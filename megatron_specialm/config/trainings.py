@@ -31,14 +31,14 @@ class _OfOneData(TrainStage):
 
 
 class _WithDomainText(_OfOneData):
-    """Trainings on the generic set that may read the domain's text too."""
+    """A training on the generic set that may mix in the domain's text."""
 
     domain_fraction: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="the domain's share of each batch, repeated from the start (arXiv 2603.16177); the training is then per "
-        "domain",
+        description="the domain's fraction of each batch, repeated from the start (arXiv 2603.16177); the training is then "
+        "per domain",
     )
 
     @property
@@ -47,7 +47,7 @@ class _WithDomainText(_OfOneData):
 
 
 class _Clustered(_OfOneData):
-    """Trainings on windows of chosen clusters of the generic set."""
+    """A training on windows of the generic set that are chosen by their clusters."""
 
     assignment: str = Field(description="the assign stage that has the clusters")
 
@@ -64,16 +64,16 @@ class _Clustered(_OfOneData):
 
 
 class GenericTraining(_WithDomainText):
-    """On the generic set: once for all domains, or with `domain_fraction` per domain. With a `projection` it is of an SLM-pn:
-    each window trains its own cluster's expert."""
+    """On the generic set: one model for all domains, or with `domain_fraction` one per domain. With a `projection` it is an
+    SLM-pn: each window trains the expert of its cluster."""
 
     data: Literal["generic"]
     assignment: str | None = Field(default=None, description="SLM-pn: the assign stage that has the clusters")
     projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
     windows_per_expert: PositiveInt | None = Field(
         default=None,
-        description="SLM-pn: windows in a row of a batch that one expert computes, a multiple of micro_batch_size. Few, so "
-        "that a batch has many experts",
+        description="SLM-pn: consecutive windows of a batch that one expert computes, a multiple of micro_batch_size; few, "
+        "so that a batch trains many experts",
     )
     soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
 
@@ -105,7 +105,7 @@ class GenericTraining(_WithDomainText):
         )
         yield (
             projected != (self.windows_per_expert is not None),
-            "`windows_per_expert` goes with `projection`, which needs it: how many windows in a row one expert computes",
+            "`windows_per_expert` goes with `projection`, which needs it: how many consecutive windows one expert computes",
         )
         yield self.soup is not None and not projected, "`soup` goes with `projection`"
         yield (
@@ -116,14 +116,15 @@ class GenericTraining(_WithDomainText):
 
 
 class ClusterTraining(_Clustered):
-    """SLM-mix: once per cluster of the generic set."""
+    """SLM-mix: one model per cluster, on its windows of the generic set."""
 
     data: Literal["cluster"]
     clusters: list[NonNegativeInt] | None = Field(
         default=None, min_length=1, description="train these experts; default: one per cluster"
     )
     budget: Literal["equal", "proportional"] = Field(
-        default="equal", description="an expert's `steps`, or scaled by its cluster's share (mean: `steps`)"
+        default="equal",
+        description="`steps` for each expert, or in proportion to the size of its cluster (mean: `steps`)",
     )
 
     @property
@@ -132,22 +133,22 @@ class ClusterTraining(_Clustered):
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         repeated = self.clusters is not None and len(set(self.clusters)) < len(self.clusters)
-        yield repeated, f"`clusters` {self.clusters}: one stands twice"
+        yield repeated, f"`clusters` {self.clusters}: one is there twice"
         yield from super()._contradictions()
 
 
 class ImportanceTraining(_WithDomainText, _Clustered):
-    """SLM-is: once per domain, on the generic set resampled to the domain's cluster histogram."""
+    """SLM-is: one model per domain, on the generic set resampled to the domain's cluster histogram."""
 
     data: Literal["importance"]
 
 
 class DomainTraining(_OfOneData):
-    """Once per domain, on its own text."""
+    """One model per domain, on the domain's own text."""
 
     data: Literal["domain"]
     replay_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="the generic set's share of each batch (arXiv 2502.06042)"
+        default=0.0, ge=0, lt=1, description="the generic set's fraction of each batch (arXiv 2502.06042)"
     )
     recipe: Literal["paper"] | None = Field(
         default=None,

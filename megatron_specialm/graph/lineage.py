@@ -24,7 +24,7 @@ HELD_OUT = f"{GENERIC}.validation"
 
 
 def sources(pipeline: Pipeline) -> list[str]:
-    """The keys of the sets of text: `generic`, then the domains."""
+    """The sets of text: `generic`, then the domains."""
     return [GENERIC, *pipeline.text.domains]
 
 
@@ -40,13 +40,13 @@ def shard_keys(pipeline: Pipeline, source: str) -> list[str]:
 
 
 def source_of(key: str) -> str:
-    """The set that the key of a task over text is about, `generic` of `generic.00003`; or the model that the key of a train
-    task is about, `legal` of `legal.rate-0.0017`. No domain's name has a dot."""
+    """The set of text that a key belongs to, `generic` for `generic.00003`; or the model, `legal` for `legal.rate-0.0017`.
+    Names of domains have no dot."""
     return key.partition(".")[0]
 
 
 def domain_of(pipeline: Pipeline, key: str) -> str | None:
-    """The domain that a task's key stands for; None for `generic` and for a cluster: their cost is for everybody."""
+    """The domain that a task's key names; None for `generic` and for a cluster, whose cost is generic."""
     return key if key in pipeline.text.domains else None
 
 
@@ -118,7 +118,7 @@ def key_for(pipeline: Pipeline, name: str, key: str) -> str:
 
 
 def trained_clusters(pipeline: Pipeline, name: str) -> list[int]:
-    """The clusters that a mixture or a projected network has experts of."""
+    """The clusters for which a mixture or a projected network has experts."""
     stage = train_stage(pipeline, name)
     assert stage.clustering is not None
     chosen = stage.clusters if isinstance(stage, ClusterTraining) else None
@@ -144,8 +144,8 @@ def has_online_teacher(stage: TrainStage) -> bool:
 
 
 def validates_by_cluster(stage: TrainStage) -> bool:
-    """Whether early stopping asks which clusters the held-out generic windows are in. What reads the domain's text is
-    validated on the domain's."""
+    """Whether early stopping weights the held-out generic windows by their clusters. A training that reads the domain's text is
+    validated on that instead."""
     return stage.early_stopping is not None and stage.clustering is not None and not stage.mixes_in_domain
 
 
@@ -155,7 +155,7 @@ def held_out_assignments(pipeline: Pipeline) -> set[str]:
 
 
 def setup_of(pipeline: Pipeline, name: str) -> Setup:
-    """What a train stage asks of its engine."""
+    """What a train stage requires of its engine."""
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
     tokenizer = stage_of(pipeline, tokens.tokenizer, TokenizerStage)
@@ -175,7 +175,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
 
 
 def _variants(stage: TrainStage) -> int:
-    """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
+    """The number of mixtures of experts in a step: one per group of windows; without soups, one per cluster at most."""
     if (network := stage.network) is None:
         return 0
     groups = stage.global_batch_size // network.windows_per_expert
@@ -183,7 +183,7 @@ def _variants(stage: TrainStage) -> int:
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
-    """The named train stage and its setup, or one stage for each setup that the config has.
+    """The named train stage and its setup, or for each different setup of the config one stage that has it.
 
     Raises:
         ConfigError: there is no train stage of that name.
@@ -200,32 +200,32 @@ def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
 
 
 def method_of(pipeline: Pipeline, name: str) -> str:
-    """The method's name in tables: given, or inherited from the stage it starts from, or the stage's own name."""
+    """The name of a stage's method in tables: given, or that of the stage it starts from, or the stage's own name."""
     kind, stage = _model_stage(pipeline, name)
     before = kind.start(stage)
     return stage.method or (method_of(pipeline, before) if before else name)
 
 
 def domain_text(pipeline: Pipeline, name: str) -> DomainText:
-    """How a model has read the domain's own text: not at all, mixed into the text of a pretraining (`domain_fraction`), or
-    as what it was trained on."""
+    """How a stage's models have read the domain's own text: not at all, mixed into a pretraining (`domain_fraction`), or in a
+    fine-tuning."""
     kind, stage = _model_stage(pipeline, name)
     return kind.domain_text(pipeline, stage)
 
 
 def is_finetuned(pipeline: Pipeline, name: str) -> bool:
-    """Whether a model has been trained on the domain's own text, alone or mixed in."""
+    """Whether a stage's models have been trained on the domain's own text, alone or mixed in."""
     return domain_text(pipeline, name) != "none"
 
 
 def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
-    """For each method the last stage of the config that fine-tunes a model of it."""
+    """For each method the last stage of the config that fine-tunes its models."""
     return {method_of(pipeline, name): name for name in train_stages(pipeline) if is_finetuned(pipeline, name)}
 
 
 def trainings(pipeline: Pipeline, name: str) -> list[tuple[str, str]]:
-    """The stages that make a model, oldest first, each with how it was selected or the data it was trained on; behind a
-    plus what was mixed in."""
+    """The stages that a model went through, oldest first, each with the data it was trained on (behind a plus what was
+    mixed in) or with the criterion of its selection."""
     kind, stage = _model_stage(pipeline, name)
     before = kind.start(stage)
     return [*(trainings(pipeline, before) if before else []), (name, kind.origin(stage))]

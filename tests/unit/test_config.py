@@ -104,7 +104,7 @@ def test_a_cycle_is_shown() -> None:
     ("text", "says"),
     [
         ("seed: [", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", "'seed' is there twice"),
         ("- a\n", "must be a mapping"),
         ("extends: config.yaml\n", "extends itself"),
         ("extends: absent.yaml\n", r"absent\.yaml: no such file \(named by `extends` in .*config\.yaml"),

@@ -147,7 +147,7 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
         ("slm", {"windows_per_expert": 4}, "`windows_per_expert` goes with `projection`"),
         ("pn", {"windows_per_expert": None}, "`windows_per_expert` goes with `projection`, which needs it"),
-        ("mix", {"clusters": [1, 1]}, "[1, 1]: one stands twice"),
+        ("mix", {"clusters": [1, 1]}, "[1, 1]: one is there twice"),
         ("slm", {"distill": {"teacher": "llm-tuned"}}, "distill.teacher: 'llm-tuned' is made for each domain, and 'slm' is"),
         ("mix", {"model": None, "init": "early"}, "init: 'early' is made for each domain, and 'mix' is not (mix/c0)"),
         ("slm", {"soup": {}}, "`soup` goes with `projection`"),
