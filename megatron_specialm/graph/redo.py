@@ -101,8 +101,8 @@ def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
     if needs_confirmation(redo, pipeline):
         raise UnconfirmedError(
             f"{pipeline.root}: finished work would be made anew for about {device_time(_to_confirm(redo))}, and above "
-            f"{pipeline.ask_above_device_hours:g} device-hours (`ask_above_device_hours`) that takes a yes. Nothing was done: "
-            "say `--yes`, or take back what has changed (`specialm plan`), which finds the finished work again"
+            f"{pipeline.ask_above_device_hours:g} device-hours (`ask_above_device_hours`) that needs confirmation. Nothing was "
+            "done: give `--yes`, or undo the change (`specialm plan` names it), and the finished work is found again"
         )
 
 
