@@ -153,9 +153,7 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
             f"{path}: stages.{name}: has no `kind`{did_you_mean(name, sorted(others))}; kinds: {', '.join(KINDS)}"
         )
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(
-            f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"
-        )
+        raise ConfigError(f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), KINDS)}")
     stage = _merge(_defaults_for(stage, defaults.get(kind) or {}), stage)
     if isinstance(stage.get("model"), str):
         stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
@@ -182,10 +180,9 @@ def _preset(where: str, config: Path, name: str) -> Any:
 
 
 def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
-    known = list(KINDS)
     for kind, settings in defaults.items():
-        if kind not in known:
-            raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, known)}; known: {', '.join(known)}")
+        if kind not in KINDS:
+            raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, KINDS)}; known: {', '.join(KINDS)}")
         if not isinstance(settings, dict | None):
             raise ConfigError(f"{where}.{kind}: must be settings of such stages, as in {{...: ...}} (got {settings!r})")
 
@@ -207,18 +204,18 @@ def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[B
     are several, the next part is the tag of a union, which chooses among them."""
     keys: list[int | str] = []
     classes: list[type[BaseModel]] = [Pipeline]
-    inside: Any = None  # a mapping or list of settings, of which the next part is a key or index
+    inside = False  # a mapping or list of settings, of which the next part is a key or index
     for part in location:
-        if inside is not None:
+        if inside:
             keys.append(part)
-            inside = None
+            inside = False
         elif tagged := [cls for cls in classes if len(classes) > 1 and part in _tags(cls)]:
             classes = tagged
         elif part not in (ONE_RATE, SEVERAL_RATES):
             keys.append(part)
-            field = next((cls.model_fields[str(part)] for cls in classes if part in cls.model_fields), None)
-            classes = _classes(field.annotation) if field is not None else []
-            inside = field.annotation if field is not None and get_origin(field.annotation) in (dict, list) else None
+            found = (cls.model_fields[str(part)].annotation for cls in classes if part in cls.model_fields)
+            annotation = next(found, None)
+            classes, inside = _classes(annotation), get_origin(annotation) in (dict, list)
     return keys, classes
 
 

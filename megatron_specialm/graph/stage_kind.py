@@ -110,7 +110,8 @@ class ModelKind(StageKind[S]):
 
     @abstractmethod
     def origin(self, stage: S) -> str:
-        """The data that they were trained on here, with what is mixed in behind a plus; or how they were selected."""
+        """What made them here, for model cards: the data that they were trained on, with what is mixed in behind a plus, or how
+        they were selected. Words, or a key of `READS` in `convert/model_card.py`."""
 
 
 KINDS: dict[str, StageKind[Any]] = {}
