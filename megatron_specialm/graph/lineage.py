@@ -2,7 +2,7 @@
 shape and method, and from which weights. The answers follow from the config alone; `graph/build.py` checks that fields name
 stages of the right kind."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
@@ -210,7 +210,10 @@ def domain_text(pipeline: Pipeline, name: str) -> DomainText:
     """How a stage's models have read the domain's own text: not at all, mixed into a pretraining (`domain_fraction`), or in a
     fine-tuning."""
     kind, stage = _model_stage(pipeline, name)
-    return kind.domain_text(pipeline, stage)
+    before = kind.start(stage)
+    return max(
+        domain_text(pipeline, before) if before else "none", kind.domain_text(stage), key=get_args(DomainText).index
+    )
 
 
 def is_finetuned(pipeline: Pipeline, name: str) -> bool:

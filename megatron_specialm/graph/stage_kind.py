@@ -104,9 +104,9 @@ class ModelKind(StageKind[S]):
     def start(self, stage: S) -> str | None:
         """The stage whose weights are its first ones; None where they are random."""
 
-    @abstractmethod
-    def domain_text(self, pipeline: Pipeline, stage: S) -> DomainText:
-        """How its models have read the domain's own text, here or in what they start from."""
+    def domain_text(self, stage: S) -> DomainText:
+        """How its models read the domain's own text here, whatever they start from."""
+        return "none"
 
     @abstractmethod
     def origin(self, stage: S) -> str:

@@ -15,8 +15,6 @@ from megatron_specialm.graph.text_tasks import text_tasks
 
 @register
 class AssignKind(StageKind[AssignStage]):
-    """See the module."""
-
     kind = "assign"
     makes = "assignment"
     references: ClassVar[References] = {"clusters": "clusters", "vectors": "vectors"}

@@ -11,8 +11,6 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @register
 class ClusterKind(StageKind[ClusterStage]):
-    """See the module."""
-
     kind = "cluster"
     makes = "clusters"
     references: ClassVar[References] = {"vectors": "vectors"}

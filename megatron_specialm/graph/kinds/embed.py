@@ -23,8 +23,6 @@ STATIC_MODEL = "package:wordllama"
 
 @register
 class EmbedKind(StageKind[EmbedStage]):
-    """See the module."""
-
     kind = "embed"
     makes = "vectors"
     references: ClassVar[References] = {"tokens": "tokens"}

@@ -13,8 +13,6 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @register
 class EvaluateKind(StageKind[EvaluateStage]):
-    """See the module."""
-
     kind = "evaluate"
     makes = "perplexity"
     references: ClassVar[References] = {"tokens": "tokens", "models": "model"}

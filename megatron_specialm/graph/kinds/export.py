@@ -12,8 +12,6 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @register
 class ExportKind(StageKind[ExportStage]):
-    """See the module."""
-
     kind = "export"
     makes = "export"
     references: ClassVar[References] = {"tokens": "tokens", "models": "model"}

@@ -6,23 +6,14 @@ from typing import ClassVar
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import Pipeline, SelectStage
-from megatron_specialm.graph.lineage import (
-    domain_text,
-    experts_of,
-    model_keys,
-    model_of,
-    tokenizer_task,
-    train_stage,
-)
+from megatron_specialm.graph.lineage import experts_of, model_keys, model_of, tokenizer_task, train_stage
 from megatron_specialm.graph.relations import check_tokenizer
-from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
+from megatron_specialm.graph.stage_kind import ModelKind, Placement, References, register
 from megatron_specialm.graph.tasks import Task, TaskId
 
 
 @register
 class SelectKind(ModelKind[SelectStage]):
-    """See the module."""
-
     kind = "select"
     references: ClassVar[References] = {"tokens": "tokens", "experts": "model"}
     placement: ClassVar[Placement] = {
@@ -64,9 +55,6 @@ class SelectKind(ModelKind[SelectStage]):
 
     def start(self, stage: SelectStage) -> str:
         return stage.experts
-
-    def domain_text(self, pipeline: Pipeline, stage: SelectStage) -> DomainText:
-        return domain_text(pipeline, stage.experts)
 
     def origin(self, stage: SelectStage) -> str:
         return stage.by

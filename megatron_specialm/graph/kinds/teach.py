@@ -13,8 +13,6 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @register
 class TeachKind(StageKind[TeachStage]):
-    """See the module."""
-
     kind = "teach"
     makes = "distributions"
     references: ClassVar[References] = {"tokens": "tokens", "teacher": "model"}

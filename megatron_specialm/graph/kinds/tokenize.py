@@ -14,8 +14,6 @@ from megatron_specialm.graph.text_tasks import entries_of, settings_given, text_
 
 @register
 class TokenizeKind(StageKind[TokenizeStage]):
-    """See the module."""
-
     kind = "tokenize"
     makes = "tokens"
     references: ClassVar[References] = {"tokenizer": "tokenizer"}

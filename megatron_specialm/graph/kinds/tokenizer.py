@@ -12,8 +12,6 @@ from megatron_specialm.graph.text_tasks import entries_of, settings_given
 
 @register
 class TokenizerKind(StageKind[TokenizerStage]):
-    """See the module."""
-
     kind = "tokenizer"
     makes = "tokenizer"
     placement: ClassVar[Placement] = {"path": True}  # the file's content is in the digest, wherever it is

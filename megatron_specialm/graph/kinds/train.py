@@ -15,7 +15,6 @@ from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
     domain_of,
-    domain_text,
     expert_key,
     key_for,
     model_keys,
@@ -34,8 +33,6 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @register
 class TrainKind(ModelKind[TrainStage]):
-    """See the module."""
-
     kind = "train"
     references: ClassVar[References] = {
         "tokens": "tokens", "assignment": "assignment", "init": "model", "distill.teacher": "model",
@@ -76,10 +73,9 @@ class TrainKind(ModelKind[TrainStage]):
             yield replace(made, inputs=(*made.inputs, *(trial.id for trial in trials)))
 
     def check(self, pipeline: Pipeline, name: str, stage: TrainStage) -> None:
-        models = {"init": stage.init, "distill.teacher": stage.distill.teacher if stage.distill else None}
-        for field, model in models.items():
-            if model is not None:
-                check_model(pipeline, name, field, stage.tokens, model, keys=model_keys(pipeline, name))
+        for field, other in self.named_stages(stage):
+            if self.references[field] == "model":
+                check_model(pipeline, name, field, stage.tokens, other, keys=model_keys(pipeline, name))
         if stage.clustering is not None:
             _check_clusters(pipeline, name, stage, stage.clustering)
         if stage.distill is not None and stage.distill.cache is not None:
@@ -117,11 +113,8 @@ class TrainKind(ModelKind[TrainStage]):
     def start(self, stage: TrainStage) -> str | None:
         return stage.init
 
-    def domain_text(self, pipeline: Pipeline, stage: TrainStage) -> DomainText:
-        if stage.data == "domain":
-            return "fine-tuned"
-        before = domain_text(pipeline, stage.init) if stage.init is not None else "none"
-        return "mixed in" if stage.mixes_in_domain and before == "none" else before
+    def domain_text(self, stage: TrainStage) -> DomainText:
+        return "fine-tuned" if stage.data == "domain" else "mixed in" if stage.mixes_in_domain else "none"
 
     def origin(self, stage: TrainStage) -> str:
         mixed = "domain" if stage.mixes_in_domain else GENERIC
