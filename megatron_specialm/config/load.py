@@ -135,7 +135,7 @@ def _apply_override(config: dict[str, Any], override: str) -> None:
     value = read_yaml(text, where=where)
     *parents, last = key.split(".")
     if len(parents) > MAX_LEVELS:
-        raise ConfigError(f"{where}: more than {MAX_LEVELS} dots: no setting stands so deep")
+        raise ConfigError(f"{where}: more than {MAX_LEVELS} dots: no setting is nested so deep")
     place = config
     for depth, part in enumerate(parents):
         place = place.setdefault(part, {})
@@ -188,7 +188,7 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
-    """The dotted key as it stands in the config."""
+    """The dotted key of the config."""
     return ".".join(str(part) for part in _walk(location)[0])
 
 

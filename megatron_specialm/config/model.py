@@ -83,7 +83,7 @@ class ModelConfig(Settings):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_its_own(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_activation_of_llama(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A llama has no setting `activation`."""
         values: dict[str, Any] = whole(self)
         if self.family == "llama":

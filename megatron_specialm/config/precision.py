@@ -61,7 +61,7 @@ def megatron_settings(precision: Precision, fp8: Fp8Config | None) -> dict[str, 
         "bf16": True,
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
-        # Transformer Engine's own defaults. Megatron-Core's look one step back only.
+        # Transformer Engine's defaults. Those of Megatron-Core keep a history of one step only.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": fp8.bf16_layers > 0,

@@ -83,8 +83,8 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     for (stage, because), names in groups.items():
         keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
         more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-        said = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
-        yield f"  {said}; about {device_time(sum(redo[name].anew for name in names))}"
+        what = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
+        yield f"  {what}; about {device_time(sum(redo[name].anew for name in names))}"
 
 
 def needs_confirmation(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:

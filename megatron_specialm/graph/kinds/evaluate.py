@@ -22,8 +22,7 @@ class EvaluateKind(StageKind[EvaluateStage]):
     def tasks(self, pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
         for model in stage.models:
             for key in model_keys(pipeline, model):
-                # A shared model is scored on each domain by a task of its own, so that another domain adds one and touches
-                # none.
+                # A model for all domains has a task for each set, so that a new domain leaves the others done.
                 for source in sources(pipeline) if key == GENERIC else [key]:
                     own = f"{model}.{key}" if source == key else f"{model}.{key}.{source}"
                     inputs = (TaskId(model, key), TaskId(stage.tokens, source))
