@@ -37,10 +37,10 @@ HOSTILE = {
     ),
     "merges of merges": (_doubling("{<<: [%s]}", "{x: 1}"), "50,000 values"),
     "two merges at a time": (_doubling("{<<: [%s]}", "{x: 1}", times=2, levels=40), "50,000 values"),
-    "a list inside itself": ("a: &a [*a]\n", "inside itself"),
-    "a map inside itself": ("a: &a {b: {c: [*a]}}\n", "inside itself"),
-    "a merge of itself": ("a: &a {<<: *a}\n", "inside itself"),
-    "a merge of a list of itself": ("a: &a {<<: [*a, *a]}\n", "inside itself"),
+    "a list inside itself": ("a: &a [*a]\n", "an anchor contains itself"),
+    "a map inside itself": ("a: &a {b: {c: [*a]}}\n", "an anchor contains itself"),
+    "a merge of itself": ("a: &a {<<: *a}\n", "an anchor contains itself"),
+    "a merge of a list of itself": ("a: &a {<<: [*a, *a]}\n", "an anchor contains itself"),
     "open brackets": ("a: " + "[" * 100_000, "too deep"),
     "brackets": ("a: " + "[" * 1000 + "]" * 1000, "too deep"),
     "maps": ("a: " + "{b: " * 1000 + "1" + "}" * 1000, "too deep"),
@@ -128,7 +128,7 @@ def test_what_is_no_config_is_neither_waited_for_nor_read(
     [
         ("name={a0: &a0 [x], " + ", ".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)) + "}",
          "50,000 values"),
-        ("name=&x [*x]", "inside itself"),
+        ("name=&x [*x]", "an anchor contains itself"),
         ("name=" + "[" * 60_000, "too deep"),
         (".".join(["a"] * 20_000) + "=1", f"more than {MAX_LEVELS} dots"),
         ("a" * 100_000 + "=1", "unknown key"),
@@ -147,7 +147,7 @@ def test_configs_that_extend_each_other_are_few_and_share_their_room(tmp_path: P
     for number in range(MAX_CONFIGS + 1):
         (tmp_path / f"p{number}.yaml").write_text(f"extends: p{number + 1}.yaml\n")
     (tmp_path / f"p{MAX_CONFIGS + 1}.yaml").write_text(f"extends: {SMOKE}\n")
-    with pytest.raises(ConfigError, match=r"p0\.yaml: extends more than 19 configs"):
+    with pytest.raises(ConfigError, match=r"p0\.yaml: extends a chain of more than 19 configs"):
         load_pipeline(tmp_path / "p0.yaml")
     assert load_pipeline(tmp_path / "p5.yaml").name == "smoke"
     (tmp_path / "a.yaml").write_text("extends: b.yaml\nx: [" + "1," * (MAX_VALUES // 2) + "]")
