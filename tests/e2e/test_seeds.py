@@ -17,8 +17,8 @@ from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.checkpoint.checkpoint import find_final, read_model
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.report.seeds import merge_runs
 from megatron_specialm.run.worker import execute
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan, select
-from megatron_specialm.graph.tasks import build_graph
 
 from .compare import different_artifacts, different_results, leftovers
 from .config import write_config
