@@ -12,14 +12,12 @@ clusters' experts would never be trained alone.
 Shapes: K clusters, B = global batch size.
 """
 
-import functools
-
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
-from megatron_specialm.data.sampling import ImportanceStream, StreamReport
+from megatron_specialm.data.sampling import ImportanceStream, StepDraw, StreamReport
 
 
 class ExpertStream:
@@ -46,22 +44,13 @@ class ExpertStream:
             windows_in_a_row=windows_per_expert,
         )
         self._index, self._soup, self._seed = index, soup, seed
-        self._draw = functools.lru_cache(maxsize=1)(self._draw_step)  # a step is asked for its windows and its mixtures
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Window ids of optimizer step `step` (from 0), (B,) int64."""
-        return self._draw(step)[0]
+    def draw(self, step: int) -> StepDraw:
+        """The windows of optimizer step `step`, from 0, and the mixture of experts that computes each.
 
-    def mixtures(self, step: int) -> np.ndarray:
-        """The mixture of experts that computes each window of `global_batch(step)`, (B, K) float32, each summing to 1."""
-        return self._draw(step)[1]
-
-    def report(self, steps: int) -> StreamReport:
-        """What a run of `steps` steps will read: each cluster as often as it is large, by plain groups to within two
-        groups, by soups on average."""
-        return self._plain.report(steps * self._groups)
-
-    def _draw_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        Raises:
+            DataError: step < 0.
+        """
         if step < 0:
             raise DataError(f"step is {step}: steps count from 0")
         numbers = range(step * self._groups, (step + 1) * self._groups)
@@ -70,12 +59,17 @@ class ExpertStream:
         mixtures = np.zeros((self._groups, self._row, len(self._index.sizes)), np.float32)
         if not soups.all():
             first = numbers.start - soups_before(numbers.start, self._soup)
-            ids, clusters = self._plain.global_batches(range(first, first + int((~soups).sum())))
+            ids, clusters = self._plain.draw_steps(range(first, first + int((~soups).sum())))
             windows[~soups] = ids.reshape(-1, self._row)
             mixtures[np.flatnonzero(~soups), :, clusters[:: self._row]] = 1
         for group in np.flatnonzero(soups):
             windows[group], mixtures[group] = self._draw_soup(numbers[group])
-        return windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1)
+        return StepDraw(windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1))
+
+    def report(self, steps: int) -> StreamReport:
+        """What a run of `steps` steps will read: each cluster as often as it is large, by plain groups to within two
+        groups, by soups on average."""
+        return self._plain.report(steps * self._groups)
 
     def _draw_soup(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows (row,) and the histogram (K,) of one soup group."""

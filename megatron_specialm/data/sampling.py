@@ -55,6 +55,18 @@ class StreamReport:
     warnings: tuple[str, ...]
 
 
+class StepDraw(NamedTuple):
+    """What one optimizer step reads, for B windows and K experts.
+
+    window_ids: (B,) int64.
+    mixtures: (B, K) float32, each row summing to 1: the weights of the experts that compute the window. One-hot for a single
+        expert. None for a model without experts.
+    """
+
+    window_ids: np.ndarray
+    mixtures: np.ndarray | None = None
+
+
 class _Schedule:
     """The clusters of the draws 0, 1, 2, ... under fixed weights, with any draw reached directly.
 
@@ -174,15 +186,15 @@ class ImportanceStream:
             elif not np.array_equal(values, self._phases[-1].weights):  # saying the same again changes nothing
                 self._phases.append(_Phase(start, values, _Schedule(values), self.counts(start)))
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Window ids of optimizer step `step` (from 0), (B,) int64; the price is the same for any step.
+    def draw(self, step: int) -> StepDraw:
+        """The windows of optimizer step `step`, from 0. All steps take equally long to draw.
 
         Raises:
             DataError: step < 0.
         """
-        return self.global_batches(range(step, step + 1))[0]
+        return StepDraw(self.draw_steps(range(step, step + 1))[0])
 
-    def global_batches(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+    def draw_steps(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
         """Window ids of consecutive steps in a row, and the cluster of each, (len(steps) * B,) int64 both.
 
         Args:
@@ -191,7 +203,7 @@ class ImportanceStream:
         Raises:
             DataError: a step < 0.
         """
-        clusters, ranks = self._draw(steps)
+        clusters, ranks = self._locate(steps)
         sizes = self._sizes[clusters]
         epochs, places = np.divmod(ranks, sizes)
         keys = mix(self._keys[clusters] + epochs.astype(np.uint64))
@@ -228,7 +240,7 @@ class ImportanceStream:
             warnings=_repeat_warnings(repeats, self._sizes),
         )
 
-    def _draw(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
         """Cluster of each window of some steps, and how many windows the cluster had given before, both int64."""
         phase = self._phase(steps.start)
         assert phase is self._phase(steps[-1])

@@ -153,7 +153,7 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, contex
             logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
         if but_for_length(made_from, trials) == ours:
-            yield _Training(folder, reading.to_measure(at_length(stage, made_from["settings"])), marker)
+            yield _Training(folder, reading.resolve_steps(at_length(stage, made_from["settings"])), marker)
 
 
 def _made_from(folder: Path) -> dict[str, Any]:

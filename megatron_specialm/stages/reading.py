@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,13 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.data.batches import Notes, Stream, Windows
+from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import MIXTURE, TokenStore, read_counts
+from megatron_specialm.data.store import TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
@@ -38,17 +38,24 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingData(NamedTuple):
-    """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
-    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`; `to_measure`
-    does with settings of another length what was done with the stage's."""
+    """What a training reads.
+
+    settings: the stage's, with the number of steps that fits these data.
+    store: the set that decides the number of steps; its windows are the first of `windows`.
+    windows: all windows that the stream draws.
+    stream: the windows of each step.
+    extra_inputs: further inputs of windows, by their ids.
+    held_out: what early stopping validates on; None without it.
+    resolve_steps: gives other settings of this stage the number of steps that fits these data.
+    """
 
     settings: TrainStage
     store: TokenStore
     windows: Windows
     stream: Stream
-    notes: Notes
+    extra_inputs: ExtraInputs
     held_out: HeldOut | None
-    to_measure: Callable[[TrainStage], TrainStage]
+    resolve_steps: Callable[[TrainStage], TrainStage]
 
     @property
     def slots_per_step(self) -> int:
@@ -70,24 +77,19 @@ def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
             f"{store.folder}: {len(windows)} training windows are fewer than one batch: lower "
             f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
         )
-    if stage.projection is not None:
-        experts = _experts(stage, context, windows=len(store))
-        held_out = _held_out(stage, context, np.ones(stage.projection.experts))
-        reading = TrainingData(
-            stage, store, windows, experts,
-            lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
-        )  # fmt: skip
+    index, weights = _clusters(stage, context, stores)
+    seed = context.pipeline.seed_of_training
+    stream: Stream
+    if stage.projection is None:
+        stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=seed)
     else:
-        index, weights = _clusters(stage, context, stores)
-        stream = ImportanceStream(
-            index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
-        )
-        to_measure = functools.partial(_resolve_steps, context=context, store=store, index=index)
-        settings, held_out, notes = to_measure(stage), _held_out(stage, context, weights), _notes(stage, context)
-        reading = TrainingData(settings, store, windows, stream, notes, held_out, to_measure)
-    for warning in reading.stream.report(reading.settings.steps).warnings:
+        stream = _expert_stream(stage, context, index, seed=seed)
+    resolve_steps = functools.partial(_resolve_steps, context=context, store=store, index=index)
+    settings, held_out = resolve_steps(stage), _held_out(stage, context, weights)
+    data = TrainingData(settings, store, windows, stream, _extra_inputs(stage, context), held_out, resolve_steps)
+    for warning in stream.report(settings.steps).warnings:
         logger.warning("%s", warning)
-    return reading
+    return data
 
 
 def open_store(tokens: str, context: Context, source: str, split: str = "train") -> TokenStore:
@@ -107,9 +109,12 @@ def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
     return store
 
 
-def _experts(stage: TrainStage, context: Context, *, windows: int) -> ExpertStream:
-    """SLM-pn: each window by its own cluster's expert, or a soup of them."""
-    index = _generic_index(stage, context, windows=windows)
+def _expert_stream(stage: TrainStage, context: Context, index: ClusterIndex, *, seed: int) -> ExpertStream:
+    """SLM-pn: each window with the expert of its cluster, or with a mixture of experts.
+
+    Raises:
+        DataError: a cluster has fewer windows than an expert reads at a time.
+    """
     assert stage.windows_per_expert is not None
     for cluster in np.flatnonzero(index.sizes):
         check_enough(
@@ -121,34 +126,36 @@ def _experts(stage: TrainStage, context: Context, *, windows: int) -> ExpertStre
         global_batch_size=stage.global_batch_size,
         windows_per_expert=stage.windows_per_expert,
         soup=stage.soup,
-        seed=context.pipeline.seed_of_training,
+        seed=seed,
     )
 
 
-def _mixtures(stream: ExpertStream, step: int, rows: slice) -> Mapping[str, np.ndarray]:
-    return {MIXTURE: stream.mixtures(step)[rows]}
-
-
-def _notes(stage: TrainStage, context: Context) -> Notes:
-    """What a teacher's cache has of the windows."""
+def _extra_inputs(stage: TrainStage, context: Context) -> ExtraInputs:
+    """The cached outputs of the teacher, with `distill.cache`."""
     if stage.distill is None or stage.distill.cache is None:
-        return lambda *_: {}
+        return lambda _: {}
     teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.model_key))
     cache = TeacherCache.open(
         context.artifact(stage.distill.cache, context.model_key),
         teacher=context.marker(*teacher).digest,
         store=context.marker(stage.tokens, context.model_key).digest,
     )
-    return lambda _, __, ids: cache.notes(ids)
+    return cache.notes
 
 
 def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
-    """What is drawn how often: everything alike; SLM-mix: one cluster; SLM-is: the domain's histogram; and of a second
-    set its fraction."""
+    """The clusters, and the weight (K,) of each in the global batches. Without clusters all windows weigh the same; SLM-mix:
+    one cluster; SLM-is: the domain's histogram; SLM-pn: each cluster by its size. A second set is one more cluster, which
+    weighs `replay_fraction` or `domain_fraction`."""
     index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
     if stage.assignment is not None:
         index = _generic_index(stage, context, windows=len(stores[0]))
-        weights = _one_cluster(context, index) if stage.data == "cluster" else _like_domain(stage, context, index)
+        if stage.projection is not None:
+            weights = index.sizes / len(stores[0])
+        elif stage.data == "cluster":
+            weights = np.eye(len(index.sizes))[cluster_of(context.model_key)]
+        else:
+            weights = _like_domain(stage, context, index)
     if len(stores) == 2:
         share = stage.replay_fraction or stage.domain_fraction
         index = index.joined(ClusterIndex.single(len(stores[1])))
@@ -202,10 +209,6 @@ def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: 
 def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
     assignment = stage.assignment or ""
     return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
-
-
-def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
-    return np.eye(len(index.sizes))[cluster_of(context.model_key)]
 
 
 def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:

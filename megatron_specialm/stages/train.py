@@ -94,7 +94,9 @@ def run(stage: TrainStage, context: Context) -> Report:
         run = Run(
             folder=context.folder,
             settings=settings,
-            batches=TrainingBatches(reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes),
+            batches=TrainingBatches(
+                reading.windows, reading.stream, rank=rank, processes=copies, extra_inputs=reading.extra_inputs
+            ),
             validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,

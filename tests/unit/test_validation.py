@@ -273,7 +273,7 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
         stream = _reading(prepared, stage, key).stream
         assert isinstance(stream, ExpertStream)
         assert report.values["passes"]["trained_variants"] == sum(
-            len(np.unique(stream.mixtures(step), axis=0)) for step in range(4)
+            len(np.unique(stream.draw(step).mixtures, axis=0)) for step in range(4)
         )
         mixtures = [batch.notes[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
         fours = [set(mixtures[first : first + 4]) for first in range(0, len(mixtures), 4)]
