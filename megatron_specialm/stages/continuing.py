@@ -38,10 +38,10 @@ from megatron_specialm.checkpoint.checkpoint import (
     step_folder,
 )
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.training_data import TrainingData
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.rates import trial_key
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import TrainingData
 from megatron_specialm.train.progress import Progress
 
 logger = logging.getLogger(__name__)

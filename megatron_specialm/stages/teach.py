@@ -11,10 +11,10 @@ from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
+from megatron_specialm.data.training_data import open_store
 from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import open_store
 from megatron_specialm.train.teaching import teach
 
 

@@ -18,6 +18,7 @@ from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.estimate.setup import Passes
@@ -26,7 +27,6 @@ from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
-from megatron_specialm.stages.reading import TrainingData, open_training_data
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.work import WorkRecord
 from tests.contexts import make_context

@@ -1,14 +1,20 @@
-"""What a training reads: which windows, in which order, and what else is known of them. Each method is a branch here."""
+"""The data of a training: its windows, their order, further inputs, and the windows that it is validated on.
+
+Methods differ in the clusters and their weights (`_clusters`) and in the held-out windows (`data/validation.py`).
+"""
 
 import functools
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_specialm.base.artifacts import Marker
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
@@ -30,11 +36,30 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
-from megatron_specialm.graph.tasks import text_read, text_validated
+from megatron_specialm.graph.tasks import Task, text_read, text_validated
 from megatron_specialm.graph.validation import refuse_too_little
-from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
+
+
+class TaskContext(Protocol):
+    """The task that reads data, and the folders of its inputs. `stages/context.py` is the implementation."""
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def model_key(self) -> str:
+        """The key of the model: `generic`, a domain, or an expert's cluster."""
+
+    def artifact(self, stage: str, key: str) -> Path:
+        """The folder of an input."""
+
+    def marker(self, stage: str, key: str) -> Marker:
+        """The completion marker of an input."""
 
 
 class TrainingData(NamedTuple):
@@ -63,12 +88,12 @@ class TrainingData(NamedTuple):
         return self.settings.global_batch_size * self.store.context_length
 
 
-def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
-    """Open what a train task reads.
+def open_training_data(stage: TrainStage, context: TaskContext) -> TrainingData:
+    """Open the data of a train task.
 
     Raises:
-        DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
-            the clusters that the domain has; or fewer held-out windows to validate on than the floor.
+        DataError: fewer windows than a batch, in the set or in an expert's cluster; no generic window in any cluster of the
+            domain; or less held-out text than the validation floor.
     """
     stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.model_key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
@@ -92,24 +117,28 @@ def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
     return data
 
 
-def open_store(tokens: str, context: Context, source: str, split: str = "train") -> TokenStore:
-    """A split of a set, checked to be of the pipeline's tokenizer."""
+def open_store(tokens: str, context: TaskContext, source: str, split: str = "train") -> TokenStore:
+    """Open a split of a set.
+
+    Raises:
+        ArtifactError: it was made with another tokenizer than the pipeline's.
+    """
     tokenizer = Tokenizer.load(context.artifact(tokenize_stage(context.pipeline, tokens).tokenizer, GENERIC))
     return TokenStore.open(context.artifact(tokens, source), split, tokenizer=tokenizer.fingerprint)
 
 
-def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
-    """The validation split of a set, on which this stage validates.
+def open_held_out(tokens: str, context: TaskContext, source: str) -> TokenStore:
+    """Open the validation split of a set, on which this stage validates.
 
     Raises:
-        DataError: it is below the floor. The tokenize stage says so too, if it ran from a config on which a stage validates.
+        DataError: it is below the set's floor. The tokenize stage refuses it too, where a stage of its config validates on it.
     """
     store = open_store(tokens, context, source, "validation")
     refuse_too_little(context.pipeline, tokens, source, read_counts(store.folder))
     return store
 
 
-def _expert_stream(stage: TrainStage, context: Context, index: ClusterIndex, *, seed: int) -> ExpertStream:
+def _expert_stream(stage: TrainStage, context: TaskContext, index: ClusterIndex, *, seed: int) -> ExpertStream:
     """SLM-pn: each window with the expert of its cluster, or with a mixture of experts.
 
     Raises:
@@ -130,7 +159,7 @@ def _expert_stream(stage: TrainStage, context: Context, index: ClusterIndex, *, 
     )
 
 
-def _extra_inputs(stage: TrainStage, context: Context) -> ExtraInputs:
+def _extra_inputs(stage: TrainStage, context: TaskContext) -> ExtraInputs:
     """The cached outputs of the teacher, with `distill.cache`."""
     if stage.distill is None or stage.distill.cache is None:
         return lambda _: {}
@@ -143,7 +172,7 @@ def _extra_inputs(stage: TrainStage, context: Context) -> ExtraInputs:
     return cache.notes
 
 
-def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
+def _clusters(stage: TrainStage, context: TaskContext, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
     """The clusters, and the weight (K,) of each in the global batches. Without clusters all windows weigh the same; SLM-mix:
     one cluster; SLM-is: the domain's histogram; SLM-pn: each cluster by its size. A second set is one more cluster, which
     weighs `replay_fraction` or `domain_fraction`."""
@@ -163,8 +192,8 @@ def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> 
     return index, weights
 
 
-def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldOut | None:
-    """What early stopping validates on; `weights` are the clusters' in training."""
+def _held_out(stage: TrainStage, context: TaskContext, weights: np.ndarray) -> HeldOut | None:
+    """The windows of early stopping. `weights` (K,) are those of the clusters in training."""
     if stage.early_stopping is None:
         return None
     store = open_held_out(stage.tokens, context, text_validated(stage, context.model_key))
@@ -174,7 +203,9 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     if stage.projection is not None:
         return by_expert(store, index)
     if stage.data == "cluster":
-        for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+        for cluster in trained_clusters(
+            context.pipeline, context.task.id.stage
+        ):  # one that is refused stops all of them
             _check_floor(
                 of_cluster(store, index, cluster), context,
                 whose=f"cluster {cluster} has", otherwise="name others in `clusters`, ",
@@ -195,8 +226,8 @@ _MORE_HELD_OUT = (
 )
 
 
-def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: str = "") -> None:
-    """Refuse to validate on a part of the generic set's held-out windows where it is less than a set must hold out."""
+def _check_floor(held_out: HeldOut, context: TaskContext, *, whose: str, otherwise: str = "") -> None:
+    """Refuse a part of the generic set's held-out windows that is below the set's floor."""
     wanted, found = context.pipeline.text.generic.validation_floor.tokens, held_out.effective_tokens
     if found < wanted:
         raise DataError(
@@ -206,12 +237,12 @@ def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: 
         )
 
 
-def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
+def _generic_index(stage: TrainStage, context: TaskContext, key: str = GENERIC, *, windows: int) -> ClusterIndex:
     assignment = stage.assignment or ""
     return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
 
 
-def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
+def _like_domain(stage: TrainStage, context: TaskContext, index: ClusterIndex) -> np.ndarray:
     folder = context.artifact(stage.assignment or "", context.model_key)
     weights, lost = importance_weights(read_histogram(folder, k=len(index.sizes)), index.sizes)
     if lost:
@@ -221,12 +252,12 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
     return weights
 
 
-def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
-    """The settings with the steps that this set, or this cluster, is for."""
+def _resolve_steps(stage: TrainStage, *, context: TaskContext, store: TokenStore, index: ClusterIndex) -> TrainStage:
+    """The settings with the number of steps for this set or cluster."""
     if stage.data == "cluster":
         cluster = cluster_of(context.model_key)
         size = int(index.sizes[cluster])
-        for other in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+        for other in trained_clusters(context.pipeline, context.task.id.stage):  # one that is refused stops all of them
             check_enough(
                 other, windows=int(index.sizes[other]), needed=stage.global_batch_size,
                 field=f"stages.{context.task.id.stage}.global_batch_size",
