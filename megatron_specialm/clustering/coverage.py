@@ -5,6 +5,7 @@ import logging
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.clustering.vectors import count_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,7 @@ def count_zero(vectors: np.ndarray, *, name: str, first: int) -> int:
     Raises:
         DataError: some are not finite.
     """
-    bad = int((~np.isfinite(vectors).all(axis=1)).sum())
-    if bad:
+    if bad := count_not_finite(vectors):
         raise DataError(
             f"text {name!r}: the vectors of {bad} of {len(vectors)} windows from {first} on are not finite: the encoder gave "
             "NaN or infinity: use precision fp32 or another encoder"

@@ -15,6 +15,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import Optimizer, TrainStage
+from megatron_specialm.data import training_data
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
@@ -26,7 +27,7 @@ from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
+from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.work import WorkRecord
 from tests.contexts import make_context
@@ -332,8 +333,8 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     emptied = np.empty(len(order), np.int64)
     emptied[order] = kept
     index = ClusterIndex.from_assignment(emptied, k=3)
-    real = reading.read_index
-    monkeypatch.setattr(reading, "read_index", lambda path, **how: index if path == folder else real(path, **how))
+    real = training_data.read_index
+    monkeypatch.setattr(training_data, "read_index", lambda path, **how: index if path == folder else real(path, **how))
     with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):
