@@ -66,7 +66,7 @@ def _text(folder: Path, size: int) -> None:
     """The shard's file, and the tokenizer."""
     from bench_data import _docstrings
 
-    from megatron_specialm.data.tokenizer import train_sentencepiece
+    from megatron_specialm.data.tokenizer_making import train_sentencepiece
 
     texts = [text for text in itertools.islice(_docstrings(), 6_000) if len(text) > 200]
     written = 0

@@ -11,8 +11,9 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.schema import TokenizerStage
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.documents import read_documents, resolve_files
-from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_checks import refusing
+from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
 from megatron_specialm.stages.context import Context
 
 
