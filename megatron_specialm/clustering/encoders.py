@@ -1,14 +1,15 @@
-"""Sentence encoders: from the text of a window to a vector whose direction says what it is about.
+"""Sentence encoders: from the text of a window to a vector whose direction represents its subject.
 
-Three, from the cheapest to the paper's own (Sentence-BERT; Grangier et al., arXiv 2402.01093, section 3):
+There are three, from the cheapest to the paper's (Sentence-BERT; Grangier et al., arXiv 2402.01093, section 3):
 
     tfidf          words (clustering/words.py) weighted by rarity, projected by truncated SVD; fitted on the generic set,
                    needs no download
-    static         the mean of word-piece embeddings that the package wordllama ships
+    static         the mean of word-piece embeddings from the package wordllama
     sentence-bert  a transformer through sentence-transformers (clustering/sentence_bert.py)
 
-Shapes: n texts, E = dimensions, V = words of the vocabulary. A fitted encoder is a folder without pickled objects, so
-that a domain that comes later is embedded exactly as the generic set was.
+An encoder is saved as a folder without pickled objects, so that later domains are embedded exactly as the generic set.
+
+Shapes: n texts, E dimensions, V words of the vocabulary.
 """
 
 import importlib.metadata
@@ -44,7 +45,7 @@ from megatron_specialm.config.schema import (
     TfidfEncoder,
 )
 
-STATIC_DIMENSIONS = (64, 128, 256)  # wordllama's vectors may be cut to these lengths, and no others
+STATIC_DIMENSIONS = (64, 128, 256)  # the lengths to which wordllama's vectors may be cut
 
 
 class Encoder(Protocol):
@@ -53,37 +54,32 @@ class Encoder(Protocol):
     @property
     def dimensions(self) -> int:
         """E, the length of a vector."""
-        ...
 
     @property
     def flops_per_token(self) -> int:
-        """Arithmetic per token of text, an estimate; each class says how it is made."""
-        ...
+        """An estimate of the arithmetic per token of text; each class documents its own."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """What is worth telling of the texts encoded so far, by name."""
-        ...
+        """Counts over the texts encoded so far, by name, for the report."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """One vector per text, (n, E) float32: of length 1, or 0 where the text has nothing the encoder knows."""
-        ...
+        """One vector per text, (n, E) float32: of length 1, or 0 if the encoder knows no word of the text."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load_encoder` needs into an existing folder; `save_encoder` makes one of it that can be trusted."""
-        ...
+        """Write the files for `load_encoder` into an existing folder; `save_encoder` publishes it with a manifest."""
 
 
 def fit_encoder(settings: EncoderSettings, draw: Callable[[int], list[str]], *, seed: int, threads: int) -> Encoder:
-    """The encoder of the generic set.
+    """Fit the encoder on generic text, or get it from its package or the hub.
 
     Args:
-        draw: gives so many generic windows, or all where there are fewer; called only by an encoder that is fitted.
+        draw: returns the given number of generic windows, or all if there are fewer; called only by an encoder that is fitted.
         threads: CPU threads of a Sentence-BERT model.
 
     Raises:
         DataError: too little text to fit on.
-        ConfigError: dimensions that the encoder cannot have.
+        ConfigError: the encoder does not allow these dimensions.
         MachineError: a package, a model folder or the hub is missing.
     """
     match settings:
@@ -97,24 +93,23 @@ def fit_encoder(settings: EncoderSettings, draw: Callable[[int], list[str]], *, 
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
-    """Publish what `load_encoder` needs as `folder`."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    encoder.save(aside)
-    publish_folder(aside, folder)
+    """Write `folder` for `load_encoder`, with a manifest; it appears when it is complete."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    encoder.save(temporary)
+    publish_folder(temporary, folder)
 
 
 def load_encoder(settings: EncoderSettings, folder: Path, *, threads: int) -> Encoder:
-    """The encoder that `save_encoder` published.
+    """Load the encoder that `save_encoder` wrote.
 
     Raises:
-        ArtifactError: the folder is not as it was published, or was made with another version of a package.
+        ArtifactError: the folder has changed since, or is of another version of a package.
         MachineError: a package is missing.
     """
-    if (
-        folder / MANIFEST
-    ).exists():  # those of earlier versions have none; the task's marker lists it where there is one
+    # Folders of earlier versions have no manifest. The task's marker lists it, so that a missing one is noticed.
+    if (folder / MANIFEST).exists():
         verify_folder(folder, alone=True)
     match settings:
         case TfidfEncoder():
@@ -131,8 +126,8 @@ def load_encoder(settings: EncoderSettings, folder: Path, *, threads: int) -> En
 class Tfidf:
     """(1 + log count) x inverse document frequency of each word, projected to E dimensions.
 
-    flops_per_token: 2 E, a multiply-add per dimension for every word of the sparse product. The fit makes about twelve
-    such products over its sample; they are in its wall seconds only.
+    flops_per_token: 2 E, a multiply-add per dimension for every word of the sparse product. The fit makes about twelve such
+    products over its sample, which count in its wall seconds only.
     """
 
     def __init__(self, vocabulary: list[str], *, frequencies: np.ndarray, components: np.ndarray) -> None:
@@ -143,8 +138,7 @@ class Tfidf:
 
     @classmethod
     def fit(cls, texts: list[str], settings: TfidfEncoder, *, seed: int) -> Self:
-        """Choose the most frequent words and the directions in which the texts differ most. The same seed and texts
-        give the same encoder.
+        """Choose the most frequent words and the directions of largest variance. The same seed and texts give the same encoder.
 
         Raises:
             DataError: fewer texts or words than dimensions.
@@ -171,7 +165,7 @@ class Tfidf:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote."""
+        """Load the folder of `save`."""
         vocabulary = read_json(folder / "words.json", list[str])
         if len(set(vocabulary)) != len(vocabulary):
             raise ArtifactError(f"{folder / 'words.json'}: has a word twice: {REMAKE}")
@@ -200,7 +194,7 @@ class Tfidf:
 
 
 def _vectorizer(**vocabulary: object) -> TfidfVectorizer:
-    """Fitting and loading must count words alike. Sublinear: a word repeated ten times says little more than once."""
+    """The word counter of fitting and loading. Sublinear, since ten repetitions of a word add little to one."""
     return TfidfVectorizer(analyzer=words, sublinear_tf=True, dtype=np.float32, **vocabulary)
 
 
@@ -209,14 +203,14 @@ def _vectorizer(**vocabulary: object) -> TfidfVectorizer:
 
 @dataclass(frozen=True)
 class _Static:
-    """The content of `static.json`: the package's version, and how many dimensions of its vectors are used."""
+    """The content of `static.json`: the package's version, and the number of dimensions used."""
 
     wordllama: str
     dimensions: int
 
 
 class StaticWordPieces:
-    """The mean of the word-piece embeddings that the package wordllama ships (`l2_supercat`, made from Llama 2's).
+    """The mean of the word-piece embeddings of the package wordllama (`l2_supercat`, derived from Llama 2's).
 
     flops_per_token: E, one addition per dimension.
     """
@@ -229,13 +223,13 @@ class StaticWordPieces:
         except ImportError as error:
             raise MachineError(f"the static encoder cannot be used ({error}): pip install wordllama") from None
         package = Path(str(wordllama.__file__)).parent
-        # The package looks for its own tokenizer in the wrong folder; as its cache, the right one is found.
+        # The package searches its own tokenizer in a wrong folder, but also in its cache folder.
         self._model = wordllama.WordLlama.load(trunc_dim=dimensions, disable_download=True, cache_dir=package)
         self._dimensions = dimensions
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The weights stay in the package, so it must be the one that the generic set was embedded with."""
+        """The weights are in the package, so its version must be the one that embedded the generic set."""
         saved, installed = read_json(folder / "static.json", _Static), importlib.metadata.version("wordllama")
         if saved.wordllama != installed:
             raise ArtifactError(
