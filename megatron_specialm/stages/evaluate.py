@@ -15,10 +15,10 @@ from megatron_specialm.train.evaluation import score
 
 
 def run(stage: EvaluateStage, context: Context) -> Report:
-    """Score a model on the test documents of one set: a domain's model on its domain's, a shared one on any.
+    """Score a model on the test documents of one set. A domain's model is scored on its domain, a shared one on every set.
 
-    Every token of a window is predicted once, from what stands before it in the window. Writes `evaluation.json`: for the
-    set the mean negative log-likelihood in nats per token and the number of tokens.
+    Every token of a window is predicted once, from those before it. Writes `evaluation.json`: the mean negative log-likelihood
+    in nats per token, and the number of tokens.
     """
     source = evaluated_set(context.key)
     served = read_merged(find_final(context.artifact(*model_task(context.key))))
