@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -65,6 +66,15 @@ class SentenceBert:
         self.counts = {"encoder_tokens": 0, "encoder_tokens_read": 0}
         self._room = self._find_room()
         self._dimensions = len(self._encode_chunks([""])[0])
+
+    @classmethod
+    def fit(cls, settings: SentenceBertEncoder, draw: Callable[[int], list[str]], *, seed: int, threads: int) -> Self:
+        with sentence_bert_folder(settings.model) as model:
+            return cls(model, settings, threads=threads)
+
+    @classmethod
+    def load(cls, folder: Path, settings: SentenceBertEncoder, *, threads: int) -> Self:
+        return cls(str(folder / "model"), settings, threads=threads)
 
     def save(self, folder: Path) -> None:
         """Copies the weights: compute nodes may not reach the hub, and a model on it may change."""
