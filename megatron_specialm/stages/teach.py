@@ -27,7 +27,7 @@ def run(stage: TeachStage, context: Context) -> Report:
         MachineError: the cache does not fit on the disk.
     """
     teacher = (stage.teacher, key_for(context.pipeline, stage.teacher, context.key))
-    served = read_merged(find_final(context.artifact(*teacher)))
+    merged = read_merged(find_final(context.artifact(*teacher)))
     store = open_store(stage.tokens, context, context.key)
     cache_format = CacheFormat(stage.keep, store.vocabulary_size, stage.temperature, stage.count or 0)
     _check_room(context.folder, cache_format, tokens=store.tokens)
@@ -38,7 +38,7 @@ def run(stage: TeachStage, context: Context) -> Report:
     writer = CacheWriter(context.folder, cache_format, context_length=store.context_length, **made_of)
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
         tokens = teach(
-            served.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
+            merged.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),
         )  # fmt: skip
     noise = (
@@ -47,7 +47,7 @@ def run(stage: TeachStage, context: Context) -> Report:
         else {}
     )
     positions = len(store) * store.context_length
-    flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
+    flops = positions * merged.shape.forward_flops(store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     values = {"windows": len(store), "bytes": size, **noise}
     return Report(tokens=tokens, slots=positions, flops=flops, values=values)
