@@ -203,9 +203,7 @@ def _held_out(stage: TrainStage, context: TaskContext, weights: np.ndarray) -> H
     if stage.projection is not None:
         return by_expert(store, index)
     if stage.data == "cluster":
-        for cluster in trained_clusters(
-            context.pipeline, context.task.id.stage
-        ):  # one that is refused stops all of them
+        for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # refuse all if one is too small
             _check_floor(
                 of_cluster(store, index, cluster), context,
                 whose=f"cluster {cluster} has", otherwise="name others in `clusters`, ",
@@ -257,7 +255,7 @@ def _resolve_steps(stage: TrainStage, *, context: TaskContext, store: TokenStore
     if stage.data == "cluster":
         cluster = cluster_of(context.model_key)
         size = int(index.sizes[cluster])
-        for other in trained_clusters(context.pipeline, context.task.id.stage):  # one that is refused stops all of them
+        for other in trained_clusters(context.pipeline, context.task.id.stage):  # refuse all if one is too small
             check_enough(
                 other, windows=int(index.sizes[other]), needed=stage.global_batch_size,
                 field=f"stages.{context.task.id.stage}.global_batch_size",
