@@ -41,11 +41,8 @@ def run(stage: TeachStage, context: Context) -> Report:
             merged.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),
         )  # fmt: skip
-    noise = (
-        {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()}
-        if cache_format.kind == "sampled"
-        else {}
-    )
+    sampled = cache_format.kind == "sampled"
+    noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if sampled else {}
     positions = len(store) * store.context_length
     flops = positions * merged.shape.forward_flops(store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
