@@ -24,7 +24,8 @@ import tokenizers
 from megatron_specialm.data.documents import read_documents
 from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.store import StoreWriter
-from megatron_specialm.data.tokenizer import JSON, MODEL, Tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import JSON, MODEL, Tokenizer
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def _compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _bare(folder: Path, args: argparse.Namespace) -> Callable[[list[str]], object]:
-    """The batch call of the library that encodes with this algorithm (see data/tokenizer.py)."""
+    """The batch call of the library that encodes with this algorithm (see data/codec.py)."""
     if args.algorithm == "bpe":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
         return lambda texts: processor.encode(texts, num_threads=args.workers)

@@ -66,7 +66,7 @@ def _text(folder: Path, size: int) -> None:
     """The shard's file, and the tokenizer."""
     from bench_data import _docstrings
 
-    from megatron_specialm.data.tokenizer import train_sentencepiece
+    from megatron_specialm.data.tokenizer_making import train_sentencepiece
 
     texts = [text for text in itertools.islice(_docstrings(), 6_000) if len(text) > 200]
     written = 0
@@ -181,10 +181,11 @@ def kmeans_faiss(folder: Path, args: argparse.Namespace) -> str:
     return f"{_seconds(work) / (iterations + 1) / args.vectors * 1e6:.1f} s/iteration/M"
 
 
-def assign(folder: Path, args: argparse.Namespace) -> str:
+def assign_clusters(folder: Path, args: argparse.Namespace) -> str:
     import faiss
 
-    from megatron_specialm.clustering import kmeans
+    from megatron_specialm.clustering.kmeans import Centroids
+    from megatron_specialm.clustering.routers import assign
     from megatron_specialm.clustering.vectors import Vectors, describe_vectors
 
     faiss.omp_set_num_threads(1)
@@ -199,7 +200,7 @@ def assign(folder: Path, args: argparse.Namespace) -> str:
     del array
     describe_vectors(folder / "vectors")
     centroids = rng.normal(size=(K, DIMENSIONS)).astype(np.float32)
-    seconds = _seconds(lambda: kmeans.assign(Vectors(folder / "vectors"), centroids))
+    seconds = _seconds(lambda: assign(Vectors(folder / "vectors"), Centroids(centroids)))
     return f"{args.vectors / seconds:,.0f} windows/s"
 
 
@@ -263,7 +264,7 @@ MEASURED: dict[str, Callable[[Path, argparse.Namespace], str]] = {
     "embed sentence-bert (MiniLM's shape)": embed_minilm,
     "k-means, 1024 x 256": kmeans_ours,
     "the same by faiss.Kmeans": kmeans_faiss,
-    "assign, 1024 x 256": assign,
+    "assign, 1024 x 256": assign_clusters,
     "index by cluster": index_by_cluster,
     "open a store of 256 shards": open_store,
 }

@@ -1,18 +1,22 @@
-"""Time of one global batch at the size of a real run: `python tools/bench_stream.py`.
+"""Time to draw one global batch at the size of a real run: `python tools/bench_stream.py`.
 
-Prints, for several shapes of weights, milliseconds per global batch (at steps far apart, so that nothing is warm by
-luck) and what the process grew by: anonymous memory, which is ours, and mapped pages of the order's file, which the
-kernel may take back. The file is sparse: its pages are made on the fly and no disk is measured.
+Prints, for several shapes of weights and for the streams of models with experts, milliseconds per global batch (at steps far
+apart, so that caches do not help) and the growth of the process: anonymous memory, and mapped pages of the order's file, which
+the kernel may take back. The file is sparse: its pages are made on the fly and no disk is measured.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
+from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.sampling import ImportanceStream
 
 
@@ -33,6 +37,19 @@ def weight_shapes(k: int) -> dict[str, np.ndarray]:
     }
 
 
+def streams(k: int, *, global_batch_size: int) -> dict[str, Callable[[ClusterIndex], ImportanceStream | ExpertStream]]:
+    """By name, what makes a stream of an index."""
+    weighted = {
+        name: partial(ImportanceStream, weights=weights, global_batch_size=global_batch_size, seed=0)
+        for name, weights in weight_shapes(k).items()
+    }
+    experts = {
+        name: partial(ExpertStream, global_batch_size=global_batch_size, windows_per_expert=4, soup=soup, seed=0)
+        for name, soup in {"experts": None, "half soups": Soup(fraction=0.5)}.items()
+    }
+    return {**weighted, **experts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=300_000_000)
@@ -46,20 +63,20 @@ def main() -> None:
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     steps = random.integers(0, 1_000_000, size=args.batches)
     print(f"{args.windows:,} windows, {args.clusters:,} clusters, batches of {args.global_batch_size}")
-    print(f"{'weights':16s}{'setup ms':>10s}{'median ms':>11s}{'95% ms':>9s}{'own MiB':>9s}{'mapped MiB':>12s}")
+    print(f"{'stream':16s}{'setup ms':>10s}{'median ms':>11s}{'95% ms':>9s}{'own MiB':>9s}{'mapped MiB':>12s}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "order.npy"
         np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(args.windows,)).flush()
-        for name, weights in weight_shapes(args.clusters).items():
+        for name, make in streams(args.clusters, global_batch_size=args.global_batch_size).items():
             index = ClusterIndex(order=np.load(path, mmap_mode="r"), offsets=offsets)
             own, mapped = resident_mib()
             start = time.perf_counter()
-            stream = ImportanceStream(index, weights, global_batch_size=args.global_batch_size, seed=0)
+            stream = make(index)
             setup = time.perf_counter() - start
             times = []
             for step in steps:
                 start = time.perf_counter()
-                stream.global_batch(int(step))
+                stream.draw(int(step))
                 times.append(time.perf_counter() - start)
             median, tail = 1e3 * np.quantile(times, [0.5, 0.95])
             own, mapped = (after - before for after, before in zip(resident_mib(), (own, mapped), strict=True))

@@ -1,19 +1,21 @@
-"""k-means: windows whose vectors point the same way become one cluster.
+"""k-means: windows whose vectors have the same direction form one cluster.
 
-Plain (Euclidean) k-means, as in the paper, on unit vectors: there the squared distance is 2 - 2 cos of the angle, so it
-groups by direction, while a centroid's length (at most 1) still says how tight its cluster is. Spherical k-means would
-throw that length away.
+Plain (Euclidean) k-means, as in the paper, on unit vectors: their squared distance is 2 - 2 cos of the angle, so it groups by
+direction, while the length of a centroid (at most 1) still measures how tight its cluster is. Spherical k-means would lose
+that length.
 
-Lloyd's iterations on any number of ranks with the same centroids to the last bit: the sample is cut in blocks that do not
-depend on the ranks, a block is worked on by one rank, always with the same operands and threads, and what it adds to a
-cluster's sum is rounded to a whole number of tiny units, so that it no longer matters who adds what to what first.
+Lloyd's iterations give the same centroids to the last bit on any number of ranks. The sample is cut into blocks that do not
+depend on the ranks. One rank computes a block, always with the same operands and threads. Its contribution to a cluster's sum
+is rounded to a whole number of units (`_Sample`), so that the order of additions does not matter.
 
-Shapes: N windows, n of them fitted on, K clusters, E = dimensions of a vector. `vectors` may be `Vectors`, on disk.
+Shapes: N windows, n of them fitted on, K clusters, E dimensions of a vector. `vectors` may be `Vectors`, on disk.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import faiss
 import numpy as np
@@ -21,17 +23,23 @@ from scipy.sparse import csr_matrix
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.clustering.ranks import Alone, Ranks
-from megatron_specialm.clustering.vectors import Vectors
+from megatron_specialm.clustering.vectors import Vectors, count_not_finite, read_rows, refuse_not_finite
+from megatron_specialm.data.cluster_files import read_centroids
 from megatron_specialm.data.permutation import shuffled
 
 BLOCK = 16_384  # vectors that are searched and summed at a time
-APART = 1 / 1024  # the halves of a cluster are moved apart by so much of its centroid (as faiss does)
+APART = 1 / 1024  # the centroids of a split cluster differ by this fraction of the old one (as in faiss)
 
 
 @dataclass(frozen=True, eq=False)
 class KMeansResult:
-    """centroids: (K, E) float32; the rest is of the windows it was fitted on: sizes (K,) int64, how many each cluster
-    holds; inertia, the mean squared distance to the nearest centroid; empty, how many clusters hold none."""
+    """Of the windows that were fitted on:
+
+    centroids: (K, E) float32.
+    sizes: (K,) int64, the windows of each cluster.
+    inertia: the mean squared distance to the nearest centroid.
+    empty: the number of clusters without a window.
+    """
 
     centroids: np.ndarray
     sizes: np.ndarray
@@ -49,17 +57,17 @@ def fit(
     ranks: Ranks | None = None,
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> KMeansResult:
-    """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement; a rank has its share of
-    them in memory. All ranks return the same.
+    """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement. Each rank holds a part of
+    the sample in memory; all return the same result.
 
-    A cluster that runs empty takes half of the largest one. Some stay empty when there are fewer distinct vectors than
-    clusters. The same seed and vectors give the same centroids on any number of ranks; on another number of threads up to
-    the order in which a BLAS library adds.
+    An empty cluster takes half of the largest one. Some stay empty where there are fewer distinct vectors than clusters. The
+    same seed and vectors give the same centroids on any number of ranks. With another number of threads they differ by the
+    order of additions in the BLAS library.
 
     Args:
         vectors: (N, E) float32.
-        ranks: who fits together; default: this process alone.
-        counted: passes the numbers of the iterations on, to tell how far it is.
+        ranks: the processes that fit together; default: this one alone.
+        counted: wraps the numbers of the iterations, to report progress.
 
     Raises:
         DataError: fewer windows than clusters, or vectors that are not finite.
@@ -73,7 +81,7 @@ def fit(
         )
     rows = _draw(len(vectors), drawn, seed=seed)
     sample_ = _Sample(vectors, np.sort(rows), ranks)
-    centroids = _read(vectors, np.sort(rows[:k]))
+    centroids = read_rows(vectors, np.sort(rows[:k]))
     for _ in counted(range(iterations)):
         sums, sizes = sample_.sums(centroids)
         centroids = _split_for_empty(_means(sums, sizes, centroids), sizes)
@@ -81,54 +89,40 @@ def fit(
     return KMeansResult(centroids, sizes, inertia, int((sizes == 0).sum()))
 
 
-def assign(
-    vectors: np.ndarray | Vectors,
-    centroids: np.ndarray,
-    *,
-    batch: int = BLOCK,
-    counted: Callable[[Iterable[range]], Iterable[range]] = iter,
-) -> np.ndarray:
-    """The nearest centroid of each vector, (N,) int32; `batch` vectors are in memory at a time.
+class Centroids:
+    """The router (clustering/routers.py) that assigns a vector to the nearest of K centroids (K, E) float32."""
 
-    Args:
-        vectors: (N, E) float32.
-        centroids: (K, E) float32.
-        counted: passes the batches' ranges of windows on, to tell how far it is.
+    def __init__(self, centroids: np.ndarray) -> None:
+        self._index = _index(centroids)
+        self.dimensions: int = centroids.shape[1]
+        self.flops_per_vector: int = 2 * centroids.size
 
-    Raises:
-        DataError: lengths of vectors differ, or a vector is not finite.
-    """
-    if vectors.shape[1] != centroids.shape[1]:
-        raise DataError(
-            f"vectors have {vectors.shape[1]} dimensions, centroids {centroids.shape[1]}: the encoders differ"
-        )
-    index = _index(centroids)
-    clusters = np.empty(len(vectors), dtype=np.int32)
-    windows = range(len(vectors))
-    for rows in counted(windows[start : start + batch] for start in windows[::batch]):
-        part = _read(vectors, np.arange(rows.start, rows.stop))
-        _refuse_bad(_bad_rows(part), of=len(part))
-        clusters[rows.start : rows.stop] = index.search(part, 1)[1][:, 0]
-    return clusters
+    @classmethod
+    def load(cls, folder: Path, k: int, dimensions: int) -> Self:
+        return cls(read_centroids(folder, k=k, dimensions=dimensions))
+
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        nearest: np.ndarray = self._index.search(vectors, 1)[1][:, 0]
+        return nearest
 
 
 class _Sample:
-    """The vectors to fit on, of which each rank holds a range of blocks, and what all ranks find out about them."""
+    """The vectors to fit on. Each rank holds a range of blocks; methods return results over all ranks."""
 
     def __init__(self, vectors: np.ndarray | Vectors, rows: np.ndarray, ranks: Ranks) -> None:
         """rows: (n,) ascending window numbers."""
         self._ranks, self._windows = ranks, len(rows)
         self._blocks = -(-len(rows) // BLOCK)
         self._own = range(self._blocks * ranks.rank // ranks.size, self._blocks * (ranks.rank + 1) // ranks.size)
-        self._vectors = [_read(vectors, rows[block * BLOCK : (block + 1) * BLOCK]) for block in self._own]
-        bad = sum(_bad_rows(part) for part in self._vectors)
-        _refuse_bad(int(ranks.total(np.array(bad))), of=len(rows))  # all ranks together, so that none waits for another
+        self._vectors = [read_rows(vectors, rows[block * BLOCK : (block + 1) * BLOCK]) for block in self._own]
+        bad = sum(count_not_finite(part) for part in self._vectors)
+        refuse_not_finite(int(ranks.total(np.array(bad))), of=len(rows))  # on all ranks, so that none waits for another
         largest = ranks.largest(max((float(np.abs(part).max()) for part in self._vectors), default=0.0))
-        # One unit of the sums. A power of two, so that scaling is exact; n vectors of the largest value do not overflow.
+        # The unit of the sums: a power of two, so that scaling is exact; sums of n largest values do not overflow.
         self._unit = 2.0 ** (math.frexp(largest)[1] + len(rows).bit_length() - 62)
 
     def sums(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each centroid's cluster: the sum of its vectors, (K, E) float64, and their number, (K,) int64."""
+        """The sum of the vectors of each cluster, (K, E) float64, and their number, (K,) int64."""
         index, units = _index(centroids), np.zeros(centroids.shape, np.int64)
         sizes = np.zeros(len(centroids), np.int64)
         for part in self._vectors:
@@ -141,9 +135,9 @@ class _Sample:
         return self._ranks.total(units) * self._unit, self._ranks.total(sizes)
 
     def spread(self, centroids: np.ndarray) -> tuple[np.ndarray, float]:
-        """How many vectors each cluster holds, (K,) int64, and the mean squared distance to the nearest centroid."""
+        """The number of vectors of each cluster, (K,) int64, and the mean squared distance to the nearest centroid."""
         index, sizes = _index(centroids), np.zeros(len(centroids), np.int64)
-        distances = np.zeros(self._blocks)  # of each block by its own rank: adding zeros is exact
+        distances = np.zeros(self._blocks)  # each block by one rank: adding zeros is exact
         for block, part in zip(self._own, self._vectors, strict=True):
             squared, nearest = index.search(part, 1)
             distances[block] = squared.sum(dtype=np.float64)
@@ -152,19 +146,19 @@ class _Sample:
 
 
 def _draw(windows: int, count: int, *, seed: int) -> np.ndarray:
-    """`count` of the window numbers without replacement, (n,) int64 in random order, in memory for what is drawn only."""
+    """`count` window numbers without replacement, (n,) int64 in random order. Memory does not grow with N."""
     keys = np.full(count, seed % 2**64, np.uint64)
     return shuffled(np.arange(count), sizes=np.full(count, windows), keys=keys)
 
 
 def _means(sums: np.ndarray, sizes: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The clusters' means, (K, E) float32; an empty one's centroid stays where it was."""
+    """The means of the clusters, (K, E) float32; of an empty cluster the centroid before."""
     means = sums / np.maximum(sizes, 1)[:, None]
     return np.where(sizes[:, None] > 0, means, before).astype(np.float32)
 
 
 def _split_for_empty(centroids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Give each empty cluster half of the largest one, by centroids on both sides of that one's."""
+    """Give each empty cluster half of the largest one, by moving two centroids to both sides of the old one."""
     sizes = sizes.copy()
     aside = np.where(np.arange(centroids.shape[1]) % 2, 1 - APART, 1 + APART).astype(np.float32)
     for empty in np.flatnonzero(sizes == 0):
@@ -181,19 +175,3 @@ def _index(centroids: np.ndarray) -> faiss.IndexFlatL2:
     index = faiss.IndexFlatL2(centroids.shape[1])
     index.add(centroids)
     return index
-
-
-def _read(vectors: np.ndarray | Vectors, ids: np.ndarray) -> np.ndarray:
-    """Some vectors in memory, (B, E) float32; `ids` (B,) are ascending."""
-    part = vectors.rows(ids) if isinstance(vectors, Vectors) else vectors[ids]
-    return np.ascontiguousarray(part, dtype=np.float32)
-
-
-def _bad_rows(vectors: np.ndarray) -> int:
-    """How many of the vectors are not finite: faiss would give them the cluster -1."""
-    return int((~np.isfinite(vectors).all(axis=1)).sum())
-
-
-def _refuse_bad(bad: int, *, of: int) -> None:
-    if bad:
-        raise DataError(f"{bad} of {of} vectors are not finite: the encoder gave NaN or infinity")

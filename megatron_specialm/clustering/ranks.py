@@ -1,4 +1,4 @@
-"""What processes that cluster together have to say to each other: sums that are the same on all of them."""
+"""The collective operations of processes that cluster together. Their results are the same on all ranks."""
 
 from typing import Protocol
 
@@ -8,22 +8,20 @@ from megatron_specialm.base.errors import MachineError
 
 
 class Ranks(Protocol):
-    """This process among its fellows. All of them call the same methods in the same order."""
+    """The processes that cluster together. All of them call the same methods in the same order."""
 
     rank: int
     size: int
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all ranks. Of integers it is exact, so it does not depend on how many ranks there are."""
-        ...
+        """The sum over all ranks. It is exact for integers, so that it does not depend on the number of ranks."""
 
     def largest(self, value: float) -> float:
-        """The largest value of any rank."""
-        ...
+        """The maximum over all ranks."""
 
 
 class Alone:
-    """The one process there is."""
+    """A single process."""
 
     rank, size = 0, 1
 

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError
@@ -25,20 +26,20 @@ SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-t
 class SentenceBert:
     """A Sentence-BERT model (Reimers and Gurevych 2019, arXiv 1908.10084).
 
-    Such models cut text off after a few hundred word pieces (all-MiniLM-L6-v2: 256), often short of a window. So a
-    window is cut into chunks of `chunk_words` words, and those that are still too long for the model, as of code or
-    formulas, are halved until it reads all of them. Its vector is their mean, each chunk counting by its word pieces.
+    Such models truncate text after a few hundred word pieces (all-MiniLM-L6-v2: 256), often less than a window. So a window
+    is cut into chunks of `chunk_words` words, and chunks that are still too long for the model, as of code or formulas, are
+    halved until they fit. The vector is the mean over chunks, weighted by word pieces.
 
-    counts: `encoder_tokens`, the word pieces of all texts, and `encoder_tokens_read`, those that the model did not cut off.
-    flops_per_token: 2 per parameter outside the embedding tables; attention, and padding, come on top.
+    counts: `encoder_tokens`, the word pieces of all texts, and `encoder_tokens_read`, those that the model did not truncate.
+    flops_per_token: 2 per parameter outside the embedding tables; attention and padding are not included.
     """
 
     def __init__(self, model: str, settings: SentenceBertEncoder, *, threads: int) -> None:
         """model: a folder or a hub name.
 
         Raises:
-            ConfigError: a folder that is no model.
-            MachineError: sentence-transformers is missing, or the model is neither here nor to be had from the hub.
+            ConfigError: the folder is no model.
+            MachineError: sentence-transformers is missing, or the model is neither a folder nor available from the hub.
         """
         try:
             import torch
@@ -66,8 +67,17 @@ class SentenceBert:
         self._room = self._find_room()
         self._dimensions = len(self._encode_chunks([""])[0])
 
+    @classmethod
+    def fit(cls, settings: SentenceBertEncoder, draw: Callable[[int], list[str]], *, seed: int, threads: int) -> Self:
+        with sentence_bert_folder(settings.model) as model:
+            return cls(model, settings, threads=threads)
+
+    @classmethod
+    def load(cls, folder: Path, settings: SentenceBertEncoder, *, threads: int) -> Self:
+        return cls(str(folder / "model"), settings, threads=threads)
+
     def save(self, folder: Path) -> None:
-        """The weights are copied: compute nodes may not reach the hub, and a name on it may change its meaning."""
+        """Copies the weights: compute nodes may not reach the hub, and a model on it may change."""
         with system_errors(folder / "model"):
             self._model.save(str(folder / "model"), create_model_card=False)
         give_usual_mode(*(path for path in (folder / "model").rglob("*") if path.is_file()))
@@ -91,12 +101,12 @@ class SentenceBert:
         return unit_rows(np.add.reduceat(vectors * lengths, starts))
 
     def _chunks(self, text: str) -> list[tuple[str, int]]:
-        """What the model reads of a text at a time, with its number of word pieces."""
+        """The chunks of a text, with their numbers of word pieces."""
         chunks = split_words(text, size=self._settings.chunk_words)
         return [part for chunk in chunks for part in cut_to_fit(chunk, self._room, self._length)]
 
     def _find_room(self) -> float:
-        """Word pieces that the model reads beside its own special tokens and the prompt it puts before a text."""
+        """The word pieces that the model reads besides its special tokens and its prompt before a text."""
         limit = self._model.max_seq_length
         if limit is None or not self._tokenizes():
             return math.inf
@@ -104,19 +114,19 @@ class SentenceBert:
         return max(1, limit - len(self._model.tokenizer(prompt)["input_ids"]))
 
     def _length(self, text: str) -> int:
-        """Word pieces of a text; its words, where the model is not one of word pieces."""
+        """The word pieces of a text, or its words if the model has no word pieces."""
         if not self._tokenizes():
             return len(text.split())
         return len(self._model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _tokenizes(self) -> bool:
-        """Whether the model has a tokenizer of Transformers; models of word vectors have others, and read without limit."""
+        """Whether the model has a tokenizer of Transformers. Models of word vectors have other tokenizers and no limit."""
         from transformers import PreTrainedTokenizerBase
 
         return isinstance(self._model.tokenizer, PreTrainedTokenizerBase)
 
     def _encode_chunks(self, chunks: list[str]) -> np.ndarray:
-        """(chunks, E) float32."""
+        """The vectors of chunks, (chunks, E) float32."""
         import torch
 
         bf16 = self._settings.precision == "bf16"
@@ -125,13 +135,14 @@ class SentenceBert:
 
 
 def split_words(text: str, *, size: int) -> list[str]:
-    """The text in chunks of at most `size` words; an empty text is one empty chunk."""
+    """Cut a text into chunks of at most `size` words; an empty text is one empty chunk."""
     words = text.split()
     return [" ".join(words[start : start + size]) for start in range(0, max(len(words), 1), size)]
 
 
 def cut_to_fit(text: str, room: float, length: Callable[[str], int]) -> list[tuple[str, int]]:
-    """The text halved, at a space where there is one, until each part's `length` is at most `room`; with the lengths."""
+    """Halve a text, at a space if there is one, until the `length` of each part is at most `room`; returns parts and
+    lengths."""
     size = length(text)
     if size <= room or len(text) < 2:
         return [(text, size)]
@@ -142,14 +153,14 @@ def cut_to_fit(text: str, room: float, length: Callable[[str], int]) -> list[tup
 
 @contextlib.contextmanager
 def sentence_bert_folder(model: str) -> Iterator[str]:
-    """What sentence-transformers can open: the folder or hub name itself, or the folder inside `package:NAME`, unpacked
-    for the time being where the package carries it as a zip file. The package is not imported.
+    """The folder or hub name that sentence-transformers opens for `model`. For `package:NAME` it is the folder in the installed
+    package, which is not imported; a zip file in the package is unpacked for the duration of the context.
 
-    A name in the form `package:NAME` is always the package, whatever lies in the working directory. Of any other name a
-    folder wins over the hub, as sentence-transformers has it; a folder that is no model is refused when it is loaded.
+    `package:NAME` always means the package. For any other name a folder has precedence over the hub, as in
+    sentence-transformers; a folder that is no model is refused when it is loaded.
 
     Raises:
-        MachineError: the package is not installed, or carries no model.
+        MachineError: the package is not installed, or has no model.
     """
     if not model.startswith(PACKAGE):
         yield model

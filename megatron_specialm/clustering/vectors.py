@@ -1,8 +1,7 @@
-"""The vectors of a set's train windows, in one file or in those of its shards.
+"""The vectors of a set's windows, in one file or in one per shard.
 
-vectors.json   rows and dimensions, and of each file in order: its path from here, its rows, its size, and how many of its
-               vectors are zero
-train.npy      (N, E) float32, in the token store's order; absent where the files are those of shards
+vectors.json   rows and dimensions, and for each file in order: its path relative to this folder, rows, bytes, zero vectors
+train.npy      (N, E) float32, in the order of the token store; absent where the shards hold the files
 """
 
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_specialm.base.arrays import read_array
-from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.shapes import Count, Size
 
@@ -23,7 +22,7 @@ FILE = "train.npy"
 
 @dataclass(frozen=True)
 class Part:
-    """What `vectors.json` says of a file."""
+    """One file of `vectors.json`. `zero`: how many of its vectors are zero."""
 
     path: str
     rows: Count
@@ -41,14 +40,13 @@ class Description:
 
 
 class Vectors:
-    """Vectors (N, E) as one array that is read in parts. The files are memory-mapped while they are read, so nothing is
-    kept of them."""
+    """Vectors (N, E) as one array that is read in parts. Files are memory-mapped only while they are read."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what an embed task has made, and check that it is whole.
+        """Open the vectors that an embed task wrote.
 
         Raises:
-            ArtifactError: nothing there, or a file that is missing or of another size than was written.
+            ArtifactError: a file is missing or has another size than was written.
         """
         description = read_json(folder / DESCRIPTION, Description)
         self._files = [((folder / part.path).resolve(), part.rows) for part in description.parts]
@@ -69,15 +67,13 @@ class Vectors:
         return self.shape[0]
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors of some windows, (B, E) float32.
+        """The vectors of some windows, (B, E) float32, which may not be finite.
 
         Args:
             ids: (B,) window numbers, ascending.
-
-        Whether they are finite is for those who compute with them: ranks have to refuse them together (`clustering/kmeans.py`).
         """
         vectors = np.empty((len(ids), self.shape[1]), np.float32)
-        ends = np.searchsorted(ids, self._firsts)  # where in `ids` each file's own begin
+        ends = np.searchsorted(ids, self._firsts)  # of each file's ids in `ids`
         for number, (first, start, stop) in enumerate(zip(self._firsts, ends, ends[1:], strict=False)):
             if start < stop:
                 vectors[start:stop] = self._map(number)[ids[start:stop] - first]
@@ -88,6 +84,31 @@ class Vectors:
         return read_array(path, dtype=np.float32, shape=(rows, self.shape[1]), mapped=True)
 
 
+def read_rows(vectors: np.ndarray | Vectors, ids: np.ndarray) -> np.ndarray:
+    """Some vectors in memory, (B, E) float32.
+
+    Args:
+        ids: (B,) window numbers, ascending.
+    """
+    part = vectors.rows(ids) if isinstance(vectors, Vectors) else vectors[ids]
+    return np.ascontiguousarray(part, dtype=np.float32)
+
+
+def count_not_finite(vectors: np.ndarray) -> int:
+    """How many vectors (B, E) hold NaN or infinity."""
+    return int((~np.isfinite(vectors).all(axis=1)).sum())
+
+
+def refuse_not_finite(count: int, *, of: int) -> None:
+    """Refuse `of` vectors of which `count` are not finite. Ranks count together first, so that all of them raise.
+
+    Raises:
+        DataError: count > 0.
+    """
+    if count:
+        raise DataError(f"{count} of {of} vectors are not finite: the encoder gave NaN or infinity")
+
+
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, (n, E) float32; rows of zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -95,14 +116,14 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def describe_vectors(folder: Path, *, zero: int = 0) -> None:
-    """Describe the one file that stands in the folder, of whose vectors so many are zero."""
+    """Write `vectors.json` for the one file in the folder, `zero` of whose vectors are zero."""
     path = folder / FILE
     rows, dimensions = read_array(path, dtype=np.float32, shape=(None, None), mapped=True).shape
     _write(folder, dimensions, [Part(FILE, rows, path.stat().st_size, zero)])
 
 
 def join_vectors(folders: Iterable[Path], *, folder: Path) -> None:
-    """Describe in `folder` the files of shards, in their order, as one array."""
+    """Write `vectors.json` in `folder` for the files of shards, in their order, as one array."""
     shards = [(os.path.relpath(shard, folder), read_json(shard / DESCRIPTION, Description)) for shard in folders]
     parts = [replace(part, path=f"{path}/{part.path}") for path, shard in shards for part in shard.parts]
     _write(folder, shards[0][1].dimensions, parts)

@@ -1,15 +1,15 @@
 """The words of a text, for counting.
 
-Most scripts set words apart with spaces: there a word is a run of two or more letters or digits, as scikit-learn's own
-`\\b\\w\\w+\\b` finds it. Some do not: a run of such a script is cut into pairs of neighbouring characters, which overlap
-(the usual index for Chinese and Japanese; Nie et al., IRAL 2000, find them as good as words), and a single character is
-itself. Signs of Indic scripts that `\\w` leaves out belong to their words; marks of scripts without spaces, to their runs.
+Most scripts separate words by spaces: a word is a run of two or more letters or digits, as with scikit-learn's
+`\\b\\w\\w+\\b`. A run of a script without spaces is cut into overlapping pairs of characters (the usual index for Chinese and
+Japanese; Nie et al., IRAL 2000, find them as good as words); a single character stays. Signs of Indic scripts that `\\w` does
+not match belong to their words, and marks of scripts without spaces to their runs.
 """
 
 import re
 from itertools import pairwise
 
-# Blocks of Unicode, less their punctuation and digits.
+# Blocks of Unicode without their punctuation and digits.
 _SPACELESS = (
     "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
     "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
@@ -29,7 +29,7 @@ _WORD = re.compile(rf"[\w{_INDIC}]{{2,}}")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in small letters, and pairs of characters where a script has no spaces between words."""
+    """The words of a text in lower case, and pairs of characters for scripts without spaces."""
     text = text.lower()
     found: list[str] = _WORD.findall(_RUN.sub(" ", text))
     for run in _RUN.findall(text):

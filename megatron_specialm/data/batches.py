@@ -1,12 +1,12 @@
-"""This process's share of the global batches."""
+"""Batches for training, of which each process gets its rows, and for evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from megatron_specialm.data.sampling import StreamReport
-from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.data.sampling import StepDraw, StreamReport
+from megatron_specialm.data.store import MIXTURE, Batch, TokenStore
 
 
 class Windows(Protocol):
@@ -19,34 +19,43 @@ class Windows(Protocol):
 
 
 class Stream(Protocol):
-    """An order of reading, as a pure function of the step."""
+    """What each step reads, as a pure function of the step."""
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Window ids (B,) of optimizer step `step`, from 0."""
+    def draw(self, step: int) -> StepDraw:
+        """The global batch of optimizer step `step`, from 0."""
 
     def report(self, steps: int) -> StreamReport:
-        """What a run of so many steps will read."""
+        """What the first `steps` steps read."""
 
 
-# What else a training needs to know of a step's windows: from the step, the rows that are this process's, and their ids.
-Notes = Callable[[int, slice, np.ndarray], Mapping[str, np.ndarray]]
+# Further inputs of the windows (B,): arrays (B, ...) by name.
+ExtraInputs = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 class TrainingBatches:
-    """Batches of a stream of window ids. The global batch of a step is the same whatever the number of processes."""
+    """The global batches of a stream, which do not depend on the number of processes.
+
+    Args:
+        rank, processes: the data-parallel rank of this process, and their number.
+        extra_inputs: for example the outputs of a teacher (`data/teacher.py`).
+    """
 
     def __init__(
-        self, store: Windows, stream: Stream, *, rank: int, processes: int, notes: Notes = lambda *_: {}
+        self, store: Windows, stream: Stream, *, rank: int, processes: int, extra_inputs: ExtraInputs = lambda _: {}
     ) -> None:
         self._store, self._stream, self._rank, self.processes = store, stream, rank, processes
-        self._notes = notes
+        self._extra_inputs = extra_inputs
 
     def local(self, step: int) -> Batch:
-        """The rows of optimizer step `step` (0-based) that fall to this process: a contiguous share."""
-        ids = self._stream.global_batch(step)
-        share = len(ids) // self.processes
-        rows = slice(self._rank * share, (self._rank + 1) * share)
-        return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
+        """This process's rows of the global batch of optimizer step `step`, from 0: a contiguous slice."""
+        draw = self._stream.draw(step)
+        count = len(draw.window_ids) // self.processes
+        rows = slice(self._rank * count, (self._rank + 1) * count)
+        ids = draw.window_ids[rows]
+        extra_inputs = dict(self._extra_inputs(ids))
+        if draw.mixtures is not None:
+            extra_inputs[MIXTURE] = draw.mixtures[rows]
+        return self._store.batch(ids)._replace(notes=extra_inputs)
 
 
 def count_windows(batch: Batch) -> int:

@@ -1,12 +1,12 @@
-"""The files of clusters, read and checked: what stages hand to each other.
+"""Reading and checking the cluster files that stages exchange.
 
 centroids.npy            (K, E) float32, of all clusters
-centroid.npy             (E,) float32, of the cluster that an expert is of
+centroid.npy             (E,) float32, of an expert's cluster
 clusters.npy             (N,) int32, the cluster of each window
 histogram.npy            (K,) float64, the clusters' frequencies
 order.npy, offsets.npy   (N,) of `order_type` and (K + 1,) int64: a `ClusterIndex`
 
-Whatever is wrong with one of them is an `ArtifactError` that names it.
+A missing, damaged or unfitting file is an `ArtifactError` that names it.
 """
 
 from pathlib import Path
@@ -28,14 +28,14 @@ def read_centroids(folder: Path, *, k: int, dimensions: int | None = None) -> np
 
 
 def read_clusters(folder: Path, *, k: int) -> np.ndarray:
-    """The cluster of each window (N,), in [0, K): a memory map."""
+    """The cluster of each window (N,), in [0, K), as a memory map."""
     clusters = read_array(folder / CLUSTERS, dtype=np.int32, shape=(None,), mapped=True)
     _check_range(folder / CLUSTERS, clusters, k)
     return clusters
 
 
 def read_histogram(folder: Path, *, k: int) -> np.ndarray:
-    """Frequencies (K,), which are not negative and sum to one."""
+    """Frequencies (K,), not negative, summing to one."""
     frequencies = read_array(folder / HISTOGRAM, dtype=np.float64, shape=(k,))
     if (frequencies < 0).any() or not abs(frequencies.sum() - 1) < 1e-6:
         raise ArtifactError(f"{folder / HISTOGRAM}: not the frequencies of {k} clusters, which sum to one: {REMAKE}")
@@ -43,7 +43,7 @@ def read_histogram(folder: Path, *, k: int) -> np.ndarray:
 
 
 def read_index(folder: Path, *, windows: int, k: int) -> ClusterIndex:
-    """The index of so many windows in K clusters; its order is a memory map."""
+    """The index of `windows` windows in K clusters; its order is a memory map."""
     order = read_array(folder / ORDER, dtype=order_type(windows), shape=(windows,), mapped=True)
     _check_range(folder / ORDER, order, windows)
     offsets = read_array(folder / OFFSETS, dtype=np.int64, shape=(k + 1,))

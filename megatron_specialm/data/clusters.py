@@ -1,4 +1,4 @@
-"""Clusters of a set's windows: which windows each holds, how frequent each is, and how often to draw from it.
+"""The clusters of a set's windows: the windows of each, their frequencies, and importance weights.
 
 Shapes: N windows, K clusters.
 """
@@ -11,39 +11,39 @@ import numpy as np
 
 from megatron_specialm.base.errors import DataError
 
-BLOCK = 1 << 20  # windows that are sorted at a time: about 40 bytes each
+BLOCK = 1 << 20  # windows sorted at a time, at about 40 bytes each
 
 
 def importance_weights(target: np.ndarray, generic_sizes: np.ndarray) -> tuple[np.ndarray, float]:
-    """How often to draw from each generic cluster, so that the draws look like the target.
+    """The weight of each generic cluster with which draws have the target's histogram.
 
     Args:
         target: (K,) histogram of the specialization set, as counts or frequencies.
         generic_sizes: (K,) generic windows per cluster.
 
     Returns:
-        (K,) weights summing to 1: the target on the clusters that have generic windows. And the fraction of the target
-        that is lost because its clusters have none.
+        (K,) weights summing to 1: the target, restricted to clusters with generic windows. And the fraction of the target
+        that is lost: in clusters without any.
 
     Raises:
         DataError: lengths differ, a target is negative or not finite, or all of it is lost.
     """
     sizes = np.asarray(generic_sizes)
     target = frequencies(target, k=len(sizes), name="target histogram")
-    kept = np.where(sizes > 0, target, 0.0)
-    if not kept.any():
+    weights = np.where(sizes > 0, target, 0.0)
+    if not weights.any():
         raise DataError(
             f"none of the target's {np.count_nonzero(target)} clusters has a generic window: "
             "use fewer clusters or more generic text"
         )
-    return kept / math.fsum(kept), math.fsum(target[sizes <= 0])
+    return weights / math.fsum(weights), math.fsum(target[sizes <= 0])
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterIndex:
-    """Which windows each cluster holds: cluster c has the windows order[offsets[c]:offsets[c + 1]].
+    """The windows of each cluster: cluster c has order[offsets[c]:offsets[c + 1]].
 
-    order: (N,) window ids sorted by cluster, of any integer type, perhaps a memory map; None for the identity.
+    order: (N,) window ids sorted by cluster, of any integer type, possibly a memory map; None for the identity.
     offsets: (K + 1,) int64, from 0 to N.
     """
 
@@ -73,7 +73,7 @@ class ClusterIndex:
         return cls(order, sort_by_cluster([clusters], order, k=k))
 
     def joined(self, other: "ClusterIndex") -> "ClusterIndex":
-        """This index, and behind it the clusters of another set whose windows are numbered on from this one's."""
+        """This index with the clusters of another set appended, whose windows are numbered on from this one's."""
         parts = (self, other)
         if all(part.order is None for part in parts):
             order = None
@@ -87,7 +87,7 @@ class ClusterIndex:
         return ClusterIndex(order, np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]))
 
     def members(self, clusters: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Window ids (B,) int64: in cluster `clusters` (B,), the one at place `places` (B,) in [0, its size)."""
+        """Window ids (B,) int64, at `places` (B,), each in [0, size), of `clusters` (B,)."""
         positions = self.offsets[clusters] + places
         return positions if self.order is None else np.asarray(self.order)[positions].astype(np.int64)
 
@@ -98,17 +98,17 @@ class ClusterIndex:
 
 
 def order_type(windows: int) -> type[np.integer]:
-    """The integers that name so many windows."""
+    """The integer type of window ids up to `windows`."""
     return np.int32 if windows < 1 << 31 else np.int64
 
 
 def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -> np.ndarray:
-    """Fill the order of a `ClusterIndex` and return its offsets. A counting sort, in memory for a block of windows at a time:
+    """Fill the order of a `ClusterIndex` and return its offsets. A counting sort with a block of windows in memory at a time:
     ids and order may be memory maps.
 
     Args:
-        parts: cluster ids, of all windows in a row.
-        order: (N,) to be filled, of `order_type`.
+        parts: arrays that together hold the cluster ids of all windows.
+        order: (N,) to fill, of `order_type`.
 
     Raises:
         DataError: no ids, or an id outside [0, k).
@@ -132,14 +132,14 @@ def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -
 
 
 def blocks(parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Numbers of windows in parts that fit into memory."""
+    """The numbers in some arrays, in blocks that fit into memory."""
     for part in parts:
-        for start in range(0, max(len(part), 1), BLOCK):  # no ids are one block of none, for `_count` to refuse
+        for start in range(0, max(len(part), 1), BLOCK):  # an empty part is an empty block, which `_count` refuses
             yield np.asarray(part[start : start + BLOCK])
 
 
 def _count(clusters: np.ndarray, k: int) -> np.ndarray:
-    """Windows per cluster, (K,) int64, with the ids checked."""
+    """Windows per cluster, (K,) int64. Refuses ids outside [0, k)."""
     clusters = np.asarray(clusters)
     if clusters.size == 0:
         raise DataError("no cluster ids: the set has no windows")
@@ -152,7 +152,7 @@ def _count(clusters: np.ndarray, k: int) -> np.ndarray:
 
 
 def frequencies(values: np.ndarray, *, k: int, name: str) -> np.ndarray:
-    """Values (K,) over their sum, float64, to the same bits on every machine (fsum is exact).
+    """Values (K,) divided by their sum, float64, with the same bits on every machine (fsum is exact).
 
     Raises:
         DataError: not K values, one is negative or not finite, or all are zero.

@@ -1,9 +1,8 @@
-"""The bytes of a file, decompressed where its name says that it is compressed.
+"""The bytes of a file, decompressed by the extension of its name: `.gz`, `.zst`, `.bz2` or `.xz`, in upper or lower case.
 
-The name decides: `.gz`, `.zst`, `.bz2` or `.xz`, in any case. A file whose content begins as another format than its name
-says is refused, because either may be the mistake. Every format is read member after member (zstd: frame, xz: stream),
-so that files which were concatenated or written in portions are read whole, and a cut inside a member is noticed.
-Zero bytes between and behind members are padding, as tapes and some writers leave it.
+A file whose first bytes are of another format than its name is refused, because either may be wrong. All members of a file
+(zstd: frames, xz: streams) are read, so that concatenated files are read to the end, and a file that ends within a member is
+refused. Zero bytes between and after members are padding.
 """
 
 import bz2
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 
 from megatron_specialm.base.errors import DataError
 
-READ_BYTES = 1 << 20  # of a file at a time
-WINDOW_BYTES = 1 << 31  # the longest window that `zstd --long=31` writes; so much memory a reader of such a file needs
+READ_BYTES = 1 << 20  # read at a time
+WINDOW_BYTES = 1 << 31  # the largest window of `zstd --long=31`, and the memory for reading such a file
 
 
 class _Format(NamedTuple):
-    """`begins`: the first bytes of a file, one of these; `member`: makes a reader of one member, with the methods of the
+    """begins: the possible first bytes of a file. member: makes a decompressor of one member, with the interface of the
     standard library's (`decompress`, `eof`, `unused_data`)."""
 
     name: str
@@ -29,14 +28,14 @@ class _Format(NamedTuple):
 
 
 def _zstd_frame() -> Any:
-    import zstandard  # a reader of rarer files: not before one is needed
+    import zstandard  # imported only when needed: few files have this format
 
     return zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).decompressobj()
 
 
 FORMATS = {
     ".gz": _Format("gzip", (b"\x1f\x8b",), lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)),
-    # A skippable frame, which may come first, begins with one of 16 numbers.
+    # The second kind is of skippable frames, which may come first.
     ".zst": _Format(
         "zstd", (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))), _zstd_frame
     ),
@@ -46,7 +45,7 @@ FORMATS = {
 
 
 def plain_name(path: Path) -> str:
-    """The file's name in small letters, without the ending that says how it is compressed."""
+    """The file's name in lower case, without the extension of its compression."""
     name = path.name.lower()
     return name.removesuffix(path.suffix.lower()) if path.suffix.lower() in FORMATS else name
 
@@ -55,7 +54,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     """The content of a file in blocks, decompressed.
 
     Raises:
-        DataError: the file cannot be read, is not what its name says, is cut short, damaged, or needs a dictionary.
+        DataError: the file cannot be read, has another format than its name, is cut short, damaged, or needs a dictionary.
     """
     named = FORMATS.get(path.suffix.lower())
     blocks = _raw_blocks(path)
@@ -96,13 +95,13 @@ def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _members(path: Path, kind: _Format, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    member = None  # between members there is none
+    member = None  # between members
     for block in blocks:
         while block := block if member else block.lstrip(b"\0"):
             member = member or kind.member()
             try:
                 content = member.decompress(block)
-            except Exception as error:  # zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError of bz2: one base only
+            except Exception as error:  # zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError of bz2
                 raise DataError(f"{path}: {_reason(kind, error)}") from None
             yield content
             block = member.unused_data if member.eof else b""
@@ -112,7 +111,7 @@ def _members(path: Path, kind: _Format, blocks: Iterator[bytes]) -> Iterator[byt
 
 
 def _reason(kind: _Format, error: Exception) -> str:
-    """What an error of a library means, and what to do about it."""
+    """The cause of a library's error, and the fix."""
     if "ictionary" in str(error):
         return f"compressed with a {kind.name} dictionary, which is no part of the file ({error}): compress it without"
     if isinstance(error, MemoryError) or "allocation" in str(error):

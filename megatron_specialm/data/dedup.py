@@ -1,7 +1,7 @@
-"""Which documents to keep so that no two of them are equal or nearly so, and how much of a test stands in training text.
+"""Removing near-duplicate documents, and measuring how much of a test document is contained in training text.
 
 Near-duplicates are found by MinHash over word 5-grams (Broder 1997) with locality-sensitive hashing, from the library
-datasketch. Only every fourth 5-gram by hash is sketched, which estimates the same similarity at a quarter of the cost.
+datasketch. A quarter of the 5-grams, chosen by hash, is sketched: it estimates the same similarity at a quarter of the cost.
 """
 
 import re
@@ -14,21 +14,21 @@ from datasketch import MinHash, MinHashLSH
 PERMUTATIONS = 64
 SHINGLE_WORDS = 5
 CONTAINED_WORDS = 8
-SAMPLE = 4  # one shingle in so many is sketched
+SAMPLE = 4  # one of so many shingles is sketched
 _WORD = re.compile(r"\w+")
 
 
 def distinct(documents: Iterable[str], *, threshold: float = 0.6) -> list[int]:
-    """The numbers of the documents to keep, in order: each is no near-duplicate of one kept before it.
+    """The numbers of the documents to keep, in order: none is a near-duplicate of an earlier one.
 
     Args:
-        threshold: Jaccard similarity of two documents' 5-grams from which the later one is dropped. Documents without a
-            single sampled 5-gram are compared by their words alone.
+        threshold: Jaccard similarity of two documents' 5-grams from which the later one is dropped. Documents without any
+            sampled 5-gram are compared by their words.
     """
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     seen: set[str] = set()
     kept = []
-    blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # the shingles come hashed
+    blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # shingles are hashed already
     for number, document in enumerate(documents):
         words = _words(document)
         exact = " ".join(words)
@@ -44,16 +44,16 @@ def distinct(documents: Iterable[str], *, threshold: float = 0.6) -> list[int]:
 
 
 def _shingles(words: list[str]) -> list[int]:
-    """Hashes of the sampled 5-grams of a document; of all of them where the sample would be empty."""
+    """Hashes of the sampled 5-grams of a document, or of all if none is sampled."""
     hashes = np.unique(_ngrams(words, SHINGLE_WORDS) >> np.uint64(32))
     sampled = hashes[hashes % np.uint64(SAMPLE) == 0]
     return (sampled if len(sampled) else hashes).tolist()
 
 
 def containment(documents: Sequence[str], training: Iterable[str]) -> np.ndarray:
-    """How much of each document stands in the training text, in whatever pieces: the share (0 to 1) of its word 8-grams.
+    """The fraction (0 to 1) of each document's word 8-grams that the training text contains anywhere.
 
-    A document may be no near-duplicate of any other and yet be made of their sentences, as a licence is of clauses.
+    A document may be no near-duplicate of any other and yet consist of their sentences, as a licence consists of clauses.
     """
     known = np.unique(np.concatenate([_ngrams(_words(text), CONTAINED_WORDS) for text in training]))
     grams = [_ngrams(_words(text), CONTAINED_WORDS) for text in documents]
@@ -67,7 +67,7 @@ def _words(text: str) -> list[str]:
 
 
 def _ngrams(words: list[str], span: int) -> np.ndarray:
-    """One 64-bit hash per run of `span` words; of all words where there are fewer."""
+    """One 64-bit hash for each `span` consecutive words, or one for all words if there are fewer."""
     codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
     span = min(span, len(codes))
     hashes = np.zeros(max(len(codes) - span + 1, 0), np.uint64)

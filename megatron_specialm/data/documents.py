@@ -8,12 +8,12 @@
 | .txt                     | the whole file                                         |
 | hf:NAME[:CONFIG[:SPLIT]] | one example of a Hugging Face dataset (split: train)   |
 
-All but parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz` behind the name (`data/compressed.py`). Endings count in any
-case. Text is UTF-8; a byte order mark at the beginning of a file, a line or a text is dropped. Of a key that a JSON object
-has twice, the last counts.
+All but parquet may be compressed: `.gz`, `.zst`, `.bz2`, `.xz` after the name (`data/compressed.py`). Upper and lower case of
+extensions are the same. Text is UTF-8; a byte order mark at the beginning of a file, a line or a text is dropped. If a JSON
+object has a key twice, the last value is used.
 
-The order is that of the entries, of the sorted names behind a glob, and of the lines or rows. The launcher looks up files
-through this module, so it imports neither torch nor, before they are needed, the readers of rarer formats.
+The order is that of the entries, of the sorted names of a glob, and of the lines or rows. The launcher resolves files with this
+module, so it does not import torch, and readers of rarer formats only when they are needed.
 """
 
 import codecs
@@ -31,12 +31,12 @@ from megatron_specialm.config.explain import did_you_mean
 from megatron_specialm.data.compressed import plain_name, read_blocks
 
 HUB = "hf:"
-LINE_BYTES = 1 << 30  # of one line at most: what is longer is no document but a file without line breaks
+LINE_BYTES = 1 << 30  # the longest line: more is a file without line breaks
 BYTE_ORDER_MARK = "\ufeff"
 
 
 class Documents(Iterator[str]):
-    """The documents of some entries. Empty and all-whitespace ones are passed over; `skipped` counts them so far.
+    """The documents of some entries, without empty and all-whitespace ones; `skipped` counts those so far.
 
     Raises:
         DataError: while iterating, naming the file, line or row, key and fix; at the end, if there was no document.
@@ -67,12 +67,12 @@ class Documents(Iterator[str]):
 
 
 def read_documents(entries: Sequence[str], *, text_field: str) -> Documents:
-    """Stream the documents behind paths, globs and `hf:` names; see `Documents` for what is raised."""
+    """Stream the documents of paths, globs and `hf:` names; see `Documents` for errors."""
     return Documents(entries, text_field)
 
 
 def resolve_files(entries: Iterable[str]) -> list[Path | str]:
-    """The files behind entries: paths, globs (sorted, `**` for any depth), and `hf:` names as they are.
+    """The files of entries: paths, globs (sorted, `**` for any depth), and `hf:` names unchanged.
 
     Raises:
         DataError: a file that is missing, a glob that matches none, or a folder.
@@ -81,10 +81,10 @@ def resolve_files(entries: Iterable[str]) -> list[Path | str]:
 
 
 def cut_in_shards(entries: Sequence[str], shards: int) -> list[list[Path | str]]:
-    """The files of each shard: so many nearly equal ranges of the files behind the entries, in order.
+    """The files of each shard: nearly equal ranges of the files of the entries, in order.
 
     Raises:
-        DataError: more shards than files, or what `resolve_files` raises.
+        DataError: more shards than files, or an error of `resolve_files`.
     """
     files = resolve_files(entries)
     if shards > len(files):
@@ -97,7 +97,7 @@ def cut_in_shards(entries: Sequence[str], shards: int) -> list[list[Path | str]]
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
-    """Cut a text in pieces of at most `size` characters, before a space where there is one; nothing is lost."""
+    """Cut a text into pieces of at most `size` characters, before a space if there is one; no character is dropped."""
     start = 0
     while len(text) - start > size:
         space = text.rfind(" ", start + 1, start + size + 1)
@@ -111,7 +111,7 @@ def _resolve(entry: str) -> list[Path | str]:
     if entry.startswith(HUB):
         return [entry]
     path = Path(entry)
-    if os.path.isfile(entry):  # of os.path, which answers False where a pathlib method would raise
+    if os.path.isfile(entry):  # os.path returns False where pathlib may raise
         return [path]
     if os.path.isdir(entry):
         raise DataError(f"{entry}: is a folder: name its files, as in {path / '*.jsonl'}")
@@ -119,7 +119,7 @@ def _resolve(entry: str) -> list[Path | str]:
         raise DataError(f"{entry}: {_no_file(entry)}")
     names = sorted(glob.glob(entry, recursive=True))
     files = [Path(name) for name in names if os.path.isfile(name)]
-    for name in names:  # what a glob finds is wanted: nothing but its folders is passed over
+    for name in names:  # of a glob's matches only folders are skipped
         if not os.path.isfile(name) and not os.path.isdir(name):
             raise DataError(f"{name}: {_no_file(name)}")
     if not files:
@@ -135,7 +135,7 @@ def _no_file(name: str) -> str:
 
 
 def text_format(source: Path) -> str:
-    """How a file is read, by its name: as `lines`, one `text`, or the rows of a `table`.
+    """The format of a file, by its name: JSON `lines`, one `text`, or the rows of a `table`.
 
     Raises:
         DataError: none of these.
@@ -163,7 +163,7 @@ def _read_source(source: Path | str, text_field: str) -> Iterator[str]:
 
 # --- one JSON object a line -------------------------------------------------------------------------------------------
 
-# An integer is given its length for a value: nobody reads it, and Python refuses to convert one of many digits.
+# Integers are not needed, and Python refuses to convert very long ones: `len` stands in for their conversion.
 _DECODER = json.JSONDecoder(parse_int=len)
 
 
@@ -176,17 +176,17 @@ def _read_lines(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The file's lines, without their ends; the last one may have none."""
-    number, size = 1, 0  # of the line that has begun
-    parts: list[bytes] = []  # of it, joined once, however long it is
+    """The lines of a file, without line breaks; the last one may lack its own."""
+    number, size = 1, 0  # of the current line
+    parts: list[bytes] = []  # of the current line, joined once, so that long lines take linear time
     for block in read_blocks(path):
         first, *others = block.split(b"\n")
         parts.append(first)
         size += len(first)
         if others:
-            *whole, rest = others
+            *complete, rest = others
             yield b"".join(parts)
-            yield from whole
+            yield from complete
             number, parts, size = number + len(others), [rest], len(rest)
         if size > LINE_BYTES:
             raise DataError(
@@ -197,8 +197,9 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _decoded(content: bytes, where: str) -> str:
-    """The text of some bytes, without a byte order mark."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # UTF-32's little-endian mark begins alike
+    """The text of UTF-8 bytes, without a byte order mark."""
+    # UTF-32's little-endian mark has the same first bytes as UTF-16's.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{where}: UTF-16 or UTF-32 by its byte order mark: convert the file to UTF-8")
     try:
         return content.decode().removeprefix(BYTE_ORDER_MARK)
@@ -223,11 +224,11 @@ def _text_of_line(line: str, where: str, text_field: str) -> str:
 
 
 def _text_field(record: dict[str, Any], where: str, text_field: str) -> str:
-    """The text of a record, checked to be one that can be encoded."""
+    """The text of a record. Refuses what is no text, or cannot be encoded."""
     if isinstance(text := record.get(text_field), str):
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a character, as in "\ud83d"
+        except UnicodeEncodeError as error:  # JSON can hold a lone surrogate, as in "\ud83d"
             raise DataError(
                 f"{where}: {text_field!r} is no Unicode text ({error}): remove the lone surrogate"
             ) from None
@@ -265,7 +266,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
-                    # Some writers leave out that a column of bytes is text.
+                    # Some writers declare columns of text as bytes.
                     text = text.decode() if isinstance(text, bytes) else text
                     yield _text_field({text_field: text}, f"{path}: row {row}", text_field)
     except UnicodeDecodeError as error:
@@ -293,7 +294,7 @@ def _hub_examples(entry: str) -> Iterator[dict[str, Any]]:
         raise MachineError(f"{entry}: {error}: pip install 'megatron_specialm[hub]', or name files instead") from None
     try:
         yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the hub's client raises those of whichever HTTP library is below it
+    except Exception as error:  # the hub's client raises the errors of its HTTP library
         raise MachineError(
             f"{entry}: the hub cannot be reached or has no such dataset ({type(error).__name__}: {error}): "
             "check the name and the network, or download it and name its files"

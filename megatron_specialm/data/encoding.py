@@ -1,7 +1,7 @@
 """Many documents -> token ids, on several processes.
 
-A worker process is held by a pipe, and a thread of ours waits for each answer. Python's own pools need semaphores, which
-are files in /dev/shm; containers and sandboxes may have none.
+A thread per worker process sends it texts through a pipe and waits for the answer. Python's own pools need semaphores, which
+are files in /dev/shm; containers and sandboxes may not have it.
 """
 
 import multiprocessing
@@ -19,9 +19,9 @@ from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.tokenizer import Tokenizer
 
-PIECE = 1_000_000  # characters encoded at once: bounds the memory that a long document takes
-CHUNK = 250_000  # characters sent to a worker at least: enough that sending costs little
-AHEAD = 3  # chunks in flight per worker, so that none waits
+PIECE = 1_000_000  # characters encoded at once: limits the memory for a long document
+CHUNK = 250_000  # minimum of characters sent to a worker: enough that sending costs little
+AHEAD = 3  # chunks in flight per worker, so that workers do not wait
 
 
 class _Piece(NamedTuple):
@@ -33,20 +33,20 @@ Encoded = tuple[list[_Piece], list[np.ndarray]]  # a chunk, and the token ids of
 
 
 def characters(encoded: Encoded) -> int:
-    """Of a chunk's text."""
+    """The number of characters of a chunk."""
     return sum(len(piece.text) for piece in encoded[0])
 
 
 class Encoder:
-    """Encodes streams of documents on several processes, in order, holding only a few chunks of text in memory.
+    """Encodes a stream of documents on several processes, in order, with a few chunks of text in memory.
 
-    Use it as a context manager. One worker is this process itself.
+    Use it as a context manager. With `workers` of 1 it encodes in this process.
     """
 
     def __init__(self, folder: Path, *, workers: int) -> None:
         self._folder, self._tokenizer = folder, Tokenizer.load(folder)
-        # Forked, so that a worker need not import again what the main module imports, which takes longer than encoding
-        # a small set; and forked now, before any reader has started threads.
+        # Forked, so that workers do not repeat the main module's imports, which take longer than encoding a small set; and
+        # forked now, before any reader starts threads.
         self._workers = [_Worker(self._tokenizer) for _ in range(workers)] if workers > 1 else []
         self._threads = ThreadPoolExecutor(workers)
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -58,19 +58,19 @@ class Encoder:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
-        for worker in reversed(self._workers):  # each holds the pipes of those that were forked before it
+        for worker in reversed(self._workers):  # a worker also holds the pipes of those forked before it
             worker.end()
 
     def encode(
         self, documents: Iterable[str], *, counted: Callable[[Iterable[Encoded]], Iterable[Encoded]] = iter
     ) -> Iterator[np.ndarray]:
-        """The token ids of each document, int32, the last one the end-of-document token.
+        """The token ids of each document, int32, ending with the end-of-document token.
 
         Args:
-            counted: passes the encoded chunks on, to tell how far it is.
+            counted: wraps the encoded chunks, to report progress.
 
         Raises:
-            DataError: a text that encodes to the end-of-document token, which would end its document early.
+            DataError: a text encodes to the end-of-document token, which would end its document early.
             MachineError: a worker process died.
         """
         eod = np.array([self._tokenizer.eod], np.int32)
@@ -110,7 +110,7 @@ class Encoder:
 
 
 class _Worker:
-    """A process that answers each list of texts with their ids, until the pipe to it is closed."""
+    """A process that encodes each list of texts it receives, until its pipe is closed."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         context = multiprocessing.get_context("fork")
@@ -140,7 +140,7 @@ class _Worker:
 
 
 def _serve(tokenizer: Tokenizer, parents: Connection, pipe: Connection) -> None:
-    parents.close()  # otherwise the pipe would outlive the parent
+    parents.close()  # otherwise this process would not notice that the parent ended
     while True:
         try:
             texts = pipe.recv()
@@ -148,7 +148,7 @@ def _serve(tokenizer: Tokenizer, parents: Connection, pipe: Connection) -> None:
             return
         try:
             answer: object = tokenizer.encode(texts)
-        except Exception as error:  # it is the parent's to handle
+        except Exception as error:  # raised in the parent
             answer = error
         pipe.send(answer)
 

@@ -1,25 +1,23 @@
-"""The order of reading for models of many experts: which windows, and which mixture of experts computes each.
+"""The stream of a model of many experts: the windows of each step, and the mixture of experts that computes each.
 
-A batch is made of groups of windows that share a mixture. A plain group is of one cluster, and its mixture is that
-cluster's expert. A soup group (Soup-of-Experts, arXiv 2502.01804) draws a histogram over a few clusters, its windows
-from these, and is computed by the experts' codes weighted by the histogram: so the model learns to be asked for a domain
-that is spread over clusters. Both are pure functions of (seed, step), as the importance stream is.
+A batch consists of groups of windows with one mixture. A plain group has windows of one cluster, and its mixture is that
+cluster's expert. A soup group (Soup-of-Experts, arXiv 2502.01804) draws a histogram over a few clusters and its windows from
+them; its mixture is the experts' codes weighted by the histogram. So the model learns to serve domains that spread over several
+clusters. Both are pure functions of (seed, step), as the importance stream is.
 
-Plain groups are counted by themselves: the n-th one is draw n of an importance stream, however many soups stand between.
-Were groups of both kinds drawn from one schedule, soups could fall on the same clusters again and again, and those
-clusters' experts would never be trained alone.
+The n-th plain group is draw n of an importance stream, whatever soups are between them. If one schedule placed both kinds of
+groups, soups could replace the plain groups of the same clusters again and again, and those clusters' experts would never be
+trained alone.
 
 Shapes: K clusters, B = global batch size.
 """
-
-import functools
 
 import numpy as np
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.training import Soup
 from megatron_specialm.data.clusters import ClusterIndex
-from megatron_specialm.data.sampling import ImportanceStream, StreamReport
+from megatron_specialm.data.sampling import ImportanceStream, StepDraw, StreamReport
 
 
 class ExpertStream:
@@ -28,10 +26,10 @@ class ExpertStream:
     def __init__(
         self, index: ClusterIndex, *, global_batch_size: int, windows_per_expert: int, soup: Soup | None, seed: int
     ) -> None:
-        """Clusters are drawn as often as they are large.
+        """Clusters are drawn in proportion to their sizes.
 
         Raises:
-            DataError: the batch is not made of whole groups.
+            DataError: the batch size is not a positive multiple of `windows_per_expert`.
         """
         if global_batch_size < 1 or global_batch_size % windows_per_expert:
             raise DataError(
@@ -46,22 +44,13 @@ class ExpertStream:
             windows_in_a_row=windows_per_expert,
         )
         self._index, self._soup, self._seed = index, soup, seed
-        self._draw = functools.lru_cache(maxsize=1)(self._draw_step)  # a step is asked for its windows and its mixtures
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Window ids of optimizer step `step` (from 0), (B,) int64."""
-        return self._draw(step)[0]
+    def draw(self, step: int) -> StepDraw:
+        """The windows of optimizer step `step`, from 0, and the mixture of experts that computes each.
 
-    def mixtures(self, step: int) -> np.ndarray:
-        """The mixture of experts that computes each window of `global_batch(step)`, (B, K) float32, each summing to 1."""
-        return self._draw(step)[1]
-
-    def report(self, steps: int) -> StreamReport:
-        """What a run of `steps` steps will read: each cluster as often as it is large, by plain groups to within two
-        groups, by soups on average."""
-        return self._plain.report(steps * self._groups)
-
-    def _draw_step(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        Raises:
+            DataError: step < 0.
+        """
         if step < 0:
             raise DataError(f"step is {step}: steps count from 0")
         numbers = range(step * self._groups, (step + 1) * self._groups)
@@ -70,12 +59,17 @@ class ExpertStream:
         mixtures = np.zeros((self._groups, self._row, len(self._index.sizes)), np.float32)
         if not soups.all():
             first = numbers.start - soups_before(numbers.start, self._soup)
-            ids, clusters = self._plain.global_batches(range(first, first + int((~soups).sum())))
+            ids, clusters = self._plain.draw_steps(range(first, first + int((~soups).sum())))
             windows[~soups] = ids.reshape(-1, self._row)
             mixtures[np.flatnonzero(~soups), :, clusters[:: self._row]] = 1
         for group in np.flatnonzero(soups):
             windows[group], mixtures[group] = self._draw_soup(numbers[group])
-        return windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1)
+        return StepDraw(windows.ravel(), mixtures.reshape(len(mixtures) * self._row, -1))
+
+    def report(self, steps: int) -> StreamReport:
+        """What the first `steps` steps read: clusters in proportion to their sizes, plain groups to within two groups, soups on
+        average."""
+        return self._plain.report(steps * self._groups)
 
     def _draw_soup(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows (row,) and the histogram (K,) of one soup group."""
@@ -83,7 +77,7 @@ class ExpertStream:
         assert soup is not None
         generator = np.random.default_rng([self._seed, number])
         sizes = self._index.sizes
-        clusters = generator.choice(len(sizes), soup.clusters, p=sizes / sizes.sum())  # one drawn twice weighs more
+        clusters = generator.choice(len(sizes), soup.clusters, p=sizes / sizes.sum())  # with replacement
         histogram = np.zeros(len(sizes))
         np.add.at(histogram, clusters, generator.dirichlet(np.ones(soup.clusters)))
         drawn = generator.choice(len(sizes), self._row, p=histogram / histogram.sum())
@@ -91,8 +85,8 @@ class ExpertStream:
 
 
 def soups_before(number: int, soup: Soup | None) -> int:
-    """How many of the groups 0 ... number - 1 are soups: they are spread evenly. In whole numbers, so that it grows by 0
-    or 1 from each group to the next."""
+    """How many of the groups 0 ... number - 1 are soups; they are spread evenly. In integers, so that it grows by 0 or 1 from
+    each group to the next."""
     if soup is None:
         return 0
     numerator, denominator = soup.fraction.as_integer_ratio()
@@ -100,15 +94,15 @@ def soups_before(number: int, soup: Soup | None) -> int:
 
 
 def expert_steps(steps: int, *, budget: str, size: int, sizes: np.ndarray) -> int:
-    """Steps of a cluster's own expert: `steps`, or in proportion to the cluster, so that the mean over all clusters that
-    have windows is `steps`."""
+    """Steps of a cluster's own expert: `steps` with an `equal` budget, otherwise in proportion to the cluster's size, where the
+    mean over the clusters that are not empty is `steps`."""
     if budget == "equal":
         return steps
     return max(1, round(steps * np.count_nonzero(sizes) * size / int(sizes.sum())))
 
 
 def check_enough(cluster: int, *, windows: int, needed: int, field: str, otherwise: str) -> None:
-    """Refuse an expert whose cluster is smaller than what it reads at a time, which `field` of the config says.
+    """Refuse an expert whose cluster has fewer windows than it reads at a time, the value of `field` in the config.
 
     Raises:
         DataError: with both numbers.

@@ -1,8 +1,8 @@
-"""A tokenizer as a Hugging Face folder has it, read for our own use.
+"""Reading the tokenizer of a Hugging Face folder.
 
-`tokenizer.json` decides how text is encoded. Of `tokenizer_config.json` (or `special_tokens_map.json`, as older folders
-have it) come the names of special tokens and what else an exported folder should keep. A name that is no token of
-`tokenizer.json` is passed over: Transformers would add it, with an id that no model trained on these ids has a row for.
+`tokenizer.json` defines the encoding. `tokenizer_config.json` (in older folders `special_tokens_map.json`) names the special
+tokens and holds other settings for the export. A name that is no token of `tokenizer.json` is ignored: Transformers would add
+it, with an id for which no model trained on these ids has a row.
 """
 
 import json
@@ -24,12 +24,16 @@ JSON, CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE = (
 
 
 def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of `tokenizer.json`, changed in two ways: nothing adds tokens to a text, cuts or pads it; and text that
-    spells the end token stays text. Second, the settings: `eod`, the end token's name, and `kept` (`pad_token`, `unk_token`,
-    `padding_side`, `chat_template`, where the source has them).
+    """Read a folder.
+
+    Returns:
+        The content of `tokenizer.json`, with two changes: nothing adds tokens to a text, truncates or pads it; and text that
+        spells the end token stays text.
+        The settings: `eod`, the name of the end token, and `kept`, those of `pad_token`, `unk_token`, `padding_side` and
+        `chat_template` that the folder has.
 
     Raises:
-        DataError: a file that cannot be read, or no end token among the tokens.
+        DataError: a file cannot be read, or the end token is none of the tokens.
     """
     description = {"added_tokens": [], "model": {}, **read_mapping(source / JSON)}
     description |= {"post_processor": None, "truncation": None, "padding": None}
@@ -42,24 +46,27 @@ def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{source / JSON}: added_tokens[{number}].id: tokenizers gives {token['content']!r} the id "
                 f"{tokenizer.token_to_id(token['content'])} (got {token['id']}): save the tokenizer again"
             )
-    said = {**_read_settings(source / SPECIAL_TOKENS), **_said(_read_settings(source / CONFIG))}
-    eod = _name(said.get("eos_token"))
+    own = {name: value for name, value in _read_settings(source / CONFIG).items() if value is not None}
+    config = {**_read_settings(source / SPECIAL_TOKENS), **own}
+    eod = _name(config.get("eos_token"))
     if eod is None or tokenizer.token_to_id(eod) is None:
         added = ", ".join(repr(token["content"]) for token in description["added_tokens"]) or "none"
-        what = f"eos_token {said.get('eos_token')!r} is not a token" if "eos_token" in said else "names no eos_token"
+        what = (
+            f"eos_token {config.get('eos_token')!r} is not a token" if "eos_token" in config else "names no eos_token"
+        )
         raise DataError(
             f"{source / CONFIG}: {what}: documents need an end: name one of the tokens there (added tokens: {added})"
         )
-    kept = _kept(source, said, tokenizer)
-    for name in {eod, *(kept[role] for role in ("pad_token", "unk_token") if role in kept)}:
+    export = _export_settings(source, config, tokenizer)
+    for name in {eod, *(export[role] for role in ("pad_token", "unk_token") if role in export)}:
         _make_special(description, name, tokenizer)
     _make_unreachable(description["model"], eod)
-    return description, {"eod": eod, "kept": kept}
+    return description, {"eod": eod, "kept": export}
 
 
 def _make_special(description: dict[str, Any], name: str, tokenizer: tokenizers.Tokenizer) -> None:
-    """Text is encoded with special tokens off, so what has such a role has to be one: an added token that is not would be
-    found in text which spells it. (Transformers takes it for one by its role.)"""
+    """Make an added token special. Text is encoded without special tokens; an added token that is not special would be found
+    in text that spells it. (Transformers makes it special by its role.)"""
     added = {token["content"]: token for token in description["added_tokens"]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     number = tokenizer.token_to_id(name)
@@ -68,25 +75,26 @@ def _make_special(description: dict[str, Any], name: str, tokenizer: tokenizers.
 
 
 def _make_unreachable(model: dict[str, Any], end: str) -> None:
-    """A unigram model may have its end token among its ordinary pieces, and would find it in text which spells it. (Models
-    of other types are tried with such text when they are imported.)"""
+    """Give the end token of a unigram model a score with which no text matches it, also where it is an ordinary piece.
+    (Models of other types are tried with such text when they are imported.)"""
     if model.get("type") == "Unigram":
         model["vocab"] = [[piece, NEVER if piece == end else score] for piece, score in model["vocab"]]
 
 
-def _kept(source: Path, said: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+def _export_settings(source: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """What an export repeats, named as in `tokenizer_config.json`."""
+    export: dict[str, Any] = {}
     for role in ("pad_token", "unk_token"):
-        name = _name(said.get(role))
+        name = _name(config.get(role))
         if name is not None and tokenizer.token_to_id(name) is not None:
-            kept[role] = name
+            export[role] = name
         elif name is not None:
             logger.warning("%s: its %s %r is no token of %s and is passed over", source, role, name, JSON)
-    if said.get("padding_side"):
-        kept["padding_side"] = said["padding_side"]
+    if config.get("padding_side"):
+        export["padding_side"] = config["padding_side"]
     template = source / CHAT_TEMPLATE
-    chat_template = read_text(template) if template.is_file() else said.get("chat_template")
-    return kept if chat_template is None else {**kept, "chat_template": chat_template}
+    chat_template = read_text(template) if template.is_file() else config.get("chat_template")
+    return export if chat_template is None else {**export, "chat_template": chat_template}
 
 
 def _name(token: Any) -> str | None:
@@ -95,13 +103,8 @@ def _name(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _said(config: dict[str, Any]) -> dict[str, Any]:
-    """What a file really says: null is nothing."""
-    return {name: value for name, value in config.items() if value is not None}
-
-
 def _read_settings(path: Path) -> dict[str, Any]:
-    """What stands in one of the files that say more; nothing where there is none."""
-    said = read_mapping(path) if path.is_file() else {}
-    check_settings(path, said)
-    return said
+    """The content of a settings file; empty where there is none."""
+    settings = read_mapping(path) if path.is_file() else {}
+    check_settings(path, settings)
+    return settings

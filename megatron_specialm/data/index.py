@@ -1,9 +1,9 @@
-"""The index of megatron-core's IndexedDataset, read with every part of it checked.
+"""Reading and checking the index of megatron-core's IndexedDataset.
 
     9 bytes MMIDIDX and two zeros, 8 version (1), 1 type of the tokens, 8 windows N, 8 documents D + 1
     (N,) int32 tokens of each window, (N,) int64 its first byte in the .bin file, (D + 1,) int64 each document's first window
 
-Megatron-Core's own reader takes any numbers there, and Python's `assert` for an error.
+Megatron-Core's own reader accepts any numbers, and reports other errors by `assert`.
 """
 
 import struct
@@ -19,11 +19,11 @@ from megatron_specialm.base.files import REMAKE, reading
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\0\0"
-_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}  # of those that a store has
+_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}  # of the token types of a store
 
 
 class Index(NamedTuple):
-    """Mapped: tokens of each window (N,) int32, and its first byte (N,) int64."""
+    """Memory-mapped: tokens of each window (N,) int32, and its first byte (N,) int64."""
 
     lengths: np.ndarray
     starts: np.ndarray
@@ -36,7 +36,7 @@ def read_index(path: Path, *, dtype: DTypeLike) -> Index:
         dtype: of the tokens.
 
     Raises:
-        ArtifactError: it is missing or damaged, or of other tokens.
+        ArtifactError: it is missing, damaged, or of another token type.
     """
     with reading(path, form="an index of tokens"), path.open("rb") as file:
         magic, version, code, windows, documents = _HEADER.unpack(file.read(_HEADER.size))

@@ -9,7 +9,7 @@ from megatron_specialm.data.store import Batch, TokenStore
 
 
 class JoinedStore:
-    """The windows of `first`, and behind them, numbered on, those of `second`."""
+    """The windows of `first`, followed by those of `second`."""
 
     def __init__(self, first: TokenStore, second: TokenStore) -> None:
         """Raises:
@@ -25,7 +25,7 @@ class JoinedStore:
 
     @property
     def folder(self) -> Path:
-        """Of the first store: the one that decides the size."""
+        """The folder of the first store."""
         return self._first.folder
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Shuffled orders that are computed, not stored: a keyed bijection of [0, size), and the hash that it is made of.
+"""Shuffled orders that are computed, not stored: a keyed bijection of [0, size), and its hash function.
 
 Shapes: B numbers.
 """
@@ -10,16 +10,16 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def shuffled(places: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Member of a shuffled set at each place: for each key a bijection of [0, size), in constant memory.
+    """The member at each place of a shuffled set: a bijection of [0, size) for each key, in constant memory.
 
     A Feistel network on numbers of two digits (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002,
     section 5): x = high * base + low with high < top and top * base only just above the size; each round adds a hash of
-    one digit to the other. What lands outside the size walks on until it is inside, which is seldom needed.
+    one digit to the other. A result outside the size is mapped again until it is inside (cycle walking), which is rare.
 
     Args:
         places: (B,) int64, in [0, size).
         sizes: (B,) int64, at least 1.
-        keys: (B,) uint64; equal keys and sizes name one order.
+        keys: (B,) uint64; equal keys and sizes give the same order.
 
     Returns:
         (B,) int64, in [0, size).
@@ -31,7 +31,7 @@ def shuffled(places: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.n
     walking: np.ndarray = np.arange(len(places))
     while walking.size:
         x = _feistel(x, top=top, base=base, keys=keys)
-        out[walking] = x  # not yet inside for some: the next pass overwrites those
+        out[walking] = x  # some are still outside: the next pass overwrites those
         outside = x >= limit
         walking, x, limit, top, base, keys = (a[outside] for a in (walking, x, limit, top, base, keys))
     return out

@@ -1,18 +1,18 @@
-"""The importance stream: which window is read when, as a pure function of (seed, step, cluster weights).
+"""The importance stream: the windows of each step, as a pure function of (seed, step, cluster weights).
 
-The paper trains on generic text drawn so that its clusters appear as often as in the specialization set: w(x) =
-P(c(x) | specialization) / P(c(x) | generic) (Grangier et al., arXiv 2402.01093, section 3). Drawing a cluster by its
-target frequency and then a window of it, each as often as the next, is the same thing and needs no weight per window.
+The paper trains on generic text whose clusters have the frequencies of the specialization set: w(x) = P(c(x) | specialization)
+/ P(c(x) | generic) (Grangier et al., arXiv 2402.01093, section 3). Drawing a cluster by its target frequency, and then
+uniformly a window of it, is equivalent and needs no weight per window.
 
-Draw number t of the stream (step s of batch size B holds the draws sB ... sB + B - 1) is found in three steps:
+Step s of batch size B has the draws sB ... sB + B - 1. Draw t is computed in three steps:
 
-1. Cluster: `_Schedule` says which cluster draw t goes to and how many draws that cluster had before: its rank.
-2. Order: rank // size is the epoch, rank % size the place in it; a keyed bijection of [0, size) turns the place into a
-   member of the cluster. Every window is used once before any is used again, and then the order is another one.
-3. Window: `ClusterIndex` turns (cluster, member) into a window id.
+1. Cluster: `_Schedule` gives the cluster of draw t, and its rank: how many draws the cluster had before.
+2. Order: rank // size is the epoch, rank % size the place in it. A keyed bijection of [0, size) maps the place to a member of
+   the cluster. Every window is used once per epoch, and each epoch has another order.
+3. Window: `ClusterIndex` maps (cluster, member) to a window id.
 
-Nothing is remembered from draw to draw, so there is no state to save, any step can be asked for at the same price, and
-ranks and micro-batches are slices of a batch that knows of neither.
+There is no state from draw to draw: nothing to save, every step takes the same time, and the batches of ranks and micro-batches
+are slices of a global batch that does not depend on their number.
 
 Shapes: N windows, K clusters, B = global batch size.
 """
@@ -38,14 +38,14 @@ _MAX_WARNINGS = 10
 
 @dataclass(frozen=True, eq=False)
 class StreamReport:
-    """What a run will read, known before it starts.
+    """What a number of steps reads, computed without reading it.
 
-    effective_sample_size: in windows, 1 / sum_x p(x)^2 = 1 / sum_c(w_c^2 / n_c) (Kish). It is N when every window is as
-        likely as the next, and falls as the weight gathers on small clusters.
+    effective_sample_size: in windows, 1 / sum_x p(x)^2 = 1 / sum_c(w_c^2 / n_c) (Kish). It is N for uniform draws, and smaller
+        where small clusters have large weights.
     windows_drawn: steps times batch size.
     expected_repeats: (K,) how often each window of the cluster is read; 0 for clusters that are not drawn.
     max_repeats: the largest of them.
-    warnings: a sentence for each cluster above MAX_USEFUL_REPEATS, most repeated first; the tail in one.
+    warnings: a sentence for each of the clusters above MAX_USEFUL_REPEATS, most repeated first, and one for the rest.
     """
 
     effective_sample_size: float
@@ -55,44 +55,56 @@ class StreamReport:
     warnings: tuple[str, ...]
 
 
+class StepDraw(NamedTuple):
+    """What one optimizer step reads, for B windows and K experts.
+
+    window_ids: (B,) int64.
+    mixtures: (B, K) float32, each row summing to 1: the weights of the experts that compute the window. One-hot for a single
+        expert. None for a model without experts.
+    """
+
+    window_ids: np.ndarray
+    mixtures: np.ndarray | None = None
+
+
 class _Schedule:
-    """The clusters of the draws 0, 1, 2, ... under fixed weights, with any draw reached directly.
+    """The clusters of the draws 0, 1, 2, ... under fixed weights; any draw is computed directly.
 
-    A binary tree whose leaves are the clusters of positive weight. Of the first m draws that a node receives, its
-    lighter child, of share p <= 1/2, gets L(m) = floor(m p + 1/2) and the heavier child the rest. L grows by 0 or 1 per
-    draw; so draw i goes to the light child exactly if L(i + 1) > L(i), as its draw number L(i), and else to the heavy
-    child as its draw number i - L(i). Descending from the root finds the leaf, after log2(K) + 1 nodes or fewer in the
-    mean: it is Huffman's code.
+    A binary tree whose leaves are the clusters of positive weight. Of the first m draws of a node, its lighter child, which has
+    the fraction p <= 1/2 of its weight, gets L(m) = floor(m p + 1/2), and the heavier child the rest. L grows by 0 or 1 per
+    draw. So draw i goes to the light child, as its draw L(i), exactly if L(i + 1) > L(i), and otherwise to the heavy child, as
+    its draw i - L(i). The descent from the root to a leaf visits at most log2(K) + 1 nodes on average: the tree is a Huffman
+    code.
 
-    No cluster is ever two windows away from weight times draws. Let W be a node's weight, n the draws of the root, m
-    those of the node and d = n W - m its error. The light child's error is n p W - L(m) = p d + (p m - L(m)), the heavy
-    child's (1 - p) d - (p m - L(m)), and L(m) is within 1/2 of p m: a child's error is at most its share of its
-    parent's, plus 1/2. The root has none. With s the share of a leaf, s' of its parent, s'' of the parent's parent,
+    The draws of a cluster are always within two windows of weight times draws. Let W be a node's weight, n the draws of the
+    root, m those of the node and d = n W - m its error. The light child's error is n p W - L(m) = p d + (p m - L(m)), the heavy
+    child's (1 - p) d - (p m - L(m)), and L(m) is within 1/2 of p m: a child's error is at most its fraction of its
+    parent's, plus 1/2. The root has none. With s the fraction of a leaf, s' of its parent, s'' of the parent's parent,
 
         |d| <= 1/2 (1 + s + s s' + s s' s'' + ...).
 
     In a Huffman tree an inner node v has at most 2/3 of its parent: when v's children a <= b were joined they were the
-    two lightest, so v's sibling u, or each piece it was later made of, weighed at least b >= v/2, and v / (v + u) <=
+    two lightest, so v's sibling u, or each part that u was later made of, weighed at least b >= v/2, and v / (v + u) <=
     v / (v + v/2) = 2/3. Hence s <= 1 and s', s'', ... <= 2/3, and |d| < 1/2 (1 + 1 + 2/3 + 4/9 + ...) = 2.
     """
 
     def __init__(self, weights: np.ndarray) -> None:
         """Build the tree of (K,) weights that sum to 1. O(K log K)."""
         self._k = len(weights)
-        # Inner nodes are numbered from 0 as they are made, so children come before parents; cluster c's leaf is ~c < 0.
+        # Inner nodes are numbered from 0 as they are made, so children precede parents. The leaf of cluster c is ~c < 0.
         heap = [(float(weights[c]), order, ~int(c)) for order, c in enumerate(np.flatnonzero(weights))]
-        light, heavy, share = [], [], []
+        light, heavy, fraction = [], [], []
         for node in range(len(heap) - 1):
             weight_a, _, a = heapq.heappop(heap)
             weight_b, _, b = heap[0]
             light.append(a)
             heavy.append(b)
-            share.append(weight_a / (weight_a + weight_b))
+            fraction.append(weight_a / (weight_a + weight_b))
             heapq.heapreplace(heap, (weight_a + weight_b, self._k + node, node))
         self._root = heap[0][2]
         self._light = np.array(light, dtype=np.int64)
         self._heavy = np.array(heavy, dtype=np.int64)
-        self._light_share = np.array(share, dtype=np.float64)
+        self._light_fraction = np.array(fraction, dtype=np.float64)
 
     def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The cluster of each draw, (B,) int64, and how many earlier draws that cluster had, (B,) int64."""
@@ -101,9 +113,9 @@ class _Schedule:
         descending = np.flatnonzero(node >= 0)
         while descending.size:
             i, v = rank[descending], node[descending]
-            share = self._light_share[v]
-            before = np.floor(i * share + 0.5)
-            to_light = np.floor((i + 1) * share + 0.5) > before
+            fraction = self._light_fraction[v]
+            before = np.floor(i * fraction + 0.5)
+            to_light = np.floor((i + 1) * fraction + 0.5) > before
             child = np.where(to_light, self._light[v], self._heavy[v])
             rank[descending] = np.where(to_light, before, i - before)
             node[descending] = child
@@ -118,7 +130,7 @@ class _Schedule:
             counts[~self._root] = draws
         for node in range(len(self._light) - 1, -1, -1):
             drawn = draws if node == self._root else received[node]
-            to_light = math.floor(drawn * float(self._light_share[node]) + 0.5)
+            to_light = math.floor(drawn * float(self._light_fraction[node]) + 0.5)
             for child, part in ((int(self._light[node]), to_light), (int(self._heavy[node]), drawn - to_light)):
                 if child < 0:
                     counts[~child] = part
@@ -138,8 +150,8 @@ class ImportanceStream:
     """Window ids of every optimizer step.
 
     Weights may change at given steps: `weights` is then [(first step, weights), ...], the first at step 0. Each phase
-    has its own schedule, and each cluster goes on in its own order from where it stood. The bound of two windows holds
-    within each phase, so over a run it is two windows per change of weights and two more.
+    has its own schedule; each cluster continues its own order. The bound of two windows holds within each phase, so the bound
+    of a run is two windows for each change of weights, plus two.
     """
 
     def __init__(
@@ -153,11 +165,12 @@ class ImportanceStream:
     ) -> None:
         """Build the schedules, O(K log K) per phase. Weights are (K,), non-negative, of any positive sum.
 
-        With `windows_in_a_row` each draw is of so many windows of its cluster, which stand in a row in the batch.
+        Args:
+            windows_in_a_row: the windows of one draw: members of its cluster that follow each other in the batch.
 
         Raises:
-            DataError: weights that do not fit the index, phases out of order, no windows per step, or a batch that is
-                not made of whole rows.
+            DataError: weights that do not fit the index, phases out of order, or a batch size that is not a positive multiple
+                of `windows_in_a_row`.
         """
         if global_batch_size < 1 or global_batch_size % windows_in_a_row:
             raise DataError(
@@ -171,34 +184,34 @@ class ImportanceStream:
             values = self._fitting(raw)
             if not self._phases:
                 self._phases.append(_Phase(start, values, _Schedule(values), np.zeros_like(self._sizes)))
-            elif not np.array_equal(values, self._phases[-1].weights):  # saying the same again changes nothing
+            elif not np.array_equal(values, self._phases[-1].weights):  # equal weights continue the phase
                 self._phases.append(_Phase(start, values, _Schedule(values), self.counts(start)))
 
-    def global_batch(self, step: int) -> np.ndarray:
-        """Window ids of optimizer step `step` (from 0), (B,) int64; the price is the same for any step.
+    def draw(self, step: int) -> StepDraw:
+        """The windows of optimizer step `step`, from 0. All steps take equally long to draw.
 
         Raises:
             DataError: step < 0.
         """
-        return self.global_batches(range(step, step + 1))[0]
+        return StepDraw(self.draw_steps(range(step, step + 1))[0])
 
-    def global_batches(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        """Window ids of consecutive steps in a row, and the cluster of each, (len(steps) * B,) int64 both.
+    def draw_steps(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Window ids of consecutive steps, and the cluster of each, both (len(steps) * B,) int64.
 
         Args:
-            steps: of one phase.
+            steps: all in one phase.
 
         Raises:
             DataError: a step < 0.
         """
-        clusters, ranks = self._draw(steps)
+        clusters, ranks = self._locate(steps)
         sizes = self._sizes[clusters]
         epochs, places = np.divmod(ranks, sizes)
         keys = mix(self._keys[clusters] + epochs.astype(np.uint64))
         return self._index.members(clusters, shuffled(places, sizes=sizes, keys=keys)), clusters
 
     def counts(self, steps: int) -> np.ndarray:
-        """How many windows of each cluster the first `steps` steps draw, (K,) int64. O(K).
+        """Windows of each cluster in the first `steps` steps, (K,) int64. O(K).
 
         Raises:
             DataError: steps < 0.
@@ -207,7 +220,7 @@ class ImportanceStream:
         return phase.consumed + self._row * phase.schedule.counts((steps - phase.start) * self._draws)
 
     def report(self, steps: int) -> StreamReport:
-        """What a run of `steps` optimizer steps will read; phases weigh by the steps each has of them.
+        """What the first `steps` optimizer steps read; phases weigh by their numbers of steps.
 
         Raises:
             DataError: steps < 1.
@@ -228,8 +241,8 @@ class ImportanceStream:
             warnings=_repeat_warnings(repeats, self._sizes),
         )
 
-    def _draw(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        """Cluster of each window of some steps, and how many windows the cluster had given before, both int64."""
+    def _locate(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """The cluster of each window of some steps, and how many windows of the cluster were drawn before, both int64."""
         phase = self._phase(steps.start)
         assert phase is self._phase(steps[-1])
         draws = range((steps.start - phase.start) * self._draws, (steps.stop - phase.start) * self._draws)
@@ -244,7 +257,7 @@ class ImportanceStream:
         return self._phases[bisect.bisect_right(self._phases, step, key=lambda phase: phase.start) - 1]
 
     def _fitting(self, raw: np.ndarray) -> np.ndarray:
-        """Weights (K,) over their sum, checked against the index."""
+        """Normalized weights (K,), which must fit the index."""
         values = frequencies(raw, k=len(self._sizes), name="weights")
         empty = np.flatnonzero((values > 0) & (self._sizes == 0))
         if empty.size:
@@ -256,7 +269,7 @@ class ImportanceStream:
 
 
 def _phases(weights: np.ndarray | Sequence[tuple[int, np.ndarray]]) -> Sequence[tuple[int, np.ndarray]]:
-    """The weights as phases; plain weights are one phase from step 0."""
+    """The weights as phases; a single array is one phase from step 0."""
     if isinstance(weights, np.ndarray) or len(weights) == 0 or not isinstance(weights[0], tuple):
         return [(0, np.asarray(weights))]
     starts = [start for start, _ in weights]

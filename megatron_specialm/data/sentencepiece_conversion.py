@@ -1,7 +1,7 @@
-"""The tokenizer, as the `tokenizers` library has it, that a SentencePiece model describes.
+"""Conversion of a SentencePiece model to a tokenizer of the library `tokenizers`.
 
-SentencePiece BPE knows no merges, only pieces: it always joins the neighbours whose union has the best score. That is the
-same as merging any pair of pieces whose union is a piece, ranked by the union's score.
+SentencePiece BPE has no merges, only pieces: it joins the neighbours whose union has the best score. That is equivalent to
+merging any pair of pieces whose union is a piece, ranked by the union's score.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as schema
 
 SPACE = "▁"
-NEVER = -1e6  # the log-probability of pieces that no text may match: </s>, or a byte's piece <0x0A>
+NEVER = -1e6  # the log-probability of pieces that must not match text: </s>, or a byte's piece <0x0A>
 
 
 def converted(proto: Any) -> tokenizers.Tokenizer:

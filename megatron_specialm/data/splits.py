@@ -1,5 +1,5 @@
-"""Which of the training documents are held out for validation, where a set has no validation files, and which of them a set
-of a given size keeps. Documents are arrays of token ids."""
+"""Splitting the training documents of a set: holding out documents for validation, where the set has no validation files, and
+cutting a training set to a size in tokens. Documents are arrays of token ids."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,17 +10,17 @@ import numpy as np
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.text import ValidationFloor
 
-Assigned = Iterator[tuple[str, np.ndarray]]  # documents, or parts of one, each with its split: `train` or `validation`
+Assigned = Iterator[tuple[str, np.ndarray]]  # documents, or parts of one, with their split: `train` or `validation`
 
 
 def hold_out(
     documents: Iterable[np.ndarray], *, fraction: float, floor: ValidationFloor, seed: int | str, context_length: int
 ) -> Assigned:
-    """Assign training documents to `train` and `validation`: of every 1 / fraction in a row, a drawn one is held out.
+    """Assign training documents to `train` and `validation`: one of every 1 / fraction documents, drawn at random, is held out.
 
-    Documents are read ahead until those meet the floor. Where the set ends before, more of it are held out, but at most half
-    of the documents and half of the tokens; of a single document its last windows. Where that does not meet the floor, no
-    more are held out than the fraction says: the floor is checked by who validates (`graph/validation.py`).
+    Documents are read ahead until the held-out ones meet the floor. If the set ends before, more are held out, but at most half
+    of the documents and half of the tokens; of a single document, its last windows. If that cannot meet the floor, only the
+    fraction is held out; the stage that validates refuses it (`graph/validation.py`).
     """
     blocks = _blocks(iter(documents), every=max(2, round(1 / fraction)), seed=seed)
     first: list[np.ndarray] = []
@@ -54,15 +54,15 @@ def cut_training_set(
     name: str,
     floor: ValidationFloor | None,
 ) -> Assigned:
-    """Keep of the training documents the first whole windows that hold at most `wanted` tokens, and those that were held
-    out among them; where documents are held out, also those behind them until the floor is met. Nothing further is read: a
-    set of 1M tokens costs and validates as one. A smaller size is the beginning of every larger one.
+    """Cut a training set to the first whole windows with at most `wanted` tokens. Held-out documents among them stay; if
+    documents are held out, so do those that follow, until the floor is met. Nothing further is read. A smaller size is a prefix
+    of every larger one.
 
     Args:
         floor: None where nothing is held out of the training documents.
 
     Raises:
-        DataError: the training documents hold fewer tokens, or the first one more than fit and `wanted` is no window.
+        DataError: the training documents hold fewer tokens, or `wanted` is less than a window and the first document longer.
     """
     left, found, is_empty = wanted, 0, True
     documents = tokens = 0  # held out
@@ -72,11 +72,11 @@ def cut_training_set(
             yield split, ids
         else:
             found += len(ids)
-            kept = ids if len(ids) <= left else ids[: left // context_length * context_length]
-            left = left - len(kept) if len(kept) == len(ids) else 0
-            if len(kept):
+            cut = ids if len(ids) <= left else ids[: left // context_length * context_length]
+            left = left - len(cut) if len(cut) == len(ids) else 0
+            if len(cut):
                 is_empty = False
-                yield split, kept
+                yield split, cut
         if not left and (floor is None or floor.is_met(documents, tokens)):
             break
     if found < wanted:
@@ -93,8 +93,8 @@ def cut_training_set(
 
 
 def _blocks(documents: Iterator[np.ndarray], *, every: int, seed: int | str) -> Iterator[tuple[list[np.ndarray], int]]:
-    """So many documents in a row, and the place of the drawn one. One is drawn of the first block however short it is; in a
-    shorter one at the end it may be behind the last document."""
+    """Blocks of `every` documents, each with the place of the drawn one. In a shorter first block it is one of its documents;
+    in a shorter last block it may be past the end."""
     number = 0
     while block := list(islice(documents, every)):
         yield block, _draw(seed, number) % (every if number else len(block))
@@ -102,13 +102,13 @@ def _blocks(documents: Iterator[np.ndarray], *, every: int, seed: int | str) -> 
 
 
 def _more_of_few(lengths: Sequence[int], drawn: list[int], *, floor: ValidationFloor, seed: int | str) -> list[int]:
-    """The numbers of the documents that are held out of a whole set, of these lengths in tokens, whose `drawn` ones do not
-    meet the floor: these and others, in a drawn order; `drawn` alone where no order meets it."""
+    """The numbers of the documents to hold out of a set with these lengths in tokens, whose `drawn` ones do not meet the floor:
+    the drawn ones and others in random order; only `drawn` if no order meets the floor."""
     usual = set(drawn)
     shuffled = sorted(range(len(lengths)), key=lambda number: (number not in usual, _draw(f"{seed}/more", number)))
     longest = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     rest = len(lengths) - floor.documents + 1
-    # By chance first. Lengths that differ widely may want the longest ones, or these behind as many as there must be.
+    # Random order first. If lengths differ widely, the longest documents may be needed, or the longest after short ones.
     for order in (shuffled, longest, [*longest[rest:], *longest[:rest]] if rest > 0 else []):
         if held_out := _first_that_meet(floor, order, lengths):
             return held_out
@@ -116,8 +116,8 @@ def _more_of_few(lengths: Sequence[int], drawn: list[int], *, floor: ValidationF
 
 
 def _first_that_meet(floor: ValidationFloor, order: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """In this order the documents that meet the floor, without those that would make it more than half of the documents or
-    tokens; none where they do not."""
+    """The first documents in this order that meet the floor, skipping those with which they would be more than half of the
+    documents or tokens; an empty list if they never meet it."""
     held_out: list[int] = []
     tokens, half = 0, sum(lengths) // 2
     for number in order:
@@ -130,7 +130,7 @@ def _first_that_meet(floor: ValidationFloor, order: Sequence[int], lengths: Sequ
 
 
 def _cut_document(ids: np.ndarray, *, fraction: float, floor: ValidationFloor, context_length: int) -> Assigned:
-    """Hold out the last windows of a document; none of one that has a single window."""
+    """Hold out the last windows of a document; nothing if it has only one window."""
     windows = -(-len(ids) // context_length)
     of_fraction = min(max(1, round(fraction * windows)), windows - 1)
     of_floor = windows - (len(ids) - floor.tokens) // context_length

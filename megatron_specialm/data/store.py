@@ -1,11 +1,10 @@
 """The token store: windows of token ids on megatron-core's IndexedDataset, one sequence per window.
 
-    train.bin  train.idx  validation.bin ... test.idx     the tokens, and where each window and document begins
+    train.bin  train.idx  validation.bin ... test.idx     the tokens, and the start of each window and document
     store.json                                            written last: sizes of the files, counts, tokenizer
 
-A document is cut into windows that do not overlap; its last window ends with the end-of-document token. A split of a set
-that was tokenized in shards has no files of its own here: `store.json` names the shards' folders, and their windows are
-read in a row.
+A document is cut into windows that do not overlap; its last window ends with the end-of-document token. A set that was
+tokenized in shards has no files of its own: `store.json` names the shards' folders, and their windows are read in that order.
 
 Legend: B windows of a batch, T context length, N windows of a split.
 """
@@ -33,12 +32,12 @@ MIXTURE = "mixture"  # the note (B, K) float32: which mixture of a projected net
 SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")
 
-logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)  # it tells of each file it opens
+logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)  # it logs each file that it opens
 
 
 @dataclass(frozen=True)
 class Part:
-    """What `store.json` says of a pair of files: the folder where they stand, and their sizes by name."""
+    """A pair of files in `store.json`: their folder, and their sizes by name."""
 
     folder: str
     bytes: dict[str, Count]
@@ -46,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """What `store.json` says of a split. Either it has files, of `bytes` each, or `parts`."""
+    """A split in `store.json`, either with files (`bytes`) or with those of shards (`parts`)."""
 
     documents: Count
     windows: Count
@@ -57,7 +56,7 @@ class Split:
 
     @property
     def files(self) -> list[Part]:
-        """The folders that hold its files: the store's own, or those of its shards."""
+        """The pairs of files: the store's own, or one per shard."""
         return self.parts or [Part(".", self.bytes or {})]
 
 
@@ -86,7 +85,7 @@ class Batch(NamedTuple):
         return self._map(lambda part: part[rows])
 
     def padded(self, count: int) -> "Batch":
-        """With `count` more windows that do not count."""
+        """The batch with `count` more windows, whose mask is zero."""
         if not count:
             return self
         return self._map(lambda part: np.pad(part, ((0, count), *[(0, 0)] * (part.ndim - 1))))
@@ -97,7 +96,7 @@ class Batch(NamedTuple):
 
 
 class _Part:
-    """The windows of one pair of files, all mapped: what a process keeps does not grow with them."""
+    """The windows of one pair of files, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, part: Part, description: Description) -> None:
         self._path, self._longest = folder / f"{split}.idx", description.context_length
@@ -124,7 +123,7 @@ class _Part:
 
 
 class TokenStore:
-    """The windows of one split. Tokens and their index are memory-mapped: in memory are a few hundred bytes per shard."""
+    """The windows of one split. Tokens and index are memory-mapped; a few hundred bytes per shard are in memory."""
 
     def __init__(self, folder: Path, split: str, description: Description) -> None:
         self.folder, self._split = folder, split
@@ -137,16 +136,19 @@ class TokenStore:
         _allow_open_files(2 * len(parts))
         self._parts = [_Part(folder / part.folder, split, part, description) for part in parts]
         self._firsts = np.cumsum([0, *map(len, self._parts)])  # the number of each part's first window; last, N
-        found, said = (len(self), sum(part.tokens for part in self._parts)), description.splits[split]
-        if found != (said.windows, said.tokens):
+        found, expected = (len(self), sum(part.tokens for part in self._parts)), description.splits[split]
+        if found != (expected.windows, expected.tokens):
             raise ArtifactError(
-                f"{folder / DESCRIPTION}: {said.windows} windows of {said.tokens} tokens in {split}, and its files have "
-                f"{found[0]} of {found[1]}: {REMAKE}"
+                f"{folder / DESCRIPTION}: {expected.windows} windows of {expected.tokens} tokens in {split}, and its files "
+                f"have {found[0]} of {found[1]}: {REMAKE}"
             )
 
     @classmethod
     def open(cls, folder: Path, split: str, *, tokenizer: str | None = None) -> Self:
-        """Open a split, and check that it is whole and, given a fingerprint, of that tokenizer.
+        """Open a split.
+
+        Args:
+            tokenizer: the fingerprint that the store must have; None for any.
 
         Raises:
             ArtifactError: no such split, a file of another size or kind than was written, or another tokenizer.
@@ -167,21 +169,21 @@ class TokenStore:
         return int(self._firsts[-1])
 
     def window(self, index: int) -> np.ndarray:
-        """The token ids of a window (at most T), the end-of-document token included where it ends its document.
+        """The token ids of a window (at most T). The last window of a document ends with the end-of-document token.
 
         Raises:
-            ArtifactError: there is no such window, or the file has something else in its place.
+            ArtifactError: there is no such window, or the file is damaged there.
         """
         (window,) = self._windows(np.array([index]))
         return self._checked(window)
 
     def batch(self, ids: np.ndarray) -> Batch:
-        """The windows of `ids` (B,) as model input: the end-of-document token, then the window less its last token.
+        """The windows of `ids` (B,) as model input: the end-of-document token, then the window without its last token.
 
         So every token of a window is predicted exactly once. Padding is the end-of-document token with mask 0.
 
         Raises:
-            ArtifactError: there is no such window, or the file has something else in its place.
+            ArtifactError: there is no such window, or the file is damaged there.
         """
         targets = np.full((len(ids), self.context_length), self.eod, np.int64)
         mask = np.zeros((len(ids), self.context_length), np.float32)
@@ -203,7 +205,7 @@ class TokenStore:
         return (self._parts[part].window(place) for part, place in zip(parts.tolist(), places.tolist(), strict=True))
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens that have all been found to be of the vocabulary: an embedding table has no rows for others."""
+        """The same tokens. Refuses ids outside the vocabulary, for which an embedding table has no row."""
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocabulary_size:
             raise ArtifactError(
                 f"{self.folder}: {self._split}.bin, of it or of one of its shards, has token ids from {tokens.min()} to "
@@ -213,7 +215,7 @@ class TokenStore:
 
 
 def token_type(vocabulary_size: int) -> type[np.integer]:
-    """The integers that token ids are stored as."""
+    """The integer type of stored token ids."""
     return np.uint16 if vocabulary_size < 65_500 else np.int32
 
 
@@ -230,16 +232,16 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Python keeps a mapped file open: lift this process's limit, as far as it may, where many shards would exceed it."""
+    """Raise this process's limit of open files, as far as allowed, for `count` more. Python keeps mapped files open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + len(os.listdir("/proc/self/fd")) + 256  # room for what else the process opens
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        lifted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lifted, hard))
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 class StoreWriter:
-    """Writes the windows of one split. Nothing is readable before `describe_store` has written `store.json`."""
+    """Writes the windows of one split. The store cannot be opened before `describe_store` has written `store.json`."""
 
     def __init__(self, folder: Path, split: str, *, context_length: int, vocabulary_size: int) -> None:
         self._folder, self._split = folder, split
@@ -248,7 +250,7 @@ class StoreWriter:
         self._documents = self._windows = self._tokens = 0
 
     def add_document(self, ids: np.ndarray) -> None:
-        """Add a document (or part of one) as windows of T tokens, the last one being what is left."""
+        """Add a document, or part of one, as windows of T tokens; the last one may be shorter."""
         starts = range(0, len(ids), self._context_length)
         with named(self._folder / f"{self._split}.bin"):
             self._builder.add_document(ids, [min(self._context_length, len(ids) - start) for start in starts])
@@ -257,7 +259,7 @@ class StoreWriter:
         self._tokens += len(ids)
 
     def finish(self) -> dict[str, Any]:
-        """Close the files; returns the split's part of the description."""
+        """Close the files; returns the split for `describe_store`."""
         paths = [self._folder / f"{self._split}{suffix}" for suffix in (".bin", ".idx")]
         with named(paths[1]):
             self._builder.finalize(str(paths[1]))
@@ -272,7 +274,7 @@ class StoreWriter:
 
 
 def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str, Any]:
-    """A split's part of the description of `store`, whose windows are those of the shards in `folders`, in that order."""
+    """A split for `describe_store`, with the windows of the shards in `folders`, in that order. `store`: the store's folder."""
     shards = [(os.path.relpath(folder, store), read_json(folder / DESCRIPTION, Description)) for folder in folders]
     splits = [(folder, description.splits[split]) for folder, description in shards]
     return {
@@ -282,7 +284,7 @@ def join_shards(folders: Iterable[Path], split: str, *, store: Path) -> dict[str
 
 
 def read_counts(folder: Path) -> dict[str, dict[str, int]]:
-    """A store's counts (`COUNTS`), each by split."""
+    """The counts of a store (`COUNTS`), each by split."""
     splits = read_json(folder / DESCRIPTION, Description).splits
     return {name: {split: getattr(own, name) for split, own in splits.items()} for name in COUNTS}
 
@@ -296,10 +298,10 @@ def describe_store(
     vocabulary_size: int,
     eod: int,
 ) -> None:
-    """Write `store.json`: from here on the store can be opened.
+    """Write `store.json`, with which the store can be opened.
 
     Args:
-        splits: what `StoreWriter.finish` or `join_shards` returned of each.
+        splits: the results of `StoreWriter.finish` or `join_shards`, by name.
         tokenizer: the fingerprint of the tokenizer.
     """
     description = {

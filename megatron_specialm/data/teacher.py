@@ -1,25 +1,24 @@
-"""The teacher cache: what a teacher says of every token of a token store, written once and read by many trainings.
+"""The teacher cache: a teacher's distribution for every token of a token store, written once and read by many trainings.
 
     lengths.bin                                    tokens of each window, (W,) int32
     log_probabilities.bin  ids.bin  tail.bin  entropy.bin
-                                                   per token that counts, in the order of window ids: what the kind keeps
-    cache.json                                     written last: what was kept, of which teacher and store, sizes of files
+                                                   the arrays of the kind, for each token, in the order of window ids
+    cache.json                                     written last: the format, the teacher, the store, sizes of the files
 
-| kind    | kept per token                                                             | bytes per token |
+| kind    | stored per token                                                           | bytes per token |
 |---------|----------------------------------------------------------------------------|-----------------|
 | exact   | the log-probabilities of the whole vocabulary                              | 4 V             |
 | top-k   | the K likeliest ids, their log-probabilities, that of all others together  | K (4 + id) + 4  |
 | sampled | K draws from the teacher's distribution, and that distribution's entropy   | K id + 4        |
 
-The draws of a sampled cache are fixed: a training that reads a window again, in another epoch, finds the same ones. Loss and
-gradient are right on average over caches, but reading one for many epochs does not average its noise out; `noise_of_draws` says
-how large it is. No choice among K stored draws would do better: to use all of them each time has the least noise that they
-allow, in a step and on average. What does is a larger K, or another kind.
+The draws of a sampled cache are fixed: a training that reads a window in another epoch gets the same ones. Loss and gradient
+are unbiased over caches, but many epochs over one cache do not average its noise out; `noise_of_draws` estimates it. Using all
+K draws each time has the least noise that K draws allow. A larger K, or another kind, has less.
 
 An id takes 2 bytes in a vocabulary of up to 65,536 tokens, 4 in a larger one. Probabilities are those at the cache's
-temperature; logarithms are nats, in fp32: with 16 bits an exact cache would be another teacher than the one it is of.
+temperature. Logarithms are in nats and fp32: with 16 bits, an exact cache would change the teacher.
 
-Legend: B windows of a batch, T context length, V vocabulary, K entries kept of a token, W windows, N tokens that count.
+Legend: B windows of a batch, T context length, V vocabulary, K entries of a token, W windows, N tokens without padding.
 """
 
 import math
@@ -42,14 +41,14 @@ IDS = "ids"
 LOG_PROBABILITIES = "log_probabilities"
 TAIL = "tail"
 ENTROPY = "entropy"
-NOISE_TOKENS = 50_000  # of which the noise of a cache is estimated
+NOISE_TOKENS = 50_000  # from which the noise of a cache is estimated
 
 Kind = Literal["exact", "top-k", "sampled"]
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """What a cache keeps of every token. `count` is K; an exact cache has none.
+    """What a cache stores of every token. `count` is K; an exact cache has none.
 
     Raises:
         ConfigError: a temperature that is not positive, or a count that the kind or the vocabulary cannot have.
@@ -75,11 +74,11 @@ class CacheFormat:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the cache's files."""
+        """The size of the cache's arrays, per token."""
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays().values())
 
     def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """By name: type, and shape per token."""
+        """The arrays by name: type, and shape per token."""
         ids = (np.dtype(np.uint16 if self.vocabulary_size <= 2**16 else np.int32), (self.count,))
         width = self.vocabulary_size if self.kind == "exact" else self.count
         log_probabilities = (np.dtype(np.float32), (width,))
@@ -93,7 +92,7 @@ class CacheFormat:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of `cache.json`. `teacher` and `store` are digests; `bytes` are the files' sizes by their names."""
+    """The content of `cache.json`. `kept` is the format, `teacher` and `store` are digests, `bytes` the sizes of the files."""
 
     kept: CacheFormat
     context_length: Size
@@ -105,10 +104,10 @@ class Description:
 
 
 class TeacherCache:
-    """A cache on disk. The arrays are memory-mapped; what is in memory is 12 bytes a window."""
+    """A cache on disk. The arrays are memory-mapped; 12 bytes per window are in memory."""
 
     def __init__(self, folder: Path, description: Description) -> None:
-        self.folder, self.kept, self.context_length = folder, description.kept, description.context_length
+        self.folder, self.format, self.context_length = folder, description.kept, description.context_length
         lengths = _path(folder, LENGTHS)
         self._lengths = read_values(lengths, dtype=np.int32, shape=(description.windows,))
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
@@ -118,25 +117,24 @@ class TeacherCache:
             raise ArtifactError(f"{lengths}: not the lengths of windows with {description.tokens} tokens: {REMAKE}")
         self._arrays = {
             name: read_values(_path(folder, name), dtype=dtype, shape=(description.tokens, *shape), mapped=True)
-            for name, (dtype, shape) in self.kept.arrays().items()
+            for name, (dtype, shape) in self.format.arrays().items()
         }
 
     @classmethod
     def open(cls, folder: Path, *, teacher: str, store: str) -> Self:
-        """Open a cache, and check that it is whole and of this teacher and token store.
+        """Open a cache of this teacher and token store.
 
         Args:
-            teacher, store: the digests that the cache must have been written with.
+            teacher, store: their digests.
 
         Raises:
-            ArtifactError: an unfinished or damaged cache, or one of another teacher or store.
+            ArtifactError: the cache is unfinished, damaged, or of another teacher or store.
         """
         description = read_json(folder / DESCRIPTION, Description)
         for what, wanted in {"teacher": teacher, "store": store}.items():
             if (found_with := getattr(description, what)) != wanted:
                 raise ArtifactError(
-                    f"{folder}: made with the {what} {found_with}, not {wanted}: "
-                    f"teach again with the {what} that is wanted"
+                    f"{folder}: made with the {what} {found_with}, not {wanted}: teach again with the right {what}"
                 )
         for name, size in description.bytes.items():
             path = folder / name
@@ -152,10 +150,10 @@ class TeacherCache:
         return len(self._lengths)
 
     def notes(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """What was kept of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero where nothing counts.
+        """The arrays of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero in the padding.
 
         Raises:
-            ArtifactError: a token is none of the vocabulary.
+            ArtifactError: a token id is outside the vocabulary.
         """
         lengths, ends = self._lengths[ids].tolist(), self._ends[ids].tolist()
         notes = {}
@@ -165,25 +163,29 @@ class TeacherCache:
             for row, end, length in zip(notes[name], ends, lengths, strict=True):
                 row[:length] = array[end - length : end]
         ids_BTK = notes.get(IDS)
-        if ids_BTK is not None and ids_BTK.size and not 0 <= ids_BTK.min() <= ids_BTK.max() < self.kept.vocabulary_size:
+        if (
+            ids_BTK is not None
+            and ids_BTK.size
+            and not 0 <= ids_BTK.min() <= ids_BTK.max() < self.format.vocabulary_size
+        ):
             raise ArtifactError(
                 f"{_path(self.folder, IDS)}: has token ids from {ids_BTK.min()} to {ids_BTK.max()} for a vocabulary of "
-                f"{self.kept.vocabulary_size}: {REMAKE}"
+                f"{self.format.vocabulary_size}: {REMAKE}"
             )
         return notes
 
     def noise(self) -> float | None:
-        """Of a sampled cache, what its draws add to the gradient (`noise_of_draws`), estimated on evenly spread tokens."""
-        if self.kept.kind != "sampled":
+        """The gradient noise of a sampled cache (`noise_of_draws`), estimated on evenly spread tokens. None for other kinds."""
+        if self.format.kind != "sampled":
             return None
         ids_NK = self._arrays[IDS]
         return noise_of_draws(ids_NK[:: max(1, len(ids_NK) // NOISE_TOKENS)])
 
 
 def noise_of_draws(ids_NK: np.ndarray) -> float | None:
-    """Mean over tokens of the expected squared distance between the distribution of K draws (1/K each) and the teacher's,
-    which is that between the gradients by a student's scores: (1 - sum of p squared) / K. The chance that two draws are
-    equal estimates the sum without bias; None where there is one draw only.
+    """Mean over tokens of the expected squared distance between the distribution of K draws (1/K each) and the teacher's:
+    (1 - sum of p squared) / K. The gradients by a student's logits have the same distance. The frequency of equal pairs of
+    draws estimates the sum without bias. None with a single draw.
     """
     count = ids_NK.shape[1]
     if count < 2:
@@ -194,28 +196,30 @@ def noise_of_draws(ids_NK: np.ndarray) -> float | None:
 
 
 class CacheWriter:
-    """Writes a cache, window after window. Nothing is readable before `finish` has written `cache.json`."""
+    """Writes a cache, one window after the other. It cannot be opened before `finish` has written `cache.json`."""
 
-    def __init__(self, folder: Path, kept: CacheFormat, *, context_length: int, teacher: str, store: str) -> None:
-        self.kept = kept
+    def __init__(
+        self, folder: Path, cache_format: CacheFormat, *, context_length: int, teacher: str, store: str
+    ) -> None:
+        self.format = cache_format
         self._folder = folder
         self._labels = {"context_length": context_length, "teacher": teacher, "store": store}
         self._lengths: list[int] = []
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).unlink(missing_ok=True)
-        self._files = {name: _path(folder, name).open("wb") for name in kept.arrays()}
+        self._files = {name: _path(folder, name).open("wb") for name in cache_format.arrays()}
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """The next window: what is kept of its tokens, (N, ...) each."""
+        """Append a window: the arrays of its tokens, (N, ...) each."""
         (length,) = {len(array) for array in arrays.values()}
-        for name, (dtype, shape) in self.kept.arrays().items():
+        for name, (dtype, shape) in self.format.arrays().items():
             assert arrays[name].shape[1:] == shape, f"{name}: {arrays[name].shape}"
             with named(_path(self._folder, name)):
                 self._files[name].write(arrays[name].astype(dtype, order="C").data)
         self._lengths.append(length)
 
     def finish(self) -> None:
-        """Close the files and describe them: from here on the cache can be opened."""
+        """Close the files and write `cache.json`."""
         for name, file in self._files.items():
             with named(_path(self._folder, name)):
                 file.close()
@@ -224,7 +228,7 @@ class CacheWriter:
         for path in paths:
             fsync_path(path)
         description = {
-            "kept": asdict(self.kept),
+            "kept": asdict(self.format),
             **self._labels,
             "windows": len(self._lengths),
             "tokens": sum(self._lengths),

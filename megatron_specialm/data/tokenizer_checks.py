@@ -1,5 +1,5 @@
-"""What the files of a tokenizer must have before anything is made of them: their libraries take some of it for granted, and end
-with a panic, or with a table of as many rows as the largest id says.
+"""Checks of a tokenizer's files before a library loads them. The libraries do not check everything: a wrong file may end in a
+panic, or in an embedding table with as many rows as the largest id.
 
 Each error names the file, the key and the value. Keys are paths, as `model.vocab['a']` or `added_tokens[3].id`.
 """
@@ -17,19 +17,17 @@ from megatron_specialm.config.yaml_file import shorten
 
 MOST_BYTES = 1 << 28  # of a file; the largest vocabularies take 40 MB
 MOST_IDS = 1 << 22
-MOST_GAPS = (
-    1000  # ids that are nobody's, beside as many as there are tokens: some vocabularies are filled up to a round number
-)
+MOST_GAPS = 1000  # unused ids, beyond as many as there are tokens: some vocabularies are padded to a round number
 FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 AGAIN = "save the tokenizer again"
-Entry = tuple[str, str, Any]  # a key, its token, and what stands as the token's id
+Entry = tuple[str, str, Any]  # a key, its token, and the value in place of the token's id
 
 
 def read_file(path: Path) -> bytes:
     """The content of a tokenizer's file.
 
     Raises:
-        DataError: it cannot be read, is no regular file, or larger than any tokenizer.
+        DataError: it cannot be read, is no regular file, or is larger than any tokenizer.
     """
     try:
         return read_regular(path, most_bytes=MOST_BYTES)
@@ -38,7 +36,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a tokenizer's file. Raises as `read_file` does, and where it is not UTF-8."""
+    """The text of a tokenizer's file, in UTF-8. Raises as `read_file`."""
     try:
         return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -46,7 +44,7 @@ def read_text(path: Path) -> str:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises as `read_text` does, and where it is none; NaN is no JSON."""
+    """The mapping in a JSON file, without NaN. Raises as `read_file`."""
 
     def refuse(text: str) -> float:
         raise ValueError(f"{text} is no number")
@@ -63,11 +61,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def refusing(path: Path, what: str, *, kind: type[SpecialmError] = DataError, fix: str = AGAIN) -> Iterator[None]:
-    """Say of whatever a library raises that it is the file's doing: some raise bare Exceptions, and their panics are not even
-    that. What the operating system refuses is not.
+    """Convert any error of a library, also bare Exceptions and panics, to one that names the file. Errors of the operating
+    system are not converted.
 
     Raises:
-        SpecialmError: of that kind, in its place.
+        SpecialmError: of class `kind`, in place of the library's.
     """
     try:
         yield
@@ -80,7 +78,8 @@ def refusing(path: Path, what: str, *, kind: type[SpecialmError] = DataError, fi
 
 
 def check_description(path: Path, description: Mapping[str, Any]) -> None:
-    """Refuse a `tokenizer.json` in which an id, a token or a score is none, stands twice, or is far from all others.
+    """Refuse a `tokenizer.json` with an id, token or score that is not valid, an id or token twice, or an id far above the
+    others.
 
     Raises:
         DataError: with the key and the value.
@@ -149,24 +148,24 @@ def _check_ids(path: Path, entries: list[Entry]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
+    """Whether it is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_settings(path: Path, said: Mapping[str, Any]) -> None:
-    """Refuse a `tokenizer_config.json`, or a `special_tokens_map.json`, in which a field that we read has another type.
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a `tokenizer_config.json` or `special_tokens_map.json` in which a field that we read has a wrong type.
 
     Raises:
         DataError: with the key and the value.
     """
-    for role in ("pad_token", "unk_token"):  # eos_token must be one of the tokens: that is asked later
-        value = said.get(role)
+    for role in ("pad_token", "unk_token"):  # `read_huggingface` checks eos_token
+        value = settings.get(role)
         content = value.get("content") if isinstance(value, dict) else value
         if value is not None and not (isinstance(content, str) and content):
             raise _wrong(path, role, value, "a token's text, or a mapping with its `content`")
-    if said.get("padding_side") not in (None, "left", "right"):
-        raise _wrong(path, "padding_side", said["padding_side"], "left or right")
-    template = said.get("chat_template")
+    if settings.get("padding_side") not in (None, "left", "right"):
+        raise _wrong(path, "padding_side", settings["padding_side"], "left or right")
+    template = settings.get("chat_template")
     named = isinstance(template, list) and all(
         isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
         for one in template
@@ -176,7 +175,7 @@ def check_settings(path: Path, said: Mapping[str, Any]) -> None:
 
 
 def check_pieces(path: Path, proto: Any) -> None:
-    """Refuse the protobuf of a SentencePiece model in which an id, a piece or a score is none, or stands twice.
+    """Refuse the protobuf of a SentencePiece model with an id, piece or score that is not valid, or a piece twice.
 
     Raises:
         DataError: with the key and the value.

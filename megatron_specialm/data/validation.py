@@ -1,12 +1,12 @@
-"""The held-out windows that a training is validated on: those that are like what it is trained for.
+"""The held-out windows that a training is validated on, which have the distribution that it is trained for.
 
 | training                      | validated on                                                                      |
 |-------------------------------|-----------------------------------------------------------------------------------|
 | `generic`                     | all held-out windows of the generic set                                           |
-| `cluster`                     | those of them that fall to the cluster                                            |
-| `importance`                  | all, each weighted so that their clusters are as frequent as those of the training |
+| `cluster`                     | those of them in the cluster                                                      |
+| `importance`                  | all of them, weighted so that their clusters have the frequencies of the training |
 | `domain`, `domain_fraction`   | the domain's held-out windows                                                     |
-| a projected network           | all of the generic set's, each by its own cluster's expert                        |
+| a projected network           | all of the generic set's, each with the expert of its cluster                     |
 
 Shapes: V held-out windows, K clusters.
 """
@@ -22,7 +22,7 @@ from megatron_specialm.data.batches import Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.store import MIXTURE, Batch
 
-UNIT = 1 << 14  # the weight of a window as frequent as the average: weights are whole numbers, as counts of tokens are
+UNIT = 1 << 14  # the average weight of a window: weights are whole numbers, as counts of tokens are
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class HeldOut:
     """Windows of a validation split, each computed once per validation.
 
     ids: (V,) int64.
-    weights: (V,) float32, whole numbers: how often each token of a window counts; None for once.
-    clusters: (V,) int64, the expert that computes each, of `experts` in all; None for an ordinary model.
+    weights: (V,) float32, whole numbers: the weight of each token of a window; None for 1.
+    clusters: (V,) int64, the expert of each window, one of `experts`; None for a model without experts.
     """
 
     store: Windows
@@ -42,8 +42,8 @@ class HeldOut:
 
     @property
     def effective_tokens(self) -> float:
-        """As many tokens of equal weight tell a mean as well: the square of the sum of their weights over the sum of the
-        squares (Kish 1965)."""
+        """The number of tokens of equal weight with the same variance of the mean: the squared sum of the weights over the sum
+        of their squares (Kish 1965)."""
         total = squares = 0.0
         for batch in self.batches(batch_size=256):
             weights = batch.mask.astype(np.float64)
@@ -51,8 +51,8 @@ class HeldOut:
         return total * total / squares if squares else 0.0
 
     def batches(self, *, batch_size: int, rank: int = 0, processes: int = 1) -> Iterator[Batch]:
-        """This process's batches of at most `batch_size` windows, of one expert each. All processes have equally many, as
-        their collective operations want: where there are none left, windows that do not count."""
+        """This process's batches of at most `batch_size` windows, each of one expert. All processes have equally many, as
+        collective operations require: the last may be one whose mask is zero."""
         chunks = list(self._chunks(batch_size))
         for first in range(0, len(chunks), processes):
             number = first + rank
@@ -94,7 +94,7 @@ def of_cluster(store: Windows, index: ClusterIndex, cluster: int) -> HeldOut:
 
 def like(store: Windows, index: ClusterIndex, target: np.ndarray) -> tuple[HeldOut, float]:
     """All windows, weighted by `w(x) = target(c(x)) / held-out(c(x))`, as the importance stream draws training windows; and
-    the fraction of the target that is lost because its clusters have no held-out window.
+    the fraction of the target that is lost: in clusters without a held-out window.
 
     Args:
         target: (K,) frequencies.

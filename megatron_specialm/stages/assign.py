@@ -1,10 +1,10 @@
-"""Each train window's cluster, and what they add up to, for one set; under the key `generic.validation`, the same of the
-generic set's held-out windows.
+"""The cluster of each train window of a set, and the set's histogram of clusters. The key `generic.validation` has those of
+the generic set's held-out windows.
 
-clusters.npy             (N,) int32, the cluster of each window; of a set in shards, each shard has its own windows'
-histogram.npy            (K,) float64, the clusters' frequencies
-order.npy, offsets.npy   the same by cluster: cluster c has the windows order[offsets[c]:offsets[c + 1]]
-assign.json              k, windows, and how concentrated the set is
+clusters.npy             (N,) int32, the cluster of each window; of a set in shards, each shard has those of its windows
+histogram.npy            (K,) float64, frequencies of the clusters
+order.npy, offsets.npy   windows by cluster: cluster c has the windows order[offsets[c]:offsets[c + 1]]
+assign.json              k, windows, and the concentration of the set (clustering/concentration.py)
 """
 
 from dataclasses import asdict
@@ -16,8 +16,8 @@ import numpy as np
 from megatron_specialm.base.arrays import new_array, write_array
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import write_json
-from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
+from megatron_specialm.clustering.routers import assign, load_router
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
@@ -26,7 +26,6 @@ from megatron_specialm.data.cluster_files import (
     HISTOGRAM,
     OFFSETS,
     ORDER,
-    read_centroids,
     read_clusters,
 )
 from megatron_specialm.data.clusters import order_type, sort_by_cluster
@@ -35,7 +34,7 @@ from megatron_specialm.stages.context import Context
 
 
 def run(stage: AssignStage, context: Context) -> Report:
-    """Find the nearest centroid of every window of a set or shard; of a set, index them by cluster. It reads no tokens."""
+    """Assign the windows of a set or shard to clusters; for a set, also index them by cluster. It reads no tokens."""
     shards = [] if context.task.shard or context.key == HELD_OUT else shard_keys(context.pipeline, context.key)
     if shards:
         return Report(values=_index(context, [context.artifact(context.task.id.stage, key) for key in shards]))
@@ -44,20 +43,20 @@ def run(stage: AssignStage, context: Context) -> Report:
 
 
 def _assign(stage: AssignStage, context: Context) -> Report:
-    """flops: 2 k E per window."""
+    """flops: those of the router."""
     faiss.omp_set_num_threads(context.threads)
     vectors = Vectors(context.artifact(stage.vectors, context.key))
     k = cluster_count(context.pipeline, context.task.id.stage)
-    centroids = read_centroids(context.artifact(stage.clusters, GENERIC), k=k, dimensions=vectors.shape[1])
-    clusters = kmeans.assign(
-        vectors, centroids, counted=lambda parts: context.counted(parts, unit="windows", of=len(vectors), size=len)
+    router = load_router(context.artifact(stage.clusters, GENERIC), k=k, dimensions=vectors.shape[1])
+    clusters = assign(
+        vectors, router, counted=lambda parts: context.counted(parts, unit="windows", of=len(vectors), size=len)
     )
     write_array(context.folder / CLUSTERS, clusters)
-    return Report(flops=2 * len(vectors) * centroids.size, values={"windows": len(vectors)})
+    return Report(flops=len(vectors) * router.flops_per_vector, values={"windows": len(vectors)})
 
 
 def _index(context: Context, folders: list[Path]) -> dict[str, object]:
-    """Write what follows from the clusters in some folders, in a row; returns the values to report."""
+    """Index the clusters that stand in some folders, as one set; returns the values of the report."""
     k = cluster_count(context.pipeline, context.task.id.stage)
     parts = [read_clusters(folder, k=k) for folder in folders]
     windows = sum(map(len, parts))

@@ -1,9 +1,9 @@
 """k-means on the generic set's vectors.
 
 centroids.npy   (K, E) float32
-clusters.json   how the fit went: k, vectors fitted on, inertia, empty clusters, smallest and largest size
+clusters.json   of the fit: k, vectors, inertia, empty clusters, smallest and largest size
 
-Under MPI every rank runs this, each on its share of the sample; the first one writes.
+Under MPI every rank fits on its part of the sample, and the first rank writes.
 """
 
 import logging
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(stage: ClusterStage, context: Context) -> Report:
-    """Find k centroids. flops: 2 k E per vector, for each iteration and the count at the end. It reads no tokens.
+    """Fit k centroids. flops: 2 k E per vector, for each iteration and the final count. It reads no tokens.
 
     Raises:
-        DataError: fewer windows than clusters, or so few different vectors that half of the clusters have none.
+        DataError: fewer windows than clusters, or so few different vectors that half of the clusters are empty.
     """
     faiss.omp_set_num_threads(context.threads)
     result = kmeans.fit(
@@ -58,7 +58,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
 
 
 def _check_different(result: kmeans.KMeansResult, fitted: int) -> None:
-    """A cluster stays empty where there are fewer different vectors than clusters."""
+    """Refuse or warn of empty clusters, which mean that there are fewer different vectors than clusters."""
     k = len(result.sizes)
     found = f"{result.empty} of {k} clusters are empty: the {fitted} vectors that were fitted on point in too few directions"
     if 2 * result.empty >= k:

@@ -38,11 +38,11 @@ from megatron_specialm.checkpoint.checkpoint import (
     step_folder,
 )
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.data.training_data import TrainingData
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.lineage import train_stage
 from megatron_specialm.graph.rates import trial_key
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import TrainingData
 from megatron_specialm.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, contex
             logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
         if but_for_length(made_from, trials) == ours:
-            yield _Training(folder, reading.to_measure(at_length(stage, made_from["settings"])), marker)
+            yield _Training(folder, reading.resolve_steps(at_length(stage, made_from["settings"])), marker)
 
 
 def _made_from(folder: Path) -> dict[str, Any]:

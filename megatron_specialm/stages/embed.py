@@ -1,9 +1,9 @@
 """Windows -> one vector each.
 
-encoder/       of the encoder's own task: fitted on the generic set or taken from a package, and loaded by all others
-train.npy      (N, E) float32, the vectors of the train windows in the store's order; shards have them for their set. The
-               task `generic.validation` has those of the generic set's held-out windows under the same name
-vectors.json   which files they are in (see clustering/vectors.py)
+encoder/       in the encoder's own task: fitted on the generic set or taken from a package; the other tasks load it
+train.npy      (N, E) float32, the vectors of the train windows in the store's order, or in the task `generic.validation` of
+               the generic set's held-out windows; a set in shards has none of its own
+vectors.json   the files of the vectors (clustering/vectors.py)
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.stages.context import Context
 
-BATCH = 500  # windows whose text is in memory at a time; a slow encoder takes seconds for them, so that its progress is seen
+BATCH = 500  # windows with their text in memory, and between reports of progress: a slow encoder takes seconds for them
 
 
 class Windows:
-    """The windows of a set as text: what their tokens decode to, so each method sees the same text."""
+    """The windows of a set as text, decoded from their tokens, so that encoders see the text that models see."""
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer) -> None:
         self._store, self._tokenizer = store, tokenizer
@@ -38,7 +38,7 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all windows."""
+        """The tokens of all windows."""
         return self._store.tokens
 
     def texts(self, ids: np.ndarray) -> list[str]:
@@ -46,32 +46,32 @@ class Windows:
         return [self._tokenizer.decode(self._store.window(int(i))) for i in ids]
 
     def draw(self, count: int, *, seed: int) -> list[str]:
-        """`count` windows without replacement, or all where there are fewer, in the store's order."""
+        """`count` windows without replacement, or all if there are fewer, in the store's order."""
         ids = np.random.default_rng(seed).choice(len(self), min(count, len(self)), replace=False)
         return self.texts(np.sort(ids))
 
     def batches(self) -> Iterator[tuple[slice, list[str]]]:
-        """All windows in order: which they are, and their text."""
+        """All windows in order: their numbers and texts."""
         for start in range(0, len(self), BATCH):
             stop = min(start + BATCH, len(self))
             yield slice(start, stop), self.texts(np.arange(start, stop))
 
 
 def run(stage: EmbedStage, context: Context) -> Report:
-    """Make the encoder ready, encode the windows of a set or shard, or gather a set's shards.
+    """Fit the encoder, encode the windows of a set or shard, or join the shards of a set.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no windows.
     """
     with threadpool_limits(context.threads):
         if context.key == ENCODER:
             return _fit(stage, context)
         shards = [] if context.task.shard or context.key == HELD_OUT else shard_keys(context.pipeline, context.key)
-        return _gather(stage, context, shards) if shards else _encode(stage, context)
+        return _join(stage, context, shards) if shards else _encode(stage, context)
 
 
 def _fit(stage: EmbedStage, context: Context) -> Report:
-    """Fit or fetch the encoder; its time is all that it is charged."""
+    """Fit or fetch the encoder. Its cost is its time, without flops."""
     seed = context.pipeline.seed
     encoder = fit_encoder(
         stage.encoder,
@@ -87,7 +87,7 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
     """flops: tokens times the encoder's estimate per token.
 
     Raises:
-        DataError: the encoder knows nothing of half of the windows, or gives vectors that are not finite.
+        DataError: half of the windows have zero vectors, or a vector is not finite.
     """
     windows = _windows(stage, context, context.key)
     if not len(windows):
@@ -103,7 +103,7 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
         for rows, texts in batches:
             vectors[rows] = encoder.encode(texts)
             zero += count_zero(vectors[rows], name=context.key, first=rows.start)
-        if context.task.shard is None and context.key != HELD_OUT:  # a part is judged with the set that it is of
+        if context.task.shard is None and context.key != HELD_OUT:  # of shards, the set is checked
             check_coverage(context.key, zero=zero, windows=len(windows))
     describe_vectors(context.folder, zero=zero)
     return Report(
@@ -119,11 +119,11 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
     )
 
 
-def _gather(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
-    """Nothing is copied: the set's vectors stay in its shards.
+def _join(stage: EmbedStage, context: Context, shards: list[str]) -> Report:
+    """Describe the vectors of a set's shards as one array, without copying them.
 
     Raises:
-        DataError: the encoder knows nothing of half of the windows.
+        DataError: half of the windows have zero vectors.
     """
     folders = [context.artifact(context.task.id.stage, key) for key in shards]
     join_vectors(folders, folder=context.folder)

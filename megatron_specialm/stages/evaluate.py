@@ -15,24 +15,24 @@ from megatron_specialm.train.evaluation import score
 
 
 def run(stage: EvaluateStage, context: Context) -> Report:
-    """Score a model on the test documents of one set: a domain's model on its domain's, a shared one on any.
+    """Score a model on the test documents of one set. A domain's model is scored on its domain, a shared one on every set.
 
-    Every token of a window is predicted once, from what stands before it in the window. Writes `evaluation.json`: for the
-    set the mean negative log-likelihood in nats per token and the number of tokens.
+    Every token of a window is predicted once, from those before it. Writes `evaluation.json`: the mean negative log-likelihood
+    in nats per token, and the number of tokens.
     """
     source = evaluated_set(context.key)
-    served = read_merged(find_final(context.artifact(*model_task(context.key))))
-    store = TokenStore.open(context.artifact(stage.tokens, source), "test", tokenizer=served.state["tokenizer"])
+    merged = read_merged(find_final(context.artifact(*model_task(context.key))))
+    store = TokenStore.open(context.artifact(stage.tokens, source), "test", tokenizer=merged.state["tokenizer"])
     windows = min(len(store), stage.max_windows or len(store))
     batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
     with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
-        loss = score(served.build(), context.counted(batches, unit="windows", of=windows, size=count_windows))
+        loss = score(merged.build(), context.counted(batches, unit="windows", of=windows, size=count_windows))
     results = {source: {"nll": loss.mean, "tokens": loss.tokens}}
     write_json(context.folder / "evaluation.json", results)
     slots = windows * store.context_length
     return Report(
         tokens=loss.tokens,
         slots=slots,
-        flops=slots * served.shape.forward_flops(served.vocabulary_size, served.context_length),
-        values={"sets": results, "parameters": served.shape.parameters(served.vocabulary_size)},
+        flops=slots * merged.shape.forward_flops(merged.vocabulary_size, merged.context_length),
+        values={"sets": results, "parameters": merged.shape.parameters(merged.vocabulary_size)},
     )

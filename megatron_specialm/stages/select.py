@@ -24,10 +24,10 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.data.training_data import open_held_out, open_store
 from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.stages.context import Context
-from megatron_specialm.stages.reading import open_held_out, open_store
 from megatron_specialm.train.selection import (
     Order,
     by_finetuning,

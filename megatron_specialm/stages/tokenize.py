@@ -1,7 +1,7 @@
 """Documents -> windows of token ids, for the train, validation and test splits of one set of text.
 
-Of a set in shards, a shard's task reads its range of the training files and holds out of them what it validates with; the
-set's own task reads the other files and describes all as one store.
+For a set in shards, the task of a shard reads its range of the training files and holds out documents of them; the task of the
+set reads the other files and describes all as one store.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,8 +25,8 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     """Write the token store of one set or shard. The report's `skipped` counts empty documents.
 
     Raises:
-        DataError: text that cannot be read, is empty, or holds less than the set's `train_tokens`; or less is held out than
-            the floor of a set on which a stage validates.
+        DataError: text cannot be read, is empty, or holds less than the set's `train_tokens`; or a stage validates on the set,
+            and less is held out than its floor.
     """
     tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -45,7 +45,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
     tokens = sum(split["tokens"] for split in splits.values())
-    if context.task.shard is None:  # what a set in shards has not written itself
+    if context.task.shard is None:  # the splits that shards wrote
         shards = [context.artifact(context.task.id.stage, key) for key in shard_keys(context.pipeline, context.key)]
         splits |= {split: join_shards(shards, split, store=context.folder) for split in SPLITS if split not in splits}
     describe_store(
@@ -63,7 +63,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
 
 
 def _readers(context: Context) -> dict[str, Documents]:
-    """The documents of each split that this task reads files of."""
+    """The documents of each split whose files this task reads."""
     files, shard = text_set(context.pipeline, source_of(context.key)), context.task.shard
     entries = {"train": files.train, "validation": files.validation, "test": files.test}
     if shard is not None:
@@ -74,14 +74,14 @@ def _readers(context: Context) -> dict[str, Documents]:
 
 
 def _has_validation(context: Context) -> bool:
-    """Whether the set has validation files: otherwise documents are held out of the training files."""
+    """Whether the set has validation files. Otherwise training documents are held out."""
     return bool(text_set(context.pipeline, source_of(context.key)).validation)
 
 
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All documents of the set that are wanted, each with the split it belongs to."""
+    """The documents of the set, each with its split."""
     shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():

@@ -1,4 +1,4 @@
-"""The tokenizer of a pipeline: trained on the generic set, or taken as it is."""
+"""The tokenizer of a pipeline, trained on the generic set or imported."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.schema import TokenizerStage
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.documents import read_documents, resolve_files
-from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_checks import refusing
+from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
 from megatron_specialm.stages.context import Context
 
 
@@ -20,8 +21,8 @@ def run(stage: TokenizerStage, context: Context) -> Report:
     """Write a tokenizer folder.
 
     Raises:
-        DataError: text or a tokenizer that cannot be read, a vocabulary that does not suit the text, or a tokenizer that
-            could not be exported.
+        DataError: the text or tokenizer cannot be read, the vocabulary does not fit the text, or the tokenizer cannot be
+            exported.
     """
     tokenizer = _train(stage, context) if stage.path is None else import_tokenizer(Path(stage.path), context.folder)
     _check_exported(tokenizer)
@@ -44,7 +45,7 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
 
 
 def _check_exported(tokenizer: Tokenizer) -> None:
-    """What the export asks of a tokenizer, asked before anything is trained with it."""
+    """Refuse a tokenizer that cannot be exported, before a model is trained with it."""
     fix = "use another tokenizer, or another version of transformers"
     with TemporaryDirectory() as folder, refusing(tokenizer.folder, "cannot be exported", fix=fix):
         save_tokenizer(tokenizer, Path(folder), context_length=32)
@@ -56,8 +57,8 @@ def _check_exported(tokenizer: Tokenizer) -> None:
 
 
 def beginnings(files: Sequence[Path | str], characters: int, *, text_field: str) -> Iterator[str]:
-    """The first documents of each file, together about so many characters: a set that is large enough to be cut in shards is
-    not read to its end for a sample."""
+    """The first documents of each file, together about `characters` long: a sample of a set in shards that is too large to be
+    read to its end."""
     for file in files:
         found = 0
         for text in read_documents([str(file)], text_field=text_field):

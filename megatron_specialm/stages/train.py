@@ -1,5 +1,5 @@
 """Training: pretraining and specialization, for everybody, for a cluster or for one domain. What differs is what is read
-(`stages/reading.py`), the first weights, which of them are trained, and the objective."""
+(`data/training_data.py`), the first weights, which of them are trained, and the objective."""
 
 import importlib.metadata
 import logging
@@ -26,6 +26,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.cluster_files import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.megatron.process_groups import data_rank, device_name, process_group
 from megatron_specialm.graph.lineage import (
@@ -43,7 +44,6 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
-from megatron_specialm.stages.reading import TrainingData, open_training_data
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.loop import Diverged, Run, is_capped, train
 from megatron_specialm.train.losses import Objective, cross_entropy
@@ -95,7 +95,9 @@ def run(stage: TrainStage, context: Context) -> Report:
         run = Run(
             folder=context.folder,
             settings=settings,
-            batches=TrainingBatches(reading.windows, reading.stream, rank=rank, processes=copies, notes=reading.notes),
+            batches=TrainingBatches(
+                reading.windows, reading.stream, rank=rank, processes=copies, extra_inputs=reading.extra_inputs
+            ),
             validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,

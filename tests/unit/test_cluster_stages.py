@@ -10,8 +10,9 @@ import pytest
 
 from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
-from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.clustering.routers import ROUTERS
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -175,6 +176,37 @@ def test_index_is_of_the_clusters(reports: dict[TaskId, Report], tmp_path: Path)
     clusters, index = load(folder, "clusters"), ClusterIndex(load(folder, "order"), load(folder, "offsets"))
     for c in range(TOPICS):
         assert sorted(index.order[index.offsets[c] : index.offsets[c + 1]]) == np.flatnonzero(clusters == c).tolist()
+
+
+class LinearRouter:
+    """The cluster with the largest score x W + b: what a classifier that was trained elsewhere may be."""
+
+    def __init__(self, folder: Path, k: int, dimensions: int) -> None:
+        self._weights, self._bias = load(folder, "weights"), load(folder, "bias")
+        assert self._weights.shape == (dimensions, k)
+        self.dimensions, self.flops_per_vector = dimensions, 2 * self._weights.size
+
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        return (vectors @ self._weights + self._bias).argmax(axis=1)
+
+
+def test_a_router_of_another_kind_is_an_entry_in_the_table(
+    pipeline: Pipeline, reports: dict[TaskId, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 c x - |c|^2 is largest for the nearest centroid c, so this one gives the clusters of k-means."""
+    clusters = tmp_path / "clusters" / "generic"
+    centroids, expected = load(clusters, "centroids"), load(tmp_path / "assignment" / "both", "clusters")
+    (clusters / "centroids.npy").unlink()
+    np.save(clusters / "weights.npy", 2 * centroids.T)
+    np.save(clusters / "bias.npy", -(centroids**2).sum(axis=1))
+    task = build_graph(pipeline)[TaskId("assignment", "both")]
+    context = make_context(pipeline, task, tmp_path, begin_artifact(tmp_path, *task.id, digest="linear"))
+    with pytest.raises(ArtifactError, match=r"holds no router, which is one of centroids\.npy"):
+        assign.run(pipeline.stages["assignment"], context)
+    monkeypatch.setitem(ROUTERS, "weights.npy", LinearRouter)
+    report = assign.run(pipeline.stages["assignment"], context)
+    np.testing.assert_array_equal(load(context.folder, "clusters"), expected)
+    assert report.flops == reports[task.id].flops
 
 
 def test_domains_are_told_apart(reports: dict[TaskId, Report], tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, save_checkpoint, step_folder
 from megatron_specialm.config.load import load_pipeline
+from megatron_specialm.data.training_data import TrainingData
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.stages.continuing import Earlier, go_on_from_earlier
-from megatron_specialm.stages.reading import TrainingData
 from tests.contexts import make_context
 
 CONFIG = """

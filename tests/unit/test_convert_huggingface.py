@@ -22,7 +22,8 @@ from megatron_specialm.config.schema import ExportStage, Pipeline
 from megatron_specialm.convert.huggingface import from_huggingface, huggingface_config, to_huggingface
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
-from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt

@@ -27,7 +27,7 @@ from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, cross_entropy
-from megatron_specialm.train.teaching import keep, teach
+from megatron_specialm.train.teaching import compress, teach
 
 VOCABULARY, CONTEXT = 23, 12
 TEMPERATURE = 2.5
@@ -62,7 +62,7 @@ def _batch(positions: int = 7, rows: int = 3, **notes: torch.Tensor) -> DeviceBa
 
 def _kept(teacher_TBV: torch.Tensor, kept: CacheFormat, seed: int = 0) -> dict[str, torch.Tensor]:
     """The notes (B, T, ...) that a cache of these logits gives."""
-    found = keep(
+    found = compress(
         torch.log_softmax(teacher_TBV.transpose(0, 1).flatten(0, 1) / kept.temperature, 1),
         kept,
         np.random.default_rng(seed),
@@ -215,7 +215,8 @@ def test_the_noise_of_draws_stays_in_every_epoch() -> None:
     tokens, epochs, kept = 2_000, 16, CacheFormat("sampled", VOCABULARY, TEMPERATURE, 8)
     teacher = torch.softmax(3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)), 0)
     caches = [
-        keep(teacher.log().expand(tokens, -1), kept, np.random.default_rng((seed, 0)))[IDS] for seed in range(epochs)
+        compress(teacher.log().expand(tokens, -1), kept, np.random.default_rng((seed, 0)))[IDS]
+        for seed in range(epochs)
     ]
     drawn = torch.stack([functional.one_hot(ids, VOCABULARY).double().mean(1) for ids in caches])
     expected = float(1 - (teacher**2).sum()) / kept.count
@@ -443,5 +444,5 @@ def test_ids_take_as_many_bytes_as_they_need(vocabulary: int, size: int) -> None
 def test_a_cache_tells_the_noise_of_its_draws(tmp_path: Path, store: TokenStore) -> None:
     cache, ids = _with_teacher_logits(tmp_path / "sampled", store, _some("sampled")), np.arange(len(store))
     assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same draws
-    assert 0 < (cache.noise() or 0) < 1 / cache.kept.count
+    assert 0 < (cache.noise() or 0) < 1 / cache.format.count
     assert _with_teacher_logits(tmp_path / "exact", store, _some("exact")).noise() is None

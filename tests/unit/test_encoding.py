@@ -11,7 +11,7 @@ import pytest
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.data import encoding
 from megatron_specialm.data.encoding import Encoder
-from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away "
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.config.training import Soup
+from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps, soups_before
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
+from megatron_specialm.data.store import MIXTURE, StoreWriter, TokenStore, describe_store
 
 SIZES = [40, 100, 12, 248]
 CLUSTERS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))
@@ -24,10 +25,17 @@ def _stream(soup: Soup | None = None, *, seed: int = 0) -> ExpertStream:
     return ExpertStream(INDEX, global_batch_size=32, windows_per_expert=4, soup=soup, seed=seed)
 
 
+def _mixtures(stream: ExpertStream, step: int) -> np.ndarray:
+    mixtures = stream.draw(step).mixtures
+    assert mixtures is not None
+    return mixtures
+
+
 def test_groups_are_of_one_cluster_and_its_expert() -> None:
     stream = _stream()
     for step in range(20):
-        windows, mixtures = stream.global_batch(step), stream.mixtures(step)
+        windows, mixtures = stream.draw(step)
+        assert mixtures is not None
         groups = CLUSTERS[windows].reshape(-1, 4)
         assert (groups == groups[:, :1]).all()
         np.testing.assert_array_equal(mixtures.argmax(1), CLUSTERS[windows])
@@ -35,7 +43,7 @@ def test_groups_are_of_one_cluster_and_its_expert() -> None:
 
 
 def test_clusters_come_as_often_as_they_are_large_and_every_window_once() -> None:
-    windows = np.concatenate([_stream().global_batch(step) for step in range(100)])
+    windows = np.concatenate([_stream().draw(step).window_ids for step in range(100)])
     shares = np.bincount(CLUSTERS[windows], minlength=4) / len(windows)
     np.testing.assert_allclose(shares, np.array(SIZES) / 400, atol=8 / len(windows))
     counts = np.bincount(windows, minlength=400)
@@ -47,23 +55,27 @@ def test_clusters_come_as_often_as_they_are_large_and_every_window_once() -> Non
 def test_one_window_in_a_row_is_the_importance_stream() -> None:
     plain = ImportanceStream(INDEX, np.array(SIZES), global_batch_size=32, seed=5)
     stream = ExpertStream(INDEX, global_batch_size=32, windows_per_expert=1, soup=None, seed=5)
-    np.testing.assert_array_equal(plain.global_batch(7), stream.global_batch(7))
+    np.testing.assert_array_equal(plain.draw(7).window_ids, stream.draw(7).window_ids)
+    assert plain.draw(7).mixtures is None
 
 
 @pytest.mark.parametrize("soup", [None, Soup(fraction=0.5)])
-def test_a_step_is_drawn_at_once_and_once(soup: Soup | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_drawn_at_once_and_once(soup: Soup | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training waits for it: a search for each group cost a step of 512 windows 14 ms for 1."""
     searches: list[int] = []
-    real = ImportanceStream.global_batches
+    real = ImportanceStream.draw_steps
 
     def counted(self: ImportanceStream, steps: range) -> tuple[np.ndarray, np.ndarray]:
         searches.append(len(steps))
         return real(self, steps)
 
-    monkeypatch.setattr(ImportanceStream, "global_batches", counted)
-    stream = _stream(soup)
-    stream.global_batch(3), stream.mixtures(3)
-    assert searches == [8 if soup is None else 4]
+    monkeypatch.setattr(ImportanceStream, "draw_steps", counted)
+    store, stream = _store(tmp_path / "store", 0, tokens=1600), _stream(soup)
+    batches = [TrainingBatches(store, stream, rank=rank, processes=2).local(3) for rank in range(2)]
+    assert searches == [8 if soup is None else 4] * 2  # once per process
+    window_ids, mixtures = stream.draw(3)
+    np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in batches]), store.batch(window_ids).tokens)
+    np.testing.assert_array_equal(np.concatenate([batch.notes[MIXTURE] for batch in batches]), mixtures)
 
 
 def test_soup_groups_are_drawn_from_the_histogram_that_computes_them() -> None:
@@ -71,7 +83,7 @@ def test_soup_groups_are_drawn_from_the_histogram_that_computes_them() -> None:
     mixed = drawn = 0
     seen, expected = np.zeros(4), np.zeros(4)
     for step in range(300):
-        mixtures, windows = stream.mixtures(step).reshape(-1, 4, 4), stream.global_batch(step).reshape(-1, 4)
+        mixtures, windows = _mixtures(stream, step).reshape(-1, 4, 4), stream.draw(step).window_ids.reshape(-1, 4)
         assert (mixtures == mixtures[:, :1]).all()  # a group shares its mixture
         np.testing.assert_allclose(mixtures.sum(-1), 1, rtol=1e-5)
         for mixture, group in zip(mixtures[:, 0], CLUSTERS[windows], strict=True):
@@ -110,15 +122,16 @@ def test_plain_groups_keep_the_bound_and_the_order_beside_soups(
         ExpertStream(index, global_batch_size=row * groups, windows_per_expert=row, soup=soup, seed=seed)
         for _ in range(2)
     )
-    np.testing.assert_array_equal(stream.global_batch(far), other.global_batch(far))  # reached directly
+    np.testing.assert_array_equal(stream.draw(far).window_ids, other.draw(far).window_ids)  # reached directly
     counts, drawn, due = np.zeros(len(sizes)), np.zeros(sum(sizes)), np.array(sizes) / sum(sizes)
     for step in range(25):
-        windows = stream.global_batch(step).reshape(groups, row)
+        windows = stream.draw(step).window_ids.reshape(groups, row)
+        mixtures = _mixtures(stream, step).reshape(groups, row, -1)
         for group, number in enumerate(range(step * groups, (step + 1) * groups)):
             if soups_before(number + 1, soup) > soups_before(number, soup):
                 continue
             (cluster,) = set(clusters[windows[group]])
-            assert stream.mixtures(step).reshape(groups, row, -1)[group].argmax(1).tolist() == [cluster] * row
+            assert mixtures[group].argmax(1).tolist() == [cluster] * row
             counts[cluster] += 1
             np.add.at(drawn, windows[group], 1)
             assert (np.abs(counts - counts.sum() * due) < 2).all()
@@ -135,14 +148,14 @@ def test_with_half_soups_every_expert_has_its_plain_groups(k: int) -> None:
     soup = Soup(fraction=0.5, clusters=2)
     stream = ExpertStream(index, global_batch_size=16, windows_per_expert=2, soup=soup, seed=0)
     steps = 8 * k
-    groups = np.concatenate([stream.mixtures(step)[::2] for step in range(steps)])
+    groups = np.concatenate([_mixtures(stream, step)[::2] for step in range(steps)])
     plain = [groups[n] for n in range(len(groups)) if soups_before(n + 1, soup) == soups_before(n, soup)]
     assert np.sum(plain, axis=0).tolist() == [32] * k
 
 
 def test_the_report_is_of_what_is_read() -> None:
     stream, steps = _stream(Soup(fraction=0.5, clusters=3)), 200
-    read = np.concatenate([stream.global_batch(step) for step in range(steps)])
+    read = np.concatenate([stream.draw(step).window_ids for step in range(steps)])
     report = stream.report(steps)
     assert report.windows_drawn == len(read) and report.effective_sample_size == pytest.approx(400)
     repeats = np.bincount(CLUSTERS[read]) / SIZES
@@ -152,10 +165,10 @@ def test_the_report_is_of_what_is_read() -> None:
 def test_a_step_is_a_pure_function_of_the_seed() -> None:
     soup = Soup(fraction=0.5, clusters=3)
     one, other = _stream(soup), _stream(soup)
-    other.global_batch(3)
-    for read in ("global_batch", "mixtures"):
-        np.testing.assert_array_equal(getattr(one, read)(9), getattr(other, read)(9))
-    assert not np.array_equal(one.global_batch(9), _stream(soup, seed=1).global_batch(9))
+    other.draw(3)
+    for ours, theirs in zip(one.draw(9), other.draw(9), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(one.draw(9).window_ids, _stream(soup, seed=1).draw(9).window_ids)
 
 
 def test_a_batch_of_broken_groups_is_refused() -> None:
@@ -178,11 +191,12 @@ def test_budgets_of_experts() -> None:
 # --- two stores as one --------------------------------------------------------------------------------------------------
 
 
-def _store(folder: Path, first: int, *, context_length: int = 4) -> TokenStore:
+def _store(folder: Path, first: int, *, context_length: int = 4, tokens: int = 6) -> TokenStore:
+    """Two documents, of `tokens` tokens each."""
     folder.mkdir()
     writer = StoreWriter(folder, "train", context_length=context_length, vocabulary_size=100)
-    for start in range(first, first + 12, 6):
-        writer.add_document(np.arange(start, start + 6))
+    for start in (first, first + tokens):
+        writer.add_document(np.arange(start, start + tokens) % 100)
     describe_store(
         folder,
         splits={"train": writer.finish()},
@@ -216,7 +230,7 @@ def test_a_second_set_is_one_more_cluster_with_its_fraction() -> None:
     """Replay and specialized pretraining: the share is kept within the stream's two windows, and clusters keep theirs."""
     joined = INDEX.joined(ClusterIndex.single(10))
     stream = ImportanceStream(joined, np.append(0.8 * np.array(SIZES) / 400, 0.2), global_batch_size=16, seed=0)
-    windows = np.concatenate([stream.global_batch(step) for step in range(50)])
+    windows = np.concatenate([stream.draw(step).window_ids for step in range(50)])
     assert abs((windows >= 400).sum() - 0.2 * 800) <= 2
     own = windows[windows < 400]
     np.testing.assert_allclose(np.bincount(CLUSTERS[own]) / len(own), np.array(SIZES) / 400, atol=3 / len(own))

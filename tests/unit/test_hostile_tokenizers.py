@@ -14,7 +14,8 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.data.tokenizer import SETTINGS, Tokenizer, import_tokenizer
+from megatron_specialm.data.tokenizer import SETTINGS, Tokenizer
+from megatron_specialm.data.tokenizer_making import import_tokenizer
 
 END = "<|end|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -10,7 +10,8 @@ from megatron_specialm.base.errors import DataError
 from megatron_specialm.clustering import kmeans
 from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.encoders import fit_encoder
-from megatron_specialm.clustering.kmeans import KMeansResult, assign, fit
+from megatron_specialm.clustering.kmeans import Centroids, KMeansResult, fit
+from megatron_specialm.clustering.routers import assign
 from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.config.schema import TfidfEncoder
 
@@ -33,7 +34,7 @@ def test_assign_is_the_nearest_centroid_whatever_the_batch(tmp_path: Path) -> No
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     expected = squared_distances(vectors, centroids).argmin(axis=1)
     for batch in (1, 64, 1_000):
-        clusters = assign(mapped, centroids, batch=batch)
+        clusters = assign(mapped, Centroids(centroids), batch=batch)
         assert clusters.dtype == np.int32
         assert np.array_equal(clusters, expected)
 
@@ -130,12 +131,12 @@ def test_refuses_vectors_that_are_not_finite() -> None:
     with pytest.raises(DataError, match="2 of 50 vectors are not finite"):
         fitted(vectors, k=3)
     with pytest.raises(DataError, match="2 of 50 vectors are not finite"):
-        assign(vectors, unit_vectors(3, 4))
+        assign(vectors, Centroids(unit_vectors(3, 4)))
 
 
 def test_refuses_vectors_of_another_encoder() -> None:
-    with pytest.raises(DataError, match="4 dimensions, centroids 5"):
-        assign(unit_vectors(10, 4), unit_vectors(3, 5))
+    with pytest.raises(DataError, match="4 dimensions, the router 5"):
+        assign(unit_vectors(10, 4), Centroids(unit_vectors(3, 5)))
 
 
 def test_topics_are_recovered() -> None:
@@ -144,7 +145,7 @@ def test_topics_are_recovered() -> None:
     texts = [" ".join(f"word{topic}x{word}" for word in rng.integers(0, 30, 40)) for topic in topics]
     encoder = fit_encoder(TfidfEncoder(kind="tfidf", dimensions=8), lambda count: texts[:count], seed=0, threads=1)
     vectors = encoder.encode(texts)
-    clusters = assign(vectors, fitted(vectors, k=4, seed=2).centroids)
+    clusters = assign(vectors, Centroids(fitted(vectors, k=4, seed=2).centroids))
     assert len({(topic, cluster) for topic, cluster in zip(topics, clusters, strict=True)}) == 4
     assert len(set(clusters.tolist())) == 4
 

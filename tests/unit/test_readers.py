@@ -36,7 +36,8 @@ from megatron_specialm.data import cluster_files
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
-from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.report.rows import NEEDED, WORDS, read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs

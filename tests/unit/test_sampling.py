@@ -19,11 +19,11 @@ def _stream(sizes: list[int], weights: object, *, batch: int = 8, seed: int = 0)
 
 
 def _read(stream: ImportanceStream, steps: int) -> np.ndarray:
-    return np.concatenate([stream.global_batch(step) for step in range(steps)])
+    return np.concatenate([stream.draw(step).window_ids for step in range(steps)])
 
 
 def _clusters(stream: ImportanceStream, step: int) -> np.ndarray:
-    return stream.global_batches(range(step, step + 1))[1]
+    return stream.draw_steps(range(step, step + 1))[1]
 
 
 # --- reductions ---------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def _clusters(stream: ImportanceStream, step: int) -> np.ndarray:
 def test_one_cluster_is_plain_pretraining() -> None:
     """Every window once per epoch, in an order that changes."""
     stream = ImportanceStream(ClusterIndex.single(64), np.ones(1), global_batch_size=8, seed=0)
-    first, second = _read(stream, 8), np.concatenate([stream.global_batch(step) for step in range(8, 16)])
+    first, second = _read(stream, 8), np.concatenate([stream.draw(step).window_ids for step in range(8, 16)])
     assert sorted(first) == sorted(second) == list(range(64))
     assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(64))
 
@@ -154,12 +154,12 @@ def test_any_step_is_the_same_price_and_exact_far_on() -> None:
     drawn = np.bincount(_clusters(stream, far), minlength=1024)
     np.testing.assert_array_equal(after - before, drawn)
     assert np.abs(before - far * 512 * weights).max() <= 2
-    assert len(np.unique(stream.global_batch(far))) == 512
+    assert len(np.unique(stream.draw(far).window_ids)) == 512
 
 
 def test_seeds_differ() -> None:
     assert not np.array_equal(
-        _stream([64], np.ones(1), seed=0).global_batch(0), _stream([64], np.ones(1), seed=1).global_batch(0)
+        _stream([64], np.ones(1), seed=0).draw(0).window_ids, _stream([64], np.ones(1), seed=1).draw(0).window_ids
     )
 
 
@@ -197,4 +197,4 @@ def test_bad_steps_and_batches() -> None:
     with pytest.raises(DataError, match="global_batch_size is 0"):
         _stream([4], np.ones(1), batch=0)
     with pytest.raises(DataError, match="step is -1"):
-        _stream([4], np.ones(1)).global_batch(-1)
+        _stream([4], np.ones(1)).draw(-1)

@@ -15,7 +15,7 @@ from megatron_specialm.config.schema import Pipeline, TokenizeStage
 from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
 from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.digests import digest
 from megatron_specialm.graph.tasks import TaskId

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.convert.tokenizer import disagreement, load_tokenizer, save_tokenizer
 from megatron_specialm.data.encoding import Encoder
-from megatron_specialm.data.tokenizer import Tokenizer, import_tokenizer, train_sentencepiece
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
 
 END = "<|end|>"
 WORDS = [f"{a}{b}{c}" for a in "ktpm" for b in "aeiou" for c in ("n", "l", "rs")]

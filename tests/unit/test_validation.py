@@ -15,9 +15,11 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import Optimizer, TrainStage
+from megatron_specialm.data import training_data
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
+from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.estimate.setup import Passes
@@ -26,8 +28,7 @@ from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
-from megatron_specialm.stages.reading import TrainingData, open_training_data
+from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.work import WorkRecord
 from tests.contexts import make_context
@@ -274,7 +275,7 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
         stream = _reading(prepared, stage, key).stream
         assert isinstance(stream, ExpertStream)
         assert report.values["passes"]["trained_variants"] == sum(
-            len(np.unique(stream.mixtures(step), axis=0)) for step in range(4)
+            len(np.unique(stream.draw(step).mixtures, axis=0)) for step in range(4)
         )
         mixtures = [batch.notes[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
         fours = [set(mixtures[first : first + 4]) for first in range(0, len(mixtures), 4)]
@@ -333,8 +334,8 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     emptied = np.empty(len(order), np.int64)
     emptied[order] = kept
     index = ClusterIndex.from_assignment(emptied, k=3)
-    real = reading.read_index
-    monkeypatch.setattr(reading, "read_index", lambda path, **how: index if path == folder else real(path, **how))
+    real = training_data.read_index
+    monkeypatch.setattr(training_data, "read_index", lambda path, **how: index if path == folder else real(path, **how))
     with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
         _held_out(prepared, "mix", "c0")
     with pytest.raises(DataError, match=r"is/law: the \d+ held-out .* none of the 1 clusters .*use fewer clusters"):

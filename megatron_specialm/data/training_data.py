@@ -1,24 +1,30 @@
-"""What a training reads: which windows, in which order, and what else is known of them. Each method is a branch here."""
+"""The data of a training: its windows, their order, further inputs, and the windows that it is validated on.
+
+Methods differ in the clusters and their weights (`_clusters`) and in the held-out windows (`data/validation.py`).
+"""
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_specialm.base.artifacts import Marker
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import ProjectedNetwork, TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
-from megatron_specialm.data.batches import Notes, Stream, Windows
+from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
 from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import MIXTURE, TokenStore, read_counts
+from megatron_specialm.data.store import TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
@@ -31,24 +37,51 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
+from megatron_specialm.graph.tasks import Task
 from megatron_specialm.graph.validation import refuse_too_little
-from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
 
 
+class TaskContext(Protocol):
+    """The task that reads data, and the folders of its inputs. `stages/context.py` is the implementation."""
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def model_key(self) -> str:
+        """The key of the model: `generic`, a domain, or an expert's cluster."""
+
+    def artifact(self, stage: str, key: str) -> Path:
+        """The folder of an input."""
+
+    def marker(self, stage: str, key: str) -> Marker:
+        """The completion marker of an input."""
+
+
 class TrainingData(NamedTuple):
-    """A training's windows and their order, with the stage's settings made to measure: as many steps as these data are
-    for. `store` is of the set that decides its size, `held_out` is what it is validated on, with `early_stopping`; `to_measure`
-    does with settings of another length what was done with the stage's."""
+    """What a training reads.
+
+    settings: the stage's, with the number of steps that fits these data.
+    store: the set that decides the number of steps; its windows are the first of `windows`.
+    windows: all windows that the stream draws.
+    stream: the windows of each step.
+    extra_inputs: further inputs of windows, by their ids.
+    held_out: what early stopping validates on; None without it.
+    resolve_steps: gives other settings of this stage the number of steps that fits these data.
+    """
 
     settings: TrainStage
     store: TokenStore
     windows: Windows
     stream: Stream
-    notes: Notes
+    extra_inputs: ExtraInputs
     held_out: HeldOut | None
-    to_measure: Callable[[TrainStage], TrainStage]
+    resolve_steps: Callable[[TrainStage], TrainStage]
 
     @property
     def slots_per_step(self) -> int:
@@ -56,12 +89,12 @@ class TrainingData(NamedTuple):
         return self.settings.global_batch_size * self.store.context_length
 
 
-def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
-    """Open what a train task reads.
+def open_training_data(stage: TrainStage, context: TaskContext) -> TrainingData:
+    """Open the data of a train task.
 
     Raises:
-        DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
-            the clusters that the domain has; or fewer held-out windows to validate on than the floor.
+        DataError: fewer windows than a batch, in the set or in an expert's cluster; no generic window in any cluster of the
+            domain; or less held-out text than the validation floor.
     """
     stores = [open_store(stage.tokens, context, source) for source in stage.text_read(context.model_key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
@@ -70,46 +103,50 @@ def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
             f"{store.folder}: {len(windows)} training windows are fewer than one batch: lower "
             f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
         )
-    if stage.network is not None:
-        experts = _experts(stage, stage.network, context, windows=len(store))
-        held_out = _held_out(stage, context, np.ones(stage.network.projection.experts))
-        reading = TrainingData(
-            stage, store, windows, experts,
-            lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
-        )  # fmt: skip
+    index, weights = _clusters(stage, context, stores)
+    seed = context.pipeline.seed_of_training
+    stream: Stream
+    if stage.network is None:
+        stream = ImportanceStream(index, weights, global_batch_size=stage.global_batch_size, seed=seed)
     else:
-        index, weights = _clusters(stage, context, stores)
-        stream = ImportanceStream(
-            index, weights, global_batch_size=stage.global_batch_size, seed=context.pipeline.seed_of_training
-        )
-        to_measure = functools.partial(_resolve_steps, context=context, store=store, index=index)
-        settings, held_out, notes = to_measure(stage), _held_out(stage, context, weights), _notes(stage, context)
-        reading = TrainingData(settings, store, windows, stream, notes, held_out, to_measure)
-    for warning in reading.stream.report(reading.settings.steps).warnings:
+        stream = _expert_stream(stage, stage.network, context, index, seed=seed)
+    resolve_steps = functools.partial(_resolve_steps, context=context, store=store, index=index)
+    settings, held_out = resolve_steps(stage), _held_out(stage, context, weights)
+    data = TrainingData(settings, store, windows, stream, _extra_inputs(stage, context), held_out, resolve_steps)
+    for warning in stream.report(settings.steps).warnings:
         logger.warning("%s", warning)
-    return reading
+    return data
 
 
-def open_store(tokens: str, context: Context, source: str, split: str = "train") -> TokenStore:
-    """A split of a set, checked to be of the pipeline's tokenizer."""
+def open_store(tokens: str, context: TaskContext, source: str, split: str = "train") -> TokenStore:
+    """Open a split of a set.
+
+    Raises:
+        ArtifactError: it was made with another tokenizer than the pipeline's.
+    """
     tokenizer = Tokenizer.load(context.artifact(tokenize_stage(context.pipeline, tokens).tokenizer, GENERIC))
     return TokenStore.open(context.artifact(tokens, source), split, tokenizer=tokenizer.fingerprint)
 
 
-def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
-    """The validation split of a set, on which this stage validates.
+def open_held_out(tokens: str, context: TaskContext, source: str) -> TokenStore:
+    """Open the validation split of a set, on which this stage validates.
 
     Raises:
-        DataError: it is below the floor. The tokenize stage says so too, if it ran from a config on which a stage validates.
+        DataError: it is below the set's floor. The tokenize stage refuses it too, where a stage of its config validates on it.
     """
     store = open_store(tokens, context, source, "validation")
     refuse_too_little(context.pipeline, tokens, source, read_counts(store.folder))
     return store
 
 
-def _experts(stage: TrainStage, network: ProjectedNetwork, context: Context, *, windows: int) -> ExpertStream:
-    """SLM-pn: each window by its own cluster's expert, or a soup of them."""
-    index = _generic_index(stage, context, windows=windows)
+def _expert_stream(
+    stage: TrainStage, network: ProjectedNetwork, context: TaskContext, index: ClusterIndex, *, seed: int
+) -> ExpertStream:
+    """SLM-pn: each window with the expert of its cluster, or with a mixture of experts.
+
+    Raises:
+        DataError: a cluster has fewer windows than an expert reads at a time.
+    """
     for cluster in np.flatnonzero(index.sizes):
         check_enough(
             int(cluster), windows=int(index.sizes[cluster]), needed=network.windows_per_expert,
@@ -120,34 +157,36 @@ def _experts(stage: TrainStage, network: ProjectedNetwork, context: Context, *, 
         global_batch_size=stage.global_batch_size,
         windows_per_expert=network.windows_per_expert,
         soup=network.soup,
-        seed=context.pipeline.seed_of_training,
+        seed=seed,
     )
 
 
-def _mixtures(stream: ExpertStream, step: int, rows: slice) -> Mapping[str, np.ndarray]:
-    return {MIXTURE: stream.mixtures(step)[rows]}
-
-
-def _notes(stage: TrainStage, context: Context) -> Notes:
-    """What a teacher's cache has of the windows."""
+def _extra_inputs(stage: TrainStage, context: TaskContext) -> ExtraInputs:
+    """The cached outputs of the teacher, with `distill.cache`."""
     if stage.distill is None or stage.distill.cache is None:
-        return lambda *_: {}
+        return lambda _: {}
     teacher = (stage.distill.teacher, key_for(context.pipeline, stage.distill.teacher, context.model_key))
     cache = TeacherCache.open(
         context.artifact(stage.distill.cache, context.model_key),
         teacher=context.marker(*teacher).digest,
         store=context.marker(stage.tokens, context.model_key).digest,
     )
-    return lambda _, __, ids: cache.notes(ids)
+    return cache.notes
 
 
-def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
-    """What is drawn how often: everything alike; SLM-mix: one cluster; SLM-is: the domain's histogram; and of a second
-    set its fraction."""
+def _clusters(stage: TrainStage, context: TaskContext, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
+    """The clusters, and the weight (K,) of each in the global batches. Without clusters all windows weigh the same; SLM-mix:
+    one cluster; SLM-is: the domain's histogram; SLM-pn: each cluster by its size. A second set is one more cluster, which
+    weighs `replay_fraction` or `domain_fraction`."""
     index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
     if stage.clustering is not None:
         index = _generic_index(stage, context, windows=len(stores[0]))
-        weights = _one_cluster(context, index) if stage.data == "cluster" else _like_domain(stage, context, index)
+        if stage.network is not None:
+            weights = index.sizes / len(stores[0])
+        elif isinstance(stage, ClusterTraining):
+            weights = np.eye(len(index.sizes))[cluster_of(context.model_key)]
+        else:
+            weights = _like_domain(stage, context, index)
     if len(stores) == 2:
         share = stage.mixed_fraction
         index = index.joined(ClusterIndex.single(len(stores[1])))
@@ -155,8 +194,8 @@ def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> 
     return index, weights
 
 
-def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldOut | None:
-    """What early stopping validates on; `weights` are the clusters' in training."""
+def _held_out(stage: TrainStage, context: TaskContext, weights: np.ndarray) -> HeldOut | None:
+    """The windows of early stopping. `weights` (K,) are those of the clusters in training."""
     if stage.early_stopping is None:
         return None
     store = open_held_out(stage.tokens, context, stage.text_validated(context.model_key))
@@ -166,7 +205,7 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     if stage.network is not None:
         return by_expert(store, index)
     if stage.data == "cluster":
-        for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+        for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # refuse all if one is too small
             _check_floor(
                 of_cluster(store, index, cluster), context,
                 whose=f"cluster {cluster} has", otherwise="name others in `clusters`, ",
@@ -187,8 +226,8 @@ _MORE_HELD_OUT = (
 )
 
 
-def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: str = "") -> None:
-    """Refuse to validate on a part of the generic set's held-out windows where it is less than a set must hold out."""
+def _check_floor(held_out: HeldOut, context: TaskContext, *, whose: str, otherwise: str = "") -> None:
+    """Refuse a part of the generic set's held-out windows that is below the set's floor."""
     wanted, found = context.pipeline.text.generic.validation_floor.tokens, held_out.effective_tokens
     if found < wanted:
         raise DataError(
@@ -198,16 +237,12 @@ def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: 
         )
 
 
-def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
+def _generic_index(stage: TrainStage, context: TaskContext, key: str = GENERIC, *, windows: int) -> ClusterIndex:
     assignment = stage.clustering or ""
     return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
 
 
-def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
-    return np.eye(len(index.sizes))[cluster_of(context.model_key)]
-
-
-def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
+def _like_domain(stage: TrainStage, context: TaskContext, index: ClusterIndex) -> np.ndarray:
     folder = context.artifact(stage.clustering or "", context.model_key)
     weights, lost = importance_weights(read_histogram(folder, k=len(index.sizes)), index.sizes)
     if lost:
@@ -217,12 +252,12 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
     return weights
 
 
-def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
-    """The settings with the steps that this set, or this cluster, is for."""
+def _resolve_steps(stage: TrainStage, *, context: TaskContext, store: TokenStore, index: ClusterIndex) -> TrainStage:
+    """The settings with the number of steps for this set or cluster."""
     if isinstance(stage, ClusterTraining):
         cluster = cluster_of(context.model_key)
         size = int(index.sizes[cluster])
-        for other in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
+        for other in trained_clusters(context.pipeline, context.task.id.stage):  # refuse all if one is too small
             check_enough(
                 other, windows=int(index.sizes[other]), needed=stage.global_batch_size,
                 field=f"stages.{context.task.id.stage}.global_batch_size",
