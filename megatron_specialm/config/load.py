@@ -15,6 +15,7 @@ import megatron_specialm
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import schema
 from megatron_specialm.config.explain import did_you_mean, explain
+from megatron_specialm.config.parallel import LAYOUTS
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
@@ -185,7 +186,7 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
 
 def _key_of(location: tuple[int | str, ...]) -> str:
     """The dotted key as it stands in the config."""
-    tags = {*KINDS, *ENCODERS, ONE_RATE, SEVERAL_RATES}
+    tags = {*KINDS, *ENCODERS, *LAYOUTS, ONE_RATE, SEVERAL_RATES}
     return ".".join(
         str(part)
         for index, part in enumerate(location)
@@ -194,10 +195,10 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _tag_index(location: tuple[int | str, ...], index: int) -> int:
-    """pydantic puts a union's tag into the location, right behind the stage's name, `encoder` or `learning_rate`: it is no key
-    of the config."""
+    """pydantic puts a union's tag into the location, right behind the name of a stage, `encoder`, `parallel` or `learning_rate`:
+    it is no key of the config."""
     behind_stage = index == 2 and location[0] == "stages"
-    behind_union = location[index - 1] in ("encoder", "learning_rate")
+    behind_union = location[index - 1] in ("encoder", "parallel", "learning_rate")
     return index if behind_stage or behind_union else -1
 
 
@@ -214,6 +215,8 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
         current = found or (None if part == "encoder" else current)
     if "encoder" in location[:-1]:
         current = ENCODERS[str(location[list(location).index("encoder") + 1])]
+    elif location[-3:-2] == ("parallel",):
+        current = LAYOUTS[str(location[-2])]
     elif current is TextSet:
         return [*TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
     return list(current.model_fields) if current else []

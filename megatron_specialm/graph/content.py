@@ -22,6 +22,7 @@ from megatron_specialm.config.base import Settings
 PLACEMENT: dict[str, Any] = {
     "parallel": True, "workers": True, "micro_batch_size": True, "batch_size": True, "trial": {"micro_batch_size": True},
     "processes": True, "checkpoint": True, "log_every": True, "tensorboard": True, "wandb_project": True,
+    "runtime": True,
     "models": True, "clusters": True,  # which models or experts there are says nothing of one of them, and inputs are named
     "path": True, "encoder": {"model": True},  # the content is in it, whatever its place
     "method": True,  # a name in tables and on model cards: the export's matter

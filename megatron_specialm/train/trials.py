@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_specialm.base.artifacts import Spent
 from megatron_specialm.base.control_group import ControlGroup
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.checkpoint.merged import MergedModel
@@ -19,8 +20,9 @@ from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.train.loop import Run, train
+from megatron_specialm.engine.open import open_engine
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
 
@@ -31,9 +33,16 @@ class Trials:
     """The fine-tunings of one criterion, on this process."""
 
     def __init__(
-        self, trial: Trial, store: TokenStore, load: Callable[[str], MergedModel], *, folder: Path, seed: int
+        self,
+        trial: Trial,
+        store: TokenStore,
+        load: Callable[[str], MergedModel],
+        *,
+        folder: Path,
+        seed: int,
+        threads: int = 1,
     ) -> None:
-        self._trial, self._store, self._load, self._folder = trial, store, load, folder
+        self._trial, self._store, self._load, self._folder, self._threads = trial, store, load, folder, threads
         self._stream = ImportanceStream(
             ClusterIndex.single(len(store)), np.ones(1), global_batch_size=trial.global_batch_size, seed=seed
         )
@@ -62,27 +71,29 @@ class Trials:
     def _train(self, key: str, start: MergedModel, steps: int) -> Progress:
         folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
-        engine = MegatronEngine(
-            start.build(precision=settings.precision),
-            parallel=settings.parallel,
+        setup = Setup(
+            start.shape, settings.parallel, settings.precision, start.vocabulary_size, start.context_length,
+            settings.global_batch_size, settings.micro_batch_size,
+        )  # fmt: skip
+        training = Training(
+            folder=folder,
+            settings=settings,
+            batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
+            validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
+            description=start.state,
+            flops_per_step=0,  # a trial's utilisation is not reported
+            processes=1,
+            peers=ControlGroup(),
+            saver=Saver(folder, ControlGroup()),
+        )
+        with open_engine(
+            setup,
+            ALONE,
             optimizer=settings.optimizer,
-            micro_batch_size=settings.micro_batch_size,
-        )
-        return train(
-            engine,
-            Run(
-                folder=folder,
-                settings=settings,
-                batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
-                validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
-                description=start.state,
-                flops_per_step=0,  # nobody looks at a trial's utilisation
-                device_name="",
-                processes=1,
-                peers=ControlGroup(),
-                saver=Saver(folder, ControlGroup()),
-            ),
-        )
+            initialize=lambda model: model.load(start.weights),
+            threads=self._threads,
+        ) as engine:
+            return train(engine, training)
 
     def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)

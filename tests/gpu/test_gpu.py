@@ -129,7 +129,7 @@ def test_linears_kept_in_bf16_are() -> None:
 
 
 def test_tune_precision_times_every_linear() -> None:
-    from megatron_specialm.train.tune_precision import advice, measure
+    from megatron_specialm.model.tune_precision import advice, measure
 
     setup = _setup(_preset("llm-771m"), "fp8", Fp8Config())
     if reason := lacking(setup, find_accelerator()):

@@ -12,11 +12,11 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from tests.adamw import Follower
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3

@@ -24,9 +24,9 @@ from megatron_specialm.data.teacher import (
     noise_of_draws,
 )
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, cross_entropy
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, cross_entropy
 from megatron_specialm.train.teaching import keep, teach
 
 VOCABULARY, CONTEXT = 23, 12

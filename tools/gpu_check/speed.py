@@ -73,7 +73,7 @@ def _fp8(name: str, setup: Setup, expected: list[float], *, tiny: bool) -> Gener
 
 
 def _tuning(setup: Setup) -> Generator[Figure, None, None]:
-    from megatron_specialm.train.tune_precision import advice, measure
+    from megatron_specialm.model.tune_precision import advice, measure
 
     timings = measure(setup)
     for timing in timings:

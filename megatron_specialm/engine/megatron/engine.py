@@ -19,13 +19,14 @@ from megatron_specialm.base.errors import CheckpointError, ConfigError, Training
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.megatron import process_groups
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
 from megatron_specialm.engine.megatron.shards import OptimizerShard, gather_whole, keep_original, local_shard, shard_of
+from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
 from megatron_specialm.engine.protocol import LossSum, StepStats
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.model.gpt import Gpt, LocalParameter, forward
 from megatron_specialm.model.kernels import live_kernels
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,7 +58,10 @@ class MegatronEngine:
         self._objective = objective
         self._teacher = None if teacher is None else _checked(teacher, model, parallel)
         self._data_parallel_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._vocabulary = _vocabulary_share(model)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel = parallel_state.get_data_parallel_world_size()
+        self.device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+        self._vocabulary = _vocabulary_shard(model)
         self._config = model.chunks[0].config
         self._chunks = [_data_parallel(chunk, parallel) for chunk in model.chunks]
         self._config.finalize_model_grads_func = self._finalize_gradients
@@ -74,7 +78,7 @@ class MegatronEngine:
         return self.apply_gradients(self.accumulate_gradients(batch), learning_rate=learning_rate)
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
-        """The first half of a step: forward and backward passes, gradients summed over all processes."""
+        """See `Engine.accumulate_gradients`."""
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -83,7 +87,7 @@ class MegatronEngine:
         return self._reduce(sums, int(batch.mask.sum()))
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
-        """The second half: clip by the global norm and step; where anything is not finite, leave the weights alone."""
+        """See `Engine.apply_gradients`."""
         found_inf = self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
@@ -116,7 +120,7 @@ class MegatronEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
-        return self._collect(lambda _, share: share.main)
+        return self._collect(lambda _, shard: shard.main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
@@ -131,39 +135,42 @@ class MegatronEngine:
         return state
 
     def kernels(self) -> str:
-        """Which fused kernels run here, in one line."""
+        """See `Engine.kernels`."""
         return live_kernels(self._model, self._optimizer.optimizer)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
+        """See `Engine.gradients`."""
         return self._collect(
-            lambda weight, share: _gradient(weight.parameter).flatten()[share.elements], trained_only=True
+            lambda weight, shard: _gradient(weight.parameter).flatten()[shard.elements], trained_only=True
         )
 
     def norm_squares(self) -> dict[str, float]:
-        """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as
-        clipped. Over all processes it must be that of the canonical gradient: nothing left out or counted twice. Copies
-        that all hold all of the optimizer's state each take a norm of their own; the first one's is reported."""
+        """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
+        reported."""
         counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
         squares: dict[str, float] = {}
-        for weight, share in self._shards():
-            gradient = None if share.main is None else share.main.grad
-            another_norm = share.group is None and self._data_parallel_group.rank() > 0
+        for weight, shard in self._shards():
+            gradient = None if shard.main is None else shard.main.grad
+            another_norm = shard.group is None and self._data_parallel_group.rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
                 squares[weight.name] = float(gradient.double().square().sum())
         return squares
+
+    def limit_collectives(self, seconds: float) -> None:
+        """See `Engine.limit_collectives`."""
+        process_groups.limit_collectives(seconds)
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine.load`."""
         self._model.load(weights)
         with torch.no_grad():
-            for weight, share in self._shards():
+            for weight, shard in self._shards():
                 if not weight.parameter.requires_grad:
-                    keep_original(weight.parameter, local_shard(weight, share, weights[weight.name]))
-                elif share.main is not None:
-                    share.main.view(-1).copy_(local_shard(weight, share, weights[weight.name]))
+                    keep_original(weight.parameter, local_shard(weight, shard, weights[weight.name]))
+                elif shard.main is not None:
+                    shard.main.view(-1).copy_(local_shard(weight, shard, weights[weight.name]))
                     if optimizer_state:
-                        self._load_moments(weight, share, share.main, optimizer_state)
+                        self._load_moments(weight, shard, shard.main, optimizer_state)
         if optimizer_state:
             if self._counts_by_group:
                 for group in self._optimizer.param_groups:
@@ -171,17 +178,17 @@ class MegatronEngine:
             self._has_moments = True
 
     def _load_moments(
-        self, weight: LocalParameter, share: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
+        self, weight: LocalParameter, shard: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
     ) -> None:
         own = self._optimizer.optimizer.state[main] = {} if self._counts_by_group else {"step": state["step"].clone()}
         for moment in _MOMENTS:
             name = f"{moment}/{weight.name}"
             if name not in state:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
-            own[moment] = local_shard(weight, share, state[name]).to(main).view(main.shape).clone()
+            own[moment] = local_shard(weight, shard, state[name]).to(main).view(main.shape).clone()
 
-    def _moment(self, moment: str, _: LocalParameter, share: OptimizerShard) -> torch.Tensor | None:
-        return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
+    def _moment(self, moment: str, _: LocalParameter, shard: OptimizerShard) -> torch.Tensor | None:
+        return self._optimizer.optimizer.state[shard.main][moment] if shard.main is not None else None
 
     def _steps(self) -> float:
         """How many updates the moments are of."""
@@ -204,10 +211,10 @@ class MegatronEngine:
         """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         found = {}
-        for turn, (weight, share) in enumerate(self._shards()):
+        for turn, (weight, shard) in enumerate(self._shards()):
             if trained_only and not weight.parameter.requires_grad:
                 continue
-            whole = gather_whole(weight, share, value(weight, share))
+            whole = gather_whole(weight, shard, value(weight, shard))
             copy = getattr(weight.parameter, "shared", False)  # the embedding's, on the last pipeline stage
             if turn % group.size() == group.rank() and not copy:
                 found[weight.name] = whole.cpu().clone()
@@ -244,7 +251,7 @@ class MegatronEngine:
         return output, partial(self._loss, batch, objective)
 
     def _loss(self, batch: DeviceBatch, objective: Objective, logits_TBV: torch.Tensor) -> tuple:
-        total = objective(logits_TBV, batch, share=self._vocabulary)
+        total = objective(logits_TBV, batch, shard=self._vocabulary)
         return total, batch.mask.sum().int(), total.detach().clone()
 
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
@@ -299,7 +306,8 @@ class MegatronEngine:
         dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
-        return LossSum(float(both[0]), int(both[1]))
+        total_sum, tokens = both.tolist()  # one transfer from the device
+        return LossSum(total_sum, int(tokens))
 
 
 class ExpertMixtures:
@@ -313,7 +321,7 @@ class ExpertMixtures:
         """The number of a micro-batch's mixture; without mixtures there is one variant.
 
         Raises:
-            TrainingError: its windows do not share one. (Those that only fill it up have all zeros, and do not count.)
+            TrainingError: its windows do not shard one. (Those that only fill it up have all zeros, and do not count.)
         """
         mixture_K = np.ones(1, np.float32) if mixture_BK is None else mixture_BK[0]
         if mixture_BK is not None and not (real := mixture_BK[mixture_BK.any(1)] == mixture_K).all():
@@ -351,7 +359,7 @@ def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
 
 @torch.no_grad()
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
-    """With the teacher's logits of this process's share of the vocabulary."""
+    """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
     logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
     return batch._replace(notes={**batch.notes, TEACHER_LOGITS: logits_BTV})
@@ -362,12 +370,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.main_grad  # type: ignore[attr-defined]
 
 
-def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
+def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return None
     padded = model.specs["embedding.word_embeddings.weight"].padded
-    return VocabularyShare(group.rank() * padded // group.size(), group)
+    return VocabularyShard(group.rank() * padded // group.size(), group)
 
 
 def _data_parallel(chunk: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
