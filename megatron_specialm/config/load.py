@@ -195,8 +195,8 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _tag_index(location: tuple[int | str, ...], index: int) -> int:
-    """pydantic puts a union's tag into the location, right behind the name of a stage, `encoder`, `parallel` or `learning_rate`:
-    it is no key of the config."""
+    """pydantic puts a union's tag into the location, right behind the stage's name, `encoder`, `parallel` or
+    `learning_rate`: it is no key of the config."""
     behind_stage = index == 2 and location[0] == "stages"
     behind_union = location[index - 1] in ("encoder", "parallel", "learning_rate")
     return index if behind_stage or behind_union else -1
