@@ -9,13 +9,12 @@ import torch
 from gpu_check.figures import Figure, attempt, between
 from gpu_check.training import drawn_on_device, engine_of, free, preset, random_batch
 from megatron_specialm.base.accelerator import find_accelerator
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.data.store import MIXTURE
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.setup import Setup
@@ -26,7 +25,7 @@ MIB = 2**20
 def against_estimate(*, tiny: bool) -> Iterator[Figure]:
     """The ratio of the peak to the estimate, over precisions, recomputation, families, projected networks and LoRA."""
     machine, refused = find_accelerator(), ""
-    with process_group(ALONE):
+    with single_process():
         for name, setup in _setups(tiny=tiny):
             if reason := lacking(setup, machine):
                 yield Figure(name, "not possible here")

@@ -1,11 +1,9 @@
-"""Builds a `MegatronEngine` in the process groups of its layout."""
+"""What `engine/open.py` asks of this engine: process groups, and an engine in them."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.engine.megatron.engine import MegatronEngine
@@ -14,35 +12,32 @@ from megatron_specialm.engine.objective import Objective
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 
+__all__ = ["build_engine", "process_group"]
 
-@contextlib.contextmanager
-def open_engine(
+
+def build_engine(
     setup: Setup,
-    world: World,
     *,
     optimizer: Adam,
     initialize: Callable[[Gpt], object],
     objective: Objective,
     teacher_weights: Mapping[str, torch.Tensor] | None,
-    threads: int,
-    timeout_seconds: float,
-) -> Iterator[MegatronEngine]:
+) -> MegatronEngine:
     """See `engine/open.py`."""
-    with process_group(world, parallel=setup.parallel, threads=threads, timeout_seconds=timeout_seconds):
-        model, teacher = _build(setup, setup.model), None
-        initialize(model)
-        if setup.teacher is not None:
-            assert teacher_weights is not None
-            teacher = _build(setup, setup.teacher)
-            teacher.load(teacher_weights)
-        yield MegatronEngine(
-            model,
-            parallel=setup.parallel,
-            optimizer=optimizer,
-            micro_batch_size=setup.micro_batch_size,
-            objective=objective,
-            teacher=teacher,
-        )
+    model, teacher = _build(setup, setup.model), None
+    initialize(model)
+    if setup.teacher is not None:
+        assert teacher_weights is not None
+        teacher = _build(setup, setup.teacher)
+        teacher.load(teacher_weights)
+    return MegatronEngine(
+        model,
+        parallel=setup.parallel,
+        optimizer=optimizer,
+        micro_batch_size=setup.micro_batch_size,
+        objective=objective,
+        teacher=teacher,
+    )
 
 
 def _build(setup: Setup, shape: ModelConfig) -> Gpt:
