@@ -121,7 +121,8 @@ class _Loop:
         self._metrics, self._record_work = metrics, record_work
         self._saved = progress.step
         self._clock = _Clock()
-        self._stop_flag = StopFlag(training.peers)
+        self._stop_group = ControlGroup.meet()  # of its own: others wait for long work of rank 0
+        self._stop_flag = StopFlag(self._stop_group)
 
     def run(self) -> None:
         """All steps that are left."""
@@ -136,7 +137,8 @@ class _Loop:
                 self._stop()
             self._step()
             if self.progress.step == first_step:  # it connects processes and compiles kernels, and may take longer
-                self._engine.limit_collectives(settings.runtime.collective_timeout_seconds)
+                for groups in (self._engine, self._stop_group):
+                    groups.limit_collectives(settings.runtime.collective_timeout_seconds)
             if self.progress.step % settings.runtime.collect_garbage_every == 0:
                 gc.collect()
             self._evaluate()
