@@ -46,7 +46,7 @@ class TrainingBatches:
         ids = self._stream.global_batch(step)
         share = len(ids) // self.processes
         rows = slice(self._rank * share, (self._rank + 1) * share)
-        return self._store.batch(ids[rows])._replace(notes=self._notes(step, rows, ids[rows]))
+        return self._store.batch(ids[rows])._replace(extra_inputs=self._notes(step, rows, ids[rows]))
 
 
 def count_windows(batch: Batch) -> int:

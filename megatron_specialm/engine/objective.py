@@ -11,22 +11,28 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-TEACHER_LOGITS = "teacher_logits"  # the note (B, T, V) that a teacher beside the student leaves of each micro-batch
+TEACHER_LOGITS = "teacher_logits"  # the extra input (B, T, V) that a teacher beside the student computes
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device: tokens (B, T), targets (B, T), mask (B, T) with 1 where a target counts; which variant
-    of derived weights computes it; and what else is known of its windows."""
+    """A micro-batch on the device.
+
+    tokens, targets: (B, T) token ids.
+    mask: (B, T), 1 where a target counts.
+    mixture: the number of the mixture of experts that computes it, among those of its step (`model/derived.py`).
+    extra_inputs: further tensors (B, T, ...) by name, as a teacher's outputs.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
-    variant: int = 0
-    notes: Mapping[str, torch.Tensor] = MappingProxyType({})
+    mixture: int = 0
+    extra_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class VocabularyShard(NamedTuple):
-    """The ids from `first` on, as many as there are logits, are this process's; the group's processes have the rest."""
+    """This process's columns of the vocabulary: the ids from `first` on, as many as its logits have; the other processes of
+    `group` hold the others."""
 
     first: int
     group: dist.ProcessGroup

@@ -60,8 +60,8 @@ def _batch(case: ParityCase, step: int) -> Batch:
     windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
     lengths = generator.integers(1, positions + 1, rows)
     mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
-    notes = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
-    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, notes)
+    extra_inputs = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, extra_inputs)
 
 
 def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:

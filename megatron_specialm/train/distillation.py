@@ -36,7 +36,7 @@ Teacher = Literal["online"] | Kind
 
 
 class Distillation:
-    """An `Objective`: cross-entropy, and the divergence from a teacher that a batch's notes tell of.
+    """An `Objective`: cross-entropy, and the divergence from a teacher, whose outputs are extra inputs of the batch.
 
     Args:
         alpha: the teacher's part. With 0 this is cross-entropy, and no teacher is asked.
@@ -62,31 +62,31 @@ class Distillation:
             return from_text
         scores_NV = logits_TBV.flatten(0, 1).float() / self._temperature
         with torch.no_grad():
-            divergences_N, gradient_NV = self._divergences(scores_NV, batch.notes, shard)
+            divergences_N, gradient_NV = self._divergences(scores_NV, batch.extra_inputs, shard)
         divergences_N = _WithGradient.apply(scores_NV, divergences_N, gradient_NV)
         from_teacher = torch.dot(divergences_N, _flat(batch.mask))
         return (1 - self._alpha) * from_text + self._alpha * self._temperature**2 * from_teacher
 
     def _divergences(
-        self, scores_NV: torch.Tensor, notes: Mapping[str, torch.Tensor], shard: VocabularyShard | None
+        self, scores_NV: torch.Tensor, extra_inputs: Mapping[str, torch.Tensor], shard: VocabularyShard | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each token's divergence (N,), and its gradient by the scores (N, V)."""
         student = _Softmax.of(scores_NV, shard)
         if self._teacher == "online":
-            return student.divergence_from(_flat(notes[TEACHER_LOGITS]).float() / self._temperature)
+            return student.divergence_from(_flat(extra_inputs[TEACHER_LOGITS]).float() / self._temperature)
         if self._teacher == "exact":
-            own_BTV = notes[LOG_PROBABILITIES][..., student.first : student.first + scores_NV.shape[1]]
+            own_BTV = extra_inputs[LOG_PROBABILITIES][..., student.first : student.first + scores_NV.shape[1]]
             return student.divergence_from(_flat(own_BTV))
-        ids_NK = _flat(notes[IDS]).long()
+        ids_NK = _flat(extra_inputs[IDS]).long()
         if self._teacher == "top-k":
-            weights_NK, rest_N = _flat(notes[LOG_PROBABILITIES]).exp(), _flat(notes[TAIL]).exp()
+            weights_NK, rest_N = _flat(extra_inputs[LOG_PROBABILITIES]).exp(), _flat(extra_inputs[TAIL]).exp()
             some_N, some_NV = student.surprise_at(ids_NK, weights_NK)
             others_N, others_NV = student.surprise_at_others(ids_NK, rest_N)
             entropy_N = torch.special.entr(weights_NK).sum(1) + torch.special.entr(rest_N)
             return some_N + others_N - entropy_N, some_NV + others_NV
         weights_NK = torch.full_like(ids_NK, 1 / ids_NK.shape[1], dtype=torch.float32)
         some_N, some_NV = student.surprise_at(ids_NK, weights_NK)
-        return some_N - _flat(notes[ENTROPY]), some_NV
+        return some_N - _flat(extra_inputs[ENTROPY]), some_NV
 
 
 class _Softmax(NamedTuple):

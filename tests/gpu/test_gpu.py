@@ -180,7 +180,7 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
         plain = _engine(replace(setup, model=shape.plain))
         for expert in range(4):
             plain.load(project(weights, shape, torch.eye(4)[expert]), None)
-            expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(notes={})]).total
+            expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(extra_inputs={})]).total
     assert whole.total == pytest.approx(expected, rel=1e-3 if fp8 is None else 1e-2)
 
 

@@ -43,7 +43,7 @@ def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, N
     for _ in range(3):
         engine.train_step(batch, learning_rate=1e-4)
     if MIXTURE in batch.notes:  # experts are drawn: some micro-batches may share one
-        setup = replace(setup, variants=len(np.unique(batch.notes[MIXTURE], axis=0)))
+        setup = replace(setup, variants=len(np.unique(batch.extra_inputs[MIXTURE], axis=0)))
     estimate = memory_of(setup, fused=fused).total
     yield Figure(f"{name}: estimate", estimate / MIB, "MiB")
     if torch.cuda.is_available():

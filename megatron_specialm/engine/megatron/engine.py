@@ -34,8 +34,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class MegatronEngine:
     """A model in any layout of `ParallelConfig`, with its optimizer.
 
-    A `teacher` in the same layout, of the same vocabulary and of any shape, reads along in training: its logits are a
-    note of every micro-batch. It is never trained.
+    A `teacher`, in the same layout, of the same vocabulary and of any shape, runs on every micro-batch in training: its logits
+    are an extra input of the objective. It is never trained.
 
     Raises:
         ConfigError: a teacher under pipeline parallelism, or of another vocabulary.
@@ -71,7 +71,7 @@ class MegatronEngine:
         self._has_moments = False
         self._forward_backward = get_forward_backward_func()
         self.passes = Passes()
-        self._variants = 0  # that the micro-batches made last compute with
+        self._mixture_count = 0  # of the last batch's micro-batches
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
         """See `Engine.train_step`."""
@@ -232,7 +232,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         slots = len(micro_batches) * micro_batches[0].tokens.numel() * self._parallel.context_parallel
-        self.passes = self.passes.after(slots, self._variants, forward_only=forward_only)
+        self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
         return sums
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
@@ -242,11 +242,11 @@ class MegatronEngine:
         if (derived := self._model.derived) is None:
             output = forward(chunk, batch.tokens)
         else:
-            use = partial(derived.use, self._chunks.index(chunk), batch.variant)
-            use()
+            bind = partial(derived.bind, self._chunks.index(chunk), batch.mixture)
+            bind()
             output = forward(chunk, batch.tokens)
-            if output.requires_grad:  # what is recomputed in its backward pass must see the same weights
-                output.register_hook(lambda _: use())
+            if output.requires_grad:  # activations that the backward pass recomputes need the same weights
+                output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
         return output, partial(self._loss, batch, objective)
 
@@ -257,29 +257,29 @@ class MegatronEngine:
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
         """What Megatron-Core's schedule calls when all backward passes are done."""
         if self._model.derived is not None:
-            self._model.derived.backward_mixtures()
+            self._model.derived.backward()
         finalize_model_grads(chunks, *args, **kwargs)
 
     def _micro_batches(self, batches: list[Batch]) -> list[DeviceBatch]:
-        """The micro-batches of some batches. Of derived weights, all variants that they use are computed here."""
-        found, variants = [], ExpertMixtures()
+        """The micro-batches of some batches. Derived weights of all mixtures that they compute with are computed here."""
+        found, mixtures = [], ExpertMixtures()
         for batch in batches:
             # The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size.
             batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
             for start in range(0, len(batch.tokens), self._micro_batch_size):
                 part = batch.rows(slice(start, start + self._micro_batch_size))
-                variant = variants.number(part.notes.get(MIXTURE))
-                found.append(self._on_device(part, variant))
+                mixture = mixtures.number(part.extra_inputs.get(MIXTURE))
+                found.append(self._on_device(part, mixture))
         if self._model.derived is not None:
             self._finish_gathering()
-            self._variants = len(variants.table())
-            self._model.derived.materialize(variants.table().to(self._model.device))
+            self._mixture_count = len(mixtures.table())
+            self._model.derived.materialize(mixtures.table().to(self._model.device))
         return found
 
     def _finish_gathering(self) -> None:
-        """Have all parameters as the last step left them; all copies call this at once. Where communication overlaps, they
-        gather what each has updated as late as the forward pass of the module that holds it: too late for weights that are
-        derived before any, and a wait without end for a copy whose fellow makes no pass."""
+        """Wait until all parameters are as the last step left them. All copies call this at once. With overlapped communication
+        the copies gather the parameters of a module only when its forward pass begins: too late for weights that are derived
+        before any, and a deadlock with a copy that makes no forward pass."""
         if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
             for chunk in self._chunks:
                 for group in reversed(
@@ -287,16 +287,16 @@ class MegatronEngine:
                 ):  # in the order in which each starts the next one's gathering
                     group.finish_param_sync()
 
-    def _on_device(self, batch: Batch, variant: int) -> DeviceBatch:
+    def _on_device(self, batch: Batch, mixture: int) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
-        parts |= {name: note for name, note in batch.notes.items() if name != MIXTURE}
+        parts |= {name: value for name, value in batch.extra_inputs.items() if name != MIXTURE}
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(part)).to(self._model.device, non_blocking=True)
             for name, part in parts.items()
         }
         tensors = get_batch_on_this_cp_rank(tensors)
         tokens, targets, mask = (tensors.pop(name) for name in ("tokens", "targets", "mask"))
-        return DeviceBatch(tokens, targets, mask, variant, tensors)
+        return DeviceBatch(tokens, targets, mask, mixture, tensors)
 
     def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
         """Over the copies; then from the last stage, which alone has the loss, to the others."""
@@ -318,10 +318,10 @@ class ExpertMixtures:
         self._mixtures: list[np.ndarray] = []
 
     def number(self, mixture_BK: np.ndarray | None) -> int:
-        """The number of a micro-batch's mixture; without mixtures there is one variant.
+        """The number of a micro-batch's mixture; without mixtures it is 0.
 
         Raises:
-            TrainingError: its windows do not shard one. (Those that only fill it up have all zeros, and do not count.)
+            TrainingError: its windows have different mixtures. (Padding windows have all zeros, and do not count.)
         """
         mixture_K = np.ones(1, np.float32) if mixture_BK is None else mixture_BK[0]
         if mixture_BK is not None and not (real := mixture_BK[mixture_BK.any(1)] == mixture_K).all():
@@ -340,7 +340,7 @@ class ExpertMixtures:
 
 
 def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
-    """A teacher that can read along, in evaluation mode."""
+    """A teacher that can run beside the model, in evaluation mode."""
     if parallel.pipeline_parallel > 1:
         raise ConfigError(
             f"pipeline_parallel {parallel.pipeline_parallel}: a teacher beside its student runs on one stage: "
@@ -362,7 +362,7 @@ def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
     logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
-    return batch._replace(notes={**batch.notes, TEACHER_LOGITS: logits_BTV})
+    return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
