@@ -214,7 +214,8 @@ def disturb(run: Disturbed, *, at_most: int, longest: float = LONGEST_SECONDS) -
             run.fault(launch, f"still at work behind {PATIENCE_SECONDS:.0f} s")
             launch.end()
         run.ended(launch)
-        if launch.code == 0 or run.faults:
+        other = OTHER_SETTINGS in launch.arguments  # it has come behind the one that it was started beside, and worked
+        if (launch.code == 0 and not other) or run.faults:
             run.end()
             return
         if run.random.random() < 0.5:  # else the next one meets what is left of this one
