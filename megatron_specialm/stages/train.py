@@ -201,7 +201,8 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
         return None
     remedy = "remove it, or run `specialm parity` again"
     found, said = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
-    same = said.layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
+    layout = {"engine": "megatron", **said.layout}  # those of earlier versions name no engine
+    same = layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
     current = said.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
         logger.warning("%s is of another layout or version: run `specialm parity` again", path)
