@@ -1,5 +1,5 @@
-"""Fine-tunings of experts on a domain, by which they are told apart. Each has a folder of its own, where it goes on: after
-an interruption, and when it is given more steps."""
+"""Trial fine-tunings of experts on a domain, to compare them. Each has a folder of its own, from which it resumes: after an
+interruption, and when it gets more steps."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trials:
-    """The fine-tunings of one criterion, on this process."""
+    """The trial fine-tunings of one selection criterion, on this process."""
 
     def __init__(
         self,
@@ -51,15 +51,15 @@ class Trials:
 
     @property
     def spent(self) -> Spent:
-        """What all have cost, over all attempts."""
+        """The cost of all, over all attempts."""
         total = Spent()
         for spent in self._spent.values():
             total = total.plus(spent)
         return total
 
     def tune(self, key: str, steps: int) -> float:
-        """Fine-tune an expert until it has had so many steps in all: its best validation loss, nats per token; NaN where
-        it came to none."""
+        """Fine-tune an expert until it has had so many steps in all. Returns its best validation loss, nats per token; NaN if no
+        validation loss was finite."""
         start, progress = self._load(key), Progress()
         try:
             progress = self._train(key, start, steps)
@@ -104,7 +104,7 @@ class Trials:
         return Spent(progress.tokens, slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:
-        """Validated now and then and at the end of `steps`, and never stopped before."""
+        """Validated every `evaluate_every` steps and at the end of `steps`, and never stopped before."""
         return TrainStage.model_validate(
             {
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,
