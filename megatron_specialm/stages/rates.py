@@ -35,8 +35,8 @@ class Choice:
 
     @property
     def values(self) -> dict[str, Any]:
-        """For the model's own marker: the rate as in the config; each rate's best validation loss, nats per token, None where it
-        had none that is finite; and the cost of all trials."""
+        """For the model's own marker: the rate as in the config; each rate's best validation loss, nats per token, None where
+        none was finite; and the cost of all trials."""
         costs = [trial.whole_cost for trial in self.trials.values()]
         return {
             "chosen_rate": self.rate,
@@ -69,7 +69,9 @@ def _log_choice(choice: Choice, context: Context) -> None:
     name, rate, rates = context.task.id, choice.rate, list(choice.trials)
     others = ", ".join(_format_loss(_loss(trial)) for other, trial in choice.trials.items() if other != rate)
     found = _format_loss(_loss(choice.taken))
-    logger.info("%s: learning rate %r of %s (validation loss %s against %s)", name, rate, _format_rates(rates), found, others)
+    logger.info(
+        "%s: learning rate %r of %s (validation loss %s against %s)", name, rate, _format_rates(rates), found, others
+    )
     if untried := beyond(rate, rates):
         logger.warning("%s: %r is at an end of the list: %s rates were not tried", name, rate, untried)
 

@@ -58,8 +58,8 @@ class Trials:
         return total
 
     def tune(self, key: str, steps: int) -> float:
-        """Fine-tune an expert until it has had so many steps in all. Returns its best validation loss, nats per token; NaN if no
-        validation loss was finite."""
+        """Fine-tune an expert until it has had so many steps in all. Returns its best validation loss, nats per token; NaN if
+        none was finite."""
         start, progress = self._load(key), Progress()
         try:
             progress = self._train(key, start, steps)
