@@ -17,7 +17,7 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import OUTPUT_LAYER
 from megatron_specialm.parity.case import ParityCase
@@ -92,7 +92,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
             objective=Distillation(alpha=0.6, temperature=TEMPERATURE, teacher=kind),
             teacher=_teacher(case, case.parallel) if kind == "online" else None,
         )
-        rank, copies = data_rank()
+        rank, copies = engine.data_rank, engine.data_parallel
         losses, norms, tensors, squares = [], [], {}, {}
         for step in range(case.steps):
             ids = np.random.default_rng(step).choice(WINDOWS, case.global_batch_size, replace=False)
@@ -100,7 +100,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
             batch = store.batch(ids)
             if kind != "online":
                 cache = TeacherCache.open(folder.parent / kind, teacher="t", store="s")
-                batch = batch._replace(notes=cache.notes(ids))
+                batch = batch._replace(extra_inputs=cache.notes(ids))
             loss = engine.accumulate_gradients(batch)
             if step == 0:
                 tensors = {f"gradients/{name}": tensor for name, tensor in engine.gradients().items()}

@@ -19,18 +19,17 @@ from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.config.trainings import Training
+from megatron_specialm.config.trainings import AnyTrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import Batch
 from megatron_specialm.data.validation import all_windows
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
-from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.engine.objective import Objective, cross_entropy
+from megatron_specialm.engine.open import open_engine
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.run.worker import limit_threads
-from megatron_specialm.train.loop import Run, train
-from megatron_specialm.train.losses import Objective, cross_entropy
+from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import Progress
 
 VOCABULARY, CONTEXT = 100, 16
@@ -66,7 +65,7 @@ def stage(**settings) -> TrainStage:
         "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-2}, "schedule": {"warmup_steps": 0},
         "checkpoint": {"every": 4}, "log_every": 1,
     }  # fmt: skip
-    return TypeAdapter(Training).validate_python({**defaults, **settings})
+    return TypeAdapter(AnyTrainStage).validate_python({**defaults, **settings})
 
 
 def run_layout(folder: Path, **settings: Any) -> None:
@@ -138,33 +137,27 @@ def run_training(
     stream = ImportanceStream(
         ClusterIndex.single(windows), np.ones(1), global_batch_size=settings.global_batch_size, seed=0
     )
-    with process_group(world, parallel=settings.parallel):
-        rank, copies = data_rank()
-        model = Gpt(
-            shape,
-            vocabulary_size=VOCABULARY,
-            context_length=CONTEXT,
-            precision=settings.precision,
-            parallel=settings.parallel,
-        )
-        model.initialize(seed=0)
-        engine = MegatronEngine(
-            model,
-            parallel=settings.parallel,
-            optimizer=settings.optimizer,
-            micro_batch_size=settings.micro_batch_size,
-            objective=objective,
-        )
+    setup = Setup(
+        shape, settings.parallel, settings.precision, VOCABULARY, CONTEXT, settings.global_batch_size,
+        settings.micro_batch_size,
+    )  # fmt: skip
+    with open_engine(
+        setup,
+        world,
+        optimizer=settings.optimizer,
+        initialize=lambda model: model.initialize(seed=0),
+        objective=objective,
+    ) as engine:
+        rank, copies = engine.data_rank, engine.data_parallel
         return train(
             engine,
-            Run(
+            Training(
                 folder=folder,
                 settings=settings,
                 batches=TrainingBatches(store, stream, rank=rank, processes=copies),
                 validation=lambda: all_windows(held_out).batches(batch_size=4, rank=rank, processes=copies),
                 description={},
                 flops_per_step=1,
-                device_name="cpu",
                 processes=world.world_size,
                 peers=ControlGroup.meet(),
                 saver=Saver(folder, ControlGroup.meet()),

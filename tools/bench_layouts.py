@@ -21,7 +21,7 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
 from megatron_specialm.run.worker import limit_threads
 
@@ -70,19 +70,23 @@ def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: P
 
 
 def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: Connection) -> None:
-    from megatron_specialm.engine.megatron.engine import MegatronEngine
-    from megatron_specialm.engine.megatron.process_groups import process_group
-    from megatron_specialm.model.gpt import Gpt
+    from megatron_specialm.engine.open import open_engine
+    from megatron_specialm.estimate.setup import Setup
 
     shape = ModelConfig(
         layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
     )
     windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
     batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
-    with process_group(world, parallel=layout, threads=THREADS // layout.world_size, timeout_seconds=3600):
-        model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=args.context, parallel=layout)
-        model.initialize(seed=0)
-        engine = MegatronEngine(model, parallel=layout, optimizer=Optimizer(), micro_batch_size=args.micro_batch)
+    setup = Setup(shape, layout, "fp32", args.vocabulary, args.context, args.batch, args.micro_batch)
+    with open_engine(
+        setup,
+        world,
+        optimizer=Adam(),
+        initialize=lambda model: model.initialize(seed=0),
+        threads=THREADS // layout.world_size,
+        timeout_seconds=3600,
+    ) as engine:
         while steps := line.recv():
             start = time.perf_counter()
             for _ in range(steps):

@@ -17,12 +17,11 @@ import torch
 from gpu_check.training import drawn_on_device, engine_of, preset, random_batch, synchronize
 from rich.table import Table
 
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Precision
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.setup import Setup
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     size = QUICKSTART
     table = Table("windows per step", "SLM, ms", "SLM-pn, ms", "ratio, median", "min", "max", title=size.model)
-    with process_group(ALONE, threads=args.threads):
+    with single_process(threads=args.threads):
         for one in compare(size, size.windows, rounds=args.rounds, steps=args.steps):
             ratios = (f"{of(one.ratios):.2f}" for of in (statistics.median, min, max))
             table.add_row(str(one.windows), f"{one.plain:,.0f}", f"{one.projected:,.0f}", *ratios)

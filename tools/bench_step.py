@@ -17,16 +17,14 @@ from rich.table import Table
 from torch.nn import functional
 from transformers import GPTNeoXForCausalLM
 
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.data.store import Batch
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
-from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.engine.open import build_engine, single_process
+from megatron_specialm.estimate.setup import Setup
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
     )
     windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
     batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
-    with process_group(ALONE, threads=args.threads):
+    with single_process(threads=args.threads):
         contenders = {
             "megatron_specialm": _ours(shape, args, batch),
             "transformers GPT-NeoX": _theirs(shape, args, batch),
@@ -59,9 +57,8 @@ def main() -> None:
 
 
 def _ours(shape: ModelConfig, args: argparse.Namespace, batch: Batch) -> Callable[[], object]:
-    model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=args.context)
-    model.initialize(seed=0)
-    engine = MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=args.micro_batch)
+    setup = Setup(shape, ParallelConfig(), "fp32", args.vocabulary, args.context, args.batch, args.micro_batch)
+    engine = build_engine(setup, optimizer=Adam(), initialize=lambda model: model.initialize(seed=0))
     return lambda: engine.train_step(batch, learning_rate=1e-4)
 
 

@@ -1,5 +1,6 @@
 """What the processes of a training agree on beside gradients: over gloo, so that it works next to NCCL and in threads."""
 
+import datetime
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,6 +66,11 @@ class ControlGroup:
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first process; its error, if it fails, is everybody's."""
         return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def limit_collectives(self, seconds: float) -> None:
+        """From here on, let a collective fail that takes longer."""
+        if self._group is not None:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), self._group)
 
 
 class StopFlag:

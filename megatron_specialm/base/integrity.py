@@ -15,6 +15,7 @@ from megatron_specialm.base.hash_cache import sha256_files
 # What a training notes as it goes, for people and for its own resumption: an attempt that was cut off, and is fenced, may go
 # on writing there after another one has finished the task. Nothing else reads it.
 RECORDS = ("metrics.jsonl", "work.json")
+PROFILES = "profile"  # a folder of the same kind: a training's traces and memory snapshots
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
 LEFT_OVER = re.compile(r"\..*\.tmp")  # of killed writers
 
@@ -41,8 +42,10 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, Mani
 
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
     """The names below a folder of its files, less those that `without` names and what killed writers have left."""
-    names = (path.relative_to(folder).as_posix() for path in _files(folder))
-    return sorted(name for name in names if name not in without and PurePath(name).name not in (CHECKED, *RECORDS))
+    names = (path.relative_to(folder) for path in _files(folder) if PROFILES not in path.relative_to(folder).parts[:-1])
+    return sorted(
+        name.as_posix() for name in names if str(name) not in without and name.name not in (CHECKED, *RECORDS)
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

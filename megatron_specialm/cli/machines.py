@@ -94,7 +94,7 @@ def tune_precision(
         pipeline = load(config, [*(overrides or []), f"stages.{name}.precision=fp8"])
         refuse_what_the_machine_lacks(pipeline, stages=[name])
 
-        from megatron_specialm.train import tune_precision as tuning  # imports torch, which a refusal does not need
+        from megatron_specialm.model import tune_precision as tuning  # imports torch, which a refusal does not need
 
         timings = tuning.measure(distinct_setups(pipeline, name)[name])
         console().print(tuning.timings_table(timings, title=name))

@@ -200,22 +200,23 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """The parts of a pydantic location that are keys of the config, and the classes that the value there may be of. Where there
-    are several, the next part is the tag of a union, which chooses among them."""
+    """The parts of a pydantic location that are keys of the config, and the classes that the value there may be of. Behind
+    a key whose value is of a union, the next part may be a tag, which chooses among its classes and is no key."""
     keys: list[int | str] = []
     classes: list[type[BaseModel]] = [Pipeline]
+    may_choose = False  # the next part may be a tag
     inside = False  # a mapping or list of settings, of which the next part is a key or index
     for part in location:
         if inside:
             keys.append(part)
             inside = False
-        elif tagged := [cls for cls in classes if len(classes) > 1 and part in _tags(cls)]:
-            classes = tagged
+        elif tagged := [cls for cls in classes if may_choose and part in _tags(cls)]:
+            classes, may_choose = tagged, len(tagged) > 1
         elif part not in (ONE_RATE, SEVERAL_RATES):
             keys.append(part)
             found = (cls.model_fields[str(part)].annotation for cls in classes if part in cls.model_fields)
             annotation = next(found, None)
-            classes, inside = _classes(annotation), get_origin(annotation) in (dict, list)
+            classes, inside, may_choose = _classes(annotation), get_origin(annotation) in (dict, list), True
     return keys, classes
 
 

@@ -1,20 +1,25 @@
-"""How a training is distributed over processes. The layout does not change the result, so it is not part of a digest."""
+"""How a training is spread over processes, and by which engine. It does not change what is computed, so it is in no digest.
+
+Each engine has a layout class of its own, chosen by `engine`. A new engine adds its class here, to `LAYOUTS` and `Layout`.
+"""
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, GetCoreSchemaHandler, PositiveInt, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
 
 
 class ParallelConfig(Settings):
-    """A layout: tensor x context x data x pipeline parallel processes, tensor ranks nearest to each other.
+    """A layout of the Megatron engine: tensor x context x data x pipeline parallel processes, tensor ranks next to each other.
 
     `estimate/capabilities.py` has what a layout requires of the model, the batch and the machine.
     """
 
+    engine: Literal["megatron"] = Field(default="megatron", description="the package of engine/ that trains")
     tensor_parallel: PositiveInt = Field(default=1, description="processes over which each matrix is split (TP)")
     sequence_parallel: bool = Field(default=False, description="norms are split too, by positions (SP); with TP only")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
@@ -67,7 +72,30 @@ class ParallelConfig(Settings):
         return " ".join(parts) or "1 process"
 
 
-VOCABULARY_MULTIPLE = 128  # of rows of the embedding in memory, for the tiles of matrix kernels
+LAYOUTS: dict[str, type[Settings]] = {"megatron": ParallelConfig}  # by engine
+
+
+class _ByEngine:
+    """A union discriminated by `engine`. A layout without it is Megatron's, as in files of earlier versions."""
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.tagged_union_schema(
+            {engine: handler.generate_schema(layout) for engine, layout in LAYOUTS.items()},
+            discriminator=_engine_of,
+            custom_error_type="engine",
+            custom_error_message=f"names an unknown engine: set `engine` to one of {', '.join(LAYOUTS)}",
+        )
+
+
+def _engine_of(layout: Any) -> str:
+    named = layout.get("engine") if isinstance(layout, dict) else getattr(layout, "engine", None)
+    return "megatron" if named is None else str(named)
+
+
+Layout = Annotated[ParallelConfig, _ByEngine()]
+
+
+VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
 
 
 def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:

@@ -21,7 +21,7 @@ from pydantic import (
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer
-from megatron_specialm.config.trainings import Training
+from megatron_specialm.config.trainings import AnyTrainStage
 
 # Names of other folders of a run folder, and of a file in `jobs/0001`.
 RESERVED = ("artifacts", "figures", "jobs", "parity", "submission")
@@ -215,7 +215,7 @@ Stage = Annotated[
     | EmbedStage
     | ClusterStage
     | AssignStage
-    | Training
+    | AnyTrainStage
     | SelectStage
     | TeachStage
     | EvaluateStage

@@ -17,8 +17,9 @@ from pydantic import (
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
+from megatron_specialm.config.runtime import Runtime
 from megatron_specialm.config.text import GENERIC
 
 # pydantic's tags for the two forms of a learning rate: parts of an error's location that are not keys of the config.
@@ -166,7 +167,7 @@ class TrainStage(Settings):
     schedule: Schedule = Schedule()
     precision: Precision = "fp32"
     fp8: Fp8Config | None = Field(default=None, description="with `precision: fp8` only; default: its defaults")
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Layout = ParallelConfig()
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     early_stopping: EarlyStopping | None = None
     trial_steps: PositiveInt | None = Field(
@@ -184,6 +185,7 @@ class TrainStage(Settings):
     )
     tensorboard: bool = False
     wandb_project: str | None = None
+    runtime: Runtime = Runtime()
 
     @model_validator(mode="before")
     @classmethod

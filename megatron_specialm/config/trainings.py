@@ -165,11 +165,11 @@ class DomainTraining(_OfOneData):
         return self.recipe
 
 
-Training = Annotated[
+AnyTrainStage = Annotated[
     GenericTraining | ClusterTraining | ImportanceTraining | DomainTraining, Field(discriminator="data")
 ]
 TRAININGS: dict[str, type[TrainStage]] = {
-    get_args(cls.model_fields["data"].annotation)[0]: cls for cls in get_args(get_args(Training)[0])
+    get_args(cls.model_fields["data"].annotation)[0]: cls for cls in get_args(get_args(AnyTrainStage)[0])
 }
 
 

@@ -55,7 +55,7 @@ class TrainingBatches:
         extra_inputs = dict(self._extra_inputs(ids))
         if draw.mixtures is not None:
             extra_inputs[MIXTURE] = draw.mixtures[rows]
-        return self._store.batch(ids)._replace(notes=extra_inputs)
+        return self._store.batch(ids)._replace(extra_inputs=extra_inputs)
 
 
 def count_windows(batch: Batch) -> int:

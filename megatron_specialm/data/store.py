@@ -28,7 +28,9 @@ from megatron_specialm.base.shapes import Count, Size
 from megatron_specialm.data.index import read_index
 
 DESCRIPTION = "store.json"
-MIXTURE = "mixture"  # the note (B, K) float32: which mixture of a projected network's experts computes each window
+MIXTURE = (
+    "mixture"  # the extra input (B, K) float32: which mixture of a projected network's experts computes each window
+)
 SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")
 
@@ -78,7 +80,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
-    notes: Mapping[str, np.ndarray] = MappingProxyType({})
+    extra_inputs: Mapping[str, np.ndarray] = MappingProxyType({})
 
     def rows(self, rows: slice) -> "Batch":
         """Some of the windows."""
@@ -91,8 +93,8 @@ class Batch(NamedTuple):
         return self._map(lambda part: np.pad(part, ((0, count), *[(0, 0)] * (part.ndim - 1))))
 
     def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Batch":
-        notes = {name: change(note) for name, note in self.notes.items()}
-        return Batch(change(self.tokens), change(self.targets), change(self.mask), notes)
+        extra_inputs = {name: change(value) for name, value in self.extra_inputs.items()}
+        return Batch(change(self.tokens), change(self.targets), change(self.mask), extra_inputs)
 
 
 class _Part:

@@ -75,7 +75,7 @@ class HeldOut:
         if self.clusters is None:
             return batch._replace(mask=mask)
         mixtures = np.eye(self.experts, dtype=np.float32)[self.clusters[places]]
-        return batch._replace(mask=mask, notes=MappingProxyType({MIXTURE: mixtures}))
+        return batch._replace(mask=mask, extra_inputs=MappingProxyType({MIXTURE: mixtures}))
 
 
 def all_windows(store: Windows) -> HeldOut:

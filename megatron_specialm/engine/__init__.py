@@ -1,1 +1,2 @@
-"""Engines: what trains a model on some processes. The training loop knows them by their protocol only."""
+"""Engines: what trains a model on some processes. `protocol.py` says what an engine does, and `open.py` opens one. Each package
+here is an engine: it alone knows its library, process groups and optimizer."""

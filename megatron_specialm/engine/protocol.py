@@ -1,4 +1,4 @@
-"""What the loop asks of an engine, so that Megatron and DeepSpeed can serve it alike."""
+"""What the training loop and parity ask of an engine. They know engines by this protocol only."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
@@ -30,24 +30,54 @@ class StepStats(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model with its optimizer, spread over the processes of a run. `passes` are those that this process's copy of the
-    model has made so far."""
+    """A model with its optimizer, spread over the processes of a layout (`open_engine`).
 
+    data_rank: the data-parallel copy of the model that this process belongs to, from 0.
+    data_parallel: the number of such copies. Each trains on its own rows of a global batch.
+    device_name: of this process's device, as its maker calls it; `cpu` where it is none.
+    passes: those that this process's copy of the model has made so far.
+    """
+
+    data_rank: int
+    data_parallel: int
+    device_name: str
     passes: Passes
 
+    def kernels(self) -> str:
+        """Which fused kernels run here, in one line."""
+
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
-        """One optimizer step on this process's share of the global batch; gradient accumulation inside."""
+        """One optimizer step on this copy's rows of the global batch; gradient accumulation inside."""
+
+    def accumulate_gradients(self, batch: Batch) -> LossSum:
+        """The first half of a step: forward and backward passes, gradients summed over all processes."""
+
+    def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
+        """The second half: clip by the global norm and step; where anything is not finite, leave the weights alone."""
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The canonical gradients of the last step, on the CPU, each on one process. Clipping may have scaled them."""
+
+    def norm_squares(self) -> dict[str, float]:
+        """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as clipped.
+        Summed over all processes it is the canonical gradient's: nothing is left out or counted twice."""
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
-        """The loss over all processes' batches."""
+        """The loss over all copies' batches. Each copy passes its own, of which there may be none."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Canonical fp32 weights, on the CPU: those that fall to this process to save, whole. Over all processes, each
-        is there once."""
+        """Whole canonical fp32 weights, on the CPU, each on the one process that is to save it."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors under canonical names, on the CPU, dealt out as the weights are."""
+        """The optimizer's whole tensors under canonical names, on the CPU, each on the one process that is to save it."""
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
-        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process
-        takes its part."""
+        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process takes
+        its part.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+
+    def limit_collectives(self, seconds: float) -> None:
+        """From here on, let a collective fail that takes longer than this."""

@@ -47,13 +47,18 @@ ANY = Machine("any", lambda _, __: None)
 
 @dataclass(frozen=True)
 class Capability:
-    """A feature, what it is good for, and its conditions in one line."""
+    """A feature, when a setup asks for it, and its conditions, also in one line; of the engines named."""
 
     feature: str
     asked: Callable[[Setup], bool]
     terms: str
     machine: Machine = ANY
     conditions: tuple[Condition, ...] = ()
+    engines: tuple[str, ...] = ("megatron",)
+
+    def applies(self, setup: Setup) -> bool:
+        """Whether a setup asks its engine for this."""
+        return setup.parallel.engine in self.engines and self.asked(setup)
 
 
 def _lacks_fp8(setup: Setup, machine: Accelerator) -> str | None:
@@ -271,7 +276,7 @@ def refuse(name: str, setup: Setup) -> None:
         ConfigError: naming the stage, all numbers of the condition that does not hold, and the nearest value that does.
     """
     for capability in TABLE:
-        if capability.asked(setup):
+        if capability.applies(setup):
             for condition in capability.conditions:
                 if not condition.holds(setup):
                     reason = condition.reason.format(s=setup, p=setup.parallel)
@@ -280,7 +285,7 @@ def refuse(name: str, setup: Setup) -> None:
 
 def lacking(setup: Setup, machine: Accelerator) -> str | None:
     """Why a machine cannot run a setup, and what would do; None where it can."""
-    reasons = (row.machine.lacks(setup, machine) for row in TABLE if row.asked(setup))
+    reasons = (row.machine.lacks(setup, machine) for row in TABLE if row.applies(setup))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -309,5 +314,13 @@ def _holds(condition: Condition, setup: Setup) -> bool:
 
 def rows() -> list[dict[str, str]]:
     """The table for a reader."""
-    fixed = {"engine": "megatron", "models": "neox, llama"}
-    return [{**fixed, "feature": row.feature, "machine": row.machine.terms, "terms": row.terms} for row in TABLE]
+    return [
+        {
+            "engine": ", ".join(row.engines),
+            "models": "neox, llama",
+            "feature": row.feature,
+            "machine": row.machine.terms,
+            "terms": row.terms,
+        }
+        for row in TABLE
+    ]

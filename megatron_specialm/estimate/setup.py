@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import Layout
 from megatron_specialm.config.precision import Fp8Config, Precision
 
 FP8_MULTIPLE = 16  # bytes, to which cuBLAS wants every row of an FP8 matrix aligned
@@ -35,7 +35,7 @@ class Setup:
     """What one train stage asks for."""
 
     model: ModelConfig
-    parallel: ParallelConfig
+    parallel: Layout
     precision: Precision
     vocabulary_size: int  # asked for: a tokenizer that is there already decides itself
     context_length: int

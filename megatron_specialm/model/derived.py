@@ -1,17 +1,17 @@
 """Weights of linears that are computed from other parameters: projected networks (SLM-pn) and LoRA.
 
-They are computed once per optimizer step, all variants that the step needs in one pass; each micro-batch uses its own,
-and their gradients, summed over the micro-batches in fp32, return to the parameters in one pass at the step's end. A
-linear is none the wiser: its `weight` is a tensor that was put there.
+Per optimizer step: `materialize` computes the weights of all mixtures of experts that the step needs, in one pass; `bind` puts
+those of a micro-batch's mixture into the linears, as their `weight`; `backward` takes the gradients, summed over the
+micro-batches in fp32, back to the parameters, in one pass.
 
-In bf16 they are computed in fp32 and rounded once, as an optimizer's fp32 weights are: what a step uses is what serving
-computes from the same parameters, in bf16. So what they are computed from is not rounded before: adapters and their
-base, codes and projections stay fp32. Only the bases, which are many and have fp32 originals in the optimizer, are bf16.
+In bf16 the weights are computed in fp32 and rounded once, as an optimizer's fp32 weights are: a step computes with what a
+merged model in bf16 has. So the parameters that they are computed from are not rounded: adapters and their base, codes and
+projections stay fp32. Only the bases, which are many and have fp32 main weights in the optimizer, are bf16.
 
-A variant is a mixture of experts in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own
-expert, a histogram for a soup of them (arXiv 2502.01804). To LoRA all variants are one.
+A mixture of experts is in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own expert, a
+histogram for a soup of them (arXiv 2502.01804). To LoRA all mixtures are one.
 
-Legend: J variants, K experts, M code size, H capacity, R rank.
+Legend: J mixtures, K experts, M code size, H capacity, R rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,49 +53,49 @@ class DerivedWeights:
     ) -> None:
         self._places, self._compute = places, compute
         self._values: list[torch.Tensor] = []
-        self._variants: list[list[torch.Tensor]] = []  # per place, the rows as leaves that micro-batches use
+        self._leaves: list[list[torch.Tensor]] = []  # per place, a leaf tensor of each mixture
         self._gradients: list[torch.Tensor] = []
 
     def materialize(self, mixtures_JK: torch.Tensor) -> None:
-        """Compute all variants of a step. Where gradients are recorded, they are gathered from here on."""
+        """Compute the weights of all mixtures of a step. Their gradients are summed from here on, if gradients are recorded."""
         self._release()
         self._values = list(self._compute(mixtures_JK))
-        self._variants = [list(value.detach().unbind()) for value in self._values]
+        self._leaves = [list(value.detach().unbind()) for value in self._values]
         for place, value in zip(chain.from_iterable(self._places), self._values, strict=True):
-            # Else Transformer Engine looks, and refuses parameters that are of another precision than its input: what a
-            # weight is computed from may be.
+            # Otherwise Transformer Engine checks that all parameters have the precision of its input: those that the weight
+            # is computed from may have another.
             place.linear.activation_dtype = value.dtype
         if torch.is_grad_enabled():
-            for value, rows in zip(self._values, self._variants, strict=True):
+            for value, rows in zip(self._values, self._leaves, strict=True):
                 total = torch.zeros_like(value, dtype=torch.float32)
                 self._gradients.append(total)
                 for row, part in zip(rows, total, strict=True):
                     row.requires_grad_().register_post_accumulate_grad_hook(_move_gradient_to(part))
 
-    def use(self, chunk: int, variant: int) -> None:
-        """Have a chunk's linears use a variant until told otherwise."""
+    def bind(self, chunk: int, mixture: int) -> None:
+        """Have a chunk's linears compute with the weights of a mixture, numbered as in `materialize`."""
         first = sum(len(places) for places in self._places[:chunk])
         for number, place in enumerate(self._places[chunk], start=first):
-            setattr(place.linear, place.attribute, self._variants[number][variant])
+            setattr(place.linear, place.attribute, self._leaves[number][mixture])
 
-    def backward_mixtures(self) -> None:
-        """Pass what the variants gathered on to the parameters that they were computed from."""
+    def backward(self) -> None:
+        """Pass the summed gradients of the weights on to the parameters that they were computed from."""
         gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
         torch.autograd.backward(self._values, gradients)
         self._release()
 
     def _release(self) -> None:
-        """The parameters change: what was computed from them is neither to be used nor to take memory any longer."""
+        """Free the weights: the parameters that they were computed from change."""
         for place in chain.from_iterable(self._places):
             setattr(place.linear, place.attribute, None)
-        self._values, self._variants, self._gradients = [], [], []
+        self._values, self._leaves, self._gradients = [], [], []
 
 
 def _move_gradient_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    def move(variant: torch.Tensor) -> None:
-        assert variant.grad is not None
-        total.add_(variant.grad)
-        variant.grad = None
+    def move(leaf: torch.Tensor) -> None:
+        assert leaf.grad is not None
+        total.add_(leaf.grad)
+        leaf.grad = None
 
     return move
 

@@ -108,11 +108,6 @@ class Gpt:
         """Draw first weights (`model/initial.py`). No layout changes them."""
         self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
 
-    def first_adapters(self, *, seed: int) -> dict[str, torch.Tensor]:
-        """The canonical first weights of LoRA's adapters, which a base model does not have."""
-        adapters = {name: spec for name, spec in self.specs.items() if ".lora_" in name}
-        return {name: first_value(name, spec.shape, self.config, seed=seed) for name, spec in adapters.items()}
-
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take canonical weights.
 

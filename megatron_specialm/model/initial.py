@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.model.weights import EXPERT_CODES
+from megatron_specialm.model.weights import EXPERT_CODES, weight_specs
 
 # How far experts start from each other: the coefficient of each matrix that tells them apart, beside 1 for the one that
 # they share. Adam moves every matrix at the same rate, so these add up: large ones make the whole expert jump.
@@ -40,6 +40,12 @@ def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: i
     if name.endswith("weight_basis"):
         std /= math.sqrt(1 + (shape[0] - 1) * EXPERT_SPREAD**2)
     return drawn * std
+
+
+def first_adapters(config: ModelConfig, *, vocabulary_size: int, seed: int) -> dict[str, torch.Tensor]:
+    """The canonical first weights of LoRA's adapters, which a base model does not have; none without `config.lora`."""
+    specs = weight_specs(config, vocabulary_size=vocabulary_size)
+    return {name: first_value(name, specs[name].shape, config, seed=seed) for name in specs if ".lora_" in name}
 
 
 def _first_codes(drawn_KM: torch.Tensor, capacity: int) -> torch.Tensor:

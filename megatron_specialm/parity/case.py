@@ -6,7 +6,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig, Projection
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.setup import Setup
 
@@ -17,7 +17,7 @@ class ParityCase(Settings):
     """What is trained twice: in a layout, and on one process."""
 
     model: ModelConfig
-    parallel: ParallelConfig
+    parallel: Layout
     precision: Precision
     fp8: Fp8Config | None = None
     vocabulary_size: PositiveInt = 131  # prime: no number of processes divides it, and its padding is more than one row
@@ -35,6 +35,14 @@ class ParityCase(Settings):
     def global_batch_size(self) -> int:
         """Windows per step."""
         return self.micro_batch_size * self.micro_batches * self.parallel.data_parallel
+
+    @property
+    def setup(self) -> Setup:
+        """What the case asks of an engine."""
+        return Setup(
+            self.model, self.parallel, self.precision, self.vocabulary_size, self.context_length, self.global_batch_size,
+            self.micro_batch_size, self.fp8,
+        )  # fmt: skip
 
     def on_one_process(self) -> "ParityCase":
         """The same training without a layout."""

@@ -12,10 +12,10 @@ import torch
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.engine.open import open_engine
+from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.initial import first_value
 from megatron_specialm.parity.case import ParityCase
@@ -23,27 +23,11 @@ from megatron_specialm.parity.case import ParityCase
 
 def measure(case: ParityCase, world: World, folder: Path) -> None:
     """Train `case` with the other processes of `world`."""
-    with process_group(world, parallel=case.parallel):
-        model = Gpt(
-            case.model,
-            vocabulary_size=case.vocabulary_size,
-            context_length=case.context_length,
-            precision=case.precision,
-            fp8=case.fp8,
-            parallel=case.parallel,
-        )
-        model.load(_first_weights(model))
-        engine = MegatronEngine(
-            model,
-            parallel=case.parallel,
-            optimizer=Optimizer(
-                learning_rate=case.learning_rate, clip_grad=case.clip_grad, epsilon=case.epsilon, weight_decay=0.1
-            ),
-            micro_batch_size=case.micro_batch_size,
-        )
+    optimizer = Adam(clip_grad=case.clip_grad, epsilon=case.epsilon, weight_decay=0.1)
+    with open_engine(case.setup, world, optimizer=optimizer, initialize=_initialize) as engine:
         losses, norms, tensors, squares = [], [], {}, {}
         for step in range(case.steps):
-            loss = engine.accumulate_gradients(_own_rows(_batch(case, step)))
+            loss = engine.accumulate_gradients(_own_rows(engine, _batch(case, step)))
             if step == 0:
                 tensors = {f"gradients/{name}": tensor for name, tensor in engine.gradients().items()}
             stats = engine.apply_gradients(loss, learning_rate=case.learning_rate)
@@ -51,22 +35,22 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
                 squares = engine.norm_squares()
             losses.append(loss.mean)
             norms.append(stats.gradient_norm)
-        held_out = engine.evaluate([_own_rows(_batch(case, case.steps))]).mean
+        held_out = engine.evaluate([_own_rows(engine, _batch(case, case.steps))]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
     save_tensors(tensors, folder / f"tensors-{world.rank}.safetensors")
     numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
 
 
-def _first_weights(model: Gpt) -> dict[str, torch.Tensor]:
-    """As at the start of a training, but drawn where that has zeros: for want of a bias, or of LoRA's B, the gradient of
-    what it is multiplied with would be zero too, and wrong in no layout."""
+def _initialize(model: Gpt) -> None:
+    """First weights as of a training, but random ones instead of zeros: where a bias or LoRA's B is zero, the gradient of what
+    it is multiplied with is zero too, and an error in it would not show."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, spec in model.specs.items():
         first = first_value(name, spec.shape, model.config, seed=0)
         weights[name] = first if first.any() else 0.02 * torch.randn(spec.shape, generator=generator)
-    return weights
+    model.load(weights)
 
 
 def _batch(case: ParityCase, step: int) -> Batch:
@@ -76,8 +60,8 @@ def _batch(case: ParityCase, step: int) -> Batch:
     windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
     lengths = generator.integers(1, positions + 1, rows)
     mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
-    notes = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
-    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, notes)
+    extra_inputs = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
+    return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, extra_inputs)
 
 
 def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
@@ -90,7 +74,7 @@ def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
     return np.repeat(chosen, case.micro_batch_size, axis=0).astype(np.float32)
 
 
-def _own_rows(batch: Batch) -> Batch:
-    rank, copies = data_rank()
-    share = len(batch.tokens) // copies
-    return batch.rows(slice(rank * share, (rank + 1) * share))
+def _own_rows(engine: Engine, batch: Batch) -> Batch:
+    """The rows of a global batch that this process's copy of the model trains on."""
+    count = len(batch.tokens) // engine.data_parallel
+    return batch.rows(slice(engine.data_rank * count, (engine.data_rank + 1) * count))

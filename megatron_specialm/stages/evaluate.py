@@ -1,14 +1,13 @@
 """Perplexity of a model on held-out documents."""
 
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
 from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.evaluation import score
@@ -25,7 +24,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     store = TokenStore.open(context.artifact(stage.tokens, source), "test", tokenizer=merged.state["tokenizer"])
     windows = min(len(store), stage.max_windows or len(store))
     batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
-    with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
+    with single_process(threads=context.threads):  # the first rank's work, however many there are
         loss = score(merged.build(), context.counted(batches, unit="windows", of=windows, size=count_windows))
     results = {source: {"nll": loss.mean, "tokens": loss.tokens}}
     write_json(context.folder / "evaluation.json", results)

@@ -11,7 +11,6 @@ import transformers
 from transformers import GenerationConfig
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.base.tensors import save_tensors
@@ -26,7 +25,7 @@ from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, tokenizer_task, trainings
 from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
@@ -101,7 +100,7 @@ def _logit_difference(
 ) -> float:
     batch = store.batch(np.arange(min(WINDOWS_COMPARED, len(store))))
     # Exporting is the first rank's work alone, however many train: it must not wait for the others.
-    with process_group(ALONE, threads=threads):
+    with single_process(threads=threads):
         model = Gpt(shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length).train(False)
         model.load(weights)
         ours = model.logits(torch.from_numpy(batch.tokens).to(model.device))

@@ -25,18 +25,18 @@ class Choice:
 
     @property
     def taken(self) -> Marker:
-        """Of the trial that is gone on with."""
+        """The marker of the trial that the training continues."""
         return self.trials[self.rate]
 
     @property
     def counted(self) -> Spent:
-        """The tokens and slots of its steps, which stand in its own cost."""
+        """The tokens and slots of that trial's steps, which its own cost includes."""
         return Spent(self.taken.whole_cost.tokens, self.taken.whole_cost.slots)
 
     @property
     def values(self) -> dict[str, Any]:
-        """For the model's own marker: the rate as the config has it; each rate's best validation loss, nats per token, None
-        where it came to nothing; and what all trials have cost."""
+        """For the model's own marker: the rate as in the config; each rate's best validation loss, nats per token, None where
+        none was finite; and the cost of all trials."""
         costs = [trial.whole_cost for trial in self.trials.values()]
         return {
             "chosen_rate": self.rate,
@@ -49,27 +49,29 @@ def choose_rate(stage: TrainStage, context: Context) -> Choice:
     """The rate whose trial has the lowest validation loss, the first of equal ones.
 
     Raises:
-        TrainingError: all trials came to nothing.
+        TrainingError: no trial has a finite validation loss.
     """
     name, rates = context.task.id, stage.optimizer.rates
     trials = {rate: context.marker(name.stage, trial_key(name.key, rate)) for rate in rates}
     finite = {rate: loss for rate, trial in trials.items() if (loss := _loss(trial)) is not None}
     if not finite:
         raise TrainingError(
-            f"{name}: at none of the learning rates {_listed(rates)} were the losses finite: give lower ones in "
+            f"{name}: at none of the learning rates {_format_rates(rates)} were the losses finite: give lower ones in "
             f"stages.{name.stage}.optimizer.learning_rate, or look at the weights that it starts from"
         )
     choice = Choice(min(finite, key=finite.__getitem__), trials)
     if context.world.is_first:
-        _tell(choice, context)
+        _log_choice(choice, context)
     return choice
 
 
-def _tell(choice: Choice, context: Context) -> None:
+def _log_choice(choice: Choice, context: Context) -> None:
     name, rate, rates = context.task.id, choice.rate, list(choice.trials)
-    others = ", ".join(_told(_loss(trial)) for other, trial in choice.trials.items() if other != rate)
-    found = _told(_loss(choice.taken))
-    logger.info("%s: learning rate %r of %s (validation loss %s against %s)", name, rate, _listed(rates), found, others)
+    others = ", ".join(_format_loss(_loss(trial)) for other, trial in choice.trials.items() if other != rate)
+    found = _format_loss(_loss(choice.taken))
+    logger.info(
+        "%s: learning rate %r of %s (validation loss %s against %s)", name, rate, _format_rates(rates), found, others
+    )
     if untried := beyond(rate, rates):
         logger.warning("%s: %r is at an end of the list: %s rates were not tried", name, rate, untried)
 
@@ -79,9 +81,9 @@ def _loss(trial: Marker) -> float | None:
     return loss
 
 
-def _listed(rates: list[float]) -> str:
+def _format_rates(rates: list[float]) -> str:
     return ", ".join(map(repr, rates))
 
 
-def _told(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.3f}"

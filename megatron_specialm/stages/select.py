@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_specialm.base.artifacts import Report, Spent
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
 from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
@@ -25,7 +24,7 @@ from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import open_held_out, open_store
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.selection import (
@@ -62,24 +61,25 @@ def run(stage: SelectStage, context: Context) -> Report:
     spent: dict[str, Spent] = {"frequency": Spent()}
     trials = context.folder / "trials"
     lost = {name: sum(Work.read(path).seconds for path in (trials / name).glob("*")) for name in _TRIED}
-    with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
-        for name in dict.fromkeys([stage.by, *stage.compare]):
-            if name in ("frequency", "histogram"):
-                continue
-            began, projected = context.watch.seconds, experts.flops
-            if name == "loss":
-                sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
+    for name in dict.fromkeys([stage.by, *stage.compare]):
+        if name in ("frequency", "histogram"):
+            continue
+        began, projected = context.watch.seconds, experts.flops
+        if name == "loss":
+            sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
+            with single_process(threads=context.threads):  # the first rank's work, however many there are
                 orders[name] = by_loss(keys, experts.load, sample)
-                passes = _passes(sample, experts.shape, store, times=len(keys))
-            else:
-                assert stage.trial is not None
-                tried = Trials(
-                    stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training
-                )
-                orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
-                passes = tried.spent
-            seconds = lost.get(name, 0.0) + context.watch.seconds - began
-            spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)
+            passes = _passes(sample, experts.shape, store, times=len(keys))
+        else:
+            assert stage.trial is not None
+            tried = Trials(
+                stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training,
+                threads=context.threads,
+            )  # fmt: skip
+            orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
+            passes = tried.spent
+        seconds = lost.get(name, 0.0) + context.watch.seconds - began
+        spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)
     choice = orders[stage.by][0] if stage.by in orders else stage.by
     projected = experts.flops
     model = experts.load(choice)

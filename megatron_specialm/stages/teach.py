@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import Report
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
@@ -12,7 +11,7 @@ from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.data.training_data import open_store
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.teaching import teach
@@ -36,7 +35,7 @@ def run(stage: TeachStage, context: Context) -> Report:
         "store": context.marker(stage.tokens, context.key).digest,
     }
     writer = CacheWriter(context.folder, cache_format, context_length=store.context_length, **made_of)
-    with process_group(ALONE, threads=context.threads):  # the first rank's work, however many there are
+    with single_process(threads=context.threads):  # the first rank's work, however many there are
         tokens = teach(
             merged.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),

@@ -3,7 +3,7 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,26 +27,24 @@ from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.cluster_files import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import data_rank, device_name, process_group
+from megatron_specialm.engine.objective import Objective, cross_entropy
+from megatron_specialm.engine.open import open_engine
 from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
     cluster_of,
-    has_online_teacher,
     key_for,
     model_of,
     setup_of,
     stage_of,
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
-from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.initial import first_adapters
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.train.loop import Diverged, Run, is_capped, train
-from megatron_specialm.train.losses import Objective, cross_entropy
+from megatron_specialm.train.loop import Diverged, Training, is_capped, train
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
 
@@ -68,13 +66,26 @@ def run(stage: TrainStage, context: Context) -> Report:
     shape = model_of(context.pipeline, context.task.id.stage)
     setup = setup_of(context.pipeline, context.task.id.stage)
     # The config's vocabulary is a wish where the tokenizer was there before.
-    setup = replace(setup, vocabulary_size=store.vocabulary_size)
+    setup = replace(setup, vocabulary_size=store.vocabulary_size, context_length=store.context_length)
     lost = Work.read(context.folder)
     if stage.data == "cluster" and trial is None and world.is_first:
         _write_centroid(stage, context)
-    grouped = process_group(world, parallel=stage.parallel, threads=context.threads)
-    with context.process_status.at_step_boundaries(), grouped:
-        rank, copies = data_rank()
+    seed = context.pipeline.seed_of_training
+    opened = open_engine(
+        setup,
+        world,
+        optimizer=settings.optimizer,
+        initialize=lambda model: model.initialize(seed=seed),
+        objective=_objective(stage, context),
+        teacher_weights=_teacher_weights(stage, context) if setup.teacher is not None else None,
+        threads=context.threads,
+    )
+    with context.process_status.at_step_boundaries(), opened as engine:
+        if stage.init is not None:
+            start = read_merged(find_final(_model_folder(stage.init, context)))
+            adapters = first_adapters(shape, vocabulary_size=store.vocabulary_size, seed=seed)
+            engine.load({**adapters, **start.weights}, None)
+        rank, copies = engine.data_rank, engine.data_parallel
         peers = ControlGroup.meet()
         if choice is not None:
             tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
@@ -90,9 +101,8 @@ def run(stage: TrainStage, context: Context) -> Report:
             )  # fmt: skip
             return {"spent": asdict(cost.plus(earlier.cost) if earlier else cost)}
 
-        engine = _engine(settings, context, shape, store)
         logger.info(engine.kernels())
-        run = Run(
+        training = Training(
             folder=context.folder,
             settings=settings,
             batches=TrainingBatches(
@@ -101,7 +111,6 @@ def run(stage: TrainStage, context: Context) -> Report:
             validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,
-            device_name=device_name(world),
             processes=world.world_size,
             peers=peers,
             saver=Saver(context.folder, ControlGroup.meet()),
@@ -110,7 +119,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             watch=context.watch,
         )
         try:
-            progress = train(engine, run)
+            progress = train(engine, training)
         except Diverged as diverged:
             if trial is None:
                 raise
@@ -195,7 +204,8 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
         return None
     remedy = "remove it, or run `specialm parity` again"
     found, said = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
-    same = said.layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
+    layout = {"engine": "megatron", **said.layout}  # those of earlier versions name no engine
+    same = layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
     current = said.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
         logger.warning("%s is of another layout or version: run `specialm parity` again", path)
@@ -211,34 +221,6 @@ def _write_centroid(stage: TrainStage, context: Context) -> None:
     write_array(context.folder / CENTROID, centroids[cluster_of(context.model_key)])
 
 
-def _engine(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> MegatronEngine:
-    model = _model(stage, shape, store)
-    model.initialize(seed=context.pipeline.seed_of_training)
-    engine = MegatronEngine(
-        model,
-        parallel=stage.parallel,
-        optimizer=stage.optimizer,
-        micro_batch_size=stage.micro_batch_size,
-        objective=_objective(stage, context),
-        teacher=_teacher(stage, context, store) if has_online_teacher(stage) else None,
-    )
-    if stage.init is not None:
-        start = read_merged(find_final(_model_folder(stage.init, context)))
-        engine.load({**model.first_adapters(seed=context.pipeline.seed_of_training), **start.weights}, None)
-    return engine
-
-
-def _model(stage: TrainStage, shape: ModelConfig, store: TokenStore) -> Gpt:
-    return Gpt(
-        shape,
-        vocabulary_size=store.vocabulary_size,
-        context_length=store.context_length,
-        precision=stage.precision,
-        fp8=stage.fp8,
-        parallel=stage.parallel,
-    )
-
-
 def _objective(stage: TrainStage, context: Context) -> Objective:
     if (distill := stage.distill) is None:
         return cross_entropy
@@ -248,13 +230,10 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
     return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
 
 
-def _teacher(stage: TrainStage, context: Context, store: TokenStore) -> Gpt:
-    """The teacher beside the student, in its layout."""
+def _teacher_weights(stage: TrainStage, context: Context) -> Mapping[str, torch.Tensor]:
+    """Of the teacher that runs beside the student."""
     assert stage.distill is not None
-    served = read_merged(find_final(_model_folder(stage.distill.teacher, context)))
-    teacher = _model(stage, served.shape, store)
-    teacher.load(served.weights)
-    return teacher
+    return read_merged(find_final(_model_folder(stage.distill.teacher, context))).weights
 
 
 def _model_folder(stage: str, context: Context) -> Path:

@@ -17,9 +17,9 @@ The teacher runs beside the student, or has left a cache (`data/teacher.py`):
 |         | over caches: the draws of one are the same in every epoch (`data/teacher.py`)                          |
 
 Under tensor parallelism a distribution's columns lie on several processes. A softmax over one's own columns would be a
-softmax of something else, so every maximum and every sum here is taken over the share's group: one number per token each.
+softmax of something else, so every maximum and every sum here is taken over the shard's group: one number per token each.
 
-Legend: T positions, B sequences, V this process's share of the vocabulary, K entries kept of a token, N = T * B.
+Legend: T positions, B sequences, V this process's shard of the vocabulary, K entries kept of a token, N = T * B.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ import torch.distributed as dist
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, Kind
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, VocabularyShare, cross_entropy
+from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, VocabularyShard, cross_entropy
 
 Teacher = Literal["online"] | Kind
 
 
 class Distillation:
-    """An `Objective`: cross-entropy, and the divergence from a teacher that a batch's notes tell of.
+    """An `Objective`: cross-entropy, and the divergence from a teacher, whose outputs are extra inputs of the batch.
 
     Args:
         alpha: the teacher's part. With 0 this is cross-entropy, and no teacher is asked.
@@ -54,39 +54,39 @@ class Distillation:
         self._alpha, self._temperature, self._teacher = alpha, temperature, teacher
 
     def __call__(
-        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, share: VocabularyShare | None = None
+        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, shard: VocabularyShard | None = None
     ) -> torch.Tensor:
         """See `Objective`."""
-        from_text = cross_entropy(logits_TBV, batch, share=share)
+        from_text = cross_entropy(logits_TBV, batch, shard=shard)
         if self._alpha == 0:
             return from_text
         scores_NV = logits_TBV.flatten(0, 1).float() / self._temperature
         with torch.no_grad():
-            divergences_N, gradient_NV = self._divergences(scores_NV, batch.notes, share)
+            divergences_N, gradient_NV = self._divergences(scores_NV, batch.extra_inputs, shard)
         divergences_N = _WithGradient.apply(scores_NV, divergences_N, gradient_NV)
         from_teacher = torch.dot(divergences_N, _flat(batch.mask))
         return (1 - self._alpha) * from_text + self._alpha * self._temperature**2 * from_teacher
 
     def _divergences(
-        self, scores_NV: torch.Tensor, notes: Mapping[str, torch.Tensor], share: VocabularyShare | None
+        self, scores_NV: torch.Tensor, extra_inputs: Mapping[str, torch.Tensor], shard: VocabularyShard | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each token's divergence (N,), and its gradient by the scores (N, V)."""
-        student = _Softmax.of(scores_NV, share)
+        student = _Softmax.of(scores_NV, shard)
         if self._teacher == "online":
-            return student.divergence_from(_flat(notes[TEACHER_LOGITS]).float() / self._temperature)
+            return student.divergence_from(_flat(extra_inputs[TEACHER_LOGITS]).float() / self._temperature)
         if self._teacher == "exact":
-            own_BTV = notes[LOG_PROBABILITIES][..., student.first : student.first + scores_NV.shape[1]]
+            own_BTV = extra_inputs[LOG_PROBABILITIES][..., student.first : student.first + scores_NV.shape[1]]
             return student.divergence_from(_flat(own_BTV))
-        ids_NK = _flat(notes[IDS]).long()
+        ids_NK = _flat(extra_inputs[IDS]).long()
         if self._teacher == "top-k":
-            weights_NK, rest_N = _flat(notes[LOG_PROBABILITIES]).exp(), _flat(notes[TAIL]).exp()
+            weights_NK, rest_N = _flat(extra_inputs[LOG_PROBABILITIES]).exp(), _flat(extra_inputs[TAIL]).exp()
             some_N, some_NV = student.surprise_at(ids_NK, weights_NK)
             others_N, others_NV = student.surprise_at_others(ids_NK, rest_N)
             entropy_N = torch.special.entr(weights_NK).sum(1) + torch.special.entr(rest_N)
             return some_N + others_N - entropy_N, some_NV + others_NV
         weights_NK = torch.full_like(ids_NK, 1 / ids_NK.shape[1], dtype=torch.float32)
         some_N, some_NV = student.surprise_at(ids_NK, weights_NK)
-        return some_N - _flat(notes[ENTROPY]), some_NV
+        return some_N - _flat(extra_inputs[ENTROPY]), some_NV
 
 
 class _Softmax(NamedTuple):
@@ -96,32 +96,32 @@ class _Softmax(NamedTuple):
     scores_NV: torch.Tensor
     log_sum_N: torch.Tensor  # of the exponentials, over the whole vocabulary
     probabilities_NV: torch.Tensor
-    share: VocabularyShare | None
+    shard: VocabularyShard | None
 
     @classmethod
-    def of(cls, scores_NV: torch.Tensor, share: VocabularyShare | None) -> Self:
+    def of(cls, scores_NV: torch.Tensor, shard: VocabularyShard | None) -> Self:
         """Columns at minus infinity do not take part; where none does, log_sum is finite and lower than any other."""
         rows, columns = scores_NV.shape
-        # A share may be all padding and have no columns at all.
+        # A shard may be all padding and have no columns at all.
         largest_N = scores_NV.amax(1) if columns else scores_NV.new_full((rows,), -torch.inf)
-        _reduce(largest_N, dist.ReduceOp.MAX, share)
+        _reduce(largest_N, dist.ReduceOp.MAX, shard)
         largest_N.clamp_(min=torch.finfo(largest_N.dtype).min)
         probabilities_NV = (scores_NV - largest_N[:, None]).exp_()
-        sum_N = _reduce(probabilities_NV.sum(1), dist.ReduceOp.SUM, share)
+        sum_N = _reduce(probabilities_NV.sum(1), dist.ReduceOp.SUM, shard)
         sum_N.clamp_(min=torch.finfo(sum_N.dtype).tiny)
         probabilities_NV /= sum_N[:, None]
-        return cls(scores_NV, sum_N.log() + largest_N, probabilities_NV, share)
+        return cls(scores_NV, sum_N.log() + largest_N, probabilities_NV, shard)
 
     @property
     def first(self) -> int:
         """The id of the first own column."""
-        return 0 if self.share is None else self.share.first
+        return 0 if self.shard is None else self.shard.first
 
     def divergence_from(self, teacher_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KL from the softmax of a teacher's scores."""
-        teacher = _Softmax.of(teacher_NV, self.share)
+        teacher = _Softmax.of(teacher_NV, self.shard)
         apart_N = (teacher.probabilities_NV * (teacher_NV - self.scores_NV)).sum(1)
-        apart_N = _reduce(apart_N, dist.ReduceOp.SUM, self.share)
+        apart_N = _reduce(apart_N, dist.ReduceOp.SUM, self.shard)
         return apart_N - teacher.log_sum_N + self.log_sum_N, self.probabilities_NV - teacher.probabilities_NV
 
     def surprise_at(self, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ class _Softmax(NamedTuple):
         surprise_N.index_add_(0, row, weight * (self.log_sum_N[row] - self.scores_NV[row, column]))
         gradient_NV = weights_NK.sum(1, keepdim=True) * self.probabilities_NV
         gradient_NV.index_put_((row, column), -weight, accumulate=True)
-        return _reduce(surprise_N, dist.ReduceOp.SUM, self.share), gradient_NV
+        return _reduce(surprise_N, dist.ReduceOp.SUM, self.shard), gradient_NV
 
     def surprise_at_others(self, ids_NK: torch.Tensor, weight_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """weight * -log(probability of all ids but these). Summed over the others: one less the sum over the ids would
@@ -140,7 +140,7 @@ class _Softmax(NamedTuple):
         row, _, column = self._own(ids_NK)
         others_NV = self.scores_NV.clone()
         others_NV[row, column] = -torch.inf
-        others = _Softmax.of(others_NV, self.share)
+        others = _Softmax.of(others_NV, self.shard)
         gradient_NV = weight_N[:, None] * (self.probabilities_NV - others.probabilities_NV)
         return weight_N * (self.log_sum_N - others.log_sum_N), gradient_NV
 
@@ -167,10 +167,10 @@ class _WithGradient(torch.autograd.Function):
         return gradient_NV * gradient_N[:, None], None, None
 
 
-def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, share: VocabularyShare | None) -> torch.Tensor:
-    """In place over the processes that share the vocabulary."""
-    if share is not None:
-        dist.all_reduce(tensor, operation, share.group)
+def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, shard: VocabularyShard | None) -> torch.Tensor:
+    """In place over the process group that shares the vocabulary."""
+    if shard is not None:
+        dist.all_reduce(tensor, operation, shard.group)
     return tensor
 
 

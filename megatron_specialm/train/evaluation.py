@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from megatron_specialm.data.store import Batch
+from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ process is asked to stop (`base/process_status.py`), all of them stop at the sam
 """
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ from megatron_specialm.engine.protocol import Engine, StepStats
 from megatron_specialm.graph.length import last_step, validates_after
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.runtime import manual_garbage_collection, observed
 from megatron_specialm.train.work import Work, WorkRecord
 
 logger = logging.getLogger(__name__)
@@ -59,18 +61,21 @@ class Diverged(TrainingError):
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one training needs beside its engine. `validation` gives this process's batches anew at every call; `account` is
-    what a checkpoint says of what it cost, from how far it is and the work so far; `watch` runs since this attempt at the task
-    began."""
+class Training:
+    """What one training needs beside its engine.
+
+    validation: this process's batches, anew at every call.
+    description: written into every checkpoint: the model's shape, tokenizer, seed, versions.
+    account: what a checkpoint records of the cost, from the progress and the work so far.
+    watch: runs since this attempt at the task began.
+    """
 
     folder: Path
     settings: TrainStage
     batches: TrainingBatches
     validation: Callable[[], Iterable[Batch]]
-    description: dict[str, Any]  # written into every checkpoint: the model's shape, tokenizer, seed, versions
+    description: dict[str, Any]
     flops_per_step: int
-    device_name: str
     processes: int
     peers: ControlGroup
     saver: Saver
@@ -79,7 +84,7 @@ class Run:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
-def train(engine: Engine, run: Run) -> Progress:
+def train(engine: Engine, training: Training) -> Progress:
     """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
 
     With `trial_steps` in the settings it ends there, and can be gone on with.
@@ -89,70 +94,187 @@ def train(engine: Engine, run: Run) -> Progress:
         TrainingError: another process has died.
         Stopped: some process was asked to stop; the step at which all of them did is saved.
     """
-    run.process_status.begin("training")
-    with _lost_peers(run), _work_record(engine, run) as note_work:
-        return _train(engine, run, note_work)
+    training.process_status.begin("training")
+    with _lost_peers(training), _work_record(engine, training) as record_work:
+        found = saved_steps(training.folder)
+        progress = _resume(engine, training)
+        with _open_metrics(training, progress) as metrics, manual_garbage_collection():
+            loop = _Loop(engine, training, progress, metrics, record_work)
+            loop.run()
+            loop.finish(found)
+        return loop.progress
 
 
-def _train(engine: Engine, run: Run, note_work: Callable[[], Work]) -> Progress:
-    found = saved_steps(run.folder)
-    progress = _resume(engine, run)
-    saved = progress.step
-    metrics = _open_metrics(run, progress)
-    clock = _Clock()
-    stop = StopFlag(run.peers)
-    if run.settings.early_stopping is not None and not progress.evaluations:
-        # The first weights are a candidate too: a domain set may be too small to gain anything from it.
-        progress = _evaluate(engine, run, progress, metrics, note_work)
-        _save(engine, run, progress, note_work)
-    while not _is_over(progress, run.settings):
-        run.process_status.beat(step=progress.step)
-        if stop.poll(run.process_status.stop_asked_by is not None):
-            if progress.step != saved:
-                _save(engine, run, progress, note_work)
-            _stop(run, progress, metrics)
-        rate = learning_rate(
-            progress.step,
-            peak=run.settings.optimizer.peak,
-            steps=run.settings.steps,
-            schedule=run.settings.schedule,
+class _Loop:
+    """The steps of one attempt at a training. `progress` is how far it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        training: Training,
+        progress: Progress,
+        metrics: Metrics | None,
+        record_work: Callable[[], Work],
+    ) -> None:
+        self.progress = progress
+        self._engine, self._training, self._settings = engine, training, training.settings
+        self._metrics, self._record_work = metrics, record_work
+        self._saved = progress.step
+        self._clock = _Clock()
+        self._stop_group = ControlGroup.meet()  # of its own: others wait for long work of rank 0
+        self._stop_flag = StopFlag(self._stop_group)
+
+    def run(self) -> None:
+        """All steps that are left."""
+        settings, first_step = self._settings, self.progress.step + 1
+        if settings.early_stopping is not None and not self.progress.evaluations:
+            # The first weights are a candidate too: a domain set may be too small to gain anything from it.
+            self._evaluate()
+            self._save()
+        while not _is_over(self.progress, settings):
+            self._training.process_status.beat(step=self.progress.step)
+            if self._stop_flag.poll(self._training.process_status.stop_asked_by is not None):
+                self._stop()
+            self._step()
+            if self.progress.step == first_step:  # it connects processes and compiles kernels, and may take longer
+                for groups in (self._engine, self._stop_group):
+                    groups.limit_collectives(settings.runtime.collective_timeout_seconds)
+            if self.progress.step % settings.runtime.collect_garbage_every == 0:
+                gc.collect()
+            self._evaluate()
+            if _is_time_to_save(self.progress, settings):
+                self._save()
+
+    def finish(self, found: list[int]) -> None:
+        """Name the step that is the outcome.
+
+        Args:
+            found: the steps that were there when this attempt began.
+        """
+        training, progress = self._training, self.progress
+        training.saver.wait()
+        if self._settings.early_stopping is not None and progress.best_step is None:
+            raise Diverged(_no_best(training, progress), progress)
+        final = progress.step if progress.best_step is None else progress.best_step
+        if training.peers.is_first:
+            remove_unusable(training.folder, [step for step in found if step != final], last=progress.step)
+            declare_final(training.folder, step=final)
+        self._write(event="end", step=progress.step, final_step=final)
+
+    def _step(self) -> None:
+        """One optimizer step. Its loss, norm and tokens come to the host every time: they decide whether it is skipped, a spike
+        or a divergence, and checkpoints count them."""
+        training, settings, step = self._training, self._settings, self.progress.step
+        rate = learning_rate(step, peak=settings.optimizer.peak, steps=settings.steps, schedule=settings.schedule)
+        batch = training.batches.local(step)
+        with observed(step + 1, settings.runtime, training.folder, rank=training.peers.rank):
+            stats = self._engine.train_step(batch, learning_rate=rate)
+        self._record_work()
+        spike = self.progress.is_spike(stats.gradient_norm, factor=settings.spike_factor)
+        self.progress = self.progress.after(stats, spike=spike)
+        slots = batch.tokens.size * training.batches.processes
+        self._record_step(stats, rate, slots=slots, spike=spike)
+        self._raise_if_diverged(stats)
+
+    def _evaluate(self) -> None:
+        step = self.progress.step
+        if not validates_after(step, self._settings):
+            return
+        loss = self._engine.evaluate(self._with_heartbeat()).mean
+        self._record_work()
+        if not math.isfinite(loss):
+            logger.warning("step %d: the validation loss is %s: it counts as no gain", step, loss)
+        self._write(event="validation", step=step, validation_loss=_finite(loss))
+        self.progress = self.progress.evaluated(loss)
+
+    def _with_heartbeat(self) -> Iterator[Batch]:
+        """The validation's batches: each is progress, and work, too."""
+        for batch in self._training.validation():
+            self._training.process_status.beat()
+            self._record_work()
+            yield batch
+
+    def _save(self) -> None:
+        training, progress = self._training, self.progress
+        training.saver.save(
+            keep=self._settings.checkpoint.keep,
+            beside=(progress.best_step, step_to_keep(self._settings)),
+            step=progress.step,
+            weights=self._engine.weights(),
+            optimizer_state=self._engine.optimizer_state(),
+            state={
+                **training.description,
+                **training.account(progress, self._record_work()),
+                "progress": asdict(progress),
+            },
         )
-        batch = run.batches.local(progress.step)
-        stats = engine.train_step(batch, learning_rate=rate)
-        note_work()
-        spike = progress.is_spike(stats.gradient_norm, factor=run.settings.spike_factor)
-        progress = progress.after(stats, spike=spike)
-        slots = batch.tokens.size * run.batches.processes
-        _record_step(metrics, run, progress, stats, rate, slots=slots, spike=spike, clock=clock)
-        _raise_if_diverged(progress, run, stats)
-        progress = _evaluate(engine, run, progress, metrics, note_work)
-        if _is_time_to_save(progress, run.settings):
-            _save(engine, run, progress, note_work)
-            saved = progress.step
-    run.saver.wait()
-    if run.settings.early_stopping is not None and progress.best_step is None:
-        raise Diverged(_no_best(run, progress), progress)
-    final = progress.step if progress.best_step is None else progress.best_step
-    if run.peers.is_first:
-        remove_unusable(run.folder, [step for step in found if step != final], last=progress.step)
-        declare_final(run.folder, step=final)
-    if metrics:
-        metrics.write(event="end", step=progress.step, final_step=final)
-        metrics.close()
-    return progress
+        self._saved = progress.step
 
+    def _stop(self) -> NoReturn:
+        """End all processes at this step, when its checkpoint has been read back and verified."""
+        training, step = self._training, self.progress.step
+        if step != self._saved:
+            self._save()
+        training.saver.wait()
+        saved = step_folder(training.folder, step)
+        if step:
+            training.peers.from_first(lambda: verify_folder(saved))
+        self._write(event="stop", step=step)
+        where = f"at step {step}, saved in {saved}" if step else "before the first step"
+        raise Stopped(f"stopped {where}: the same command goes on from there")
 
-def _stop(run: Run, progress: Progress, metrics: Metrics | None) -> NoReturn:
-    """End all processes at this step, when its checkpoint has been read back and verified."""
-    run.saver.wait()
-    saved = step_folder(run.folder, progress.step)
-    if progress.step:
-        run.peers.from_first(lambda: verify_folder(saved))
-    if metrics:
-        metrics.write(event="stop", step=progress.step)
-        metrics.close()
-    where = f"at step {progress.step}, saved in {saved}" if progress.step else "before the first step"
-    raise Stopped(f"stopped {where}: the same command goes on from there")
+    def _raise_if_diverged(self, stats: StepStats) -> None:
+        training, progress, settings = self._training, self.progress, self._settings
+        if progress.skipped_in_a_row <= settings.max_skipped_steps:
+            return
+        training.saver.wait()
+        raise Diverged(
+            f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
+            f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {settings.max_skipped_steps}); "
+            f"{_last_good(training.folder)}. "
+            f"Lower optimizer.learning_rate (now {settings.optimizer.peak}) or look at the data of these steps",
+            progress,
+        )
+
+    def _record_step(self, stats: StepStats, rate: float, *, slots: int, spike: bool) -> None:
+        """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
+        positions, of which padding fills some."""
+        self._clock.count()
+        progress, training, last = self.progress, self._training, last_step(self._settings)
+        if stats.skipped or spike:
+            what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
+            logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
+        elif progress.step % self._settings.log_every and progress.step < last:
+            return
+        if self._metrics is None:
+            return
+        per_step = self._clock.per_step()
+        slots_so_far = (progress.step - progress.skipped_steps) * slots
+        self._write(
+            step=progress.step,
+            steps=last,
+            loss=_finite(stats.loss.mean),
+            gradient_norm=_finite(stats.gradient_norm),
+            learning_rate=rate,
+            tokens=progress.tokens,
+            slots=slots_so_far,
+            fill=progress.tokens / slots_so_far if slots_so_far else None,
+            tokens_per_second=stats.loss.tokens / per_step,
+            mfu=utilisation(
+                flops=training.flops_per_step,
+                seconds=per_step,
+                devices=training.processes,
+                device_name=self._engine.device_name,
+            )
+            or None,
+            eta_seconds=per_step * (last - progress.step),
+            skipped_steps=progress.skipped_steps,
+            spikes=progress.spikes,
+        )
+
+    def _write(self, **record: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(**record)
 
 
 class _Clock:
@@ -170,20 +292,24 @@ class _Clock:
         return max(self._watch.lap(), 1e-6) / steps  # a lap may be nothing, but no speed is infinite
 
 
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
 @contextlib.contextmanager
-def _work_record(engine: Engine, run: Run) -> Iterator[Callable[[], Work]]:
-    """What notes the work done by now, and says it. Only the first process keeps it."""
-    if not run.peers.is_first:
+def _work_record(engine: Engine, training: Training) -> Iterator[Callable[[], Work]]:
+    """A function that records the work done so far, and returns it. Only the first process keeps a record."""
+    if not training.peers.is_first:
         yield Work
         return
-    before = engine.passes  # an engine may have worked for another run
-    with WorkRecord(run.folder, copies=run.batches.processes, watch=run.watch) as record:
-        yield lambda: record.write(engine.passes.plus(before, times=-1))
+    with WorkRecord(training.folder, copies=training.batches.processes, watch=training.watch) as record:
+        yield lambda: record.write(engine.passes)
 
 
 @contextlib.contextmanager
-def _lost_peers(run: Run) -> Iterator[None]:
-    """Say what torch.distributed's complaint about a dead process means, on every process that outlives it."""
+def _lost_peers(training: Training) -> Iterator[None]:
+    """On every process that outlives another one, replace torch.distributed's error by one that names the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -191,8 +317,8 @@ def _lost_peers(run: Run) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"{run.folder}: another process of this training has died or does not answer ({reason}); "
-            f"{_last_good(run.folder)}. Its own log says why; the same command goes on from there"
+            f"{training.folder}: another process of this training has died or does not answer ({reason}); "
+            f"{_last_good(training.folder)}. Its own log says why; the same command goes on from there"
         ) from None
 
 
@@ -201,8 +327,8 @@ def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
 
 
-def _resume(engine: Engine, run: Run) -> Progress:
-    folder, passed_over = run.peers.from_first(lambda: newest_checkpoint(run.folder))
+def _resume(engine: Engine, training: Training) -> Progress:
+    folder, passed_over = training.peers.from_first(lambda: newest_checkpoint(training.folder))
     for reason in passed_over:
         logger.warning("resuming: passed over %s", reason)
     if folder is None:
@@ -216,13 +342,13 @@ def _resume(engine: Engine, run: Run) -> Progress:
     return progress
 
 
-def _open_metrics(run: Run, progress: Progress) -> Metrics | None:
+def _open_metrics(training: Training, progress: Progress) -> contextlib.AbstractContextManager[Metrics | None]:
     """Only the first process writes the record."""
-    settings = run.settings
-    if not run.peers.is_first:
-        return None
+    settings = training.settings
+    if not training.peers.is_first:
+        return contextlib.nullcontext()
     return Metrics(
-        run.folder, step=progress.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project
+        training.folder, step=progress.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project
     )
 
 
@@ -255,96 +381,9 @@ def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
     )
 
 
-def _save(engine: Engine, run: Run, progress: Progress, note_work: Callable[[], Work]) -> None:
-    run.saver.save(
-        keep=run.settings.checkpoint.keep,
-        beside=(progress.best_step, step_to_keep(run.settings)),
-        step=progress.step,
-        weights=engine.weights(),
-        optimizer_state=engine.optimizer_state(),
-        state={**run.description, **run.account(progress, note_work()), "progress": asdict(progress)},
-    )
-
-
-def _evaluate(
-    engine: Engine, run: Run, progress: Progress, metrics: Metrics | None, note_work: Callable[[], Work]
-) -> Progress:
-    if not validates_after(progress.step, run.settings):
-        return progress
-    loss = engine.evaluate(_with_heartbeat(run, note_work)).mean
-    note_work()
-    if not math.isfinite(loss):
-        logger.warning("step %d: the validation loss is %s: it counts as no gain", progress.step, loss)
-    if metrics:
-        metrics.write(event="validation", step=progress.step, validation_loss=loss if math.isfinite(loss) else None)
-    return progress.evaluated(loss)
-
-
-def _with_heartbeat(run: Run, note_work: Callable[[], Work]) -> Iterator[Batch]:
-    """The validation's batches: it is progress, and work, too."""
-    for batch in run.validation():
-        run.process_status.beat()
-        note_work()
-        yield batch
-
-
-def _no_best(run: Run, progress: Progress) -> str:
+def _no_best(training: Training, progress: Progress) -> str:
     return (
-        f"{run.folder}: none of {progress.evaluations} validations up to step {progress.step} had a finite loss, so no "
+        f"{training.folder}: none of {progress.evaluations} validations up to step {progress.step} had a finite loss, so no "
         "checkpoint can be called the best. If the weights that it starts from are sound, lower optimizer.learning_rate "
-        f"(now {run.settings.optimizer.peak}) and run it again"
-    )
-
-
-def _raise_if_diverged(progress: Progress, run: Run, stats: StepStats) -> None:
-    if progress.skipped_in_a_row <= run.settings.max_skipped_steps:
-        return
-    run.saver.wait()
-    raise Diverged(
-        f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
-        f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {run.settings.max_skipped_steps}); "
-        f"{_last_good(run.folder)}. "
-        f"Lower optimizer.learning_rate (now {run.settings.optimizer.peak}) or look at the data of these steps",
-        progress,
-    )
-
-
-def _record_step(
-    metrics: Metrics | None,
-    run: Run,
-    progress: Progress,
-    stats: StepStats,
-    rate: float,
-    *,
-    slots: int,
-    spike: bool,
-    clock: _Clock,
-) -> None:
-    """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
-    positions, of which padding fills some."""
-    clock.count()
-    settings, last = run.settings, last_step(run.settings)
-    if stats.skipped or spike:
-        what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
-        logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
-    elif progress.step % settings.log_every and progress.step < last:
-        return
-    if metrics is None:
-        return
-    per_step = clock.per_step()
-    slots_so_far = (progress.step - progress.skipped_steps) * slots
-    metrics.write(
-        step=progress.step,
-        steps=last,
-        loss=stats.loss.mean if math.isfinite(stats.loss.mean) else None,
-        gradient_norm=stats.gradient_norm if math.isfinite(stats.gradient_norm) else None,
-        learning_rate=rate,
-        tokens=progress.tokens,
-        slots=slots_so_far,
-        fill=progress.tokens / slots_so_far if slots_so_far else None,
-        tokens_per_second=stats.loss.tokens / per_step,
-        mfu=utilisation(flops=run.flops_per_step, seconds=per_step, devices=run.processes, device_name=run.device_name),
-        eta_seconds=per_step * (last - progress.step),
-        skipped_steps=progress.skipped_steps,
-        spikes=progress.spikes,
+        f"(now {training.settings.optimizer.peak}) and run it again"
     )

@@ -1,30 +1,37 @@
-"""The record of a run: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people who use them.
+"""The record of a training: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people who use them.
 
 Every attempt (a start or a restart) begins with a record of its own. `tokens` are real ones, of `slots` that padded
-windows take; `fill` is their ratio. What a run cost, lost steps included, is in `work.json` (train/work.py).
+windows take; `fill` is their ratio. What a training cost, lost steps included, is in `work.json` (train/work.py).
 """
 
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Self
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import MachineError, Stopped
 from megatron_specialm.base.packages import import_package
 
 
 class Metrics:
-    """Appends records to `metrics.jsonl` of a folder, and scalars to TensorBoard and W&B where asked."""
+    """Appends records to `metrics.jsonl` of a folder, and scalars to TensorBoard and W&B where asked. A context manager: on
+    every way out all of them are closed, and W&B hears whether the training failed."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False, wandb_project: str | None = None) -> None:
-        path = folder / "metrics.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the last attempt was killed while writing
-        self._file = path.open("a", encoding="utf-8")
-        self._file.write("\n" if torn else "")
-        self._board = _tensorboard(folder) if tensorboard else None
-        self._wandb = _wandb(folder, wandb_project) if wandb_project else None
-        self.write(event="start", step=step)
+        with ExitStack() as closing:
+            self._file = closing.enter_context(_open_records(folder / "metrics.jsonl"))
+            closing.callback(lambda: os.fsync(self._file.fileno()))
+            self._board = _tensorboard(folder) if tensorboard else None
+            if self._board:
+                closing.callback(self._board.close)
+            self._wandb: Any = _wandb(folder, wandb_project) if wandb_project else None
+            if self._wandb:
+                closing.push(self._finish_wandb)
+            self.write(event="start", step=step)
+            self._closing = closing.pop_all()
 
     def write(self, **record: Any) -> None:
         """Append one record with the time and flush it."""
@@ -39,13 +46,26 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.__exit__(kind, error, trace)
+
+    def _finish_wandb(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and not issubclass(kind, Stopped)
+        self._wandb.finish(exit_code=int(failed))
+
+
+def _open_records(path: Path) -> IO[str]:
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the last attempt was killed while writing
+    file = path.open("a", encoding="utf-8")
+    file.write("\n" if torn else "")
+    return file
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,5 +1,5 @@
-"""Fine-tunings of experts on a domain, by which they are told apart. Each has a folder of its own, where it goes on: after
-an interruption, and when it is given more steps."""
+"""Trial fine-tunings of experts on a domain, to compare them. Each has a folder of its own, from which it resumes: after an
+interruption, and when it gets more steps."""
 
 import logging
 import math
@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_specialm.base.artifacts import Spent
 from megatron_specialm.base.control_group import ControlGroup
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.checkpoint.merged import MergedModel
@@ -20,8 +21,9 @@ from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.train.loop import Run, train
+from megatron_specialm.engine.open import open_engine
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
 
@@ -29,12 +31,19 @@ logger = logging.getLogger(__name__)
 
 
 class Trials:
-    """The fine-tunings of one criterion, on this process."""
+    """The trial fine-tunings of one selection criterion, on this process."""
 
     def __init__(
-        self, trial: Trial, store: TokenStore, load: Callable[[str], MergedModel], *, folder: Path, seed: int
+        self,
+        trial: Trial,
+        store: TokenStore,
+        load: Callable[[str], MergedModel],
+        *,
+        folder: Path,
+        seed: int,
+        threads: int = 1,
     ) -> None:
-        self._trial, self._store, self._load, self._folder = trial, store, load, folder
+        self._trial, self._store, self._load, self._folder, self._threads = trial, store, load, folder, threads
         self._stream = ImportanceStream(
             ClusterIndex.single(len(store)), np.ones(1), global_batch_size=trial.global_batch_size, seed=seed
         )
@@ -43,15 +52,15 @@ class Trials:
 
     @property
     def spent(self) -> Spent:
-        """What all have cost, over all attempts."""
+        """The cost of all, over all attempts."""
         total = Spent()
         for spent in self._spent.values():
             total = total.plus(spent)
         return total
 
     def tune(self, key: str, steps: int) -> float:
-        """Fine-tune an expert until it has had so many steps in all: its best validation loss, nats per token; NaN where
-        it came to none."""
+        """Fine-tune an expert until it has had so many steps in all. Returns its best validation loss, nats per token; NaN if
+        none was finite."""
         start, progress = self._load(key), Progress()
         try:
             progress = self._train(key, start, steps)
@@ -63,27 +72,29 @@ class Trials:
     def _train(self, key: str, start: MergedModel, steps: int) -> Progress:
         folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
-        engine = MegatronEngine(
-            start.build(precision=settings.precision),
-            parallel=settings.parallel,
+        setup = Setup(
+            start.shape, settings.parallel, settings.precision, start.vocabulary_size, start.context_length,
+            settings.global_batch_size, settings.micro_batch_size,
+        )  # fmt: skip
+        training = Training(
+            folder=folder,
+            settings=settings,
+            batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
+            validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
+            description=start.state,
+            flops_per_step=0,  # a trial's utilisation is not reported
+            processes=1,
+            peers=ControlGroup(),
+            saver=Saver(folder, ControlGroup()),
+        )
+        with open_engine(
+            setup,
+            ALONE,
             optimizer=settings.optimizer,
-            micro_batch_size=settings.micro_batch_size,
-        )
-        return train(
-            engine,
-            Run(
-                folder=folder,
-                settings=settings,
-                batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
-                validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
-                description=start.state,
-                flops_per_step=0,  # nobody looks at a trial's utilisation
-                device_name="",
-                processes=1,
-                peers=ControlGroup(),
-                saver=Saver(folder, ControlGroup()),
-            ),
-        )
+            initialize=lambda model: model.load(start.weights),
+            threads=self._threads,
+        ) as engine:
+            return train(engine, training)
 
     def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
@@ -94,7 +105,7 @@ class Trials:
         return Spent(progress.tokens, slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:
-        """Validated now and then and at the end of `steps`, and never stopped before."""
+        """Validated every `evaluate_every` steps and at the end of `steps`, and never stopped before."""
         return DomainTraining.model_validate(
             {
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,

@@ -49,22 +49,22 @@ class WorkRecord:
     """Keeps `work.json` of a training, on its first process."""
 
     def __init__(self, folder: Path, *, copies: int, watch: Stopwatch) -> None:
-        """Go on from what former attempts have left.
+        """Add to what earlier attempts have recorded.
 
         Args:
             copies: data-parallel copies of the model: each makes as many passes as the first one.
             watch: of this attempt.
         """
-        self._before, self._data_parallel_group, self._watch = Work.read(folder), copies, watch
+        self._before, self._copies, self._watch = Work.read(folder), copies, watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> Work:
-        """Note what has been done by now, over all attempts, and say it.
+        """Record what has been done so far, over all attempts, and return it.
 
         Args:
             passes: those of one copy since this attempt began.
         """
-        all_passes = self._before.passes.plus(passes, times=self._data_parallel_group)
+        all_passes = self._before.passes.plus(passes, times=self._copies)
         work = Work(all_passes, self._before.seconds + self._watch.seconds)
         text = json.dumps({"passes": work.passes._asdict(), "seconds": work.seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)

@@ -14,7 +14,7 @@ from megatron_specialm.config.model import LowRank
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import data_rank, process_group
+from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.run.worker import limit_threads
 from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ranks
@@ -44,7 +44,7 @@ def _losses(case: int | None, world: World, file: Path) -> None:
         model.initialize(seed=0)
         settings = Optimizer(epsilon=EPSILON)
         engine = MegatronEngine(model, parallel=parallel, optimizer=settings, micro_batch_size=1)
-        rank, copies = data_rank()
+        rank, copies = engine.data_rank, engine.data_parallel
         share = 8 // copies
         batch = MemoryStore(8).batch(np.arange(rank * share, (rank + 1) * share))
         losses = []

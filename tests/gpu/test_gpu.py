@@ -129,7 +129,7 @@ def test_linears_kept_in_bf16_are() -> None:
 
 
 def test_tune_precision_times_every_linear() -> None:
-    from megatron_specialm.train.tune_precision import advice, measure
+    from megatron_specialm.model.tune_precision import advice, measure
 
     setup = _setup(_preset("llm-771m"), "fp8", Fp8Config())
     if reason := lacking(setup, find_accelerator()):
@@ -180,7 +180,7 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
         plain = _engine(replace(setup, model=shape.plain))
         for expert in range(4):
             plain.load(project(weights, shape, torch.eye(4)[expert]), None)
-            expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(notes={})]).total
+            expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(extra_inputs={})]).total
     assert whole.total == pytest.approx(expected, rel=1e-3 if fp8 is None else 1e-2)
 
 

@@ -12,11 +12,11 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
-from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from tests.adamw import Follower
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3
@@ -147,7 +147,7 @@ def test_with_one_expert_it_trains_as_the_plain_model(shape: ModelConfig) -> Non
     ours.load(weights, None)
     plain.load(project(weights, config, torch.ones(1)), None)
     batch = _batch(0, torch.ones(1), torch.ones(1))
-    a, b = ours.accumulate_gradients(batch), plain.accumulate_gradients(batch._replace(notes={}))
+    a, b = ours.accumulate_gradients(batch), plain.accumulate_gradients(batch._replace(extra_inputs={}))
     assert a.total == b.total
     gradients, after = plain.gradients(), {}
     for engine, loss in ((ours, a), (plain, b)):
@@ -169,7 +169,7 @@ def test_a_projected_expert_is_a_plain_model(shape: ModelConfig, mixture: torch.
     model.load(weights)
     assert model.derived is not None
     model.derived.materialize(torch.stack([_one_hot(1), mixture]))
-    model.derived.use(0, 1)
+    model.derived.bind(0, 1)
     tokens = torch.from_numpy(_batch(0).tokens)
     plain = _plain(config, project(weights, config, mixture))
     torch.testing.assert_close(model.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)
@@ -249,7 +249,7 @@ def test_lora_trains_adapters_alone_and_merges(shape: ModelConfig, recompute: st
     model.load(after)
     assert model.derived is not None
     model.derived.materialize(torch.zeros(1, 1))
-    model.derived.use(0, 0)
+    model.derived.bind(0, 0)
     tokens = torch.from_numpy(_batch(1).tokens)
     torch.testing.assert_close(model.logits(tokens), merged.logits(tokens), rtol=0, atol=1e-5)
 
@@ -270,7 +270,7 @@ def _computed(model: Gpt, mixture_K: torch.Tensor) -> Weights:
     assert model.derived is not None
     with torch.no_grad():
         model.derived.materialize(mixture_K[None])
-    model.derived.use(0, 0)
+    model.derived.bind(0, 0)
     found = {}
     for layer in range(model.config.layers):
         for place in (f"decoder.layers.{layer}.{place}" for place in LINEAR_PLACES.values()):

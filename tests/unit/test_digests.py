@@ -41,6 +41,7 @@ DECIDES_NOTHING = {
     "TrainStage.log_every": "how talkative it is",
     "TrainStage.tensorboard": "how talkative it is",
     "TrainStage.wandb_project": "how talkative it is",
+    "Runtime.*": "what the loop does beside its steps",
     "TrainStage.method": "a name in tables, which are made anew; an export's digest has it",
     "SelectStage.method": "a name in tables, which are made anew; an export's digest has it",
     "TokenizeStage.workers": "portions",
@@ -63,7 +64,7 @@ TRY: dict[str, list[Any]] = {
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
-    "training_seed": [1], "data": ["domain", "generic"],
+    "training_seed": [1], "data": ["domain", "generic"], "profile_steps": [[3]], "memory_snapshot_steps": [[3]],
     "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
@@ -190,7 +191,7 @@ def test_every_value_decides_a_digest_or_has_a_reason_why_not(flips: dict[str, l
 
 
 def test_every_field_has_been_flipped(flips: dict[str, list[tuple[str, bool]]]) -> None:
-    kinds = {field for field in flips if field.endswith(".kind")}
+    kinds = {field for field in flips if field.endswith((".kind", ".engine"))}
     never = {field for field, tried in flips.items() if not tried} - kinds
     assert never == NOT_ALONE, never ^ NOT_ALONE
 

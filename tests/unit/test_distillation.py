@@ -24,9 +24,9 @@ from megatron_specialm.data.teacher import (
     noise_of_draws,
 )
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, cross_entropy
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, cross_entropy
 from megatron_specialm.train.teaching import compress, teach
 
 VOCABULARY, CONTEXT = 23, 12
@@ -57,7 +57,7 @@ def _batch(positions: int = 7, rows: int = 3, **notes: torch.Tensor) -> DeviceBa
     generator = torch.Generator().manual_seed(9)
     tokens, targets = torch.randint(VOCABULARY, (2, 3, positions), generator=generator).repeat(1, rows // 3, 1)
     mask = (torch.rand(3, positions, generator=generator) > 0.25).float().repeat(rows // 3, 1)
-    return DeviceBatch(tokens, targets, mask, notes=notes)
+    return DeviceBatch(tokens, targets, mask, extra_inputs=notes)
 
 
 def _kept(teacher_TBV: torch.Tensor, kept: CacheFormat, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -167,7 +167,7 @@ def test_a_rest_too_small_for_one_less_the_others_is_not_lost() -> None:
     teacher, student = torch.zeros(1, 1, VOCABULARY), torch.zeros(1, 1, VOCABULARY)
     teacher[..., 0], student[..., 0] = np.log(9 * (VOCABULARY - 1)), 46 + np.log(VOCABULARY - 1)
     notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, 1.0, 1))
-    batch = DeviceBatch(*torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(1, 1), notes=notes)
+    batch = DeviceBatch(*torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(1, 1), extra_inputs=notes)
     loss = Distillation(alpha=1.0, temperature=1.0, teacher="top-k")(student, batch)
     assert float(loss) == pytest.approx(0.9 * np.log(0.9) + 0.1 * (np.log(0.1) + 46), rel=1e-5)
 
@@ -317,7 +317,7 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
     ids = np.random.default_rng(1).permutation(len(store))[:16]
     online = _gradients(store.batch(ids), kind="online")
     for order, micro_batch_size in ((ids, 4), (ids[::-1], 8), (ids, 1), (ids, 3)):
-        batch = store.batch(order)._replace(notes=cache.notes(order))
+        batch = store.batch(order)._replace(extra_inputs=cache.notes(order))
         _assert_same(online, _gradients(batch, kind="exact", micro_batch_size=micro_batch_size))
 
 
@@ -326,7 +326,7 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
 def test_accumulation_changes_nothing(tmp_path: Path, store: TokenStore, kind: Teacher) -> None:
     cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind))
     ids = np.arange(8)
-    batch = store.batch(ids)._replace(notes=cache.notes(ids))
+    batch = store.batch(ids)._replace(extra_inputs=cache.notes(ids))
     whole, parts = (_gradients(batch, kind=kind, micro_batch_size=size) for size in (8, 2))
     _assert_same(whole, parts)
 

@@ -37,11 +37,23 @@ def test_imports_go_one_way(layer: str) -> None:
                 assert {parts[1], ".".join(parts[1:])} & LAYERS[layer], f"{path.name} imports {name}"
 
 
-def test_megatron_core_is_imported_in_few_places() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if any(name.startswith("megatron.core") for name in _imports(path)):
-            place = path.relative_to(PACKAGE).as_posix()
-            assert place.startswith(("model/", "engine/megatron/", "train/")) or place == "data/store.py", place
+def _importers(*modules: str) -> set[str]:
+    """The files that import any of these modules, or what is in them."""
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name == module or name.startswith(f"{module}.") for name in _imports(path) for module in modules)
+    }
+
+
+def test_megatron_core_is_known_to_the_model_and_its_engine_alone() -> None:
+    for place in _importers("megatron.core") - {"data/store.py"}:  # the format of its data sets
+        assert place.startswith(("model/", "engine/megatron/")), place
+
+
+def test_engines_are_opened_by_one_function() -> None:
+    for place in _importers("megatron_specialm.engine.megatron"):
+        assert place.startswith("engine/"), place
 
 
 def test_the_command_line_the_launcher_and_the_doctor_import_no_torch() -> None:

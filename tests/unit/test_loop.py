@@ -21,11 +21,11 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.loop import is_capped
-from megatron_specialm.train.losses import DeviceBatch, cross_entropy
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import Progress
 from megatron_specialm.train.work import Work
@@ -70,8 +70,8 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
 def test_a_poisoned_run_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     calls = iter(range(10_000))
 
-    def poisoned(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
-        return cross_entropy(logits, batch, **share) * (float("nan") if next(calls) >= 12 else 1.0)
+    def poisoned(logits: torch.Tensor, batch: DeviceBatch, **shard: Any) -> torch.Tensor:
+        return cross_entropy(logits, batch, **shard) * (float("nan") if next(calls) >= 12 else 1.0)
 
     with pytest.raises(TrainingError, match=r"not finite for 3 steps.*step_0000008.*learning_rate"):
         run_training(tmp_path, ALONE, stage(max_skipped_steps=2), objective=poisoned)
@@ -246,7 +246,7 @@ def test_a_resumed_training_reports_what_an_uninterrupted_one_does(tmp_path: Pat
     def upset(first: int) -> Any:
         calls = iter(range(2 * first, 10_000))  # two micro-batches a step
         factors = {22: 1e3, 23: math.nan, 29: 1e3, 33: 1e3}
-        return lambda logits, batch, **share: cross_entropy(logits, batch, **share) * factors.get(next(calls) // 2, 1.0)
+        return lambda logits, batch, **shard: cross_entropy(logits, batch, **shard) * factors.get(next(calls) // 2, 1.0)
 
     settings = stage(steps=36, checkpoint={"every": 4, "keep": 20}, log_every=5, early_stopping=None)
     straight = run_training(tmp_path / "straight", ALONE, settings, objective=upset(0))
@@ -305,11 +305,11 @@ def test_every_pass_is_counted_also_those_that_an_interruption_repeats(
     counted = Counted(monkeypatch)
     calls = iter(range(10_000))
 
-    def interrupted(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
+    def interrupted(logits: torch.Tensor, batch: DeviceBatch, **shard: Any) -> torch.Tensor:
         if next(calls) == 2 * 7 and not (tmp_path / "interrupted").exists():  # two micro-batches a step
             (tmp_path / "interrupted").touch()
             raise KeyboardInterrupt
-        return cross_entropy(logits, batch, **share)
+        return cross_entropy(logits, batch, **shard)
 
     settings = stage(log_every=5, **EARLY)  # the record knows of step 5, the checkpoint of step 4
     with pytest.raises(KeyboardInterrupt):
@@ -352,10 +352,10 @@ def _stopped_at(folder: Path, step: int, **settings: Any) -> str:
     """Train, with a signal while the step after `step` is computed; what is said of it."""
     process_status, calls = ProcessStatus(), iter(range(10_000))
 
-    def signalled(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
+    def signalled(logits: torch.Tensor, batch: DeviceBatch, **shard: Any) -> torch.Tensor:
         if next(calls) == 2 * (step - 1):  # two micro-batches a step
             os.kill(os.getpid(), signal.SIGUSR1)
-        return cross_entropy(logits, batch, **share)
+        return cross_entropy(logits, batch, **shard)
 
     with process_status.hearing_signals(), process_status.at_step_boundaries(), pytest.raises(Stopped) as stopped:
         run_training(folder, ALONE, stage(**settings), objective=signalled, process_status=process_status)
@@ -397,9 +397,9 @@ def test_asked_in_the_last_step_it_ends(tmp_path: Path) -> None:
     with process_status.at_step_boundaries():
         calls = iter(range(10_000))
 
-        def asking(logits: torch.Tensor, batch: DeviceBatch, **share: Any) -> torch.Tensor:
+        def asking(logits: torch.Tensor, batch: DeviceBatch, **shard: Any) -> torch.Tensor:
             if next(calls) == 2 * 11:
                 process_status.ask_to_stop("a test")
-            return cross_entropy(logits, batch, **share)
+            return cross_entropy(logits, batch, **shard)
 
         assert run_training(tmp_path, ALONE, stage(), objective=asking, process_status=process_status).step == 12

@@ -14,12 +14,12 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.objective import cross_entropy
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.train.distillation import Distillation
-from megatron_specialm.train.losses import cross_entropy
 from tests.memory import PeakMemory
 
 NEOX = ModelConfig(layers=4, hidden_size=128, ffn_hidden_size=512, attention_heads=4)

@@ -11,6 +11,7 @@ from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merge
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
 from megatron_specialm.train.trials import Trials
@@ -57,10 +58,14 @@ def _expert(folder: Path, seed: int) -> MergedModel:
     return read_merged(step)
 
 
+def _experts(folder: Path) -> dict[str, MergedModel]:
+    with single_process():
+        return {f"c{number}": _expert(folder / f"expert-{number}", number) for number in range(3)}
+
+
 @pytest.fixture
-def trials(tmp_path: Path, alone: None) -> dict[str, Trials]:
-    store = _store(tmp_path / "tokens")
-    experts = {f"c{number}": _expert(tmp_path / f"expert-{number}", number) for number in range(3)}
+def trials(tmp_path: Path) -> dict[str, Trials]:
+    store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
     return {
         name: Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / name, seed=0)
         for name in ("at-once", "in-parts")
@@ -108,9 +113,8 @@ def test_planned_validations_are_those_that_are_made(trials: dict[str, Trials]) 
     assert trial_validations([(3, 0, 6)], every=10) == 3 * 2
 
 
-def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path, alone: None) -> None:
-    store = _store(tmp_path / "tokens")
-    experts = {f"c{number}": _expert(tmp_path / f"expert-{number}", number) for number in range(3)}
+def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path) -> None:
+    store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in experts["c0"].weights.items()}
     experts["c0"] = MergedModel(experts["c0"].shape, broken, experts["c0"].state)
     order = by_halving(

@@ -120,7 +120,7 @@ def test_windows_of_a_network_go_to_their_clusters_experts() -> None:
     held_out = by_expert(STORE, INDEX)
     seen = []
     for batch in held_out.batches(batch_size=4):
-        mixtures = batch.notes[MIXTURE]
+        mixtures = batch.extra_inputs[MIXTURE]
         assert mixtures.shape[1] == 4 and (mixtures == mixtures[0]).all()
         expected = STORE.batch(np.flatnonzero(mixtures[0].argmax() == CLUSTERS))
         assert all(row in expected.tokens.tolist() for row in batch.tokens.tolist())
@@ -138,7 +138,7 @@ def test_all_processes_have_equally_many_batches_and_every_window_counts_once(
     tokens = sum(batch.mask.sum() for batches in dealt for batch in batches)
     assert tokens == STORE.batch(held_out.ids).mask.sum()
     for batches in dealt:
-        assert all((MIXTURE in batch.notes) == (held_out.clusters is not None) for batch in batches)
+        assert all((MIXTURE in batch.extra_inputs) == (held_out.clusters is not None) for batch in batches)
 
 
 # --- the tasks that it takes ----------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline
         assert report.values["passes"]["trained_variants"] == sum(
             len(np.unique(stream.draw(step).mixtures, axis=0)) for step in range(4)
         )
-        mixtures = [batch.notes[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
+        mixtures = [batch.extra_inputs[MIXTURE][0].argmax() for batch in held_out.batches(batch_size=2)]
         fours = [set(mixtures[first : first + 4]) for first in range(0, len(mixtures), 4)]
         assert report.values["passes"]["evaluated_variants"] == 3 * sum(map(len, fours))
 

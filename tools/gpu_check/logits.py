@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from gpu_check.figures import Figure, at_most, attempt
 from gpu_check.training import preset
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.model.gpt import Gpt
 
 SEED = 0
@@ -77,7 +76,7 @@ def _shape(family: str, *, tiny: bool) -> tuple[ModelConfig, int, torch.Tensor]:
 def _logits(family: str, precision: str, *, tiny: bool) -> torch.Tensor:
     """Of our model on this process's device: (B, T, V) in fp32, on the CPU."""
     shape, vocabulary, tokens = _shape(family, tiny=tiny)
-    with process_group(ALONE, threads=len(os.sched_getaffinity(0))):
+    with single_process(threads=len(os.sched_getaffinity(0))):
         model = Gpt(shape, vocabulary_size=vocabulary, context_length=tokens.shape[1], precision=precision)  # type: ignore[arg-type]
         model.initialize(seed=SEED)
         if precision == "bf16":  # norms are built in fp32, and a training's wrapper rounds them
@@ -92,7 +91,7 @@ def _transformers(family: str, *, tiny: bool) -> torch.Tensor:
 
     shape, vocabulary, tokens = _shape(family, tiny=tiny)
     config = huggingface_config(shape, vocabulary_size=vocabulary, context_length=tokens.shape[1], eod=0)
-    with process_group(ALONE, threads=len(os.sched_getaffinity(0))):
+    with single_process(threads=len(os.sched_getaffinity(0))):
         ours = Gpt(shape, vocabulary_size=vocabulary, context_length=tokens.shape[1])
         ours.initialize(seed=SEED)
         weights = {own.name: own.spec.join([own.parameter.detach().cpu()]) for own in ours.weights()}

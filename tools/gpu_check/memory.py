@@ -9,13 +9,12 @@ import torch
 from gpu_check.figures import Figure, attempt, between
 from gpu_check.training import drawn_on_device, engine_of, free, preset, random_batch
 from megatron_specialm.base.accelerator import find_accelerator
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.data.store import MIXTURE
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.setup import Setup
@@ -26,7 +25,7 @@ MIB = 2**20
 def against_estimate(*, tiny: bool) -> Iterator[Figure]:
     """The ratio of the peak to the estimate, over precisions, recomputation, families, projected networks and LoRA."""
     machine, refused = find_accelerator(), ""
-    with process_group(ALONE):
+    with single_process():
         for name, setup in _setups(tiny=tiny):
             if reason := lacking(setup, machine):
                 yield Figure(name, "not possible here")
@@ -44,7 +43,7 @@ def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, N
     for _ in range(3):
         engine.train_step(batch, learning_rate=1e-4)
     if MIXTURE in batch.notes:  # experts are drawn: some micro-batches may share one
-        setup = replace(setup, variants=len(np.unique(batch.notes[MIXTURE], axis=0)))
+        setup = replace(setup, variants=len(np.unique(batch.extra_inputs[MIXTURE], axis=0)))
     estimate = memory_of(setup, fused=fused).total
     yield Figure(f"{name}: estimate", estimate / MIB, "MiB")
     if torch.cuda.is_available():

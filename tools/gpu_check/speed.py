@@ -17,14 +17,13 @@ from gpu_check.training import (
     seconds_per_call,
     with_smaller_batches,
 )
-from megatron_specialm.base.accelerator import find_accelerator
-from megatron_specialm.base.environment import ALONE
+from megatron_specialm.base.accelerator import find_accelerator, name_of_device
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.convert.huggingface import huggingface_config
-from megatron_specialm.engine.megatron.process_groups import device_name, process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.setup import Setup
 
@@ -36,7 +35,7 @@ def beside_transformers(*, tiny: bool) -> Iterator[Figure]:
     """Tokens per second, MFU and peak memory. Ours first: what is compiled may use up the time."""
     setups = {name: _setup(name, tiny=tiny) for name in ("slm-126m", "llm-771m")}
     speeds = {}
-    with process_group(ALONE):
+    with single_process():
         for name, setup in setups.items():
             title = f"{name}, ours"
             speeds[name] = yield from attempt(title, _measure(title, setup, _ours, tiny=tiny))
@@ -51,7 +50,7 @@ def beside_transformers(*, tiny: bool) -> Iterator[Figure]:
 def fp8_beside_bf16(*, tiny: bool) -> Iterator[Figure]:
     """Speed, and losses from the same first weights on the same batch; then what `specialm tune-precision` says."""
     half, steps = _setup("llm-771m", tiny=tiny), 3 if tiny else 10
-    with process_group(ALONE):
+    with single_process():
         expected = _losses(half, steps)
         yield Figure("bf16: first loss", expected[0])
         yield Figure(f"bf16: loss after {steps} steps", expected[-1])
@@ -73,7 +72,7 @@ def _fp8(name: str, setup: Setup, expected: list[float], *, tiny: bool) -> Gener
 
 
 def _tuning(setup: Setup) -> Generator[Figure, None, None]:
-    from megatron_specialm.train.tune_precision import advice, measure
+    from megatron_specialm.model.tune_precision import advice, measure
 
     timings = measure(setup)
     for timing in timings:
@@ -101,7 +100,7 @@ def _measure(
     seconds, size = with_smaller_batches(timed, setup.micro_batch_size)
     tokens = size * setup.context_length
     flops = tokens * setup.model.training_flops(setup.vocabulary_size, setup.context_length)
-    mfu = utilisation(flops=flops, seconds=seconds, devices=1, device_name=device_name(ALONE))
+    mfu = utilisation(flops=flops, seconds=seconds, devices=1, device_name=name_of_device())
     yield Figure(f"{name}: step of {size} windows", seconds * 1e3, "ms")
     yield Figure(f"{name}: speed", tokens / seconds, "tokens/s")
     yield Figure(f"{name}: MFU", "unknown peak" if mfu is None else 100 * mfu, "" if mfu is None else "%")

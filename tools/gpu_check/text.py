@@ -8,14 +8,13 @@ from smoke_corpus import docstrings, take
 from gpu_check.figures import Figure, at_most
 from gpu_check.training import RECIPES, engine_of, free, preset
 from megatron_specialm.base.accelerator import find_accelerator
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.schedule import learning_rate
 from megatron_specialm.config.training import Schedule
 from megatron_specialm.data.store import Batch
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.setup import Setup
 
@@ -31,7 +30,7 @@ def loss_curves(*, tiny: bool) -> Iterator[Figure]:
     steps, windows = (6, 4) if tiny else (300, 64)
     text = _text(CHARACTERS if not tiny else 20_000)
     yield Figure("text", len(text), "bytes")
-    with process_group(ALONE):
+    with single_process():
         exact = yield from _curve("fp32", "fp32", None, text, steps, windows, tiny=tiny)
         half = yield from _curve("bf16", "bf16", None, text, steps, windows, tiny=tiny)
         yield from _gaps("bf16", half, exact, GAPS["bf16"], judged=not tiny)

@@ -11,9 +11,10 @@ import torch
 
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.engine.open import build_engine
+from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 
@@ -30,16 +31,9 @@ def preset(name: str) -> ModelConfig:
     return shape
 
 
-def engine_of(setup: Setup, *, first_weights: Callable[[Gpt], None]) -> MegatronEngine:
-    """A training of a setup, before its first step."""
-    model = Gpt(
-        setup.model, vocabulary_size=setup.vocabulary_size, context_length=setup.context_length,
-        precision=setup.precision, fp8=setup.fp8, parallel=setup.parallel,
-    )  # fmt: skip
-    first_weights(model)
-    return MegatronEngine(
-        model, parallel=setup.parallel, optimizer=Optimizer(), micro_batch_size=setup.micro_batch_size
-    )
+def engine_of(setup: Setup, *, first_weights: Callable[[Gpt], None]) -> Engine:
+    """A training of a setup, before its first step; in a process group."""
+    return build_engine(setup, optimizer=Adam(), initialize=first_weights)
 
 
 @torch.no_grad()

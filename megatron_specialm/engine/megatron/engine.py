@@ -19,13 +19,14 @@ from megatron_specialm.base.errors import CheckpointError, ConfigError, Training
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.megatron import process_groups
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
 from megatron_specialm.engine.megatron.shards import OptimizerShard, gather_whole, keep_original, local_shard, shard_of
+from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
 from megatron_specialm.engine.protocol import LossSum, StepStats
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.model.gpt import Gpt, LocalParameter, forward
 from megatron_specialm.model.kernels import live_kernels
-from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -33,8 +34,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class MegatronEngine:
     """A model in any layout of `ParallelConfig`, with its optimizer.
 
-    A `teacher` in the same layout, of the same vocabulary and of any shape, reads along in training: its logits are a
-    note of every micro-batch. It is never trained.
+    A `teacher`, in the same layout, of the same vocabulary and of any shape, runs on every micro-batch in training: its logits
+    are an extra input of the objective. It is never trained.
 
     Raises:
         ConfigError: a teacher under pipeline parallelism, or of another vocabulary.
@@ -57,7 +58,10 @@ class MegatronEngine:
         self._objective = objective
         self._teacher = None if teacher is None else _checked(teacher, model, parallel)
         self._data_parallel_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._vocabulary = _vocabulary_share(model)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel = parallel_state.get_data_parallel_world_size()
+        self.device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+        self._vocabulary = _vocabulary_shard(model)
         self._config = model.chunks[0].config
         self._chunks = [_data_parallel(chunk, parallel) for chunk in model.chunks]
         self._config.finalize_model_grads_func = self._finalize_gradients
@@ -67,14 +71,14 @@ class MegatronEngine:
         self._has_moments = False
         self._forward_backward = get_forward_backward_func()
         self.passes = Passes()
-        self._variants = 0  # that the micro-batches made last compute with
+        self._mixture_count = 0  # of the last batch's micro-batches
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:
         """See `Engine.train_step`."""
         return self.apply_gradients(self.accumulate_gradients(batch), learning_rate=learning_rate)
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
-        """The first half of a step: forward and backward passes, gradients summed over all processes."""
+        """See `Engine.accumulate_gradients`."""
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -83,7 +87,7 @@ class MegatronEngine:
         return self._reduce(sums, int(batch.mask.sum()))
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
-        """The second half: clip by the global norm and step; where anything is not finite, leave the weights alone."""
+        """See `Engine.apply_gradients`."""
         found_inf = self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
@@ -116,7 +120,7 @@ class MegatronEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
-        return self._collect(lambda _, share: share.main)
+        return self._collect(lambda _, shard: shard.main)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
@@ -131,39 +135,42 @@ class MegatronEngine:
         return state
 
     def kernels(self) -> str:
-        """Which fused kernels run here, in one line."""
+        """See `Engine.kernels`."""
         return live_kernels(self._model, self._optimizer.optimizer)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The canonical gradients of the last step, dealt out as `weights` are. Clipping may have scaled them."""
+        """See `Engine.gradients`."""
         return self._collect(
-            lambda weight, share: _gradient(weight.parameter).flatten()[share.elements], trained_only=True
+            lambda weight, shard: _gradient(weight.parameter).flatten()[shard.elements], trained_only=True
         )
 
     def norm_squares(self) -> dict[str, float]:
-        """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as
-        clipped. Over all processes it must be that of the canonical gradient: nothing left out or counted twice. Copies
-        that all hold all of the optimizer's state each take a norm of their own; the first one's is reported."""
+        """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
+        reported."""
         counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
         squares: dict[str, float] = {}
-        for weight, share in self._shards():
-            gradient = None if share.main is None else share.main.grad
-            another_norm = share.group is None and self._data_parallel_group.rank() > 0
+        for weight, shard in self._shards():
+            gradient = None if shard.main is None else shard.main.grad
+            another_norm = shard.group is None and self._data_parallel_group.rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
                 squares[weight.name] = float(gradient.double().square().sum())
         return squares
+
+    def limit_collectives(self, seconds: float) -> None:
+        """See `Engine.limit_collectives`."""
+        process_groups.limit_collectives(seconds)
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
         """See `Engine.load`."""
         self._model.load(weights)
         with torch.no_grad():
-            for weight, share in self._shards():
+            for weight, shard in self._shards():
                 if not weight.parameter.requires_grad:
-                    keep_original(weight.parameter, local_shard(weight, share, weights[weight.name]))
-                elif share.main is not None:
-                    share.main.view(-1).copy_(local_shard(weight, share, weights[weight.name]))
+                    keep_original(weight.parameter, local_shard(weight, shard, weights[weight.name]))
+                elif shard.main is not None:
+                    shard.main.view(-1).copy_(local_shard(weight, shard, weights[weight.name]))
                     if optimizer_state:
-                        self._load_moments(weight, share, share.main, optimizer_state)
+                        self._load_moments(weight, shard, shard.main, optimizer_state)
         if optimizer_state:
             if self._counts_by_group:
                 for group in self._optimizer.param_groups:
@@ -171,17 +178,17 @@ class MegatronEngine:
             self._has_moments = True
 
     def _load_moments(
-        self, weight: LocalParameter, share: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
+        self, weight: LocalParameter, shard: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
     ) -> None:
         own = self._optimizer.optimizer.state[main] = {} if self._counts_by_group else {"step": state["step"].clone()}
         for moment in _MOMENTS:
             name = f"{moment}/{weight.name}"
             if name not in state:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
-            own[moment] = local_shard(weight, share, state[name]).to(main).view(main.shape).clone()
+            own[moment] = local_shard(weight, shard, state[name]).to(main).view(main.shape).clone()
 
-    def _moment(self, moment: str, _: LocalParameter, share: OptimizerShard) -> torch.Tensor | None:
-        return self._optimizer.optimizer.state[share.main][moment] if share.main is not None else None
+    def _moment(self, moment: str, _: LocalParameter, shard: OptimizerShard) -> torch.Tensor | None:
+        return self._optimizer.optimizer.state[shard.main][moment] if shard.main is not None else None
 
     def _steps(self) -> float:
         """How many updates the moments are of."""
@@ -204,10 +211,10 @@ class MegatronEngine:
         """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         found = {}
-        for turn, (weight, share) in enumerate(self._shards()):
+        for turn, (weight, shard) in enumerate(self._shards()):
             if trained_only and not weight.parameter.requires_grad:
                 continue
-            whole = gather_whole(weight, share, value(weight, share))
+            whole = gather_whole(weight, shard, value(weight, shard))
             copy = getattr(weight.parameter, "shared", False)  # the embedding's, on the last pipeline stage
             if turn % group.size() == group.rank() and not copy:
                 found[weight.name] = whole.cpu().clone()
@@ -225,7 +232,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         slots = len(micro_batches) * micro_batches[0].tokens.numel() * self._parallel.context_parallel
-        self.passes = self.passes.after(slots, self._variants, forward_only=forward_only)
+        self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
         return sums
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
@@ -235,44 +242,44 @@ class MegatronEngine:
         if (derived := self._model.derived) is None:
             output = forward(chunk, batch.tokens)
         else:
-            use = partial(derived.use, self._chunks.index(chunk), batch.variant)
-            use()
+            bind = partial(derived.bind, self._chunks.index(chunk), batch.mixture)
+            bind()
             output = forward(chunk, batch.tokens)
-            if output.requires_grad:  # what is recomputed in its backward pass must see the same weights
-                output.register_hook(lambda _: use())
+            if output.requires_grad:  # activations that the backward pass recomputes need the same weights
+                output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
         return output, partial(self._loss, batch, objective)
 
     def _loss(self, batch: DeviceBatch, objective: Objective, logits_TBV: torch.Tensor) -> tuple:
-        total = objective(logits_TBV, batch, share=self._vocabulary)
+        total = objective(logits_TBV, batch, shard=self._vocabulary)
         return total, batch.mask.sum().int(), total.detach().clone()
 
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
         """What Megatron-Core's schedule calls when all backward passes are done."""
         if self._model.derived is not None:
-            self._model.derived.backward_mixtures()
+            self._model.derived.backward()
         finalize_model_grads(chunks, *args, **kwargs)
 
     def _micro_batches(self, batches: list[Batch]) -> list[DeviceBatch]:
-        """The micro-batches of some batches. Of derived weights, all variants that they use are computed here."""
-        found, variants = [], ExpertMixtures()
+        """The micro-batches of some batches. Derived weights of all mixtures that they compute with are computed here."""
+        found, mixtures = [], ExpertMixtures()
         for batch in batches:
             # The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size.
             batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
             for start in range(0, len(batch.tokens), self._micro_batch_size):
                 part = batch.rows(slice(start, start + self._micro_batch_size))
-                variant = variants.number(part.notes.get(MIXTURE))
-                found.append(self._on_device(part, variant))
+                mixture = mixtures.number(part.extra_inputs.get(MIXTURE))
+                found.append(self._on_device(part, mixture))
         if self._model.derived is not None:
             self._finish_gathering()
-            self._variants = len(variants.table())
-            self._model.derived.materialize(variants.table().to(self._model.device))
+            self._mixture_count = len(mixtures.table())
+            self._model.derived.materialize(mixtures.table().to(self._model.device))
         return found
 
     def _finish_gathering(self) -> None:
-        """Have all parameters as the last step left them; all copies call this at once. Where communication overlaps, they
-        gather what each has updated as late as the forward pass of the module that holds it: too late for weights that are
-        derived before any, and a wait without end for a copy whose fellow makes no pass."""
+        """Wait until all parameters are as the last step left them. All copies call this at once. With overlapped communication
+        the copies gather the parameters of a module only when its forward pass begins: too late for weights that are derived
+        before any, and a deadlock with a copy that makes no forward pass."""
         if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
             for chunk in self._chunks:
                 for group in reversed(
@@ -280,16 +287,16 @@ class MegatronEngine:
                 ):  # in the order in which each starts the next one's gathering
                     group.finish_param_sync()
 
-    def _on_device(self, batch: Batch, variant: int) -> DeviceBatch:
+    def _on_device(self, batch: Batch, mixture: int) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
-        parts |= {name: note for name, note in batch.notes.items() if name != MIXTURE}
+        parts |= {name: value for name, value in batch.extra_inputs.items() if name != MIXTURE}
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(part)).to(self._model.device, non_blocking=True)
             for name, part in parts.items()
         }
         tensors = get_batch_on_this_cp_rank(tensors)
         tokens, targets, mask = (tensors.pop(name) for name in ("tokens", "targets", "mask"))
-        return DeviceBatch(tokens, targets, mask, variant, tensors)
+        return DeviceBatch(tokens, targets, mask, mixture, tensors)
 
     def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
         """Over the copies; then from the last stage, which alone has the loss, to the others."""
@@ -299,7 +306,8 @@ class MegatronEngine:
         dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
-        return LossSum(float(both[0]), int(both[1]))
+        total_sum, tokens = both.tolist()  # one transfer from the device
+        return LossSum(total_sum, int(tokens))
 
 
 class ExpertMixtures:
@@ -310,10 +318,10 @@ class ExpertMixtures:
         self._mixtures: list[np.ndarray] = []
 
     def number(self, mixture_BK: np.ndarray | None) -> int:
-        """The number of a micro-batch's mixture; without mixtures there is one variant.
+        """The number of a micro-batch's mixture; without mixtures it is 0.
 
         Raises:
-            TrainingError: its windows do not share one. (Those that only fill it up have all zeros, and do not count.)
+            TrainingError: its windows have different mixtures. (Padding windows have all zeros, and do not count.)
         """
         mixture_K = np.ones(1, np.float32) if mixture_BK is None else mixture_BK[0]
         if mixture_BK is not None and not (real := mixture_BK[mixture_BK.any(1)] == mixture_K).all():
@@ -332,7 +340,7 @@ class ExpertMixtures:
 
 
 def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
-    """A teacher that can read along, in evaluation mode."""
+    """A teacher that can run beside the model, in evaluation mode."""
     if parallel.pipeline_parallel > 1:
         raise ConfigError(
             f"pipeline_parallel {parallel.pipeline_parallel}: a teacher beside its student runs on one stage: "
@@ -351,10 +359,10 @@ def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
 
 @torch.no_grad()
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
-    """With the teacher's logits of this process's share of the vocabulary."""
+    """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
     logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
-    return batch._replace(notes={**batch.notes, TEACHER_LOGITS: logits_BTV})
+    return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -362,12 +370,12 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.main_grad  # type: ignore[attr-defined]
 
 
-def _vocabulary_share(model: Gpt) -> VocabularyShare | None:
+def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return None
     padded = model.specs["embedding.word_embeddings.weight"].padded
-    return VocabularyShare(group.rank() * padded // group.size(), group)
+    return VocabularyShard(group.rank() * padded // group.size(), group)
 
 
 def _data_parallel(chunk: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:

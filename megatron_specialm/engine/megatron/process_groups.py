@@ -40,11 +40,6 @@ def device_of(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank if visible > 1 else 0)
 
 
-def device_name(world: World) -> str:
-    """The name of this process's device, as its maker gives it."""
-    return torch.cuda.get_device_name(device_of(world)) if torch.cuda.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def process_group(
     world: World,
@@ -106,6 +101,13 @@ def process_group(
         dist.destroy_process_group()
 
 
+def limit_collectives(seconds: float) -> None:
+    """Have every collective of the layout's groups fail that takes longer. Groups that are made beside them, as for saving
+    (`base/control_group.py`), keep their own limits."""
+    for group in parallel_state._global_process_group_list or [None]:  # None: the default group
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
 @contextlib.contextmanager
 def _one_group_per_lone_process() -> Iterator[None]:
     """While Megatron-Core makes its groups, those of one and the same process are one. It makes twenty, of which a small
@@ -127,8 +129,3 @@ def _one_group_per_lone_process() -> Iterator[None]:
         yield
     finally:
         parallel_state.create_group = make
-
-
-def data_rank() -> tuple[int, int]:
-    """Which of the data-parallel copies this process belongs to, and how many there are."""
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

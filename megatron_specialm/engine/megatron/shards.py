@@ -26,7 +26,7 @@ class OptimizerShard(NamedTuple):
 
 
 def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> OptimizerShard:
-    """This process's share of a parameter. One that is not trained is no optimizer's: every copy has it, as it was before
+    """This process's shard of a parameter. One that is not trained is no optimizer's: every copy has it, as it was before
     it was rounded (`keep_original`)."""
     if not parameter.requires_grad:
         return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), None)
@@ -51,17 +51,17 @@ def keep_original(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         parameter.original = value.detach().float().cpu().view(parameter.shape)  # type: ignore[attr-defined]
 
 
-def gather_whole(weight: LocalParameter, share: OptimizerShard, value: torch.Tensor | None) -> torch.Tensor:
-    """The canonical tensor of which each process holds a share, fp32. All processes of a pipeline stage call it at once.
+def gather_whole(weight: LocalParameter, shard: OptimizerShard, value: torch.Tensor | None) -> torch.Tensor:
+    """The canonical tensor of which each process holds a shard, fp32. All processes of a pipeline stage call it at once.
 
     Args:
-        value: the share of anything of the parameter's shape: its main weight, a moment, a gradient.
+        value: the shard of anything of the parameter's shape: its main weight, a moment, a gradient.
     """
     own = torch.zeros(weight.parameter.numel(), dtype=torch.float32, device=weight.parameter.device)
     if value is not None:
-        own[share.elements] = value.detach().float().flatten()
-    if share.group is not None:
-        dist.all_reduce(own, group=share.group)  # the others' elements are zeros: the sum is exact
+        own[shard.elements] = value.detach().float().flatten()
+    if shard.group is not None:
+        dist.all_reduce(own, group=shard.group)  # the others' elements are zeros: the sum is exact
     own = own.view(weight.parameter.shape)
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [own]
@@ -71,6 +71,6 @@ def gather_whole(weight: LocalParameter, share: OptimizerShard, value: torch.Ten
     return weight.spec.join(parts)
 
 
-def local_shard(weight: LocalParameter, share: OptimizerShard, whole: torch.Tensor) -> torch.Tensor:
-    """The elements of a canonical tensor that are this process's share, flat."""
-    return own_part(weight.spec, whole).flatten()[share.elements]
+def local_shard(weight: LocalParameter, shard: OptimizerShard, whole: torch.Tensor) -> torch.Tensor:
+    """The elements of a canonical tensor that are this process's shard, flat."""
+    return own_part(weight.spec, whole).flatten()[shard.elements]

@@ -39,6 +39,7 @@ class TrainKind(ModelKind[TrainStage]):
         "distill.cache": "distributions",
     }  # fmt: skip
     placement: ClassVar[Placement] = {
+        "runtime": True,
         "parallel": True, "micro_batch_size": True, "checkpoint": True, "log_every": True, "tensorboard": True,
         "wandb_project": True,
         "clusters": True,  # other experts decide nothing about one of them

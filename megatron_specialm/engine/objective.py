@@ -1,6 +1,6 @@
 """Training objectives: logits and a batch in, a sum over tokens out.
 
-Legend: T positions, B sequences, V this process's share of the vocabulary, N = T * B.
+Legend: T positions, B sequences, V this process's shard of the vocabulary, N = T * B.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,28 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-TEACHER_LOGITS = "teacher_logits"  # the note (B, T, V) that a teacher beside the student leaves of each micro-batch
+TEACHER_LOGITS = "teacher_logits"  # the extra input (B, T, V) that a teacher beside the student computes
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device: tokens (B, T), targets (B, T), mask (B, T) with 1 where a target counts; which variant
-    of derived weights computes it; and what else is known of its windows."""
+    """A micro-batch on the device.
+
+    tokens, targets: (B, T) token ids.
+    mask: (B, T), 1 where a target counts.
+    mixture: the number of the mixture of experts that computes it, among those of its step (`model/derived.py`).
+    extra_inputs: further tensors (B, T, ...) by name, as a teacher's outputs.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
-    variant: int = 0
-    notes: Mapping[str, torch.Tensor] = MappingProxyType({})
+    mixture: int = 0
+    extra_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
-class VocabularyShare(NamedTuple):
-    """The ids from `first` on, as many as there are logits, are this process's; the group's processes have the rest."""
+class VocabularyShard(NamedTuple):
+    """This process's columns of the vocabulary: the ids from `first` on, as many as its logits have; the other processes of
+    `group` hold the others."""
 
     first: int
     group: dist.ProcessGroup
@@ -36,26 +42,26 @@ class Objective(Protocol):
     """What training minimizes."""
 
     def __call__(
-        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, share: VocabularyShare | None = None
+        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, shard: VocabularyShard | None = None
     ) -> torch.Tensor:
-        """(T, B, V) logits of this process's share -> the sum over the tokens that count, a scalar in fp32. All
-        processes of the share's group return the same."""
+        """(T, B, V) logits of this process's shard -> the sum over the tokens that count, a scalar in fp32. All
+        processes of the shard's group return the same."""
 
 
 def cross_entropy(
-    logits_TBV: torch.Tensor, batch: DeviceBatch, *, share: VocabularyShare | None = None
+    logits_TBV: torch.Tensor, batch: DeviceBatch, *, shard: VocabularyShard | None = None
 ) -> torch.Tensor:
     """The summed next-token negative log-likelihood in nats, a scalar in fp32. Padding (mask 0) does not count.
 
-    With a `share`, each process of its group holds some columns of the logits, and all return the same sum.
+    With a `shard`, each process of its group holds some columns of the logits, and all return the same sum.
     """
     # Positions first, as the model's logits lie in memory: flattening is free.
     logits_NV = logits_TBV.flatten(0, 1).float()
     targets_N, mask_N = (tensor.t().flatten() for tensor in (batch.targets, batch.mask))
-    if share is None:
+    if shard is None:
         losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
     else:
-        losses_N = _SharedCrossEntropy.apply(logits_NV, targets_N - share.first, share.group)
+        losses_N = _SharedCrossEntropy.apply(logits_NV, targets_N - shard.first, shard.group)
     return torch.dot(losses_N, mask_N)
 
 
@@ -64,9 +70,9 @@ class _SharedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """(N, V), (N,) relative to this share's first id -> (N,)."""
+        """(N, V), (N,) relative to this shard's first id -> (N,)."""
         rows, columns = logits_NV.shape
-        # A share may be all padding and have no columns at all.
+        # A shard may be all padding and have no columns at all.
         largest_N = logits_NV.amax(1) if columns else logits_NV.new_full((rows,), -torch.inf)
         dist.all_reduce(largest_N, dist.ReduceOp.MAX, group)
         softmax_NV = (logits_NV - largest_N[:, None]).exp_()

@@ -1,0 +1,66 @@
+"""What the loop does beside its steps (`config/runtime.py`): profiles, memory snapshots, and Python's garbage collection."""
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_specialm.base.integrity import PROFILES
+from megatron_specialm.config.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def manual_garbage_collection() -> Iterator[None]:
+    """Python's collector runs by `gc.collect` only, and looks at nothing that was there before: so it stops no rank at a
+    moment of its own, for which all others would wait, and takes little time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def observed(step: int, settings: Runtime, folder: Path, *, rank: int) -> Iterator[None]:
+    """Around a step, counted from 1: profile it and record its allocations, where the settings name it."""
+    path = folder / PROFILES / f"step_{step:07d}-rank_{rank:05d}"
+    with contextlib.ExitStack() as stack:
+        if step in settings.profile_steps:
+            stack.enter_context(_profiled(path.with_suffix(".json.gz")))
+        if step in settings.memory_snapshot_steps:
+            stack.enter_context(_with_memory_snapshot(path.with_suffix(".pickle")))
+        yield
+
+
+@contextlib.contextmanager
+def _profiled(path: Path) -> Iterator[None]:
+    with torch.profiler.profile(record_shapes=True) as profile:
+        yield
+    path.parent.mkdir(exist_ok=True)
+    profile.export_chrome_trace(str(path))
+    logger.info("wrote %s", path)
+
+
+@contextlib.contextmanager
+def _with_memory_snapshot(path: Path) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        logger.warning("runtime.memory_snapshot_steps: no %s is written: this process has no GPU", path.name)
+        yield
+        return
+    torch.cuda.memory._record_memory_history()
+    try:
+        yield
+        path.parent.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        logger.info("wrote %s", path)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
