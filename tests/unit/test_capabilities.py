@@ -81,7 +81,7 @@ def test_layers_that_stages_do_not_divide() -> None:
         counts = split_layers(model, 1000, chunks)
         assert sum(counts) == layers and min(counts) >= 1 and len(counts) == chunks
         assert counts[-1] == min(counts), "the last has the output layer beside"
-    with pytest.raises(ValueError, match="6 layers cannot be cut into 7"):
+    with pytest.raises(ValueError, match="6 layers cannot be split into 7"):
         split_layers(MODEL, 1000, 7)
 
 
@@ -118,7 +118,7 @@ def test_fp8_needs_sizes_that_fit() -> None:
         with pytest.raises(ConfigError, match="fp8") as refusal:
             refuse("slm", setup)
         assert words in str(refusal.value)
-    with pytest.raises(ValidationError, match="recipe delayed takes all layers and linears"):
+    with pytest.raises(ValidationError, match="recipe delayed goes with all layers and linears"):
         Fp8Config(recipe="delayed", linears=("fc1",))
 
 
