@@ -10,7 +10,9 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.shapes import Size
-from megatron_specialm.checkpoint.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
+from megatron_specialm.checkpoint.opening import read_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import STATE, declare_final, find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt

@@ -7,6 +7,7 @@ import torch
 
 from megatron_specialm.data.store import Batch
 from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.model.weights import Sliceable
 
 
 class LossSum(NamedTuple):
@@ -42,12 +43,12 @@ class Engine(Protocol):
         """The loss over all processes' batches."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Canonical fp32 weights, on the CPU: those that fall to this process to save, whole. Over all processes, each
-        is there once."""
+        """Canonical fp32 weights, on the CPU: the slices that this process is to save, by their keys (`checkpoint/slices.py`).
+        Over all processes, each element is there once."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's tensors under canonical names, on the CPU, dealt out as the weights are."""
+        """The optimizer's tensors under canonical names, on the CPU, in slices as the weights."""
 
-    def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
-        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process
-        takes its part."""
+    def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
+        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process reads the
+        slices that it holds."""

@@ -15,8 +15,8 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC

@@ -16,8 +16,8 @@ from transformers.utils import logging
 from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
-from megatron_specialm.checkpoint.checkpoint import STATE, find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import STATE, find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage

@@ -16,8 +16,8 @@ import torch
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import write_json
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC

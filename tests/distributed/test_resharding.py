@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, open_checkpoint
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint
 from tests.training import EPSILON, SHAPE, VOCABULARY, read_metrics, run_layout
 
 ONE: dict = {}
