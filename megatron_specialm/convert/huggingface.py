@@ -32,13 +32,14 @@ class _Row(NamedTuple):
     kind: str = "copy"
 
 
-def _data_parallel_group(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+def _copied(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+    """Rows of kind `copy`, one for each pair and suffix."""
     return [_Row(f"{ours}.{end}", (f"{theirs}.{end}",)) for ours, theirs in pairs.items() for end in suffixes]
 
 
 _NEOX = [
     _Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-    *_data_parallel_group(
+    *_copied(
         {
             "decoder.layers.N.input_layernorm": "gpt_neox.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_qkv": "gpt_neox.layers.N.attention.query_key_value",
@@ -55,7 +56,7 @@ _NEOX = [
 ]
 _LLAMA = [
     _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    *_data_parallel_group(
+    *_copied(
         {
             "decoder.layers.N.input_layernorm": "model.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_proj": "model.layers.N.self_attn.o_proj",

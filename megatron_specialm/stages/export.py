@@ -46,8 +46,8 @@ def run(stage: ExportStage, context: Context) -> Report:
     """
     model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
-    served = read_merged(final)
-    shape, weights, state = served.shape, served.weights, served.state
+    merged = read_merged(final)
+    shape, weights, state = merged.shape, merged.weights, merged.state
     tokenize = context.pipeline.stages[stage.tokens]
     assert isinstance(tokenize, TokenizeStage)
     tokenizer = Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC))

@@ -132,11 +132,11 @@ def _exported(folder: Path) -> Writer:
 
 
 def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
-    served, tokenizer = read_merged(find_final(folder)), Tokenizer.load(tokenizer_folder)
-    if tokenizer.fingerprint != served.state["tokenizer"]:
+    merged, tokenizer = read_merged(find_final(folder)), Tokenizer.load(tokenizer_folder)
+    if tokenizer.fingerprint != merged.state["tokenizer"]:
         raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the config again")
     model = transformers_model(
-        served.shape, served.weights, vocabulary_size=served.vocabulary_size, context_length=served.context_length,
+        merged.shape, merged.weights, vocabulary_size=merged.vocabulary_size, context_length=merged.context_length,
         eod=tokenizer.eod,
     )  # fmt: skip
     return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.eod)

@@ -124,7 +124,7 @@ class _Experts:
         if self._network is None:
             return read_merged(self._folder(key))
         self.flops += self._price
-        return self._network.served(self._mixtures[key])
+        return self._network.merged(self._mixtures[key])
 
 
 def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times: int) -> Spent:

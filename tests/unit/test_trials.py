@@ -137,6 +137,6 @@ def test_an_expert_of_a_network_is_served_with_its_own_weights_only(tmp_path: Pa
     weights = {weight.name: weight.parameter.detach()[: weight.spec.shape[0]] for weight in network.weights()}
     state = {"model": shape.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, "tokenizer": "x"}
     step = save_checkpoint(tmp_path / "network", step=1, weights=weights, optimizer_state={}, state=state)
-    served = read_trained(step).served(one_hot(1, experts=3))
+    served = read_trained(step).merged(one_hot(1, experts=3))
     assert served.shape == SHAPE
     served.build()  # every weight of the plain model, and no other
