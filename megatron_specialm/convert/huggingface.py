@@ -117,8 +117,8 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
 def huggingface_config(
     config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int, pad: int | None = None
 ) -> PretrainedConfig:
-    """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token, and so
-    is what batches are padded with, where the tokenizer has no token of its own for it."""
+    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token; `pad`
+    defaults to it too."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,

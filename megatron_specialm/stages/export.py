@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, checked against the model it came from before it counts."""
+"""Exporting a model as a Hugging Face folder, which is published only when it computes what the model computes."""
 
 import shutil
 from collections.abc import Mapping
@@ -38,8 +38,8 @@ WINDOWS_COMPARED = 4
 def run(stage: ExportStage, context: Context) -> Report:
     """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
 
-    It is written aside and takes its name only when Transformers, loading it, gives our logits on held-out windows, our
-    token ids on their text, and batches of the model's length; otherwise nothing is left.
+    It is written to a temporary folder, which is renamed when Transformers, loading it, gives our logits on held-out windows,
+    our token ids on their text, and batches of the model's length; otherwise it is removed.
 
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.

@@ -1,6 +1,6 @@
-"""A few words of a model, to see what it has learned: of a training in a run folder, or of an exported folder.
+"""Generating text with a model of a run folder or of an exported folder.
 
-Both go through Transformers: a checkpoint's weights are converted in memory, as the export converts them.
+Transformers generates in both cases: the weights of a checkpoint are converted in memory, as the export converts them.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
 
 @dataclass(frozen=True)
 class Writer:
-    """A model of Transformers with its tokenizer. `start` is the end-of-document token, which stands before every text."""
+    """A model of Transformers with its tokenizer. `start` is the id of the end-of-document token, that begins every text."""
 
     model: Any
     encode: Callable[[str], list[int]]
@@ -43,11 +43,11 @@ class Writer:
 
     @torch.no_grad()
     def write(self, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-        """The prompt and how the model goes on, at most so many tokens, or until it ends the document.
+        """The prompt and its continuation: at most `tokens` tokens, or up to the end of the document.
 
         Args:
             temperature: of the softmax; 0 takes the likeliest token each time.
-            top_k: draw among so many of the likeliest.
+            top_k: sample among so many of the likeliest tokens.
             seed: equal seeds give equal text on the same machine.
 
         Raises:
@@ -113,7 +113,7 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """By what a damaged one still has; the folder of a checkpoint's step has a manifest too."""
+    """Whether a folder is an export, even a damaged one. The folder of a step has a manifest too, but also a state."""
     found = {name for name in (MANIFEST, "config.json", STATE) if (folder / name).is_file()}
     return bool(found) and STATE not in found
 
