@@ -106,8 +106,8 @@ _TRIED = {"finetuned": by_finetuning, "halving": by_halving}
 
 
 class _Experts:
-    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. A network
-    has one more, `histogram`: all its experts mixed by the domain's histogram. `flops` are those of the projections so far."""
+    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. A
+    network has one more, `histogram`: all its experts mixed by the domain's. `flops` are those of the projections so far."""
 
     def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
         model = model_of(context.pipeline, stage.experts)
