@@ -84,9 +84,21 @@ def test_files_hold_whole_canonical_tensors_without_padding(tmp_path: Path) -> N
     assert "output_layer.weight" not in found["one"]
 
 
-@pytest.mark.parametrize("layout", [DP2, TP2], ids=str)
-def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_same_bits(tmp_path: Path, layout: dict) -> None:
-    """Those have whole tensors, dealt out over the files of the processes."""
+@pytest.mark.parametrize("layout", [ONE, TP2], ids=str)
+def test_a_checkpoint_that_an_earlier_version_wrote_goes_on(tmp_path: Path, layout: dict) -> None:
+    """Version 0.1 wrote it on two processes with the distributed optimizer, and went on with these losses."""
+    shape = SHAPE.model_copy(update={"layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "attention_heads": 2})
+    shutil.copytree(Path(__file__).parent / "earlier_checkpoint", tmp_path / "run")
+    run_layout(tmp_path / "run", **{**SETTINGS, "model": shape, "steps": 6}, parallel=layout)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert losses == pytest.approx(
+        [4.608128057462033, 4.606505349417713, 4.614542292452406, 4.601518652904993], rel=1e-5
+    )
+
+
+def test_whole_tensors_in_many_files_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    """As earlier versions wrote them: each tensor in the file of one process."""
+    layout = DP2
     _losses(tmp_path / "straight", layout, steps=8)
     saved = step_folder(tmp_path / "straight", SAVED)
     sliced = open_checkpoint(saved)
