@@ -1,12 +1,13 @@
 """Saving a checkpoint: seconds, memory and bytes sent, of this tree and of another one, in turns.
 
-    git worktree add /tmp/before COMMIT
-    python tools/bench_checkpoint.py --before /tmp/before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
+    git worktree add ../before COMMIT
+    python tools/bench_checkpoint.py --before ../before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
 
 Each turn starts the processes of a data-parallel layout on gloo anew, makes one step, so that there are moments, and saves.
 Training waits while tensors are collected on the CPU ("blocked"); writing, fsync, hashing and publishing go on behind it.
 Memory is the peak of resident memory during the save above what was resident before, of the process with most. Bytes sent are
-the kernel's counts of all TCP connections of all processes. Prints medians over rounds and ratios; needs Linux.
+the kernel's counts of all TCP connections of all processes, and CPU time is that of all processes: the machine may do other
+work too. Prints medians over rounds and ratios; needs Linux.
 """
 
 import argparse
@@ -19,16 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 TCP_BYTES_SENT = slice(200, 208)  # of `struct tcp_info` of Linux
-NUMBERS = {
-    "seconds blocked": "s",
-    "seconds in all": "s",
-    "peak memory": "MB",
-    "bytes sent": "MB",
-    "bytes written": "MB",
+# Of each turn: the unit, and how the numbers of the processes make one.
+NUMBERS: dict[str, tuple[str, Callable[[Iterable[float]], float]]] = {
+    "seconds blocked": ("s", max),
+    "CPU time blocked": ("s", sum),
+    "seconds in all": ("s", max),
+    "CPU time in all": ("s", sum),
+    "peak memory": ("MB", max),
+    "bytes sent": ("MB", sum),
+    "bytes written": ("MB", sum),
 }
 
 
@@ -57,7 +61,7 @@ def main() -> None:
         for name in found if turn % 2 == 0 else reversed(found):
             found[name].append(_turn(trees[name]))
             print(turn, name, {key: round(value, 2) for key, value in found[name][-1].items()}, flush=True)
-    for number, unit in NUMBERS.items():
+    for number, (unit, _) in NUMBERS.items():
         medians = {name: statistics.median(turn[number] for turn in turns) for name, turns in found.items()}
         ratios = [
             one[number] / other[number]
@@ -74,15 +78,7 @@ def _turn(tree: Path) -> dict[str, float]:
         command = [sys.executable, __file__, *sys.argv[1:], "--out", folder]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tree)})
         ranks = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
-    most, all_of = max, sum
-    how: dict[str, Any] = {
-        "seconds blocked": most,
-        "seconds in all": most,
-        "peak memory": most,
-        "bytes sent": all_of,
-        "bytes written": all_of,
-    }
-    return {number: how[number](rank[number] for rank in ranks) for number in NUMBERS}
+    return {number: how(rank[number] for rank in ranks) for number, (_, how) in NUMBERS.items()}
 
 
 def _save_once(args: argparse.Namespace) -> None:
@@ -131,18 +127,18 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         dist.barrier()
         before, sent = _memory("VmRSS"), _bytes_sent()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         weights, state = engine.weights(), engine.optimizer_state()
-        blocked = time.perf_counter() - began
+        blocked, busy = time.perf_counter() - began, time.process_time() - worked
         sent = _bytes_sent() - sent
         folder = save_checkpoint(
             args.out / "saved", step=1, weights=weights, optimizer_state=state, state={}, peers=peers
         )
-        seconds = time.perf_counter() - began
+        seconds, work = time.perf_counter() - began, time.process_time() - worked
         peak = _memory("VmHWM") - before
         dist.barrier()
     written = sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors"))
-    numbers = dict(zip(NUMBERS, (blocked, seconds, peak / 1e6, sent / 1e6, written / 1e6), strict=True))
+    numbers = dict(zip(NUMBERS, (blocked, busy, seconds, work, peak / 1e6, sent / 1e6, written / 1e6), strict=True))
     (args.out / f"rank-{rank}.json").write_text(json.dumps(numbers))
 
 
