@@ -11,6 +11,7 @@ work too. Prints medians over rounds and ratios; needs Linux.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -82,7 +83,9 @@ def _turn(tree: Path) -> dict[str, float]:
 
 
 def _save_once(args: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
+    import megatron_specialm.engine.megatron.engine  # noqa: F401 (once for all processes, which are forked)
+
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_rank, args=(rank, args)) for rank in range(args.processes)]
     for process in processes:
         process.start()
@@ -125,6 +128,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         engine.train_step(Batch(tokens, tokens, np.ones(tokens.shape, np.float32)), learning_rate=1e-4)
         peers = ControlGroup.meet()
         dist.barrier()
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks are kept, and would hide what a save takes
         before, sent = _memory("VmRSS"), _bytes_sent()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         began, worked = time.perf_counter(), time.process_time()
