@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.environment import World
@@ -18,6 +19,7 @@ from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.checkpoint.saving import Saver
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.trainings import Training
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
@@ -64,7 +66,7 @@ def stage(**settings) -> TrainStage:
         "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-2}, "schedule": {"warmup_steps": 0},
         "checkpoint": {"every": 4}, "log_every": 1,
     }  # fmt: skip
-    return TrainStage.model_validate({**defaults, **settings})
+    return TypeAdapter(Training).validate_python({**defaults, **settings})
 
 
 def run_layout(folder: Path, **settings: Any) -> None:

@@ -112,7 +112,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
     try:
         from megatron_specialm.checkpoint.saving import save_checkpoint
     except ImportError:  # in trees of before slices
-        from megatron_specialm.checkpoint.checkpoint import save_checkpoint
+        from megatron_specialm.checkpoint.saving import save_checkpoint
 
     shape = ModelConfig(
         layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads

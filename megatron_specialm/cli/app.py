@@ -42,9 +42,9 @@ def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may
     Raises:
         UnconfirmedError: nobody could be asked, or the answer was no.
     """
-    from megatron_specialm.graph.redo import needs_a_yes, refuse_unconfirmed
+    from megatron_specialm.graph.redo import needs_confirmation, refuse_unconfirmed
 
-    if yes or not needs_a_yes(redo, pipeline):
+    if yes or not needs_confirmation(redo, pipeline):
         return
     on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     if not (may_ask and on_terminal and typer.confirm("Make it anew?", err=True)):

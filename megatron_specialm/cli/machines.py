@@ -35,8 +35,8 @@ def parity(
     """
     from megatron_specialm.base.files import write_json
     from megatron_specialm.base.terminal import console
+    from megatron_specialm.graph.build import build_graph
     from megatron_specialm.graph.lineage import distinct_setups, setup_of
-    from megatron_specialm.graph.tasks import build_graph
     from megatron_specialm.parity import compare as run
     from megatron_specialm.parity.case import parity_case
     from megatron_specialm.run.preflight import refuse_what_the_machine_lacks

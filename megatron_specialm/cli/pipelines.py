@@ -46,10 +46,10 @@ def check(
     from megatron_specialm.base.accelerator import find_accelerator
     from megatron_specialm.base.artifacts import ARTIFACTS
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.file_hashes import look_up, naming_what_makes
+    from megatron_specialm.graph.build import build_graph
+    from megatron_specialm.graph.file_hashes import find_parts, with_made_by_hint
     from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.graph.redo import find_redo, redo_lines
-    from megatron_specialm.graph.tasks import build_graph
     from megatron_specialm.report.summary import memory_table, training_table
     from megatron_specialm.run.preflight import (
         lacks,
@@ -63,8 +63,8 @@ def check(
     root = Path(pipeline.root)
     graph = build_graph(pipeline)
     refuse_other_folders(pipeline)
-    with naming_what_makes(pipeline.text):
-        look_up(graph.values(), Path(pipeline.root))
+    with with_made_by_hint(pipeline.text):
+        find_parts(graph.values(), Path(pipeline.root))
     read_first_documents(pipeline)
     refuse_too_few_documents(pipeline)
     machine = planned_machine(gpu) if gpu else find_accelerator()

@@ -1,1 +1,1 @@
-"""What a pipeline is: the schema of its YAML file, how it is loaded, and the graph of tasks derived from it."""
+"""What users write: the schema of a pipeline's YAML file and of a site profile, and how both are loaded."""

@@ -1,13 +1,13 @@
 """From a YAML file to a validated `Pipeline`.
 
-In this order: `extends` (the config is laid over another one), dotted overrides from the command line, `defaults` by stage
-kind, model presets by name, validation. What comes out is resolved: writing it down and loading it again gives the same.
+In this order: `extends` (the config is merged over another one), dotted overrides from the command line, `defaults` by stage
+kind, model presets by name, validation. The result is resolved: dumped and loaded again it is the same.
 """
 
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,23 +18,25 @@ from megatron_specialm.config.explain import did_you_mean, explain
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
-from megatron_specialm.config.yaml_file import MOST_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
+from megatron_specialm.config.trainings import settings_of_other_data
+from megatron_specialm.config.yaml_file import MAX_LEVELS, Room, dump_yaml, read_yaml, read_yaml_file, shorten
 
 PACKAGE = Path(megatron_specialm.__file__).parent
-MOST_CONFIGS = 20  # that extend each other
+MAX_CONFIGS = 20  # in a chain of `extends`
 
 
-def _by_kind(union: Any) -> dict[str, type[BaseModel]]:
-    """The classes of a discriminated union by their `kind`."""
-    return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(union)[0])}
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that a field of this type may hold, behind unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in _classes(part)]
 
 
-KINDS = _by_kind(schema.Stage)
-ENCODERS = _by_kind(schema.Encoder)
+KINDS = list(dict.fromkeys(get_args(cls.model_fields["kind"].annotation)[0] for cls in _classes(schema.Stage)))
 
 
 def shipped_folder(name: str) -> Path:
-    """A folder that comes with the code: inside the package in a wheel, at the top of the repository in a checkout."""
+    """A folder that is shipped with the code: inside the package in a wheel, at the top of the repository in a checkout."""
     packaged = PACKAGE / "shipped" / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name
 
@@ -61,7 +63,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 
 def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
-    """Resolve and validate what a config's file and overrides have given; see `load_pipeline`."""
+    """Resolve and validate a config that was read from its file and overridden; see `load_pipeline`."""
     defaults = config.pop("defaults", None) or {}
     if not isinstance(defaults, dict):
         raise ConfigError(
@@ -82,23 +84,25 @@ def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
 
 
 def dump_pipeline(pipeline: Pipeline) -> str:
-    """The resolved config as YAML: what a run folder keeps, and what jobs run from."""
+    """The resolved config as YAML, as a run folder keeps it and jobs read it."""
     return dump_yaml(pipeline.model_dump(mode="json"))
 
 
 def read_config(path: Path, seen: tuple[Path, ...] = (), room: Room | None = None) -> dict[str, Any]:
-    """Read a config and lay it over the config it extends (a path relative to its own folder).
+    """Read a config and merge it over the one that it extends (a path relative to its own folder).
+
+    Args:
+        seen: the configs that led here by `extends`.
+        room: how much may still be read.
 
     Raises:
-        ConfigError: a file that is missing or is not YAML, a key that stands twice, or a circle of configs, or a long row.
+        ConfigError: a file is missing or not YAML, has a key twice, or the chain of `extends` is a circle or too long.
     """
     place, room = Path(os.path.realpath(path)), room or Room()
     if place in seen:
         raise ConfigError(f"{path}: extends itself: {' -> '.join(map(str, (*seen, place)))}")
-    if len(seen) == MOST_CONFIGS:
-        raise ConfigError(
-            f"{seen[0]}: extends more than {MOST_CONFIGS - 1} configs one after the other: join some of them"
-        )
+    if len(seen) == MAX_CONFIGS:
+        raise ConfigError(f"{seen[0]}: extends a chain of more than {MAX_CONFIGS - 1} configs: join some of them")
     try:
         config = read_yaml_file(path, room)
     except FileNotFoundError:
@@ -116,7 +120,7 @@ def read_config(path: Path, seen: tuple[Path, ...] = (), room: Room | None = Non
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """Lay one mapping over another; anything but two mappings is replaced. A null takes a key out."""
+    """Merge two mappings, `over` winning; any other value is replaced. A null removes a key of `base`."""
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
         return over
     merged = {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
@@ -130,8 +134,8 @@ def _apply_override(config: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{where}: write KEY=VALUE with a dotted key, as in stages.slm.steps=100")
     value = read_yaml(text, where=where)
     *parents, last = key.split(".")
-    if len(parents) > MOST_LEVELS:
-        raise ConfigError(f"{where}: more than {MOST_LEVELS} dots: no setting stands so deep")
+    if len(parents) > MAX_LEVELS:
+        raise ConfigError(f"{where}: more than {MAX_LEVELS} dots: no setting is nested so deep")
     place = config
     for depth, part in enumerate(parents):
         place = place.setdefault(part, {})
@@ -144,24 +148,25 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
     if not isinstance(stage, dict):
         raise ConfigError(f"{path}: stages.{name}: must be a mapping with a `kind`, found {stage!r}")
     kind = stage.get("kind")
-    if kind is None:  # mostly an override of a stage whose name is mistyped
+    if kind is None:  # often an override of a stage whose name is mistyped
         raise ConfigError(
             f"{path}: stages.{name}: has no `kind`{did_you_mean(name, sorted(others))}; kinds: {', '.join(KINDS)}"
         )
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(
-            f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), list(KINDS))}"
-        )
-    own = _without_inherited_shape(defaults.get(kind) or {}, stage)
-    stage = _merge(own, stage)
+        raise ConfigError(f"{path}: stages.{name}.kind: {kind!r} is not a stage kind{did_you_mean(str(kind), KINDS)}")
+    stage = _merge(_defaults_for(stage, defaults.get(kind) or {}), stage)
     if isinstance(stage.get("model"), str):
         stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
     return stage
 
 
-def _without_inherited_shape(defaults: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
-    """A default `model` is for stages that start from random weights: one with `init` takes its shape from there."""
-    return {key: value for key, value in defaults.items() if not (key == "model" and "init" in stage)}
+def _defaults_for(stage: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of its kind that a stage takes: none that go with another `data`, and no `model` where it has `init`, from
+    which it takes its shape."""
+    others = settings_of_other_data({**defaults, **stage}.get("data")) if stage["kind"] == "train" else set()
+    return {
+        key: value for key, value in defaults.items() if key not in others and not (key == "model" and "init" in stage)
+    }
 
 
 def _preset(where: str, config: Path, name: str) -> Any:
@@ -175,51 +180,48 @@ def _preset(where: str, config: Path, name: str) -> Any:
 
 
 def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
-    known = list(KINDS)
     for kind, settings in defaults.items():
-        if kind not in known:
-            raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, known)}; known: {', '.join(known)}")
+        if kind not in KINDS:
+            raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, KINDS)}; known: {', '.join(KINDS)}")
         if not isinstance(settings, dict | None):
             raise ConfigError(f"{where}.{kind}: must be settings of such stages, as in {{...: ...}} (got {settings!r})")
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
-    """The dotted key as it stands in the config."""
-    tags = {*KINDS, *ENCODERS, ONE_RATE, SEVERAL_RATES}
-    return ".".join(
-        str(part)
-        for index, part in enumerate(location)
-        if not (index and part in tags and index == _tag_index(location, index))
-    )
-
-
-def _tag_index(location: tuple[int | str, ...], index: int) -> int:
-    """pydantic puts a union's tag into the location, right behind the stage's name, `encoder` or `learning_rate`: it is no key
-    of the config."""
-    behind_stage = index == 2 and location[0] == "stages"
-    behind_union = location[index - 1] in ("encoder", "learning_rate")
-    return index if behind_stage or behind_union else -1
+    """The dotted key of the config."""
+    return ".".join(str(part) for part in _walk(location)[0])
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the mapping around a location's last part takes."""
-    current: type[BaseModel] | None = Pipeline
-    for part in location[:-1]:
-        if part in KINDS and current is Pipeline:
-            current = KINDS[str(part)]
-            continue
-        if current is None or part not in current.model_fields:
-            continue
-        found = _settings_class(current.model_fields[str(part)].annotation)
-        current = found or (None if part == "encoder" else current)
-    if "encoder" in location[:-1]:
-        current = ENCODERS[str(location[list(location).index("encoder") + 1])]
-    elif current is TextSet:
-        return [*TextSet.model_fields, *(["sizes"] if "domains" in location else [])]
-    return list(current.model_fields) if current else []
+    classes = _walk(location[:-1])[1]
+    names = dict.fromkeys(name for cls in classes for name in cls.model_fields)
+    return [*names, *(["sizes"] if TextSet in classes and "domains" in location else [])]
 
 
-def _settings_class(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((arg for arg in get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[BaseModel]]]:
+    """The parts of a pydantic location that are keys of the config, and the classes that the value there may be of. Where there
+    are several, the next part is the tag of a union, which chooses among them."""
+    keys: list[int | str] = []
+    classes: list[type[BaseModel]] = [Pipeline]
+    inside = False  # a mapping or list of settings, of which the next part is a key or index
+    for part in location:
+        if inside:
+            keys.append(part)
+            inside = False
+        elif tagged := [cls for cls in classes if len(classes) > 1 and part in _tags(cls)]:
+            classes = tagged
+        elif part not in (ONE_RATE, SEVERAL_RATES):
+            keys.append(part)
+            found = (cls.model_fields[str(part)].annotation for cls in classes if part in cls.model_fields)
+            annotation = next(found, None)
+            classes, inside = _classes(annotation), get_origin(annotation) in (dict, list)
+    return keys, classes
+
+
+def _tags(cls: type[BaseModel]) -> set[str]:
+    """What a union may tell a class by: the values of its fields that can have one value only."""
+    fields = [
+        get_args(field.annotation) for field in cls.model_fields.values() if get_origin(field.annotation) is Literal
+    ]
+    return {values[0] for values in fields if len(values) == 1}

@@ -1,4 +1,4 @@
-"""Model shapes, and what they cost: parameters and floating-point operations by arithmetic, without torch.
+"""Model shapes, with their numbers of parameters and floating-point operations. No torch.
 
 Legend: L layers, H hidden size, F feed-forward size, A attention heads, G query groups, D = H / A head size,
 V vocabulary, T context length.
@@ -16,11 +16,11 @@ from megatron_specialm.config.precision import LINEARS, Linear
 class Projection(Settings):
     """SLM-pn (Grangier et al., arXiv 2402.01093, section 2): the feed-forward linears of expert i in layer l are
     `W(l,i) = sum_r (E[i] M(l))[r] T(l)[r]`, with codes E (experts, code_size), M(l) (code_size, capacity) and T(l)
-    (capacity, out, in). All else is shared by the experts."""
+    (capacity, out, in). All other weights are common to the experts."""
 
-    experts: PositiveInt = Field(description="k: the number of clusters")
+    experts: PositiveInt = Field(description="k: the number of experts, one per cluster")
     capacity: PositiveInt = Field(description="h: matrices per linear that experts are combined from")
-    code_size: PositiveInt = Field(description="m: numbers that tell an expert from the others")
+    code_size: PositiveInt = Field(description="m: the length of an expert's code")
 
 
 class LowRank(Settings):
@@ -33,7 +33,7 @@ class LowRank(Settings):
 
     @property
     def factor(self) -> float:
-        """What B A counts."""
+        """The factor of B A."""
         return (self.alpha or self.rank) / self.rank
 
 
@@ -83,8 +83,8 @@ class ModelConfig(Settings):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_its_own(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A description names the activation of a neox model; a llama has no such setting."""
+    def _without_activation_of_llama(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A llama has no setting `activation`."""
         values: dict[str, Any] = whole(self)
         if self.family == "llama":
             values.pop("activation", None)
@@ -92,12 +92,12 @@ class ModelConfig(Settings):
 
     @property
     def plain(self) -> "ModelConfig":
-        """The shape of what is served: one expert, adapters merged."""
+        """The shape of one ordinary model: one expert, adapters merged."""
         return self.model_copy(update={"projection": None, "lora": None})
 
     @property
     def activation_name(self) -> str:
-        """The feed-forward part's activation, for a reader."""
+        """The activation of the feed-forward part, in words."""
         if self.family == "llama":
             return "SwiGLU"
         return "exact GELU" if self.activation == "gelu" else "GELU by its tanh approximation"
@@ -109,16 +109,16 @@ class ModelConfig(Settings):
 
     @property
     def head_size(self) -> int:
-        """D."""
+        """D: the size of a head."""
         return self.hidden_size // self.attention_heads
 
     @property
     def qkv_size(self) -> int:
-        """Rows of the matrix that makes queries, keys and values."""
+        """Rows of the matrix that computes queries, keys and values."""
         return self.head_size * (self.attention_heads + 2 * self.kv_heads)
 
     def linear_parameters(self) -> int:
-        """Weights of the linears of all layers, biases and norms left out: 2 FLOPs each per token and forward pass."""
+        """Weights of the linears of all layers, without biases and norms: 2 FLOPs each per token and forward pass."""
         attention = self.hidden_size * self.head_size * (2 * self.attention_heads + 2 * self.kv_heads)
         feed_forward = self.hidden_size * self.ffn_hidden_size * (3 if self.family == "llama" else 2)
         return self.layers * (attention + feed_forward)
@@ -134,7 +134,7 @@ class ModelConfig(Settings):
         }
 
     def trained_parameters(self, vocabulary_size: int) -> int:
-        """The parameters that an optimizer step changes: of a projected model all its matrices, of LoRA the adapters."""
+        """The number of parameters that an optimizer step changes: all matrices of a projected model, the adapters of LoRA."""
         sizes = self.linear_sizes()
         if self.lora is not None:
             return self.layers * sum(self.lora.rank * sum(sizes[name]) for name in self.lora.linears)
@@ -146,19 +146,19 @@ class ModelConfig(Settings):
         return shared + self.projection.capacity * one + codes
 
     def projection_flops(self, variants: int) -> int:
-        """FLOPs of a step of a projected network beside the model's own: so many experts are combined from `capacity`
-        matrices each, and their gradients return to the matrices and to the coefficients."""
+        """FLOPs of a step of a projected network beside those of the model: `variants` experts are combined from `capacity`
+        matrices each, and gradients flow back to the matrices and to the coefficients."""
         assert self.projection is not None
         return 6 * variants * self.projection.capacity * self.layers * self._feed_forward_parameters()
 
     def _feed_forward_parameters(self) -> int:
-        """Of one layer: what a projected model has `capacity` of."""
+        """Feed-forward parameters of one layer, of which a projected model has `capacity` times as many."""
         sizes = self.linear_sizes()
         biases = sizes["fc1"][0] + sizes["fc2"][0] if self.family == "neox" else 0
         return math.prod(sizes["fc1"]) + math.prod(sizes["fc2"]) + biases
 
     def parameters(self, vocabulary_size: int) -> int:
-        """All parameters, as exported: one expert, no vocabulary padding, tied embeddings counted once."""
+        """The number of parameters as exported: one expert, no vocabulary padding, tied embeddings counted once."""
         embeddings = vocabulary_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         if self.family == "llama":
             small = (2 * self.layers + 1) * self.hidden_size
@@ -174,7 +174,7 @@ class ModelConfig(Settings):
 
         Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
         that a causal mask leaves on average. Norms, activations and softmax are not counted, nor is recomputation, so
-        utilisation computed from it is of the model's own work (and below what counts the masked half would give).
+        utilisation computed from it (MFU) is lower than with counts that include the masked half.
         """
         linears = 2 * (self.linear_parameters() + vocabulary_size * self.hidden_size)
         return linears + 2 * self.layers * self.hidden_size * context_length

@@ -1,4 +1,4 @@
-"""How a training is spread over processes. It does not change what is computed, so it is no part of a digest."""
+"""How a training is distributed over processes. The layout does not change the result, so it is not part of a digest."""
 
 import math
 from typing import Literal, Self
@@ -12,21 +12,24 @@ from megatron_specialm.config.model import ModelConfig
 class ParallelConfig(Settings):
     """A layout: tensor x context x data x pipeline parallel processes, tensor ranks nearest to each other.
 
-    What a layout asks of the model, the batch and the machine is in `estimate/capabilities.py`.
+    `estimate/capabilities.py` has what a layout requires of the model, the batch and the machine.
     """
 
-    tensor_parallel: PositiveInt = Field(default=1, description="processes that share each matrix (TP)")
-    sequence_parallel: bool = Field(default=False, description="norms too are shared, by positions (SP); with TP only")
+    tensor_parallel: PositiveInt = Field(default=1, description="processes over which each matrix is split (TP)")
+    sequence_parallel: bool = Field(default=False, description="norms are split too, by positions (SP); with TP only")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
     virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
-    context_parallel: PositiveInt = Field(default=1, description="processes that share each sequence (CP)")
-    data_parallel: PositiveInt = Field(default=1, description="copies that share each global batch (DP)")
-    distributed_optimizer: bool = Field(default=False, description="the copies share the optimizer's state (ZeRO-1)")
+    context_parallel: PositiveInt = Field(default=1, description="processes over which each sequence is split (CP)")
+    data_parallel: PositiveInt = Field(default=1, description="copies over which each global batch is split (DP)")
+    distributed_optimizer: bool = Field(
+        default=False, description="the optimizer's state is split over the copies (ZeRO-1)"
+    )
     overlap_communication: bool = Field(
-        default=False, description="gradients are reduced, and parameters gathered, while others are computed"
+        default=False, description="reduce gradients and gather parameters during computation"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="in the backward pass: nothing; the feed-forward parts; whole layers"
+        default="none",
+        description="activations recomputed in the backward pass: none, those of the feed-forward parts, those of whole layers",
     )
 
     @model_validator(mode="after")
@@ -44,12 +47,12 @@ class ParallelConfig(Settings):
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """The number of processes."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
     def chunks(self) -> int:
-        """Runs of consecutive layers that the model is cut into."""
+        """The number of groups of consecutive layers that the model is split into."""
         return self.pipeline_parallel * self.virtual_pipeline
 
     def describe(self) -> str:
@@ -64,7 +67,7 @@ class ParallelConfig(Settings):
         return " ".join(parts) or "1 process"
 
 
-VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
+VOCABULARY_MULTIPLE = 128  # of rows of the embedding in memory, for the tiles of matrix kernels
 
 
 def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:
@@ -74,14 +77,14 @@ def padded_vocabulary(vocabulary_size: int, *, tensor_parallel: int) -> int:
 
 
 def split_layers(model: ModelConfig, vocabulary_size: int, chunks: int) -> list[int]:
-    """How many layers each chunk gets, first to last: as even as whole layers allow when the last one's output layer,
-    for a small model worth several layers, is counted with it. Every chunk gets at least one.
+    """The number of layers of each chunk, first to last: as even as whole layers allow, where the output layer, which in a
+    small model costs as much as several layers, counts for the last chunk. Every chunk gets at least one layer.
 
     Raises:
         ValueError: there are fewer layers than chunks.
     """
     if model.layers < chunks:
-        raise ValueError(f"{model.layers} layers cannot be cut into {chunks} chunks")
+        raise ValueError(f"{model.layers} layers cannot be split into {chunks} chunks")
     output = vocabulary_size * model.hidden_size * model.layers / model.linear_parameters()  # in layers
     counts = [1] * chunks
     for _ in range(model.layers - chunks):

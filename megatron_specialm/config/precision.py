@@ -1,6 +1,6 @@
-"""Number formats of a training: what they are called in Megatron-Core, and what FP8 asks of machine and model.
+"""Number formats of a training, and their names in Megatron-Core.
 
-Under FP8 the layers' linears multiply FP8 numbers. Weights, gradients, norms, attention and the output layer stay bf16,
+With FP8 the linears of the layers multiply FP8 numbers. Weights, gradients, norms, attention and the output layer stay bf16,
 the optimizer's copies of the weights fp32.
 """
 
@@ -16,10 +16,10 @@ LINEARS: tuple[Linear, ...] = ("qkv", "proj", "fc1", "fc2")
 
 
 class Fp8Config(Settings):
-    """How numbers are scaled into FP8's narrow range, and which layers are left out.
+    """How numbers are scaled into the narrow range of FP8, and which layers stay bf16.
 
-    `tensorwise`: each tensor by its present maximum. `delayed`: by the maximum of the last 1,024 steps, which saves a
-    pass over the tensor; this history is no part of a checkpoint. `blockwise`: each 128 numbers (128 x 128 of a weight)
+    `tensorwise`: each tensor by its current maximum. `delayed`: by the maximum of the last 1,024 steps, which saves a
+    pass over the tensor; this history is not part of a checkpoint. `blockwise`: each 128 numbers (128 x 128 of a weight)
     by their own maximum.
     """
 
@@ -33,14 +33,14 @@ class Fp8Config(Settings):
         strict=False,
         description="those in FP8, the others bf16: `specialm tune-precision` finds them",
     )
-    bf16_first_layers: NonNegativeInt = Field(default=0, description="so many first layers stay bf16")
-    bf16_last_layers: NonNegativeInt = Field(default=0, description="so many last layers stay bf16")
+    bf16_first_layers: NonNegativeInt = Field(default=0, description="number of first layers that stay bf16")
+    bf16_last_layers: NonNegativeInt = Field(default=0, description="number of last layers that stay bf16")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.recipe == "delayed" and (self.bf16_layers or len(set(self.linears)) < len(LINEARS)):
             raise ValueError(
-                f"recipe delayed takes all layers and linears, and linears is {list(self.linears)}, bf16_first_layers "
+                f"recipe delayed goes with all layers and linears, and linears is {list(self.linears)}, bf16_first_layers "
                 f"{self.bf16_first_layers}, bf16_last_layers {self.bf16_last_layers}: leave them out, or use "
                 "recipe: tensorwise"
             )
@@ -48,7 +48,7 @@ class Fp8Config(Settings):
 
     @property
     def bf16_layers(self) -> int:
-        """How many layers stay bf16."""
+        """The number of layers that stay bf16."""
         return self.bf16_first_layers + self.bf16_last_layers
 
 
@@ -61,7 +61,7 @@ def megatron_settings(precision: Precision, fp8: Fp8Config | None) -> dict[str, 
         "bf16": True,
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
-        # Transformer Engine's own defaults. Megatron-Core's look one step back only.
+        # Transformer Engine's defaults. Those of Megatron-Core keep a history of one step only.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": fp8.bf16_layers > 0,

@@ -22,7 +22,7 @@ def learning_rate(step: int, *, peak: float, steps: int, schedule: Schedule) -> 
 
 
 def decay_start(*, steps: int, schedule: Schedule) -> int:
-    """The first step (0-based) at which the rate falls; `steps` where it does not."""
+    """The first step (0-based) at which the rate decays; `steps` where it never does."""
     if schedule.kind == "constant":
         return steps
     if schedule.kind == "wsd":
@@ -31,15 +31,15 @@ def decay_start(*, steps: int, schedule: Schedule) -> int:
 
 
 def step_to_keep(settings: TrainStage) -> int | None:
-    """The step whose checkpoint a training keeps beside its last ones, so that a longer training can go on from it: of `wsd`
-    the last one before the decay. None where there is no such step, or where the last one serves."""
+    """The step whose checkpoint a training keeps beside its last ones, so that a longer training can continue from it: with
+    `wsd` the last one before the decay. None where there is no such step, or where the last checkpoint serves."""
     if settings.schedule.kind != "wsd":
         return None
     return decay_start(steps=settings.steps, schedule=settings.schedule) or None
 
 
 def steps_at_same_rates(one: TrainStage, other: TrainStage, *, most: int) -> int:
-    """How many steps two trainings begin with at exactly the same learning rates, up to `most`."""
+    """The number of first steps that two trainings make at exactly the same learning rates, at most `most`."""
     rates = ((_rate(one, step), _rate(other, step)) for step in range(most))
     return next((step for step, (ours, theirs) in enumerate(rates) if ours != theirs), most)
 

@@ -1,7 +1,8 @@
-"""The schema of a pipeline's YAML file. Each class is one mapping of the config; the field's description is its manual.
+"""The schema of a pipeline's YAML file. Each class is one mapping of the config; descriptions of fields are the reference
+manual.
 
-A stage names the stages it reads in its own fields (`tokens: tokens`, `init: slm`), and the graph follows from them
-(`graph/tasks.py`). What a stage is *for* (one run for everybody, or one per domain) follows from its `data`.
+A stage names the stages that it reads in its own fields (`tokens: tokens`, `init: slm`); the graph follows from these
+(`graph/build.py`). Train stages are in `config/training.py` and `config/trainings.py`.
 """
 
 import re
@@ -19,9 +20,11 @@ from pydantic import (
 
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.text import Text
-from megatron_specialm.config.training import Optimizer, TrainStage
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.config.trainings import Training
 
-RESERVED = ("artifacts", "figures", "jobs", "parity", "submission")  # other folders of a run, and a file of `jobs/0001`
+# Names of other folders of a run folder, and of a file in `jobs/0001`.
+RESERVED = ("artifacts", "figures", "jobs", "parity", "submission")
 
 
 # --- preparing text ---------------------------------------------------------------------------------------------------
@@ -35,18 +38,18 @@ class TokenizerStage(Settings):
     vocabulary_size: PositiveInt = 32_000
     algorithm: Literal["unigram", "bpe"] = "bpe"
     sample_characters: PositiveInt = Field(
-        default=20_000_000, description="to train on, spread over the set or over its files"
+        default=20_000_000, description="characters to train on, spread over the set or over its files"
     )
 
 
 class TokenizeStage(Settings):
-    """Documents -> windows of at most `context_length` tokens -> token store, per set."""
+    """For each set of text: documents -> windows of at most `context_length` tokens -> token store."""
 
     kind: Literal["tokenize"]
     tokenizer: str
     context_length: PositiveInt = 1024
-    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents")
-    workers: PositiveInt | None = Field(default=None, description="processes; default: this task's cores")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents is held out")
+    workers: PositiveInt | None = Field(default=None, description="processes; default: the cores of the task")
 
 
 class TfidfEncoder(Settings):
@@ -75,7 +78,8 @@ class SentenceBertEncoder(Settings):
     batch_size: PositiveInt = 64
     chunk_words: PositiveInt = Field(
         default=180,
-        description="windows are cut so, and further where the model would still cut text off; their embeddings are averaged",
+        description="windows are split into chunks of this many words, and further where the model would truncate them; their "
+        "embeddings are averaged",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -84,7 +88,7 @@ Encoder = Annotated[TfidfEncoder | StaticEncoder | SentenceBertEncoder, Field(di
 
 
 class EmbedStage(Settings):
-    """Windows -> one vector each, per set."""
+    """For each set of text: windows -> one vector each."""
 
     kind: Literal["embed"]
     tokens: str
@@ -100,12 +104,12 @@ class ClusterStage(Settings):
     iterations: PositiveInt = 20
     sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, drawn without replacement")
     processes: PositiveInt = Field(
-        default=1, description="MPI ranks to fit on, in a job; the result does not depend on it"
+        default=1, description="MPI ranks to fit on, in a Slurm job; the result does not depend on it"
     )
 
 
 class AssignStage(Settings):
-    """Each window's nearest centroid, and each set's cluster histogram."""
+    """For each set of text: the nearest centroid of each window, and the cluster histogram of the set."""
 
     kind: Literal["assign"]
     clusters: str
@@ -116,18 +120,18 @@ class AssignStage(Settings):
 
 
 class Trial(Settings):
-    """The fine-tuning by which experts are told apart: on one process, at a constant learning rate."""
+    """The fine-tuning by which experts are compared: on one process, at a constant learning rate."""
 
     steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 8
     optimizer: Optimizer = Optimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
-    evaluate_every: PositiveInt = Field(default=10, description="steps; the best validation loss counts")
+    evaluate_every: PositiveInt = Field(default=10, description="steps between validations; the best loss counts")
 
 
 class SelectStage(Settings):
-    """One expert of a mixture or of a projected network, for each domain, as an ordinary model.
+    """For each domain one expert of a mixture or of a projected network, as an ordinary model.
 
     `by`: `frequency`, the domain's most frequent cluster; `loss`, the lowest loss on a sample of its training windows;
     `finetuned`, the lowest validation loss after all were fine-tuned; `halving`, fine-tune all briefly, keep the better
@@ -144,7 +148,7 @@ class SelectStage(Settings):
     trial: Trial | None = Field(default=None, description="for `finetuned` and `halving`: how each expert is tried")
     compare: list[Literal["loss", "finetuned", "halving"]] = Field(
         default=[],
-        description="criteria to rank by as well, for the table; they decide nothing: their cost is told apart",
+        description="criteria to rank by in addition, for the table only; their cost is reported apart",
     )
     method: str | None = Field(default=None, description="the name in tables; default: that of `experts`")
 
@@ -156,14 +160,14 @@ class SelectStage(Settings):
 
     @property
     def tries_experts(self) -> bool:
-        """Whether experts are fine-tuned, and told apart by their validation losses."""
+        """Whether experts are fine-tuned and compared by their validation losses."""
         return not {self.by, *self.compare}.isdisjoint(("finetuned", "halving"))
 
 
 class TeachStage(Settings):
-    """A teacher's next-token distributions on every training window of a domain, for its students to read.
+    """For each domain a teacher's next-token distributions on every training window, for students to read.
 
-    `exact`: all log-probabilities. `top-k`: the `count` largest and the rest's mass as one event; biased. `sampled`:
+    `exact`: all log-probabilities. `top-k`: the `count` largest, and the remaining mass as one event; biased. `sampled`:
     `count` draws per token, unbiased (arXiv 2503.16870), and the same in every epoch: the marker's `gradient_noise`, which
     falls as 1 / `count`, does not average out.
     """
@@ -172,7 +176,7 @@ class TeachStage(Settings):
     teacher: str = Field(description="a train stage")
     tokens: str
     keep: Literal["exact", "top-k", "sampled"] = "sampled"
-    count: PositiveInt | None = Field(default=None, description="of `top-k` and `sampled`: numbers kept per token")
+    count: PositiveInt | None = Field(default=None, description="of `top-k` and `sampled`: entries kept per token")
     temperature: PositiveFloat = 1.0
     batch_size: PositiveInt = 32
 
@@ -187,7 +191,7 @@ class TeachStage(Settings):
 
 
 class EvaluateStage(Settings):
-    """Perplexity on held-out documents: of shared models on every set, of a domain's models on that domain."""
+    """Perplexity on held-out documents: of models for all domains on every set, of a domain's models on that domain."""
 
     kind: Literal["evaluate"]
     tokens: str
@@ -197,7 +201,7 @@ class EvaluateStage(Settings):
 
 
 class ExportStage(Settings):
-    """A Hugging Face folder per model, its logits compared with ours before it counts."""
+    """A Hugging Face folder per model. It counts as done when Transformers computes our logits from it."""
 
     kind: Literal["export"]
     tokens: str
@@ -211,7 +215,7 @@ Stage = Annotated[
     | EmbedStage
     | ClusterStage
     | AssignStage
-    | TrainStage
+    | Training
     | SelectStage
     | TeachStage
     | EvaluateStage
@@ -221,16 +225,16 @@ Stage = Annotated[
 
 
 class Local(Settings):
-    """How `specialm run` uses this machine. No part of any digest."""
+    """How `specialm run` uses this machine. Not part of any digest."""
 
     parallel_tasks: PositiveInt | None = Field(
-        default=None, description="tasks at a time; default: GPUs, else cores / threads"
+        default=None, description="tasks at the same time; default: number of GPUs, else cores / threads"
     )
     threads: PositiveInt = Field(default=1, description="CPU threads per process")
 
 
 class Pipeline(Settings):
-    """One YAML file: which text, which stages, in which folder."""
+    """One pipeline: its text, its stages, its run folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     root: PathText = Field(description="the run folder, relative to the working directory")
@@ -238,17 +242,17 @@ class Pipeline(Settings):
     training_seed: NonNegativeInt | None = Field(
         default=None,
         le=2**32 - 1,
-        description="of first weights, the order of training data and a teacher's draws alone: text, vectors and clusters stay "
-        "those of `seed`, which is the default",
+        description="of initial weights, the order of training data and a teacher's samples only; text, vectors and clusters "
+        "follow `seed`, which is the default",
     )
     reuse: list[PathText] = Field(
         default=[],
-        description="other run folders: what is complete there for the same digest is taken over from them, not made again",
+        description="other run folders: an artifact that is complete there with the same digest is copied, not made again",
     )
     ask_above_device_hours: NonNegativeFloat = Field(
         default=1.0,
-        description="`run` and `submit` ask, or want `--yes`, before they make finished work anew that takes more (wall time "
-        "times processes). No part of any digest",
+        description="`run` and `submit` ask, or require `--yes`, before they redo finished work that takes more (wall time "
+        "times processes). Not part of any digest",
     )
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)
@@ -271,5 +275,5 @@ class Pipeline(Settings):
 
     @property
     def seed_of_training(self) -> int:
-        """The seed of all that trains or is drawn for trainings; `seed` is that of text, vectors and clusters."""
+        """The seed of everything that trains or is drawn for trainings; `seed` is for text, vectors and clusters."""
         return self.seed if self.training_seed is None else self.training_seed

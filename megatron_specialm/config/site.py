@@ -1,7 +1,7 @@
-"""A site's profile: how the jobs of any pipeline are submitted and run on one cluster. No part of any digest.
+"""A site profile: how the jobs of any pipeline are submitted and run on one cluster. Not part of any digest.
 
-What ends up in a `#SBATCH` line is a `Word`, which cannot end the line or be taken for another option; everything else is
-quoted where the script is rendered. A type has one pattern: of two that stand in each other, pydantic keeps the outer one.
+Text for a `#SBATCH` line is a `Word`, which cannot end the line or be read as another option; all other text is quoted when the
+script is rendered. A type has one pattern only: of two nested ones pydantic keeps the outer one.
 """
 
 import re
@@ -28,7 +28,8 @@ Duration = Annotated[
 
 
 def seconds_of(duration: str) -> int:
-    """What Slurm takes a duration for: `5` are minutes, `5:30` minutes and seconds, `1-12` days and hours. 0 is no limit."""
+    """A duration as Slurm reads it, in seconds: `5` is minutes, `5:30` minutes and seconds, `1-12` days and hours. 0: no
+    limit."""
     days, dash, clock = duration.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if not dash and len(parts) < 3:
@@ -38,72 +39,81 @@ def seconds_of(duration: str) -> int:
 
 
 class Resources(Settings):
-    """What a job of some stage asks Slurm for. A value that is not given is that of `default`."""
+    """The resources that a stage's jobs request from Slurm. Values that are not given are those of `default`."""
 
     time: Duration = "04:00:00"
     cpus_per_process: PositiveInt = 1
     gpus_per_process: NonNegativeInt = 0
-    processes_per_node: PositiveInt = Field(default=8, description="ranks of a training that share a node")
+    processes_per_node: PositiveInt = Field(default=8, description="ranks of a training per node")
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(default=None, description="per node, as 64G")
-    concurrency: PositiveInt = Field(default=16, description="tasks of an array that run at a time")
-    tasks_per_job: PositiveInt = Field(default=1, description="short tasks that one job does after each other")
+    concurrency: PositiveInt = Field(default=16, description="tasks of an array that run at the same time")
+    tasks_per_job: PositiveInt = Field(default=1, description="short tasks that one job runs one after the other")
     account: Word | None = None
     partition: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
     reservation: Word | None = None
-    options: list[Option] = Field(default=[], description="more options of sbatch")
+    options: list[Option] = Field(default=[], description="other options of sbatch")
 
 
 class Container(Settings):
-    """The image that the ranks run in; the supervisor beside them runs on the node itself."""
+    """The image that ranks run in. The job's supervisor runs on the node itself."""
 
     runtime: Literal["pyxis", "apptainer"]
     image: PathText
     python: str = Field(default="python3", description="the interpreter inside")
     mounts: list[Annotated[PathText, Field(pattern=r"^[^,]+$")]] = Field(
-        default=[], description="FROM:TO; the working directory and the run folder always are"
+        default=[], description="FROM:TO, in addition to the working directory and the run folder"
     )
 
 
 class Limits(Settings):
-    """When a job is taken to be in trouble, and how often it may start again."""
+    """When a job is considered stalled or failed, and how often it may be queued again."""
 
     warning_seconds: PositiveInt = Field(default=300, description="before the time limit: save and queue again")
     heartbeat_seconds: PositiveFloat = 5
     silent_seconds: PositiveFloat = Field(
         default=60, description="without a heartbeat: the process or its node is lost"
     )
-    hang_seconds: PositiveFloat = Field(default=900, description="without a step, once training has begun")
-    startup_seconds: PositiveFloat = Field(default=1800, description="until all ranks speak, and until the first step")
-    stop_seconds: PositiveFloat = Field(default=240, description="for ranks to save when they are asked to stop")
-    timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may run into")
+    hang_seconds: PositiveFloat = Field(default=900, description="without a step, after the first one")
+    startup_seconds: PositiveFloat = Field(
+        default=1800, description="until the first heartbeat of all ranks, and until the first step"
+    )
+    stop_seconds: PositiveFloat = Field(
+        default=240, description="for ranks to save a checkpoint after a request to stop"
+    )
+    timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may reach")
     failures: NonNegativeInt = Field(
-        default=5, description="failures that come no further than those before; three at one step always end a job"
+        default=5, description="failures without progress since the one before; three at the same step always end a job"
     )
 
 
 class Preflight(Settings):
-    """The look at each node before ranks start there. A node that fails it is left out, and the job queued again."""
+    """The check of each node before ranks start there. A node that fails is excluded, and the job is queued again."""
 
     enabled: bool = True
-    seconds: PositiveFloat = Field(default=300, description="for a node to answer; torch comes from a cold filesystem")
-    slower_than: PositiveFloat = Field(default=2.0, description="times the median of the others: a slow node")
+    seconds: PositiveFloat = Field(
+        default=300, description="for a node to answer; torch may be read from a cold filesystem"
+    )
+    slower_than: PositiveFloat = Field(default=2.0, description="times the median of the other nodes is a slow node")
     free_disk: PositiveInt = Field(default=1 << 30, description="bytes free in the run folder")
-    clock_seconds: PositiveFloat = Field(default=5.0, description="by which a node's clock may differ from the first's")
+    clock_seconds: PositiveFloat = Field(
+        default=5.0, description="that a node's clock may differ from the first node's"
+    )
 
 
 class Site(Settings):
-    """A cluster."""
+    """The profile of a cluster."""
 
     template: PathText | None = Field(
-        default=None, description="the script's, a path from the profile's folder; default: slurm/stage.sbatch.template"
+        default=None,
+        description="of the job script, relative to the profile's folder; default: slurm/stage.sbatch.template",
     )
     launcher: Launcher = "srun"
     python: PathText | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
-    gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
+    gpu: str | None = Field(default=None, description="name of the GPUs, as H100: to estimate hours")
     modules: list[str] = Field(default=[], description="for `module load`")
-    environment: dict[str, str] = Field(default={}, description="of all jobs, as the fabric's variables")
+    environment: dict[str, str] = Field(default={}, description="variables of all jobs, as those of the network fabric")
     container: Container | None = None
     exclude: list[Word] = Field(default=[], description="nodes not to use")
     jobs: dict[str, Resources] = Field(default={}, description="`default`, a stage's kind or a stage's name")
@@ -115,7 +125,7 @@ class Site(Settings):
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+                raise ValueError(f"{name!r} is not a name for an environment variable")
         return value
 
     @field_validator("limits")
@@ -129,12 +139,12 @@ class Site(Settings):
             if 0 < seconds_of(resources.time) <= value.warning_seconds:
                 raise ValueError(
                     f"warning_seconds {value.warning_seconds} must be less than jobs.{name}.time {resources.time} "
-                    f"({seconds_of(resources.time)} s): the warning would come as a job begins"
+                    f"({seconds_of(resources.time)} s): the warning would come when a job begins"
                 )
         return value
 
     def resources(self, stage: str, kind: str) -> Resources:
-        """What a stage's jobs ask for: its own settings over those of its kind over the default."""
+        """The resources of a stage's jobs: its own settings over those of its kind over the default."""
         merged = Resources()
         for layer in (self.jobs[name] for name in ("default", kind, stage) if name in self.jobs):
             merged = merged.model_copy(update={field: getattr(layer, field) for field in layer.model_fields_set})
@@ -142,13 +152,13 @@ class Site(Settings):
 
 
 def find_profile(named: Path | None) -> Path:
-    """The profile that is named, or `slurm/site.yaml` where there is one, or the one that comes with the code."""
+    """The profile that is named, or `slurm/site.yaml` where it exists, or the shipped one."""
     here = Path("slurm/site.yaml")
     return named or (here if here.is_file() else shipped_folder("slurm") / here.name)
 
 
 def template_of(site: Site, profile: Path) -> Path:
-    """The script's template: the site's own, or the one that comes with the code."""
+    """The template of the job script: the site's own, or the shipped one."""
     return shipped_folder("slurm") / TEMPLATE if site.template is None else profile.parent / site.template
 
 
@@ -172,7 +182,7 @@ def load_site(path: Path) -> Site:
 
 
 def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
-    """What stands under `jobs` and says nothing for a config: meant for another one, or mistyped."""
+    """A warning for each entry of `jobs` that does not apply to a config: meant for another one, or mistyped."""
     known = ["default", *KINDS, *pipeline.stages]
     return [
         f"jobs.{name}: neither a kind of stage nor a stage of this config{did_you_mean(name, known)}"
@@ -182,12 +192,12 @@ def unknown_names(site: Site, pipeline: Pipeline) -> list[str]:
 
 
 def dump_site(site: Site) -> str:
-    """The profile as YAML: what a submission keeps and its jobs run from."""
+    """The profile as YAML, as a submission keeps it and its jobs read it."""
     return dump_yaml(site.model_dump(mode="json", exclude_unset=True))
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the mapping that a location's last part is in: a field's of the profile, or `jobs.NAME`."""
+    """The keys that are valid beside the last part of a location: of the profile, of one of its fields, or of `jobs.NAME`."""
     if len(location) == 1:
         return list(Site.model_fields)
     annotation = Site.model_fields[str(location[0])].annotation

@@ -11,17 +11,17 @@ GENERIC = "generic"  # the key of the generic set, and of tasks that serve every
 
 
 class ValidationFloor(Settings):
-    """What is validated on at least. Early stopping on less keeps weights by chance."""
+    """The least amount of held-out text to validate on. With less, early stopping selects weights by chance."""
 
     documents: PositiveInt = 4
     tokens: PositiveInt = 2_000
 
     def is_met(self, documents: int, tokens: int) -> bool:
-        """Whether so much is enough."""
+        """Whether this much text is enough."""
         return documents >= self.documents and tokens >= self.tokens
 
-    def share(self, shards: int) -> Self:
-        """Of each of so many shards, which meet the floor together."""
+    def per_shard(self, shards: int) -> Self:
+        """The floor of each shard, such that all `shards` meet this one together."""
         return self.model_copy(update={"documents": -(-self.documents // shards), "tokens": -(-self.tokens // shards)})
 
 
@@ -30,23 +30,24 @@ class TextSet(Settings):
 
     train: list[PathText] = Field(min_length=1)
     test: list[PathText] = Field(min_length=1)
-    validation: list[PathText] = Field(default=[], description="default: a share of the training documents is held out")
+    validation: list[PathText] = Field(default=[], description="default: a part of the training documents is held out")
     validation_floor: ValidationFloor = Field(
         default=ValidationFloor(),
-        description="of a small set more is held out until it is so much, up to half of the set; where a stage validates on "
-        "less, also of `validation` files, it is an error",
+        description="a small set holds out more documents until this much is reached, up to half of the set; where a stage "
+        "validates on less, also of `validation` files, it is an error",
     )
     text_field: str = Field(default="text", description="the key or column that holds a document's text")
     train_tokens: PositiveInt | None = Field(
-        default=None, description="train on the first documents that hold at most so many tokens; default: on all"
+        default=None,
+        description="train on the first documents, with at most this many tokens in total; default: on all",
     )
     shards: PositiveInt = Field(
         default=1,
         le=99_999,
-        description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
+        description="prepare the training files in this many shards; each is a task over a range of the files",
     )
     domain: str | None = Field(
-        default=None, description="the domain that this is a size of; set where the config says `sizes` of a domain"
+        default=None, description="the domain of which this is one size; set for a domain with `sizes`"
     )
 
     @field_validator("train", "test", "validation", mode="before")
@@ -58,8 +59,8 @@ class TextSet(Settings):
     def _one_way_to_cut(self) -> Self:
         if self.shards > 1 and self.train_tokens is not None:
             raise ValueError(
-                f"`shards: {self.shards}` with `train_tokens: {self.train_tokens}`: where a set of so many tokens ends is "
-                "known only when its documents are read in a row: leave one of them out"
+                f"`shards: {self.shards}` with `train_tokens: {self.train_tokens}`: where a set of that many tokens ends is "
+                "known only when its documents are read in order: leave one of them out"
             )
         return self
 
@@ -68,14 +69,14 @@ class Text(Settings):
     """The large generic set and the small domain sets.
 
     A domain with `sizes: [50_000, 1_000_000]` (training tokens) stands for one domain per size, `legal-50k` and
-    `legal-1m`, with the same test set; without `validation` files, what is held out is of the same size's
-    text, and of the text behind it where that is below the `validation_floor`.
+    `legal-1m`, with the same test set; without `validation` files, validation text is held out of the text of
+    that size, and of the text behind it where that is below the `validation_floor`.
     """
 
     generic: TextSet
     domains: dict[str, TextSet] = Field(min_length=1)
     made_by: str | None = Field(
-        default=None, description="the command that makes these files, to be named where one is missing; never run"
+        default=None, description="the command that makes these files, for the error where one is missing; never run"
     )
 
     @model_validator(mode="before")
@@ -104,7 +105,7 @@ class Text(Settings):
 
 
 def _sizes(name: str, files: dict[str, Any]) -> dict[str, Any]:
-    """The domains that a domain with `sizes` stands for, by their names."""
+    """The domains, by name, that a domain with `sizes` stands for."""
     sizes = files["sizes"]
     valid = isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes)
     if not valid or len(set(sizes)) < len(sizes) or files.keys() & {"train_tokens", "domain"}:
@@ -117,7 +118,7 @@ def _sizes(name: str, files: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_name(tokens: int) -> str:
-    """A number of tokens as in names and on axes, exact: 50k, 1m, or all its digits."""
+    """A number of tokens for names and axes, exactly: 50k, 1m, or all digits."""
     for unit, letter in ((1_000_000, "m"), (1_000, "k")):
         if tokens % unit == 0:
             return f"{tokens // unit}{letter}"

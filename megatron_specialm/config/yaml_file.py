@@ -1,12 +1,10 @@
-"""YAML as configs and site profiles have it: keys are text and stand once, values are plain, and what cannot be read is a
-`ConfigError`, whatever PyYAML raises.
+"""The YAML of configs and site profiles: keys are text and unique, values are plain, and every error is a `ConfigError`.
 
-YAML 1.1 takes unquoted text for other things: `24:00:00` for 86400, `010` for 8, `2024-01-01` for a date. None is ever meant
-in a config, so these are read as `Guessed`, which no setting takes. `1e-4`, which YAML 1.1 takes for text, is a
-number.
+YAML 1.1 converts some unquoted text: `24:00:00` to 86400, `010` to 8, `2024-01-01` to a date. In a config that is never meant,
+so these are read as `Guessed`, which no setting accepts. `1e-4`, which is text in YAML 1.1, is a number here.
 
-What is read is bounded, before it takes long: the bytes of a config and all that it extends, their values with aliases written
-out (ten lines of aliases of aliases, or of merges of merges, are 10^10), and how deep they stand inside each other.
+Sizes are limited before reading takes long: the bytes of a config and all that it extends, the number of values with aliases
+expanded (ten lines of aliases of aliases, or of merges of merges, are 10^10), and how deep values are nested.
 """
 
 import re
@@ -19,45 +17,45 @@ import yaml
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.regular import read_regular
 
-MOST_BYTES = 4 << 20  # the longest config we ship has 12 kB, and one may list the files of a corpus
-MOST_VALUES = 50_000  # PyYAML takes a second for them
-MOST_LEVELS = 50
-SHOWN, LONGEST = 200, 1000  # characters of a value in an error, and of an error
+MAX_BYTES = 4 << 20  # the longest shipped config has 12 kB, but a config may list the files of a corpus
+MAX_VALUES = 50_000  # PyYAML takes a second for them
+MAX_LEVELS = 50
+SHOWN, LONGEST = 200, 1000  # characters shown of a value in an error, and of a whole error
 INTEGERS = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True, repr=False)
 class Guessed:
-    """An unquoted scalar as it was written, what YAML takes it for, and what may be meant instead of that text. It is of no
-    type that a setting has."""
+    """An unquoted scalar that YAML 1.1 would convert: its text, what YAML reads it as, and another fix than quotes. No setting
+    has this type."""
 
     text: str
     guess: str
     otherwise: str = ""
 
     def __repr__(self) -> str:
-        """As it was written."""
+        """The text as written."""
         return self.text
 
     def __str__(self) -> str:
-        """What to do about it."""
+        """The problem and the fix."""
         fixes = ", or ".join(filter(None, (f'quote it, as "{self.text}"', self.otherwise)))
         return f"{self.text} without quotes is {self.guess} to YAML: {fixes}"
 
 
 @dataclass
 class Room:
-    """How much may still be read, of files that make up one config."""
+    """How much may still be read of the files that make up one config."""
 
-    bytes: int = MOST_BYTES
-    values: int = MOST_VALUES
+    bytes: int = MAX_BYTES
+    values: int = MAX_VALUES
 
 
 def read_yaml_file(path: Path, room: Room | None = None) -> Any:
     """Read a file.
 
     Args:
-        room: what those that are read for the same config share.
+        room: of all files of the config together; it is reduced by what is read.
 
     Raises:
         ConfigError: it cannot be read, is no regular file, is too large, or is not UTF-8 or YAML.
@@ -69,8 +67,8 @@ def read_yaml_file(path: Path, room: Room | None = None) -> Any:
     return read_yaml(text, where=str(path), room=room)
 
 
-def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
-    """The text of a config, or of another file that a config or a profile names. Raises as `read_yaml_file` does."""
+def read_text(path: Path, *, most_bytes: int = MAX_BYTES) -> str:
+    """The text of a config, or of another file that a config or a profile names. Raises like `read_yaml_file`."""
     try:
         return read_regular(path, most_bytes=most_bytes).decode()
     except FileNotFoundError:
@@ -85,49 +83,49 @@ def read_yaml(text: str, *, where: str, room: Room | None = None) -> Any:
     """Read one document.
 
     Raises:
-        ConfigError: it is not YAML, or none that a config can be: see the module.
+        ConfigError: it is not YAML, or not as this module's docstring says.
     """
     try:
         return _unshared(_Loader(text, room or Room()).get_single_data())
-    except Exception as error:  # what constructors raise for a bad value: ValueError, KeyError, IndexError ...
+    except Exception as error:  # constructors raise ValueError, KeyError, IndexError ... for bad values
         raise ConfigError(f"{where}: not valid YAML: {str(error)[:LONGEST]}") from None
 
 
 def dump_yaml(value: Any) -> str:
-    """Plain values as YAML that `read_yaml` reads as the same."""
+    """Plain values as YAML, which `read_yaml` reads back as the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """As the module says."""
+    """Reads YAML as this module's docstring says."""
 
     def __init__(self, text: str, room: Room) -> None:
         super().__init__(text)
         self._room, self._level = room, 0
-        self._values: dict[yaml.Node, int] = {}  # in each whole node, with its aliases written out
+        self._values: dict[yaml.Node, int] = {}  # per composed node, with its aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Count before anything is built: an alias is as many values as what it stands for."""
+        """Count before anything is built: an alias counts as many values as the node that it refers to."""
         left, start = self._room.values, self.peek_event()
         self._level += 1
-        if self._level > MOST_LEVELS:
-            raise _problem(f"values stand too deep inside each other, more than {MOST_LEVELS} levels", start)
+        if self._level > MAX_LEVELS:
+            raise _problem(f"values are nested too deep, more than {MAX_LEVELS} levels", start)
         node = super().compose_node(parent, index)
         self._level -= 1
         assert node is not None
         if isinstance(start, yaml.AliasEvent):
             if node not in self._values:
-                raise _problem("an anchor stands inside itself: write out what is meant", start)
+                raise _problem("an anchor contains itself: write out what is meant", start)
             self._room.values -= self._values[node]
         else:
             self._room.values -= 1
             self._values[node] = left - self._room.values
         if self._room.values < 0:
-            raise _problem(f"more than {MOST_VALUES:,} values, with all aliases written out", start)
+            raise _problem(f"more than {MAX_VALUES:,} values, with all aliases expanded", start)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set, and they win
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may stand beside keys that it would set; those win
         known: set[str] = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge):
             if not isinstance(key, str):
@@ -135,7 +133,7 @@ class _Loader(yaml.SafeLoader):
                     str(key) if isinstance(key, Guessed) else f"key {shorten(key)} is not text: quote it", node
                 )
             if key in known:
-                raise _problem(f"key {shorten(key)} stands twice", node)
+                raise _problem(f"key {shorten(key)} is there twice", node)
             known.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -158,7 +156,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not take for text."""
+    """Quotes text that `_Loader` would not read as text."""
 
 
 for _tag, _construct in (
@@ -174,19 +172,19 @@ for _class in (_Loader, _Dumper):
 
 
 def _problem(what: str, node: Any) -> yaml.YAMLError:
-    """An error at a node or an event."""
+    """An error with the position of a node or an event."""
     return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which each mapping stands once: YAML's aliases are one object, and an override of one stage would change
-    all that were merged from its anchor."""
+    """A copy without shared mappings: YAML's aliases are one object, so an override of one stage would change all that were
+    merged from its anchor."""
     if isinstance(value, dict):
         return {name: _unshared(part) for name, part in value.items()}
     return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def shorten(value: Any) -> str:
-    """A value as an error names it."""
+    """A value for an error message, cut to `SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"

@@ -28,11 +28,10 @@ class ModelFacts:
     """What a model card says.
 
     `finetuned` says that it has read the domain's own text. `trainings` are the stages that made the model, oldest first,
-    each with what it read, a key of `READS`. `cost` is that of the last one alone, with the trials of its learning rates and
-    with that of an earlier, shorter one that it went on from;
-    `learning_rate` is None where nothing was trained, `learning_rates` are those tried. `set_tokens` counts the domain's
-    training set once (the generic set's, for a model of no domain); `cost.tokens` counts repeats. `validation_loss` is in nats
-    per token.
+    each with what it read, a key of `READS` or words. `cost` is that of the last one alone, with the trials of its learning
+    rates and with that of an earlier, shorter one that it went on from; `learning_rate` is None where nothing was trained,
+    `learning_rates` are those tried. `set_tokens` counts the domain's training set once (the generic set's, for a model of
+    no domain); `cost.tokens` counts repeats. `validation_loss` is in nats per token.
     """
 
     name: str
@@ -69,7 +68,9 @@ def model_card(facts: ModelFacts) -> str:
         "license": "unknown",
         "tags": ["megatron_specialm", facts.method, facts.domain],
     }
-    trainings = "\n".join(f"{n}. `{name}`: {READS[data]}" for n, (name, data) in enumerate(facts.trainings, 1))
+    trainings = "\n".join(
+        f"{n}. `{name}`: {READS.get(data, data)}" for n, (name, data) in enumerate(facts.trainings, 1)
+    )
     cost = (
         f"`{facts.trainings[-1][0]}`",
         facts.phase,

@@ -1,4 +1,5 @@
-"""Run folders of earlier versions, which kept one artifact per task, in place: taken over, and nothing made again.
+"""Run folders of earlier versions, which had one artifact per task, without its digest in the path. They are converted; nothing
+is made again.
 
 <root>/<stage>/<key>/task.json     became   <root>/artifacts/<stage>/<key>/<digits>/task.json
 <root>/<stage>/done/<key>.json     became   done.json beside it
@@ -23,19 +24,19 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
 from megatron_specialm.base.lock import hold_placing
 
-NO_STAGES = ("artifacts", "figures", "jobs", "parity")  # folders of a run folder, of this version or earlier ones
+NO_STAGES = ("artifacts", "figures", "jobs", "parity")  # folders of a run folder that are not of a stage
 
 
 def has_earlier_layout(root: Path) -> bool:
-    """Whether something stands in the places of earlier versions."""
+    """Whether a run folder has artifacts of an earlier version."""
     return any((*_labels(root), *_markers(root)))
 
 
 def refuse_earlier_layout(root: Path) -> None:
-    """Before who only looks is told that nothing is there.
+    """For commands that only read: without this they would report that nothing is there.
 
     Raises:
-        ArtifactError: something stands in the places of earlier versions.
+        ArtifactError: the folder has artifacts of an earlier version.
     """
     if has_earlier_layout(root):
         raise ArtifactError(
@@ -44,12 +45,12 @@ def refuse_earlier_layout(root: Path) -> None:
 
 
 def adopt_earlier_layout(root: Path) -> None:
-    """Move what stands in the places of earlier versions to those of this one; killed in between, it goes on next time. The
-    caller has seen that no job of an earlier version works in the folder; another one that adopts is waited for.
+    """Move artifacts of an earlier version to their new places. If this is killed, the next call continues. The caller has
+    checked that no job of an earlier version works in the folder; it waits for another process that does the same.
 
     Raises:
         ArtifactError: a label or marker is damaged; or a job of an earlier version has begun again what was moved.
-        MachineError: another job has been at it for long.
+        MachineError: another process has held the lock for long.
     """
     with hold_placing(root):
         for label in sorted(_labels(root)):
@@ -64,14 +65,14 @@ def adopt_earlier_layout(root: Path) -> None:
 
 
 def _labels(root: Path) -> Iterator[Path]:
-    """Of folders in place: where this version has links."""
+    """The labels of an earlier version's artifacts: this version has links in their places."""
     return (
         path for path in root.glob(f"*/*/{LABEL}") if path.parts[-3] not in NO_STAGES and not path.parent.is_symlink()
     )
 
 
 def _markers(root: Path) -> Iterator[Path]:
-    """A domain may be named `done` too: its folder is an artifact's, or a link to one."""
+    """The markers of an earlier version. A domain may be named `done` too: its folder is an artifact, or a link to one."""
     return (
         path
         for path in root.glob("*/done/*.json")
@@ -88,12 +89,13 @@ def _move_marker(root: Path, path: Path) -> None:
         write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
         finish_artifact(root, stage, key, marker)
     path.unlink()
-    with contextlib.suppress(OSError):  # other markers are in it
+    with contextlib.suppress(OSError):  # it has other markers
         path.parent.rmdir()
 
 
 def _refuse_two(place: Path, moved: Path) -> None:
-    """That no job of an earlier version, which knows nothing of the new places, has made anew what was moved from its own."""
+    """Refuse an artifact that a job of an earlier version, which does not know the new places, has made again after it was
+    moved."""
     if moved.exists() and place.exists() and not place.is_symlink():
         raise ArtifactError(
             f"{place}: a job of an earlier version has made it again after it was moved to {moved}: let that job end, or "
@@ -102,6 +104,6 @@ def _refuse_two(place: Path, moved: Path) -> None:
 
 
 def _names_shards(folder: Path) -> bool:
-    """Whether it is a set gathered from shards, which it names by where they stood: gathering them again takes seconds."""
+    """Whether it is a set gathered from shards, which it names by their earlier paths: to gather them again takes seconds."""
     lists = (folder / name for name in ("store.json", "vectors.json"))
     return any(path.is_file() and '"../' in path.read_text(encoding="utf-8") for path in lists)

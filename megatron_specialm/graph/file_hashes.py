@@ -1,10 +1,11 @@
-"""What a config's files are, as SHA-256 of their content.
+"""SHA-256 of the files that tasks read.
 
     <root>/file_hashes.json   the cache of `base/hash_cache.py`
 
-What counts is the content and the order of files, not their names: `./a.jsonl` is `a.jsonl`, and a glob is the list of what is
-behind it. Of a folder (a tokenizer's, an encoder's) the names in it count, of a text file how it is read: as lines, rows or a
-whole. What has no file here (`hf:`, a hub's model) is known by its name, what an installed package carries by its version.
+A hash covers the content and the order of files, not their paths: `./a.jsonl` is `a.jsonl`, and a glob is the list of files
+that it matches. For a folder (of a tokenizer or an encoder) it covers the names in it too, for a text file how it is read:
+as lines, rows or a whole. What is not a file here (`hf:`, a model on a hub) is identified by its name, a package's data by
+its version.
 """
 
 import contextlib
@@ -26,23 +27,23 @@ PACKAGE = "package:"
 
 
 class Part(NamedTuple):
-    """A file, and what beside its bytes decides how it is read; no file where a name says all."""
+    """A file, with a label of what else decides how it is read; or only a label, where there is no file."""
 
     label: str
     file: Path | None
 
 
 def hash_files(tasks: Iterable[Task], root: Path, *, keep: bool = True) -> dict[TaskId, dict[str, str]]:
-    """SHA-256 of all that each task reads, by role.
+    """SHA-256 of the files that each task reads, by role.
 
     Args:
         keep: whether the run folder's cache is written.
 
     Raises:
-        ConfigError: what is read is in the run folder.
+        ConfigError: a glob or folder has files of the run folder.
         DataError: a file that a task needs is missing or cannot be read, or a set has more shards than files.
     """
-    parts = look_up(tasks, root)
+    parts = find_parts(tasks, root)
     files = dict.fromkeys(
         part.file for roles in parts.values() for found in roles.values() for part in found if part.file
     )
@@ -56,12 +57,12 @@ def hash_files(tasks: Iterable[Task], root: Path, *, keep: bool = True) -> dict[
     }
 
 
-def look_up(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list[Part]]]:
-    """What stands behind the entries of each task and role. A set is looked up once: a thousand files for each of hundreds of
-    shards takes a shared filesystem its time.
+def find_parts(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list[Part]]]:
+    """The files that the entries of each task and role name. Each set is searched once, as a search of a thousand files for
+    each of hundreds of shards is slow on a shared filesystem.
 
     Raises:
-        ConfigError: a glob or a folder has files of the run folder: whatever the run writes would make it stale.
+        ConfigError: a glob or a folder has files of the run folder: what the run writes would make its own work stale.
         DataError: a file that a task needs is missing, or a set has more shards than files.
     """
     known: dict[tuple[tuple[str, ...], int], list[list[Part]]] = {}
@@ -83,7 +84,7 @@ def look_up(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list[Pa
 
 
 def _refuse_own(parts: Iterable[Part], entries: Sequence[str], root: Path) -> None:
-    """Files of a run folder that an entry finds, which names them neither; one that is named is the user's."""
+    """Refuse files of the run folder that a glob or folder finds. A file that an entry names itself is allowed."""
     named = {Path(entry) for entry in entries}
     found = {part.file.parent: part.file for part in parts if part.file is not None and part.file not in named}
     for folder, file in found.items():
@@ -99,7 +100,7 @@ def _text_parts(file: Path | str) -> list[Part]:
     if isinstance(file, Path):
         return [Part(text_format(file), file)]
     name, _, split = file.removeprefix(HUB).partition(":")
-    files = _files_in(Path(name))  # of two things of that name, the hub's library takes the folder
+    files = _files_in(Path(name))  # the hub's library prefers a folder of that name
     return [Part(f"{HUB}:{split}", None), *files] if files else [Part(file, None)]
 
 
@@ -114,21 +115,21 @@ def _model_parts(entry: str, role: str) -> list[Part]:
 
 
 def _installed_version(package: str) -> str:
-    """Nothing where it is missing: the task itself says so."""
+    """Empty where it is missing: the task reports that."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
         return importlib.metadata.version(package)
     return ""
 
 
 def _files_in(folder: Path) -> list[Part]:
-    """All files of a folder, by their names in it; none where it is no folder."""
+    """All files of a folder, by their relative paths; none where it is not a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     return [Part(path.relative_to(folder).as_posix(), path) for path in files]
 
 
 @contextlib.contextmanager
-def naming_what_makes(text: Text) -> Iterator[None]:
-    """Say with a missing file which command makes it, where the config knows."""
+def with_made_by_hint(text: Text) -> Iterator[None]:
+    """Add the command that makes the text (`made_by`) to the error of a missing file."""
     try:
         yield
     except MissingTextError as error:

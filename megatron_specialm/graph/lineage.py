@@ -1,30 +1,30 @@
-"""What a stage's models are: for whom, of which shape and method, and from which weights. Answers follow from the config,
-through `init`, `experts` and `teacher`; the graph (`graph/tasks.py`) has checked that these name what they must."""
+"""What the stages of a pipeline are for each other: which sets of text there are, what a stage's models are, for whom, of which
+shape and method, and from which weights. The answers follow from the config alone; `graph/build.py` checks that fields name
+stages of the right kind."""
 
-from typing import Literal
+from typing import Any, TypeVar, get_args
 
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import (
-    AssignStage,
-    ClusterStage,
-    Pipeline,
-    SelectStage,
-    TokenizerStage,
-    TokenizeStage,
-)
+from megatron_specialm.config.schema import AssignStage, ClusterStage, Pipeline, TokenizerStage, TokenizeStage
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.graph.stage_kind import DomainText, ModelKind, kind_of
+from megatron_specialm.graph.tasks import TaskId
 
-# Keys of tasks of their own, which no domain can have as a name: the one that makes an embed stage's encoder, and those that
-# embed and assign the generic set's held-out windows, where a training is validated by their clusters.
+S = TypeVar("S", bound=Settings)
+
+# Keys that no domain can have as a name: of the task that makes an embed stage's encoder, and of those that embed and assign
+# the generic set's held-out windows, where a training is validated by their clusters.
 ENCODER = f"{GENERIC}.encoder"
 HELD_OUT = f"{GENERIC}.validation"
 
 
 def sources(pipeline: Pipeline) -> list[str]:
-    """The keys of the sets of text: `generic`, then the domains."""
+    """The sets of text: `generic`, then the domains."""
     return [GENERIC, *pipeline.text.domains]
 
 
@@ -40,42 +40,51 @@ def shard_keys(pipeline: Pipeline, source: str) -> list[str]:
 
 
 def source_of(key: str) -> str:
-    """The set that the key of a task over text is about, `generic` of `generic.00003`; or the model that the key of a train
-    task is about, `legal` of `legal.rate-0.0017`. No domain's name has a dot."""
+    """The set of text that a key belongs to, `generic` for `generic.00003`; or the model, `legal` for `legal.rate-0.0017`.
+    Names of domains have no dot."""
     return key.partition(".")[0]
 
 
 def domain_of(pipeline: Pipeline, key: str) -> str | None:
-    """The domain that a task's key stands for; None for `generic` and for a cluster: their cost is for everybody."""
+    """The domain that a task's key names; None for `generic` and for a cluster, whose cost is generic."""
     return key if key in pipeline.text.domains else None
+
+
+def stage_of(pipeline: Pipeline, name: str, settings: type[S]) -> S:
+    """The stage of that name, which has settings of this class."""
+    stage = pipeline.stages[name]
+    assert isinstance(stage, settings)
+    return stage
+
+
+def train_stages(pipeline: Pipeline) -> dict[str, TrainStage]:
+    """All train stages, by name."""
+    return {name: stage for name, stage in pipeline.stages.items() if isinstance(stage, TrainStage)}
 
 
 def train_stage(pipeline: Pipeline, name: str) -> TrainStage:
     """The train stage of that name."""
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TrainStage)
-    return stage
+    return stage_of(pipeline, name, TrainStage)
 
 
 def tokenize_stage(pipeline: Pipeline, name: str) -> TokenizeStage:
     """The tokenize stage of that name."""
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TokenizeStage)
-    return stage
+    return stage_of(pipeline, name, TokenizeStage)
 
 
 def assign_stage(pipeline: Pipeline, name: str) -> AssignStage:
     """The assign stage of that name."""
-    stage = pipeline.stages[name]
-    assert isinstance(stage, AssignStage)
-    return stage
+    return stage_of(pipeline, name, AssignStage)
+
+
+def tokenizer_task(pipeline: Pipeline, tokens: str) -> TaskId:
+    """The task that makes the tokenizer of a tokenize stage."""
+    return TaskId(tokenize_stage(pipeline, tokens).tokenizer, GENERIC)
 
 
 def cluster_count(pipeline: Pipeline, assignment: str) -> int:
-    """K of an assign stage."""
-    clusters = pipeline.stages[assign_stage(pipeline, assignment).clusters]
-    assert isinstance(clusters, ClusterStage)
-    return clusters.k
+    """K, the number of clusters of an assign stage."""
+    return stage_of(pipeline, assign_stage(pipeline, assignment).clusters, ClusterStage).k
 
 
 def expert_key(cluster: int) -> str:
@@ -88,43 +97,45 @@ def cluster_of(key: str) -> int:
     return int(key.removeprefix("c"))
 
 
-def model_keys(pipeline: Pipeline, name: str) -> list[str]:
-    """The keys of a stage that makes models: one for everybody, one per cluster, or one per domain (also when it starts
-    from a domain's weights)."""
+def _model_stage(pipeline: Pipeline, name: str) -> tuple[ModelKind[Any], Any]:
+    """A stage that makes models, behind its kind."""
     stage = pipeline.stages[name]
-    if isinstance(stage, SelectStage):
-        return list(pipeline.text.domains)
-    assert isinstance(stage, TrainStage)
-    if stage.data == "cluster":
-        return [expert_key(cluster) for cluster in trained_clusters(pipeline, name)]
-    per_domain = stage.data != "generic" or stage.domain_fraction > 0
-    if stage.init is not None and model_keys(pipeline, stage.init) != [GENERIC]:
-        per_domain = True
-    return list(pipeline.text.domains) if per_domain else [GENERIC]
+    kind = kind_of(stage)
+    assert isinstance(kind, ModelKind)
+    return kind, stage
+
+
+def model_keys(pipeline: Pipeline, name: str) -> list[str]:
+    """The keys of the models that a stage makes: `generic` for one that serves all domains, one key per cluster, or one per
+    domain."""
+    kind, stage = _model_stage(pipeline, name)
+    return kind.keys(pipeline, name, stage)
 
 
 def key_for(pipeline: Pipeline, name: str, key: str) -> str:
-    """Which of a stage's models serves a key: its own, or the one for everybody."""
+    """Which of a stage's models serves a key: its own, or the one for all domains."""
     return key if key in model_keys(pipeline, name) else GENERIC
 
 
 def trained_clusters(pipeline: Pipeline, name: str) -> list[int]:
-    """The clusters that a mixture or a projected network has experts of."""
+    """The clusters for which a mixture or a projected network has experts."""
     stage = train_stage(pipeline, name)
-    assert stage.assignment is not None
-    return stage.clusters or list(range(cluster_count(pipeline, stage.assignment)))
+    assert stage.clustering is not None
+    chosen = stage.clusters if isinstance(stage, ClusterTraining) else None
+    return chosen or list(range(cluster_count(pipeline, stage.clustering)))
 
 
 def model_of(pipeline: Pipeline, name: str) -> ModelConfig:
-    """The model that a stage trains or hands out. What is started from is served first: one expert, adapters merged."""
-    stage = pipeline.stages[name]
-    if isinstance(stage, SelectStage):
-        return model_of(pipeline, stage.experts).plain
-    assert isinstance(stage, TrainStage)
-    if stage.model is not None:
-        return stage.model.model_copy(update={"projection": stage.projection})
-    assert stage.init is not None
-    return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
+    """The shape of the models that a stage trains or hands out."""
+    kind, stage = _model_stage(pipeline, name)
+    return kind.shape(pipeline, stage)
+
+
+def experts_of(pipeline: Pipeline, name: str) -> str | None:
+    """What a stage with many experts makes, in words; None where it makes ordinary models."""
+    if name in (trainings := train_stages(pipeline)) and trainings[name].data == "cluster":
+        return "a mixture of experts"
+    return "a projected network" if model_of(pipeline, name).projection is not None else None
 
 
 def has_online_teacher(stage: TrainStage) -> bool:
@@ -133,17 +144,21 @@ def has_online_teacher(stage: TrainStage) -> bool:
 
 
 def validates_by_cluster(stage: TrainStage) -> bool:
-    """Whether early stopping asks which clusters the held-out generic windows are in. What reads the domain's text is
-    validated on the domain's."""
-    return stage.early_stopping is not None and stage.assignment is not None and not stage.domain_fraction
+    """Whether early stopping weights the held-out generic windows by their clusters. A training that reads the domain's text is
+    validated on that instead."""
+    return stage.early_stopping is not None and stage.clustering is not None and not stage.mixes_in_domain
+
+
+def held_out_assignments(pipeline: Pipeline) -> set[str]:
+    """The assign stages by whose clusters a training is validated."""
+    return {stage.clustering or "" for stage in train_stages(pipeline).values() if validates_by_cluster(stage)}
 
 
 def setup_of(pipeline: Pipeline, name: str) -> Setup:
-    """What a train stage asks of its engine."""
+    """What a train stage requires of its engine."""
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
-    tokenizer = pipeline.stages[tokens.tokenizer]
-    assert isinstance(tokenizer, TokenizerStage)
+    tokenizer = stage_of(pipeline, tokens.tokenizer, TokenizerStage)
     return Setup(
         model_of(pipeline, name),
         stage.parallel,
@@ -153,27 +168,27 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.global_batch_size,
         stage.micro_batch_size,
         stage.fp8,
-        stage.windows_per_expert or 1,
+        stage.network.windows_per_expert if stage.network else 1,
         _variants(stage),
         model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
     )
 
 
 def _variants(stage: TrainStage) -> int:
-    """Mixtures of experts that a step computes with: one per group; without soups, groups of one cluster share theirs."""
-    if stage.projection is None:
+    """The number of mixtures of experts in a step: one per group of windows; without soups, one per cluster at most."""
+    if (network := stage.network) is None:
         return 0
-    groups = stage.global_batch_size // (stage.windows_per_expert or 1)
-    return groups if stage.soup else min(groups, stage.projection.experts)
+    groups = stage.global_batch_size // network.windows_per_expert
+    return groups if network.soup else min(groups, network.projection.experts)
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
-    """The named train stage and its setup, or one stage for each setup that the config has.
+    """The named train stage and its setup, or for each different setup of the config one stage that has it.
 
     Raises:
         ConfigError: there is no train stage of that name.
     """
-    names = [other for other, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
+    names = list(train_stages(pipeline))
     if name is not None and name not in names:
         raise ConfigError(f"--stage {name}: no train stage of that name; there are {', '.join(names)}")
     setups: dict[str, Setup] = {}
@@ -185,43 +200,35 @@ def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:
 
 
 def method_of(pipeline: Pipeline, name: str) -> str:
-    """The method's name in tables: given, or inherited from the stage it starts from, or the stage's own name."""
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TrainStage | SelectStage)
-    before = stage.experts if isinstance(stage, SelectStage) else stage.init
+    """The name of a stage's method in tables: given, or that of the stage it starts from, or the stage's own name."""
+    kind, stage = _model_stage(pipeline, name)
+    before = kind.start(stage)
     return stage.method or (method_of(pipeline, before) if before else name)
 
 
-def domain_text(pipeline: Pipeline, name: str) -> Literal["none", "mixed in", "fine-tuned"]:
-    """How a model has read the domain's own text: not at all, mixed into the text of a pretraining (`domain_fraction`), or
-    as what it was trained on."""
-    stage = pipeline.stages[name]
-    if isinstance(stage, SelectStage):
-        return domain_text(pipeline, stage.experts)
-    assert isinstance(stage, TrainStage)
-    if stage.data == "domain":
-        return "fine-tuned"
-    before = domain_text(pipeline, stage.init) if stage.init is not None else "none"
-    return "mixed in" if stage.domain_fraction and before == "none" else before
+def domain_text(pipeline: Pipeline, name: str) -> DomainText:
+    """How a stage's models have read the domain's own text: not at all, mixed into a pretraining (`domain_fraction`), or in a
+    fine-tuning."""
+    kind, stage = _model_stage(pipeline, name)
+    before = kind.start(stage)
+    return max(
+        domain_text(pipeline, before) if before else "none", kind.domain_text(stage), key=get_args(DomainText).index
+    )
 
 
 def is_finetuned(pipeline: Pipeline, name: str) -> bool:
-    """Whether a model has been trained on the domain's own text, alone or mixed in."""
+    """Whether a stage's models have been trained on the domain's own text, alone or mixed in."""
     return domain_text(pipeline, name) != "none"
 
 
 def finetuned_models(pipeline: Pipeline) -> dict[str, str]:
-    """For each method the last stage of the config that fine-tunes a model of it."""
-    stages = [name for name, stage in pipeline.stages.items() if isinstance(stage, TrainStage)]
-    return {method_of(pipeline, name): name for name in stages if is_finetuned(pipeline, name)}
+    """For each method the last stage of the config that fine-tunes its models."""
+    return {method_of(pipeline, name): name for name in train_stages(pipeline) if is_finetuned(pipeline, name)}
 
 
 def trainings(pipeline: Pipeline, name: str) -> list[tuple[str, str]]:
-    """The stages that make a model, oldest first, each with how it was selected or the data it was trained on; behind a
-    plus what was mixed in."""
-    stage = pipeline.stages[name]
-    if isinstance(stage, SelectStage):
-        return [*trainings(pipeline, stage.experts), (name, stage.by)]
-    assert isinstance(stage, TrainStage)
-    mixed = f"+{GENERIC}" if stage.replay_fraction else "+domain" if stage.domain_fraction else ""
-    return [*(trainings(pipeline, stage.init) if stage.init else []), (name, f"{stage.data}{mixed}")]
+    """The stages that a model went through, oldest first, each with the data it was trained on (behind a plus what was
+    mixed in) or with the criterion of its selection."""
+    kind, stage = _model_stage(pipeline, name)
+    before = kind.start(stage)
+    return [*(trainings(pipeline, before) if before else []), (name, kind.origin(stage))]

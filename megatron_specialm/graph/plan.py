@@ -1,4 +1,4 @@
-"""Which tasks of a pipeline are done, which are not, and what each one's digest is."""
+"""The plan: the digest of each task of a pipeline, and whether its artifact is there."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,23 @@ from megatron_specialm.base.files import sha256_json, write_text
 from megatron_specialm.base.integrity import LEFT_OVER, find_damage
 from megatron_specialm.config.load import dump_pipeline, read_config
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.digests import digest_content
 from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
-from megatron_specialm.graph.file_hashes import CACHE, hash_files, naming_what_makes
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest_content
+from megatron_specialm.graph.file_hashes import CACHE, hash_files, with_made_by_hint
+from megatron_specialm.graph.tasks import Task, TaskId
 
-RESOLVED = "pipeline.yaml"  # of a run folder
-# What commands leave in a new run folder before the config is written there.
+RESOLVED = "pipeline.yaml"  # the resolved config in a run folder
+# Entries that may be in a new run folder before the config is written there.
 OWN_ENTRIES = (ARTIFACTS, "jobs", "parity", CACHE, ".lock", ".locks")
 State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task with the digest its artifact must carry, and what that is of. `stale`: finished once, from other settings, text or
-    inputs. `damaged`: finished, and now lacks a file, or has one of another size. `done elsewhere`: `there`, in another run
-    folder, which the config says to reuse."""
+    """A task with the digest of its artifact, the content of that digest, and its state. `stale`: finished from other settings,
+    text or inputs. `damaged`: finished, but a file is missing or has another size. `done elsewhere`: complete in `there`, a run
+    folder that the config names in `reuse`."""
 
     task: Task
     digest: str
@@ -35,23 +37,23 @@ class PlannedTask:
 
     @property
     def is_to_do(self) -> bool:
-        """Whether somebody must work on it: it is neither done nor to be taken over."""
+        """Whether the task must run: it is neither done here nor in a folder to reuse."""
         return self.state in ("stale", "damaged", "to do")
 
 
 def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> dict[TaskId, PlannedTask]:
-    """All tasks in the graph's order. Reads the text's content (see `graph/file_hashes.py`) and writes nothing else.
+    """All tasks in the graph's order. Reads the content of the text; writes only the cache of its hashes.
 
     Args:
-        keep_hashes: False to write nothing at all.
+        keep_hashes: False to write nothing.
 
     Raises:
-        ConfigError: the graph does not hold together.
+        ConfigError: the stages do not go together (`build_graph`).
         DataError: text that a task needs is missing.
     """
     graph = build_graph(pipeline)
     refuse_earlier_layout(root)
-    with naming_what_makes(pipeline.text):
+    with with_made_by_hint(pipeline.text):
         hashes = hash_files(graph.values(), root, keep=keep_hashes)
     others = [Path(folder) for folder in pipeline.reuse if Path(folder).resolve() != root.resolve()]
     plan: dict[TaskId, PlannedTask] = {}
@@ -70,15 +72,15 @@ def select(
     keys: Sequence[str] | None = None,
     check_inputs: bool = True,
 ) -> dict[TaskId, PlannedTask]:
-    """The part of a plan that a run is about: one stage or some of its tasks, with what they rest on that is to be taken over,
-    or a stage with all it rests on; default: everything.
+    """The part of a plan that a run does: one stage (`only`) or some of its tasks (`keys`), or a stage and all that it
+    depends on (`until`); default: everything. Artifacts that one stage needs and that are done elsewhere are included.
 
     Args:
-        check_inputs: of a stage that is to run alone, whether its inputs are done.
+        check_inputs: with `only`, check that the inputs of the stage are done.
 
     Raises:
-        ConfigError: there is no such stage, or it has no task of such a key.
-        ArtifactError: one stage is to run, and an input of it is stale or missing.
+        ConfigError: there is no such stage, or it has no task with such a key.
+        ArtifactError: with `only`, an input is stale or missing.
     """
     for stage in (only, until):
         if stage is not None and stage not in {task_id.stage for task_id in plan}:
@@ -132,16 +134,16 @@ def _check_inputs(plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, Pl
 
 
 def refuse_other_work(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> None:
-    """Before a task is begun: that settings and files are still those that it was planned for.
+    """Check before a task begins that settings and files have not changed since it was planned.
 
     Args:
-        made_from: what its digest was of then; the inputs' digests are taken from there.
+        made_from: the content of its digest when it was planned, which has the digests of its inputs.
 
     Raises:
-        ArtifactError: they are not, with both digests.
-        DataError: a file is gone.
+        ArtifactError: they have changed; the message has both digests.
+        DataError: a file is missing.
     """
-    with naming_what_makes(pipeline.text):
+    with with_made_by_hint(pipeline.text):
         hashes = hash_files([task], root)[task.id]
     inputs = {name: made_from["inputs"].get(str(name), "") for name in task.inputs}
     now = digest_content(pipeline, task, inputs=inputs, file_hashes=hashes)
@@ -153,10 +155,10 @@ def refuse_other_work(pipeline: Pipeline, root: Path, task: Task, made_from: Map
 
 
 def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
-    """Before anything is written to a run folder: that it is one, of this pipeline, or a new one.
+    """Check before anything is written to a run folder that it is new or belongs to this pipeline.
 
     Raises:
-        ConfigError: the folder belongs to a pipeline of another name, or holds files and no run.
+        ConfigError: it belongs to a pipeline of another name, or has files but no run.
     """
     path = root / RESOLVED
     if path.exists():
@@ -175,11 +177,11 @@ def refuse_foreign_folder(pipeline: Pipeline, root: Path) -> None:
 
 
 def write_resolved(pipeline: Pipeline, root: Path) -> None:
-    """Leave the resolved config in the run folder, as a record: tasks run from the settings of their launch. The caller holds
-    the folder.
+    """Write the resolved config into the run folder, as a record: tasks use the settings that they were started with. The
+    caller holds the lock of the folder.
 
     Raises:
-        ConfigError: as of `refuse_foreign_folder`.
+        ConfigError: as `refuse_foreign_folder`.
     """
     refuse_foreign_folder(pipeline, root)
     write_text(root / RESOLVED, dump_pipeline(pipeline))
@@ -200,7 +202,7 @@ def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Seque
 
 
 def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
-    """Of each damaged task, what is wrong with its files."""
+    """For each damaged task, what is wrong with its files."""
     for name, planned in plan.items():
         folder = artifact_folder(root, *name, planned.digest)
         if planned.state == "damaged" and (marker := read_marker(folder)) is not None:
@@ -208,11 +210,11 @@ def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
 
 
 def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
-    """Let users find what is done where they look: settings may have gone back to those of an earlier artifact. The caller is
-    alone at work in the folder.
+    """Point the links `STAGE/KEY` of a run folder to the artifacts that are done; settings may have gone back to those of an
+    earlier one. The caller holds the lock of the folder.
 
     Raises:
-        ArtifactError: something that is no link stands there.
+        ArtifactError: a link's place is taken by something else.
     """
     for name, planned in plan.items():
         if planned.state == "done":

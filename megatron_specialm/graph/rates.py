@@ -1,7 +1,8 @@
-"""Several learning rates of one training: each is tried by a task of its own (`slm-tuned/legal.rate-0.0017`), and the
-training's own task (`slm-tuned/legal`) reads them, takes the best by validation loss and goes on from where that one was.
+"""Several learning rates of one training. Each is tried by a task of its own (`slm-tuned/legal.rate-0.0017`). The
+training's own task (`slm-tuned/legal`) reads these trials, chooses the one with the best validation loss, and continues
+from its checkpoint.
 
-A trial is the training at that rate, with the same steps, schedule and early stopping; `trial_steps` ends it before.
+A trial is the training at that rate, with the same steps, schedule and early stopping; `trial_steps` may end it earlier.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from megatron_specialm.config.training import TrainStage
 
 
 def trial_key(key: str, rate: float) -> str:
-    """The key of the task that tries a rate for the model of a key. No such key has a dot itself."""
+    """The key of the task that tries a rate for a model. Keys of models have no dot."""
     return f"{key}.rate-{rate!r}"
 
 
@@ -22,12 +23,12 @@ def at_rate(stage: TrainStage, rate: float) -> TrainStage:
 
 
 def trial_of(stage: TrainStage, rate: float) -> TrainStage:
-    """The training at one of its rates, until all of them are compared."""
+    """The training at one of its rates, until the rates are compared."""
     return at_rate(stage, rate).model_copy(update={"trial_steps": steps_to_compare(stage)})
 
 
 def steps_to_compare(stage: TrainStage) -> int | None:
-    """The steps after which rates are compared: those of the first validation that is not before `trial_steps`. None: at the
+    """The number of steps after which rates are compared: at the first validation at or after `trial_steps`. None: at the
     end."""
     if stage.trial_steps is None or stage.early_stopping is None:
         return None
@@ -37,5 +38,5 @@ def steps_to_compare(stage: TrainStage) -> int | None:
 
 
 def beyond(rate: float, rates: Sequence[float]) -> Literal["lower", "higher"] | None:
-    """Which rates were not tried next to one that is at an end of those that were."""
+    """Which rates beside the chosen one were not tried, where it is the lowest or highest of those that were."""
     return "lower" if rate == min(rates) else "higher" if rate == max(rates) else None

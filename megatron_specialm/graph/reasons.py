@@ -1,6 +1,6 @@
-"""Why finished work is stale: what differs between what it was made from and what it is to be made from now.
+"""Why finished work is stale: the differences between what it was made from and what the task is made from now.
 
-Both are what a digest is of (`digest_content` of `graph/tasks.py`); an artifact's label keeps its own.
+Both are the content of a digest (`digest_content` of `graph/digests.py`); an artifact's label keeps its own.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,26 +13,26 @@ from megatron_specialm.config.text import TextSet
 from megatron_specialm.graph.content import introduced_default
 from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
 
-SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # of inputs in a row, and of a value
+SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # names of inputs and characters of a value that a message shows
 
 
 @dataclass(frozen=True)
 class Reasons:
     """What has changed.
 
-    own: of the task itself, each as `optimizer.learning_rate: 0.002 -> 0.003`.
-    inputs: names of inputs, `stage/key`, by what has become of them.
+    own: changes of the task itself, such as `optimizer.learning_rate: 0.002 -> 0.003`.
+    inputs: names of inputs, `stage/key`, by what happened to them (`made anew`, `read no longer`, ...).
     """
 
     own: Sequence[str] = ()
     inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """All of it, for one task."""
+        """All changes, for one task."""
         return "; ".join([*self.own, *(_of_inputs(names, how) for how, names in self.inputs.items())])
 
     def by_stage(self) -> str:
-        """With inputs by their stages: the same for tasks of a stage that are stale for the same reason."""
+        """All changes, with inputs named by their stages: equal for tasks of a stage that are stale for the same reason."""
         stages = {how: [name.partition("/")[0] for name in names] for how, names in self.inputs.items()}
         return str(Reasons(self.own, {how: list(dict.fromkeys(names)) for how, names in stages.items()}))
 
@@ -40,11 +40,11 @@ class Reasons:
 def find_reasons(
     old: Mapping[str, Any], new: Mapping[str, Any], stage: Settings, *, made_anew: Collection[str]
 ) -> Reasons:
-    """Compare what finished work was made from with what its task is to be made from.
+    """Compare the digest content of finished work with that of its task now.
 
     Args:
-        stage: the task's settings, of which `new` holds those that are not at their defaults.
-        made_anew: the inputs, as `stage/key`, that are not done themselves.
+        stage: the task's settings, of which `new` has those that are not at their defaults.
+        made_anew: the tasks, as `stage/key`, that are to be made anew themselves.
     """
     own = [
         *_changes(old.get("settings", {}), new["settings"], stage),
@@ -63,8 +63,8 @@ def find_reasons(
 
 
 def seconds_anew(old: Mapping[str, Any], new: Mapping[str, Any], *, spent: float) -> float:
-    """About what making work anew takes, in device-seconds: what the old one took, in proportion to the windows that each is
-    trained on where settings alone say how many."""
+    """An estimate of the device-seconds to redo work: those of the old work, scaled by the number of windows to train on where
+    the settings say how many."""
     before, after = _windows(old), _windows(new)
     return spent * after / before if before and after else spent
 
@@ -78,8 +78,8 @@ def _windows(made_from: Mapping[str, Any]) -> int | None:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], settings: Settings, inside: str = "") -> Iterator[str]:
-    """Dotted keys with both values. A key that is missing is at the default that it was introduced with."""
-    another_kind = old.get("kind") != new.get("kind")  # then no other key is comparable
+    """Dotted keys with both values. A missing key is at the default that it was introduced with."""
+    another_kind = old.get("kind") != new.get("kind")  # then other keys cannot be compared
     fields = type(settings).model_fields
     for name in ["kind"] if another_kind else dict.fromkeys((*new, *old)):
         default = introduced_default(fields[name]) if name in fields else None
@@ -107,7 +107,7 @@ def _files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
 
 
 def _inputs(old: Mapping[str, str], new: Mapping[str, str], made_anew: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Names of inputs, and what has become of each."""
+    """Names of inputs, and what happened to each."""
     for name, digest in new.items():
         if name not in old:
             yield name, "read too"

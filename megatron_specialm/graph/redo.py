@@ -1,7 +1,8 @@
-"""Finished work that a run would make again: why, what was spent on it, and who agrees to spend it once more.
+"""Finished work that a run would redo: why, what it took, and whether the user must confirm.
 
-Nothing is lost by it, as what there is stays and old settings find it again; but a mistyped value must not take weeks to
-notice. Only redoing asks: work that was never finished does not, nor what was begun for the same digest and goes on.
+Nothing is lost by redoing: the old artifact stays, and old settings find it again. But a mistyped value must not cost weeks
+before it is noticed. Only redoing asks for confirmation, not new work, nor work that was begun for the same digest and
+continues.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -12,22 +13,22 @@ from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label,
 from megatron_specialm.base.errors import UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.continuation import part_to_do
+from megatron_specialm.graph.continuation import fraction_to_do
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.reasons import Reasons, find_reasons, seconds_anew
 from megatron_specialm.graph.tasks import TaskId
 
-SHOWN_KEYS = 4  # of tasks in a row
+SHOWN_KEYS = 4  # keys of a stage that a line names
 UNKNOWN = Reasons(["an earlier version made it, which did not write down from what"])
 
 
 @dataclass(frozen=True)
 class Redo:
-    """A finished task that is to be made anew.
+    """A finished task that is to be redone.
 
-    spent: device-seconds that the finished work took, with those of what it went on from.
-    anew: about how many more it takes, where it goes on from an earlier training for the part that is left.
-    is_begun: whether it is being made anew already, and only goes on.
+    spent: device-seconds of the finished work, with those of the training that it continued.
+    anew: an estimate of the device-seconds to redo it, less what can be taken over from an earlier training.
+    is_begun: whether redoing has begun, so that it only continues.
     """
 
     reasons: Reasons
@@ -39,7 +40,7 @@ class Redo:
 def find_redo(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, tasks: Collection[TaskId] | None = None
 ) -> dict[TaskId, Redo]:
-    """What of a plan, or of these tasks of it, is finished and to be made anew, in the plan's order.
+    """The finished tasks of a plan, or of `tasks`, that are to be redone, in the plan's order.
 
     Raises:
         ArtifactError: a label or marker is damaged.
@@ -65,12 +66,12 @@ def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, made_anew: Colle
     if not old:
         return Redo(UNKNOWN, spent, spent, is_begun)
     reasons = find_reasons(old, planned.made_from, pipeline.stages[name.stage], made_anew=made_anew)
-    anew = seconds_anew(old, planned.made_from, spent=spent) * part_to_do(pipeline, planned, root)
+    anew = seconds_anew(old, planned.made_from, spent=spent) * fraction_to_do(pipeline, planned, root)
     return Redo(reasons, spent, anew, is_begun)
 
 
 def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
-    """Lines that say what is to be made anew and why, tasks of a stage with the same reason together; none where nothing is."""
+    """Lines that say what is to be redone and why, with tasks of a stage that have the same reason in one line."""
     if not redo:
         return
     spent, anew = sum(one.spent for one in redo.values()), sum(one.anew for one in redo.values())
@@ -82,26 +83,26 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     for (stage, because), names in groups.items():
         keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
         more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-        said = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
-        yield f"  {said}; about {device_time(sum(redo[name].anew for name in names))}"
+        what = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
+        yield f"  {what}; about {device_time(sum(redo[name].anew for name in names))}"
 
 
-def needs_a_yes(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
-    """Whether making it anew costs more than the config lets a run spend unasked."""
+def needs_confirmation(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
+    """Whether redoing it takes more than `ask_above_device_hours` of the config."""
     return _to_confirm(redo) > 3600 * pipeline.ask_above_device_hours
 
 
 def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
-    """Where nobody can be asked, or the answer was no.
+    """Refuse to redo without confirmation: there is no terminal, or the answer was no.
 
     Raises:
-        UnconfirmedError: it costs more than the config lets a run spend unasked.
+        UnconfirmedError: it takes more than `ask_above_device_hours` of the config.
     """
-    if needs_a_yes(redo, pipeline):
+    if needs_confirmation(redo, pipeline):
         raise UnconfirmedError(
             f"{pipeline.root}: finished work would be made anew for about {device_time(_to_confirm(redo))}, and above "
-            f"{pipeline.ask_above_device_hours:g} device-hours (`ask_above_device_hours`) that takes a yes. Nothing was done: "
-            "say `--yes`, or take back what has changed (`specialm plan`), which finds the finished work again"
+            f"{pipeline.ask_above_device_hours:g} device-hours (`ask_above_device_hours`) that needs confirmation. Nothing was "
+            "done: give `--yes`, or undo the change (`specialm plan` names it), and the finished work is found again"
         )
 
 
@@ -110,7 +111,7 @@ def _to_confirm(redo: Mapping[TaskId, Redo]) -> float:
 
 
 def device_time(seconds: float) -> str:
-    """Device-seconds for a reader, as `36 s`, `12 min` or `3.4 h`."""
+    """Device-seconds as text: `36 s`, `12 min` or `3.4 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -1,71 +1,26 @@
-"""What stages that name each other must have in common: tokenizers, experts, teachers. All of it is known before
-anything runs."""
+"""What a stage and those whose models it reads must have in common. It is known before anything runs."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.schema import (
-    EmbedStage,
-    EvaluateStage,
-    ExportStage,
-    Pipeline,
-    SelectStage,
-    TeachStage,
-    TokenizerStage,
-)
-from megatron_specialm.config.training import TrainStage
-from megatron_specialm.graph.lineage import (
-    assign_stage,
-    cluster_count,
-    key_for,
-    model_keys,
-    model_of,
-    tokenize_stage,
-    trained_clusters,
-)
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.lineage import experts_of, key_for, model_keys, tokenizer_task
+from megatron_specialm.graph.stage_kind import kind_of
 
 
-def check_relations(pipeline: Pipeline, name: str) -> None:
-    """Check a stage against those it names.
+def check_tokenizer(pipeline: Pipeline, name: str, tokens: str, model: str) -> None:
+    """Weights mean nothing under another tokenizer, even where its size is the same.
+
+    Args:
+        tokens: the tokenize stage that the stage `name` reads.
+        model: the stage whose models it reads.
 
     Raises:
-        ConfigError: naming the key, both values and the fix.
+        ConfigError: naming both tokenizers and the fix.
     """
-    stage = pipeline.stages[name]
-    for field, model in _models(pipeline, name):
-        _check_tokenizer(pipeline, name, model)
-        if field != "experts":
-            _check_single(pipeline, name, field, model)
-        if isinstance(stage, TrainStage | TeachStage):
-            _check_keys(pipeline, name, field, model)
-    if isinstance(stage, TrainStage):
-        _check_clusters(pipeline, name, stage)
-        _check_cache(pipeline, name, stage)
-    if isinstance(stage, SelectStage):
-        _check_experts(pipeline, name, stage)
-    if isinstance(stage, TeachStage):
-        _check_count(pipeline, name, stage)
-
-
-def _models(pipeline: Pipeline, name: str) -> Iterator[tuple[str, str]]:
-    """The (field, stage) pairs by which a stage takes the weights of others."""
-    stage = pipeline.stages[name]
-    if isinstance(stage, EvaluateStage | ExportStage):
-        yield from (("models", model) for model in stage.models)
-    elif isinstance(stage, SelectStage):
-        yield "experts", stage.experts
-    elif isinstance(stage, TeachStage):
-        yield "teacher", stage.teacher
-    elif isinstance(stage, TrainStage):
-        if stage.init is not None:
-            yield "init", stage.init
-        if stage.distill is not None:
-            yield "distill.teacher", stage.distill.teacher
-
-
-def _check_tokenizer(pipeline: Pipeline, name: str, model: str) -> None:
-    """Weights mean nothing under another tokenizer, even where its size is the same."""
-    own, theirs = (tokenize_stage(pipeline, _tokens(pipeline, user)).tokenizer for user in (name, model))
+    stage = pipeline.stages[model]
+    (its_tokens,) = (other for field, other in kind_of(stage).named_stages(stage) if field == "tokens")
+    own, theirs = (tokenizer_task(pipeline, read).stage for read in (tokens, its_tokens))
     if own != theirs:
         raise ConfigError(
             f"stages.{name}.tokens: they are of tokenizer `{own}`, and the weights of `{model}` of tokenizer "
@@ -73,99 +28,31 @@ def _check_tokenizer(pipeline: Pipeline, name: str, model: str) -> None:
         )
 
 
-def _tokens(pipeline: Pipeline, name: str) -> str:
-    stage = pipeline.stages[name]
-    assert isinstance(stage, TrainStage | SelectStage | TeachStage | EvaluateStage | ExportStage)
-    return stage.tokens
+def check_model(
+    pipeline: Pipeline, name: str, field: str, tokens: str, model: str, *, keys: Sequence[str] | None = None
+) -> None:
+    """Check that a stage can read the models of another, each of which is one model.
 
+    Args:
+        field: the field of the stage `name` that names `model`.
+        tokens: the tokenize stage that it reads.
+        keys: the keys of its tasks, each of which reads the model of its key or the one for all domains; None where its tasks
+            follow from the models.
 
-def _check_single(pipeline: Pipeline, name: str, field: str, model: str) -> None:
-    if (experts := _experts(pipeline, model)) is not None:
+    Raises:
+        ConfigError: naming the key, both values and the fix.
+    """
+    check_tokenizer(pipeline, name, tokens, model)
+    if (experts := experts_of(pipeline, model)) is not None:
         raise ConfigError(
             f"stages.{name}.{field}: {model!r} is {experts}, not one model: choose one with a stage "
             f"{{kind: select, experts: {model}, ...}}, and name that"
         )
-
-
-def _check_keys(pipeline: Pipeline, name: str, field: str, model: str) -> None:
-    """A training for everybody, or of a cluster's expert, can take nothing that is a domain's."""
-    own = list(pipeline.text.domains) if isinstance(pipeline.stages[name], TeachStage) else model_keys(pipeline, name)
-    if key := next((key for key in own if key_for(pipeline, model, key) not in model_keys(pipeline, model)), None):
+    # A training for all domains, or of a cluster's expert, can read no model of one domain.
+    if key := next(
+        (key for key in keys or () if key_for(pipeline, model, key) not in model_keys(pipeline, model)), None
+    ):
         raise ConfigError(
             f"stages.{name}.{field}: {model!r} is made for each domain, and {name!r} is not ({name}/{key}): name a stage "
             "that serves all domains, or set `data: domain`"
-        )
-
-
-def _experts(pipeline: Pipeline, name: str) -> str | None:
-    """What a stage with many experts is; None for ordinary models."""
-    stage = pipeline.stages[name]
-    if isinstance(stage, TrainStage) and stage.data == "cluster":
-        return "a mixture of experts"
-    return "a projected network" if model_of(pipeline, name).projection is not None else None
-
-
-def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage) -> None:
-    if stage.assignment is None:
-        return
-    assign = assign_stage(pipeline, stage.assignment)
-    vectors = pipeline.stages[assign.vectors]
-    assert isinstance(vectors, EmbedStage)
-    if vectors.tokens != stage.tokens:
-        raise ConfigError(
-            f"stages.{name}.tokens: {stage.tokens}, and `{stage.assignment}` has the clusters of the windows of "
-            f"`{vectors.tokens}`: set them equal, or name another assign stage"
-        )
-    k = cluster_count(pipeline, stage.assignment)
-    if stage.projection is not None and stage.projection.experts != k:
-        raise ConfigError(
-            f"stages.{name}.projection.experts: {stage.projection.experts}, and `{stage.assignment}` has {k} clusters: "
-            "an expert is a cluster's, so set them equal"
-        )
-    for cluster in trained_clusters(pipeline, name) if stage.data == "cluster" else ():
-        if cluster >= k:
-            raise ConfigError(
-                f"stages.{name}.clusters: {cluster} does not exist: `{stage.assignment}` has clusters 0 to {k - 1}"
-            )
-
-
-def _check_cache(pipeline: Pipeline, name: str, stage: TrainStage) -> None:
-    distill = stage.distill
-    if distill is None or distill.cache is None:
-        return
-    cache = pipeline.stages[distill.cache]
-    assert isinstance(cache, TeachStage)
-    for field, own, theirs in (
-        ("distill.teacher", distill.teacher, cache.teacher),
-        ("tokens", stage.tokens, cache.tokens),
-        ("distill.temperature", distill.temperature, cache.temperature),
-    ):
-        if own != theirs:
-            raise ConfigError(
-                f"stages.{name}.{field}: {own}, and the cache `{distill.cache}` was made with {theirs}: set them equal, or "
-                "name another cache"
-            )
-
-
-def _check_experts(pipeline: Pipeline, name: str, stage: SelectStage) -> None:
-    kind = _experts(pipeline, stage.experts)
-    if kind is None:
-        raise ConfigError(
-            f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster` or "
-            "`projection`"
-        )
-    if stage.by == "histogram" and kind != "a projected network":
-        raise ConfigError(
-            f"stages.{name}.by: histogram mixes the codes of a projected network, and {stage.experts!r} is {kind}: "
-            "choose another criterion"
-        )
-
-
-def _check_count(pipeline: Pipeline, name: str, stage: TeachStage) -> None:
-    tokenizer = pipeline.stages[tokenize_stage(pipeline, stage.tokens).tokenizer]
-    assert isinstance(tokenizer, TokenizerStage)
-    if stage.keep == "top-k" and tokenizer.path is None and (stage.count or 0) > tokenizer.vocabulary_size:
-        raise ConfigError(
-            f"stages.{name}.count: {stage.count} of a vocabulary of {tokenizer.vocabulary_size}: at most as many, or "
-            "`keep: exact`"
         )

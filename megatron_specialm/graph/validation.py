@@ -1,35 +1,28 @@
-"""On which sets of text the stages of a config validate, and that so much of them is held out as this takes."""
+"""Which stages validate on which sets of text, and whether enough of each set is held out for it."""
 
 from collections.abc import Mapping
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.config.schema import Pipeline, SelectStage
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
-from megatron_specialm.graph.lineage import model_keys, text_set
-from megatron_specialm.graph.tasks import text_validated
+from megatron_specialm.graph.lineage import text_set
+from megatron_specialm.graph.stage_kind import kind_of
 
 
 def validating_stages(pipeline: Pipeline, tokens: str, source: str) -> list[str]:
-    """The stages that validate on the held-out text of a set, as the tokenize stage `tokens` has made it: trainings with
-    early stopping, and selections that fine-tune experts."""
-    return [name for name in pipeline.stages if source in _validated(pipeline, tokens, name)]
-
-
-def _validated(pipeline: Pipeline, tokens: str, name: str) -> set[str]:
-    stage = pipeline.stages[name]
-    if not isinstance(stage, TrainStage | SelectStage) or stage.tokens != tokens:
-        return set()
-    if isinstance(stage, SelectStage):
-        return set(pipeline.text.domains) if stage.tries_experts else set()
-    if stage.early_stopping is None:
-        return set()
-    return {text_validated(stage, key) for key in model_keys(pipeline, name)}
+    """The stages that validate on the held-out text of a set, tokenized by the stage `tokens`: trainings with early
+    stopping, and selections that fine-tune experts."""
+    return [
+        name
+        for name, stage in pipeline.stages.items()
+        if ("tokens", tokens) in kind_of(stage).named_stages(stage)
+        and source in kind_of(stage).validated_sets(pipeline, name, stage)
+    ]
 
 
 def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:
-    """Of the files that a set is validated on, or that what it is validated on is held out of, so many documents at least
-    must be there; 0 where no stage validates on it. Of a single document the end can be held out."""
+    """The least number of documents in the files that are validated on, or of which documents are held out for it; 0 where no
+    stage validates on the set. Of a single document the end can be held out."""
     if not validating_stages(pipeline, tokens, source):
         return 0
     files = text_set(pipeline, source)
@@ -39,13 +32,13 @@ def documents_needed(pipeline: Pipeline, tokens: str, source: str) -> int:
 
 
 def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Check what is held out of a set against its floor, where a stage of the config validates on it.
+    """Check the held-out text of a set against its `validation_floor`, where a stage of the config validates on it.
 
     Args:
-        counts: `documents` and `tokens` by split, as the tokenize stage reports them.
+        counts: `documents` and `tokens` by split, from the marker of the tokenize stage.
 
     Raises:
-        DataError: naming the set, what there is, the floor and what can be done.
+        DataError: naming the set, what there is, the floor and the fix.
     """
     files = text_set(pipeline, source)
     trained, held_out = ((counts["documents"][split], counts["tokens"][split]) for split in ("train", "validation"))
@@ -56,12 +49,12 @@ def refuse_too_little(pipeline: Pipeline, tokens: str, source: str, counts: Mapp
 
 
 def too_little(pipeline: Pipeline, tokens: str, source: str, has: str) -> DataError:
-    """The error of a set that has too little to validate on: `has` says how much."""
+    """The error for a set with too little text to validate on; `has` says how much there is."""
     files, stages = text_set(pipeline, source), validating_stages(pipeline, tokens, source)
     floor, where = files.validation_floor, f"text.{source}" if source == GENERIC else f"text.domains.{source}"
     least = f"at least {floor.documents:,} documents and {floor.tokens:,} tokens"
     wanted = f"to validate on them ({', '.join(stages)}) takes {least} (`validation_floor`)"
-    # Where a domain has sizes, they have it together.
+    # All sizes of a domain have one floor.
     lower = f"lower text.{'' if source == GENERIC else 'domains.'}{files.domain or source}.validation_floor"
     if files.validation:
         return DataError(

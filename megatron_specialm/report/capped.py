@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 
@@ -15,9 +15,7 @@ def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root
     """A warning for each stage that has such models, of those that the plan has and that are done by now. A trial that its
     cap ended is a model's if it was taken; the log of any other says so."""
     warnings = []
-    for name, stage in pipeline.stages.items():
-        if not isinstance(stage, TrainStage):
-            continue
+    for name, stage in train_stages(pipeline).items():
         found = []
         for task, planned in plan.items():
             wanted = task.stage == name and planned.task.rate is None

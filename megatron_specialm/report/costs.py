@@ -14,7 +14,7 @@ from typing import Any
 from megatron_specialm.base.artifacts import Marker
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.tasks import Task, TaskId, ancestors
 
 SPECIALIZATION = "specialization"
@@ -45,10 +45,10 @@ def model_cost(
         markers: those of all the model's ancestors, at least.
     """
     costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in _ALL}
-    devices = set()
+    devices, trained = set(), train_stages(pipeline)
     for name in ancestors(graph, model):
         cost = asdict(markers[name].whole_cost)
-        if isinstance(pipeline.stages[name.stage], TrainStage):
+        if name.stage in trained:
             devices.add(cost["device"])
         else:
             cost |= dict.fromkeys(COUNTS, 0)

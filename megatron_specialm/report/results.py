@@ -22,11 +22,12 @@ from megatron_specialm.base.artifacts import Marker, artifact_folder, read_marke
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.base.lock import hold_folder
-from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, sources
 from megatron_specialm.graph.plan import RESOLVED, PlannedTask, make_plan
 from megatron_specialm.graph.rates import beyond
+from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import Task, TaskId, ancestors, model_task
 from megatron_specialm.report.costs import fill, ledger_entries, model_cost
 from megatron_specialm.report.rows import to_csv
@@ -95,7 +96,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """One row per set that an evaluate task has scored; none where something that the model rests on is gone, for then
     its cost cannot be told."""
-    model = model_task(name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
+    model = model_task(name.key) if kind_of(pipeline.stages[name.stage]).makes == "perplexity" else None
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return []
     values = markers[name].values
@@ -198,7 +199,7 @@ def _concentration(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> list
     return [
         {"stage": name.stage, **_set_columns(pipeline, name.key), **marker.values, "seed": pipeline.seed}
         for name, marker in markers.items()
-        if isinstance(pipeline.stages[name.stage], AssignStage) and name.key in sources(pipeline)
+        if kind_of(pipeline.stages[name.stage]).makes == "assignment" and name.key in sources(pipeline)
     ]
 
 

@@ -22,10 +22,11 @@ from megatron_specialm.graph.lineage import (
     text_set,
     tokenize_stage,
     train_stage,
+    train_stages,
 )
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.rates import steps_to_compare
-from megatron_specialm.graph.tasks import TaskId, text_read, text_validated
+from megatron_specialm.graph.tasks import TaskId
 
 Plan = Mapping[TaskId, PlannedTask]
 NO_PLAN: Plan = MappingProxyType({})
@@ -47,9 +48,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     peak = dense_peak(machine.name)
     if peak:
         header.append(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU")
-    for name, stage in pipeline.stages.items():
-        if not isinstance(stage, TrainStage):
-            continue
+    for name, stage in train_stages(pipeline).items():
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         runs = len(keys) * len(stage.optimizer.rates)
         steps = [_steps(pipeline, stage, key) for key in keys]
@@ -75,7 +74,7 @@ def training_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
         steps = _steps(pipeline, stage, key)
         # The training at the best rate goes on from its trial; at the others it ends there.
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
-        held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, text_validated(stage, key)))
+        held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, stage.text_validated(key)))
         for run in (steps, *others):
             total += run * setup.step_flops + setup.flops(_validations(stage, setup, held_out, steps=run))
     return total
@@ -90,8 +89,8 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
     if stage.early_stopping is None or counts is None:
         return Passes()
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
-    if stage.projection is not None:
-        batches += stage.projection.experts  # a batch is of one expert: each may end with one that is not full
+    if stage.network is not None:
+        batches += stage.network.projection.experts  # a batch is of one expert: each may end with one that is not full
     times = 1 + -(-steps // stage.early_stopping.evaluate_every)
     # All copies make equally many passes, as many as keep all pipeline stages busy: empty batches fill them up.
     together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel
@@ -112,7 +111,7 @@ def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str], plan: Plan
     """The share of real tokens in the windows of the sets that runs read most of; None where one is not tokenized."""
     fills = []
     context = tokenize_stage(pipeline, stage.tokens).context_length
-    for source in dict.fromkeys(text_read(stage, key)[0] for key in keys):
+    for source in dict.fromkeys(stage.text_read(key)[0] for key in keys):
         if (counts := _tokenized(pipeline, plan, TaskId(stage.tokens, source))) is None:
             return None
         fills.append(counts["tokens"]["train"] / (counts["windows"]["train"] * context))
@@ -130,7 +129,7 @@ def planned_hours(flops: float, peak: float) -> float:
 
 def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
     """Steps of one run, at most: a recipe goes by the size of the domain's set, where the config says it."""
-    size = text_set(pipeline, key).train_tokens if stage.recipe else None
+    size = text_set(pipeline, key).train_tokens if stage.size_recipe else None
     return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps
 
 

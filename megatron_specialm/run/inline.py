@@ -26,12 +26,14 @@ from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import await_word, is_alive, meet
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask, State, make_plan, show
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph
+from megatron_specialm.graph.stage_kind import kind_of
+from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.run.reuse import take_over
-from megatron_specialm.run.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
+from megatron_specialm.run.worker import begun, execute, ignore_expected_warnings, limit_threads
 
 PLANNED = "planned"  # a key of the ranks' store
 POLL_SECONDS = 0.2
@@ -46,10 +48,9 @@ def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -
         ConfigError: the ranks are no multiple of a stage's tensor x pipeline x context parallel processes, or more than its
             batch divides into.
     """
-    fitted = dict(pipeline.stages)
-    for name in stages:
-        stage = fitted[name]
-        if not isinstance(stage, TrainStage):
+    fitted: dict[str, Any] = dict(pipeline.stages)
+    for name, stage in train_stages(pipeline).items():
+        if name not in stages:
             continue
         copy = stage.parallel.world_size // stage.parallel.data_parallel
         if world.world_size % copy:
@@ -196,7 +197,7 @@ def run_task(
     """
     process_status.stop_if_asked()
     meet(world)
-    if world.is_first or works_together(pipeline.stages[task.id.stage], world):
+    if world.is_first or kind_of(pipeline.stages[task.id.stage]).works_together(mpi=world.is_mpi):
         with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
             execute(pipeline, root, task, made_from, world, process_status)
     _await_marker(root, task.id, sha256_json(made_from), world, process_status)

@@ -28,8 +28,8 @@ from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask, show
+from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.logs import last_line, log_path
 from megatron_specialm.run.progress import Progress
@@ -142,7 +142,7 @@ def _startable(
 
 def _ranks(pipeline: Pipeline, name: TaskId) -> int:
     stage = pipeline.stages[name.stage]
-    return stage.parallel.world_size if isinstance(stage, TrainStage) else 1
+    return kind_of(stage).ranks(stage, mpi=False)
 
 
 def least_used(gpus: Sequence[str], used: Iterable[Iterable[str]], *, count: int) -> list[str]:

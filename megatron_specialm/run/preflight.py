@@ -7,14 +7,14 @@ from pathlib import Path
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.errors import ConfigError, MachineError
-from megatron_specialm.config.schema import Pipeline, TokenizeStage
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import HUB, read_documents
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
-from megatron_specialm.graph.lineage import setup_of, sources, text_set
+from megatron_specialm.graph.lineage import setup_of, sources, text_set, train_stages
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.validation import (
     documents_needed,
@@ -53,7 +53,7 @@ def refuse_too_few_documents(pipeline: Pipeline) -> None:
         DataError: naming the set, the floor and what can be done.
     """
     for tokens, stage in pipeline.stages.items():
-        for source in sources(pipeline) if isinstance(stage, TokenizeStage) else ():
+        for source in sources(pipeline) if kind_of(stage).makes == "tokens" else ():
             files, needed = text_set(pipeline, source), documents_needed(pipeline, tokens, source)
             entries = files.validation or files.train
             if any(entry.startswith(HUB) for entry in entries):
@@ -75,7 +75,8 @@ def refuse_too_little_held_out(
         DataError: as the tokenize stage would.
     """
     for name, planned in plan.items():
-        if not isinstance(pipeline.stages[name.stage], TokenizeStage) or planned.task.shard or planned.is_to_do:
+        makes = kind_of(pipeline.stages[name.stage]).makes
+        if makes != "tokens" or planned.task.shard or planned.is_to_do:
             continue
         marker = read_marker(artifact_folder(planned.there or root, *name, planned.digest))
         if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
@@ -107,9 +108,8 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
     for name, reason in lacks(pipeline, machine, alone=alone):
         if name in stages:
             raise MachineError(reason)
-    for name in stages if alone and machine.gpus else ():
-        stage = pipeline.stages[name]
-        if isinstance(stage, TrainStage) and stage.parallel.world_size > machine.gpus:
+    for name, stage in train_stages(pipeline).items() if alone and machine.gpus else ():
+        if name in stages and stage.parallel.world_size > machine.gpus:
             raise MachineError(
                 f"stages.{name}.parallel: {stage.parallel.describe()} takes {stage.parallel.world_size} processes, one per "
                 f"GPU, and this machine has {machine.describe()}: lower it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
@@ -130,11 +130,10 @@ def refuse_what_gpus_lack(pipeline: Pipeline, gpu: str | None, *, stages: Collec
 
 def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> Iterator[tuple[str, str]]:
     """The train stages that a machine cannot run, each with the reason in one line."""
-    for name, stage in pipeline.stages.items():
-        if isinstance(stage, TrainStage):
-            setup = setup_of(pipeline, name)
-            if reason := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
-                yield name, f"stages.{name}: {reason}"
+    for name in train_stages(pipeline):
+        setup = setup_of(pipeline, name)
+        if reason := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
+            yield name, f"stages.{name}: {reason}"
 
 
 def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> str | None:

@@ -43,11 +43,11 @@ from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import await_word, meet
 from megatron_specialm.base.temporary import place_sockets
-from megatron_specialm.config.base import Settings
-from megatron_specialm.config.schema import ClusterStage, Pipeline
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import refuse_other_work
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph
+from megatron_specialm.graph.stage_kind import kind_of
+from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.stages.context import Context
 
 POLL_SECONDS = 0.1
@@ -98,9 +98,9 @@ def work(
         log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
         try:
             world, process_status, task = discover_world(), ProcessStatus(), build_graph(pipeline)[name]
-            trains = isinstance(pipeline.stages[name.stage], TrainStage)
+            saves_steps = kind_of(pipeline.stages[name.stage]).saves_steps
             with (
-                process_status.hearing_signals() if trains else contextlib.nullcontext(),
+                process_status.hearing_signals() if saves_steps else contextlib.nullcontext(),
                 begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext(),
             ):
                 execute(pipeline, root, task, made_from, world, process_status)
@@ -173,15 +173,16 @@ def execute(
     """
     process_status.begin(f"working on {task.id}")
     stage = pipeline.stages[task.id.stage]
+    together = kind_of(stage).works_together(mpi=world.is_mpi)
     with machine_errors():
-        if works_together(stage, world):
+        if together:
             meet(world)  # here a signal ends the wait at once
         inputs = {name: artifact_folder(root, *name, made_from["inputs"][str(name)]) for name in task.inputs}
         folder = _begin(root, task, made_from, inputs, world)
         context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, process_status)
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
-            processes = world.world_size if works_together(stage, world) else 1
+            processes = world.world_size if together else 1
             seconds = report.lost_seconds + context.watch.seconds - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
@@ -194,12 +195,6 @@ def execute(
 def _cost(spent: Spent, processes: int) -> Cost:
     seconds = spent.seconds
     return Cost(spent.tokens, spent.flops, seconds, seconds * processes, name_of_device(), processes, spent.slots)
-
-
-def works_together(stage: Settings, world: World) -> bool:
-    """Whether all ranks do a stage's task together: what it takes is for them to call `execute`. Other stages are the first
-    rank's work."""
-    return isinstance(stage, TrainStage) or (isinstance(stage, ClusterStage) and world.is_mpi)
 
 
 def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping[TaskId, Path], world: World) -> Path:

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_specialm.config.base import Settings
-from megatron_specialm.config.schema import ClusterStage, Pipeline
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Launcher, Resources, Site
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.records import TaskRecord
 from megatron_specialm.slurm.sbatch import Shape, shape_of
@@ -55,8 +54,9 @@ def jobs_of(pipeline: Pipeline, site: Site, missing: Mapping[TaskId, PlannedTask
 
 def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[PlannedTask]) -> Job:
     settings = pipeline.stages[stage]
-    processes = _processes(settings)
-    resources = site.resources(stage, settings.kind)
+    kind = kind_of(settings)
+    processes = kind.ranks(settings, mpi=True)
+    resources = site.resources(stage, kind.kind)
     found = [TaskRecord(planned.task.id.key, planned.digest) for planned in tasks]
     size = resources.tasks_per_job
     return Job(
@@ -67,13 +67,6 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,
-        # One rank needs nobody to start it, and k-means adds over MPI, whatever trainings are launched by.
-        launcher="srun" if processes == 1 else "mpi" if isinstance(settings, ClusterStage) else site.launcher,
+        # One rank needs no launcher of its own.
+        launcher="srun" if processes == 1 else "mpi" if kind.ranks_by == "mpi" else site.launcher,
     )
-
-
-def _processes(stage: Settings) -> int:
-    """Ranks that do a task of a stage together."""
-    if isinstance(stage, TrainStage):
-        return stage.parallel.world_size
-    return stage.processes if isinstance(stage, ClusterStage) else 1

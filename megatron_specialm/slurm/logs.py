@@ -9,7 +9,8 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.output import nobody_reads
 from megatron_specialm.base.printing import say
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run import logs as local
 from megatron_specialm.slurm.records import log_path, read_registry
 

@@ -10,8 +10,8 @@ from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
 from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.yaml_file import read_yaml_file
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.report.capped import capped_warnings
@@ -132,7 +132,7 @@ def _stage(
         _failure(root, element, [name.key for name, state in carried.items() if state is element])
         for element in elements
     ]
-    trains = isinstance(pipeline.stages[stage], TrainStage)
+    trains = stage in train_stages(pipeline)
     wanted = {name: state for name, state in carried.items() if carriers[name][1] == tasks[name].digest}
     running = list(_running(root, tasks, wanted))
     return StageStatus(

@@ -10,7 +10,8 @@ from megatron_specialm.base.environment import discover_world
 from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.load import load_pipeline
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import rank_lifecycle, run_task
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.run.worker import ignore_expected_warnings, limit_threads

@@ -34,6 +34,7 @@ from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint
 from megatron_specialm.checkpoint.steps import STATE, saved_steps, step_folder
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.lineage import train_stage
 from megatron_specialm.graph.rates import trial_key
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import TrainingData
@@ -160,8 +161,7 @@ def _made_from(folder: Path) -> dict[str, Any]:
 
 def _rates(context: Context) -> list[float]:
     """Those of the config, where the task is no trial itself."""
-    stage = context.pipeline.stages[context.task.id.stage]
-    assert isinstance(stage, TrainStage)
+    stage = train_stage(context.pipeline, context.task.id.stage)
     return stage.optimizer.rates if context.task.rate is None else []
 
 

@@ -18,7 +18,7 @@ from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import ExportStage, TokenizeStage
+from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
@@ -27,7 +27,7 @@ from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.megatron.process_groups import process_group
-from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, trainings
+from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, tokenizer_task, trainings
 from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages.context import Context
@@ -48,9 +48,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     final = find_final(context.artifact(*model_id))
     merged = read_merged(final)
     shape, weights, state = merged.shape, merged.weights, merged.state
-    tokenize = context.pipeline.stages[stage.tokens]
-    assert isinstance(tokenize, TokenizeStage)
-    tokenizer = Tokenizer.load(context.artifact(tokenize.tokenizer, GENERIC))
+    tokenizer = Tokenizer.load(context.artifact(*tokenizer_task(context.pipeline, stage.tokens)))
     tokens = context.artifact(stage.tokens, model_id.key)
     store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])
 

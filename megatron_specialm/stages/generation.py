@@ -20,14 +20,11 @@ from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.checkpoint.steps import STATE, find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import SelectStage
-from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.graph.lineage import tokenize_stage
-from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.lineage import tokenizer_task
+from megatron_specialm.graph.stage_kind import kind_of
 
 PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
 
@@ -86,9 +83,9 @@ def open_model(folder: Path) -> Writer:
     if (artifact / LABEL).is_file() or (artifact / MARKER).is_file():
         root, stage_name = artifact.parents[3], artifact.parents[1].name
         pipeline = load_pipeline(root / "pipeline.yaml")
-        stage = pipeline.stages.get(stage_name)
-        if isinstance(stage, TrainStage | SelectStage):
-            tokenizer = TaskId(tokenize_stage(pipeline, stage.tokens).tokenizer, GENERIC)
+        stage: Any = pipeline.stages.get(stage_name)
+        if stage is not None and kind_of(stage).makes == "model":
+            tokenizer = tokenizer_task(pipeline, stage.tokens)
             digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
             # An artifact that an earlier version made does not say of which tokenizer it is.
             tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer)

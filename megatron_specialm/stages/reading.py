@@ -10,7 +10,8 @@ import numpy as np
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.training import ProjectedNetwork, TrainStage
+from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.data.batches import Notes, Stream, Windows
 from megatron_specialm.data.cluster_files import read_histogram, read_index
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
@@ -30,7 +31,6 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
-from megatron_specialm.graph.tasks import text_read, text_validated
 from megatron_specialm.graph.validation import refuse_too_little
 from megatron_specialm.stages.context import Context
 
@@ -63,16 +63,16 @@ def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
         DataError: fewer windows than a batch, in the whole set or in an expert's cluster; generic windows in none of
             the clusters that the domain has; or fewer held-out windows to validate on than the floor.
     """
-    stores = [open_store(stage.tokens, context, source) for source in text_read(stage, context.model_key)]
+    stores = [open_store(stage.tokens, context, source) for source in stage.text_read(context.model_key)]
     store, windows = stores[0], JoinedStore(*stores) if len(stores) == 2 else stores[0]
     if len(windows) < stage.global_batch_size:
         raise DataError(
             f"{store.folder}: {len(windows)} training windows are fewer than one batch: lower "
             f"stages.{context.task.id.stage}.global_batch_size (now {stage.global_batch_size}) or add text"
         )
-    if stage.projection is not None:
-        experts = _experts(stage, context, windows=len(store))
-        held_out = _held_out(stage, context, np.ones(stage.projection.experts))
+    if stage.network is not None:
+        experts = _experts(stage, stage.network, context, windows=len(store))
+        held_out = _held_out(stage, context, np.ones(stage.network.projection.experts))
         reading = TrainingData(
             stage, store, windows, experts,
             lambda step, rows, _: _mixtures(experts, step, rows), held_out, lambda other: other,
@@ -107,20 +107,19 @@ def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
     return store
 
 
-def _experts(stage: TrainStage, context: Context, *, windows: int) -> ExpertStream:
+def _experts(stage: TrainStage, network: ProjectedNetwork, context: Context, *, windows: int) -> ExpertStream:
     """SLM-pn: each window by its own cluster's expert, or a soup of them."""
     index = _generic_index(stage, context, windows=windows)
-    assert stage.windows_per_expert is not None
     for cluster in np.flatnonzero(index.sizes):
         check_enough(
-            int(cluster), windows=int(index.sizes[cluster]), needed=stage.windows_per_expert,
+            int(cluster), windows=int(index.sizes[cluster]), needed=network.windows_per_expert,
             field=f"stages.{context.task.id.stage}.windows_per_expert", otherwise="use fewer clusters (k)",
         )  # fmt: skip
     return ExpertStream(
         index,
         global_batch_size=stage.global_batch_size,
-        windows_per_expert=stage.windows_per_expert,
-        soup=stage.soup,
+        windows_per_expert=network.windows_per_expert,
+        soup=network.soup,
         seed=context.pipeline.seed_of_training,
     )
 
@@ -146,11 +145,11 @@ def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> 
     """What is drawn how often: everything alike; SLM-mix: one cluster; SLM-is: the domain's histogram; and of a second
     set its fraction."""
     index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
-    if stage.assignment is not None:
+    if stage.clustering is not None:
         index = _generic_index(stage, context, windows=len(stores[0]))
         weights = _one_cluster(context, index) if stage.data == "cluster" else _like_domain(stage, context, index)
     if len(stores) == 2:
-        share = stage.replay_fraction or stage.domain_fraction
+        share = stage.mixed_fraction
         index = index.joined(ClusterIndex.single(len(stores[1])))
         weights = np.append((1 - share) * weights, share)
     return index, weights
@@ -160,11 +159,11 @@ def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldO
     """What early stopping validates on; `weights` are the clusters' in training."""
     if stage.early_stopping is None:
         return None
-    store = open_held_out(stage.tokens, context, text_validated(stage, context.model_key))
+    store = open_held_out(stage.tokens, context, stage.text_validated(context.model_key))
     if not validates_by_cluster(stage):
         return all_windows(store)
     index = _generic_index(stage, context, HELD_OUT, windows=len(store))
-    if stage.projection is not None:
+    if stage.network is not None:
         return by_expert(store, index)
     if stage.data == "cluster":
         for cluster in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
@@ -200,7 +199,7 @@ def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: 
 
 
 def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
-    assignment = stage.assignment or ""
+    assignment = stage.clustering or ""
     return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
 
 
@@ -209,7 +208,7 @@ def _one_cluster(context: Context, index: ClusterIndex) -> np.ndarray:
 
 
 def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
-    folder = context.artifact(stage.assignment or "", context.model_key)
+    folder = context.artifact(stage.clustering or "", context.model_key)
     weights, lost = importance_weights(read_histogram(folder, k=len(index.sizes)), index.sizes)
     if lost:
         logger.warning(
@@ -220,7 +219,7 @@ def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np
 
 def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the steps that this set, or this cluster, is for."""
-    if stage.data == "cluster":
+    if isinstance(stage, ClusterTraining):
         cluster = cluster_of(context.model_key)
         size = int(index.sizes[cluster])
         for other in trained_clusters(context.pipeline, context.task.id.stage):  # none is trained if one cannot be
@@ -230,6 +229,6 @@ def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, in
                 otherwise="use fewer clusters (k), or name those to train in `clusters`",
             )  # fmt: skip
         return with_steps(stage, expert_steps(stage.steps, budget=stage.budget, size=size, sizes=index.sizes))
-    if stage.recipe is not None:
+    if stage.size_recipe is not None:
         return finetuning_recipe(stage, set_tokens=store.tokens)
     return stage

@@ -50,10 +50,10 @@ def run(stage: SelectStage, context: Context) -> Report:
             floor, and experts are told apart by it.
         TrainingError: no expert has a finite loss.
     """
-    stage_of_experts = train_stage(context.pipeline, stage.experts)
+    assignment = train_stage(context.pipeline, stage.experts).clustering or ""
     keys = [expert_key(cluster) for cluster in trained_clusters(context.pipeline, stage.experts)]
-    folder = context.artifact(stage_of_experts.assignment or "", context.key)
-    histogram_K = read_histogram(folder, k=cluster_count(context.pipeline, stage_of_experts.assignment or ""))
+    folder = context.artifact(assignment, context.key)
+    histogram_K = read_histogram(folder, k=cluster_count(context.pipeline, assignment))
     store = open_store(stage.tokens, context, context.key)
     if stage.tries_experts:
         open_held_out(stage.tokens, context, context.key)

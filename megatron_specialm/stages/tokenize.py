@@ -94,7 +94,7 @@ def _assigned(
             assigned = hold_out(
                 encoded,
                 fraction=stage.validation_fraction,
-                floor=floor if shard is None else floor.share(shard.shards),
+                floor=floor if shard is None else floor.per_shard(shard.shards),
                 seed=f"{context.pipeline.seed}{number}",
                 context_length=stage.context_length,
             )

@@ -39,6 +39,7 @@ from megatron_specialm.graph.lineage import (
     key_for,
     model_of,
     setup_of,
+    stage_of,
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.model.gpt import Gpt
@@ -205,8 +206,8 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
 
 def _write_centroid(stage: TrainStage, context: Context) -> None:
     """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
-    assign = assign_stage(context.pipeline, stage.assignment or "")
-    k = cluster_count(context.pipeline, stage.assignment or "")
+    assign = assign_stage(context.pipeline, stage.clustering or "")
+    k = cluster_count(context.pipeline, stage.clustering or "")
     centroids = read_centroids(context.artifact(assign.clusters, GENERIC), k=k)
     write_array(context.folder / CENTROID, centroids[cluster_of(context.model_key)])
 
@@ -244,9 +245,7 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
         return cross_entropy
     kind: Teacher = "online"
     if distill.cache is not None:
-        cache = context.pipeline.stages[distill.cache]
-        assert isinstance(cache, TeachStage)
-        kind = cache.keep
+        kind = stage_of(context.pipeline, distill.cache, TeachStage).keep
     return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
 
 

@@ -15,6 +15,7 @@ from megatron_specialm.checkpoint.merged import MergedModel
 from megatron_specialm.checkpoint.saving import Saver
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.config.trainings import DomainTraining
 from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
@@ -94,7 +95,7 @@ class Trials:
 
     def _settings(self, steps: int) -> TrainStage:
         """Validated now and then and at the end of `steps`, and never stopped before."""
-        return TrainStage.model_validate(
+        return DomainTraining.model_validate(
             {
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,
                 "schedule": {"warmup_steps": 0}, "checkpoint": {"every": steps, "keep": 1},

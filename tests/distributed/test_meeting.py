@@ -101,7 +101,8 @@ import sys
 from pathlib import Path
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.run import inline
 inline.GRACE_SECONDS = 0.5

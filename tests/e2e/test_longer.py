@@ -138,7 +138,7 @@ def test_it_goes_on_from_as_far_as_the_schedule_allows(folder: Path) -> None:
     assert "constant/generic: goes on from step 40 of an earlier training of 40 steps" in said
     assert "cosine/generic: does not go on from step 40 of an earlier training of 40 steps" in said
     assert "the learning rates differ from step 3 on, as `schedule.kind: cosine` makes those of 40 steps" in said
-    assert "one of the two validates there, as at its end, and the other does not" in said
+    assert "one of the two ends there and validates, and the other does not" in said
 
 
 def test_the_ledger_shows_both_parts_and_nothing_twice(folder: Path) -> None:

@@ -18,8 +18,8 @@ from megatron_specialm.checkpoint.opening import read_model
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.graph.tasks import build_graph
 from megatron_specialm.report.seeds import merge_runs
 from megatron_specialm.run.worker import execute
 

@@ -15,7 +15,8 @@ from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.stages import assign, cluster, embed
 from tests.contexts import make_context
 

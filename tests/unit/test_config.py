@@ -5,8 +5,9 @@ import pytest
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import is_finetuned, method_of
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId
 
 CONFIGS = sorted((configs_folder() / "pipelines").glob("*.yaml"))
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -103,7 +104,7 @@ def test_a_cycle_is_shown() -> None:
     ("text", "says"),
     [
         ("seed: [", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", "'seed' is there twice"),
         ("- a\n", "must be a mapping"),
         ("extends: config.yaml\n", "extends itself"),
         ("extends: absent.yaml\n", r"absent\.yaml: no such file \(named by `extends` in .*config\.yaml"),

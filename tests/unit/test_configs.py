@@ -9,9 +9,10 @@ from rich.console import Console
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import distinct_setups, setup_of
 from megatron_specialm.graph.plan import PlannedTask, make_plan
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.report.summary import memory_table, training_flops, training_table
 from megatron_specialm.run.preflight import lacks, planned_machine
 

@@ -24,7 +24,8 @@ from megatron_specialm.convert.huggingface import from_huggingface, huggingface_
 from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export

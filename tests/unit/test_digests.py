@@ -16,8 +16,11 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.content import Introduced, content_of, introduced_default
-from megatron_specialm.graph.tasks import TaskId, build_graph, digest
+from megatron_specialm.graph.digests import digest
+from megatron_specialm.graph.tasks import TaskId
 from tests.settings import settings_in
 
 CONFIGS = configs_folder() / "pipelines"
@@ -60,11 +63,11 @@ TRY: dict[str, list[Any]] = {
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
-    "training_seed": [1],
+    "training_seed": [1], "data": ["domain", "generic"],
     "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
-NOT_ALONE = {"TrainStage.model", "TrainStage.projection", "TrainStage.fp8", "Projection.experts"}
+NOT_ALONE = {"TrainStage.model", "GenericTraining.projection", "TrainStage.fp8", "Projection.experts"}
 EVERY_KIND = GOLDEN.parent / "all-kinds.yaml"
 ALL_KINDS = EVERY_KIND.read_text()
 
@@ -78,6 +81,12 @@ class Leaf(NamedTuple):
     annotation: Any
 
 
+def _name(cls: type[BaseModel], field: str) -> str:
+    """A field by its class; one that all train stages have, by their common class."""
+    is_common = issubclass(cls, TrainStage) and field in TrainStage.model_fields
+    return f"{'TrainStage' if is_common else cls.__name__}.{field}"
+
+
 def _leaves(settings: BaseModel, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     for name, field in type(settings).model_fields.items():
         value, place = getattr(settings, name), (*path, name)
@@ -87,7 +96,7 @@ def _leaves(settings: BaseModel, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
         for key, part in inside.items():
             yield from _leaves(part, (*place, *key))
         if not inside or type(None) in get_args(field.annotation):
-            yield Leaf(place, f"{type(settings).__name__}.{name}", value, field.annotation)
+            yield Leaf(place, _name(type(settings), name), value, field.annotation)
 
 
 def _others(leaf: Leaf, stages: list[str]) -> Iterator[Any]:
@@ -201,7 +210,7 @@ def _defaults(cls: type[BaseModel], found: dict[str, Any]) -> dict[str, Any]:
     """The default that every field of a class and of those inside it was introduced with, as JSON."""
     for name, field in cls.model_fields.items():
         if (default := introduced_default(field)) is not ...:
-            found[f"{cls.__name__}.{name}"] = default
+            found[_name(cls, name)] = default
         for inner in settings_in(field.annotation):
             _defaults(inner, found)
     return found

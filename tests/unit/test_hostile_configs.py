@@ -12,9 +12,9 @@ import pytest
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import yaml_file
-from megatron_specialm.config.load import MOST_CONFIGS, load_pipeline
+from megatron_specialm.config.load import MAX_CONFIGS, load_pipeline
 from megatron_specialm.config.site import Site, load_site, template_of
-from megatron_specialm.config.yaml_file import MOST_BYTES, MOST_LEVELS, MOST_VALUES, read_yaml, read_yaml_file
+from megatron_specialm.config.yaml_file import MAX_BYTES, MAX_LEVELS, MAX_VALUES, read_yaml, read_yaml_file
 from megatron_specialm.slurm.sbatch import render
 from tests.conftest import ROOT
 
@@ -37,23 +37,23 @@ HOSTILE = {
     ),
     "merges of merges": (_doubling("{<<: [%s]}", "{x: 1}"), "50,000 values"),
     "two merges at a time": (_doubling("{<<: [%s]}", "{x: 1}", times=2, levels=40), "50,000 values"),
-    "a list inside itself": ("a: &a [*a]\n", "inside itself"),
-    "a map inside itself": ("a: &a {b: {c: [*a]}}\n", "inside itself"),
-    "a merge of itself": ("a: &a {<<: *a}\n", "inside itself"),
-    "a merge of a list of itself": ("a: &a {<<: [*a, *a]}\n", "inside itself"),
+    "a list inside itself": ("a: &a [*a]\n", "an anchor contains itself"),
+    "a map inside itself": ("a: &a {b: {c: [*a]}}\n", "an anchor contains itself"),
+    "a merge of itself": ("a: &a {<<: *a}\n", "an anchor contains itself"),
+    "a merge of a list of itself": ("a: &a {<<: [*a, *a]}\n", "an anchor contains itself"),
     "open brackets": ("a: " + "[" * 100_000, "too deep"),
     "brackets": ("a: " + "[" * 1000 + "]" * 1000, "too deep"),
     "maps": ("a: " + "{b: " * 1000 + "1" + "}" * 1000, "too deep"),
     "indented": ("".join(" " * n + "k:\n" for n in range(1000)), "too deep"),
     "a list of a list": ("- " * 1000, "too deep"),
-    "many values": ("a: [" + "1," * (MOST_VALUES + 1) + "]", "50,000 values"),
-    "many keys": ("".join(f"k{n}: 1\n" for n in range(MOST_VALUES)), "50,000 values"),
-    "many mistakes": ("".join(f"k{n}: 1\n" for n in range(MOST_VALUES // 3)), "more mistakes"),
-    "a long key": ("k" * (MOST_BYTES // 2) + ": 1", "not valid YAML|unknown key"),
-    "a long number": ("seed: " + "9" * (MOST_BYTES // 2), "64 bits"),
-    "a long alias": ("a: *" + "x" * (MOST_BYTES // 2), "undefined alias"),
-    "a long text": ("name: " + "x" * (MOST_BYTES // 2), "name: "),
-    "too many bytes": ("#" * (MOST_BYTES + 1), "more than 4,1[0-9,]* bytes"),
+    "many values": ("a: [" + "1," * (MAX_VALUES + 1) + "]", "50,000 values"),
+    "many keys": ("".join(f"k{n}: 1\n" for n in range(MAX_VALUES)), "50,000 values"),
+    "many mistakes": ("".join(f"k{n}: 1\n" for n in range(MAX_VALUES // 3)), "more mistakes"),
+    "a long key": ("k" * (MAX_BYTES // 2) + ": 1", "not valid YAML|unknown key"),
+    "a long number": ("seed: " + "9" * (MAX_BYTES // 2), "64 bits"),
+    "a long alias": ("a: *" + "x" * (MAX_BYTES // 2), "undefined alias"),
+    "a long text": ("name: " + "x" * (MAX_BYTES // 2), "name: "),
+    "too many bytes": ("#" * (MAX_BYTES + 1), "more than 4,1[0-9,]* bytes"),
     "a program": ("a: !!python/object/apply:os.system [touch HERE]\n", "could not determine a constructor"),
 }
 
@@ -128,9 +128,9 @@ def test_what_is_no_config_is_neither_waited_for_nor_read(
     [
         ("name={a0: &a0 [x], " + ", ".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)) + "}",
          "50,000 values"),
-        ("name=&x [*x]", "inside itself"),
+        ("name=&x [*x]", "an anchor contains itself"),
         ("name=" + "[" * 60_000, "too deep"),
-        (".".join(["a"] * 20_000) + "=1", f"more than {MOST_LEVELS} dots"),
+        (".".join(["a"] * 20_000) + "=1", f"more than {MAX_LEVELS} dots"),
         ("a" * 100_000 + "=1", "unknown key"),
         ("a" * 100_000, "write KEY=VALUE"),
         ("seed=" + "9" * 100_000, "64 bits"),
@@ -144,14 +144,14 @@ def test_overrides_are_read_as_configs_are(override: str, says: str) -> None:
 
 
 def test_configs_that_extend_each_other_are_few_and_share_their_room(tmp_path: Path) -> None:
-    for number in range(MOST_CONFIGS + 1):
+    for number in range(MAX_CONFIGS + 1):
         (tmp_path / f"p{number}.yaml").write_text(f"extends: p{number + 1}.yaml\n")
-    (tmp_path / f"p{MOST_CONFIGS + 1}.yaml").write_text(f"extends: {SMOKE}\n")
-    with pytest.raises(ConfigError, match=r"p0\.yaml: extends more than 19 configs"):
+    (tmp_path / f"p{MAX_CONFIGS + 1}.yaml").write_text(f"extends: {SMOKE}\n")
+    with pytest.raises(ConfigError, match=r"p0\.yaml: extends a chain of more than 19 configs"):
         load_pipeline(tmp_path / "p0.yaml")
     assert load_pipeline(tmp_path / "p5.yaml").name == "smoke"
-    (tmp_path / "a.yaml").write_text("extends: b.yaml\nx: [" + "1," * (MOST_VALUES // 2) + "]")
-    (tmp_path / "b.yaml").write_text("extends: a.yaml\nx: [" + "1," * (MOST_VALUES // 2) + "]")
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\nx: [" + "1," * (MAX_VALUES // 2) + "]")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nx: [" + "1," * (MAX_VALUES // 2) + "]")
     with pytest.raises(ConfigError, match=r"b\.yaml: .*50,000 values"):
         load_pipeline(tmp_path / "a.yaml")
 

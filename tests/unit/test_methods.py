@@ -10,8 +10,10 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.model_card import READS
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.digests import digest
 from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, model_of, trainings
-from megatron_specialm.graph.tasks import Task, TaskId, build_graph, digest
+from megatron_specialm.graph.tasks import Task, TaskId
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
 TRAIN: dict[str, Any] = {
@@ -135,9 +137,9 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
     ("stage", "fields", "words"),
     [
         ("mix", {"clusters": [0, 4]}, "clusters: 4 does not exist: `assignment` has clusters 0 to 3"),
-        ("mix", {"assignment": None}, "need it: name an assign stage"),
+        ("mix", {"assignment": None}, "`data: cluster` needs `assignment`: name an assign stage"),
         ("slm", {"assignment": "assignment"}, "need it: drop it"),
-        ("slm", {"clusters": [1]}, "`clusters` and `budget` go with `data: cluster`"),
+        ("slm", {"clusters": [1]}, "`clusters` goes with `data: cluster`, and this is `data: generic`: drop it"),
         ("pn", {"projection": {"experts": 5, "capacity": 3, "code_size": 5}},
          "projection.experts: 5, and `assignment` has 4 clusters"),
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
@@ -145,7 +147,7 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
         ("slm", {"windows_per_expert": 4}, "`windows_per_expert` goes with `projection`"),
         ("pn", {"windows_per_expert": None}, "`windows_per_expert` goes with `projection`, which needs it"),
-        ("mix", {"clusters": [1, 1]}, "[1, 1]: one stands twice"),
+        ("mix", {"clusters": [1, 1]}, "[1, 1]: one is there twice"),
         ("slm", {"distill": {"teacher": "llm-tuned"}}, "distill.teacher: 'llm-tuned' is made for each domain, and 'slm' is"),
         ("mix", {"model": None, "init": "early"}, "init: 'early' is made for each domain, and 'mix' is not (mix/c0)"),
         ("slm", {"soup": {}}, "`soup` goes with `projection`"),
@@ -169,8 +171,16 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("taught", {"keep": "top-k", "count": 501}, "count: 501 of a vocabulary of 500"),
         ("taught", {"count": None}, "`count` goes with"),
         ("slm", {"replay_fraction": 0.1}, "`replay_fraction` goes with `data: domain`"),
-        ("tuned", {"domain_fraction": 0.1}, "`domain_fraction` goes with `data: generic`"),
-        ("slm", {"recipe": "paper"}, "`recipe: paper` is for `data: domain`"),
+        ("slm", {"budget": "proportional"}, "`budget` goes with `data: cluster`"),
+        ("tuned", {"domain_fraction": 0.1}, "`domain_fraction` goes with `data: generic` or `data: importance`"),
+        ("slm", {"recipe": "paper"}, "`recipe` goes with `data: domain`"),
+        ("tuned", {"assignment": "assignment"}, "`assignment` goes with"),
+        ("pn", {"model": None, "init": "slm"}, "`projection` goes with a `model`"),
+        ("pn", {"domain_fraction": 0.1}, "`domain_fraction` does not go with `projection`"),
+        ("slm", {"data": "genric"}, "must be one of generic, cluster, importance, domain (got 'genric'); did you mean"),
+        ("slm", {"data": None}, "slm.data: must be one of"),
+        ("tuned", {"recpie": "paper"}, "tuned.recpie: unknown key; did you mean 'recipe'"),
+        ("pn", {"projection": {"expert": 4}}, "pn.projection.expert: unknown key; did you mean 'experts'"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused_before_anything_runs(
@@ -180,6 +190,36 @@ def test_what_means_nothing_is_refused_before_anything_runs(
         build_graph(_load(tmp_path, **{stage: fields}))
     assert words in str(refusal.value)
     assert f"stages.{stage}" in str(refusal.value)
+
+
+def test_settings_of_other_data_may_stand_at_their_defaults(tmp_path: Path) -> None:
+    """Earlier versions wrote every setting into the configs that they resolved."""
+    others = {
+        "clusters": None, "budget": "equal", "replay_fraction": 0.0, "domain_fraction": 0.0, "recipe": None,
+        "assignment": None, "projection": None, "windows_per_expert": None, "soup": None,
+    }  # fmt: skip
+    spelled = {name: {**others, **STAGES[name]} for name in ("slm", "mix", "pn", "tuned", "early", "replay")}
+    assert _load(tmp_path, **spelled) == _load(tmp_path)
+
+
+def test_defaults_of_trainings_are_for_those_that_have_the_setting(tmp_path: Path) -> None:
+    _load(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    defaults = {"replay_fraction": 0.25, "clusters": [0, 1], "domain_fraction": 0.5, "recipe": "paper"}
+    config["defaults"] = {"train": defaults}
+    for name in ("pn", "cached"):  # with which some of these do not go
+        del config["stages"][name]
+    config["stages"]["soup"]["experts"] = "mix"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = load_pipeline(tmp_path / "config.yaml").model_dump()["stages"]
+    has = {"slm": ["domain_fraction"], "mix": ["clusters"], "tuned": ["replay_fraction", "recipe"]}
+    for name, settings in has.items():
+        given = {key: found[name][key] for key in defaults if key in found[name]}
+        assert given == {key: defaults[key] for key in settings}, name
+    config["defaults"]["train"]["recpie"] = "paper"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"slm\.recpie: unknown key"):
+        load_pipeline(tmp_path / "config.yaml")
 
 
 def test_clusters_of_other_windows_are_refused(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pi
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.graph.plan import make_plan, select
 from megatron_specialm.graph.rates import at_rate, beyond, trial_of
-from megatron_specialm.graph.tasks import TaskId, ancestors, build_graph
+from megatron_specialm.graph.tasks import TaskId, ancestors
 from megatron_specialm.report.results import write_results
 from megatron_specialm.report.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of

@@ -136,7 +136,7 @@ def _filled(part: object, value: str) -> object:
         ("gpu: 010", "gpu: 010 without quotes is a number in base 8 to YAML: quote it"),
         ("preflight: {enabled: 1}", "preflight.enabled: Input should be a valid boolean: write true or false"),
         ("exclude: ['a b']", "exclude.0"),
-        ("environment: {'A B': x}", "no name of an environment variable"),
+        ("environment: {'A B': x}", "not a name for an environment variable"),
         ("launcher: ssh", "launcher"),
         ("jobs: {train: {gpus: 8}}", "did you mean"),
         ("container: {runtime: pyxis, image: a, mounts: ['a,b:c']}", "container.mounts.0"),

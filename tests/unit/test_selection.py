@@ -8,7 +8,8 @@ import pytest
 from megatron_specialm.base.errors import DataError, TrainingError
 from megatron_specialm.config.finetuning import Capped, capped_warning, finetuning_recipe
 from megatron_specialm.config.model import LowRank
-from megatron_specialm.config.training import EarlyStopping, TrainStage
+from megatron_specialm.config.training import EarlyStopping
+from megatron_specialm.config.trainings import DomainTraining
 from megatron_specialm.train.selection import (
     best_first,
     by_finetuning,
@@ -82,7 +83,7 @@ def test_a_loss_that_is_not_finite_is_the_worst(bad: float) -> None:
     [(1_000_000, 1e-4, 2_000), (1_000_001, 3e-4, 4_000), (8_000_000, 3e-4, 4_000), (64_000_000, 3e-4, 30_000)],
 )
 def test_the_papers_fine_tuning(set_tokens: int, rate: float, steps: int) -> None:
-    stage = TrainStage.model_validate(
+    stage = DomainTraining.model_validate(
         {"kind": "train", "tokens": "tokens", "data": "domain", "init": "slm", "steps": 50_000, "recipe": "paper",
          "global_batch_size": 8, "optimizer": {"learning_rate": 3e-4}, "schedule": {"warmup_steps": 3_000}}
     )  # fmt: skip
@@ -94,7 +95,7 @@ def test_the_papers_fine_tuning(set_tokens: int, rate: float, steps: int) -> Non
 
 
 def test_a_warning_of_the_cap_says_what_helps() -> None:
-    stage = TrainStage(
+    stage = DomainTraining(
         kind="train", tokens="t", data="domain", init="slm", steps=3000, global_batch_size=8, recipe="paper",
         early_stopping=EarlyStopping(evaluate_every=10),
     )  # fmt: skip

@@ -16,8 +16,9 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import cut_in_shards
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.graph.tasks import Shard, TaskId, build_graph
+from megatron_specialm.graph.tasks import Shard, TaskId
 from megatron_specialm.stages import assign, cluster, embed, tokenize
 from megatron_specialm.stages.tokenizer import beginnings
 from tests.contexts import make_context

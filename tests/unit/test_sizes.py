@@ -16,7 +16,9 @@ from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
 from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
-from megatron_specialm.graph.tasks import TaskId, build_graph, digest
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.digests import digest
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.stages import tokenize
 from tests.contexts import make_context
 

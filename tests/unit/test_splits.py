@@ -16,8 +16,9 @@ from megatron_specialm.config.text import ValidationFloor
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import train_sentencepiece
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.validation import validating_stages
 from megatron_specialm.run.preflight import refuse_too_few_documents, refuse_too_little_held_out
 from megatron_specialm.stages import tokenize

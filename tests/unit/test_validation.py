@@ -21,9 +21,10 @@ from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.graph.tasks import TaskId, build_graph
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, reading, select, tokenize, tokenizer, train
 from megatron_specialm.stages.reading import TrainingData, open_training_data

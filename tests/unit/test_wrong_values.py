@@ -14,7 +14,7 @@ from megatron_specialm.config.load import configs_folder, load_pipeline, read_co
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
-from megatron_specialm.graph.tasks import build_graph
+from megatron_specialm.graph.build import build_graph
 from megatron_specialm.report.summary import memory_table, training_table
 from megatron_specialm.run.preflight import planned_machine
 from tests.settings import settings_in
@@ -150,7 +150,7 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: &x {b: *x}\n", r"config\.yaml: not valid YAML: an anchor stands inside itself"),
+        (b"a: &x {b: *x}\n", r"config\.yaml: not valid YAML: an anchor contains itself"),
         (b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10 if i else [b"x"])) for i in range(12)),
          "more than 50,000 values"),
         ("name: é".encode("utf-16"), "not UTF-8"),

@@ -19,7 +19,7 @@ class Launch:
     """A command that runs, in its working directory. What it prints goes to a file."""
 
     def __init__(self, folder: Path, *arguments: str, output: Path) -> None:
-        self.mark, self.output = uuid.uuid4().hex, output
+        self.mark, self.arguments, self.output = uuid.uuid4().hex, arguments, output
         self.disturbed_by: list[str] = []
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "COLUMNS": "200", MARK: self.mark}
         with output.open("wb") as file:

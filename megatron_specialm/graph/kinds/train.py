@@ -1,0 +1,157 @@
+"""The kind `train`: a task for each model, and one more for each learning rate where several are tried."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.schema import EmbedStage, Pipeline, TeachStage
+from megatron_specialm.config.text import GENERIC
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.estimate.capabilities import refuse
+from megatron_specialm.graph.lineage import (
+    HELD_OUT,
+    assign_stage,
+    cluster_count,
+    domain_of,
+    expert_key,
+    key_for,
+    model_keys,
+    model_of,
+    setup_of,
+    stage_of,
+    tokenizer_task,
+    trained_clusters,
+    validates_by_cluster,
+)
+from megatron_specialm.graph.rates import trial_key, trial_of
+from megatron_specialm.graph.relations import check_model
+from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
+from megatron_specialm.graph.tasks import Task, TaskId
+
+
+@register
+class TrainKind(ModelKind[TrainStage]):
+    kind = "train"
+    references: ClassVar[References] = {
+        "tokens": "tokens", "assignment": "assignment", "init": "model", "distill.teacher": "model",
+        "distill.cache": "distributions",
+    }  # fmt: skip
+    placement: ClassVar[Placement] = {
+        "parallel": True, "micro_batch_size": True, "checkpoint": True, "log_every": True, "tensorboard": True,
+        "wandb_project": True,
+        "clusters": True,  # other experts decide nothing about one of them
+        "method": True,  # a name in tables and on model cards: it is in the export's digest
+    }  # fmt: skip
+    ranks_by = "any"
+    saves_steps = True
+    uses_training_seed = True
+
+    def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
+        tokenizer = tokenizer_task(pipeline, stage.tokens)
+        for key in model_keys(pipeline, name):
+            inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
+            if (assignment := stage.clustering) is not None:
+                inputs.append(TaskId(assignment, GENERIC))
+                if stage.data == "importance":
+                    inputs.append(TaskId(assignment, key))
+                if validates_by_cluster(stage):
+                    inputs.append(TaskId(assignment, HELD_OUT))
+                if stage.data == "cluster":
+                    inputs.append(TaskId(assign_stage(pipeline, assignment).clusters, GENERIC))
+            if stage.init is not None:
+                inputs.append(TaskId(stage.init, key_for(pipeline, stage.init, key)))
+            if stage.distill is not None:
+                inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
+                if stage.distill.cache is not None:
+                    inputs.append(TaskId(stage.distill.cache, key))
+            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+            rates = stage.optimizer.rates
+            trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if rates[1:]]
+            yield from trials
+            yield replace(made, inputs=(*made.inputs, *(trial.id for trial in trials)))
+
+    def check(self, pipeline: Pipeline, name: str, stage: TrainStage) -> None:
+        for field, other in self.named_stages(stage):
+            if self.references[field] == "model":
+                check_model(pipeline, name, field, stage.tokens, other, keys=model_keys(pipeline, name))
+        if stage.clustering is not None:
+            _check_clusters(pipeline, name, stage, stage.clustering)
+        if stage.distill is not None and stage.distill.cache is not None:
+            _check_cache(pipeline, name, stage)
+        refuse(name, setup_of(pipeline, name))
+
+    def processes(self, stage: TrainStage) -> int:
+        return stage.parallel.world_size
+
+    def digested(self, stage: TrainStage, task: Task) -> TrainStage:
+        """Of a trial those at its rate: the other rates of the config change nothing of it."""
+        return stage if task.rate is None else trial_of(stage, task.rate)
+
+    def validated_sets(self, pipeline: Pipeline, name: str, stage: TrainStage) -> set[str]:
+        if stage.early_stopping is None:
+            return set()
+        return {stage.text_validated(key) for key in model_keys(pipeline, name)}
+
+    def keys(self, pipeline: Pipeline, name: str, stage: TrainStage) -> list[str]:
+        """One per domain also where it starts from a domain's weights."""
+        if stage.data == "cluster":
+            return [expert_key(cluster) for cluster in trained_clusters(pipeline, name)]
+        per_domain = stage.data != "generic" or stage.mixes_in_domain
+        if stage.init is not None and model_keys(pipeline, stage.init) != [GENERIC]:
+            per_domain = True
+        return list(pipeline.text.domains) if per_domain else [GENERIC]
+
+    def shape(self, pipeline: Pipeline, stage: TrainStage) -> ModelConfig:
+        """What it starts from is merged first: one expert, without adapters."""
+        if stage.model is not None:
+            return stage.model.model_copy(update={"projection": stage.network and stage.network.projection})
+        assert stage.init is not None
+        return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
+
+    def start(self, stage: TrainStage) -> str | None:
+        return stage.init
+
+    def domain_text(self, stage: TrainStage) -> DomainText:
+        return "fine-tuned" if stage.data == "domain" else "mixed in" if stage.mixes_in_domain else "none"
+
+    def origin(self, stage: TrainStage) -> str:
+        mixed = "domain" if stage.mixes_in_domain else GENERIC
+        return f"{stage.data}+{mixed}" if stage.mixed_fraction else stage.data
+
+
+def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment: str) -> None:
+    vectors = stage_of(pipeline, assign_stage(pipeline, assignment).vectors, EmbedStage)
+    if vectors.tokens != stage.tokens:
+        raise ConfigError(
+            f"stages.{name}.tokens: {stage.tokens}, and `{assignment}` has the clusters of the windows of "
+            f"`{vectors.tokens}`: set them equal, or name another assign stage"
+        )
+    k = cluster_count(pipeline, assignment)
+    if stage.network is not None and (experts := stage.network.projection.experts) != k:
+        raise ConfigError(
+            f"stages.{name}.projection.experts: {experts}, and `{assignment}` has {k} clusters: "
+            "an expert is a cluster's, so set them equal"
+        )
+    for cluster in trained_clusters(pipeline, name) if stage.data == "cluster" else ():
+        if cluster >= k:
+            raise ConfigError(
+                f"stages.{name}.clusters: {cluster} does not exist: `{assignment}` has clusters 0 to {k - 1}"
+            )
+
+
+def _check_cache(pipeline: Pipeline, name: str, stage: TrainStage) -> None:
+    distill = stage.distill
+    assert distill is not None and distill.cache is not None
+    cache = stage_of(pipeline, distill.cache, TeachStage)
+    for field, own, theirs in (
+        ("distill.teacher", distill.teacher, cache.teacher),
+        ("tokens", stage.tokens, cache.tokens),
+        ("distill.temperature", distill.temperature, cache.temperature),
+    ):
+        if own != theirs:
+            raise ConfigError(
+                f"stages.{name}.{field}: {own}, and the cache `{distill.cache}` was made with {theirs}: set them equal, or "
+                "name another cache"
+            )
