@@ -15,7 +15,7 @@ from megatron_specialm.parity.rank import measure
 
 # Every other weight is one number per row or column, or scales whole matrices.
 _DECAYED = re.compile(
-    r"(linear_\w+\.(weight|weight_basis|lora_a|lora_b)|word_embeddings\.weight|output_layer\.weight)$"
+    r"(linear_\w+\.(weight|weight_basis|lora_a|lora_b)|word_embeddings\.weight|output_layer\.weight)(\[|$)"
 )
 
 

@@ -16,7 +16,7 @@ from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import Stopped
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.checkpoint import Saver
+from megatron_specialm.checkpoint.saving import Saver
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.trainings import AnyTrainStage

@@ -1,4 +1,4 @@
-"""A trained model in the form in which it is used: one expert of many, adapters merged. Needs no generic data."""
+"""The ordinary model of a checkpoint: one expert of a projected network, or a base with its adapters merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.shapes import Size
-from megatron_specialm.checkpoint.checkpoint import STATE, declare_final, find_final, read_checkpoint, save_checkpoint
+from megatron_specialm.checkpoint.opening import read_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import STATE, declare_final, find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
@@ -19,7 +21,7 @@ from megatron_specialm.model.merge import merge_lora, project
 
 @dataclass(frozen=True)
 class _Description:
-    """What every checkpoint says of its model, and is used here; `stages/train.py` writes it."""
+    """What is read here of a step's state; `stages/train.py` writes it."""
 
     model: ModelConfig
     vocabulary_size: Size
@@ -29,7 +31,7 @@ class _Description:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """An ordinary model: its shape, its canonical weights, and what its checkpoint says of it."""
+    """An ordinary model: its shape, its canonical weights, and the state of its checkpoint."""
 
     shape: ModelConfig
     weights: Mapping[str, torch.Tensor]
@@ -37,16 +39,16 @@ class MergedModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """Of its tokenizer."""
+        """Tokens of its tokenizer."""
         return self.state["vocabulary_size"]
 
     @property
     def context_length(self) -> int:
-        """Tokens of the windows it was trained on."""
+        """Tokens of the windows that it was trained on."""
         return self.state["context_length"]
 
     def build(self, *, precision: Precision = "fp32") -> Gpt:
-        """The model with its weights, whole on this process."""
+        """The whole model with its weights on this process."""
         model = Gpt(
             self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length, precision=precision
         )
@@ -56,18 +58,18 @@ class MergedModel:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a training left: an ordinary model, one with adapters, or a projected network of many experts."""
+    """The model of a checkpoint as it was trained: ordinary, with adapters, or a projected network of many experts."""
 
     step: Path
     shape: ModelConfig
     weights: Mapping[str, torch.Tensor]
     state: dict[str, Any]
 
-    def served(self, mixture_K: torch.Tensor | None = None) -> MergedModel:
+    def merged(self, mixture_K: torch.Tensor | None = None) -> MergedModel:
         """The ordinary model.
 
         Args:
-            mixture_K: of a projected network, the mixture of its experts that is wanted: one-hot for a single one.
+            mixture_K: (K,) coefficients of a projected network's experts: one-hot for a single one.
 
         Raises:
             CheckpointError: a projected network, and no mixture or one of another number of experts.
@@ -82,13 +84,13 @@ class TrainedModel:
             weights = project(weights, shape, mixture_K)
         if shape.lora is not None:
             weights = merge_lora(weights, shape)
-        # Where its training stood is not the model's: who trains it on begins anew.
+        # Progress and cost belong to the training, not to the model: a training that starts from it begins anew.
         state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
         return MergedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
 
 
 def read_trained(step: Path) -> TrainedModel:
-    """The model of a `step_N` folder. Its files are verified once; its tensors are read when they are asked for.
+    """The model of a `step_N` folder. Its files are verified now; its tensors are read when they are asked for.
 
     Raises:
         ArtifactError: a file is missing, cut short or changed.
@@ -104,11 +106,11 @@ def read_merged(step: Path) -> MergedModel:
         ArtifactError: a file is missing, cut short or changed.
         CheckpointError: it is of a projected network, which is many models.
     """
-    return read_trained(step).served()
+    return read_trained(step).merged()
 
 
 def one_hot(expert: int, *, experts: int) -> torch.Tensor:
-    """The mixture (K,) that is one expert.
+    """Coefficients (K,) of a mixture that is one expert.
 
     Raises:
         CheckpointError: there is no such expert.
@@ -151,4 +153,4 @@ def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
         )
     if output.exists():
         raise CheckpointError(f"{output}: is there already: name a folder to make")
-    return write_merged(network.served(one_hot(expert, experts=network.shape.projection.experts)), output)
+    return write_merged(network.merged(one_hot(expert, experts=network.shape.projection.experts)), output)

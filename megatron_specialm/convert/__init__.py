@@ -1,1 +1,1 @@
-"""Models to and from other formats, each conversion verified before it counts."""
+"""Models to and from other formats. A conversion is complete only when its result has been verified."""

@@ -32,13 +32,14 @@ class _Row(NamedTuple):
     kind: str = "copy"
 
 
-def _data_parallel_group(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+def _copied(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
+    """Rows of kind `copy`, one for each pair and suffix."""
     return [_Row(f"{ours}.{end}", (f"{theirs}.{end}",)) for ours, theirs in pairs.items() for end in suffixes]
 
 
 _NEOX = [
     _Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-    *_data_parallel_group(
+    *_copied(
         {
             "decoder.layers.N.input_layernorm": "gpt_neox.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_qkv": "gpt_neox.layers.N.attention.query_key_value",
@@ -55,7 +56,7 @@ _NEOX = [
 ]
 _LLAMA = [
     _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    *_data_parallel_group(
+    *_copied(
         {
             "decoder.layers.N.input_layernorm": "model.layers.N.input_layernorm",
             "decoder.layers.N.self_attention.linear_proj": "model.layers.N.self_attn.o_proj",
@@ -116,8 +117,8 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
 def huggingface_config(
     config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int, pad: int | None = None
 ) -> PretrainedConfig:
-    """The Transformers configuration that computes what our model does. bos and eos are the end-of-document token, and so
-    is what batches are padded with, where the tokenizer has no token of its own for it."""
+    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token; `pad`
+    defaults to it too."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,

@@ -1,4 +1,4 @@
-"""A tokenizer as `transformers.AutoTokenizer` loads it: written, and compared with the one that the model is trained with."""
+"""Writing a tokenizer that `transformers.AutoTokenizer` loads, and comparing it with the one that the model is trained with."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +12,10 @@ from megatron_specialm.data.tokenizer import Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -> None:
-    """Write the files from which Transformers makes the same ids. bos and eos are the end-of-document token.
+    """Write the files with which Transformers makes the same ids. bos and eos are the end-of-document token.
 
     Args:
-        context_length: of the model, to which `truncation=True` cuts a text.
+        context_length: of the model, in tokens; `truncation=True` cuts texts to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / JSON, (tokenizer.folder / JSON).read_text(encoding="utf-8"))
@@ -34,13 +34,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer as a user of Transformers has it."""
+    """The folder's tokenizer, loaded as a user of Transformers loads it."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, texts: Iterable[str] = ()) -> str | None:
-    """What Transformers, loading the folder, makes otherwise than we do: the ids of texts, those given and the tokenizer's
-    probes, or a padded and truncated batch. None if there is nothing."""
+    """The first difference between Transformers with this folder and our tokenizer: in the ids of `texts` and of the
+    tokenizer's probes, or in a padded and truncated batch. None where they agree."""
     theirs = load_tokenizer(folder)
     for text in (*texts, *tokenizer.probes()):
         if theirs(text, truncation=False, verbose=False).input_ids != tokenizer.encode([text])[0].tolist():

@@ -7,6 +7,7 @@ import torch
 
 from megatron_specialm.data.store import Batch
 from megatron_specialm.estimate.setup import Passes
+from megatron_specialm.model.weights import Sliceable
 
 
 class LossSum(NamedTuple):
@@ -66,14 +67,15 @@ class Engine(Protocol):
         """The loss over all copies' batches. Each copy passes its own, of which there may be none."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole canonical fp32 weights, on the CPU, each on the one process that is to save it."""
+        """Canonical fp32 weights, on the CPU: the slices that this process is to save, by their keys (`checkpoint/slices.py`).
+        Over all processes, each element is there once."""
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """The optimizer's whole tensors under canonical names, on the CPU, each on the one process that is to save it."""
+        """The optimizer's tensors under canonical names, on the CPU, in slices as the weights."""
 
-    def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
-        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process takes
-        its part.
+    def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
+        """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process reads the
+        slices that it holds.
 
         Raises:
             CheckpointError: they are of another model.

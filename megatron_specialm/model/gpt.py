@@ -35,6 +35,7 @@ from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
+    Sliceable,
     WeightSpec,
     weight_specs,
 )
@@ -108,8 +109,8 @@ class Gpt:
         """Draw first weights (`model/initial.py`). No layout changes them."""
         self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take canonical weights.
+    def load(self, tensors: Mapping[str, Sliceable]) -> None:
+        """Take canonical weights; of those in files, each process reads its part.
 
         Raises:
             CheckpointError: naming a weight that is missing, left over, or of another shape.
@@ -129,9 +130,9 @@ class Gpt:
         self._fill(tensors.__getitem__)
 
     @torch.no_grad()
-    def _fill(self, value: Callable[[str], torch.Tensor]) -> None:
+    def _fill(self, value: Callable[[str], Sliceable]) -> None:
         for name, parameter, spec in self.weights():
-            parameter.copy_(own_part(spec, value(name)))
+            fill(parameter.view(-1), spec, value(name))
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """(B, T) token ids -> (B, T, V) logits over the real vocabulary. For a model that is whole on this process.
@@ -153,13 +154,22 @@ class Gpt:
         return next(self.chunks[0].parameters()).device
 
 
-def own_part(spec: WeightSpec, whole: torch.Tensor) -> torch.Tensor:
-    """This process's part of a canonical tensor."""
-    return spec.own_part(
-        whole,
-        rank=parallel_state.get_tensor_model_parallel_rank(),
-        size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
+def local_pieces(
+    flat: torch.Tensor, spec: WeightSpec, *, first: int = 0
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """`WeightSpec.pieces` for this process."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return spec.pieces(flat, rank=rank, size=parallel_state.get_tensor_model_parallel_world_size(), first=first)
+
+
+@torch.no_grad()
+def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int = 0) -> None:
+    """Copy into `flat` what this process holds of a canonical tensor: of its flattened part, the elements from `first` on.
+    Padding is zeros."""
+    if spec.padded:
+        flat.zero_()
+    for index, piece in local_pieces(flat, spec, first=first):
+        piece.copy_(whole[index])
 
 
 def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ Canonical is what one process without Transformer Engine would hold: whole matri
 vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons know only these; layouts come and go.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -19,36 +21,84 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
 
+Index = tuple[slice, ...]
+
+
+class Sliceable(Protocol):
+    """A canonical tensor of which slices can be taken: in memory, or in files of which only the slices are read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole tensor."""
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """The box at a tuple of slices."""
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """A canonical weight: its shape, and how tensor parallelism cuts it.
 
     `cut` is the dimension that is dealt out, None where every process holds the whole. `blocks` is the number of equal
     parts along it that are each dealt out: SwiGLU's gate and up projection lie one behind the other. `padded` is the
-    size of the first dimension in memory, where it is more than the weight's own.
+    size of the first dimension in memory, where it is more than the weight's own. `expert_axis` is the dimension that counts
+    a layer's experts, which expert parallelism deals out; None for a weight that all tokens use.
     """
 
     shape: tuple[int, ...]
     cut: int | None = None
     blocks: int = 1
     padded: int = 0
+    expert_axis: int | None = None
 
-    def own_part(self, whole: torch.Tensor, *, rank: int, size: int) -> torch.Tensor:
-        """The part of the canonical tensor that process `rank` of `size` holds, padding included as zeros."""
-        if self.padded:
-            whole = torch.cat([whole, whole.new_zeros(self.padded - len(whole), *whole.shape[1:])])
-        if self.cut is None or size == 1:
-            return whole
-        parts = [block.chunk(size, self.cut)[rank] for block in whole.chunk(self.blocks, self.cut)]
-        return torch.cat(parts, self.cut)
+    def pieces(
+        self, flat: torch.Tensor, *, rank: int, size: int, first: int = 0
+    ) -> Iterator[tuple[Index, torch.Tensor]]:
+        """The boxes of the canonical tensor that a process's elements are, padding left out.
 
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The canonical tensor from the parts of all processes, in their order."""
-        whole = parts[0]
-        if self.cut is not None and len(parts) > 1:
-            blocks = zip(*(part.chunk(self.blocks, self.cut) for part in parts), strict=True)
-            whole = torch.cat([part for block in blocks for part in block], self.cut)
-        return whole[: self.shape[0]]
+        Args:
+            flat: (n,) elements `first` to `first + n` of the part that process `rank` of `size` holds, flattened row by row.
+
+        Yields:
+            A box's index in the canonical tensor, and the view of `flat` with its elements and shape.
+        """
+        if self.cut is None or size == 1:  # one block, held by one process
+            cut, blocks, rank, size = 0, 1, 0, 1
+        else:
+            cut, blocks = self.cut, self.blocks
+        local = [self.padded or self.shape[0], *self.shape[1:]]
+        local[cut] //= size
+        width = local[cut] // blocks  # of this process's part of a block
+        for offsets, shape in _boxes(local, first, first + flat.numel()):
+            view, flat = flat[: math.prod(shape)].view(shape), flat[math.prod(shape) :]
+            start, stop = offsets[cut], offsets[cut] + shape[cut]
+            for block in range(start // width, -(-stop // width)):
+                own = max(start, block * width)
+                place = own + (block * (size - 1) + rank) * width
+                end = min(place + min(stop, (block + 1) * width) - own, self.shape[cut])
+                if place < end:
+                    index = [slice(offset, offset + count) for offset, count in zip(offsets, shape, strict=True)]
+                    index[cut] = slice(place, end)
+                    yield tuple(index), view.narrow(cut, own - start, end - place)
+
+
+def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The boxes, as first index and shape, that elements `start` to `stop` of a row-major array are, in their order: whole
+    rows, and what of a row is before and behind them."""
+    if len(shape) == 1:
+        if start < stop:
+            yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    head = min(-(-start // row) * row, stop)
+    tail = max(stop // row * row, head)
+    for part in ((start, head), (head, tail), (tail, stop)):
+        number, begin = divmod(part[0], row)
+        if part == (head, tail) and head < tail:
+            yield (number, *(0 for _ in shape[1:])), ((tail - head) // row, *shape[1:])
+        else:
+            for offsets, box in _boxes(shape[1:], begin, begin + part[1] - part[0]):
+                yield (number, *offsets), (1, *box)
 
 
 def decays(name: str) -> bool:

@@ -23,8 +23,8 @@ from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.temporary import short_place
-from megatron_specialm.base.tensors import TensorFiles
 from megatron_specialm.base.terminal import plain
+from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.run.worker import worker_context
 

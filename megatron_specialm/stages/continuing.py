@@ -29,14 +29,9 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, verify_folder, write_json
-from megatron_specialm.checkpoint.checkpoint import (
-    REMEDY,
-    STATE,
-    adopt_steps,
-    newest_checkpoint,
-    saved_steps,
-    step_folder,
-)
+from megatron_specialm.checkpoint.adopting import adopt_steps
+from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint
+from megatron_specialm.checkpoint.steps import STATE, saved_steps, step_folder
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.training_data import TrainingData
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step

@@ -2,8 +2,8 @@
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import write_json
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore

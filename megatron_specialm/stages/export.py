@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, checked against the model it came from before it counts."""
+"""Exporting a model as a Hugging Face folder, which is published only when it computes what the model computes."""
 
 import shutil
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from megatron_specialm.base.artifacts import Cost, Marker, Report
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
@@ -37,16 +37,16 @@ WINDOWS_COMPARED = 4
 def run(stage: ExportStage, context: Context) -> Report:
     """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
 
-    It is written aside and takes its name only when Transformers, loading it, gives our logits on held-out windows, our
-    token ids on their text, and batches of the model's length; otherwise nothing is left.
+    It is written to a temporary folder, which is renamed when Transformers, loading it, gives our logits on held-out windows,
+    our token ids on their text, and batches of the model's length; otherwise it is removed.
 
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
     """
     model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
-    served = read_merged(final)
-    shape, weights, state = served.shape, served.weights, served.state
+    merged = read_merged(final)
+    shape, weights, state = merged.shape, merged.weights, merged.state
     tokenizer = Tokenizer.load(context.artifact(*tokenizer_task(context.pipeline, stage.tokens)))
     tokens = context.artifact(stage.tokens, model_id.key)
     store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])

@@ -1,6 +1,6 @@
-"""A few words of a model, to see what it has learned: of a training in a run folder, or of an exported folder.
+"""Generating text with a model of a run folder or of an exported folder.
 
-Both go through Transformers: a checkpoint's weights are converted in memory, as the export converts them.
+Transformers generates in both cases: the weights of a checkpoint are converted in memory, as the export converts them.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ from transformers.utils import logging
 from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
-from megatron_specialm.checkpoint.checkpoint import STATE, find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import STATE, find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
@@ -31,7 +31,7 @@ PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
 
 @dataclass(frozen=True)
 class Writer:
-    """A model of Transformers with its tokenizer. `start` is the end-of-document token, which stands before every text."""
+    """A model of Transformers with its tokenizer. `start` is the id of the end-of-document token, that begins every text."""
 
     model: Any
     encode: Callable[[str], list[int]]
@@ -40,11 +40,11 @@ class Writer:
 
     @torch.no_grad()
     def write(self, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-        """The prompt and how the model goes on, at most so many tokens, or until it ends the document.
+        """The prompt and its continuation: at most `tokens` tokens, or up to the end of the document.
 
         Args:
             temperature: of the softmax; 0 takes the likeliest token each time.
-            top_k: draw among so many of the likeliest.
+            top_k: sample among so many of the likeliest tokens.
             seed: equal seeds give equal text on the same machine.
 
         Raises:
@@ -110,7 +110,7 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """By what a damaged one still has; the folder of a checkpoint's step has a manifest too."""
+    """Whether a folder is an export, even a damaged one. The folder of a step has a manifest too, but also a state."""
     found = {name for name in (MANIFEST, "config.json", STATE) if (folder / name).is_file()}
     return bool(found) and STATE not in found
 
@@ -129,11 +129,11 @@ def _exported(folder: Path) -> Writer:
 
 
 def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
-    served, tokenizer = read_merged(find_final(folder)), Tokenizer.load(tokenizer_folder)
-    if tokenizer.fingerprint != served.state["tokenizer"]:
+    merged, tokenizer = read_merged(find_final(folder)), Tokenizer.load(tokenizer_folder)
+    if tokenizer.fingerprint != merged.state["tokenizer"]:
         raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the config again")
     model = transformers_model(
-        served.shape, served.weights, vocabulary_size=served.vocabulary_size, context_length=served.context_length,
+        merged.shape, merged.weights, vocabulary_size=merged.vocabulary_size, context_length=merged.context_length,
         eod=tokenizer.eod,
     )  # fmt: skip
     return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.eod)

@@ -1,7 +1,7 @@
-"""One expert of a mixture or a projected network, as an ordinary model for a domain.
+"""Selecting one expert of a mixture or a projected network as an ordinary model for a domain.
 
 step_0000000/    result.json     the model, as a training would leave it
-selection.json   the choice, and for each criterion its own choice, the rank it gives ours, and what it cost or would have
+selection.json   the choice, and for each criterion its own choice, the rank it gives the chosen expert, and its cost
 trials/          while fine-tunings decide: a folder per criterion and expert
 """
 
@@ -15,8 +15,8 @@ import torch
 
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.files import write_json
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
@@ -41,8 +41,8 @@ from megatron_specialm.train.work import Work
 
 
 def run(stage: SelectStage, context: Context) -> Report:
-    """Rank the experts, and write the first as a model. The report has what the criterion that decides has cost, and what
-    those that were run for comparison have, apart.
+    """Rank the experts, and write the first as a model. The report has the cost of the criterion that decides and, apart, that
+    of those that were run for comparison.
 
     Raises:
         DataError: no window of the domain is in a cluster that has an expert; or less of the domain is held out than the
@@ -106,8 +106,8 @@ _TRIED = {"finetuned": by_finetuning, "halving": by_halving}
 
 
 class _Experts:
-    """Experts as ordinary models, by key: checkpoints of a mixture, or projected from a network that is read once; of that,
-    under `histogram`, the mixture of all too. `flops` are those of the projections made so far."""
+    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. A
+    network has one more, `histogram`: all its experts mixed by the domain's. `flops` are those of the projections so far."""
 
     def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
         model = model_of(context.pipeline, stage.experts)
@@ -124,7 +124,7 @@ class _Experts:
         if self._network is None:
             return read_merged(self._folder(key))
         self.flops += self._price
-        return self._network.served(self._mixtures[key])
+        return self._network.merged(self._mixtures[key])
 
 
 def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times: int) -> Spent:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.checkpoint.checkpoint import find_final
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache

@@ -20,17 +20,10 @@ from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.throughput import utilisation
-from megatron_specialm.checkpoint.checkpoint import (
-    REMEDY,
-    STATE,
-    Saver,
-    declare_final,
-    newest_checkpoint,
-    open_checkpoint,
-    remove_unusable,
-    saved_steps,
-    step_folder,
-)
+from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint, open_checkpoint
+from megatron_specialm.checkpoint.pruning import remove_unusable
+from megatron_specialm.checkpoint.saving import Saver
+from megatron_specialm.checkpoint.steps import STATE, declare_final, saved_steps, step_folder
 from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
@@ -337,7 +330,7 @@ def _resume(engine: Engine, training: Training) -> Progress:
     progress = read_json(folder / STATE, _Resumed).progress
     if progress.step > progress.skipped_steps and not checkpoint.optimizer_state:
         raise CheckpointError(f"{folder / MANIFEST}: lists no optimizer's state to go on with: {REMEDY}")
-    engine.load(checkpoint.weights, checkpoint.optimizer_state)
+    engine.load(checkpoint.weights.stored, checkpoint.optimizer_state.stored)
     logger.info("resuming from %s", checkpoint.folder)
     return progress
 

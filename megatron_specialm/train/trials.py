@@ -12,8 +12,8 @@ from megatron_specialm.base.artifacts import Spent
 from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
-from megatron_specialm.checkpoint.checkpoint import Saver
 from megatron_specialm.checkpoint.merged import MergedModel
+from megatron_specialm.checkpoint.saving import Saver
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.trainings import DomainTraining

@@ -15,7 +15,8 @@ import psutil
 import torch
 import yaml
 
-from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.slurm.records import Attempt, read_attempts
 from tests.cluster.testbed import Cluster
 

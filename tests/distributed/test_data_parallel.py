@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.train.work import Work
 from tests.training import CONTEXT, EPSILON, read_metrics, run_layout

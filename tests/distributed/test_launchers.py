@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 from tests.training import EPSILON
 

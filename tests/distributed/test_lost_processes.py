@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint
+from megatron_specialm.checkpoint.opening import newest_checkpoint
 from tests.training import Ranks, run_layout, start_ranks
 
 SETTINGS = {"steps": 100_000, "micro_batch_size": 1, "checkpoint": {"every": 20}}

@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, open_checkpoint
+from megatron_specialm.base.files import publish_folder
+from megatron_specialm.base.tensors import save_tensors
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint
+from megatron_specialm.checkpoint.steps import STATE, step_folder
 from tests.training import EPSILON, SHAPE, VOCABULARY, read_metrics, run_layout
 
 ONE: dict = {}
@@ -15,6 +20,7 @@ TP4 = {"tensor_parallel": 4}
 PP2 = {"pipeline_parallel": 2}
 PP4 = {"pipeline_parallel": 4}
 VP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}
+DP4 = {"data_parallel": 4}
 DP2 = {"data_parallel": 2, "distributed_optimizer": True}
 TP2_PP2 = {"tensor_parallel": 2, "pipeline_parallel": 2}
 TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True}
@@ -76,6 +82,56 @@ def test_files_hold_whole_canonical_tensors_without_padding(tmp_path: Path) -> N
     assert all(shapes == found["one"] for shapes in found.values())
     assert found["one"]["embedding.word_embeddings.weight"] == (VOCABULARY, SHAPE.hidden_size)
     assert "output_layer.weight" not in found["one"]
+
+
+@pytest.mark.parametrize("layout", [ONE, TP2], ids=str)
+def test_a_checkpoint_that_an_earlier_version_wrote_goes_on(tmp_path: Path, layout: dict) -> None:
+    """Version 0.1 wrote it on two processes with the distributed optimizer, and went on with these losses."""
+    shape = SHAPE.model_copy(update={"layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "attention_heads": 2})
+    shutil.copytree(Path(__file__).parent / "earlier_checkpoint", tmp_path / "run")
+    run_layout(tmp_path / "run", **{**SETTINGS, "model": shape, "steps": 6}, parallel=layout)
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert losses == pytest.approx(
+        [4.608128057462033, 4.606505349417713, 4.614542292452406, 4.601518652904993], rel=1e-5
+    )
+
+
+def test_whole_tensors_in_many_files_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    """As earlier versions wrote them: each tensor in the file of one process."""
+    layout = DP2
+    _losses(tmp_path / "straight", layout, steps=8)
+    saved = step_folder(tmp_path / "straight", SAVED)
+    sliced = open_checkpoint(saved)
+    assert any("[" in key for path in saved.glob("*.safetensors") for key in load_file(path)), "else this tests nothing"
+    earlier = tmp_path / "aside"
+    earlier.mkdir()
+    shutil.copy(saved / STATE, earlier)
+    for part, tensors in (("model", sliced.weights), ("optimizer", sliced.optimizer_state)):
+        for rank in range(2):
+            dealt = {name: tensors[name] for name in sorted(tensors)[rank::2]}
+            save_tensors(dealt, earlier / f"{part}-{rank:05d}.safetensors")
+    (tmp_path / "resumed").mkdir()
+    publish_folder(earlier, step_folder(tmp_path / "resumed", SAVED))
+    _losses(tmp_path / "resumed", layout, steps=8)
+    straight, resumed = (open_checkpoint(step_folder(tmp_path / name, 8)) for name in ("straight", "resumed"))
+    for one, other in ((straight.weights, resumed.weights), (straight.optimizer_state, resumed.optimizer_state)):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layout", [DP4, TP2_DP2], ids=str)
+def test_every_process_writes_an_equal_part(tmp_path: Path, layout: dict) -> None:
+    _losses(tmp_path, layout, steps=SAVED)
+    sizes = [
+        sum(
+            tensor.numel()
+            for part in ("model", "optimizer")
+            for tensor in load_file(step / f"{part}-0000{rank}.safetensors").values()
+        )
+        for step in [step_folder(tmp_path, SAVED)]
+        for rank in range(4)
+    ]
+    assert max(sizes) <= 1.1 * min(sizes)
 
 
 def test_a_missing_shard_is_passed_over_for_the_step_before(tmp_path: Path) -> None:

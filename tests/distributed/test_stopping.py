@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_specialm.base.errors import Stopped
-from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.steps import find_final
 from tests.training import Ranks, read_metrics, run_layout, start_ranks
 
 LAYOUTS = [{"data_parallel": 2, "distributed_optimizer": True}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}]

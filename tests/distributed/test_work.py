@@ -12,7 +12,7 @@ import pytest
 
 from megatron_specialm.base.artifacts import read_marker, view
 from megatron_specialm.base.files import write_json, write_text
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint
+from megatron_specialm.checkpoint.opening import newest_checkpoint
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.graph.plan import make_plan
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)

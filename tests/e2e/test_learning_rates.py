@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.files import read_json
-from megatron_specialm.checkpoint.checkpoint import find_final
+from megatron_specialm.checkpoint.steps import find_final
 from tests.e2e.test_bad_input import ROOT, WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

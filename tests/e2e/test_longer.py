@@ -13,7 +13,7 @@ from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.checkpoint import find_final, saved_steps, step_folder
+from megatron_specialm.checkpoint.steps import find_final, saved_steps, step_folder
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.report.results import write_results

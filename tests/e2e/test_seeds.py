@@ -14,7 +14,8 @@ from megatron_specialm.base import counting
 from megatron_specialm.base.artifacts import MARKER, read_marker, view
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.graph.build import build_graph

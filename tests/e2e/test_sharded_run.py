@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron_specialm.base.files import read_json
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")

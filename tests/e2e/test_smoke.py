@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"

@@ -6,17 +6,10 @@ import torch
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.integrity import list_files
-from megatron_specialm.checkpoint.checkpoint import (
-    declare_final,
-    find_final,
-    newest_checkpoint,
-    open_checkpoint,
-    prune_checkpoints,
-    read_model,
-    save_checkpoint,
-    saved_steps,
-    step_folder,
-)
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_model
+from megatron_specialm.checkpoint.pruning import prune_checkpoints
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import declare_final, find_final, saved_steps, step_folder
 
 
 def _save(folder: Path, step: int) -> None:

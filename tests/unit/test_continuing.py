@@ -9,7 +9,9 @@ import torch
 from megatron_specialm.base.artifacts import Cost, artifact_folder, begin_artifact
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
-from megatron_specialm.checkpoint.checkpoint import newest_checkpoint, save_checkpoint, step_folder
+from megatron_specialm.checkpoint.opening import newest_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import step_folder
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.training_data import TrainingData
 from megatron_specialm.graph.plan import make_plan

@@ -16,7 +16,8 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import verify_folder
-from megatron_specialm.checkpoint.checkpoint import declare_final, save_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, Pipeline
 from megatron_specialm.convert.huggingface import from_huggingface, huggingface_config, to_huggingface

@@ -277,7 +277,7 @@ def _model(shape: ModelConfig, *, seed: int) -> Gpt:
     model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT)
     model.initialize(seed=seed)
     # First weights are small and all distributions nearly uniform: sharper ones have something to say.
-    model.load({weight.name: 6 * weight.spec.join([weight.parameter.detach()]) for weight in model.weights()})
+    model.load({weight.name: 6 * weight.parameter.detach()[: weight.spec.shape[0]] for weight in model.weights()})
     return model
 
 

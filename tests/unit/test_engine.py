@@ -61,7 +61,7 @@ def test_one_step_is_plain_pytorch(neox: ModelConfig) -> None:
         assert stats.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
     weights = engine.weights()
     for name, parameter, spec in model.weights():
-        torch.testing.assert_close(weights[name], spec.join([parameter.detach()]), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(weights[name], parameter.detach()[: spec.shape[0]], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -25,7 +25,7 @@ from megatron_specialm.base.files import (
     write_text,
 )
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.checkpoint.checkpoint import save_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from megatron_specialm.base.errors import Stopped, TrainingError
 from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
 from megatron_specialm.base.integrity import list_files
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.checkpoint import find_final, newest_checkpoint, read_model, saved_steps, step_folder
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.steps import find_final, saved_steps, step_folder
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.store import Batch

@@ -12,7 +12,10 @@ import torch
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
-from megatron_specialm.checkpoint.checkpoint import adopt_checkpoints, newest_checkpoint, save_checkpoint, step_folder
+from megatron_specialm.checkpoint.adopting import adopt_checkpoints
+from megatron_specialm.checkpoint.opening import newest_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import step_folder
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import Pipeline

@@ -16,18 +16,12 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.base.errors import ArtifactError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, sha256_json, write_json
 from megatron_specialm.base.hash_cache import _read_cache
-from megatron_specialm.base.tensors import TensorFiles, save_tensors
-from megatron_specialm.checkpoint.checkpoint import (
-    declare_final,
-    find_final,
-    newest_checkpoint,
-    open_checkpoint,
-    read_checkpoint,
-    read_model,
-    save_checkpoint,
-    step_folder,
-)
+from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_checkpoint, read_model
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import declare_final, find_final, step_folder
+from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline

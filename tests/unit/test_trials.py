@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.checkpoint import find_final, open_checkpoint, save_checkpoint
 from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
+from megatron_specialm.checkpoint.opening import open_checkpoint
+from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
@@ -53,7 +55,7 @@ def _expert(folder: Path, seed: int) -> MergedModel:
         "tokenizer": "x",
         **PRETRAINED,
     }
-    weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in model.weights()}
+    weights = {weight.name: weight.parameter.detach()[: weight.spec.shape[0]] for weight in model.weights()}
     step = save_checkpoint(folder, step=500, weights=weights, optimizer_state={}, state=state)
     return read_merged(step)
 
@@ -136,9 +138,9 @@ def test_an_expert_of_a_network_is_served_with_its_own_weights_only(tmp_path: Pa
     shape = SHAPE.model_copy(update={"projection": Projection(experts=3, capacity=2, code_size=4)})
     network = Gpt(shape, vocabulary_size=40, context_length=8)
     network.initialize(seed=0)
-    weights = {weight.name: weight.spec.join([weight.parameter.detach()]) for weight in network.weights()}
+    weights = {weight.name: weight.parameter.detach()[: weight.spec.shape[0]] for weight in network.weights()}
     state = {"model": shape.model_dump(mode="json"), "vocabulary_size": 40, "context_length": 8, "tokenizer": "x"}
     step = save_checkpoint(tmp_path / "network", step=1, weights=weights, optimizer_state={}, state=state)
-    served = read_trained(step).served(one_hot(1, experts=3))
+    served = read_trained(step).merged(one_hot(1, experts=3))
     assert served.shape == SHAPE
     served.build()  # every weight of the plain model, and no other

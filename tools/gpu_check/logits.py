@@ -94,7 +94,7 @@ def _transformers(family: str, *, tiny: bool) -> torch.Tensor:
     with single_process(threads=len(os.sched_getaffinity(0))):
         ours = Gpt(shape, vocabulary_size=vocabulary, context_length=tokens.shape[1])
         ours.initialize(seed=SEED)
-        weights = {own.name: own.spec.join([own.parameter.detach().cpu()]) for own in ours.weights()}
+        weights = {own.name: own.parameter.detach().cpu()[: own.spec.shape[0]] for own in ours.weights()}
         model = AutoModelForCausalLM.from_config(config).eval()
         missing, unexpected = model.load_state_dict(to_huggingface(weights, shape), strict=False)
         tied = {"lm_head.weight", "embed_out.weight"} if shape.tie_embeddings else set()

@@ -1,6 +1,6 @@
 """The Megatron engine: Megatron-Core's parallelism, schedules and mixed-precision optimizer around one model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,20 +15,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from megatron_specialm.base.errors import CheckpointError, ConfigError, TrainingError
+from megatron_specialm.base.errors import ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron import process_groups
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
-from megatron_specialm.engine.megatron.shards import OptimizerShard, gather_whole, keep_original, local_shard, shard_of
+from megatron_specialm.engine.megatron.shards import data_parallel_group
+from megatron_specialm.engine.megatron.state import EngineState
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
 from megatron_specialm.engine.protocol import LossSum, StepStats
 from megatron_specialm.estimate.setup import Passes
-from megatron_specialm.model.gpt import Gpt, LocalParameter, forward
+from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_specialm.model.weights import Sliceable
 
 
 class MegatronEngine:
@@ -57,7 +57,7 @@ class MegatronEngine:
         self._model = model
         self._objective = objective
         self._teacher = None if teacher is None else _checked(teacher, model, parallel)
-        self._data_parallel_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._data_parallel_group = data_parallel_group()
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
@@ -68,7 +68,7 @@ class MegatronEngine:
         no_sync = [chunk.no_sync for chunk in self._chunks]
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = build_optimizer(self._chunks, model, optimizer, parallel)
-        self._has_moments = False
+        self._state = EngineState(model, self._optimizer)
         self._forward_backward = get_forward_backward_func()
         self.passes = Passes()
         self._mixture_count = 0  # of the last batch's micro-batches
@@ -98,7 +98,7 @@ class MegatronEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
-        self._has_moments = True
+        self._state.has_moments = True
         return StepStats(loss, norm, skipped=False)
 
     @torch.no_grad()
@@ -119,20 +119,12 @@ class MegatronEngine:
         return self._reduce(sums, tokens)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
-        return self._collect(lambda _, shard: shard.main)
+        """See `Engine.weights`."""
+        return self._state.weights()
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
-        if not self._has_moments:
-            return {}
-        state: dict[str, torch.Tensor] = {}
-        for moment in _MOMENTS:
-            found = self._collect(partial(self._moment, moment), trained_only=True)
-            state.update({f"{moment}/{name}": tensor for name, tensor in found.items()})
-        if dist.get_rank() == 0:
-            state["step"] = torch.tensor(float(self._steps()))
-        return state
+        """See `Engine.optimizer_state`."""
+        return self._state.optimizer_state()
 
     def kernels(self) -> str:
         """See `Engine.kernels`."""
@@ -140,18 +132,16 @@ class MegatronEngine:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `Engine.gradients`."""
-        return self._collect(
-            lambda weight, shard: _gradient(weight.parameter).flatten()[shard.elements], trained_only=True
-        )
+        return self._state.gradients()
 
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
         reported."""
         counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
         squares: dict[str, float] = {}
-        for weight, shard in self._shards():
+        for weight, shard in self._state.shards():
             gradient = None if shard.main is None else shard.main.grad
-            another_norm = shard.group is None and self._data_parallel_group.rank() > 0
+            another_norm = not shard.is_split and self._data_parallel_group.rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
                 squares[weight.name] = float(gradient.double().square().sum())
         return squares
@@ -160,65 +150,9 @@ class MegatronEngine:
         """See `Engine.limit_collectives`."""
         process_groups.limit_collectives(seconds)
 
-    def load(self, weights: Mapping[str, torch.Tensor], optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
+    def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
         """See `Engine.load`."""
-        self._model.load(weights)
-        with torch.no_grad():
-            for weight, shard in self._shards():
-                if not weight.parameter.requires_grad:
-                    keep_original(weight.parameter, local_shard(weight, shard, weights[weight.name]))
-                elif shard.main is not None:
-                    shard.main.view(-1).copy_(local_shard(weight, shard, weights[weight.name]))
-                    if optimizer_state:
-                        self._load_moments(weight, shard, shard.main, optimizer_state)
-        if optimizer_state:
-            if self._counts_by_group:
-                for group in self._optimizer.param_groups:
-                    group["step"] = int(optimizer_state["step"])
-            self._has_moments = True
-
-    def _load_moments(
-        self, weight: LocalParameter, shard: OptimizerShard, main: torch.Tensor, state: Mapping[str, torch.Tensor]
-    ) -> None:
-        own = self._optimizer.optimizer.state[main] = {} if self._counts_by_group else {"step": state["step"].clone()}
-        for moment in _MOMENTS:
-            name = f"{moment}/{weight.name}"
-            if name not in state:
-                raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
-            own[moment] = local_shard(weight, shard, state[name]).to(main).view(main.shape).clone()
-
-    def _moment(self, moment: str, _: LocalParameter, shard: OptimizerShard) -> torch.Tensor | None:
-        return self._optimizer.optimizer.state[shard.main][moment] if shard.main is not None else None
-
-    def _steps(self) -> float:
-        """How many updates the moments are of."""
-        if self._counts_by_group:  # but not for a group of which this process holds nothing
-            return float(max(group.get("step", 0) for group in self._optimizer.param_groups))
-        return float(next(iter(self._optimizer.optimizer.state.values()))["step"])
-
-    @property
-    def _counts_by_group(self) -> bool:
-        """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
-        return not isinstance(self._optimizer.optimizer, torch.optim.AdamW)
-
-    def _shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
-        for weight in self._model.weights():
-            yield weight, shard_of(self._optimizer, weight.parameter)
-
-    def _collect(
-        self, value: Callable[[LocalParameter, OptimizerShard], torch.Tensor | None], *, trained_only: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """Whole canonical tensors, each on one of the processes that hold parts of it, in turns."""
-        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-        found = {}
-        for turn, (weight, shard) in enumerate(self._shards()):
-            if trained_only and not weight.parameter.requires_grad:
-                continue
-            whole = gather_whole(weight, shard, value(weight, shard))
-            copy = getattr(weight.parameter, "shared", False)  # the embedding's, on the last pipeline stage
-            if turn % group.size() == group.rank() and not copy:
-                found[weight.name] = whole.cpu().clone()
-        return found
+        self._state.load(weights, optimizer_state)
 
     def _run(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> list[torch.Tensor]:
         """Megatron-Core's schedule over micro-batches: the loss sums, on the last pipeline stage only."""
@@ -363,11 +297,6 @@ def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     (whole,) = teacher.chunks
     logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
     return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
-
-
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Where Megatron-Core sums a parameter's gradient: a part of a buffer, in fp32."""
-    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:

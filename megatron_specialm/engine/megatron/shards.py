@@ -1,9 +1,10 @@
-"""From the part of a weight that a process holds to the canonical whole, and back.
+"""Which elements of a canonical tensor a process holds.
 
 Tensor parallelism cuts a weight (`model/weights.py`); the distributed optimizer then deals out the elements of each
 part, flattened, over the data-parallel copies.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,65 +13,74 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_specialm.model.gpt import LocalParameter, own_part
+from megatron_specialm.checkpoint.slices import slice_key
+from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces
+from megatron_specialm.model.weights import Sliceable
 
 
 class OptimizerShard(NamedTuple):
-    """What the optimizer of this process holds of a parameter: its fp32 main tensor, None where it holds nothing;
-    which elements of the flattened parameter these are; and the processes that hold the others, None where all hold all.
-    """
+    """What the optimizer of this process holds of a parameter: its fp32 main tensor, None where it holds nothing; which
+    elements of the flattened parameter these are; and whether data-parallel copies hold the others (`is_split`), as under the
+    distributed optimizer, or every copy holds all."""
 
     main: torch.Tensor | None
     elements: slice
-    group: dist.ProcessGroup | None
+    is_split: bool
 
 
 def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> OptimizerShard:
-    """This process's shard of a parameter. One that is not trained is no optimizer's: every copy has it, as it was before
+    """This process's shard of a parameter. A frozen parameter has no optimizer: every copy holds all of it, as it was before
     it was rounded (`keep_original`)."""
     if not parameter.requires_grad:
-        return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), None)
+        return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), is_split=False)
     if not isinstance(optimizer, DistributedOptimizer):
-        return OptimizerShard(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), None)
-    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return OptimizerShard(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), is_split=False)
     if parameter not in optimizer.model_param_group_index_map:
-        return OptimizerShard(None, slice(0, 0), copies)
+        return OptimizerShard(None, slice(0, 0), is_split=True)
     group, _ = optimizer.model_param_group_index_map[parameter]
     # Its index there does not hold for a group of both precisions: the optimizer's list has those in fp32 first.
     trained = [*optimizer.model_fp32_groups[group], *optimizer.model_float16_groups[group]]
     index = next(index for index, other in enumerate(trained) if other is parameter)
     elements = optimizer._get_model_param_range_map(parameter)["param"]
     main = optimizer.optimizer.param_groups[group]["params"][index]
-    return OptimizerShard(main, slice(elements.start, elements.end), copies)
+    return OptimizerShard(main, slice(elements.start, elements.end), is_split=True)
 
 
-def keep_original(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+def keep_original(weight: LocalParameter, whole: Sliceable) -> None:
     """Keep a frozen parameter's fp32 value on the host, where training rounds it: what is saved, and what adapters are
     merged with, is the model that training started from."""
+    parameter = weight.parameter
     if parameter.dtype != torch.float32:
-        parameter.original = value.detach().float().cpu().view(parameter.shape)  # type: ignore[attr-defined]
+        parameter.original = torch.empty(parameter.shape)  # type: ignore[attr-defined]
+        fill(parameter.original.view(-1), weight.spec, whole)  # type: ignore[attr-defined]
 
 
-def gather_whole(weight: LocalParameter, shard: OptimizerShard, value: torch.Tensor | None) -> torch.Tensor:
-    """The canonical tensor of which each process holds a shard, fp32. All processes of a pipeline stage call it at once.
+def owned_slices(
+    weight: LocalParameter, shard: OptimizerShard, values: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The slices of a canonical tensor that this process writes, in fp32 on the CPU, by their keys (`checkpoint/slices.py`).
+    Where several processes hold the same elements, each writes an equal part of them; over all processes, every element is
+    written once, and nothing is sent.
 
     Args:
-        value: the shard of anything of the parameter's shape: its main weight, a moment, a gradient.
+        values: this process's shard of anything of the parameter's shape: its main weight, a moment, a gradient.
     """
-    own = torch.zeros(weight.parameter.numel(), dtype=torch.float32, device=weight.parameter.device)
-    if value is not None:
-        own[shard.elements] = value.detach().float().flatten()
-    if shard.group is not None:
-        dist.all_reduce(own, group=shard.group)  # the others' elements are zeros: the sum is exact
-    own = own.view(weight.parameter.shape)
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [own]
-    if weight.spec.cut is not None and group.size() > 1:
-        parts = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(parts, own, group=group)
-    return weight.spec.join(parts)
+    if getattr(weight.parameter, "shared", False):  # an embedding's copy, on the last pipeline stage
+        return
+    flat, (number, copies) = values.detach().reshape(-1), _copy_number(weight, shard)
+    start, stop = (flat.numel() * part // copies for part in (number, number + 1))
+    for index, piece in local_pieces(flat[start:stop], weight.spec, first=shard.elements.start + start):
+        value = piece.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+        yield slice_key(weight.name, index, weight.spec.shape), value
 
 
-def local_shard(weight: LocalParameter, shard: OptimizerShard, whole: torch.Tensor) -> torch.Tensor:
-    """The elements of a canonical tensor that are this process's shard, flat."""
-    return own_part(weight.spec, whole).flatten()[shard.elements]
+def _copy_number(weight: LocalParameter, shard: OptimizerShard) -> tuple[int, int]:
+    """Which of the processes that hold the same elements this one is, and how many there are."""
+    tensor, data = parallel_state.get_tensor_model_parallel_group(), data_parallel_group()
+    number, copies = (0, 1) if weight.spec.cut is not None else (tensor.rank(), tensor.size())
+    return (number, copies) if shard.is_split else (number * data.size() + data.rank(), copies * data.size())
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The processes with the same weights, those of context parallelism included."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,76 @@
+"""The folders of a training's steps.
+
+step_0000400/    model-RANK.safetensors  optimizer-RANK.safetensors  state.json  manifest.json
+result.json      at the end of training: which step is the outcome
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_specialm.base.artifacts import MARKER, check_fence
+from megatron_specialm.base.errors import ArtifactError
+from megatron_specialm.base.files import read_json, verify_folder, write_json
+
+STATE, RESULT = "state.json", "result.json"
+_STEP = re.compile(r"step_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is read here of a training's progress in a step's state."""
+
+    step: int
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What is read here of a step's state. `progress` is None where no training can go on from the step."""
+
+    progress: Progress | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    step: int
+    folder: str
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return folder / f"step_{step:07d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in a training's folder, in order, verified or not."""
+    found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def declare_final(folder: Path, *, step: int) -> None:
+    """Write which step is the outcome of training: the last, or with early stopping the best.
+
+    Raises:
+        ArtifactError: the step is damaged or gone, or another process has taken over this training.
+    """
+    verify_folder(step_folder(folder, step))
+    check_fence(folder)
+    write_json(folder / RESULT, asdict(_Result(step, step_folder(folder, step).name)))
+
+
+def find_final(folder: Path) -> Path:
+    """The step folder that is the outcome of a finished training.
+
+    Raises:
+        ArtifactError: there is none, or it is no step of this training.
+    """
+    remedy = f"remove {folder / MARKER} and run again, which goes on from the checkpoints"
+    result = read_json(folder / RESULT, _Result, remedy=remedy)
+    final = step_folder(folder, result.step)
+    if final.name != result.folder or not _STEP.fullmatch(final.name) or not final.is_dir():
+        raise ArtifactError(
+            f"{folder / RESULT}: names {result.folder!r} for step {result.step}, which is no step of this training: {remedy}"
+        )
+    return final

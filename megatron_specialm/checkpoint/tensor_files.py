@@ -1,0 +1,96 @@
+"""Tensors in safetensors files, whole or in slices that processes have written; read whole or in slices. torch is
+imported when a tensor is read as torch's, not before."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import safe_open
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.files import reading
+from megatron_specialm.checkpoint.slices import StoredSlice, check_slices, parse_key
+
+_FORM = "a file of tensors"
+
+
+class StoredTensor:
+    """A tensor in files. Indexed with a tuple of slices, it reads that box: from a memory map where one stored slice has all of
+    it, else assembled from those that have a part."""
+
+    def __init__(self, files: Mapping[Path, Any], slices: list[StoredSlice]) -> None:
+        self._files, self._slices = files, slices
+        self.shape = slices[0].shape
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Any:
+        index += (slice(None),) * (len(self.shape) - len(index))
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        if len(self._slices) == 1:
+            return self._read(self._slices[0], bounds)
+        box = None
+        for stored in self._slices:
+            shared = [
+                (max(start, first), min(stop, end))
+                for (start, stop), first, end in zip(bounds, stored.starts, stored.stops, strict=True)
+            ]
+            if any(start >= stop for start, stop in shared):
+                continue
+            part = self._read(stored, shared)
+            if shared == bounds:
+                return part
+            if box is None:
+                box = _empty_like(part, [stop - start for start, stop in bounds])
+            box[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))] = part
+        return box
+
+    def _read(self, stored: StoredSlice, bounds: list[tuple[int, int]]) -> Any:
+        file = self._files[stored.path]
+        with reading(stored.path, form=_FORM):
+            if bounds == list(zip(stored.starts, stored.stops, strict=True)):
+                return file.get_tensor(stored.key)
+            own = (slice(a - first, b - first) for (a, b), first in zip(bounds, stored.starts, strict=True))
+            return file.get_slice(stored.key)[tuple(own)]
+
+
+def _empty_like(part: Any, shape: list[int]) -> Any:
+    return np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
+
+
+class TensorFiles(Mapping[str, Any]):
+    """The tensors of several safetensors files by name, each read whole when it is asked for: torch's, or NumPy's arrays.
+    `stored` has the same ones to read slices of.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+        CheckpointError: an element of a tensor is in no slice, or in two; or a tensor is asked for that no file has.
+    """
+
+    def __init__(self, paths: Iterable[Path], *, framework: Literal["pt", "np"] = "pt") -> None:
+        files: dict[Path, Any] = {}
+        found: dict[str, list[StoredSlice]] = {}
+        for path in paths:
+            with reading(path, form=_FORM):
+                files[path] = file = safe_open(path, framework=framework)
+                for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                    name, stored = parse_key(path, key, file.get_slice(key).get_shape())
+                    found.setdefault(name, []).append(stored)
+        for name, slices in found.items():
+            check_slices(name, slices)
+        self._folders = sorted({str(path.parent) for path in files})
+        self.stored: Mapping[str, StoredTensor] = {name: StoredTensor(files, slices) for name, slices in found.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.stored:
+            folders = ", ".join(self._folders) or "no file"
+            raise CheckpointError(f"{folders}: has no tensor {name}: it is of another model")
+        return self.stored[name][()]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
