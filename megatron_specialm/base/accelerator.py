@@ -1,7 +1,6 @@
 """Which GPUs a machine has, and which fused layers are installed for them. Nothing here imports torch or uses a GPU."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -10,6 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.gpus import GIB, plannable_gpus
+from megatron_specialm.base.packages import TRANSFORMER_ENGINE_LEAST, installed_version
 
 SMI_SECONDS = 20.0  # a driver that has to wake up its GPUs takes some
 MIB = 2**20
@@ -55,6 +58,20 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
     name, capability, _ = min(rows, key=lambda row: row[1])
     memory_bytes = min(memory for _, _, memory in rows)
     return Accelerator(name, capability, transformer_engine, gpus=len(rows), memory_bytes=memory_bytes)
+
+
+def planned_machine(name: str) -> Accelerator:
+    """A machine with GPUs of that model and Transformer Engine, to plan for from elsewhere.
+
+    Raises:
+        ConfigError: the table has no such model.
+    """
+    models = {gpu.name: gpu for gpu in plannable_gpus()}
+    if name not in models:
+        raise ConfigError(f"gpu {name}: not known; known are {', '.join(models)}")
+    gpu = models[name]
+    assert gpu.memory_gib is not None
+    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=8, memory_bytes=gpu.memory_gib * GIB)
 
 
 def name_of_device() -> str:
@@ -103,11 +120,3 @@ def _ask_driver(environment: Mapping[str, str]) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a package that is installed, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

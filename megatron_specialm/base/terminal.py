@@ -7,9 +7,9 @@ that its lines begin with, and long words are folded.
 import io
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -55,10 +55,35 @@ def plain(text: str, style: str = "", *, overflow: OverflowMethod | None = None)
     return Text(printable(text), style, overflow=overflow)
 
 
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A column of a table: its heading, and the text of a row's cell. Columns of words are left-aligned and stand first."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    is_word: bool
+
+
+def word(heading: str, cell: Callable[[Row], str]) -> Column[Row]:
+    """A column of words."""
+    return Column(heading, cell, is_word=True)
+
+
+def number(heading: str, cell: Callable[[Row], str]) -> Column[Row]:
+    """A column of numbers."""
+    return Column(heading, cell, is_word=False)
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it. Words of the column
-    `cut` take what room a terminal leaves beside the others, and end there: a line of the table stays a line."""
+    """A table of text, for every renderer: a terminal (rich) and Markdown.
+
+    The first `words` columns hold words, the others numbers. `note` is a line under the table. The column `cut` takes what
+    width the others leave, and its words are cut there: a line of the table stays one line.
+    """
 
     title: str
     header: list[str]
@@ -66,6 +91,15 @@ class Table:
     words: int
     note: str = ""
     cut: str = ""
+
+    @classmethod
+    def of(
+        cls, rows: Iterable[Row], columns: Sequence[Column[Row]], *, title: str = "", note: str = "", cut: str = ""
+    ) -> "Table":
+        """A line per row."""
+        lines = [[column.cell(row) for column in columns] for row in rows]
+        words = sum(column.is_word for column in columns)
+        return cls(title, [column.heading for column in columns], lines, words, note, cut)
 
     def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
         """The numbers before a column, which the note is about, and from it on, each behind the words."""

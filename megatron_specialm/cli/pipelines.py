@@ -165,14 +165,13 @@ def run(
 
 def _show_results(pipeline: "Pipeline", chosen: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.report.capped import capped_warnings
-    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.results import capped_warnings, write_results
     from megatron_specialm.report.tables import rates_table, results_in_two
 
     outcome = write_results(pipeline, root)
-    if outcome["rows"]:
+    if outcome.rows:
         console().print(*results_in_two(outcome))
-    if outcome["learning_rates"]:
+    if outcome.learning_rates:
         console().print(rates_table(outcome))
     for warning in capped_warnings(pipeline, chosen, root):
         say(f"warning: {warning}")

@@ -33,9 +33,8 @@ def results(
     """Print the table of a config's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.plan import make_plan
-    from megatron_specialm.report.capped import capped_warnings
     from megatron_specialm.report.orders import orders_table
-    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.results import capped_warnings, write_results
     from megatron_specialm.report.seeds import merge_seeds, read_runs
     from megatron_specialm.report.tables import rates_table, results_in_two, results_table
 
@@ -47,13 +46,13 @@ def results(
     if runs:
         outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
     merged = merge_seeds(outcome) if runs else outcome
-    if not outcome["rows"]:
+    if not outcome.rows:
         _nothing_evaluated(pipeline.root, config)
     elif markdown:
         say((orders_table(outcome) if orders else results_table(merged)).markdown())
     else:
         console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
-        if outcome["learning_rates"] and not orders:
+        if outcome.learning_rates and not orders:
             console().print(rates_table(outcome))
         for warning in capped_warnings(pipeline, plan, root):
             say(f"warning: {warning}")
@@ -82,7 +81,7 @@ def figures(
     outcome = write_results(pipeline, root, plan=plan, must_write=False)
     if runs:
         outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
-    if not outcome["rows"]:
+    if not outcome.rows:
         _nothing_evaluated(pipeline.root, config)
     place = output or root
     if output is None and not os.access(root, os.W_OK):

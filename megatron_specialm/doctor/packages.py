@@ -3,16 +3,18 @@
 usage: python -m megatron_specialm.doctor.packages NAME
 """
 
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
-from megatron_specialm.base.packages import import_package
+from megatron_specialm.base.packages import (
+    INSTALL_TRANSFORMER_ENGINE,
+    TRANSFORMER_ENGINE,
+    import_package,
+    installed_version,
+    satisfies,
+)
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.process import Outcome, send_answer
 
@@ -69,8 +71,8 @@ _TABLE = (
     Package(
         "transformer-engine",
         "transformer_engine",
-        "on a GPU machine: pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
-        ">=2.9,<2.12",
+        f"on a GPU machine: {INSTALL_TRANSFORMER_ENGINE}",
+        TRANSFORMER_ENGINE,
         also=("transformer_engine.pytorch",),
     ),
     Package(
@@ -114,7 +116,7 @@ def package_finding(package: Package, outcome: Outcome) -> Finding:
     if facts is None:
         return Finding(package.name, "missing", remedy=package.remedy)
     version, detail = facts["version"], facts.get("detail", "")
-    if not _fits(version, package.requirement):
+    if package.requirement and not satisfies(version, package.requirement):
         return Finding(package.name, "broken", version, f"we need {package.requirement}", package.remedy)
     return Finding(package.name, "ok", version, detail)
 
@@ -128,15 +130,7 @@ def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
 
 
 def _version(package: Package, module: Any) -> str:
-    try:
-        return importlib.metadata.version(package.name)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", ""))
-
-
-def _fits(version: str, requirement: str) -> bool:
-    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
-    return not requirement or Version(Version(version).base_version) in SpecifierSet(requirement)
+    return installed_version(package.name) or str(getattr(module, "__version__", ""))
 
 
 if __name__ == "__main__":

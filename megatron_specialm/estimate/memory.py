@@ -6,13 +6,14 @@ accounting (arXiv 2205.05198), counted anew for this project's layers and fused 
 """
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.parallel import padded_vocabulary, split_layers
-from megatron_specialm.estimate.capabilities import refuse
+from megatron_specialm.estimate.capabilities import violation
 from megatron_specialm.estimate.setup import Setup
 
 FP32 = 4
@@ -232,20 +233,28 @@ def _position_share(setup: Setup) -> int:
     return setup.parallel.tensor_parallel if setup.parallel.sequence_parallel else 1
 
 
-def smallest_change(setup: Setup, limit: int, *, fused: bool) -> str:
+@dataclass(frozen=True)
+class Change:
+    """Settings of a train stage to change, by their names in the config."""
+
+    settings: Mapping[str, Any]
+
+    def describe(self) -> str:
+        """As advice: `set micro_batch_size: 8 and parallel.recompute: full`."""
+        return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in self.settings.items())
+
+
+def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
     """The change of the config that makes a setup fit `limit` bytes per process and costs least: first what costs no
-    speed, then what costs some, then more processes; one change if one will do, otherwise all up to the first that does.
+    speed, then what costs some, then more processes. One setting if one will do, otherwise all up to the first that does;
+    None where all of them do not.
     """
-    changes = list(_changes(setup))
-    for one in changes:
-        if _fits(_with(setup, one), limit, fused=fused):
-            return _say(one)
-    together: dict[str, Any] = {}
-    for one in changes:
-        together |= one
-        if _fits(_with(setup, together), limit, fused=fused):
-            return _say(together)
-    return "use a smaller model, or GPUs with more memory"
+    candidates = list(_changes(setup))
+    for settings in (*candidates, *accumulate(candidates, operator.or_)):
+        changed = setup.changed(settings)
+        if violation(changed) is None and memory_of(changed, fused=fused).total <= limit:
+            return Change(settings)
+    return None
 
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -266,21 +275,3 @@ def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"parallel.tensor_parallel": parallel.tensor_parallel * size}
     for size in (2, 4, 8):
         yield {"parallel.pipeline_parallel": parallel.pipeline_parallel * size}
-
-
-def _with(setup: Setup, change: dict[str, Any]) -> Setup:
-    layout = {key.removeprefix("parallel."): value for key, value in change.items() if key.startswith("parallel.")}
-    changed = replace(setup, parallel=setup.parallel.model_copy(update=layout))
-    return replace(changed, micro_batch_size=change.get("micro_batch_size", setup.micro_batch_size))
-
-
-def _fits(setup: Setup, limit: int, *, fused: bool) -> bool:
-    try:
-        refuse("", setup)
-    except ConfigError:
-        return False
-    return memory_of(setup, fused=fused).total <= limit
-
-
-def _say(change: dict[str, Any]) -> str:
-    return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in change.items())

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.config.text import GENERIC, size_name
-from megatron_specialm.report.tables import Seeds, is_tuned, largest_budget, seeds_of
+from megatron_specialm.report.rows import Average, Results, Row, Seeds
+from megatron_specialm.report.tables import is_tuned, largest_budget
 
 # The one with the lower perplexity first (Grangier et al., arXiv 2402.01093). Of a soup against one expert, and of LoRA
 # against the whole model, the paper has no table: these two are ours.
@@ -19,7 +19,7 @@ Model = tuple[str, bool]  # a method, and whether it is fine-tuned
 Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
 
 
-def orders_table(results: Mapping[str, Any]) -> Table:
+def orders_table(results: Results) -> Table:
     """A line per order of two methods that both are there, fine-tuned and before, and per method that has both states.
 
     A cell says on how many of the seeds the first has the lower perplexity, and by how many percent it differs from the
@@ -48,19 +48,19 @@ def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
         yield f"{method}: fine-tuned < not", (method, True), (method, False)
 
 
-def _scores(results: Mapping[str, Any]) -> Scores:
+def _scores(results: Results) -> Scores:
     """The perplexities of every domain, and the averages over the domains of a size."""
     scores: dict[tuple[str, str, bool], dict[Seeds, float]] = {}
-    rows = [row for row in results["rows"] if row["domain"] != GENERIC]
-    for name, entries in ((lambda row: row["domain"], rows), (_macro_name, results["macro"])):
-        for entry in largest_budget(entries):
-            of_model = scores.setdefault((name(entry), entry["method"], is_tuned(entry)), {})
-            of_model[seeds_of(entry)] = entry["perplexity"]
+    rows = largest_budget([row for row in results.rows if row.domain != GENERIC])
+    named: list[tuple[str, Row | Average]] = [(row.domain, row) for row in rows]
+    named += [(_macro_name(average), average) for average in largest_budget(results.macro)]
+    for name, entry in named:
+        scores.setdefault((name, entry.method, is_tuned(entry)), {})[entry.seeds] = entry.perplexity
     return scores
 
 
-def _macro_name(entry: Mapping[str, Any]) -> str:
-    return "macro" if entry["size"] is None else f"macro {size_name(entry['size'])}"
+def _macro_name(average: Average) -> str:
+    return "macro" if average.size is None else f"macro {size_name(average.size)}"
 
 
 def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:

@@ -9,6 +9,8 @@ from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.evaluation import score
@@ -33,6 +35,6 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     return Report(
         tokens=loss.tokens,
         slots=slots,
-        flops=slots * served.shape.forward_flops(served.vocabulary_size, served.context_length),
-        values={"sets": results, "parameters": served.shape.parameters(served.vocabulary_size)},
+        flops=slots * forward_flops(served.shape, served.vocabulary_size, served.context_length),
+        values={"sets": results, "parameters": count_parameters(served.shape, served.vocabulary_size)},
     )

@@ -12,6 +12,7 @@ from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.reading import open_store
@@ -43,7 +44,7 @@ def run(stage: TeachStage, context: Context) -> Report:
         )  # fmt: skip
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if kept.kind == "sampled" else {}
     positions = len(store) * store.context_length
-    flops = positions * served.shape.forward_flops(store.vocabulary_size, store.context_length)
+    flops = positions * forward_flops(served.shape, store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     values = {"windows": len(store), "bytes": size, **noise}
     return Report(tokens=tokens, slots=positions, flops=flops, values=values)

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 from megatron_specialm.base.control_group import ControlGroup, StopFlag, is_lost_peer
 from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
 from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
+from megatron_specialm.base.gpus import utilisation
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.checkpoint.checkpoint import (
     REMEDY,
     STATE,

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from megatron_specialm.base.throughput import dense_peak, utilisation
+from megatron_specialm.base.gpus import dense_peak, utilisation
 from megatron_specialm.config.schedule import decay_start, learning_rate, step_to_keep, steps_at_same_rates
 from megatron_specialm.config.training import Schedule
 from tests.training import stage
