@@ -23,6 +23,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values of the config to replace: dotted.key=value.", show_default=False)
 ]
 
+Only = Annotated[str | None, typer.Option(help="This stage alone.", show_default=False)]
+Until = Annotated[str | None, typer.Option(help="This stage and all that it depends on.", show_default=False)]
+Keys = Annotated[
+    str | None,
+    typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Make finished work anew without asking, whatever it costs.")]
 
 
@@ -31,6 +37,11 @@ def load(config: Path, overrides: list[str] | None) -> "Pipeline":
     from megatron_specialm.config.load import load_pipeline
 
     return load_pipeline(config, overrides or ())
+
+
+def split_keys(keys: str | None) -> list[str] | None:
+    """The keys of `--keys`."""
+    return keys.split(",") if keys else None
 
 
 def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:

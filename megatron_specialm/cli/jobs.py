@@ -1,14 +1,18 @@
 """Commands for a config as Slurm jobs, and those that jobs themselves run."""
 
-import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.printing import log_to_stderr, say
-from megatron_specialm.cli.app import Config, Overrides, Yes, agree, app, load
+from megatron_specialm.cli.app import Config, Keys, Only, Overrides, Until, Yes, agree, app, load, split_keys
+
+if TYPE_CHECKING:
+    from megatron_specialm.graph.redo import Redo
+    from megatron_specialm.graph.tasks import TaskId
 
 
 @app.command()
@@ -22,72 +26,36 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
-    until: Annotated[
-        str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
-    ] = None,
+    only: Only = None,
+    until: Until = None,
+    keys: Keys = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
     yes: Yes = False,
 ) -> None:
     """Queue what a config's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
-    from megatron_specialm.base.lock import hold_folder
-    from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
-    from megatron_specialm.graph.redo import find_redo, redo_lines
-    from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-    from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
-    from megatron_specialm.slurm import submit as jobs
-    from megatron_specialm.slurm.jobs import jobs_of
-    from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
-    from megatron_specialm.slurm.state import submitted_jobs
+    from megatron_specialm.config.site import find_profile, load_site, unknown_names
+    from megatron_specialm.graph.redo import redo_lines
+    from megatron_specialm.slurm.submit_missing import submit_missing
+
+    def confirm(redo: "Mapping[TaskId, Redo]") -> None:
+        for line in redo_lines(redo):
+            say(line)
+        if not dry_run:
+            agree(redo, pipeline, yes=yes)
 
     path = find_profile(site)
     pipeline, profile = load(config, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
         say(f"warning: {path}: {warning}", error=True)
-    refuse_other_folders(pipeline)
-    root = Path(pipeline.root)
-    refuse_foreign_folder(pipeline, root)
-    # Who only looks need not be able to write.
-    with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
-        if not dry_run:
-            adopt_unattended(root)
-        plan = make_plan(pipeline, root)
-        chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
-        known = submitted_jobs(root) if dry_run else jobs.recover(root)
-        live = live_tasks(known)
-        missing = missing_tasks(plan, chosen, live)
-        elsewhere = {name: planned for name, planned in missing.items() if planned.there is not None}
-        missing = {name: planned for name, planned in missing.items() if planned.there is None}
-        submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
-        stages = {name.stage for name in missing}
-        refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
-        refuse_too_little_held_out(pipeline, plan, root, stages=stages)
-        wanted = jobs_of(pipeline, profile, missing)
-        redo = find_redo(pipeline, plan, root, missing)
-        for line in redo_lines(redo):
-            say(line)
-        if dry_run:
-            for job, script in jobs.preview(submission, wanted, live=live):
-                say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
-            say(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
-            return
-        agree(redo, pipeline, yes=yes)
-        if missing or elsewhere:
-            write_resolved(pipeline, root)
-        take_over(elsewhere, root)
-        show(plan, root)
-        for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
-            after = f", after {', '.join(record.after)}" if record.after else ""
-            say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
-    done = sum(planned.state == "done" for planned in chosen.values())
-    coming = len(chosen) - done - len(missing) - len(elsewhere)
-    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
-    say(f"{pipeline.name}: {counts}, in {root}")
+    outcome = submit_missing(
+        pipeline, profile, path, only=only, until=until, keys=split_keys(keys), dry_run=dry_run, confirm=confirm
+    )
+    for job, script in outcome.scripts:
+        say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+    for job, record in outcome.queued:
+        after = f", after {', '.join(record.after)}" if record.after else ""
+        say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+    say(f"{pipeline.name}: {outcome.counts}, in {pipeline.root}")
 
 
 @app.command()

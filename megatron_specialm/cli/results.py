@@ -136,35 +136,21 @@ def samples(
     seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
 ) -> None:
     """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
-    from megatron_specialm.base.artifacts import artifact_folder, read_marker
-    from megatron_specialm.config.text import GENERIC
-    from megatron_specialm.graph.lineage import finetuned_models, tokenize_stage, train_stage
-    from megatron_specialm.graph.plan import make_plan
-    from megatron_specialm.graph.tasks import TaskId
+    from megatron_specialm.run.samples import find_samples
     from megatron_specialm.run.worker import ignore_expected_warnings
 
     pipeline = load(config, overrides)
-    root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
-    plan = make_plan(pipeline, root, keep_hashes=False)
-    folders = {name: artifact_folder(root, *name, planned.digest) for name, planned in plan.items()}
-    models = {
-        method: stage
-        for method, stage in finetuned_models(pipeline).items()
-        if read_marker(folders[TaskId(stage, domain)]) is not None
-    }
-    if not models:
-        say(f"{root}: nothing has been fine-tuned on {domain} yet: `specialm run {config}` does that")
+    if (found := find_samples(pipeline)) is None:
+        domain = next(iter(pipeline.text.domains))
+        say(f"{pipeline.root}: nothing has been fine-tuned on {domain} yet: `specialm run {config}` does that")
         return
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import held_out_words, open_model  # imports Megatron-Core
 
-    store = train_stage(pipeline, next(iter(models.values()))).tokens
-    tokenizer = folders[TaskId(tokenize_stage(pipeline, store).tokenizer, GENERIC)]
-    prompt = held_out_words(folders[TaskId(store, domain)], tokenizer)
-    say(f"{domain}: how each method goes on from {prompt!r}")
-    for method, stage in models.items():
-        writer = open_model(folders[TaskId(stage, domain)])
-        text = writer.write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
+    prompt = held_out_words(found.tokens, found.tokenizer)
+    say(f"{found.domain}: how each method goes on from {prompt!r}")
+    for method, folder in found.models.items():
+        text = open_model(folder).write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
         say(f"{method}: {' '.join(text.split())}")
 
 

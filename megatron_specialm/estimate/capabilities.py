@@ -64,11 +64,11 @@ class Capability:
     """A feature: whether a setup has it, and on which conditions, also in words (`terms`)."""
 
     feature: str
-    is_asked: Callable[[Setup], bool]
+    asked: Callable[[Setup], bool]
     terms: str
     machine: Machine = ANY
     conditions: tuple[Condition, ...] = ()
-    engine: str = "megatron"
+    engines: tuple[str, ...] = ("megatron",)
     models: str = "neox, llama"
 
 
@@ -291,7 +291,7 @@ TABLE = (
 def violation(setup: Setup) -> Refusal | None:
     """The first condition of a setup's features that does not hold, with the nearest value that does; None where all hold."""
     for capability in TABLE:
-        for condition in capability.conditions if capability.is_asked(setup) else ():
+        for condition in capability.conditions if capability.asked(setup) else ():
             if not condition.holds(setup):
                 reason = condition.reason.format(s=setup, p=setup.parallel, fp8=setup.fp8)
                 return Refusal(reason, condition.remedy or _nearest_value(condition, setup))
@@ -310,7 +310,7 @@ def refuse(name: str, setup: Setup) -> None:
 
 def lacking(setup: Setup, machine: Accelerator) -> Refusal | None:
     """Why a machine cannot run a setup, and what would do; None where it can."""
-    refusals = (capability.machine.lacks(setup, machine) for capability in TABLE if capability.is_asked(setup))
+    refusals = (capability.machine.lacks(setup, machine) for capability in TABLE if capability.asked(setup))
     return next((refusal for refusal in refusals if refusal), None)
 
 

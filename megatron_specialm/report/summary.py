@@ -61,7 +61,7 @@ def _gib(count: int) -> str:
 def capabilities_table() -> Table:
     """What can be trained in which layout."""
     columns: list[Column[Capability]] = [
-        word("engine", lambda row: row.engine),
+        word("engine", lambda row: ", ".join(row.engines)),
         word("models", lambda row: row.models),
         word("feature", lambda row: row.feature),
         word("machine", lambda row: row.machine.needs),
