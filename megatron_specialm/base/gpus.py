@@ -11,11 +11,11 @@ class Gpu:
     """A GPU model.
 
     Attributes:
-        name: as it stands in the driver's device name.
+        name: a part of the driver's device name.
         dense_peak: bf16 matrix products with fp32 accumulation, in FLOP/s, without sparsity (which vendors often quote, and
             which doubles the number).
         capability: CUDA compute capability.
-        memory_gib: as the driver counts it; None where it is not known: `--gpu` cannot plan for such a model.
+        memory_gib: as the driver reports it; None if unknown: then `--gpu` does not accept the model.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Gpu:
     memory_gib: int | None = None
 
 
-# A device is the first model whose name its own contains: longer names stand before their beginnings.
+# A device is of the first model whose name is in its own: a longer name comes before its prefix.
 GPUS = (
     Gpu("GB200", 2.5e15, (10, 0)),
     Gpu("B200", 2.25e15, (10, 0), 178),
@@ -39,17 +39,17 @@ GPUS = (
 
 
 def plannable_gpus() -> Iterator[Gpu]:
-    """The models that a config can be planned for without the machine."""
+    """The models that a config can be checked for on another machine."""
     return (gpu for gpu in GPUS if gpu.memory_gib is not None)
 
 
 def dense_peak(device_name: str) -> float | None:
-    """The peak in FLOP/s of a device by its name; None where the table does not have it (as of every CPU)."""
+    """The peak in FLOP/s of a device by its name; None if the table does not have it, and for CPUs."""
     return next((gpu.dense_peak for gpu in GPUS if gpu.name in device_name), None)
 
 
 def utilisation(*, flops: float, seconds: float, devices: int, device_name: str) -> float | None:
-    """Model FLOPs utilisation in [0, 1]: the model's own FLOPs, recomputation left out, over the devices' dense peak. None on
-    devices that the table does not have."""
+    """Model FLOPs utilisation (MFU) in [0, 1]: the model's FLOPs, without recomputation, over the devices' dense peak. None for
+    devices that are not in the table."""
     peak = dense_peak(device_name)
     return None if peak is None else flops / (seconds * devices * peak)

@@ -13,8 +13,8 @@ INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation 'transformer-eng
 
 
 def import_package(name: str) -> ModuleType:
-    """An installed package. A folder of its name beside the configuration, as `wandb/` or `datasets/` often is, is none:
-    where the package is missing, Python would import the folder as an empty package without a word.
+    """An installed package. A folder of its name in the working directory, such as `wandb/` or `datasets/`, does not count:
+    without the package, Python would import the folder as an empty namespace package.
 
     Raises:
         ModuleNotFoundError: it is not installed.

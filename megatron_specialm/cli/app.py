@@ -1,4 +1,4 @@
-"""What all commands share. Nothing here imports torch; the settings' schema is imported when a command runs."""
+"""Options and functions of several commands. No torch; the config's schema is imported when a command runs."""
 
 import sys
 from collections.abc import Mapping
@@ -45,13 +45,14 @@ def split_keys(keys: str | None) -> list[str] | None:
 
 
 def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:
-    """Ask before finished work is made anew at more cost than `ask_above_device_hours`: on a terminal; elsewhere want `--yes`.
+    """Ask before finished work is repeated at a cost above `ask_above_device_hours`: on a terminal by a question, otherwise by
+    an error without `--yes`.
 
     Args:
-        may_ask: False where a launcher has started several of this process, which share a terminal.
+        may_ask: False for ranks of a launcher, which share a terminal.
 
     Raises:
-        UnconfirmedError: nobody could be asked, or the answer was no.
+        UnconfirmedError: there is no terminal, or the answer was no.
     """
     from megatron_specialm.graph.redo import needs_a_yes, refuse_unconfirmed
 

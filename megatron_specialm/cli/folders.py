@@ -1,4 +1,4 @@
-"""Commands that look after run folders."""
+"""Commands that check and clean run folders."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Commands for a config as Slurm jobs, and those that jobs themselves run."""
+"""Commands for Slurm jobs, and the commands that jobs run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,7 +172,7 @@ def work(
 
 
 def _names_and_overrides(words: list[str] | None, *, most: int) -> tuple[list[str | None], list[str]]:
-    """At most so many names, None for those that are not given, and overrides of the config: those have a `=`."""
+    """Split arguments into at most so many names (None for those not given) and overrides, which contain a `=`."""
     names = [word for word in words or () if "=" not in word]
     if len(names) > most:
         raise ConfigError(f"{' '.join(names[most:])}: too many names: at most {most} may stand behind the config")

@@ -1,4 +1,4 @@
-"""Commands that try out layouts and machines."""
+"""Commands that test layouts and machines."""
 
 import contextlib
 import sys
@@ -91,13 +91,13 @@ def doctor(
     """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
-    from megatron_specialm.doctor.report import as_json, config, examine
+    from megatron_specialm.doctor.report import as_json, examine, render
 
     with console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
         findings = examine(quick=quick)
     if json:
         say(as_json(findings))
     else:
-        console().print(config(findings))
+        console().print(render(findings))
     if not can_train(findings):
         raise typer.Exit(1)

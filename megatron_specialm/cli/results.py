@@ -1,4 +1,4 @@
-"""Commands about what a config has made."""
+"""Commands for results and trained models."""
 
 import os
 from collections.abc import Mapping
@@ -11,8 +11,10 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Config, Overrides, app, load
 
 if TYPE_CHECKING:
+    from megatron_specialm.config.schema import Pipeline
     from megatron_specialm.graph.plan import PlannedTask
     from megatron_specialm.graph.tasks import TaskId
+    from megatron_specialm.report.rows import Results
 
 Runs = Annotated[
     list[Path] | None,
@@ -32,29 +34,20 @@ def results(
 ) -> None:
     """Print the table of a config's run folder again; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.report.orders import orders_table
-    from megatron_specialm.report.results import capped_warnings, write_results
-    from megatron_specialm.report.seeds import merge_seeds, read_runs
+    from megatron_specialm.report.results import capped_warnings
+    from megatron_specialm.report.seeds import merge_seeds
     from megatron_specialm.report.tables import rates_table, results_in_two, results_table
 
-    pipeline = load(config, overrides)
-    root = Path(pipeline.root)
-    plan = make_plan(pipeline, root)
-    _warn_of_damage(plan, root)
-    outcome = write_results(pipeline, root, plan=plan, must_write=False)
-    if runs:
-        outcome = read_runs([folder / "results.json" for folder in (root, *runs)])
-    merged = merge_seeds(outcome) if runs else outcome
-    if not outcome.rows:
-        _nothing_evaluated(pipeline.root, config)
-    elif markdown:
-        say((orders_table(outcome) if orders else results_table(merged)).markdown())
-    else:
-        console().print(*([orders_table(outcome)] if orders else results_in_two(merged)))
-        if outcome.learning_rates and not orders:
-            console().print(rates_table(outcome))
-        for warning in capped_warnings(pipeline, plan, root):
+    pipeline, plan, found = _collect(config, overrides, runs)
+    merged = merge_seeds(found) if runs else found
+    if found.rows and markdown:
+        say((orders_table(found) if orders else results_table(merged)).markdown())
+    elif found.rows:
+        console().print(*([orders_table(found)] if orders else results_in_two(merged)))
+        if found.learning_rates and not orders:
+            console().print(rates_table(found))
+        for warning in capped_warnings(pipeline, plan, Path(pipeline.root)):
             say(f"warning: {warning}")
 
 
@@ -69,38 +62,37 @@ def figures(
     ] = None,
 ) -> None:
     """Draw a config's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
-    from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.report.figures import draw
+    from megatron_specialm.report.seeds import merge_seeds
+
+    pipeline, _, found = _collect(config, overrides, runs)
+    place = output or Path(pipeline.root)
+    if output is None and not os.access(place, os.W_OK):
+        say(f"warning: {place} cannot be written to: the figures go here (--output)", error=True)
+        place = Path()
+    for path in draw(merge_seeds(found) if runs else found, place):
+        say(path)
+
+
+def _collect(
+    config: Path, overrides: list[str] | None, runs: list[Path] | None
+) -> "tuple[Pipeline, Mapping[TaskId, PlannedTask], Results]":
+    """The config, its plan, and the results of its run folder, followed by those of other runs; says what is left out."""
+    from megatron_specialm.graph.plan import damage_in, make_plan
     from megatron_specialm.report.results import write_results
-    from megatron_specialm.report.seeds import merge_runs
+    from megatron_specialm.report.seeds import read_runs
 
     pipeline = load(config, overrides)
     root = Path(pipeline.root)
     plan = make_plan(pipeline, root)
-    _warn_of_damage(plan, root)
-    outcome = write_results(pipeline, root, plan=plan, must_write=False)
-    if runs:
-        outcome = merge_runs([folder / "results.json" for folder in (root, *runs)])
-    if not outcome.rows:
-        _nothing_evaluated(pipeline.root, config)
-    place = output or root
-    if output is None and not os.access(root, os.W_OK):
-        place = Path()
-        say(f"warning: {root} cannot be written to: the figures go here (--output)", error=True)
-    for path in draw(outcome, place):
-        say(path)
-
-
-def _warn_of_damage(plan: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
-    """What is damaged counts for nothing in the tables."""
-    from megatron_specialm.graph.plan import damage_in
-
     for damage in damage_in(plan, root):
         say(f"warning: {damage}: it is left out", error=True)
-
-
-def _nothing_evaluated(root: str, config: Path) -> None:
-    say(f"{root}: nothing has been evaluated yet: `specialm run {config}` does that")
+    found = write_results(pipeline, root, plan=plan, must_write=False)
+    if runs:
+        found = read_runs([folder / "results.json" for folder in (root, *runs)])
+    if not found.rows:
+        say(f"{root}: nothing has been evaluated yet: `specialm run {config}` does that")
+    return pipeline, plan, found
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The Python packages that training needs or can use. As a program: import one and say what it is.
+"""The Python packages that training needs or can use. As a program: import one and print its version and facts.
 
 usage: python -m megatron_specialm.doctor.packages NAME
 """
@@ -40,14 +40,14 @@ def _megatron_facts(load: Import) -> dict[str, Any]:
 
 
 def _mpi_facts(load: Import) -> dict[str, Any]:
-    load("mpi4py").rc.initialize = False  # the library's name needs no MPI job, and opening one can hang
+    load("mpi4py").rc.initialize = False  # MPI_Init is not needed for the library's name, and may hang
     library = load("mpi4py.MPI").Get_library_version()
     return {"detail": "for " + library.partition(",")[0].partition("\n")[0].strip("\0 ")}
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package. `also` are modules whose import shows that it works; `facts` are more values, by an import function."""
+    """A package. `also`: modules whose import shows that it works; `facts`: a function that returns more values."""
 
     name: str
     module: str
@@ -89,7 +89,7 @@ PACKAGES = {package.name: package for package in _TABLE}
 
 
 def describe(package: Package, load: Import = import_package) -> dict[str, Any] | None:
-    """Import a package and its working parts: its version and facts; None where it is not installed.
+    """Import a package and its modules: its version and facts; None if it is not installed.
 
     Raises:
         BaseException: whatever its import raises.
@@ -107,7 +107,7 @@ def describe(package: Package, load: Import = import_package) -> dict[str, Any] 
 
 
 def package_finding(package: Package, outcome: Outcome) -> Finding:
-    """The line of a package from what its importing process said.
+    """The finding for a package, from the outcome of the process that imported it.
 
     Raises:
         MachineError: the process failed.
@@ -122,7 +122,7 @@ def package_finding(package: Package, outcome: Outcome) -> Finding:
 
 
 def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
-    """Megatron-Core's line, with the remedy that helps where a broken package that it imports breaks it too."""
+    """Megatron-Core's finding, with another remedy if it is broken because a package that it imports is broken."""
     broken = [finding.name for finding in accelerators if finding.state == "broken"]
     if megatron.state != "broken" or not broken:
         return megatron

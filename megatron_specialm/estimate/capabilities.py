@@ -17,13 +17,13 @@ from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
 # The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
-REACH = 10_000  # values that are tried for one that would do, the nearest first
+REACH = 10_000  # values that are tried for a condition to hold, the nearest first
 USE_BF16 = "use `precision: bf16`"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a setup cannot be trained, and what would do."""
+    """Why a setup cannot be trained, and a change with which it can."""
 
     reason: str
     remedy: str
@@ -38,8 +38,8 @@ class Condition:
 
     Attributes:
         reason: why it is refused otherwise: a template over the setup `s`, its parallel settings `p` and its `fp8`.
-        field: the setting that another value would do of.
-        remedy: what would do, where that is no value of a single setting.
+        field: a setting with which it holds at another value; the nearest is proposed.
+        remedy: a proposal, if another value of a single setting does not help.
     """
 
     holds: Callable[[Setup], bool]
@@ -50,7 +50,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a feature needs of the machine, in words, and what a given machine lacks of it."""
+    """What a feature needs of the machine, in words, and why a given machine does not have it."""
 
     needs: str
     lacks: Callable[[Setup, Accelerator], Refusal | None]
@@ -61,7 +61,7 @@ ANY = Machine("any", lambda _, __: None)
 
 @dataclass(frozen=True)
 class Capability:
-    """A feature: whether a setup has it, and on which conditions, also in words (`terms`)."""
+    """A feature of the engines named: when a setup asks for it, and its conditions, also in words (`terms`)."""
 
     feature: str
     asked: Callable[[Setup], bool]
@@ -289,7 +289,7 @@ TABLE = (
 
 
 def violation(setup: Setup) -> Refusal | None:
-    """The first condition of a setup's features that does not hold, with the nearest value that does; None where all hold."""
+    """The first condition of a setup's features that does not hold, with the nearest value that does; None if all hold."""
     for capability in TABLE:
         for condition in capability.conditions if capability.asked(setup) else ():
             if not condition.holds(setup):
@@ -309,13 +309,13 @@ def refuse(name: str, setup: Setup) -> None:
 
 
 def lacking(setup: Setup, machine: Accelerator) -> Refusal | None:
-    """Why a machine cannot run a setup, and what would do; None where it can."""
+    """Why a machine cannot run a setup, and a change with which it can; None if it can."""
     refusals = (capability.machine.lacks(setup, machine) for capability in TABLE if capability.asked(setup))
     return next((refusal for refusal in refusals if refusal), None)
 
 
 def _nearest_value(condition: Condition, setup: Setup) -> str:
-    """The value of the condition's field that is nearest to the present one and lets the condition hold, if any does."""
+    """The value of the condition's field, nearest to the present one, with which the condition holds, if there is any."""
     present = setup.value(condition.field)
     for value in islice(_nearest(present, below=2 * present + setup.shard), REACH):
         if _holds(condition, setup.changed({condition.field: value})):
@@ -330,5 +330,5 @@ def _nearest(present: int, *, below: int) -> Iterator[int]:
 
 
 def _holds(condition: Condition, setup: Setup) -> bool:
-    batch = TABLE[0].conditions[0]  # no remedy may break the batch
+    batch = TABLE[0].conditions[0]  # a proposal must not break the batch
     return condition.holds(setup) and (batch.holds(setup) or condition is batch)

@@ -9,13 +9,13 @@ from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.estimate.parameters import feed_forward_parameters
 
-TYPICAL_UTILISATION = 0.4  # MFU that others publish for models of this size; every training measures its own
+TYPICAL_UTILISATION = 0.4  # MFU that others publish for models of this size; every training logs its own
 
 
 class Passes(NamedTuple):
     """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
-    went forward only, as in validations; and how often weights were derived for them, for a mixture of experts or of
-    adapters and their base."""
+    went forward only, as in validations; and how often weights were computed for them from other weights, for a mixture of
+    experts, or for a base and its adapters."""
 
     trained: Count = 0
     evaluated: Count = 0
@@ -23,7 +23,7 @@ class Passes(NamedTuple):
     evaluated_variants: Count = 0
 
     def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
-        """These, and one over so many slots, computed with so many mixtures."""
+        """These and one more, over so many slots and with so many mixtures."""
         return self.plus(Passes(0, slots, 0, variants) if forward_only else Passes(slots, 0, variants, 0))
 
     def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
@@ -35,8 +35,8 @@ def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int)
     """FLOPs of one token's forward pass.
 
     Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
-    that a causal mask leaves on average. Norms, activations and softmax are not counted, nor is recomputation, so
-    utilisation computed from it is of the model's own work (and below what counts the masked half would give).
+    that a causal mask leaves on average. Norms, activations, softmax and recomputation are not counted. (So MFU is lower
+    here than where the masked half of attention is counted too.)
     """
     linears = 2 * (model.linear_parameters() + vocabulary_size * model.hidden_size)
     return linears + 2 * model.layers * model.hidden_size * context_length
@@ -48,13 +48,13 @@ def training_flops(model: ModelConfig, vocabulary_size: int, context_length: int
 
 
 def projection_flops(model: ModelConfig, variants: int, *, forward_only: bool = False) -> int:
-    """FLOPs of a projected network beside the model's own: so many experts are combined from `capacity` matrices each. The
-    backward pass, which returns their gradients to the matrices and to the coefficients, costs twice the forward pass."""
+    """FLOPs of a projected network in addition to the model's own, to combine so many experts from `capacity` matrices each.
+    The backward pass, for the gradients of matrices and coefficients, costs twice the forward pass."""
     assert model.projection is not None
     forward = 2 * variants * model.projection.capacity * model.layers * feed_forward_parameters(model)
     return forward if forward_only else 3 * forward
 
 
 def device_hours(flops: float, dense_peak: float) -> float:
-    """Hours that so many FLOPs take at `TYPICAL_UTILISATION` on devices of this peak (FLOP/s)."""
+    """Device-hours of so many FLOPs at `TYPICAL_UTILISATION` of this peak (FLOP/s)."""
     return flops / (TYPICAL_UTILISATION * dense_peak) / 3600

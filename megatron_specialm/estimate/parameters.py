@@ -17,7 +17,7 @@ def count_parameters(model: ModelConfig, vocabulary_size: int) -> int:
 
 
 def count_trained_parameters(model: ModelConfig, vocabulary_size: int) -> int:
-    """The parameters that an optimizer step changes: of a projected model all its matrices, of LoRA the adapters."""
+    """The parameters that an optimizer step changes: of a projected network all its matrices, of LoRA the adapters."""
     if model.lora is not None:
         sizes = model.linear_sizes()
         return model.layers * sum(model.lora.rank * sum(sizes[name]) for name in model.lora.linears)
@@ -30,7 +30,7 @@ def count_trained_parameters(model: ModelConfig, vocabulary_size: int) -> int:
 
 
 def feed_forward_parameters(model: ModelConfig) -> int:
-    """Of one layer's feed-forward part: what a projected model has `capacity` of."""
+    """Parameters of one layer's feed-forward part: a projected network has `capacity` times as many."""
     sizes = model.linear_sizes()
     biases = sizes["fc1"][0] + sizes["fc2"][0] if model.family == "neox" else 0
     return math.prod(sizes["fc1"]) + math.prod(sizes["fc2"]) + biases

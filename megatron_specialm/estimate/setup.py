@@ -1,4 +1,4 @@
-"""What one training asks of its engine and of the machine: model, layout, precision, batch. All arithmetic, no torch."""
+"""The setup of a training: model, layout, precision and batch, and what follows from them by arithmetic."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.flops import Passes, forward_flops, projection_flops, training_flops
 
-FP8_MULTIPLE = 16  # bytes, to which cuBLAS wants every row of an FP8 matrix aligned
+FP8_MULTIPLE = 16  # bytes: cuBLAS needs every row of an FP8 matrix to be aligned to it
 
 
 @dataclass(frozen=True)
 class MatrixSize:
-    """A size of the matrices that a process multiplies: `whole`, over so many processes."""
+    """A size of matrices that are split over processes: `whole / processes` on each."""
 
     name: str
     whole: int
@@ -23,39 +23,37 @@ class MatrixSize:
 
 @dataclass(frozen=True)
 class Setup:
-    """What one train stage asks for."""
+    """The setup of a train stage."""
 
     model: ModelConfig
     parallel: ParallelConfig
     precision: Precision
-    vocabulary_size: int  # asked for: a tokenizer that is there already decides itself
+    vocabulary_size: int  # of the config; an existing tokenizer has its own
     context_length: int
     global_batch_size: int
     micro_batch_size: int
     fp8: Fp8Config | None = None
-    windows_per_expert: int = 1  # in a row, computed by the same weights; more in a projected network
-    variants: int = 0  # mixtures of experts that a step projects
-    teacher: ModelConfig | None = None  # that computes beside the student
+    windows_per_expert: int = 1  # consecutive windows with the same weights; more than one in a projected network
+    variants: int = 0  # mixtures of experts that a step computes
+    teacher: ModelConfig | None = None  # that runs beside the student
 
     @property
     def shard(self) -> int:
-        """Windows per step of one micro-batch on every copy."""
+        """Windows of one micro-batch on all data-parallel ranks."""
         return self.micro_batch_size * self.parallel.data_parallel
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes per step and copy."""
+        """Micro-batches per step and data-parallel rank."""
         return self.global_batch_size // self.shard
 
     @property
     def step_flops(self) -> int:
-        """FLOPs of an optimizer step, at most: where it computes with fewer experts than it has groups, fewer are
-        projected."""
+        """An upper bound of the FLOPs of an optimizer step: with fewer experts than groups of windows, fewer are projected."""
         return self.flops(Passes(trained=self.global_batch_size * self.context_length, trained_variants=self.variants))
 
     def flops(self, passes: Passes) -> int:
-        """FLOPs of passes: the model's own, those of a teacher that computes beside it in training, and of projections,
-        whose backward pass costs twice their forward pass too."""
+        """FLOPs of passes: of the model, of a teacher that runs beside it in training, and of projections."""
         sizes = self.vocabulary_size, self.context_length
         flops = passes.trained * training_flops(self.model, *sizes)
         flops += passes.evaluated * forward_flops(self.model, *sizes)
@@ -68,7 +66,7 @@ class Setup:
 
     @property
     def misaligned_for_fp8(self) -> MatrixSize | None:
-        """The first size of a process's matrices that is no multiple of `FP8_MULTIPLE`."""
+        """The first matrix size that is not a multiple of `FP8_MULTIPLE` on each process."""
         parallel, model = self.parallel, self.model
         tensor = parallel.tensor_parallel
         positions = parallel.context_parallel * (tensor if parallel.sequence_parallel else 1)
@@ -81,7 +79,7 @@ class Setup:
         return next((size for size in sizes if size.whole % (size.processes * FP8_MULTIPLE)), None)
 
     def changed(self, settings: Mapping[str, Any]) -> "Setup":
-        """The setup with other values of settings, named as in the config: `parallel.X`, or a field of the stage."""
+        """The setup with other settings, by their names in the config: `parallel.X`, or a field of the stage."""
         own = {key: value for key, value in settings.items() if not key.startswith("parallel.")}
         layout = {key.removeprefix("parallel."): value for key, value in settings.items() if key not in own}
         return replace(self, parallel=self.parallel.model_copy(update=layout), **own)

@@ -1,10 +1,10 @@
-"""What a model cost: everything its training rests on, found by walking the graph.
+"""What a model cost: all tasks that it depends on, found by walking the graph.
 
 Tasks that serve every domain (training on the generic set, tokenizing, embedding and clustering it) are generic cost, paid
 once; tasks of a domain are specialization cost, paid for each domain again. `tokens` and `slots` are those of trainings,
-trials of a selection left out; FLOPs and device-seconds are of all the tasks, so the clustering that SLM-is rests on is
-counted as its generic cost. Criteria that a selection was only compared with are in no model's cost: they have entries of
-their own in the ledger. docs/methods.md has the rule.
+trials of a selection left out; FLOPs and device-seconds are of all the tasks, so the clustering that SLM-is uses is counted
+as its generic cost. Criteria that a selection only compared are in no model's cost: the ledger has separate entries for
+them. docs/methods.md has the rule.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,8 +46,8 @@ def model_cost(
 
 
 def ledger_entries(task: Task, marker: Marker) -> Iterator[dict[str, Any]]:
-    """A task's own cost, and the domain it was paid for. Further entries: what an earlier training had cost that this one
-    goes on from, and the work that was only compared with."""
+    """A task's own cost, and the domain it was paid for. Further entries: the cost of an earlier training that this one
+    continues, and of work for comparison only."""
     paid_for = {"task": str(task.id), "phase": phase_of(task), "domain": task.domain}
     yield {**paid_for, **asdict(marker.cost)}
     if marker.earlier is not None:

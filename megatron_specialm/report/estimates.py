@@ -35,15 +35,15 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A train stage. Steps and slots are of the longest run, and at most these: early stopping makes runs shorter.
+    """A train stage. Steps and slots are upper bounds, of the longest run: early stopping makes runs shorter.
 
     Attributes:
-        runs: of the stage; each learning rate that is tried is one.
-        parameters: of the model as exported, for the vocabulary asked for, which an existing tokenizer decides itself.
-        slots: token positions of a run, which FLOPs are of.
-        fill: the share of real tokens in them; None where the run folder does not have the set that is read most.
-        flops: of all runs; with those of validations where the run folder has the set that is held out.
-        gpu_hours: of all runs; None where the machine's peak is not known.
+        runs: trainings of the stage; each learning rate that is tried is one.
+        parameters: of the exported model, for the vocabulary size in the config; an existing tokenizer has its own.
+        slots: token positions of a run, padding included.
+        fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
+        flops: of all runs, over slots; with validations if the held-out set has been tokenized.
+        gpu_hours: of all runs at `TYPICAL_UTILISATION`; None if the machine's peak is not known.
     """
 
     stage: str
@@ -60,7 +60,7 @@ class TrainingEstimate:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A setup of a config: its layout, and what the process that needs most needs, as set and by each recomputation policy."""
+    """The memory of the process that needs most, for a setup of a config: as set, and with each recomputation policy."""
 
     stage: str
     layout: str
@@ -112,13 +112,13 @@ def memory_estimates(pipeline: Pipeline, machine: Accelerator) -> list[MemoryEst
 
 
 def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
-    """FLOPs of all runs of a train stage, at most; those of its validations are left out where the held-out text has not
-    been tokenized yet."""
+    """An upper bound of the FLOPs of all runs of a train stage. Validations are left out if the held-out text has not been
+    tokenized yet."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
     total = 0
     for key in model_keys(pipeline, name):
         steps = _steps(pipeline, stage, key)
-        # The training at the best rate goes on from its trial; at the others it ends there.
+        # The training at the best rate continues its trial; the other trials end there.
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
         held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, text_validated(stage, key)))
         for run in (steps, *others):
@@ -127,18 +127,18 @@ def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
 
 
 def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | None, *, steps: int) -> Passes:
-    """Passes of a run's validations, at most: before the first step, every so many steps, and at the last.
+    """An upper bound of the passes of a run's validations: before the first step, every so many steps, and at the last.
 
     Args:
-        counts: those of the set that is held out.
+        counts: of the held-out set.
     """
     if stage.early_stopping is None or counts is None:
         return Passes()
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
     if stage.projection is not None:
-        batches += stage.projection.experts  # a batch is of one expert: each may end with one that is not full
+        batches += stage.projection.experts  # a batch has one expert: the last of each may not be full
     times = 1 + -(-steps // stage.early_stopping.evaluate_every)
-    # All copies make equally many passes, as many as keep all pipeline stages busy: empty batches fill them up.
+    # All data-parallel ranks make the same number of passes, a multiple of the pipeline stages: empty batches fill them up.
     together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel
     made = times * together * -(-batches // together)
     slots = made * stage.micro_batch_size * setup.context_length
@@ -146,7 +146,7 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
 
 
 def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any] | None:
-    """Counts by split of a set as the plan wants it; None where it is not tokenized so, or the plan does not have it."""
+    """Counts by split of a set with the digest of the plan; None if it is not tokenized, or not in the plan."""
     if (planned := plan.get(name)) is None:
         return None
     marker = read_marker(artifact_folder(planned.there or Path(pipeline.root), *name, planned.digest))
@@ -154,7 +154,7 @@ def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any
 
 
 def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str], plan: Plan) -> float | None:
-    """The share of real tokens in the windows of the sets that runs read most of; None where one is not tokenized."""
+    """The fraction of real tokens in the windows of the sets that runs read most; None if one is not tokenized."""
     fills = []
     context = tokenize_stage(pipeline, stage.tokens).context_length
     for source in dict.fromkeys(text_read(stage, key)[0] for key in keys):
@@ -165,6 +165,6 @@ def _fill(pipeline: Pipeline, stage: TrainStage, keys: Sequence[str], plan: Plan
 
 
 def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
-    """Steps of one run, at most: a recipe goes by the size of the domain's set, where the config says it."""
+    """An upper bound of the steps of a run: a recipe depends on the size of the domain's set, if the config has it."""
     size = text_set(pipeline, key).train_tokens if stage.recipe else None
     return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps

@@ -4,8 +4,8 @@
     domains, domains-by-size                        a panel per domain
     set-size                                        macro perplexity against the size of the specialization set
 
-Curves run through the budgets of a method: its fine-tuned stages, cheapest first. Where a figure has room for one
-budget, it is the largest. What there is nothing to draw of is left out. A ring is around what a cap on steps ended.
+A curve connects the budgets of a method: its fine-tuned stages, cheapest first. A figure for a single budget shows the
+largest. Figures without data are left out. A ring marks a fine-tuning that the cap on steps ended.
 """
 
 import itertools
@@ -126,7 +126,7 @@ def _against_cost(
 
 
 def _paid(points: Sequence[Entry], cost: Callable[[Entry], float]) -> Sequence[Entry]:
-    """The points that have a place on a logarithmic axis; all of them where none has."""
+    """The points that can be on a logarithmic axis; all of them if none can."""
     return [point for point in points if cost(point) > 0] or points
 
 
@@ -157,7 +157,7 @@ def _legend(figure: "Figure", panels: Mapping[str, Sequence[Curve]], looks: Mapp
 
 
 def _rings(panels: Mapping[str, Sequence[Curve]]) -> str:
-    """What the legend says of rings, where there are any."""
+    """The legend's text for rings; empty without any."""
     has_rings = any(any(curve.ringed) for curves in panels.values() for curve in curves)
     return CAPPED_MEANS.replace(", ", ",\n") if has_rings else ""
 
@@ -198,7 +198,7 @@ def _domains(rows: Sequence[Row], looks: Mapping[str, Look]) -> "Figure":
     order = sorted(means, key=lambda method: -means[method])
     height = 0.55 + 0.2 * len(order)
     lines, columns = _grid(len(domains))
-    width = 2.5 if columns > 1 else 3.6  # for the words below
+    width = 2.5 if columns > 1 else 3.6  # for the label below
     figure = drawing.new_figure(lines, columns, panel=(width, height), share_y="all")
     for axes, domain in zip(figure.axes, domains, strict=False):
         values = []
@@ -211,15 +211,15 @@ def _domains(rows: Sequence[Row], looks: Mapping[str, Look]) -> "Figure":
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(-0.6, len(order) - 0.4)
         axes.tick_params(axis="y", length=0)
-    says = f"\nringed: {CAPPED_MEANS}" if any(row.capped for row in chosen.values()) else ""
-    figure.supxlabel(f"perplexity   (hollow: before fine-tuning, filled: after){says}", fontsize=8)
+    note = f"\nringed: {CAPPED_MEANS}" if any(row.capped for row in chosen.values()) else ""
+    figure.supxlabel(f"perplexity   (hollow: before fine-tuning, filled: after){note}", fontsize=8)
     for axes in figure.axes[len(domains) :]:
         axes.set_visible(False)
     return figure
 
 
 def _best_mean(rows: Sequence[Row]) -> float:
-    """The mean log-likelihood of the state that a method ends in."""
+    """The mean negative log-likelihood of a method's last state."""
     last = [row.nll for row in rows if is_tuned(row)] or [row.nll for row in rows]
     return sum(last) / len(last)
 
@@ -266,7 +266,7 @@ def _by_size(
 
 
 def _sizes(entries: Iterable[Entry]) -> list[Any]:
-    """The sizes in order; None, of domains without sizes, stands last."""
+    """The sizes in order; None, of domains without sizes, is last."""
     return sorted({entry.size for entry in entries}, key=lambda size: (size is None, size))
 
 

@@ -8,8 +8,8 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.report.rows import Average, Results, Row, Seeds
 from megatron_specialm.report.tables import is_tuned, largest_budget
 
-# The one with the lower perplexity first (Grangier et al., arXiv 2402.01093). Of a soup against one expert, and of LoRA
-# against the whole model, the paper has no table: these two are ours.
+# The method with the lower perplexity first (Grangier et al., arXiv 2402.01093). Two orders are not in the paper: a soup
+# against one expert, and LoRA against fine-tuning all weights.
 ORDERS = (
     ("llm", "slm-d"), ("slm-d", "slm"), ("llm", "slm"), ("slm-pn", "slm"), ("slm-mix", "slm"), ("slm-is", "slm"),
     ("slm", "slm-nopt"), ("slm-pn-soup", "slm-pn"), ("llm", "llm-lora"),
@@ -20,14 +20,14 @@ Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> 
 
 
 def orders_table(results: Results) -> Table:
-    """A line per order of two methods that both are there, fine-tuned and before, and per method that has both states.
+    """A line per order of two methods with results, fine-tuned and before, and per method with both states.
 
-    A cell says on how many of the seeds the first has the lower perplexity, and by how many percent it differs from the
-    second's: the mean over seeds of the difference within a seed, with the least and the greatest. A method is its largest
-    budget.
+    A cell has the number of seeds at which the first method has the lower perplexity, and the difference in percent of the
+    second's: the mean over seeds of the difference within a seed, with minimum and maximum. Of each method the largest budget
+    is compared.
 
     Args:
-        results: of one or several seeds, not merged: as `read_runs` and `results_from_rows` give them.
+        results: of one or several seeds, not merged: from `read_runs` or `results_from_rows`.
     """
     scores = _scores(results)
     sets = list(dict.fromkeys(name for name, *_ in scores))
@@ -64,7 +64,7 @@ def _macro_name(average: Average) -> str:
 
 
 def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:
-    """Nothing, where no seed has both."""
+    """Empty if no seed has both."""
     differences = [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
     if not differences:
         return ""

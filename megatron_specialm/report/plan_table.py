@@ -1,4 +1,4 @@
-"""A plan for a reader: a line per stage that fits a screen, or a line per task."""
+"""A plan as a table: a line per stage, or a line per task."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ NOTE = "spent and anew (about): device time, which is wall time times processes"
 
 
 def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
-    """How many tasks of each stage are in which state, what was spent on the finished ones, and why some are stale."""
+    """The tasks of each stage by state, the cost of the finished ones, and why some are stale."""
     stages: dict[str, list[TaskId]] = {}
     for name in plan:
         stages.setdefault(name.stage, []).append(name)
@@ -34,7 +34,7 @@ def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo],
 
 
 def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
-    """Each task with its state, for whom it is paid, what it reads, and why it is stale."""
+    """Each task: its state, the domain that pays for it, its inputs, and why it is stale."""
     lines = []
     for name, planned in plan.items():
         one = redo.get(name)
@@ -47,7 +47,7 @@ def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], 
 
 
 def _spent(planned: PlannedTask, redo: Mapping[TaskId, Redo], root: Path) -> float:
-    """Device-seconds of the finished work that the run folder has of a task."""
+    """Device-seconds of a task's finished work in the run folder."""
     name = planned.task.id
     if name in redo:
         return redo[name].spent

@@ -1,4 +1,4 @@
-"""What came out: `results.json`, `results.csv`, `results.md` and `ledger.json`, made from the completion markers.
+"""`results.json`, `results.csv`, `results.md` and `ledger.json`, made from the completion markers.
 
 `report/rows.py` has the columns.
 """
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 def write_results(
     pipeline: Pipeline, root: Path, *, plan: Mapping[TaskId, PlannedTask] | None = None, must_write: bool = True
 ) -> Results:
-    """Collect what has been evaluated so far, write the files named above, and return it.
+    """Collect what has been evaluated so far, write these files, and return the results.
 
-    Only artifacts that are current count: a number made from other settings or text is never shown beside new ones.
+    Only current artifacts count: numbers of other settings or other text are never shown beside new ones.
 
     Args:
-        plan: of the folder as it is now, where there is one already.
-        must_write: False for a command that only reads and does not hold the run folder: then it is a warning that another
-            command holds it, or that it cannot be written to.
+        plan: of the run folder as it is now; default: it is made.
+        must_write: False for a command that does not hold the run folder's lock: if the folder is locked or not writable, that
+            is a warning, not an error.
     """
     plan = make_plan(pipeline, root) if plan is None else plan
     graph = {name: planned.task for name, planned in plan.items()}
@@ -67,7 +67,7 @@ def write_results(
         selection=list(_selection(pipeline, markers)),
         learning_rates=list(_learning_rates(pipeline, markers)),
     )
-    if not must_write and not (root / RESOLVED).exists():  # a command that only reads makes no run folder
+    if not must_write and not (root / RESOLVED).exists():  # a command that only reads creates no run folder
         return results
     ledger = [entry for name, marker in markers.items() for entry in ledger_entries(graph[name], marker)]
     try:
@@ -86,8 +86,8 @@ def write_results(
 
 
 def results_from_rows(rows: Sequence[Row]) -> Results:
-    """Rows, of one run or of several seeds, with the averages that follow from them: all that tables of perplexity and cost
-    need. The domains are those that rows name."""
+    """Rows, of one run or of several seeds, with their averages: all that tables of perplexity and cost need. The domains are
+    those of the rows."""
     sizes = {row.domain: row.size for row in rows if row.domain != GENERIC}
     return Results("", list(rows), list(_averages(rows, sizes)), [], [], [])
 
@@ -95,7 +95,7 @@ def results_from_rows(rows: Sequence[Row]) -> Results:
 def _rows(
     pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], name: TaskId
 ) -> Iterator[Row]:
-    """One row per set that an evaluate task has scored. None where an ancestor of the model is gone: its cost is unknown."""
+    """One row per set that an evaluate task has scored. None if an ancestor of the model is missing: its cost is unknown."""
     model = model_task(name.key) if isinstance(pipeline.stages[name.stage], EvaluateStage) else None
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return
@@ -119,7 +119,7 @@ def _rows(
 
 
 def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
-    """A set's key, the domain it is a size of (itself, where there are no sizes), and the size in training tokens."""
+    """A set's key, the domain that it is a size of (itself, without sizes), and the size in training tokens."""
     files = pipeline.text.domains.get(source)  # None for the generic set
     if files is None:
         return {"domain": source, "base_domain": source, "size": None}
@@ -127,16 +127,16 @@ def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:
 
 
 def _seeds(pipeline: Pipeline) -> dict[str, Any]:
-    """Of what rests on trainings; clusters have the first alone."""
+    """The seeds of entries that depend on trainings; clusters depend on the first one only."""
     return {"seed": pipeline.seed, "training_seed": pipeline.seed_of_training}
 
 
 def _averages(rows: Iterable[Row], sizes: Mapping[str, int | None]) -> Iterator[Average]:
-    """Per (method, fine-tuned, stage, size): exp of the mean over domains of the mean nll per token, which is neither a mean
-    of perplexities nor weighted by tokens. None where a domain of that size has not been scored.
+    """Per (method, fine-tuned, stage, size): exp of the mean over domains of the mean nll per token. It is neither a mean of
+    perplexities nor weighted by tokens. None if a domain of that size has not been scored.
 
     Args:
-        sizes: of each domain there is, the number of its training tokens; None without `sizes` or `train_tokens`.
+        sizes: the training tokens of each domain of the config; None without `sizes` or `train_tokens`.
     """
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
@@ -158,7 +158,7 @@ def _concentration(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Iter
 
 
 def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Iterator[Selection]:
-    """Of every criterion that a selection has tried: its own choice, and the rank that the expert taken has by it."""
+    """For every criterion that a selection tried: its choice, and the rank of the expert taken."""
     for name, marker in markers.items():
         for criterion, result in marker.values.get("criteria", {}).items():
             yield Selection(
@@ -192,8 +192,8 @@ def _learning_rates(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Ite
 
 
 def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path) -> list[str]:
-    """A warning for each stage with models, of those in the plan that are done, whose fine-tuning the cap on steps ended
-    instead of early stopping. Trials at other learning rates are left out: their logs say it."""
+    """A warning for each stage with finished models whose fine-tuning was ended by the cap on steps instead of early stopping.
+    Trials at other learning rates are left out: their logs have the warning."""
     warnings = []
     for name, stage in pipeline.stages.items():
         if not isinstance(stage, TrainStage):

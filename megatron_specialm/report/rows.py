@@ -1,17 +1,18 @@
-"""The results as typed rows: one dataclass per part of `results.json`, and their form in JSON and CSV.
+"""The results as typed rows: one dataclass per part of `results.json`, rendered as JSON and CSV.
 
-A field is a column: its type says how it is read from files, and by its `Rule` what it is of several entries. A new column is a
-field here, and its value where rows are made (`report/results.py`): files, averages over domains and means over seeds follow.
+A field is a column. Its type defines how it is read from files; its `Rule` defines how several entries become one. To add a
+column, add a field here, and its value where rows are made (`report/results.py`). Files, averages over domains and means over
+seeds need no change.
 
-    Row             a model on a set of text: perplexity, and what the model cost
-    Average         a method's stage over all domains of one size
-    Concentration   an assign stage on a set: in how few clusters it is
-    Selection       a select stage, domain and criterion: which expert, and what choosing it cost
-    LearningRate    a training that had a choice of them, and a rate: its best validation loss, and which was taken
+    Row             a model on a set of text: perplexity, and the model's cost
+    Average         a stage of a method, over all domains of one size
+    Concentration   an assign stage and a set: how concentrated the set is in clusters
+    Selection       a select stage, a domain and a criterion: the expert chosen, and the cost of the choice
+    LearningRate    a training with several learning rates, and one of them: its best validation loss
 
-`finetuned` says that a model has read its domain's own text, `domain_text` how: mixed into its pretraining, or fine-tuned on
-it. Stages of one method are its budgets. A domain with `sizes` is one set per size; `base_domain` is what it is a size of.
-`capped` says whether the cap on steps, not early stopping, ended the model's own fine-tuning; None where that is not asked.
+`finetuned`: the model has read its domain's text; `domain_text`: how, mixed into pretraining or by fine-tuning. Stages of one
+method are its budgets. A domain with `sizes` is one set per size; `base_domain` is the domain without its size. `capped`: the
+cap on steps, not early stopping, ended the model's own fine-tuning; None for a training without early stopping.
 """
 
 import csv
@@ -30,7 +31,7 @@ from megatron_specialm.config.text import GENERIC
 
 SPECIALIZATION = "specialization"
 TASKS = (1, 7, 50)  # the numbers of domains that share the generic cost in the paper's total costs
-SEEDS = ("seed", "training_seed")  # the columns by which runs of one config are told apart
+SEEDS = ("seed", "training_seed")  # the columns that identify a run of a config
 Seeds = tuple[tuple[str, int], ...]
 Number = int | float
 
@@ -41,13 +42,13 @@ def mean(values: Sequence[Number]) -> float:
 
 
 def any_known(values: Sequence[bool | None]) -> bool | None:
-    """Whether any is true, of those that are not None; None where all are."""
+    """Whether any is true, of those that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return any(known) if known else None
 
 
 def listed(values: Sequence[float | str | None]) -> float | str | None:
-    """The one value, or those that differ as text. A value may be such text already."""
+    """The value if all are equal; otherwise the different ones as text. A value may be such text already."""
     different = list(dict.fromkeys(values))
     if len(different) == 1:
         return different[0]
@@ -56,7 +57,7 @@ def listed(values: Sequence[float | str | None]) -> float | str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a column is of several entries, from their values. Over seeds a score's standard deviation is told too."""
+    """How a column of several entries becomes one value. Over seeds a score also gets its standard deviation."""
 
     combine: Callable[[Sequence[Any]], Any] = lambda values: values[0]
     is_score: bool = False
@@ -71,12 +72,12 @@ TO_COMPUTE: Any = None
 
 @dataclass(frozen=True)
 class Spread:
-    """Of an entry over several seeds.
+    """What an entry over several seeds has in addition.
 
     Attributes:
-        deviation: of each score, its sample standard deviation; None for a single seed.
-        seeds: per name of `SEEDS` that the entries have, its values.
-        capped_seeds: those at which the entry was capped; None where that is no column.
+        deviation: the sample standard deviation of each score; None for a single seed.
+        seeds: the values of each of `SEEDS` that the entries have.
+        capped_seeds: the seeds at which the entry was capped; None without such a column.
     """
 
     deviation: Mapping[str, float | None]
@@ -86,7 +87,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What all parts have. `spread` is no column: it is None in an entry of one seed."""
+    """An entry of any part. `spread` is not a column: it is None in an entry of one seed."""
 
     spread: Spread | None = None
 
@@ -96,11 +97,11 @@ class Entry:
 
     @property
     def seeds(self) -> Seeds:
-        """What tells an entry from those of other runs."""
+        """The seeds that identify the entry's run."""
         return tuple((name, getattr(self, name)) for name in SEEDS if hasattr(self, name))
 
     def columns(self) -> dict[str, Any]:
-        """The entry as it stands in files: values by column. Over seeds, deviations and lists of seeds stand behind."""
+        """The entry as in files: values by column. An entry over seeds also has deviations and lists of seeds, at the end."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "spread"}
         if self.spread is None:
             return values
@@ -116,7 +117,7 @@ E = TypeVar("E", bound=Entry)
 
 @functools.cache
 def rules(kind: type[Entry]) -> dict[str, Rule]:
-    """The rule of each column of a kind that is not computed from others."""
+    """The rule of each column that is not computed from others."""
     hints = get_type_hints(kind, include_extras=True)
     return {
         each.name: next((rule for rule in get_args(hints[each.name]) if isinstance(rule, Rule)), Rule())
@@ -128,8 +129,7 @@ def rules(kind: type[Entry]) -> dict[str, Rule]:
 def combine(
     kind: type[E], entries: Sequence[Entry], *, average: Callable[[Sequence[Any]], float] = mean, **given: Any
 ) -> E:
-    """One entry of a kind from several: each column by its rule, where that is a mean by `average`; `given` columns as they
-    are given."""
+    """One entry from several: each column by its rule (a mean: by `average`), except the `given` columns."""
     own: dict[str, Any] = {}
     for name, rule in rules(kind).items():  # type: ignore[arg-type]
         if name not in given:
@@ -140,10 +140,10 @@ def combine(
 
 @dataclass(frozen=True, kw_only=True)
 class Costs(Entry):
-    """What a model cost (`report/costs.py`), and the seeds that it is of.
+    """A model's cost (`report/costs.py`), and its seeds.
 
-    `total_WHAT_N` is the cost for N domains. `fill` is the share of real tokens in the slots of all trainings; None where
-    there are none.
+    `total_WHAT_N` is the cost for N domains, computed if it is not given. `fill` is the fraction of real tokens in the slots of
+    all trainings; None without slots.
     """
 
     generic_tokens: Cost
@@ -176,7 +176,7 @@ class Costs(Entry):
         object.__setattr__(self, "fill", tokens / slots if slots else None)
 
     def cost(self, phase: str, what: str) -> Number:
-        """Of `generic` or `specialization`: tokens, slots, flops or device_seconds."""
+        """The tokens, slots, flops or device_seconds of the `generic` or `specialization` phase."""
         value: Number = getattr(self, f"{phase}_{what}")
         return value
 
@@ -203,7 +203,7 @@ class _Model(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Costs, _Model):  # columns stand in the order of bases from right to left
+class Row(Costs, _Model):  # the columns' order: those of the last base come first
     """A model on a set of text."""
 
     model: str | None = None
@@ -224,12 +224,12 @@ class _Method(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Costs, _Method):
-    """A stage over all the domains of one size: exp of the mean nll per token, and mean costs."""
+    """A stage over all domains of one size: exp of the mean nll per token, and mean costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concentration(Entry):
-    """In how few clusters a set is."""
+    """How concentrated a set is in clusters."""
 
     stage: str
     domain: str
@@ -245,7 +245,7 @@ class Concentration(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Entry):
-    """A criterion's choice of an expert: `criterion_choice`, and the rank that the expert taken, `choice`, has by it."""
+    """A criterion's choice of an expert (`criterion_choice`), and by it the rank of the expert taken (`choice`)."""
 
     method: str
     stage: str
@@ -267,7 +267,7 @@ class Selection(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRate(Entry):
-    """A rate that a training tried; `choice` is the one taken, and `untried` says on which side of it none was tried."""
+    """A rate that a training tried. `choice` is the rate taken; `untried`: on which side of it no rate was tried."""
 
     method: str
     stage: str
@@ -300,7 +300,7 @@ class Results:
 
 
 def varying(entries: Sequence[Entry]) -> list[str]:
-    """The seeds that entries differ in; that of trainings only where it is not the other one."""
+    """The seeds that differ between entries; `training_seed` only if it differs from `seed`."""
     every = [dict(entry.seeds) for entry in entries]
     own = [name for name in SEEDS if len({seeds.get(name) for seeds in every}) > 1]
     return own[:1] if all(seeds.get("training_seed") == seeds["seed"] for seeds in every) else own
@@ -310,7 +310,7 @@ def varying(entries: Sequence[Entry]) -> list[str]:
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One line per row, with every column that any row has; nothing where a row lacks it."""
+    """One line per row, with every column that any row has; empty cells where a row lacks one."""
     rows = list(rows)
     columns = dict.fromkeys(key for row in rows for key in row)
     out = io.StringIO()
@@ -321,18 +321,18 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file that `to_csv` has made; columns of later versions are passed over.
+    """The rows of a CSV file that `to_csv` has made; unknown columns are ignored.
 
     Raises:
-        ArtifactError: the file is missing, lacks a column that a row must have, a line has too few or too many, or a value is
-            not of its column's type.
+        ArtifactError: the file is missing, lacks a required column, has a line with too few or too many columns, or a value
+            that is not of its column's type.
     """
     remedy = "make it again from `results.json`"
     try:
         header, *lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}") from None
-    except (csv.Error, ValueError) as error:  # no line at all, or no text
+    except (csv.Error, ValueError) as error:  # no line, or not text
         raise ArtifactError(f"{path}: not the CSV file of some results ({error})") from None
     needed = [each.name for each in fields(Row) if each.init and each.default is MISSING]
     if missing := [name for name in needed if name not in header]:
@@ -346,7 +346,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def _value(cell: str, kind: Any) -> Any:
-    """What a cell stands for. A text may look like a number: a domain may be named `1984`."""
+    """The value of a cell. Text may look like a number: a domain may be named `1984`."""
     if kind is str:
         return cell
     if cell in ("", "True", "False"):

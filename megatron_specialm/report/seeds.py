@@ -1,7 +1,7 @@
 """The results of one config at several seeds, as one: means, and how far the seeds spread.
 
-A run is identified by its `seed` and its `training_seed`. Runs of one `seed` have the same clusters, so their concentration is
-one sample, whatever their trainings' seeds.
+`seed` and `training_seed` identify a run. Runs of one `seed` have the same clusters, so their concentration is one sample,
+whatever their training seeds are.
 """
 
 import statistics
@@ -18,18 +18,18 @@ from megatron_specialm.report.rows import SEEDS, Average, E, Results, Row, Seeds
 def merge_runs(paths: Sequence[Path]) -> Results:
     """Merge the `results.json` of several run folders of one config.
 
-    Entries of the same stage and set become one: scores and costs are means over the seeds that have them, and `Spread` has
-    the scores' sample standard deviations. What is capped at any seed is `capped`; learning rates that differ are text.
-    Selections and learning rates stand side by side: choices have no mean.
+    Entries of the same stage and set become one: scores and costs are means over seeds, and `spread` has the sample standard
+    deviations of scores. An entry that is capped at any seed is `capped`; learning rates that differ are listed as text.
+    Selections and learning rates are concatenated: choices have no mean.
 
     Raises:
-        ArtifactError: a file is missing or of an earlier version, of another config, or of seeds that came before.
+        ArtifactError: a file is missing, of an earlier version, of another config, or has the seeds of a file before it.
     """
     return merge_seeds(read_runs(paths))
 
 
 def read_runs(paths: Sequence[Path]) -> Results:
-    """The entries of those files one behind the other, with the same errors: each has its seeds as columns."""
+    """The entries of these files, concatenated; the same errors. The seeds are columns of each entry."""
     remedy = "damaged, or of an earlier version: write it again with `specialm results` of its config"
     runs = [read_json(path, Results, remedy=remedy) for path in paths]
     seeds: dict[Seeds, Path] = {}
@@ -56,7 +56,7 @@ def read_runs(paths: Sequence[Path]) -> Results:
 
 
 def merge_seeds(results: Results) -> Results:
-    """Merge as `merge_runs` does what `read_runs` or `results_from_rows` has returned."""
+    """Merge what `read_runs` or `results_from_rows` returned, as `merge_runs` does."""
     return replace(
         results,
         rows=_merge(results.rows, lambda row: (row.stage, row.domain)),

@@ -44,11 +44,11 @@ class _Line:
 
 
 def results_table(results: Results) -> Table:
-    """The paper's table: perplexities, then costs; specialization cost is the mean over domains. `fill` is the share of real
-    tokens in the windows of trainings, whose whole length FLOPs count.
+    """The paper's table: perplexities, then costs; specialization cost is the mean over domains. `fill` is the fraction of real
+    tokens in the slots of trainings; FLOPs are of all slots.
 
-    A line per method and state, and per stage and size where there are several. A model that all domains share is one
-    line: it is the same for every size. Where the cap on steps ended a fine-tuning, its perplexity is marked.
+    A line per method and state, and per stage and size if there are several. A model for all domains has one line: it is the
+    same for every size. The perplexity of a fine-tuning that the cap on steps ended is marked.
     """
     lines = _lines(results)
     sets = list(dict.fromkeys(row.base_domain for row in results.rows))
@@ -105,7 +105,7 @@ def _perplexity(entry: Row | Average | None) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
-    """Room where others of the column have the mark: digits stay below digits."""
+    """Pad the cells of columns with the mark, so that digits are below digits."""
     wide = [c for c in columns if any(line[c].endswith(CAPPED) for line in lines)]
     return [
         [f"{cell} " if c in wide and cell and not cell.endswith(CAPPED) else cell for c, cell in enumerate(line)]
@@ -114,7 +114,7 @@ def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
 
 
 def _note(rows: Iterable[Row]) -> str:
-    """What the mark means, and the stages whose steps to raise, with the seeds where there are several."""
+    """The meaning of the mark, and the stages whose steps to raise, with the seeds if there are several."""
     stages: dict[str, set[int]] = {}
     for row in rows:
         if row.capped:
@@ -139,12 +139,12 @@ def _mean_fill(rows: Sequence[Row]) -> str:
 
 
 def is_tuned(entry: Row | Average) -> bool:
-    """Whether a model was fine-tuned: the domain's text that was only mixed into its pretraining does not make it so."""
+    """Whether a model was fine-tuned, and not only pretrained with some of the domain's text mixed in."""
     return entry.finetuned and entry.domain_text != "mixed in"
 
 
 def largest_budget(entries: Sequence[Scored]) -> list[Scored]:
-    """Those of the stage of each (method, fine-tuned) that cost most."""
+    """The entries of the most expensive stage of each (method, fine-tuned)."""
     largest: dict[tuple[str, bool], str] = {}
     for entry in sorted(entries, key=lambda entry: entry.total_flops_1):
         largest[entry.method, is_tuned(entry)] = entry.stage
@@ -163,7 +163,7 @@ def _with_deviation(entry: Entry, score: str, form: str) -> str:
 
 
 def concentration_table(results: Results) -> Table:
-    """In how few clusters each set is (the paper's appendix): what one expert per cluster can serve."""
+    """How concentrated each set is in clusters (the paper's appendix): what one expert per cluster can serve."""
     columns: list[Column[Concentration]] = [
         word("assignment", lambda entry: entry.stage),
         word("set", lambda entry: entry.domain),
@@ -177,7 +177,7 @@ def concentration_table(results: Results) -> Table:
 
 
 def selection_table(results: Results) -> Table:
-    """Which expert each criterion would take, where the one taken stands by it, and what it cost to tell, or would have."""
+    """The expert that each criterion would take, the rank of the expert taken, and the criterion's cost."""
     columns: list[Column[Selection]] = [
         word("selection", lambda entry: entry.stage),
         word("domain", lambda entry: entry.domain),
@@ -194,7 +194,7 @@ def selection_table(results: Results) -> Table:
 
 
 def rates_table(results: Results) -> Table:
-    """Of trainings that had a choice of learning rates: each one's best validation loss, and which was taken."""
+    """For trainings with several learning rates: the best validation loss of each, and the one taken."""
     columns: list[Column[LearningRate]] = [
         word("training", lambda entry: entry.stage),
         word("domain", lambda entry: entry.domain),

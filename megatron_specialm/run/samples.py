@@ -14,7 +14,7 @@ from megatron_specialm.graph.tasks import TaskId
 
 @dataclass(frozen=True)
 class Samples:
-    """The first domain, and what there is of it: the models' folders by method, the tokenized documents, and the tokenizer."""
+    """The folders of the first domain: models by method, tokenized documents, and the tokenizer."""
 
     domain: str
     models: Mapping[str, Path]

@@ -1,4 +1,4 @@
-"""`specialm submit`: from a config to what its run folder lacks, and from there to queued jobs."""
+"""`specialm submit`: queue the tasks that a config's run folder lacks, as Slurm jobs."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ def submit_missing(
     Args:
         only, until, keys: the tasks that are asked for, as `select` takes them.
         dry_run: write and queue nothing.
-        confirm: is called with the finished work that would be made anew, before anything is written; raises to stop.
+        confirm: called with the finished work that would be repeated, before anything is written; raises to stop.
     """
     refuse_other_folders(pipeline)
     root = Path(pipeline.root)

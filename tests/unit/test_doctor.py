@@ -20,7 +20,7 @@ from megatron_specialm.doctor import accelerator, compute, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
 from megatron_specialm.doctor.packages import PACKAGES, describe, package_finding
 from megatron_specialm.doctor.process import Outcome, Process, start_command, start_module, wait_all
-from megatron_specialm.doctor.report import config
+from megatron_specialm.doctor.report import render
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -78,7 +78,7 @@ def test_a_quick_look_fits_a_terminal() -> None:
     assert outcome.stdout.splitlines()[-1].strip() == "This machine can train."
     narrow = io.StringIO()
     findings = _findings(_doctor("--quick", "--json")).values()
-    Console(file=narrow, width=80).print(config([Finding(**finding) for finding in findings]))
+    Console(file=narrow, width=80).print(render([Finding(**finding) for finding in findings]))
     lines = narrow.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) < 60
 
