@@ -11,7 +11,6 @@ largest. Figures without data are left out. A ring marks a fine-tuning that the 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entry = Row | Average
+Cost = Callable[[Entry], float]
 
 
 def draw(results: Results, root: Path) -> list[Path]:
@@ -83,29 +83,25 @@ def _cost_figures(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Iterat
         ("flops", "flops", "FLOPs", 1),
         ("hours", "device_seconds", f"device-hours on {devices}", 3600),
     ):
-        columns: dict[str, dict[str, Callable[[Entry], float]]] = {
-            phase: {"": partial(_phase_cost, phase=phase, what=what, scale=scale)}
-            for phase in (GENERIC, SPECIALIZATION)
-        }
+        columns = {phase: {"": _phase_cost(phase, what, scale)} for phase in (GENERIC, SPECIALIZATION)}
         columns["total"] = {
-            f"{tasks} task{'s' if tasks > 1 else ''}": partial(_total_cost, what=what, tasks=tasks, scale=scale)
-            for tasks in TASKS
+            f"{tasks} task{'s' if tasks > 1 else ''}": _total_cost(tasks, what, scale) for tasks in TASKS
         }
         for kind, costs in columns.items():
             if any(cost(entry) for cost in costs.values() for entry in entries):
                 yield f"{kind}-cost-{name}", _against_cost(entries, looks, costs, f"{kind} training cost ({unit})")
 
 
-def _phase_cost(entry: Entry, *, phase: str, what: str, scale: float) -> float:
-    return entry.cost(phase, what) / scale
+def _phase_cost(phase: str, what: str, scale: float) -> Cost:
+    return lambda entry: entry.cost(phase, what) / scale
 
 
-def _total_cost(entry: Entry, *, what: str, tasks: int, scale: float) -> float:
-    return entry.total(what, tasks=tasks) / scale
+def _total_cost(tasks: int, what: str, scale: float) -> Cost:
+    return lambda entry: entry.total(what, tasks=tasks) / scale
 
 
 def _against_cost(
-    entries: Sequence[Entry], looks: Mapping[str, Look], costs: Mapping[str, Callable[[Entry], float]], unit: str
+    entries: Sequence[Entry], looks: Mapping[str, Look], costs: Mapping[str, Cost], unit: str
 ) -> "Figure":
     """Macro perplexity against each of the costs, for each size."""
     panels = {}
@@ -125,7 +121,7 @@ def _against_cost(
     return figure
 
 
-def _paid(points: Sequence[Entry], cost: Callable[[Entry], float]) -> Sequence[Entry]:
+def _paid(points: Sequence[Entry], cost: Cost) -> Sequence[Entry]:
     """The points that can be on a logarithmic axis; all of them if none can."""
     return [point for point in points if cost(point) > 0] or points
 

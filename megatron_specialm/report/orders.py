@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from megatron_specialm.base.terminal import Table
+from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.report.rows import Average, Results, Row, Seeds
 from megatron_specialm.report.tables import is_tuned, largest_budget
@@ -19,12 +20,21 @@ Model = tuple[str, bool]  # a method, and whether it is fine-tuned
 Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
 
 
-def orders_table(results: Results) -> Table:
-    """A line per order of two methods with results, fine-tuned and before, and per method with both states.
+@dataclass(frozen=True)
+class Order:
+    """Two models of which the first should have the lower perplexity.
 
-    A cell has the number of seeds at which the first method has the lower perplexity, and the difference in percent of the
-    second's: the mean over seeds of the difference within a seed, with minimum and maximum. Of each method the largest budget
-    is compared.
+    Attributes:
+        differences: per set, the difference at each seed in percent of the second's perplexity.
+    """
+
+    label: str
+    differences: Mapping[str, list[float]]
+
+
+def find_orders(results: Results) -> list[Order]:
+    """The orders of two methods with results, fine-tuned and before, and per method with both states. Of each method the
+    largest budget is compared.
 
     Args:
         results: of one or several seeds, not merged: from `read_runs` or `results_from_rows`.
@@ -32,12 +42,39 @@ def orders_table(results: Results) -> Table:
     scores = _scores(results)
     sets = list(dict.fromkeys(name for name, *_ in scores))
     methods = list(dict.fromkeys(method for _, method, _ in scores))
-    lines = []
-    for label, lower, higher in _comparisons(methods):
-        cells = [_cell(scores.get((name, *lower), {}), scores.get((name, *higher), {})) for name in sets]
-        if any(cells):
-            lines.append([label, *cells])
-    return Table("Orders: the first has the lower perplexity", ["order", *sets], lines, 1)
+    orders = [
+        Order(
+            label,
+            {name: _differences(scores.get((name, *lower), {}), scores.get((name, *higher), {})) for name in sets},
+        )
+        for label, lower, higher in _comparisons(methods)
+    ]
+    return [order for order in orders if any(order.differences.values())]
+
+
+def orders_table(results: Results) -> Table:
+    """A line per order. A cell has the number of seeds at which it holds, and the mean difference over seeds, with minimum and
+    maximum; it is empty if no seed has both models."""
+    orders = find_orders(results)
+    sets = dict.fromkeys(name for name, *_ in _scores(results))
+    columns: list[Column[Order]] = [word("order", lambda order: order.label), *map(_column, sets)]
+    return Table.of(orders, columns, title="Orders: the first has the lower perplexity")
+
+
+def _column(name: str) -> Column[Order]:
+    return number(name, lambda order: _cell(order.differences[name]))
+
+
+def _cell(differences: Sequence[float]) -> str:
+    if not differences:
+        return ""
+    held = sum(difference < 0 for difference in differences)
+    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
+    return f"{held} of {len(differences)}, {statistics.fmean(differences):+.1f}%{spread}"
+
+
+def _differences(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> list[float]:
+    return [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
 
 
 def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
@@ -61,13 +98,3 @@ def _scores(results: Results) -> Scores:
 
 def _macro_name(average: Average) -> str:
     return "macro" if average.size is None else f"macro {size_name(average.size)}"
-
-
-def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:
-    """Empty if no seed has both."""
-    differences = [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
-    if not differences:
-        return ""
-    held = sum(difference < 0 for difference in differences)
-    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
-    return f"{held} of {len(differences)}, {statistics.fmean(differences):+.1f}%{spread}"
