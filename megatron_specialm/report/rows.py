@@ -64,7 +64,7 @@ class Rule:
 
 
 Cost = Annotated[Number, Rule(mean)]
-Score = Annotated[Number, Rule(mean, is_score=True)]
+Score = Annotated[float, Rule(mean, is_score=True)]
 Flag = Annotated[bool | None, Rule(any_known)]
 Rate = Annotated[float | str | None, Rule(listed)]
 TO_COMPUTE: Any = None

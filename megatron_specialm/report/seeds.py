@@ -36,7 +36,7 @@ def read_runs(paths: Sequence[Path]) -> Results:
     for path, run in zip(paths, runs, strict=True):
         if run.pipeline != runs[0].pipeline:
             raise ArtifactError(
-                f"{path}: of {run.pipeline!r}, and {paths[0]} of {runs[0].pipeline!r}: merge runs of one config"
+                f"{path}: of the config {run.pipeline!r}, and {paths[0]} of {runs[0].pipeline!r}: merge runs of one config"
             )
         for own in {row.seeds for row in run.rows}:
             if own in seeds:

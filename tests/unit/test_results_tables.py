@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_specialm.cli import app
 from megatron_specialm.report.costs import COSTS, COUNTS
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows, write_results
-from megatron_specialm.report.rows import Results, Row, read_csv, to_csv
+from megatron_specialm.report.rows import Cost, Results, Row, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds
 from tests.conftest import ROOT
 from tests.unit.test_figures import columns
@@ -149,6 +149,24 @@ def test_seeds_become_mean_and_deviation(key: str) -> None:
     (macro,) = columns(merged.macro)
     assert macro["perplexity"] == pytest.approx(sum(math.sqrt(100 * value) for value in (100, 110, 120)) / 3)
     assert macro[f"{key}s"] == [0, 1, 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wider(Row):
+    joules: Cost = 0
+
+
+def test_a_new_column_is_a_field() -> None:
+    """In files and over seeds, with no change but the field and its value."""
+    rows = [_Wider(**_given(row), joules=10 * (number + 1)) for number in range(2) for row in made_up(
+        {"slm": {"legal": 100.0}}, seed=number)]  # fmt: skip
+    assert _csv(rows).splitlines()[0].endswith(",model,joules") and _csv(rows).splitlines()[2].endswith(",slm/legal,20")
+    (merged,) = columns(merge_seeds(results_from_rows(rows)).rows)
+    assert merged["joules"] == 15.0 and "joules_sd" not in merged
+
+
+def _given(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.columns().items() if name != "fill"}
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
