@@ -22,7 +22,7 @@ def submit(
     site: Annotated[
         Path | None,
         typer.Option(
-            help="The cluster's profile; default: slurm/site.yaml, or the one that comes with the code.",
+            help="The cluster's profile; default: slurm/site.yaml, or the one in the package.",
             show_default=False,
         ),
     ] = None,
@@ -32,7 +32,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Queue what a config's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
+    """Queue a config's missing tasks as Slurm jobs with dependencies. It is safe to submit again at any time."""
     from megatron_specialm.config.site import find_profile, load_site, unknown_names
     from megatron_specialm.graph.redo import redo_lines
     from megatron_specialm.slurm.submit_missing import submit_missing
@@ -62,11 +62,11 @@ def submit(
 def status(
     config: Config,
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
-    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until no job is queued or running.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per update.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between updates.", min=1)] = 10,
 ) -> None:
-    """Say how far a config's jobs are, what they cost so far, and why some have failed."""
+    """Show the progress and cost of a config's jobs, and why some failed."""
     from megatron_specialm.slurm.watch import show_status, watch_status
 
     pipeline = load(config, overrides)
@@ -80,10 +80,10 @@ def status(
 def cancel(
     config: Config,
     words: Annotated[
-        list[str] | None, typer.Argument(help="[STAGE], of this one alone; and overrides.", show_default=False)
+        list[str] | None, typer.Argument(help="[STAGE], to cancel only its jobs; and overrides.", show_default=False)
     ] = None,
 ) -> None:
-    """Cancel a config's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    """Cancel a config's queued and running jobs. Finished work is kept; `submit` continues from there."""
     from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
 
     (stage, *_), overrides = _names_and_overrides(words, most=1)
@@ -101,12 +101,12 @@ def cancel(
 def logs(
     config: Config,
     words: Annotated[
-        list[str], typer.Argument(help="STAGE [KEY], one task of it, as c3; and overrides.", show_default=False)
+        list[str], typer.Argument(help="STAGE [KEY], such as slm-mix c3; and overrides.", show_default=False)
     ],
-    lines: Annotated[int, typer.Option(help="From the end.", min=1)] = 20,
-    go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option(help="Number of lines from the end.", min=1)] = 20,
+    go_on: Annotated[bool, typer.Option("--follow", help="Print appended lines until Ctrl-C.")] = False,
 ) -> None:
-    """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
+    """Print the end of a stage's newest log, of a local run or a job, and the paths of older logs."""
     from megatron_specialm.run.logs import tail
     from megatron_specialm.slurm.logs import follow, newest_logs
 
@@ -125,15 +125,15 @@ def logs(
 
 @app.command(hidden=True)
 def supervise(
-    command: Annotated[list[str], typer.Argument(help="What each rank runs, behind --.", show_default=False)],
+    command: Annotated[list[str], typer.Argument(help="The command of each rank, after --.", show_default=False)],
     ranks: Annotated[int, typer.Option(help="Processes in all.", envvar="SLURM_NTASKS")],
     ranks_per_node: Annotated[int, typer.Option(help="Processes that share a node.", envvar="SLURM_NTASKS_PER_NODE")],
-    state: Annotated[Path, typer.Option(help="A folder for the state; of an array's element, with its number behind.")],
+    state: Annotated[Path, typer.Option(help="A folder for the state; the number of an array's element is appended.")],
     site: Annotated[Path | None, typer.Option(help="The cluster's profile.", show_default=False)] = None,
     excluded: Annotated[Path | None, typer.Option(help="The folder that lists nodes to leave out.")] = None,
     launcher: Annotated[str | None, typer.Option(help="Instead of the profile's.", show_default=False)] = None,
 ) -> None:
-    """Inside a job, on its first node: start the ranks, watch them, and queue the job again when they end early."""
+    """In a job, on its first node: start the ranks, monitor them, and requeue the job when they end early."""
     import logging
 
     from megatron_specialm.config.site import Site, load_site
@@ -159,10 +159,10 @@ def supervise(
 def work(
     job_file: Annotated[Path, typer.Argument(help="RUN/jobs/SUBMISSION/JOB.json.", show_default=False)],
     element: Annotated[
-        int | None, typer.Option(help="Of its elements this one; default: the Slurm array task's.", min=0)
+        int | None, typer.Option(help="The element; default: that of the Slurm array task.", min=0)
     ] = None,
 ) -> None:
-    """Inside a job, in each rank: do what an element of a submitted job still lacks."""
+    """In a job, in each rank: do the unfinished tasks of a job's element."""
     import logging
 
     from megatron_specialm.slurm.work import work as do_element

@@ -10,22 +10,22 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Config, Overrides, app, load
 
+INSTEAD = typer.Option(help="Instead of the config's.", show_default=False)
+
 
 @app.command()
 def parity(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    context_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    data_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    distributed_optimizer: Annotated[
-        bool | None, typer.Option(help="Instead of the config's.", show_default=False)
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this train stage.", show_default=False)] = None,
+    tensor_parallel: Annotated[int | None, INSTEAD] = None,
+    pipeline_parallel: Annotated[int | None, INSTEAD] = None,
+    virtual_pipeline: Annotated[int | None, INSTEAD] = None,
+    context_parallel: Annotated[int | None, INSTEAD] = None,
+    data_parallel: Annotated[int | None, INSTEAD] = None,
+    sequence_parallel: Annotated[bool | None, INSTEAD] = None,
+    distributed_optimizer: Annotated[bool | None, INSTEAD] = None,
+    precision: Annotated[str | None, INSTEAD] = None,
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
 
@@ -65,9 +65,9 @@ def parity(
 def tune_precision(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this train stage.", show_default=False)] = None,
 ) -> None:
-    """Time each linear of a config's models in bf16 and FP8 on this GPU, and say what to set."""
+    """Time each linear of a config's models in bf16 and FP8 on this GPU, and recommend settings."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.lineage import distinct_setups
     from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
@@ -85,10 +85,10 @@ def tune_precision(
 
 @app.command()
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Look only: no matrix products, no all-reduce.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="No matrix products and no all-reduce.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
+    """Show what this machine can do, and how to install what is missing. The exit code is 1 if it cannot train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
     from megatron_specialm.doctor.report import as_json, examine, render

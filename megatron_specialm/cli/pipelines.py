@@ -39,10 +39,10 @@ def check(
         ),
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
+        str | None, typer.Option(help="Check for GPUs of this name, not for this machine.", show_default=False)
     ] = None,
 ) -> None:
-    """Find every mistake in a config before anything runs, and say what it would train."""
+    """Find the mistakes of a config before anything runs, and show what it would train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.report.summary import memory_table, training_table
@@ -66,7 +66,7 @@ def plan(
     overrides: Overrides = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="A line per task, not per stage.")] = False,
 ) -> None:
-    """Say how far each stage of a config is, what that has cost, and what is stale: why, and what making it anew costs."""
+    """Show the state and cost of a config's stages; of stale ones the reason, and the cost of repeating them."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.graph.redo import find_redo
@@ -93,7 +93,7 @@ def run(
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Do what a config's run folder still lacks, then print the table. Run again after any interruption."""
+    """Run a config's missing tasks, then print the results. After an interruption, run it again."""
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console

@@ -26,13 +26,13 @@ Runs = Annotated[
 def results(
     config: Config,
     overrides: Overrides = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     runs: Runs = None,
     orders: Annotated[
         bool, typer.Option("--orders", help="Instead: which of the paper's orders of methods hold, on how many seeds.")
     ] = False,
 ) -> None:
-    """Print the table of a config's run folder again; of several seeds, means and standard deviations."""
+    """Print the results of a config; of several seeds, means and standard deviations."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.report.orders import orders_table
     from megatron_specialm.report.results import capped_warnings
@@ -58,10 +58,10 @@ def figures(
     runs: Runs = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where `figures/` is made; default: the run folder.", show_default=False),
+        typer.Option(help="The folder for `figures/`; default: the run folder.", show_default=False),
     ] = None,
 ) -> None:
-    """Draw a config's results into its run folder, over several seeds as mean and standard deviation; print the paths."""
+    """Draw figures of a config's results, of several seeds with standard deviations, and print their paths."""
     from megatron_specialm.report.figures import draw
     from megatron_specialm.report.seeds import merge_seeds
 
@@ -77,7 +77,7 @@ def figures(
 def _collect(
     config: Path, overrides: list[str] | None, runs: list[Path] | None
 ) -> "tuple[Pipeline, Mapping[TaskId, PlannedTask], Results]":
-    """The config, its plan, and the results of its run folder, followed by those of other runs; says what is left out."""
+    """The config, its plan, and the results of its run folder, followed by those of other runs. Prints what is left out."""
     from megatron_specialm.graph.plan import damage_in, make_plan
     from megatron_specialm.report.results import write_results
     from megatron_specialm.report.seeds import read_runs
@@ -103,13 +103,13 @@ def generate(
             metavar="MODEL...", help="RUN/STAGE/KEY of a training, or an exported folder.", show_default=False
         ),
     ],
-    prompt: Annotated[str, typer.Argument(help="How the text begins.", show_default=False)],
-    tokens: Annotated[int, typer.Option(help="To write, at most.", min=1)] = 60,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.", min=0)] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens.", min=1)] = 40,
-    seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
+    prompt: Annotated[str, typer.Argument(help="The beginning of the text.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="The most tokens to generate.", min=1)] = 60,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from so many of the likeliest tokens.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Let models go on with a text, for a look at what they have learned."""
+    """Generate text with models from a prompt."""
     from megatron_specialm.run.worker import ignore_expected_warnings
 
     ignore_expected_warnings()
@@ -124,10 +124,10 @@ def generate(
 def samples(
     config: Config,
     overrides: Overrides = None,
-    tokens: Annotated[int, typer.Option(help="To write, at most.", min=1)] = 40,
-    seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
+    tokens: Annotated[int, typer.Option(help="The most tokens to generate.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Let the fine-tuned model of each method go on with the beginning of a held-out document of the first domain."""
+    """Generate text with each method's fine-tuned model, from the beginning of a held-out document of the first domain."""
     from megatron_specialm.run.samples import find_samples
     from megatron_specialm.run.worker import ignore_expected_warnings
 
@@ -149,10 +149,10 @@ def samples(
 @app.command()
 def project(
     folder: Annotated[Path, typer.Argument(help="A trained projected network: RUN/STAGE/generic.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
-    expert: Annotated[int, typer.Option(help="Which expert, from 0: the number of its cluster.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
+    expert: Annotated[int, typer.Option(help="The expert's number, from 0: that of its cluster.", show_default=False)],
 ) -> None:
-    """Write one expert of a projected network as an ordinary checkpoint. Needs nothing but the network's."""
+    """Write one expert of a projected network as an ordinary checkpoint."""
     from megatron_specialm.run.worker import ignore_expected_warnings
 
     ignore_expected_warnings()
