@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from megatron_specialm.data.store import Batch
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 
 
 class LossSum(NamedTuple):

@@ -3,32 +3,10 @@
 Legend: L layers, H hidden size, V vocabulary, T context length.
 """
 
-from typing import NamedTuple
-
-from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.estimate.parameters import feed_forward_parameters
 
 TYPICAL_UTILISATION = 0.4  # MFU that others publish for models of this size; every training logs its own
-
-
-class Passes(NamedTuple):
-    """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
-    went forward only, as in validations; and how often weights were computed for them from other weights, for a mixture of
-    experts, or for a base and its adapters."""
-
-    trained: Count = 0
-    evaluated: Count = 0
-    trained_variants: Count = 0
-    evaluated_variants: Count = 0
-
-    def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
-        """These and one more, over so many slots and with so many mixtures."""
-        return self.plus(Passes(0, slots, 0, variants) if forward_only else Passes(slots, 0, variants, 0))
-
-    def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
-        """These, and `times` the others."""
-        return Passes(*(own + times * more for own, more in zip(self, other, strict=True)))
 
 
 def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:

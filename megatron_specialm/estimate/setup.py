@@ -2,14 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
-from megatron_specialm.estimate.flops import Passes, forward_flops, projection_flops, training_flops
+from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
 
 FP8_MULTIPLE = 16  # bytes: cuBLAS needs every row of an FP8 matrix to be aligned to it
+
+
+class Passes(NamedTuple):
+    """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
+    went forward only, as in validations; and how often weights were computed for them from other weights, for a mixture of
+    experts, or for a base and its adapters."""
+
+    trained: Count = 0
+    evaluated: Count = 0
+    trained_variants: Count = 0
+    evaluated_variants: Count = 0
+
+    def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
+        """These and one more, over so many slots and with so many mixtures."""
+        return self.plus(Passes(0, slots, 0, variants) if forward_only else Passes(slots, 0, variants, 0))
+
+    def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
+        """These, and `times` the others."""
+        return Passes(*(own + times * more for own, more in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from megatron_specialm.base.gpus import dense_peak
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.estimate.flops import Passes, device_hours
+from megatron_specialm.estimate.flops import device_hours
 from megatron_specialm.estimate.memory import Memory, memory_of
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
-from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.estimate.setup import Passes, Setup
 from megatron_specialm.graph.lineage import (
     distinct_setups,
     model_keys,

@@ -17,7 +17,7 @@ from typing import Self
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.shapes import Seconds
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 
 FILE = "work.json"
 _WIDTH = 256  # bytes: a shorter text must not leave the end of a longer one

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_specialm.checkpoint.checkpoint import find_final, read_model
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.train.work import Work
 from tests.training import CONTEXT, EPSILON, read_metrics, run_layout
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from megatron_specialm.base.accelerator import planned_machine
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.estimate.flops import Passes
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.graph.lineage import distinct_setups, setup_of
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId, build_graph

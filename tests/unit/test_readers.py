@@ -37,7 +37,7 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer, train_sentencepiece
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.report.rows import read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.train.work import Work, WorkRecord
 
 

@@ -20,7 +20,8 @@ from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.estimate.flops import Passes, forward_flops
+from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.graph.lineage import HELD_OUT
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId, build_graph

@@ -22,7 +22,7 @@ from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
 from megatron_specialm.engine.megatron.shards import OptimizerShard, gather_whole, keep_original, local_shard, shard_of
 from megatron_specialm.engine.protocol import LossSum, StepStats
-from megatron_specialm.estimate.flops import Passes
+from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.model.gpt import Gpt, LocalParameter, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.train.losses import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShare, cross_entropy
