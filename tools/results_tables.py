@@ -22,7 +22,8 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,9 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows
-from megatron_specialm.report.rows import read_csv, to_csv
+from megatron_specialm.report.rows import Results, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds, read_runs
-from megatron_specialm.report.tables import is_tuned, results_in_two, results_table, seeds_of
-
-Results = Mapping[str, Any]
+from megatron_specialm.report.tables import is_tuned, results_in_two, results_table
 
 BLOCK = re.compile(
     r"^(<!-- table: (\S+) (\S+) -->)\n(?:(?!<!--).)*?^(<!-- end of table -->)$", re.MULTILINE | re.DOTALL
@@ -46,8 +45,10 @@ DIGITS = 6
 
 def short_table(results: Results) -> Table:
     """The fine-tuned models' perplexities, and what to choose by: tokens of both phases, seconds for each domain."""
-    tuned = {**results, "rows": [row for row in results["rows"] if is_tuned(row)]}
-    return results_table(tuned).without("fine-tuned", "gen. FLOPs", "gen. s", "spec. FLOPs", "fill")
+    tuned = [row for row in results.rows if is_tuned(row)]
+    return results_table(replace(results, rows=tuned)).without(
+        "fine-tuned", "gen. FLOPs", "gen. s", "spec. FLOPs", "fill"
+    )
 
 
 TABLES: dict[str, Callable[[Results], Table]] = {
@@ -82,15 +83,15 @@ def main() -> int:
 def write_csv(runs: Sequence[Path], output: Path) -> None:
     """Write the rows of all runs, in the order of their seeds. A mean over fewer seeds than the others would pass for one
     over all, so each run must have every model."""
-    rows = sorted(read_runs([folder / "results.json" for folder in runs])["rows"], key=seeds_of)
-    models = dict.fromkeys((row["stage"], row["domain"]) for row in rows)
+    rows = sorted(read_runs([folder / "results.json" for folder in runs]).rows, key=lambda row: row.seeds)
+    models = dict.fromkeys((row.stage, row.domain) for row in rows)
     for folder in runs:
-        own = {(row["stage"], row["domain"]) for row in read_runs([folder / "results.json"])["rows"]}
+        own = {(row.stage, row.domain) for row in read_runs([folder / "results.json"]).rows}
         if missing := [f"{stage} on {domain}" for stage, domain in models if (stage, domain) not in own]:
             raise ArtifactError(f"{folder}: has no result of {', '.join(missing)}: `specialm run` its page to the end")
     if not rows:
         raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the page")
-    write_text(output, to_csv([{key: rounded(value) for key, value in row.items()} for row in rows]))
+    write_text(output, to_csv([{key: rounded(value) for key, value in row.columns().items()} for row in rows]))
     print(f"{output}: {len(rows)} rows of {len(runs)} runs")
 
 

@@ -1,7 +1,6 @@
-"""Which GPUs a machine has, and which fused layers are installed for them. Nothing here imports torch or uses a GPU."""
+"""The GPUs of this machine, and the fused layers that are installed. Imports no torch and uses no GPU."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,15 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-SMI_SECONDS = 20.0  # a driver that has to wake up its GPUs takes some
+from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.gpus import GIB, plannable_gpus
+from megatron_specialm.base.packages import TRANSFORMER_ENGINE_LEAST, installed_version
+
+SMI_SECONDS = 20.0  # a driver may have to initialize its GPUs
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The GPUs that this process may use. Where they differ, `capability` and `memory_bytes` are the least of them.
+    """The GPUs that this process may use. If they differ, `capability` and `memory_bytes` are the minimum.
 
-    `name` is empty and `capability` None where there is none; `transformer_engine` is its installed version, or None.
+    Without a GPU `name` is empty and `capability` None. `transformer_engine`: the installed version, or None.
     """
 
     name: str
@@ -42,12 +45,12 @@ class Accelerator:
 
 
 def host_memory_bytes() -> int:
-    """All memory of this machine, GPUs' not counted."""
+    """This machine's memory, without that of GPUs."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator:
-    """Ask the driver (nvidia-smi) and the list of installed packages. A driver that does not answer counts as no GPU."""
+    """Ask the driver (nvidia-smi) and the installed packages. If the driver does not answer, there is no GPU."""
     rows = parse_gpus(_ask_driver(environment))
     transformer_engine = installed_version("transformer-engine")
     if not rows:
@@ -57,9 +60,23 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
     return Accelerator(name, capability, transformer_engine, gpus=len(rows), memory_bytes=memory_bytes)
 
 
+def planned_machine(name: str) -> Accelerator:
+    """A machine with GPUs of that model and Transformer Engine, to plan for from elsewhere.
+
+    Raises:
+        ConfigError: the table has no such model.
+    """
+    models = {gpu.name: gpu for gpu in plannable_gpus()}
+    if name not in models:
+        raise ConfigError(f"gpu {name}: not known; known are {', '.join(models)}")
+    gpu = models[name]
+    assert gpu.memory_gib is not None
+    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=8, memory_bytes=gpu.memory_gib * GIB)
+
+
 def name_of_device() -> str:
-    """What this process has worked on: the GPU, if it has imported torch and there is one, or the processor."""
-    torch = sys.modules.get("torch")  # who has not imported it has used no GPU
+    """The device that this process has used: the GPU, if it has imported torch and there is one, or the CPU."""
+    torch = sys.modules.get("torch")  # without it no GPU was used
     if torch is not None and torch.cuda.is_available():
         name: str = torch.cuda.get_device_name()
         return name
@@ -78,8 +95,8 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def parse_gpus(table: str) -> list[tuple[str, tuple[int, int], int]]:
-    """Name, compute capability and bytes of memory per line of `name, 9.0, 143771` (MiB). Lines of words, with which
-    nvidia-smi says that there is no GPU, are none."""
+    """Name, compute capability and bytes of memory per line such as `name, 9.0, 143771` (MiB). Other lines, such as messages
+    of nvidia-smi that there is no GPU, are skipped."""
     rows = []
     for line in table.splitlines():
         fields = [field.strip() for field in line.rsplit(",", 2)]
@@ -94,7 +111,7 @@ def _ask_driver(environment: Mapping[str, str]) -> str:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if command is None or visible in ("", "-1"):
         return ""
-    # nvidia-smi lists hidden GPUs too. It takes the same numbers and names, except those of parts of a GPU (MIG).
+    # nvidia-smi also lists hidden GPUs. It accepts the same numbers and names, except those of MIG instances.
     chosen = [f"--id={visible}"] if visible and not visible.startswith("MIG") else []
     query = ["--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -103,11 +120,3 @@ def _ask_driver(environment: Mapping[str, str]) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a package that is installed, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

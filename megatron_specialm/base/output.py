@@ -1,8 +1,8 @@
-"""Standard output and errors that may end before the process does: a pipe whose reader has gone, a terminal that hung up, a
-log on a full disk.
+"""Standard output and standard error that may fail before the process ends: a closed pipe, a terminal that hung up, a log on
+a full disk.
 
-What a run prints is news of its work, not the work: it is dropped where nobody can take it, and the run goes on. A command
-whose work is what it prints ends well only where a reader chose to read no further.
+Output of a run may be lost: if it cannot be written it is dropped, and the run goes on. A command whose purpose is its output
+fails if it cannot be written, except into a closed pipe or terminal.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-UNREAD = (errno.EPIPE, errno.EIO)  # the reader of a pipe is gone; the terminal is
+UNREAD = (errno.EPIPE, errno.EIO)  # a pipe without a reader; a terminal that hung up
 
 
 class _Channel(io.FileIO):
-    """A file descriptor on which writing does not fail where what is written may be lost."""
+    """A file descriptor; a failing write is ignored if the output may be lost, or if the reader is gone."""
 
     def __init__(self, descriptor: int, *, may_be_lost: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -30,15 +30,15 @@ class _Channel(io.FileIO):
         except OSError as error:
             self.is_unread |= error.errno in UNREAD
             if not self._may_be_lost and not self.is_unread:
-                self._may_be_lost = True  # it is said once
+                self._may_be_lost = True  # raised once
                 raise OSError(error.errno, error.strerror, "standard output") from None
             return memoryview(data).nbytes
-        # None: the reader is slow, and has asked not to be waited for.
+        # None: a non-blocking descriptor whose reader is slow.
         return memoryview(data).nbytes if written is None and self._may_be_lost else written
 
 
 class _Output(io.TextIOWrapper):
-    """Text for a descriptor. Names of files need not be text, and a locale may have no letters but English ones."""
+    """A text stream on a descriptor. What the encoding lacks, as in file names, is written as escapes."""
 
     def __init__(self, descriptor: int, *, encoding: str, may_be_lost: bool) -> None:
         self.channel = _Channel(descriptor, may_be_lost=may_be_lost)
@@ -48,8 +48,8 @@ class _Output(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def lasting_output(*, may_be_lost: bool) -> Iterator[None]:
-    """Within, printing fails nobody, with one exception: where the standard output may not be lost and somebody reads it, it
-    raises OSError as soon as it cannot be written, as on a full disk."""
+    """Within, printing does not raise. The exception: if the output may not be lost and has a reader, a failing write to
+    standard output raises OSError, as on a full disk."""
     _give_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout = _lasting(sys.stdout, 1, may_be_lost=may_be_lost)
@@ -64,8 +64,8 @@ def lasting_output(*, may_be_lost: bool) -> Iterator[None]:
 
 
 def _lasting(stream: TextIO | None, descriptor: int, *, may_be_lost: bool) -> TextIO:
-    """A stream of ours in the place of Python's own; somebody else's, as a test's, is left alone."""
-    if stream is None:  # closed when Python started
+    """A replacement for Python's own stream; another stream, such as a test's, is returned as it is."""
+    if stream is None:  # it was closed when Python started
         return _Output(descriptor, encoding="utf-8", may_be_lost=may_be_lost)
     try:
         ours = stream.fileno() == descriptor
@@ -75,12 +75,12 @@ def _lasting(stream: TextIO | None, descriptor: int, *, may_be_lost: bool) -> Te
 
 
 def nobody_reads() -> bool:
-    """Whether the reader of the standard output has gone: what goes on only to print may end."""
+    """Whether the reader of standard output is gone: a command that only prints may end."""
     return isinstance(sys.stdout, _Output) and sys.stdout.channel.is_unread
 
 
 def _give_descriptors() -> None:
-    """Open what was closed of standard input, output and errors: the next file that is opened would become it."""
+    """Open those of descriptors 0, 1 and 2 that are closed: otherwise the next file opened would get their number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -1,12 +1,20 @@
-"""Optional packages, imported when they are needed."""
+"""Optional packages: the versions that this project works with, and their import when they are needed."""
 
 import importlib
+import importlib.metadata
 from types import ModuleType
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+TRANSFORMER_ENGINE_LEAST = "2.9"
+TRANSFORMER_ENGINE = f">={TRANSFORMER_ENGINE_LEAST},<2.12"  # what megatron-core 0.16 works with
+INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}'"
 
 
 def import_package(name: str) -> ModuleType:
-    """An installed package. A folder of its name beside the configuration, as `wandb/` or `datasets/` often is, is none:
-    where the package is missing, Python would import the folder as an empty package without a word.
+    """An installed package. A folder of its name in the working directory, such as `wandb/` or `datasets/`, does not count:
+    without the package, Python would import the folder as an empty namespace package.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -17,3 +25,17 @@ def import_package(name: str) -> ModuleType:
             f"No module named {name!r}, only the folder {next(iter(module.__path__), '?')}", name=name
         )
     return module
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, by its metadata and without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def satisfies(version: str, requirement: str) -> bool:
+    """Whether a version is in a range such as ">=2.9,<2.12". A vendor's build (2.9.0a0+git) counts as the release that it is
+    made from."""
+    return Version(Version(version).base_version) in SpecifierSet(requirement)

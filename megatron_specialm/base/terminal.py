@@ -1,15 +1,15 @@
-"""What people read: as wide as their terminal; in a pipe, a file or a log, as wide as it comes.
+"""Tables for a terminal, a file and Markdown.
 
-No number is cut or broken over two lines. A table that is wider than the terminal is printed in parts, each with the words
-that its lines begin with, and long words are folded.
+On a terminal no number is cut or broken over two lines: a table that is too wide is printed in parts, each with the columns of
+words, and long words are folded. In a pipe, a file or a log, tables have any width.
 """
 
 import io
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -20,13 +20,13 @@ from rich.text import Text
 
 from megatron_specialm.base.printing import printable
 
-UNLIMITED = 100_000  # columns, where nobody's window ends
-WORD_COLUMNS = 12  # of a column of words, and of a heading, at least, before numbers go into another part
+UNLIMITED = 100_000  # columns of what is not a terminal
+WORD_COLUMNS = 12  # the least width of words and headings, before numbers are moved to another part
 
 
 def console(*, stderr: bool = False) -> Console:
-    """The standard output, or standard error. Where it is no terminal nothing is wrapped and nothing moves, whatever `COLUMNS`,
-    `TERM` or `FORCE_COLOR` say; what its encoding lacks is written as an escape."""
+    """Standard output, or standard error. If it is not a terminal nothing is wrapped or animated, whatever `COLUMNS`, `TERM` or
+    `FORCE_COLOR` are. Characters that its encoding lacks are written as escapes."""
     stream = sys.stderr if stderr else sys.stdout
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
@@ -36,8 +36,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 class _Screen(Console):
-    """To which text is text: brackets and colons in it are no markup, and what would steer a terminal does not. Styles are
-    given apart from it."""
+    """A console without markup: brackets and colons are printed as they are, and control characters as escapes."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
@@ -51,14 +50,39 @@ class _Screen(Console):
 
 
 def plain(text: str, style: str = "", *, overflow: OverflowMethod | None = None) -> Text:
-    """A text that is nothing else, whatever console it is printed on."""
+    """A text without markup, for any console."""
     return Text(printable(text), style, overflow=overflow)
+
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A column of a table: its heading, and a row's cell as text. Columns of words are left-aligned and come first."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    is_word: bool
+
+
+def word(heading: str, cell: Callable[[Row], str]) -> Column[Row]:
+    """A column of words."""
+    return Column(heading, cell, is_word=True)
+
+
+def number(heading: str, cell: Callable[[Row], str]) -> Column[Row]:
+    """A column of numbers."""
+    return Column(heading, cell, is_word=False)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text. The first `words` columns hold words, the others numbers. `note` is a line under it. Words of the column
-    `cut` take what room a terminal leaves beside the others, and end there: a line of the table stays a line."""
+    """A table of text, for every renderer: a terminal (rich) and Markdown.
+
+    The first `words` columns hold words, the others numbers. `note` is a line under the table. The column `cut` takes what
+    width the others leave, and its words are cut there: a line of the table stays one line.
+    """
 
     title: str
     header: list[str]
@@ -67,8 +91,17 @@ class Table:
     note: str = ""
     cut: str = ""
 
+    @classmethod
+    def of(
+        cls, rows: Iterable[Row], columns: Sequence[Column[Row]], *, title: str = "", note: str = "", cut: str = ""
+    ) -> "Table":
+        """A line per row."""
+        lines = [[column.cell(row) for column in columns] for row in rows]
+        words = sum(column.is_word for column in columns)
+        return cls(title, [column.heading for column in columns], lines, words, note, cut)
+
     def in_two(self, column: str, titles: tuple[str, str]) -> tuple["Table", "Table"]:
-        """The numbers before a column, which the note is about, and from it on, each behind the words."""
+        """Split the numbers at a column; both tables have the words, and the first one has the note."""
         middle, end = self.header.index(column), len(self.header)
         return (
             replace(self._part(titles[0], range(self.words, middle)), note=self.note),
@@ -89,7 +122,7 @@ class Table:
         return f"{table}\n{note}\n" if note else table
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """For the terminal: in one part where it fits, else with as many numbers in each as fit beside the words."""
+        """For the terminal: in one part if it fits, otherwise in parts with as many numbers as fit beside the words."""
         fitting: list[int] = []
         first = True
         for index in range(self.words, len(self.header)):
@@ -107,11 +140,11 @@ class Table:
         return Table(title, header, lines, self.words, cut=self.cut)
 
     def _natural(self) -> list[int]:
-        """The columns' widths with nothing folded."""
+        """The columns' widths without folding."""
         return [max(map(cell_len, column)) for column in zip(self.header, *self.lines, strict=True)]
 
     def _least(self) -> list[int]:
-        """The widths down to which columns may be folded: a number's cells stand whole, its heading in lines of words."""
+        """The least widths of columns: numbers are not folded, and their headings only between words."""
         least = [min(width, WORD_COLUMNS) for width in self._natural()]
         for index in range(self.words, len(self.header)):
             cells = max((cell_len(line[index]) for line in self.lines), default=0)
@@ -120,8 +153,7 @@ class Table:
         return least
 
     def _widths(self, limit: int) -> list[int]:
-        """The columns' widths: the room that is left beside the least goes round among those who can use it, and what is cut
-        takes the rest."""
+        """The columns' widths: the least, then the remaining room is distributed evenly, last to the column that is cut."""
         widths, natural = self._least(), self._natural()
         for turn in ([name != self.cut for name in self.header], [True] * len(natural)):
             wanted = [most if may else least for least, most, may in zip(widths, natural, turn, strict=True)]
@@ -140,7 +172,7 @@ class Table:
             overflow = "ellipsis" if cut else "fold"
             table.add_column(Text(name), justify=justify, overflow=overflow, no_wrap=cut, width=width)  # type: ignore[arg-type]
         for line in self.lines:
-            # Numbers are not justified by rich, which would take the room behind them.
+            # Numbers are padded here: rich would strip the space behind them.
             cells = [
                 Text(cell) if index < self.words else Text(" " * (width - cell_len(cell)) + cell, justify="left")
                 for index, (cell, width) in enumerate(zip(line, widths, strict=True))
@@ -150,5 +182,5 @@ class Table:
 
 
 def _width(columns: Sequence[int]) -> int:
-    """Of a table with columns of these widths: three characters between any two, and one on either side."""
+    """The width of a table with such columns: three characters between any two, and one on either side."""
     return sum(columns) + 3 * (len(columns) - 1) + 2

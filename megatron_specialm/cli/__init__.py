@@ -12,17 +12,17 @@ from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import PrintableFormatter, say
 from megatron_specialm.cli.app import app
 
-# Each adds its commands, in the order in which --help lists them.
+# Each adds its commands, in the order of --help.
 # isort: off
 from megatron_specialm.cli import pipelines, jobs, results, folders, machines  # noqa: F401
 # isort: on
 
-WORK = (["run"], ["work"], ["supervise"])  # commands that print news of what they do; of the others it is all they do
+WORK = (["run"], ["work"], ["supervise"])  # commands that go on when their output cannot be written any more
 
 
 def main() -> None:
-    """Run the command line. Errors of ours are printed in one line, without a traceback."""
-    if logging.lastResort:  # prints warnings where a command keeps no log
+    """Run the command line. Errors of this package are printed in one line, without a traceback."""
+    if logging.lastResort:  # prints warnings of commands without a log
         logging.lastResort.setFormatter(PrintableFormatter())
     with lasting_output(may_be_lost=sys.argv[1:2] in WORK):
         try:

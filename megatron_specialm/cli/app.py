@@ -1,4 +1,4 @@
-"""What all commands share. Nothing here imports torch; the settings' schema is imported when a command runs."""
+"""Options and functions of several commands. No torch; the config's schema is imported when a command runs."""
 
 import sys
 from collections.abc import Mapping
@@ -13,34 +13,46 @@ if TYPE_CHECKING:
     from megatron_specialm.graph.tasks import TaskId
 
 app = typer.Typer(
-    help="Small specialized language models from one config of YAML.",
+    help="Train small specialized language models from one YAML config.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 Config = Annotated[Path, typer.Argument(help="A pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values of the config to replace: dotted.key=value.", show_default=False)
+    list[str] | None, typer.Argument(help="Config values to replace: dotted.key=value.", show_default=False)
 ]
 
-Yes = Annotated[bool, typer.Option("--yes", help="Make finished work anew without asking, whatever it costs.")]
+Only = Annotated[str | None, typer.Option(help="Only this stage.", show_default=False)]
+Until = Annotated[str | None, typer.Option(help="This stage and all stages that it depends on.", show_default=False)]
+Keys = Annotated[
+    str | None,
+    typer.Option(help="With --only: only these tasks of the stage, as c0,c3 or a domain's name.", show_default=False),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Repeat finished work without asking, at any cost.")]
 
 
 def load(config: Path, overrides: list[str] | None) -> "Pipeline":
-    """The resolved config."""
+    """Load a config with overrides."""
     from megatron_specialm.config.load import load_pipeline
 
     return load_pipeline(config, overrides or ())
 
 
+def split_keys(keys: str | None) -> list[str] | None:
+    """The value of `--keys` as a list."""
+    return keys.split(",") if keys else None
+
+
 def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:
-    """Ask before finished work is made anew at more cost than `ask_above_device_hours`: on a terminal; elsewhere want `--yes`.
+    """Ask before finished work is repeated at a cost above `ask_above_device_hours`: on a terminal by a question, otherwise by
+    an error without `--yes`.
 
     Args:
-        may_ask: False where a launcher has started several of this process, which share a terminal.
+        may_ask: False for ranks of a launcher, which share a terminal.
 
     Raises:
-        UnconfirmedError: nobody could be asked, or the answer was no.
+        UnconfirmedError: there is no terminal, or the answer was no.
     """
     from megatron_specialm.graph.redo import needs_confirmation, refuse_unconfirmed
 

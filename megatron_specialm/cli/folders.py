@@ -1,4 +1,4 @@
-"""Commands that look after run folders."""
+"""Commands that check and clean run folders."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,9 @@ def verify(
     folders: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders: the `root` of a config.", show_default=False)
     ],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte; otherwise sizes.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Compare hashes of all files, not only sizes.")] = False,
 ) -> None:
-    """Look whether all that run folders hold is as it was made. Exit code 1 where something is damaged."""
+    """Verify the artifacts of run folders. The exit code is 1 if something is damaged."""
     from megatron_specialm.run.verify import verify as verify_folder
 
     damaged = 0
@@ -51,7 +51,7 @@ def clean(
     overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove them.")] = False,
 ) -> None:
-    """List what a config's run folder holds of other settings, with size, age and cost. Removes nothing without --yes."""
+    """List artifacts of other settings in a config's run folder, with size, age and cost; --yes removes them."""
     import shutil
 
     from megatron_specialm.base.lock import hold_folder

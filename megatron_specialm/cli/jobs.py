@@ -1,14 +1,18 @@
-"""Commands for a config as Slurm jobs, and those that jobs themselves run."""
+"""Commands for Slurm jobs, and the commands that jobs run."""
 
-import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.printing import log_to_stderr, say
-from megatron_specialm.cli.app import Config, Overrides, Yes, agree, app, load
+from megatron_specialm.cli.app import Config, Keys, Only, Overrides, Until, Yes, agree, app, load, split_keys
+
+if TYPE_CHECKING:
+    from megatron_specialm.graph.redo import Redo
+    from megatron_specialm.graph.tasks import TaskId
 
 
 @app.command()
@@ -18,87 +22,51 @@ def submit(
     site: Annotated[
         Path | None,
         typer.Option(
-            help="The cluster's profile; default: slurm/site.yaml, or the one that comes with the code.",
+            help="The cluster's profile; default: slurm/site.yaml, or the one in the package.",
             show_default=False,
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Submit this stage alone.", show_default=False)] = None,
-    until: Annotated[
-        str | None, typer.Option(help="Submit this stage and all it rests on.", show_default=False)
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
-    ] = None,
+    only: Only = None,
+    until: Until = None,
+    keys: Keys = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Queue what a config's run folder still lacks, as Slurm jobs that wait for each other. Submit again at any time."""
-    from megatron_specialm.base.lock import hold_folder
-    from megatron_specialm.config.site import find_profile, load_site, template_of, unknown_names
-    from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
-    from megatron_specialm.graph.redo import find_redo, redo_lines
-    from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-    from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
-    from megatron_specialm.slurm import submit as jobs
-    from megatron_specialm.slurm.jobs import jobs_of
-    from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
-    from megatron_specialm.slurm.state import submitted_jobs
+    """Queue a config's missing tasks as Slurm jobs with dependencies. It is safe to submit again at any time."""
+    from megatron_specialm.config.site import find_profile, load_site, unknown_names
+    from megatron_specialm.graph.redo import redo_lines
+    from megatron_specialm.slurm.submit_missing import submit_missing
+
+    def confirm(redo: "Mapping[TaskId, Redo]") -> None:
+        for line in redo_lines(redo):
+            say(line)
+        if not dry_run:
+            agree(redo, pipeline, yes=yes)
 
     path = find_profile(site)
     pipeline, profile = load(config, overrides), load_site(path)
     for warning in unknown_names(profile, pipeline):
         say(f"warning: {path}: {warning}", error=True)
-    refuse_other_folders(pipeline)
-    root = Path(pipeline.root)
-    refuse_foreign_folder(pipeline, root)
-    # Who only looks need not be able to write.
-    with contextlib.nullcontext() if dry_run else hold_folder(root, wait_seconds=jobs.LOCK_SECONDS):
-        if not dry_run:
-            adopt_unattended(root)
-        plan = make_plan(pipeline, root)
-        chosen = select(plan, only=only, until=until, keys=keys.split(",") if keys else None, check_inputs=False)
-        known = submitted_jobs(root) if dry_run else jobs.recover(root)
-        live = live_tasks(known)
-        missing = missing_tasks(plan, chosen, live)
-        elsewhere = {name: planned for name, planned in missing.items() if planned.there is not None}
-        missing = {name: planned for name, planned in missing.items() if planned.there is None}
-        submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
-        stages = {name.stage for name in missing}
-        refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
-        refuse_too_little_held_out(pipeline, plan, root, stages=stages)
-        wanted = jobs_of(pipeline, profile, missing)
-        redo = find_redo(pipeline, plan, root, missing)
-        for line in redo_lines(redo):
-            say(line)
-        if dry_run:
-            for job, script in jobs.preview(submission, wanted, live=live):
-                say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
-            say(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
-            return
-        agree(redo, pipeline, yes=yes)
-        if missing or elsewhere:
-            write_resolved(pipeline, root)
-        take_over(elsewhere, root)
-        show(plan, root)
-        for job, record in zip(wanted, jobs.submit(submission, wanted, known=known, live=live), strict=True):
-            after = f", after {', '.join(record.after)}" if record.after else ""
-            say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
-    done = sum(planned.state == "done" for planned in chosen.values())
-    coming = len(chosen) - done - len(missing) - len(elsewhere)
-    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
-    say(f"{pipeline.name}: {counts}, in {root}")
+    outcome = submit_missing(
+        pipeline, profile, path, only=only, until=until, keys=split_keys(keys), dry_run=dry_run, confirm=confirm
+    )
+    for job, script in outcome.scripts:
+        say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
+    for job, record in outcome.queued:
+        after = f", after {', '.join(record.after)}" if record.after else ""
+        say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+    say(f"{pipeline.name}: {outcome.counts}, in {pipeline.root}")
 
 
 @app.command()
 def status(
     config: Config,
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until no job is left.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, one line per look.")] = False,
-    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until no job is queued or running.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per update.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between updates.", min=1)] = 10,
 ) -> None:
-    """Say how far a config's jobs are, what they cost so far, and why some have failed."""
+    """Show the progress and cost of a config's jobs, and why some failed."""
     from megatron_specialm.slurm.watch import show_status, watch_status
 
     pipeline = load(config, overrides)
@@ -112,10 +80,10 @@ def status(
 def cancel(
     config: Config,
     words: Annotated[
-        list[str] | None, typer.Argument(help="[STAGE], of this one alone; and overrides.", show_default=False)
+        list[str] | None, typer.Argument(help="[STAGE], to cancel only its jobs; and overrides.", show_default=False)
     ] = None,
 ) -> None:
-    """Cancel a config's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
+    """Cancel a config's queued and running jobs. Finished work is kept; `submit` continues from there."""
     from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
 
     (stage, *_), overrides = _names_and_overrides(words, most=1)
@@ -133,12 +101,12 @@ def cancel(
 def logs(
     config: Config,
     words: Annotated[
-        list[str], typer.Argument(help="STAGE [KEY], one task of it, as c3; and overrides.", show_default=False)
+        list[str], typer.Argument(help="STAGE [KEY], such as slm-mix c3; and overrides.", show_default=False)
     ],
-    lines: Annotated[int, typer.Option(help="From the end.", min=1)] = 20,
-    go_on: Annotated[bool, typer.Option("--follow", help="Go on with what is appended, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option(help="Number of lines from the end.", min=1)] = 20,
+    go_on: Annotated[bool, typer.Option("--follow", help="Print appended lines until Ctrl-C.")] = False,
 ) -> None:
-    """Print the end of a stage's newest log, wherever it was run, and the paths of the others."""
+    """Print the end of a stage's newest log, of a local run or a job, and the paths of older logs."""
     from megatron_specialm.run.logs import tail
     from megatron_specialm.slurm.logs import follow, newest_logs
 
@@ -157,15 +125,15 @@ def logs(
 
 @app.command(hidden=True)
 def supervise(
-    command: Annotated[list[str], typer.Argument(help="What each rank runs, behind --.", show_default=False)],
+    command: Annotated[list[str], typer.Argument(help="The command of each rank, after --.", show_default=False)],
     ranks: Annotated[int, typer.Option(help="Processes in all.", envvar="SLURM_NTASKS")],
     ranks_per_node: Annotated[int, typer.Option(help="Processes that share a node.", envvar="SLURM_NTASKS_PER_NODE")],
-    state: Annotated[Path, typer.Option(help="A folder for the state; of an array's element, with its number behind.")],
+    state: Annotated[Path, typer.Option(help="A folder for the state; the number of an array's element is appended.")],
     site: Annotated[Path | None, typer.Option(help="The cluster's profile.", show_default=False)] = None,
     excluded: Annotated[Path | None, typer.Option(help="The folder that lists nodes to leave out.")] = None,
     launcher: Annotated[str | None, typer.Option(help="Instead of the profile's.", show_default=False)] = None,
 ) -> None:
-    """Inside a job, on its first node: start the ranks, watch them, and queue the job again when they end early."""
+    """In a job, on its first node: start the ranks, monitor them, and requeue the job when they end early."""
     import logging
 
     from megatron_specialm.config.site import Site, load_site
@@ -191,10 +159,10 @@ def supervise(
 def work(
     job_file: Annotated[Path, typer.Argument(help="RUN/jobs/SUBMISSION/JOB.json.", show_default=False)],
     element: Annotated[
-        int | None, typer.Option(help="Of its elements this one; default: the Slurm array task's.", min=0)
+        int | None, typer.Option(help="The element; default: that of the Slurm array task.", min=0)
     ] = None,
 ) -> None:
-    """Inside a job, in each rank: do what an element of a submitted job still lacks."""
+    """In a job, in each rank: do the unfinished tasks of a job's element."""
     import logging
 
     from megatron_specialm.slurm.work import work as do_element
@@ -204,7 +172,7 @@ def work(
 
 
 def _names_and_overrides(words: list[str] | None, *, most: int) -> tuple[list[str | None], list[str]]:
-    """At most so many names, None for those that are not given, and overrides of the config: those have a `=`."""
+    """Split arguments into at most so many names (None for those not given) and overrides, which contain a `=`."""
     names = [word for word in words or () if "=" not in word]
     if len(names) > most:
         raise ConfigError(f"{' '.join(names[most:])}: too many names: at most {most} may stand behind the config")

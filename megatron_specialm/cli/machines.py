@@ -1,45 +1,40 @@
-"""Commands that try out layouts and machines."""
+"""Commands that test layouts and machines."""
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Config, Overrides, app, load
+
+INSTEAD = typer.Option(help="Instead of the config's.", show_default=False)
 
 
 @app.command()
 def parity(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    pipeline_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    virtual_pipeline: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    context_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    data_parallel: Annotated[int | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    sequence_parallel: Annotated[bool | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
-    distributed_optimizer: Annotated[
-        bool | None, typer.Option(help="Instead of the config's.", show_default=False)
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="Instead of the config's.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this train stage.", show_default=False)] = None,
+    tensor_parallel: Annotated[int | None, INSTEAD] = None,
+    pipeline_parallel: Annotated[int | None, INSTEAD] = None,
+    virtual_pipeline: Annotated[int | None, INSTEAD] = None,
+    context_parallel: Annotated[int | None, INSTEAD] = None,
+    data_parallel: Annotated[int | None, INSTEAD] = None,
+    sequence_parallel: Annotated[bool | None, INSTEAD] = None,
+    distributed_optimizer: Annotated[bool | None, INSTEAD] = None,
+    precision: Annotated[str | None, INSTEAD] = None,
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
 
     Without --stage, for every setup of the config that can be in the layout; the others are listed with the reason. Writes a
     certificate per train stage into the run folder; training copies it into its checkpoints.
     """
-    from megatron_specialm.base.files import write_json
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.build import build_graph
-    from megatron_specialm.graph.lineage import distinct_setups, setup_of
-    from megatron_specialm.parity import compare as run
-    from megatron_specialm.parity.case import parity_case
-    from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
+    from megatron_specialm.parity.compare import table
+    from megatron_specialm.parity.prove import NotRun, prove
 
     changes = {
         "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
@@ -48,34 +43,21 @@ def parity(
         "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
     }  # fmt: skip
     given = {field: value for field, value in changes.items() if value is not None}
-    pipeline = load(config, overrides)
-    build_graph(pipeline)
-    outcomes: list[bool] = []
-    refusals: list[str] = []
-    for name in distinct_setups(pipeline, stage):
-        try:
-            pipeline = load(config, [*(overrides or []), *(f"stages.{name}.{field}={given[field]}" for field in given)])
-            build_graph(pipeline)  # the layout must be one that the model itself can take
-            refuse_what_the_machine_lacks(pipeline, stages=[name])
-        except (ConfigError, MachineError) as error:
-            if stage is not None:
-                raise
-            refusals.append(f"{name}: not run: {error}")
+    passed: list[bool] = []
+    refused: list[NotRun] = []
+    for proof in prove(lambda more: load(config, [*(overrides or []), *more]), given, stage=stage):
+        if isinstance(proof, NotRun):
+            refused.append(proof)
             continue
-        case = parity_case(setup_of(pipeline, name))
-        outcome = run.certificate(case, run.compare(case))
-        path = run.certificate_path(Path(pipeline.root), name)
-        write_json(path, outcome)
-        console().print(run.table(name, outcome))
-        say(
-            f"{name}: {case.parallel.describe()} {'equals' if outcome['passed'] else 'DIFFERS FROM'} one process; {path}"
-        )
-        outcomes.append(outcome["passed"])
-    for refusal in refusals:
-        say(refusal)
-    if not outcomes:
-        raise ConfigError(f"{config}: none of its {len(refusals)} setups can be trained so; the reasons stand above")
-    if not all(outcomes):
+        console().print(table(proof.stage, proof.certificate))
+        verdict = "equals" if proof.passed else "DIFFERS FROM"
+        say(f"{proof.stage}: {proof.layout} {verdict} one process; {proof.path}")
+        passed.append(proof.passed)
+    for one in refused:
+        say(f"{one.stage}: not run: {one.reason}")
+    if not passed:
+        raise ConfigError(f"{config}: none of its {len(refused)} setups can be trained so; the reasons stand above")
+    if not all(passed):
         raise typer.Exit(1)
 
 
@@ -83,9 +65,9 @@ def parity(
 def tune_precision(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="This train stage alone.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Only this train stage.", show_default=False)] = None,
 ) -> None:
-    """Time each linear of a config's models in bf16 and FP8 on this GPU, and say what to set."""
+    """Time each linear of a config's models in bf16 and FP8 on this GPU, and recommend settings."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.lineage import distinct_setups
     from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
@@ -103,19 +85,19 @@ def tune_precision(
 
 @app.command()
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Look only: no matrix products, no all-reduce.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="No matrix products and no all-reduce.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Say what this machine can do, and how to get what it lacks. Exits with 1 when nothing can be trained here."""
+    """Show what this machine can do, and how to install what is missing. The exit code is 1 if it cannot train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.doctor.finding import can_train
-    from megatron_specialm.doctor.report import as_json, config, examine
+    from megatron_specialm.doctor.report import as_json, examine, render
 
     with console(stderr=True).status("Looking at this machine") if sys.stderr.isatty() else contextlib.nullcontext():
         findings = examine(quick=quick)
     if json:
         say(as_json(findings))
     else:
-        console().print(config(findings))
+        console().print(render(findings))
     if not can_train(findings):
         raise typer.Exit(1)

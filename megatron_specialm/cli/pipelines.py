@@ -8,7 +8,7 @@ import typer
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.printing import say
-from megatron_specialm.cli.app import Config, Overrides, Yes, agree, app, load
+from megatron_specialm.cli.app import Config, Keys, Only, Overrides, Until, Yes, agree, app, load, split_keys
 
 if TYPE_CHECKING:
     from megatron_specialm.config.schema import Pipeline
@@ -39,46 +39,25 @@ def check(
         ),
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for GPUs of this name, not for this machine.", show_default=False)
+        str | None, typer.Option(help="Check for GPUs of this name, not for this machine.", show_default=False)
     ] = None,
 ) -> None:
-    """Find every mistake in a config before anything runs, and say what it would train."""
-    from megatron_specialm.base.accelerator import find_accelerator
-    from megatron_specialm.base.artifacts import ARTIFACTS
+    """Find the mistakes of a config before anything runs, and show what it would train."""
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.graph.build import build_graph
-    from megatron_specialm.graph.file_hashes import find_parts, with_made_by_hint
-    from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.report.summary import memory_table, training_table
-    from megatron_specialm.run.preflight import (
-        lacks,
-        planned_machine,
-        read_first_documents,
-        refuse_too_few_documents,
-    )
-    from megatron_specialm.run.reuse import refuse_other_folders
+    from megatron_specialm.run.check import check as check_config
 
     pipeline = load(config, overrides)
-    root = Path(pipeline.root)
-    graph = build_graph(pipeline)
-    refuse_other_folders(pipeline)
-    with with_made_by_hint(pipeline.text):
-        find_parts(graph.values(), Path(pipeline.root))
-    read_first_documents(pipeline)
-    refuse_too_few_documents(pipeline)
-    machine = planned_machine(gpu) if gpu else find_accelerator()
-    # Where nothing is finished, no text need be read.
-    planned = make_plan(pipeline, root, keep_hashes=False) if (root / ARTIFACTS).is_dir() else {}
-    console().print(training_table(pipeline, machine, planned), memory_table(pipeline, machine))
-    reasons = [reason for _, reason in lacks(pipeline, machine)]
-    if gpu and reasons:
-        raise MachineError(reasons[0])
-    for reason in reasons:  # a login node has no GPU: the jobs may well have one
+    checked = check_config(pipeline, gpu=gpu)
+    console().print(training_table(pipeline, checked.machine, checked.plan), memory_table(pipeline, checked.machine))
+    if gpu and checked.lacking:
+        raise MachineError(checked.lacking[0])
+    for reason in checked.lacking:  # a login node has no GPU: the jobs may well have one
         say(f"warning: `run` would refuse on this machine: {reason}")
-    for line in redo_lines(find_redo(pipeline, planned, root)):
+    for line in redo_lines(find_redo(pipeline, checked.plan, Path(pipeline.root))):
         say(line)
-    say(f"{config}: OK, {len(pipeline.stages)} stages, {len(graph)} tasks")
+    say(f"{config}: OK, {len(pipeline.stages)} stages, {checked.tasks} tasks")
 
 
 @app.command()
@@ -87,7 +66,7 @@ def plan(
     overrides: Overrides = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="A line per task, not per stage.")] = False,
 ) -> None:
-    """Say how far each stage of a config is, what that has cost, and what is stale: why, and what making it anew costs."""
+    """Show the state and cost of a config's stages; of stale ones the reason, and the cost of repeating them."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.graph.redo import find_redo
@@ -106,18 +85,15 @@ def plan(
 def run(
     config: Config,
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone.", show_default=False)] = None,
-    until: Annotated[str | None, typer.Option(help="Run this stage and all it rests on.", show_default=False)] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(help="With --only: of its tasks these alone, as c0,c3 or a domain's name.", show_default=False),
-    ] = None,
+    only: Only = None,
+    until: Until = None,
+    keys: Keys = None,
     jobs: Annotated[
         int | None, typer.Option(help="Tasks at a time; default: GPUs, else cores / threads.", min=1)
     ] = None,
     yes: Yes = False,
 ) -> None:
-    """Do what a config's run folder still lacks, then print the table. Run again after any interruption."""
+    """Run a config's missing tasks, then print the results. After an interruption, run it again."""
     from megatron_specialm.base.environment import discover_world
     from megatron_specialm.base.lock import HANDOVER_SECONDS, hold_folder, in_job
     from megatron_specialm.base.terminal import console
@@ -145,7 +121,7 @@ def run(
             if not alone:
                 join_ranks(pipeline, world, process_status)
             adopt_unattended(root)
-            ready = prepare(pipeline, root, world, only=only, until=until, keys=keys.split(",") if keys else None)
+            ready = prepare(pipeline, root, world, only=only, until=until, keys=split_keys(keys))
             if alone:
                 refuse_live(root, ready.chosen)
             for line in redo_lines(ready.redo):
@@ -165,14 +141,13 @@ def run(
 
 def _show_results(pipeline: "Pipeline", chosen: "Mapping[TaskId, PlannedTask]", root: Path) -> None:
     from megatron_specialm.base.terminal import console
-    from megatron_specialm.report.capped import capped_warnings
-    from megatron_specialm.report.results import write_results
+    from megatron_specialm.report.results import capped_warnings, write_results
     from megatron_specialm.report.tables import rates_table, results_in_two
 
     outcome = write_results(pipeline, root)
-    if outcome["rows"]:
+    if outcome.rows:
         console().print(*results_in_two(outcome))
-    if outcome["learning_rates"]:
+    if outcome.learning_rates:
         console().print(rates_table(outcome))
     for warning in capped_warnings(pipeline, chosen, root):
         say(f"warning: {warning}")

@@ -1,10 +1,8 @@
-"""Model shapes, with their numbers of parameters and floating-point operations. No torch.
+"""Model shapes. (Their parameters and FLOPs: `estimate/`.)
 
-Legend: L layers, H hidden size, F feed-forward size, A attention heads, G query groups, D = H / A head size,
-V vocabulary, T context length.
+Legend: A attention heads, G query groups, D = hidden size / A: the head size.
 """
 
-import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -132,53 +130,3 @@ class ModelConfig(Settings):
             "fc1": (gates * self.ffn_hidden_size, self.hidden_size),
             "fc2": (self.hidden_size, self.ffn_hidden_size),
         }
-
-    def trained_parameters(self, vocabulary_size: int) -> int:
-        """The number of parameters that an optimizer step changes: all matrices of a projected model, the adapters of LoRA."""
-        sizes = self.linear_sizes()
-        if self.lora is not None:
-            return self.layers * sum(self.lora.rank * sum(sizes[name]) for name in self.lora.linears)
-        if self.projection is None:
-            return self.parameters(vocabulary_size)
-        one = self.layers * self._feed_forward_parameters()
-        shared = self.parameters(vocabulary_size) - one
-        codes = self.projection.code_size * (self.projection.experts + self.layers * self.projection.capacity)
-        return shared + self.projection.capacity * one + codes
-
-    def projection_flops(self, variants: int) -> int:
-        """FLOPs of a step of a projected network beside those of the model: `variants` experts are combined from `capacity`
-        matrices each, and gradients flow back to the matrices and to the coefficients."""
-        assert self.projection is not None
-        return 6 * variants * self.projection.capacity * self.layers * self._feed_forward_parameters()
-
-    def _feed_forward_parameters(self) -> int:
-        """Feed-forward parameters of one layer, of which a projected model has `capacity` times as many."""
-        sizes = self.linear_sizes()
-        biases = sizes["fc1"][0] + sizes["fc2"][0] if self.family == "neox" else 0
-        return math.prod(sizes["fc1"]) + math.prod(sizes["fc2"]) + biases
-
-    def parameters(self, vocabulary_size: int) -> int:
-        """The number of parameters as exported: one expert, no vocabulary padding, tied embeddings counted once."""
-        embeddings = vocabulary_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        if self.family == "llama":
-            small = (2 * self.layers + 1) * self.hidden_size
-        else:
-            per_layer = (
-                self.qkv_size + self.hidden_size + self.ffn_hidden_size + self.hidden_size + 4 * self.hidden_size
-            )
-            small = self.layers * per_layer + 2 * self.hidden_size
-        return self.linear_parameters() + embeddings + small
-
-    def forward_flops(self, vocabulary_size: int, context_length: int) -> int:
-        """FLOPs of one token's forward pass, a multiply-add being 2.
-
-        Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
-        that a causal mask leaves on average. Norms, activations and softmax are not counted, nor is recomputation, so
-        utilisation computed from it (MFU) is lower than with counts that include the masked half.
-        """
-        linears = 2 * (self.linear_parameters() + vocabulary_size * self.hidden_size)
-        return linears + 2 * self.layers * self.hidden_size * context_length
-
-    def training_flops(self, vocabulary_size: int, context_length: int) -> int:
-        """FLOPs of one token's forward and backward pass: three forward passes."""
-        return 3 * self.forward_flops(vocabulary_size, context_length)

@@ -1,4 +1,4 @@
-"""GPUs, the fused kernels that would run on them, and the computations that show it, from what child processes say."""
+"""Findings about GPUs, fused kernels and computations, from the answers of child processes."""
 
 import contextlib
 import tempfile
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.gpus import dense_peak
 from megatron_specialm.base.temporary import short_place
-from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.doctor.finding import Finding, guarded, one_line
 from megatron_specialm.doctor.machine import DRIVER_REMEDY, GIB
 from megatron_specialm.doctor.packages import PACKAGES
@@ -22,7 +22,7 @@ NCCL_REMEDY = "it comes with torch's CUDA builds (not needed on the CPU): pytorc
 
 
 def nccl_finding(torch_facts: Mapping[str, Any]) -> Finding:
-    """NCCL, as torch has it.
+    """The NCCL of torch.
 
     Raises:
         MachineError: torch cannot be used.
@@ -37,9 +37,9 @@ def nccl_finding(torch_facts: Mapping[str, Any]) -> Finding:
 def find_gpus(
     torch_facts: Mapping[str, Any], driver: Finding, environment: Mapping[str, str]
 ) -> tuple[list[str], list[Finding]]:
-    """The names of the GPUs that torch sees, and their lines."""
+    """The names of the GPUs that torch sees, and their findings."""
     seen: dict[str, Any] = {"gpus": [], "warning": torch_facts.get("detail", "it cannot be used")}
-    if torch_facts.get("cuda"):  # otherwise the answer is known without importing it again
+    if torch_facts.get("cuda"):  # otherwise the answer is known without another import
         try:
             with start_module("compute", "gpus", environment=environment) as process:
                 seen = process.wait().answer()
@@ -49,7 +49,7 @@ def find_gpus(
 
 
 def gpu_findings(seen: Mapping[str, Any], driver: Finding, environment: Mapping[str, str]) -> list[Finding]:
-    """A line per GPU, or one that says why there is none. `seen` is what `compute.gpus` returns."""
+    """A finding per GPU, or one with the reason why there is none. `seen`: the answer of `compute.gpus`."""
     if seen["gpus"]:
         return [
             Finding(
@@ -72,7 +72,7 @@ def gpu_findings(seen: Mapping[str, Any], driver: Finding, environment: Mapping[
 
 
 def fused_finding(megatron_facts: Mapping[str, Any], gpus: int) -> Finding:
-    """Whose fused layers and optimizer Megatron-Core would take.
+    """Which fused layers and optimizer Megatron-Core would use.
 
     Raises:
         MachineError: Megatron-Core cannot be imported.
@@ -85,13 +85,13 @@ def fused_finding(megatron_facts: Mapping[str, Any], gpus: int) -> Finding:
         remedy = PACKAGES["transformer-engine"].remedy
         return Finding("fused layers", "missing", source, f"Megatron-Core's own layers, {adam}", remedy)
     if gpus == 0:
-        # What it would take is kernels, and stays unused (`model/cpu.py`).
+        # Its kernels are not used on a CPU (`model/cpu.py`).
         return Finding("fused layers", "missing", "none", f"{source} is there, a GPU for it is not; Adam from torch")
     return Finding("fused layers", "ok", source, adam)
 
 
 def product_finding(name: str, outcome: Outcome, device_name: str) -> Finding:
-    """The speed of matrix products on a device, beside the peak that its maker states.
+    """The speed of matrix products on a device, compared with its dense peak.
 
     Raises:
         MachineError: the process failed, or the product is wrong.
@@ -110,7 +110,7 @@ def product_finding(name: str, outcome: Outcome, device_name: str) -> Finding:
 
 
 def all_reduce_finding(backend: str, outcomes: list[Outcome]) -> Finding:
-    """Whether the ranks' sums are right, and the slowest rank's bandwidth.
+    """Whether the ranks' sums are correct, and the slowest rank's bandwidth.
 
     Raises:
         MachineError: a process failed, or a sum is wrong.
@@ -123,7 +123,7 @@ def all_reduce_finding(backend: str, outcomes: list[Outcome]) -> Finding:
 
 
 def compute_findings(gpu_names: list[str], environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Compute on the CPU, on all GPUs at the same time as training does, and between processes."""
+    """Compute on the CPU, on all GPUs at the same time (as training does), and between processes."""
     yield from _products({"product cpu": ("cpu", "cpu")}, environment)
     devices = {f"product GPU {index}": (f"cuda:{index}", name) for index, name in enumerate(gpu_names)}
     yield from _products(devices, environment)

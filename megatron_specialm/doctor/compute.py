@@ -1,4 +1,4 @@
-"""Short computations that show whether a device works, and how fast. As a program, each in a process of its own:
+"""Short computations that show whether a device works, and how fast. As a program, each in its own process:
 
 usage: python -m megatron_specialm.doctor.compute gpus
        python -m megatron_specialm.doctor.compute product DEVICE
@@ -22,12 +22,12 @@ CORNER = 16  # rows and columns of a product that are computed again
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 GPU_BYTES, CPU_BYTES = 2**28, 2**24
 ROUNDS, WARMUP_ROUNDS = 10, 3
-PATTERN = 1021  # a prime: no chunk of a ring begins like another
+PATTERN = 1021  # a prime, so that all chunks of a ring differ
 MEETING_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def gpus() -> dict[str, Any]:
-    """What torch sees: GPUs with bytes of memory, and what it warns of."""
+    """The GPUs that torch sees, with bytes of memory, and its first warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = []
@@ -40,7 +40,7 @@ def gpus() -> dict[str, Any]:
 
 
 def product(device: torch.device) -> dict[str, Any]:
-    """Square matrix products for a moment: bf16 on a GPU, fp32 on the CPU.
+    """Square matrix products for about a second: bf16 on a GPU, fp32 on the CPU.
 
     Returns:
         flops_per_second, and whether the corner of the result agrees with the same product on the CPU.
@@ -67,7 +67,7 @@ def all_reduce(device: torch.device, *, rank: int, ranks: int, meeting: str) -> 
     """Sum a tensor over processes.
 
     Args:
-        meeting: where they meet, as torch.distributed takes it.
+        meeting: the rendezvous, as an `init_method` of torch.distributed.
 
     Returns:
         whether every element of the sum is right, and bytes per second over each process's link (bus bandwidth:

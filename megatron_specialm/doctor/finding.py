@@ -12,8 +12,8 @@ _LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one part. `detail` is one line; `remedy` says how to get a part that is not ok; without a
-    `needed` part nothing can be trained."""
+    """The state of a part of the machine. `detail` is one line; `remedy`: how to install or repair the part; without a `needed`
+    part nothing can be trained."""
 
     name: str
     state: State
@@ -24,7 +24,7 @@ class Finding:
 
 
 def guarded(name: str, probe: Callable[[], Finding], *, remedy: str = "", needed: bool = False) -> Finding:
-    """What the probe finds, or `broken` with the reason where it raises anything."""
+    """The probe's finding, or `broken` with the reason if it raises anything."""
     try:
         return replace(probe(), needed=needed)
     except SpecialmError as error:
@@ -40,6 +40,6 @@ def can_train(findings: Iterable[Finding]) -> bool:
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, cut where it is long."""
+    """A text without line breaks, cut at 200 characters."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

@@ -1,4 +1,4 @@
-"""The machine itself: interpreter, cores, memory, disk, and what commands say of driver, MPI and Slurm."""
+"""Findings about the machine: Python, cores, memory and disk; driver, MPI and Slurm from the output of their commands."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SLURM_REMEDY = "apt install slurm-client, and the cluster's slurm.conf (only on 
 
 
 def python_finding(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
-    """Whether this Python is one we run on."""
+    """Whether this Python is supported."""
     text = ".".join(map(str, version))
     if version[:2] in PYTHONS:
         return Finding("python", "ok", text)
@@ -29,14 +29,14 @@ def python_finding(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
 
 
 def cores_finding() -> Finding:
-    """Cores that this process may use, of those that the machine has."""
+    """Cores that this process may use."""
     present = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     return Finding("cores", "ok", str(usable), "" if usable == present else f"of {present} in the machine")
 
 
 def memory_finding(root: Path = Path("/")) -> Finding:
-    """The machine's memory, and the limit of our container or job where it is smaller."""
+    """The machine's memory, and the limit of the container or job if that is smaller."""
     entries = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     total, available = (int(entries[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     detail = f"{available / GIB:.1f} GiB available"
@@ -47,7 +47,7 @@ def memory_finding(root: Path = Path("/")) -> Finding:
 
 
 def _memory_limits(root: Path) -> Iterator[int]:
-    """The limits in bytes of our control group and all above it: version 2's, and version 1's."""
+    """The limits in bytes of this process's cgroup and its parents, of cgroup versions 1 and 2."""
     memberships = root / "proc/self/cgroup"
     for line in memberships.read_text().splitlines() if memberships.exists() else ():
         _, controllers, group = line.split(":", 2)
@@ -57,7 +57,7 @@ def _memory_limits(root: Path) -> Iterator[int]:
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # In a container the group may be named as the host sees it, and only the mount's own files be there.
+        # In a container the group may have the host's name, and only the root of the mount may exist.
         inside = mount / group.lstrip("/")
         for folder in (inside, *inside.parents):
             limit = folder / name
@@ -66,13 +66,13 @@ def _memory_limits(root: Path) -> Iterator[int]:
 
 
 def disk_finding(folder: Path) -> Finding:
-    """The free disk of a folder."""
+    """The free space on a folder's disk."""
     usage = shutil.disk_usage(folder)
     return Finding("disk", "ok", f"{usage.free / GIB:.1f} GiB", f"free of {usage.total / GIB:.1f} GiB, current folder")
 
 
 def driver_finding(smi: Outcome | None) -> Finding:
-    """NVIDIA's driver, from what nvidia-smi says (None: there is no such command).
+    """NVIDIA's driver, from the output of nvidia-smi (None: there is no such command).
 
     Raises:
         MachineError: nvidia-smi failed, hung, or names no driver.
@@ -95,7 +95,7 @@ def mpirun_finding(outcome: Outcome | None) -> Finding:
     """
     if outcome is None:
         return Finding("mpirun", "missing", remedy=MPI_REMEDY)
-    # `mpirun (Open MPI) 4.1.4`; Hydra's (MPICH, Intel) says `Version: 4.0.2` on its second line
+    # `mpirun (Open MPI) 4.1.4`; Hydra's (MPICH, Intel) has `Version: 4.0.2` on its second line
     name = outcome.text().partition("\n")[0].strip()
     version = re.search(r"\d+(?:\.\d+)+", outcome.text())
     return Finding("mpirun", "ok", version.group() if version else "", name)

@@ -1,18 +1,20 @@
-"""The Python packages that training needs or can use. As a program: import one and say what it is.
+"""The Python packages that training needs or can use. As a program: import one and print its version and facts.
 
 usage: python -m megatron_specialm.doctor.packages NAME
 """
 
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
-from megatron_specialm.base.packages import import_package
+from megatron_specialm.base.packages import (
+    INSTALL_TRANSFORMER_ENGINE,
+    TRANSFORMER_ENGINE,
+    import_package,
+    installed_version,
+    satisfies,
+)
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.process import Outcome, send_answer
 
@@ -38,14 +40,14 @@ def _megatron_facts(load: Import) -> dict[str, Any]:
 
 
 def _mpi_facts(load: Import) -> dict[str, Any]:
-    load("mpi4py").rc.initialize = False  # the library's name needs no MPI job, and opening one can hang
+    load("mpi4py").rc.initialize = False  # MPI_Init is not needed for the library's name, and may hang
     library = load("mpi4py.MPI").Get_library_version()
     return {"detail": "for " + library.partition(",")[0].partition("\n")[0].strip("\0 ")}
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package. `also` are modules whose import shows that it works; `facts` are more values, by an import function."""
+    """A package. `also`: modules whose import shows that it works; `facts`: a function that returns more values."""
 
     name: str
     module: str
@@ -69,8 +71,8 @@ _TABLE = (
     Package(
         "transformer-engine",
         "transformer_engine",
-        "on a GPU machine: pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'",
-        ">=2.9,<2.12",
+        f"on a GPU machine: {INSTALL_TRANSFORMER_ENGINE}",
+        TRANSFORMER_ENGINE,
         also=("transformer_engine.pytorch",),
     ),
     Package(
@@ -87,7 +89,7 @@ PACKAGES = {package.name: package for package in _TABLE}
 
 
 def describe(package: Package, load: Import = import_package) -> dict[str, Any] | None:
-    """Import a package and its working parts: its version and facts; None where it is not installed.
+    """Import a package and its modules: its version and facts; None if it is not installed.
 
     Raises:
         BaseException: whatever its import raises.
@@ -105,7 +107,7 @@ def describe(package: Package, load: Import = import_package) -> dict[str, Any] 
 
 
 def package_finding(package: Package, outcome: Outcome) -> Finding:
-    """The line of a package from what its importing process said.
+    """The finding for a package, from the outcome of the process that imported it.
 
     Raises:
         MachineError: the process failed.
@@ -114,13 +116,13 @@ def package_finding(package: Package, outcome: Outcome) -> Finding:
     if facts is None:
         return Finding(package.name, "missing", remedy=package.remedy)
     version, detail = facts["version"], facts.get("detail", "")
-    if not _fits(version, package.requirement):
+    if package.requirement and not satisfies(version, package.requirement):
         return Finding(package.name, "broken", version, f"we need {package.requirement}", package.remedy)
     return Finding(package.name, "ok", version, detail)
 
 
 def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
-    """Megatron-Core's line, with the remedy that helps where a broken package that it imports breaks it too."""
+    """Megatron-Core's finding, with another remedy if it is broken because a package that it imports is broken."""
     broken = [finding.name for finding in accelerators if finding.state == "broken"]
     if megatron.state != "broken" or not broken:
         return megatron
@@ -128,15 +130,7 @@ def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
 
 
 def _version(package: Package, module: Any) -> str:
-    try:
-        return importlib.metadata.version(package.name)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", ""))
-
-
-def _fits(version: str, requirement: str) -> bool:
-    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
-    return not requirement or Version(Version(version).base_version) in SpecifierSet(requirement)
+    return installed_version(package.name) or str(getattr(module, "__version__", ""))
 
 
 if __name__ == "__main__":

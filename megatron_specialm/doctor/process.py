@@ -1,4 +1,4 @@
-"""Processes that may crash or hang, and the parent that only reads what became of them."""
+"""Child processes that may crash or hang, with time limits."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.doctor.finding import one_line
 
 COMMAND_SECONDS = 5.0
-MODULE_SECONDS = 60.0  # torch from a cold network filesystem takes tens of seconds
+MODULE_SECONDS = 60.0  # importing torch from a network filesystem may take tens of seconds
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: `error` is empty where it succeeded, otherwise the reason in one line."""
+    """How a process ended. `error` is empty if it succeeded, otherwise the reason in one line."""
 
     output: str
     error: str = ""
 
     def text(self) -> str:
-        """What it printed.
+        """The output.
 
         Raises:
             MachineError: it failed.
@@ -37,10 +37,10 @@ class Outcome:
         return self.output.strip()
 
     def answer(self) -> Any:
-        """The value that a module of ours sent by `send_answer`.
+        """The value that a module sent by `send_answer`.
 
         Raises:
-            MachineError: it failed, was killed, hung, or ended without an answer.
+            MachineError: it failed, was killed, timed out, or sent no answer.
         """
         try:
             return json.loads(self.text())
@@ -49,10 +49,10 @@ class Outcome:
 
 
 class Process:
-    """A started command, without a shell or input; leaving the context kills what is left of it.
+    """A started command, without a shell or input; leaving the context kills it and its children.
 
-    Output goes to files, in memory where the system has them: a command that prints much does not block, one whose own
-    children keep running does not hold the reader up, and a full disk does not matter.
+    Output goes to files, in memory if the system supports that. So a command with much output does not block, the reader does
+    not wait for children of the command, and a full disk does not matter.
     """
 
     def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str], seconds: float) -> None:
@@ -82,7 +82,7 @@ class Process:
         self._errors.close()
 
     def status(self) -> int | None:
-        """The exit status; None while it runs, which ends at its time limit."""
+        """The exit status; None while it runs. At its time limit it is killed."""
         if self._popen is None:
             return 1
         if self._popen.poll() is None and time.monotonic() >= self._deadline:
@@ -91,20 +91,20 @@ class Process:
         return self._popen.poll()
 
     def kill(self) -> None:
-        """End the process and its own children, if it still runs."""
+        """Kill the process and its children, if it still runs."""
         if self._popen is not None and self._popen.poll() is None:
             os.killpg(self._popen.pid, signal.SIGKILL)
             self._popen.wait()
 
     def wait(self) -> Outcome:
-        """How it ended, at its time limit at the latest."""
+        """Wait until it ends, at its time limit at the latest."""
         while (status := self.status()) is None:
             time.sleep(0.02)
         return Outcome(_content(self._output), self._failure or _reason(status, _content(self._errors)))
 
 
 def start_command(name: str, *arguments: str, environment: Mapping[str, str]) -> Process | None:
-    """Start an external command found on the environment's PATH; None where it is not there."""
+    """Start an external command from the environment's PATH; None if it is not found."""
     path = shutil.which(name, path=environment.get("PATH", os.defpath))
     return None if path is None else Process([path, *arguments], environment=environment, seconds=COMMAND_SECONDS)
 
@@ -112,7 +112,7 @@ def start_command(name: str, *arguments: str, environment: Mapping[str, str]) ->
 def start_module(
     name: str, *arguments: str, environment: Mapping[str, str], seconds: float = MODULE_SECONDS
 ) -> Process:
-    """Start a module of this package in a Python that finds the same packages as this one."""
+    """Start a module of this package with the same Python and module search path."""
     return Process(
         [sys.executable, "-P", "-m", f"megatron_specialm.doctor.{name}", *arguments],
         environment={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -121,20 +121,20 @@ def start_module(
 
 
 def send_answer(make: Callable[[], Any]) -> None:
-    """In a started module: send the parent a value on stdout, which carries nothing else, or fail with the reason."""
+    """In a started module: send the parent a value on stdout, and nothing else, or fail with the reason."""
     answer = os.dup(1)
     os.dup2(2, 1)
-    # Ends even a process that is stuck in C code and whose parent was killed.
+    # The alarm ends a process that is stuck in C code and whose parent was killed.
     signal.alarm(int(4 * MODULE_SECONDS))
     try:
         os.write(answer, json.dumps(make()).encode())
     except BaseException as error:  # a package may well call sys.exit when it is imported
         print("\n" + one_line(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
-        os._exit(1)  # nothing may speak after the reason
+        os._exit(1)  # the reason must be the last line
 
 
 def wait_all(processes: Sequence[Process]) -> list[Outcome]:
-    """How processes that wait for each other ended. When one fails the others are killed, and only failures returned."""
+    """Wait for processes that depend on each other. When one fails the others are killed, and only failures are returned."""
     while any(process.status() is None for process in processes):
         failed = [process for process in processes if process.status()]
         if failed:

@@ -1,4 +1,4 @@
-"""All findings about a machine, in order, and the config that shows them."""
+"""All findings about a machine, in order, as a table and as JSON."""
 
 import contextlib
 import json
@@ -28,8 +28,8 @@ STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red"}
 
 
 def examine(*, quick: bool, environment: Mapping[str, str] = os.environ, folder: Path = Path()) -> list[Finding]:
-    """Find out all there is to say. `folder` is where runs would go; `quick` leaves the computations out."""
-    imported, said = _outcomes(environment)
+    """Collect all findings. `folder`: the disk for runs; `quick`: without computations."""
+    imported, outputs = _outcomes(environment)
     packages = {
         name: guarded(
             name, partial(package_finding, package, imported[name]), remedy=package.remedy, needed=package.needed
@@ -37,7 +37,7 @@ def examine(*, quick: bool, environment: Mapping[str, str] = os.environ, folder:
         for name, package in PACKAGES.items()
     }
     facts = {name: imported[name].answer() if finding.state == "ok" else {} for name, finding in packages.items()}
-    driver = guarded("CUDA driver", lambda: machine.driver_finding(said["nvidia-smi"]), remedy=machine.DRIVER_REMEDY)
+    driver = guarded("CUDA driver", lambda: machine.driver_finding(outputs["nvidia-smi"]), remedy=machine.DRIVER_REMEDY)
     names, gpus = accelerator.find_gpus(facts["torch"], driver, environment)
     return [
         guarded("python", machine.python_finding, needed=True),
@@ -48,10 +48,10 @@ def examine(*, quick: bool, environment: Mapping[str, str] = os.environ, folder:
         blame(packages["megatron-core"], (packages["transformer-engine"], packages["apex"])),
         guarded("fused layers", lambda: accelerator.fused_finding(facts["megatron-core"], len(names))),
         *(packages[name] for name in ("transformer-engine", "apex", "flash-attn", "deepspeed", "mpi4py")),
-        guarded("mpirun", lambda: machine.mpirun_finding(said["mpirun"]), remedy=machine.MPI_REMEDY),
+        guarded("mpirun", lambda: machine.mpirun_finding(outputs["mpirun"]), remedy=machine.MPI_REMEDY),
         guarded(
             "slurm",
-            lambda: machine.slurm_finding(said["sinfo"], said["srun"], said["partitions"]),
+            lambda: machine.slurm_finding(outputs["sinfo"], outputs["srun"], outputs["partitions"]),
             remedy=machine.SLURM_REMEDY,
         ),
         guarded("cores", machine.cores_finding),
@@ -62,7 +62,7 @@ def examine(*, quick: bool, environment: Mapping[str, str] = os.environ, folder:
 
 
 def _outcomes(environment: Mapping[str, str]) -> tuple[dict[str, Outcome], dict[str, Outcome | None]]:
-    """What every import and every command said. All run at once: the slowest sets the time."""
+    """The outcomes of all imports and commands, which run at the same time."""
     with contextlib.ExitStack() as stack:
         imports = {
             name: stack.enter_context(start_module("packages", name, environment=environment)) for name in PACKAGES
@@ -86,12 +86,12 @@ def as_json(findings: list[Finding]) -> str:
 
 
 def _table(*header: str) -> Table:
-    """Long words are folded, not cut."""
+    """A table that folds long words."""
     return Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
 
 
-def config(findings: list[Finding]) -> Group:
-    """The findings as a table that fits 80 columns, and below it how to get what is not ok."""
+def render(findings: list[Finding]) -> Group:
+    """The findings as a table of 80 columns or less, then the remedies, then the verdict."""
     table = _table("part", "state", "version", "")
     parts_of: dict[str, list[str]] = {}
     for finding in findings:

@@ -1,45 +1,59 @@
 """What can be trained how: the one table of engine x model x layout x precision.
 
-Each capability says when a training asks for it and which conditions it then puts. A condition that does not hold is
-refused with all numbers and the nearest value that would do. Nothing else in the project says what is allowed.
+A capability is a feature of a setup: when a setup has it, and on which conditions. A condition that does not hold is refused
+with all its numbers and the nearest value that does. Nothing else in the project decides what is allowed.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.packages import INSTALL_TRANSFORMER_ENGINE, TRANSFORMER_ENGINE, satisfies
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
-TRANSFORMER_ENGINE = ">=2.9,<2.12"  # what megatron-core 0.16 works with
 # The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
-REACH = 10_000  # values that are tried for one that would do, the nearest first
+REACH = 10_000  # values that are tried for a condition to hold, the nearest first
 USE_BF16 = "use `precision: bf16`"
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a setup cannot be trained, and a change with which it can."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.remedy}"
+
+
+@dataclass(frozen=True)
 class Condition:
-    """`holds`, or `reason` (a template over the setup `s` and the parallel settings `p`) says why not. The way out is
-    `otherwise`, or another value of `field`."""
+    """What must hold of a setup.
+
+    Attributes:
+        reason: why it is refused otherwise: a template over the setup `s`, its parallel settings `p` and its `fp8`.
+        field: a setting with which it holds at another value; the nearest is proposed.
+        remedy: a proposal, if another value of a single setting does not help.
+    """
 
     holds: Callable[[Setup], bool]
     reason: str
     field: str = ""
-    otherwise: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a feature asks of the machine, and why one does not do: the reason and the way out, or None."""
+    """What a feature needs of the machine, in words, and why a given machine does not have it."""
 
-    terms: str
-    lacks: Callable[[Setup, Accelerator], str | None]
+    needs: str
+    lacks: Callable[[Setup, Accelerator], Refusal | None]
 
 
 ANY = Machine("any", lambda _, __: None)
@@ -47,7 +61,7 @@ ANY = Machine("any", lambda _, __: None)
 
 @dataclass(frozen=True)
 class Capability:
-    """A feature, when a setup asks for it, and its conditions, also in one line; of the engines named."""
+    """A feature of the engines named: when a setup asks for it, and its conditions, also in words (`terms`)."""
 
     feature: str
     asked: Callable[[Setup], bool]
@@ -55,44 +69,49 @@ class Capability:
     machine: Machine = ANY
     conditions: tuple[Condition, ...] = ()
     engines: tuple[str, ...] = ("megatron",)
+    models: str = "neox, llama"
 
     def applies(self, setup: Setup) -> bool:
         """Whether a setup asks its engine for this."""
         return setup.parallel.engine in self.engines and self.asked(setup)
 
 
-def _lacks_fp8(setup: Setup, machine: Accelerator) -> str | None:
+def _fp8(setup: Setup) -> Fp8Config:
     assert setup.fp8 is not None
-    needed, asked = FP8_CAPABILITY[setup.fp8.recipe], f"fp8 with recipe {setup.fp8.recipe}"
+    return setup.fp8
+
+
+def _lacks_fp8(setup: Setup, machine: Accelerator) -> Refusal | None:
+    recipe = _fp8(setup).recipe
+    needed, asked = FP8_CAPABILITY[recipe], f"fp8 with recipe {recipe}"
     if machine.capability is not None and machine.capability >= needed:
         return _lacks_transformer_engine(asked, machine, USE_BF16)
     other = "recipe: tensorwise, or " if (machine.capability or (0, 0)) >= FP8_CAPABILITY["tensorwise"] else ""
-    return (
+    return Refusal(
         f"{asked} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and this machine has "
-        f"{machine.describe()}: {other}{USE_BF16}"
+        f"{machine.describe()}",
+        f"{other}{USE_BF16}",
     )
 
 
-def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> str | None:
+def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> Refusal | None:
     asked = f"context_parallel {setup.parallel.context_parallel}"
     otherwise = "set it to 1 and share the sequence with sequence_parallel"
     if machine.capability is None:
-        return f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU: {otherwise}"
+        return Refusal(f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU", otherwise)
     if setup.precision == "fp32":
-        return f"{asked} needs Transformer Engine's attention, which takes no fp32: set precision: bf16, or {otherwise}"
+        reason = f"{asked} needs Transformer Engine's attention, which takes no fp32"
+        return Refusal(reason, f"set precision: bf16, or {otherwise}")
     return _lacks_transformer_engine(asked, machine, otherwise)
 
 
-def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) -> str | None:
+def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) -> Refusal | None:
     version = machine.transformer_engine
-    # A vendor's build calls itself 2.9.0a0+git: what counts is the release that it is of.
-    if version is not None and Version(Version(version).base_version) in SpecifierSet(TRANSFORMER_ENGINE):
+    if version is not None and satisfies(version, TRANSFORMER_ENGINE):
         return None
     found = f"version {version} is installed" if version else "it is not installed"
-    return (
-        f"{asked} needs Transformer Engine {TRANSFORMER_ENGINE}, and {found}: "
-        f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}', or {otherwise}"
-    )
+    reason = f"{asked} needs Transformer Engine {TRANSFORMER_ENGINE}, and {found}"
+    return Refusal(reason, f"{INSTALL_TRANSFORMER_ENGINE}, or {otherwise}")
 
 
 def _size(name: str) -> Callable[[Setup], bool]:
@@ -217,13 +236,13 @@ TABLE = (
                 lambda s: s.parallel.pipeline_parallel == 1,
                 "distill: a teacher beside the student cannot be cut into stages, and pipeline_parallel is "
                 "{p.pipeline_parallel}",
-                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache, or set "
+                remedy="make a cache with a stage of kind `teach` and name it as distill.cache, or set "
                 "parallel.pipeline_parallel: 1",
             ),
             Condition(
                 lambda s: s.parallel.context_parallel == 1,
                 "distill: a teacher beside the student reads whole windows, and context_parallel is {p.context_parallel}",
-                otherwise="make a cache with a stage of kind `teach` and name it as distill.cache",
+                remedy="make a cache with a stage of kind `teach` and name it as distill.cache",
             ),
             Condition(
                 lambda s: _fits_tensor_parallel(s.teacher, s.parallel.tensor_parallel),
@@ -242,31 +261,45 @@ TABLE = (
         machine=Machine("GPU from Ada on, with Transformer Engine", _lacks_fp8),
         conditions=(
             Condition(
-                lambda s: s.not_for_fp8 is None,
-                f"fp8 takes sizes that are multiples of {FP8_MULTIPLE} on each process, and {{s.not_for_fp8}} is not",
-                otherwise=USE_BF16,
+                lambda s: s.misaligned_for_fp8 is None,
+                f"fp8 takes sizes that are multiples of {FP8_MULTIPLE} on each process, and {{s.misaligned_for_fp8.name}} "
+                "{s.misaligned_for_fp8.whole} / {s.misaligned_for_fp8.processes} processes is not",
+                remedy=USE_BF16,
             ),
             Condition(
                 lambda s: s.model == s.model.plain,
                 "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
                 "change",
-                otherwise=USE_BF16,
+                remedy=USE_BF16,
             ),
             Condition(
-                lambda s: max(s.bf16_layers) <= s.model.layers // s.parallel.pipeline_parallel,
-                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} must each be at "
+                lambda s: (
+                    max(_fp8(s).bf16_first_layers, _fp8(s).bf16_last_layers)
+                    <= s.model.layers // s.parallel.pipeline_parallel
+                ),
+                "fp8.bf16_first_layers {fp8.bf16_first_layers} and fp8.bf16_last_layers {fp8.bf16_last_layers} must each be at "
                 "most the layers of a pipeline stage, {s.model.layers} / {p.pipeline_parallel}",
-                otherwise="lower them",
+                remedy="lower them",
             ),
             Condition(
-                lambda s: sum(s.bf16_layers) < s.model.layers,
-                "fp8.bf16_first_layers {s.bf16_layers[0]} and fp8.bf16_last_layers {s.bf16_layers[1]} leave none of "
+                lambda s: _fp8(s).bf16_layers < s.model.layers,
+                "fp8.bf16_first_layers {fp8.bf16_first_layers} and fp8.bf16_last_layers {fp8.bf16_last_layers} leave none of "
                 "the {s.model.layers} layers in fp8",
-                otherwise=USE_BF16,
+                remedy=USE_BF16,
             ),
         ),
     ),
 )  # fmt: skip
+
+
+def violation(setup: Setup) -> Refusal | None:
+    """The first condition of a setup's features that does not hold, with the nearest value that does; None if all hold."""
+    for capability in TABLE:
+        for condition in capability.conditions if capability.asked(setup) else ():
+            if not condition.holds(setup):
+                reason = condition.reason.format(s=setup, p=setup.parallel, fp8=setup.fp8)
+                return Refusal(reason, condition.remedy or _nearest_value(condition, setup))
+    return None
 
 
 def refuse(name: str, setup: Setup) -> None:
@@ -275,28 +308,21 @@ def refuse(name: str, setup: Setup) -> None:
     Raises:
         ConfigError: naming the stage, all numbers of the condition that does not hold, and the nearest value that does.
     """
-    for capability in TABLE:
-        if capability.applies(setup):
-            for condition in capability.conditions:
-                if not condition.holds(setup):
-                    reason = condition.reason.format(s=setup, p=setup.parallel)
-                    raise ConfigError(f"stages.{name}: {reason}; {_way_out(condition, setup)}")
+    if refusal := violation(setup):
+        raise ConfigError(f"stages.{name}: {refusal.reason}; {refusal.remedy}")
 
 
-def lacking(setup: Setup, machine: Accelerator) -> str | None:
-    """Why a machine cannot run a setup, and what would do; None where it can."""
-    reasons = (row.machine.lacks(setup, machine) for row in TABLE if row.applies(setup))
-    return next((reason for reason in reasons if reason), None)
+def lacking(setup: Setup, machine: Accelerator) -> Refusal | None:
+    """Why a machine cannot run a setup, and a change with which it can; None if it can."""
+    refusals = (capability.machine.lacks(setup, machine) for capability in TABLE if capability.applies(setup))
+    return next((refusal for refusal in refusals if refusal), None)
 
 
-def _way_out(condition: Condition, setup: Setup) -> str:
-    """The value of the condition's field that is nearest to the present one and lets everything hold, if any does."""
-    if condition.otherwise:
-        return condition.otherwise
+def _nearest_value(condition: Condition, setup: Setup) -> str:
+    """The value of the condition's field, nearest to the present one, with which the condition holds, if there is any."""
     present = setup.value(condition.field)
     for value in islice(_nearest(present, below=2 * present + setup.shard), REACH):
-        candidate = setup.changed(condition.field, value)
-        if _holds(condition, candidate):
+        if _holds(condition, setup.changed({condition.field: value})):
             return f"the nearest {condition.field} that does is {value}"
     return "no other value of it would do: change the layout"
 
@@ -308,19 +334,5 @@ def _nearest(present: int, *, below: int) -> Iterator[int]:
 
 
 def _holds(condition: Condition, setup: Setup) -> bool:
-    own = TABLE[0].conditions[0]  # a way out must not break the batch
-    return condition.holds(setup) and (own.holds(setup) or condition is own)
-
-
-def rows() -> list[dict[str, str]]:
-    """The table for a reader."""
-    return [
-        {
-            "engine": ", ".join(row.engines),
-            "models": "neox, llama",
-            "feature": row.feature,
-            "machine": row.machine.terms,
-            "terms": row.terms,
-        }
-        for row in TABLE
-    ]
+    batch = TABLE[0].conditions[0]  # a proposal must not break the batch
+    return condition.holds(setup) and (batch.holds(setup) or condition is batch)

@@ -1,33 +1,39 @@
-"""Memory per process, by arithmetic: weights, gradients, optimizer's state, derived weights and activations of a layout.
+"""Memory per process, by arithmetic: weights, gradients, optimizer state, derived weights and activations of a layout.
 
 Legend: L layers, H hidden size, F feed-forward size, Q = A * D and K = G * D the widths of queries and of keys, V padded
-vocabulary, N tokens of a micro-batch on one process, t tensor parallel processes. The shares are those of Megatron-LM's
-accounting (arXiv 2205.05198), counted anew for this project's layers and fused attention.
+vocabulary, N tokens of a micro-batch on one process, t tensor parallel processes. The method is Megatron-LM's (arXiv
+2205.05198), with counts for this project's layers and fused attention.
 """
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.parallel import padded_vocabulary, split_layers
-from megatron_specialm.estimate.capabilities import refuse
+from megatron_specialm.estimate.capabilities import violation
 from megatron_specialm.estimate.setup import Setup
 
 FP32 = 4
 MOMENTS = 2 * FP32  # Adam's, per weight
 LOSS = 3 * FP32  # logits, their log-softmax and its gradient, per token and word
-# With a teacher beside the student its logits too, both distributions at the temperature, and what they are made from.
+# With a teacher beside the student: also its logits, both distributions at the temperature, and their inputs.
 DISTILLATION = 8 * FP32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `teacher` are the weights of one beside the student. `derived` are the weights that a step
-    computes from others (`model/derived.py`), and the sums of their gradients. `activations` are kept from forward to
-    backward passes; `working` is the most that one step of a backward pass needs beside them: the loss over the
-    vocabulary, a layer that is recomputed, or the gradients of derived weights on their way to the parameters."""
+    """Bytes of one process.
+
+    Attributes:
+        teacher: weights of a teacher beside the student.
+        derived: weights that a step computes from others (`model/derived.py`), and the sums of their gradients.
+        activations: kept from forward to backward passes.
+        working: the most that a part of a backward pass needs in addition: for the loss over the vocabulary, a layer that is
+            recomputed, or the gradients of derived weights.
+    """
 
     weights: int
     gradients: int
@@ -39,17 +45,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak in bytes. What the GPU's driver and the communication library take is not in it."""
+        """The peak in bytes, without the memory of the GPU's driver and of the communication library."""
         held = self.weights + self.gradients + self.optimizer + self.teacher + self.derived
         return held + self.activations + self.working
 
 
 def memory_of(setup: Setup, *, fused: bool) -> Memory:
-    """What the process that needs most needs, of all pipeline stages.
+    """The memory of the process that needs most, over all pipeline stages.
 
     Args:
         fused: the machine has Transformer Engine's layers, whose activations and norms keep less for the backward pass;
-            they are not used in fp32. (GELU keeps the same in every form: what it reads and what it returns.)
+            they are not used in fp32. (Every form of GELU keeps its input and its output.)
     """
     fused = fused and setup.precision != "fp32"
     stages = range(setup.parallel.pipeline_parallel)
@@ -64,7 +70,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
     frozen, kept_fp32 = _kept_in_fp32(setup, layers)
-    # Half-precision weights have an fp32 original, which is the optimizer's.
+    # The optimizer has an fp32 copy of half-precision weights.
     state = trained * MOMENTS + (0 if element == FP32 else (trained - kept_fp32) * FP32)
     copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
     tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
@@ -74,8 +80,8 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     activations = round(tokens * kept)
     loss = last * (DISTILLATION if setup.teacher else LOSS) * _vocabulary(setup)
     teacher = _stage_weights(replace(setup, model=setup.teacher), stage, last=last) if setup.teacher else 0
-    # Once all backward passes are done: the derived weights' gradients in the weights' precision, and of one basis. Before
-    # all forward passes: an fp32 copy of one basis.
+    # After all backward passes: the derived weights' gradients in the weights' precision, and those of one basis. Before all
+    # forward passes: an fp32 copy of one basis.
     rounded = 0 if element == FP32 else element
     alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
@@ -105,20 +111,20 @@ def _stage_weights(setup: Setup, stage: int, *, last: bool) -> int:
 
 
 def _vocabulary(setup: Setup) -> int:
-    """Words of one process, padding included."""
-    share = setup.parallel.tensor_parallel
-    return padded_vocabulary(setup.vocabulary_size, tensor_parallel=share) // share
+    """Vocabulary entries of one process, padding included."""
+    tensor = setup.parallel.tensor_parallel
+    return padded_vocabulary(setup.vocabulary_size, tensor_parallel=tensor) // tensor
 
 
 def _layer_weights(setup: Setup) -> int:
-    """Weights of one layer on one process: linears and those of their biases that are cut with them; norms, and whole
-    biases; what derived weights are computed from."""
-    model, share = setup.model, setup.parallel.tensor_parallel
+    """Weights of one layer on one process: linears with the biases that are split like them; norms and biases that are not
+    split; the weights that derived weights are computed from."""
+    model, tensor = setup.model, setup.parallel.tensor_parallel
     linears = model.linear_parameters() // model.layers
     if model.family == "llama":
-        plain = linears // share + 2 * model.hidden_size
+        plain = linears // tensor + 2 * model.hidden_size
     else:
-        plain = (linears + model.qkv_size + model.ffn_hidden_size) // share + 6 * model.hidden_size
+        plain = (linears + model.qkv_size + model.ffn_hidden_size) // tensor + 6 * model.hidden_size
     if model.projection is not None:
         capacity = model.projection.capacity
         plain += (capacity - 1) * _projected_weights(setup) + capacity * model.projection.code_size
@@ -126,11 +132,11 @@ def _layer_weights(setup: Setup) -> int:
 
 
 def _projected_weights(setup: Setup) -> int:
-    """What one expert of a projected network has of its own in a layer, on one process."""
-    model, share = setup.model, setup.parallel.tensor_parallel
+    """Weights of one expert of a projected network in a layer, on one process."""
+    model, tensor = setup.model, setup.parallel.tensor_parallel
     sizes = model.linear_sizes()
-    weights = (math.prod(sizes["fc1"]) + math.prod(sizes["fc2"])) // share
-    return weights if model.family == "llama" else weights + model.ffn_hidden_size // share + model.hidden_size
+    weights = (math.prod(sizes["fc1"]) + math.prod(sizes["fc2"])) // tensor
+    return weights if model.family == "llama" else weights + model.ffn_hidden_size // tensor + model.hidden_size
 
 
 def _largest_basis(setup: Setup) -> int:
@@ -142,19 +148,19 @@ def _largest_basis(setup: Setup) -> int:
 
 
 def _adapter_weights(setup: Setup) -> int:
-    """LoRA's two factors of a layer's linears, on one process: of each linear, one factor is cut."""
-    model, share = setup.model, setup.parallel.tensor_parallel
+    """LoRA's two factors of a layer's linears, on one process: one factor of each linear is split."""
+    model, tensor = setup.model, setup.parallel.tensor_parallel
     if model.lora is None:
         return 0
     numbers = 0
     for name in model.lora.linears:
         out, into = model.linear_sizes()[name]
-        numbers += out // share + into if name in ("qkv", "fc1") else out + into // share
+        numbers += out // tensor + into if name in ("qkv", "fc1") else out + into // tensor
     return model.lora.rank * numbers
 
 
 def _derived_weights(setup: Setup) -> int:
-    """Weights that a step computes in a layer: of all mixtures of experts that its micro-batches can be of, or of base and
+    """Weights that a step computes in a layer: for as many mixtures of experts as its micro-batches can have, or from base and
     adapters."""
     model = setup.model
     if model.projection is not None:
@@ -167,8 +173,8 @@ def _derived_weights(setup: Setup) -> int:
 
 
 def _kept_in_fp32(setup: Setup, layers: int) -> tuple[int, int]:
-    """Weights that are fp32 in a half-precision model: frozen ones, which adapters are added to, and trained ones, of
-    which weights are computed."""
+    """Weights that are fp32 in a half-precision model: frozen ones, to which adapters are added, and trained ones, from which
+    weights are computed."""
     model = setup.model
     if model.projection is not None:
         size = model.projection.code_size
@@ -179,7 +185,7 @@ def _kept_in_fp32(setup: Setup, layers: int) -> tuple[int, int]:
 
 
 def _passes_under_way(setup: Setup, stage: int) -> int:
-    """Forward passes of chunks whose backward pass is still to come, at most: 1F1B, plain or interleaved."""
+    """An upper bound of the forward passes of chunks that wait for their backward pass: 1F1B, plain or interleaved."""
     stages, chunks = setup.parallel.pipeline_parallel, setup.parallel.virtual_pipeline
     if chunks == 1:
         return stages - stage
@@ -189,14 +195,13 @@ def _passes_under_way(setup: Setup, stage: int) -> int:
 def _kept(setup: Setup, element: int, *, fused: bool) -> float:
     """Bytes per token that a layer keeps for its backward pass."""
     if setup.parallel.recompute == "full":
-        return element * setup.model.hidden_size / _position_share(setup)
+        return element * setup.model.hidden_size / _sequence_shards(setup)
     whole = _layer_activations(setup, element, fused=fused)
     return whole - (_feed_forward(setup, element, fused=fused) if setup.parallel.recompute == "selective" else 0)
 
 
 def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token of a layer's backward pass, at its widest: what is computed again, and the gradients of the
-    feed-forward part."""
+    """Peak bytes per token of a layer's backward pass: recomputed activations, and the gradients of the feed-forward part."""
     model, recompute = setup.model, setup.parallel.recompute
     wide, hidden = model.ffn_hidden_size / setup.parallel.tensor_parallel, model.hidden_size
     gradients = 2 * wide if model.family == "llama" else wide + 2 * hidden
@@ -205,47 +210,56 @@ def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
 
 
 def _layer_activations(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token: two norms; queries and keys as rotated, all three as projected, and the attention's result with
+    """Bytes per token: two norms; rotated queries and keys; projected queries, keys and values; the attention's result with
     its log-sum; the feed-forward part."""
-    model, share = setup.model, setup.parallel.tensor_parallel
+    model, tensor = setup.model, setup.parallel.tensor_parallel
     queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
     attention = element * (3 * queries + 3 * keys) + FP32 * model.attention_heads
-    return 2 * _norm(setup, element, fused=fused) + attention / share + _feed_forward(setup, element, fused=fused)
+    return 2 * _norm(setup, element, fused=fused) + attention / tensor + _feed_forward(setup, element, fused=fused)
 
 
 def _feed_forward(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token within the feed-forward part: before and after the activation. PyTorch's gated one keeps the gate
-    and its activation too."""
+    """Bytes per token in the feed-forward part: before and after the activation. PyTorch's gated activation also keeps the gate
+    and its activation."""
     parts = 2 if setup.model.family == "neox" else 3 if fused else 5
     return element * parts * setup.model.ffn_hidden_size / setup.parallel.tensor_parallel
 
 
 def _norm(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token of a norm's input and output. PyTorch's RMSNorm computes in fp32, and keeps what it has scaled
-    unless its weight is frozen."""
+    """Bytes per token of a norm's input and output. PyTorch's RMSNorm computes in fp32, and keeps the normalized input unless
+    its weight is frozen."""
     scaled = FP32 if setup.model.lora is None else 0
     parts = 2 * element if setup.model.family == "neox" or fused else FP32 + scaled + element
-    return parts * setup.model.hidden_size / _position_share(setup)
+    return parts * setup.model.hidden_size / _sequence_shards(setup)
 
 
-def _position_share(setup: Setup) -> int:
+def _sequence_shards(setup: Setup) -> int:
     return setup.parallel.tensor_parallel if setup.parallel.sequence_parallel else 1
 
 
-def smallest_change(setup: Setup, limit: int, *, fused: bool) -> str:
-    """The change of the config that makes a setup fit `limit` bytes per process and costs least: first what costs no
-    speed, then what costs some, then more processes; one change if one will do, otherwise all up to the first that does.
+@dataclass(frozen=True)
+class Change:
+    """Settings of a train stage to change, by their names in the config."""
+
+    settings: Mapping[str, Any]
+
+    def describe(self) -> str:
+        """As advice: `set micro_batch_size: 8 and parallel.recompute: full`."""
+        return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in self.settings.items())
+
+
+def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
+    """The cheapest change of the config that makes a setup fit `limit` bytes per process.
+
+    Candidates in order: settings that cost no speed, that cost some, more processes. One setting if one is enough, otherwise
+    all up to the first that is; None if all of them are not.
     """
-    changes = list(_changes(setup))
-    for one in changes:
-        if _fits(_with(setup, one), limit, fused=fused):
-            return _say(one)
-    together: dict[str, Any] = {}
-    for one in changes:
-        together |= one
-        if _fits(_with(setup, together), limit, fused=fused):
-            return _say(together)
-    return "use a smaller model, or GPUs with more memory"
+    candidates = list(_changes(setup))
+    for settings in (*candidates, *accumulate(candidates, operator.or_)):
+        changed = setup.changed(settings)
+        if violation(changed) is None and memory_of(changed, fused=fused).total <= limit:
+            return Change(settings)
+    return None
 
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -266,21 +280,3 @@ def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"parallel.tensor_parallel": parallel.tensor_parallel * size}
     for size in (2, 4, 8):
         yield {"parallel.pipeline_parallel": parallel.pipeline_parallel * size}
-
-
-def _with(setup: Setup, change: dict[str, Any]) -> Setup:
-    layout = {key.removeprefix("parallel."): value for key, value in change.items() if key.startswith("parallel.")}
-    changed = replace(setup, parallel=setup.parallel.model_copy(update=layout))
-    return replace(changed, micro_batch_size=change.get("micro_batch_size", setup.micro_batch_size))
-
-
-def _fits(setup: Setup, limit: int, *, fused: bool) -> bool:
-    try:
-        refuse("", setup)
-    except ConfigError:
-        return False
-    return memory_of(setup, fused=fused).total <= limit
-
-
-def _say(change: dict[str, Any]) -> str:
-    return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in change.items())

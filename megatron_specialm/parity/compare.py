@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from rich.table import Column, Table
 
-from megatron_specialm.base.accelerator import installed_version
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.orphans import end_with
+from megatron_specialm.base.packages import installed_version
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.checkpoint.tensor_files import TensorFiles

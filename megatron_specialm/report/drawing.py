@@ -1,7 +1,7 @@
-"""How figures look: a colour and marker per method, logarithmic axes with readable ticks, names beside their curves.
+"""The style of figures: a colour and marker per method, logarithmic axes with readable ticks, labels beside curves.
 
-matplotlib is imported where it is used, within `our_style`: the launcher imports fast without it, and nothing here needs a
-display or listens to settings of the user's own figures.
+matplotlib is imported within `our_style` only, so that the CLI starts fast. No display is needed, and the user's own matplotlib
+settings have no effect.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ STYLE: Any = {
 }  # fmt: skip
 DOTS_PER_INCH = 200
 
-# Okabe and Ito's palette less its yellow, which is too pale for lines: told apart with any colour vision, and each with a
-# marker of its own for print in grey. The paper's methods have theirs for good; others take Tol's muted ones, dashed.
+# Okabe and Ito's palette without its yellow, which is too pale for lines: distinct with any colour vision, and each with its
+# own marker for print in grey. The paper's methods have fixed colours; others take Tol's muted ones, dashed.
 _PAPER = {
     "slm": ("#0072B2", "o"), "slm-nopt": ("#555555", "s"), "slm-is": ("#D55E00", "D"), "slm-mix": ("#009E73", "^"),
     "slm-pn": ("#CC79A7", "v"), "slm-d": ("#56B4E9", "P"), "llm": ("#E69F00", "X"),
@@ -52,14 +52,14 @@ class Look:
 
     @property
     def marker_style(self) -> dict[str, Any]:
-        """The marker alone, in matplotlib's words."""
+        """The marker, as keyword arguments of matplotlib."""
         return {"marker": self.marker, "markersize": _MARKER_SIZES.get(self.marker, 4.3)}
 
 
 @dataclass(frozen=True)
 class Curve:
     """A method's points in order. `spread` (None where unknown) is the standard deviation of y over seeds; `ringed` points
-    are to be told from the others."""
+    are marked by a ring."""
 
     method: str
     x: list[float]
@@ -69,7 +69,7 @@ class Curve:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing was paid on x: such a curve has no place on a logarithmic axis, and is a horizontal line."""
+        """Whether all costs on x are zero: such a curve cannot be on a logarithmic axis, and is a horizontal line."""
         return not any(self.x)
 
     def ends(self) -> list[float]:
@@ -79,7 +79,7 @@ class Curve:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method; the paper's have the same in whatever company."""
+    """A look for each method. That of the paper's methods does not depend on which others are drawn."""
     names = sorted(methods)
     found = {method: Look(*_PAPER[method]) for method in names if method in _PAPER}
     lines: tuple[Literal["--", ":", "-."], ...] = ("--", ":", "-.")
@@ -93,11 +93,11 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 @contextlib.contextmanager
 def our_style() -> Iterator[None]:
-    """Draw with Agg and our style alone, whatever the environment says: matplotlib refuses the `MPLBACKEND` of a notebook
-    where that is not installed, and a matplotlibrc of the user's would change what is drawn.
+    """Draw with Agg and this project's style, whatever the environment is: matplotlib refuses the `MPLBACKEND` of a notebook
+    that is not installed, and a user's matplotlibrc would change the figures.
 
     Raises:
-        ConfigError: a matplotlibrc in the working directory is no text.
+        ConfigError: a matplotlibrc in the working directory is not text.
     """
     spec = importlib.util.find_spec("matplotlib")
     assert spec is not None and spec.origin is not None
@@ -106,7 +106,7 @@ def our_style() -> Iterator[None]:
     os.environ["MATPLOTLIBRC"] = str(Path(spec.origin).parent / "mpl-data" / "matplotlibrc")
     try:
         import matplotlib
-    except UnicodeDecodeError as error:  # it looks in the working directory first
+    except UnicodeDecodeError as error:  # matplotlib reads the one in the working directory first
         raise ConfigError(f"{Path('matplotlibrc').resolve()}: matplotlib cannot read it ({error}): remove it") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -166,7 +166,7 @@ def log_axis(axes: "Axes", which: Literal["x", "y"], values: Iterable[float], *,
     """A logarithmic axis around the values, with ticks at round numbers and none between.
 
     Args:
-        margin: the room on either side, as a share of the values' range.
+        margin: the space on either side, as a fraction of the values' range.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -176,7 +176,7 @@ def log_axis(axes: "Axes", which: Literal["x", "y"], values: Iterable[float], *,
     axes.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     axis = axes.xaxis if which == "x" else axes.yaxis
     ticks = round_numbers(low / room, high * room)
-    if which == "x":  # where numbers stand side by side, each needs its room
+    if which == "x":  # labels side by side need space
         ticks = apart(ticks, by=(high * room * room / low) ** 0.2)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -223,7 +223,7 @@ _LEADER = 9  # from this distance on, a line leads from the point to the label
 
 
 class Place(NamedTuple):
-    """Where a label may stand: the point it names (the `rank`-th from the curve's end), the way from there in points,
+    """A place for a label: the point that it names (the `rank`-th from the curve's end), the offset from there in points,
     and the corners of its box in pixels."""
 
     point: tuple[float, float]
@@ -235,9 +235,9 @@ class Place(NamedTuple):
 
 
 def label_curves(axes: "Axes", curves: Sequence[Curve], of: Mapping[str, Look]) -> None:
-    """Write each method's name where it covers nothing and stands nearest to its own curve.
+    """Write each method's name near its own curve, where it covers nothing.
 
-    Every point of a curve is tried, with places all around it. Limits and all other text must be set before.
+    Places around every point of the curve are tried. Axis limits and all other text must be set before.
     """
     import numpy as np
 
@@ -264,7 +264,7 @@ def label_curves(axes: "Axes", curves: Sequence[Curve], of: Mapping[str, Look]) 
 
 
 def _places(axes: "Axes", curve: Curve, size: "np.ndarray") -> Iterator[Place]:
-    """Around every point of the curve: the text's middle stands so that its edge is at the distance."""
+    """Around every point of the curve, with the text's edge at each distance."""
     import numpy as np
 
     pixels_per_point = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
@@ -283,7 +283,7 @@ def _places(axes: "Axes", curve: Curve, size: "np.ndarray") -> Iterator[Place]:
 def _badness(
     place: Place, frame: "np.ndarray", own: "np.ndarray", foreign: "np.ndarray", taken: Sequence[Place]
 ) -> float:
-    """Most of all of text over text or outside the frame, then over curves, then near others' curves, then far away."""
+    """A penalty: largest for text over text or outside the frame, then over curves, near other curves, and far away."""
     outside = max(0.0, *(frame[0] - place.low), *(place.high - frame[1]))
     overlaps = sum(bool((place.low < other.high + 2).all() and (other.low - 2 < place.high).all()) for other in taken)
     covered = _inside(place, own, room=1) + _inside(place, foreign, room=1)
@@ -322,7 +322,7 @@ def legend(
     rings: str = "",
     place: Literal["outside right center", "outside upper center"] = "outside right center",
 ) -> None:
-    """One legend beside all panels, of methods and, where they have them, of what `rings` say."""
+    """One legend beside all panels: the methods, and the meaning of `rings` if there are any."""
     from matplotlib.lines import Line2D
 
     handles = [

@@ -4,25 +4,24 @@
     domains, domains-by-size                        a panel per domain
     set-size                                        macro perplexity against the size of the specialization set
 
-Curves run through the budgets of a method: its fine-tuned stages, cheapest first. Where a figure has room for one
-budget, it is the largest. What there is nothing to draw of is left out. A ring is around what a cap on steps ended.
+A curve connects the budgets of a method: its fine-tuned stages, cheapest first. A figure for a single budget shows the
+largest. Figures without data are left out. A ring marks a fine-tuning that the cap on steps ended.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_specialm.base.files import write_text
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.report import drawing
-from megatron_specialm.report.costs import SPECIALIZATION, TASKS, total_cost
 from megatron_specialm.report.drawing import Curve, Look
-from megatron_specialm.report.rows import to_csv
+from megatron_specialm.report.rows import SPECIALIZATION, TASKS, Average, Results, Row, to_csv
 from megatron_specialm.report.tables import (
-    CAPPED_SAYS,
+    CAPPED_MEANS,
+    Scored,
     concentration_table,
     is_tuned,
     largest_budget,
@@ -35,10 +34,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Entry = Mapping[str, Any]
+Entry = Row | Average
+Cost = Callable[[Entry], float]
 
 
-def draw(results: dict[str, Any], root: Path) -> list[Path]:
+def draw(results: Results, root: Path) -> list[Path]:
     """Write all figures (PNG and SVG) and tables (Markdown and CSV) into `root/figures`; returns what was written."""
     folder = root / "figures"
     written = []
@@ -51,26 +51,26 @@ def draw(results: dict[str, Any], root: Path) -> list[Path]:
         ("selection", selection_table),
         ("learning_rates", rates_table),
     ):
-        if results[part]:
+        if entries := getattr(results, part):
             name = "results" if part == "rows" else part
             written += [folder / f"{name}.md", folder / f"{name}.csv"]
             write_text(written[-2], table(results).markdown())
-            write_text(written[-1], to_csv(results[part]))
+            write_text(written[-1], to_csv(entry.columns() for entry in entries))
     return written
 
 
-def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
-    rows = [row for row in results["rows"] if row["domain"] != GENERIC]
-    looks = drawing.looks(dict.fromkeys(row["method"] for row in rows))
-    tuned = [entry for entry in results["macro"] if is_tuned(entry)]
+def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
+    rows = [row for row in results.rows if row.domain != GENERIC]
+    looks = drawing.looks(dict.fromkeys(row.method for row in rows))
+    tuned = [entry for entry in results.macro if is_tuned(entry)]
     if tuned:
         yield from _cost_figures(tuned, looks)
-    if unsized := [row for row in rows if row["size"] is None]:
+    if unsized := [row for row in rows if row.size is None]:
         yield "domains", _domains(unsized, looks)
-    if sized := [row for row in largest_budget(rows) if row["size"] is not None and is_tuned(row)]:
-        yield "domains-by-size", _by_size(sized, looks, title=lambda row: row["base_domain"], what="perplexity")
-    if sized := [entry for entry in largest_budget(tuned) if entry["size"] is not None]:
-        yield "set-size", _by_size(sized, looks, title=lambda _: "", what="macro perplexity")
+    if sized := [row for row in largest_budget(rows) if row.size is not None and is_tuned(row)]:
+        yield "domains-by-size", _by_size(sized, looks, title=lambda row: row.base_domain, what="perplexity")
+    if averages := [entry for entry in largest_budget(tuned) if entry.size is not None]:
+        yield "set-size", _by_size(averages, looks, title=lambda _: "", what="macro perplexity")
 
 
 # --- against cost -----------------------------------------------------------------------------------------------------
@@ -78,38 +78,35 @@ def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, "Figure"]]:
 
 def _cost_figures(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Iterator[tuple[str, "Figure"]]:
     """Each kind of cost in each measure. Total cost has a panel per number of tasks."""
-    devices = " and ".join(sorted({entry["devices"] for entry in entries if entry["devices"]}))
+    devices = " and ".join(sorted({entry.devices for entry in entries if entry.devices}))
     for name, what, unit, scale in (
         ("flops", "flops", "FLOPs", 1),
         ("hours", "device_seconds", f"device-hours on {devices}", 3600),
     ):
-        columns: dict[str, dict[str, Callable[[Entry], float]]] = {
-            phase: {"": partial(_phase_cost, key=f"{phase}_{what}", scale=scale)} for phase in (GENERIC, SPECIALIZATION)
-        }
+        columns = {phase: {"": _phase_cost(phase, what, scale)} for phase in (GENERIC, SPECIALIZATION)}
         columns["total"] = {
-            f"{tasks} task{'s' if tasks > 1 else ''}": partial(_total_cost, what=what, tasks=tasks, scale=scale)
-            for tasks in TASKS
+            f"{tasks} task{'s' if tasks > 1 else ''}": _total_cost(tasks, what, scale) for tasks in TASKS
         }
         for kind, costs in columns.items():
             if any(cost(entry) for cost in costs.values() for entry in entries):
                 yield f"{kind}-cost-{name}", _against_cost(entries, looks, costs, f"{kind} training cost ({unit})")
 
 
-def _phase_cost(entry: Entry, *, key: str, scale: float) -> float:
-    return entry[key] / scale
+def _phase_cost(phase: str, what: str, scale: float) -> Cost:
+    return lambda entry: entry.cost(phase, what) / scale
 
 
-def _total_cost(entry: Entry, *, what: str, tasks: int, scale: float) -> float:
-    return total_cost(entry, what, tasks=tasks) / scale
+def _total_cost(tasks: int, what: str, scale: float) -> Cost:
+    return lambda entry: entry.total(what, tasks=tasks) / scale
 
 
 def _against_cost(
-    entries: Sequence[Entry], looks: Mapping[str, Look], costs: Mapping[str, Callable[[Entry], float]], unit: str
+    entries: Sequence[Entry], looks: Mapping[str, Look], costs: Mapping[str, Cost], unit: str
 ) -> "Figure":
     """Macro perplexity against each of the costs, for each size."""
     panels = {}
     for size, (title, cost) in itertools.product(_sizes(entries), costs.items()):
-        own = _by_method(entry for entry in entries if entry["size"] == size)
+        own = _by_method(entry for entry in entries if entry.size == size)
         name = ", ".join(filter(None, (title, "" if size is None else f"{size_name(size)} tokens")))
         panels[name] = [_curve(method, _paid(points, cost), cost) for method, points in own.items()]
     figure = _panels(panels, looks, x=unit, y="macro perplexity", same_y=len(costs) > 1)
@@ -124,8 +121,8 @@ def _against_cost(
     return figure
 
 
-def _paid(points: Sequence[Entry], cost: Callable[[Entry], float]) -> Sequence[Entry]:
-    """The points that have a place on a logarithmic axis; all of them where none has."""
+def _paid(points: Sequence[Entry], cost: Cost) -> Sequence[Entry]:
+    """The points that can be on a logarithmic axis; all of them if none can."""
     return [point for point in points if cost(point) > 0] or points
 
 
@@ -156,16 +153,16 @@ def _legend(figure: "Figure", panels: Mapping[str, Sequence[Curve]], looks: Mapp
 
 
 def _rings(panels: Mapping[str, Sequence[Curve]]) -> str:
-    """What the legend says of rings, where there are any."""
+    """The legend's text for rings; empty without any."""
     has_rings = any(any(curve.ringed) for curves in panels.values() for curve in curves)
-    return CAPPED_SAYS.replace(", ", ",\n") if has_rings else ""
+    return CAPPED_MEANS.replace(", ", ",\n") if has_rings else ""
 
 
 def _by_method(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     """The entries of each method, the cheapest first."""
     methods: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry["total_flops_1"]):
-        methods.setdefault(entry["method"], []).append(entry)
+    for entry in sorted(entries, key=lambda entry: entry.total_flops_1):
+        methods.setdefault(entry.method, []).append(entry)
     return methods
 
 
@@ -173,62 +170,66 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
     return Curve(
         method,
         [x(point) for point in points],
-        [point["perplexity"] for point in points],
-        [point.get("perplexity_sd") for point in points],
-        [bool(point.get("capped")) for point in points],
+        [point.perplexity for point in points],
+        [_deviation(point) for point in points],
+        [bool(point.capped) for point in points],
     )
+
+
+def _deviation(entry: Entry) -> float | None:
+    return entry.spread.deviation["perplexity"] if entry.spread else None
 
 
 # --- by domain and by size --------------------------------------------------------------------------------------------
 
 
-def _domains(rows: Sequence[Entry], looks: Mapping[str, Look]) -> "Figure":
+def _domains(rows: Sequence[Row], looks: Mapping[str, Look]) -> "Figure":
     """A line per method, the best at the top; before (hollow) and after fine-tuning, ringed where a cap ended it."""
-    domains = dict.fromkeys(row["domain"] for row in rows)
-    chosen = {(row["method"], row["domain"], is_tuned(row)): row for row in largest_budget(rows)}
+    domains = dict.fromkeys(row.domain for row in rows)
+    chosen = {(row.method, row.domain, is_tuned(row)): row for row in largest_budget(rows)}
     means = {
         method: _best_mean([row for (name, *_), row in chosen.items() if name == method])
-        for method in dict.fromkeys(row["method"] for row in rows)
+        for method in dict.fromkeys(row.method for row in rows)
     }
     order = sorted(means, key=lambda method: -means[method])
     height = 0.55 + 0.2 * len(order)
     lines, columns = _grid(len(domains))
-    width = 2.5 if columns > 1 else 3.6  # for the words below
+    width = 2.5 if columns > 1 else 3.6  # for the label below
     figure = drawing.new_figure(lines, columns, panel=(width, height), share_y="all")
     for axes, domain in zip(figure.axes, domains, strict=False):
         values = []
         for place, method in enumerate(order):
             states = [chosen[key] for state in (False, True) if (key := (method, domain, state)) in chosen]
             _draw_states(axes, place, states, looks[method])
-            values += [state["perplexity"] for state in states]
+            values += [state.perplexity for state in states]
         drawing.log_axis(axes, "x", values, margin=0.18)
         axes.set_title(domain)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(-0.6, len(order) - 0.4)
         axes.tick_params(axis="y", length=0)
-    says = f"\nringed: {CAPPED_SAYS}" if any(row.get("capped") for row in chosen.values()) else ""
-    figure.supxlabel(f"perplexity   (hollow: before fine-tuning, filled: after){says}", fontsize=8)
+    note = f"\nringed: {CAPPED_MEANS}" if any(row.capped for row in chosen.values()) else ""
+    figure.supxlabel(f"perplexity   (hollow: before fine-tuning, filled: after){note}", fontsize=8)
     for axes in figure.axes[len(domains) :]:
         axes.set_visible(False)
     return figure
 
 
-def _best_mean(rows: Sequence[Entry]) -> float:
-    """The mean log-likelihood of the state that a method ends in."""
-    last = [row["nll"] for row in rows if is_tuned(row)] or [row["nll"] for row in rows]
+def _best_mean(rows: Sequence[Row]) -> float:
+    """The mean negative log-likelihood of a method's last state."""
+    last = [row.nll for row in rows if is_tuned(row)] or [row.nll for row in rows]
     return sum(last) / len(last)
 
 
 def _draw_states(axes: "Axes", place: int, states: Sequence[Entry], look: Look) -> None:
-    xs = [state["perplexity"] for state in states]
+    xs = [state.perplexity for state in states]
     axes.plot(xs, [place] * len(xs), color=look.colour, linewidth=0.8)
     for state, x in zip(states, xs, strict=True):
         face = look.colour if is_tuned(state) else "white"
         axes.errorbar(
-            x, place, xerr=state.get("perplexity_sd") or None, color=look.colour, markerfacecolor=face,
+            x, place, xerr=_deviation(state) or None, color=look.colour, markerfacecolor=face,
             markeredgewidth=0.9, elinewidth=0.8, capsize=2, **look.marker_style,
         )  # fmt: skip
-        if state.get("capped"):
+        if state.capped:
             drawing.draw_ring(axes, x, place, look)
     if xs:
         axes.annotate(
@@ -238,17 +239,17 @@ def _draw_states(axes: "Axes", place: int, states: Sequence[Entry], look: Look) 
 
 
 def _by_size(
-    entries: Sequence[Entry], looks: Mapping[str, Look], *, title: Callable[[Entry], str], what: str
+    entries: Sequence[Scored], looks: Mapping[str, Look], *, title: Callable[[Scored], str], what: str
 ) -> "Figure":
     """Perplexity against the tokens of the specialization set, a panel per title."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry["size"]):
+    groups: dict[str, list[Scored]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.size or 0):
         groups.setdefault(title(entry), []).append(entry)
     panels = {}
     for name, own in groups.items():
-        methods = dict.fromkeys(entry["method"] for entry in own)
+        methods = dict.fromkeys(entry.method for entry in own)
         panels[name] = [
-            _curve(method, [entry for entry in own if entry["method"] == method], lambda entry: entry["size"])
+            _curve(method, [entry for entry in own if entry.method == method], lambda entry: entry.size or 0)
             for method in methods
         ]
     figure = _panels(panels, looks, x="training tokens of the domain", y=what)
@@ -261,8 +262,8 @@ def _by_size(
 
 
 def _sizes(entries: Iterable[Entry]) -> list[Any]:
-    """The sizes in order; None, of domains without sizes, stands last."""
-    return sorted({entry["size"] for entry in entries}, key=lambda size: (size is None, size))
+    """The sizes in order; None, of domains without sizes, is last."""
+    return sorted({entry.size for entry in entries}, key=lambda size: (size is None, size))
 
 
 def _grid(panels: int) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from megatron_specialm.base.terminal import Table
+from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.config.text import GENERIC, size_name
-from megatron_specialm.report.tables import Seeds, is_tuned, largest_budget, seeds_of
+from megatron_specialm.report.rows import Average, Results, Row, Seeds
+from megatron_specialm.report.tables import is_tuned, largest_budget
 
-# The one with the lower perplexity first (Grangier et al., arXiv 2402.01093). Of a soup against one expert, and of LoRA
-# against the whole model, the paper has no table: these two are ours.
+# The method with the lower perplexity first (Grangier et al., arXiv 2402.01093). Two orders are not in the paper: a soup
+# against one expert, and LoRA against fine-tuning all weights.
 ORDERS = (
     ("llm", "slm-d"), ("slm-d", "slm"), ("llm", "slm"), ("slm-pn", "slm"), ("slm-mix", "slm"), ("slm-is", "slm"),
     ("slm", "slm-nopt"), ("slm-pn-soup", "slm-pn"), ("llm", "llm-lora"),
@@ -19,25 +20,61 @@ Model = tuple[str, bool]  # a method, and whether it is fine-tuned
 Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
 
 
-def orders_table(results: Mapping[str, Any]) -> Table:
-    """A line per order of two methods that both are there, fine-tuned and before, and per method that has both states.
+@dataclass(frozen=True)
+class Order:
+    """Two models of which the first should have the lower perplexity.
 
-    A cell says on how many of the seeds the first has the lower perplexity, and by how many percent it differs from the
-    second's: the mean over seeds of the difference within a seed, with the least and the greatest. A method is its largest
-    budget.
+    Attributes:
+        differences: per set, the difference at each seed in percent of the second's perplexity.
+    """
+
+    label: str
+    differences: Mapping[str, list[float]]
+
+
+def find_orders(results: Results) -> list[Order]:
+    """The orders of two methods with results, fine-tuned and before, and per method with both states. Of each method the
+    largest budget is compared.
 
     Args:
-        results: of one or several seeds, not merged: as `read_runs` and `results_from_rows` give them.
+        results: of one or several seeds, not merged: from `read_runs` or `results_from_rows`.
     """
     scores = _scores(results)
     sets = list(dict.fromkeys(name for name, *_ in scores))
     methods = list(dict.fromkeys(method for _, method, _ in scores))
-    lines = []
-    for label, lower, higher in _comparisons(methods):
-        cells = [_cell(scores.get((name, *lower), {}), scores.get((name, *higher), {})) for name in sets]
-        if any(cells):
-            lines.append([label, *cells])
-    return Table("Orders: the first has the lower perplexity", ["order", *sets], lines, 1)
+    orders = [
+        Order(
+            label,
+            {name: _differences(scores.get((name, *lower), {}), scores.get((name, *higher), {})) for name in sets},
+        )
+        for label, lower, higher in _comparisons(methods)
+    ]
+    return [order for order in orders if any(order.differences.values())]
+
+
+def orders_table(results: Results) -> Table:
+    """A line per order. A cell has the number of seeds at which it holds, and the mean difference over seeds, with minimum and
+    maximum; it is empty if no seed has both models."""
+    orders = find_orders(results)
+    sets = dict.fromkeys(name for name, *_ in _scores(results))
+    columns: list[Column[Order]] = [word("order", lambda order: order.label), *map(_column, sets)]
+    return Table.of(orders, columns, title="Orders: the first has the lower perplexity")
+
+
+def _column(name: str) -> Column[Order]:
+    return number(name, lambda order: _cell(order.differences[name]))
+
+
+def _cell(differences: Sequence[float]) -> str:
+    if not differences:
+        return ""
+    held = sum(difference < 0 for difference in differences)
+    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
+    return f"{held} of {len(differences)}, {statistics.fmean(differences):+.1f}%{spread}"
+
+
+def _differences(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> list[float]:
+    return [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
 
 
 def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
@@ -48,26 +85,16 @@ def _comparisons(methods: Sequence[str]) -> Iterator[tuple[str, Model, Model]]:
         yield f"{method}: fine-tuned < not", (method, True), (method, False)
 
 
-def _scores(results: Mapping[str, Any]) -> Scores:
+def _scores(results: Results) -> Scores:
     """The perplexities of every domain, and the averages over the domains of a size."""
     scores: dict[tuple[str, str, bool], dict[Seeds, float]] = {}
-    rows = [row for row in results["rows"] if row["domain"] != GENERIC]
-    for name, entries in ((lambda row: row["domain"], rows), (_macro_name, results["macro"])):
-        for entry in largest_budget(entries):
-            of_model = scores.setdefault((name(entry), entry["method"], is_tuned(entry)), {})
-            of_model[seeds_of(entry)] = entry["perplexity"]
+    rows = largest_budget([row for row in results.rows if row.domain != GENERIC])
+    named: list[tuple[str, Row | Average]] = [(row.domain, row) for row in rows]
+    named += [(_macro_name(average), average) for average in largest_budget(results.macro)]
+    for name, entry in named:
+        scores.setdefault((name, entry.method, is_tuned(entry)), {})[entry.seeds] = entry.perplexity
     return scores
 
 
-def _macro_name(entry: Mapping[str, Any]) -> str:
-    return "macro" if entry["size"] is None else f"macro {size_name(entry['size'])}"
-
-
-def _cell(first: Mapping[Seeds, float], second: Mapping[Seeds, float]) -> str:
-    """Nothing, where no seed has both."""
-    differences = [100 * (first[seed] / second[seed] - 1) for seed in first.keys() & second.keys()]
-    if not differences:
-        return ""
-    held = sum(difference < 0 for difference in differences)
-    spread = f" ({min(differences):+.1f} to {max(differences):+.1f})" if len(differences) > 1 else ""
-    return f"{held} of {len(differences)}, {statistics.fmean(differences):+.1f}%{spread}"
+def _macro_name(average: Average) -> str:
+    return "macro" if average.size is None else f"macro {size_name(average.size)}"

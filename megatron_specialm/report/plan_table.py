@@ -1,11 +1,12 @@
-"""A plan for a reader: a line per stage that fits a screen, or a line per task."""
+"""A plan as a table: a line per stage, or a line per task."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
-from megatron_specialm.base.terminal import Table
+from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.redo import Redo, device_time
 from megatron_specialm.graph.tasks import TaskId
@@ -14,45 +15,67 @@ SHOWN_REASONS = 2  # of a stage's
 NOTE = "spent and anew (about): device time, which is wall time times processes"
 
 
+@dataclass(frozen=True)
+class _TaskRow:
+    """A task of the plan, and the device-seconds of its finished work; `anew`: about those of repeating stale work."""
+
+    planned: PlannedTask
+    redo: Redo | None
+    spent: float
+
+    @property
+    def anew(self) -> float:
+        return self.redo.anew if self.redo else 0
+
+
 def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
-    """How many tasks of each stage are in which state, what was spent on the finished ones, and why some are stale."""
-    stages: dict[str, list[TaskId]] = {}
-    for name in plan:
-        stages.setdefault(name.stage, []).append(name)
-    lines = []
-    for stage, names in stages.items():
-        states = Counter(plan[name].state for name in names)
-        because = dict.fromkeys(redo[name].reasons.by_stage() for name in names if name in redo)
-        more = f"; and {len(because) - SHOWN_REASONS} more" if len(because) > SHOWN_REASONS else ""
-        lines.append([
-            stage, ", ".join(f"{count} {state}" for state, count in states.items()),
-            "; ".join(list(because)[:SHOWN_REASONS]) + more,
-            _time(sum(_spent(plan[name], redo, root) for name in names)),
-            _time(sum(redo[name].anew for name in names if name in redo)),
-        ])  # fmt: skip
-    return Table("", ["stage", "tasks", "because", "spent", "anew"], lines, 3, NOTE, cut="because")
+    """The tasks of each stage by state, the cost of the finished ones, and why some are stale."""
+    stages: dict[str, list[_TaskRow]] = {}
+    for row in _rows(plan, redo, root):
+        stages.setdefault(row.planned.task.id.stage, []).append(row)
+    columns: list[Column[list[_TaskRow]]] = [
+        word("stage", lambda rows: rows[0].planned.task.id.stage),
+        word("tasks", _states),
+        word("because", _reasons),
+        number("spent", lambda rows: _time(sum(row.spent for row in rows))),
+        number("anew", lambda rows: _time(sum(row.anew for row in rows))),
+    ]
+    return Table.of(stages.values(), columns, note=NOTE, cut="because")
 
 
 def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
-    """Each task with its state, for whom it is paid, what it reads, and why it is stale."""
-    lines = []
+    """Each task: its state, the domain that pays for it, its inputs, and why it is stale."""
+    columns: list[Column[_TaskRow]] = [
+        word("task", lambda row: str(row.planned.task.id)),
+        word("state", lambda row: f"done in {row.planned.there}" if row.planned.there else row.planned.state),
+        word("cost is", lambda row: row.planned.task.domain or "generic"),
+        word("reads", lambda row: ", ".join(map(str, row.planned.task.inputs))),
+        word("because", lambda row: str(row.redo.reasons) if row.redo else ""),
+        number("spent", lambda row: _time(row.spent)),
+        number("anew", lambda row: _time(row.anew)),
+    ]
+    return Table.of(_rows(plan, redo, root), columns, note=NOTE)
+
+
+def _rows(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Iterator[_TaskRow]:
     for name, planned in plan.items():
-        one = redo.get(name)
-        lines.append([
-            str(name), planned.state if planned.there is None else f"done in {planned.there}",
-            planned.task.domain or "generic", ", ".join(map(str, planned.task.inputs)),
-            str(one.reasons) if one else "", _time(_spent(planned, redo, root)), _time(one.anew if one else 0),
-        ])  # fmt: skip
-    return Table("", ["task", "state", "cost is", "reads", "because", "spent", "anew"], lines, 5, NOTE)
+        if name in redo:
+            spent = redo[name].spent
+        else:
+            marker = read_marker(artifact_folder(root, *name, planned.digest)) if planned.state == "done" else None
+            spent = marker.whole_cost.device_seconds if marker is not None else 0.0
+        yield _TaskRow(planned, redo.get(name), spent)
 
 
-def _spent(planned: PlannedTask, redo: Mapping[TaskId, Redo], root: Path) -> float:
-    """Device-seconds of the finished work that the run folder has of a task."""
-    name = planned.task.id
-    if name in redo:
-        return redo[name].spent
-    marker = read_marker(artifact_folder(root, *name, planned.digest)) if planned.state == "done" else None
-    return marker.whole_cost.device_seconds if marker is not None else 0.0
+def _states(rows: Sequence[_TaskRow]) -> str:
+    states = Counter(row.planned.state for row in rows)
+    return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _reasons(rows: Sequence[_TaskRow]) -> str:
+    reasons = list(dict.fromkeys(row.redo.reasons.by_stage() for row in rows if row.redo))
+    more = f"; and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
+    return "; ".join(reasons[:SHOWN_REASONS]) + more
 
 
 def _time(seconds: float) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes
+from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes, planned_machine
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
-from megatron_specialm.base.errors import ConfigError, MachineError
+from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import HUB, read_documents
-from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.capabilities import Refusal, lacking
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.lineage import setup_of, sources, text_set, train_stages
@@ -25,10 +25,6 @@ from megatron_specialm.graph.validation import (
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
-# To plan for another machine: compute capability and GiB of memory, as the driver counts them.
-GPUS = {
-    "B200": ((10, 0), 178), "H200": ((9, 0), 140), "H100": ((9, 0), 79), "A100": ((8, 0), 79), "L40S": ((8, 9), 44),
-}  # fmt: skip
 
 
 def read_first_documents(pipeline: Pipeline) -> None:
@@ -83,18 +79,6 @@ def refuse_too_little_held_out(
             refuse_too_little(pipeline, *name, marker.values)
 
 
-def planned_machine(name: str) -> Accelerator:
-    """A machine of GPUs of that name, with Transformer Engine.
-
-    Raises:
-        ConfigError: the name is not known.
-    """
-    if name not in GPUS:
-        raise ConfigError(f"gpu {name}: not known; known are {', '.join(GPUS)}")
-    capability, gib = GPUS[name]
-    return Accelerator(name, capability, "2.9.0", gpus=8, memory_bytes=gib * GIB)
-
-
 def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str], alone: bool = True) -> None:
     """Check the train stages that are to run.
 
@@ -132,11 +116,11 @@ def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> It
     """The train stages that a machine cannot run, each with the reason in one line."""
     for name in train_stages(pipeline):
         setup = setup_of(pipeline, name)
-        if reason := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
-            yield name, f"stages.{name}: {reason}"
+        if refusal := lacking(setup, machine) or _too_large(setup, machine, alone=alone):
+            yield name, f"stages.{name}: {refusal}"
 
 
-def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> str | None:
+def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> Refusal | None:
     processes = setup.parallel.world_size if alone else 1  # on this machine, at least
     limit = int(USABLE * machine.memory_bytes) if machine.gpus else host_memory_bytes() // processes
     needed = memory_of(setup, fused=machine.has_fused_layers).total
@@ -144,4 +128,5 @@ def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> str | None
         return None
     whose = f"{machine.name} has" if machine.gpus else f"{processes} processes on this machine have"
     change = smallest_change(setup, limit, fused=machine.has_fused_layers)
-    return f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each: {change}"
+    remedy = change.describe() if change else "use a smaller model, or GPUs with more memory"
+    return Refusal(f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each", remedy)

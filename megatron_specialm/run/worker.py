@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm import __version__
-from megatron_specialm.base.accelerator import installed_version, name_of_device
+from megatron_specialm.base.accelerator import name_of_device
 from megatron_specialm.base.artifacts import (
     LABEL,
     Cost,
@@ -39,6 +39,7 @@ from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.output import lasting_output
+from megatron_specialm.base.packages import installed_version
 from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import await_word, meet

@@ -8,14 +8,15 @@ from typing import Any
 
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
 from megatron_specialm.base.counting import Count, read_count
-from megatron_specialm.base.throughput import dense_peak
+from megatron_specialm.base.gpus import dense_peak
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.yaml_file import read_yaml_file
+from megatron_specialm.estimate.flops import device_hours
 from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.report.capped import capped_warnings
-from megatron_specialm.report.summary import planned_hours, training_flops
+from megatron_specialm.report.estimates import stage_flops
+from megatron_specialm.report.results import capped_warnings
 from megatron_specialm.run.logs import last_line
 from megatron_specialm.run.progress import last_record
 from megatron_specialm.slurm.records import submission_folder
@@ -144,7 +145,7 @@ def _stage(
         trainings=tuple(_trainings(running)) if trains else (),
         counts=tuple(count for _, folder in running if (count := read_count(folder)) is not None),
         device_hours=seconds / 3600,
-        planned_hours=planned_hours(training_flops(pipeline, stage, plan), peak) if trains and peak else None,
+        planned_hours=device_hours(stage_flops(pipeline, stage, plan), peak) if trains and peak else None,
         failures=tuple(failure for failure in failures if failure is not None),
         warnings=tuple(capped_warnings(pipeline, tasks, root)),
     )

@@ -8,6 +8,8 @@ from megatron_specialm.config.schema import EvaluateStage
 from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import single_process
+from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.evaluation import score
@@ -32,6 +34,6 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     return Report(
         tokens=loss.tokens,
         slots=slots,
-        flops=slots * merged.shape.forward_flops(merged.vocabulary_size, merged.context_length),
-        values={"sets": results, "parameters": merged.shape.parameters(merged.vocabulary_size)},
+        flops=slots * forward_flops(merged.shape, merged.vocabulary_size, merged.context_length),
+        values={"sets": results, "parameters": count_parameters(merged.shape, merged.vocabulary_size)},
     )

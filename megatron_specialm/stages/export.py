@@ -26,6 +26,8 @@ from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.open import single_process
+from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, tokenizer_task, trainings
 from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
@@ -71,10 +73,11 @@ def run(stage: ExportStage, context: Context) -> Report:
     compared = min(WINDOWS_COMPARED, len(store)) * store.context_length
     return Report(
         slots=compared,
-        flops=2 * compared * shape.forward_flops(store.vocabulary_size, store.context_length),  # ours and Transformers'
+        # Ours and Transformers'.
+        flops=2 * compared * forward_flops(shape, store.vocabulary_size, store.context_length),
         values={
             "logit_difference": difference,
-            "parameters": shape.parameters(store.vocabulary_size),
+            "parameters": count_parameters(shape, store.vocabulary_size),
         },
     )
 
@@ -129,7 +132,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         finetuned=is_finetuned(pipeline, model_id.stage),
         family=shape.family,
         activation=shape.activation_name,
-        parameters=shape.parameters(store.vocabulary_size),
+        parameters=count_parameters(shape, store.vocabulary_size),
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,
         tokenizer=tokenizer,

@@ -25,6 +25,8 @@ from megatron_specialm.data.cluster_files import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import open_held_out, open_store
 from megatron_specialm.engine.open import single_process
+from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
+from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.selection import (
@@ -89,7 +91,7 @@ def run(stage: SelectStage, context: Context) -> Report:
     values: dict[str, Any] = {"choice": choice, "by": stage.by, "experts": len(keys), "criteria": summaries}
     write_json(context.folder / "selection.json", values)
     shutil.rmtree(trials, ignore_errors=True)
-    parameters = model.shape.parameters(model.vocabulary_size)
+    parameters = count_parameters(model.shape, model.vocabulary_size)
     untrained = {"steps": 0, "best_step": None, "validation_loss": None, "parameters": parameters}
     decided = spent.get(stage.by, Spent())
     return Report(
@@ -114,7 +116,7 @@ class _Experts:
         self.shape, self.flops = model.plain, 0
         self._folder = lambda key: find_final(context.artifact(stage.experts, key))
         self._network = None if model.projection is None else read_trained(self._folder(GENERIC))
-        self._price = 0 if model.projection is None else model.projection_flops(1) // 3  # its forward pass
+        self._price = 0 if model.projection is None else projection_flops(model, 1, forward_only=True)
         count = len(histogram_K)
         self._mixtures = {expert_key(cluster): one_hot(cluster, experts=count) for cluster in range(count)}
         self._mixtures["histogram"] = histogram_K
@@ -131,14 +133,14 @@ def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times
     """A forward pass of so many experts over a sample."""
     tokens = times * sum(int(batch.mask.sum()) for batch in sample)
     slots = times * sum(batch.mask.size for batch in sample)
-    return Spent(tokens, slots, slots * shape.forward_flops(store.vocabulary_size, store.context_length))
+    return Spent(tokens, slots, slots * forward_flops(shape, store.vocabulary_size, store.context_length))
 
 
 def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
     """What each criterion would cost, projections left out; of trials where the config says how an expert is tried."""
     sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
     slots = experts * min(stage.sample_windows, len(store)) * store.context_length
-    costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * shape.forward_flops(*sizes))}
+    costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * forward_flops(shape, *sizes))}
     if (trial := stage.trial) is not None:
         held_out, size = len(TokenStore.open(store.folder, "validation")), trial.micro_batch_size
         validation = -(-held_out // size) * size * store.context_length  # the last batch is filled up
@@ -147,7 +149,7 @@ def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, exper
             steps = sum(left * (until - before) for left, before, until in plan)
             slots = steps * trial.global_batch_size * store.context_length
             evaluated = trial_validations(plan, every=trial.evaluate_every) * validation
-            flops = slots * shape.training_flops(*sizes) + evaluated * shape.forward_flops(*sizes)
+            flops = slots * training_flops(shape, *sizes) + evaluated * forward_flops(shape, *sizes)
             costs[name] = Spent(round(slots * fill), slots, flops)
     return costs
 

@@ -12,6 +12,7 @@ from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.data.training_data import open_store
 from megatron_specialm.engine.open import single_process
+from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.stages.context import Context
 from megatron_specialm.train.teaching import teach
@@ -43,7 +44,7 @@ def run(stage: TeachStage, context: Context) -> Report:
     sampled = cache_format.kind == "sampled"
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if sampled else {}
     positions = len(store) * store.context_length
-    flops = positions * merged.shape.forward_flops(store.vocabulary_size, store.context_length)
+    flops = positions * forward_flops(merged.shape, store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     values = {"windows": len(store), "bytes": size, **noise}
     return Report(tokens=tokens, slots=positions, flops=flops, values=values)

@@ -32,6 +32,7 @@ from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
+from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
 from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
@@ -155,8 +156,8 @@ def run(stage: TrainStage, context: Context) -> Report:
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),
-            "parameters": shape.plain.parameters(store.vocabulary_size),
-            "trained_parameters": shape.trained_parameters(store.vocabulary_size),
+            "parameters": count_parameters(shape.plain, store.vocabulary_size),
+            "trained_parameters": count_trained_parameters(shape, store.vocabulary_size),
             "effective_sample_size": float(read.effective_sample_size),
             "max_repeats": float(read.max_repeats),
         },

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from megatron_specialm.base.control_group import ControlGroup, StopFlag, is_lost_peer
 from megatron_specialm.base.errors import CheckpointError, Stopped, TrainingError
 from megatron_specialm.base.files import MANIFEST, read_json, verify_folder
+from megatron_specialm.base.gpus import utilisation
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.base.throughput import utilisation
 from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint, open_checkpoint
 from megatron_specialm.checkpoint.pruning import remove_unusable
 from megatron_specialm.checkpoint.saving import Saver

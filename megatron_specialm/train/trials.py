@@ -22,6 +22,7 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import open_engine
+from megatron_specialm.estimate.flops import forward_flops, training_flops
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import Progress
@@ -98,8 +99,8 @@ class Trials:
 
     def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
-        flops = work.passes.trained * model.shape.training_flops(*sizes)
-        flops += work.passes.evaluated * model.shape.forward_flops(*sizes)
+        flops = work.passes.trained * training_flops(model.shape, *sizes)
+        flops += work.passes.evaluated * forward_flops(model.shape, *sizes)
         steps = progress.step - progress.skipped_steps
         slots = steps * self._trial.global_batch_size * model.context_length
         return Spent(progress.tokens, slots, flops, work.seconds)

@@ -88,9 +88,14 @@ def test_a_seed_of_trainings_costs_trainings_only(first: Path) -> None:
         markers = [read_marker(view(first / "runs" / run, stage, "law")) for run in ("first", "second")]
         assert markers[0] is not None and markers[0] == markers[1], "the digest and the cost of its making"
     merged = merge_runs([first / "runs" / run / "results.json" for run in ("first", "second")])
-    (row,) = merged["rows"]
-    assert row["seeds"] == [0, 0] and row["training_seeds"] == [0, 1] and row["perplexity_sd"] > 0
-    assert {entry["entropy_sd"] for entry in merged["concentration"]} == {None}
+    row = merged.rows[0].columns()
+    assert (
+        len(merged.rows) == 1
+        and row["seeds"] == [0, 0]
+        and row["training_seeds"] == [0, 1]
+        and row["perplexity_sd"] > 0
+    )
+    assert {entry.columns()["entropy_sd"] for entry in merged.concentration} == {None}
     assert "seeds: 0 of 12 tasks to do, in runs/second" in _run(
         first, "root=runs/second", "training_seed=1", "reuse=runs/first"
     )

@@ -109,7 +109,7 @@ def test_fp8_follows_bf16(fp8: Fp8Config) -> None:
     shape = _shallow(_preset("llm-771m"), 4)
     setup = _setup(shape, "fp8", fp8)
     if reason := lacking(setup, find_accelerator()):
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     with process_group(ALONE):
         low = _losses(setup, steps=20)
         half = _losses(_setup(shape, "bf16"), steps=20)
@@ -121,7 +121,7 @@ def test_linears_kept_in_bf16_are() -> None:
     """With a linear in FP8, its result differs from bf16's; kept out, not by a bit."""
     shape = _shallow(_preset("slm-126m"), 2)
     if reason := lacking(_setup(shape, "fp8", Fp8Config()), find_accelerator()):
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     with process_group(ALONE):
         first = {linear: _losses(_setup(shape, "fp8", Fp8Config(linears=(linear,))), steps=1)[0] for linear in LINEARS}
         half = _losses(_setup(shape, "bf16"), steps=1)[0]
@@ -133,7 +133,7 @@ def test_tune_precision_times_every_linear() -> None:
 
     setup = _setup(_preset("llm-771m"), "fp8", Fp8Config())
     if reason := lacking(setup, find_accelerator()):
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     timings = measure(setup)
     assert [timing.shape.name for timing in timings] == list(LINEARS)
     assert "set `precision:" in advice(timings)
@@ -167,7 +167,7 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
     )
     setup = _setup(shape, "bf16" if fp8 is None else "fp8", fp8)
     if reason := lacking(setup, find_accelerator()):
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     windows = np.random.default_rng(0).integers(0, VOCABULARY, (32, CONTEXT + 1))
     experts = np.arange(4).repeat(8)  # a micro-batch of each
     notes = {MIXTURE: np.eye(4, dtype=np.float32)[experts]}

@@ -12,9 +12,10 @@ from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
-from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse, rows
+from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.build import build_graph
+from megatron_specialm.report.summary import capabilities_table
 from megatron_specialm.run.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
@@ -104,7 +105,7 @@ def test_fp8_needs_its_hardware() -> None:
         (_layout(context_parallel=2), H100, "Transformer Engine's attention, which takes no fp32: set precision: bf16"),
     ):
         reason = lacking(setup, machine)
-        assert reason is not None and words in reason
+        assert reason is not None and words in str(reason)
 
 
 def test_fp8_needs_sizes_that_fit() -> None:
@@ -144,7 +145,7 @@ def test_what_the_driver_says() -> None:
 
 
 def test_the_table_for_a_reader() -> None:
-    assert [row["feature"] for row in rows()] == [capability.feature for capability in TABLE]
+    assert [line[2] for line in capabilities_table().lines] == [capability.feature for capability in TABLE]
 
 
 def test_ranks_that_the_layout_does_not_divide() -> None:

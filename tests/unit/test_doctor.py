@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.packages import TRANSFORMER_ENGINE, TRANSFORMER_ENGINE_LEAST, satisfies
 from megatron_specialm.doctor import accelerator, compute, machine
 from megatron_specialm.doctor.finding import Finding, can_train, guarded
 from megatron_specialm.doctor.packages import PACKAGES, describe, package_finding
 from megatron_specialm.doctor.process import Outcome, Process, start_command, start_module, wait_all
-from megatron_specialm.doctor.report import config
+from megatron_specialm.doctor.report import render
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -78,7 +79,7 @@ def test_a_quick_look_fits_a_terminal() -> None:
     assert outcome.stdout.splitlines()[-1].strip() == "This machine can train."
     narrow = io.StringIO()
     findings = _findings(_doctor("--quick", "--json")).values()
-    Console(file=narrow, width=80).print(config([Finding(**finding) for finding in findings]))
+    Console(file=narrow, width=80).print(render([Finding(**finding) for finding in findings]))
     lines = narrow.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) < 60
 
@@ -268,6 +269,13 @@ def test_requirements_are_those_of_the_project() -> None:
             text = package.requirement
             assert {f"{package.name}{text}"} & ours, f"{package.name}{text} is not what pyproject.toml asks for"
             assert text in package.remedy
+
+
+def test_one_range_of_transformer_engine_stands_everywhere() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["gpu"] == [f"transformer-engine[pytorch]{TRANSFORMER_ENGINE}"]
+    assert f"transformer-engine[pytorch]{TRANSFORMER_ENGINE}" in (ROOT / "docs/doctor.md").read_text()
+    assert satisfies(TRANSFORMER_ENGINE_LEAST, TRANSFORMER_ENGINE) and satisfies("2.9.0a0+git", TRANSFORMER_ENGINE)
 
 
 # Accelerators, none of which this needs

@@ -5,14 +5,15 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.report.costs import TASKS, total_cost
 from megatron_specialm.report.drawing import (
     Curve,
     Look,
@@ -25,6 +26,7 @@ from megatron_specialm.report.drawing import (
     round_numbers,
 )
 from megatron_specialm.report.figures import _figures, draw
+from megatron_specialm.report.rows import Entry, Results
 from megatron_specialm.report.seeds import merge_runs
 from megatron_specialm.report.tables import concentration_table, rates_table, results_table, selection_table
 
@@ -50,8 +52,7 @@ def invented(
     methods: tuple[str, ...] = tuple(METHODS),
     capped: tuple[str, ...] = (),
 ) -> Any:
-    """Results as `write_results` makes them, of a config with these methods and sizes; of the `capped` methods all
-    fine-tunings are."""
+    """The JSON of results of a config with these methods and sizes; of the `capped` methods all fine-tunings are."""
     rows = [
         {**row, "capped": row["method"] in capped if row["finetuned"] else None} for row in _rows(seed, sizes, methods)
     ]
@@ -83,6 +84,16 @@ def invented(
     }  # fmt: skip
 
 
+def typed(results: Any) -> Results:
+    """The same as `write_results` returns them."""
+    return TypeAdapter(Results).validate_python(results)
+
+
+def columns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """The entries as they stand in files."""
+    return [entry.columns() for entry in entries]
+
+
 def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for method in methods:
         for budget, (before, after, generic, specialization) in enumerate(METHODS[method]):
@@ -102,14 +113,15 @@ def _rows(seed: int, sizes: tuple[int | None, ...], methods: tuple[str, ...]) ->
                             "specialization_device_seconds": specialization / 4e10,
                         }  # fmt: skip
                         totals = {
-                            f"total_{what}_{tasks}": total_cost(costs, what, tasks=tasks)
+                            f"total_{what}_{tasks}": costs[f"generic_{what}"] + tasks * costs[f"specialization_{what}"]
                             for what in ("flops", "device_seconds")
-                            for tasks in TASKS
+                            for tasks in (1, 7, 50)
                         }
                         yield {
                             "method": method, "stage": f"{method}-{budget}{'-tuned' * finetuned}",
                             "domain": domain if size is None else f"{domain}-{size}", "base_domain": domain, "size": size,
-                            "finetuned": finetuned, "domain_text": None, "nll": math.log(perplexity), "perplexity": perplexity,
+                            "finetuned": finetuned, "domain_text": ("none", "fine-tuned")[finetuned],
+                            "nll": math.log(perplexity), "perplexity": perplexity,
                             "tokens_evaluated": 40_000, "learning_rate": 3e-3 if seed == 2 else 1e-3, **costs, **totals,
                             "devices": "cpu", "inference_parameters": 3_000_000, "seed": seed, "model": "m",
                         }  # fmt: skip
@@ -125,7 +137,7 @@ def _written(paths: list[Path]) -> set[str]:
 
 
 def test_figures_name_methods_and_units(tmp_path: Path) -> None:
-    paths = draw(invented(methods=FEW), tmp_path)
+    paths = draw(typed(invented(methods=FEW)), tmp_path)
     names = {*COST_FIGURES, "domains"}
     tables = {
         f"{name}.{form}"
@@ -148,7 +160,7 @@ def test_figures_name_methods_and_units(tmp_path: Path) -> None:
 
 
 def test_what_cost_nothing_is_said_to(tmp_path: Path) -> None:
-    draw(invented(methods=FEW), tmp_path)
+    draw(typed(invented(methods=FEW)), tmp_path)
     assert "slm-nopt (at no cost)" in (tmp_path / "figures" / "generic-cost-flops.svg").read_text()
 
 
@@ -157,15 +169,16 @@ CAPPED = "ended by the cap on steps,"
 
 @pytest.mark.parametrize("sizes", [(None,), (50_000, 1_000_000)])
 def test_what_the_cap_ended_is_ringed_in_every_figure(tmp_path: Path, sizes: tuple[int | None, ...]) -> None:
-    drawn = draw(invented(methods=("slm", "slm-nopt"), sizes=sizes, capped=("slm-nopt",)), tmp_path)
+    drawn = draw(typed(invented(methods=("slm", "slm-nopt"), sizes=sizes, capped=("slm-nopt",))), tmp_path)
     figures = [path for path in drawn if path.suffix == ".svg"]
     assert len(figures) >= 7 and all(CAPPED in path.read_text() for path in figures)
 
 
 def test_the_words_below_domains_are_not_cut() -> None:
-    rows = [row for row in invented(methods=FEW, capped=FEW)["rows"] if row["domain"] == "legal"]
+    results = typed(invented(methods=FEW, capped=FEW))
+    rows = [row for row in results.rows if row.domain == "legal"]
     with our_style():
-        (figure,) = (figure for name, figure in _figures({"rows": rows, "macro": []}) if name == "domains")
+        (figure,) = (figure for name, figure in _figures(replace(results, rows=rows, macro=[])) if name == "domains")
         figure.draw_without_rendering()
         (words,) = (text for text in figure.texts if CAPPED in text.get_text())
         box = words.get_window_extent()
@@ -188,7 +201,7 @@ def test_rings_stand_around_their_points() -> None:
 
 
 def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
-    names = _written(draw(invented(methods=("slm", "slm-is"), sizes=(50_000, 1_000_000)), tmp_path))
+    names = _written(draw(typed(invented(methods=("slm", "slm-is"), sizes=(50_000, 1_000_000))), tmp_path))
     assert {"set-size.svg", "domains-by-size.png"} <= names and "domains.png" not in names
     svg = (tmp_path / "figures" / "set-size.svg").read_text()
     for word in ("50k", "1m", "slm-is", "training tokens of the domain", "macro perplexity"):
@@ -197,14 +210,13 @@ def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
 
 
 def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
-    empty = {"pipeline": "arena", "rows": [], "macro": [], "concentration": [], "selection": [], "learning_rates": []}
-    assert draw(empty, tmp_path) == []
-    results = {**invented(methods=("slm",)), "selection": [], "learning_rates": [], "macro": []}
+    assert draw(Results("arena", [], [], [], [], []), tmp_path) == []
+    results = replace(typed(invented(methods=("slm",))), selection=[], learning_rates=[], macro=[])
     assert {path.stem for path in draw(results, tmp_path)} == {"domains", "results", "concentration"}
 
 
 def test_equal_results_give_equal_files(tmp_path: Path) -> None:
-    results = {**invented(methods=("slm",)), "macro": []}
+    results = replace(typed(invented(methods=("slm",))), macro=[])
     for first, second in zip(draw(results, tmp_path / "a"), draw(results, tmp_path / "b"), strict=True):
         assert first.read_bytes() == second.read_bytes()
 
@@ -249,8 +261,9 @@ def test_figures_are_the_same_in_any_environment(tmp_path: Path) -> None:
         "MATPLOTLIBRC": str(rc), "MPLCONFIGDIR": "/proc/nowhere",
     }  # fmt: skip
     program = (
-        "import json, sys; from pathlib import Path; from megatron_specialm.report.figures import draw\n"
-        "draw(json.loads(Path('results.json').read_text()), Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from megatron_specialm.report.figures import draw\n"
+        "from megatron_specialm.report.seeds import read_runs\n"
+        "draw(read_runs([Path('results.json')]), Path(sys.argv[1]))"
     )
     drawn = []
     for name, variables in (("plain", {}), ("hostile", hostile)):
@@ -274,18 +287,18 @@ def _runs(folder: Path, *results: Any) -> list[Path]:
 
 def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
     merged = merge_runs(_runs(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2))))
-    row = next(row for row in merged["rows"] if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
+    row = next(row for row in columns(merged.rows) if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
     # 91 at seed 0, and 3% more per seed: 91, 93.73, 96.46.
     assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
     assert row["seeds"] == [0, 1, 2] and "seed" not in row
     # Macro: the mean of the seeds' own averages. `legal` has an odd name and goes down where the others go up.
     at = [91 * ((1 + 0.03 * seed) ** 2 * (1 - 0.03 * seed)) ** (1 / 3) for seed in (0, 1, 2)]
     mean = sum(at) / 3
-    entry = next(entry for entry in merged["macro"] if entry["stage"] == "slm-1-tuned")
+    entry = next(entry for entry in columns(merged.macro) if entry["stage"] == "slm-1-tuned")
     assert entry["perplexity"] == pytest.approx(mean)
     assert entry["perplexity_sd"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in at) / 2))
     assert entry["generic_flops"] == 1.5e13
-    assert [entry["top_share"] for entry in merged["concentration"]] == pytest.approx([0.6] * 3)
+    assert [entry["top_share"] for entry in columns(merged.concentration)] == pytest.approx([0.6] * 3)
     assert row["learning_rate"] == "0.001, 0.003" == entry["learning_rate"]  # no mean: the seeds chose differently
     assert len(rates_table(merged).lines) == 9 and rates_table(merged).lines[1][2:4] == ["0", "yes; higher not tried"]
     assert {path.suffix for path in draw(merged, tmp_path)} == {".png", ".svg", ".md", ".csv"}
@@ -298,10 +311,10 @@ def test_what_is_capped_at_any_seed_is_marked(tmp_path: Path) -> None:
     runs = [invented(seed=seed, methods=FEW, capped=methods) for seed, methods in capped.items()]
     merged = merge_runs(_runs(tmp_path, *runs))
     for part in ("rows", "macro"):
-        found = {entry["stage"]: (entry["capped"], entry["capped_seeds"]) for entry in merged[part]}
+        found = {entry["stage"]: (entry["capped"], entry["capped_seeds"]) for entry in columns(getattr(merged, part))}
         assert found["slm-1-tuned"] == (True, [1, 2]) and found["slm-is-1-tuned"] == (False, [])
         assert found["slm-1"] == (None, [])
-    assert not any("capped" in entry for entry in merged["concentration"])
+    assert not any("capped" in entry for entry in columns(merged.concentration))
     table = results_table(merged)
     assert "93.7 ± 2.7*" in table.markdown()
     assert table.note.endswith("slm-0-tuned (seeds 1, 2), slm-1-tuned (seeds 1, 2), slm-2-tuned (seeds 1, 2)")
@@ -317,14 +330,14 @@ def _training_seed(number: int) -> Any:
 
 def test_seeds_of_trainings_are_seeds_but_not_of_clusters(tmp_path: Path) -> None:
     merged = merge_runs(_runs(tmp_path, *(_training_seed(number) for number in (2, 0, 1))))
-    row = next(row for row in merged["rows"] if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
+    row = next(row for row in columns(merged.rows) if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
     assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
     assert (
         row["seeds"] == [0, 0, 0] and row["training_seeds"] == [0, 1, 2] and not {"seed", "training_seed"} & row.keys()
     )
     # The same clusters in all: one sample, which has no spread.
-    assert {(entry["top_share"], entry["top_share_sd"]) for entry in merged["concentration"]} == {(0.5, None)}
-    assert [entry["seeds"] for entry in merged["concentration"]] == [[0]] * 3
+    assert {(entry["top_share"], entry["top_share_sd"]) for entry in columns(merged.concentration)} == {(0.5, None)}
+    assert [entry["seeds"] for entry in columns(merged.concentration)] == [[0]] * 3
     assert "±" not in concentration_table(merged).markdown()
     selection = selection_table(merged)
     assert selection.header[2] == "training seed" and [line[2] for line in selection.lines] == [
@@ -336,13 +349,13 @@ def test_seeds_of_trainings_are_seeds_but_not_of_clusters(tmp_path: Path) -> Non
         "1",
     ]
     both = merge_runs(_runs(tmp_path, invented(methods=FEW), _training_seed(1), invented(seed=1, methods=FEW)))
-    assert [entry["top_share_sd"] for entry in both["concentration"]] == pytest.approx([0.1 / math.sqrt(2)] * 3)
-    assert {tuple(row["training_seeds"]) for row in both["rows"]} == {(0, 1, 1)}
+    assert [entry["top_share_sd"] for entry in columns(both.concentration)] == pytest.approx([0.1 / math.sqrt(2)] * 3)
+    assert {tuple(row["training_seeds"]) for row in columns(both.rows)} == {(0, 1, 1)}
 
 
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
     merged = merge_runs(_runs(tmp_path, invented(seed=3, methods=("slm",))))
-    assert {row["perplexity_sd"] for row in merged["rows"]} == {None}
+    assert {row["perplexity_sd"] for row in columns(merged.rows)} == {None}
     assert "±" not in results_table(merged).markdown()
 
 
@@ -362,7 +375,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
 
 
 def test_side_tables() -> None:
-    results = invented(methods=("slm",))
+    results = typed(invented(methods=("slm",)))
     concentration, selection = concentration_table(results), selection_table(results)
     assert concentration.lines[0] == ["assignment", "legal", "64", "400", "0.50", "1.50", "4.5"]
     assert selection.lines == [

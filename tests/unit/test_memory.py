@@ -15,7 +15,7 @@ from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.objective import cross_entropy
-from megatron_specialm.estimate.memory import memory_of, smallest_change
+from megatron_specialm.estimate.memory import Change, memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
@@ -136,10 +136,13 @@ def test_fp32_is_never_computed_by_transformer_engine() -> None:
 
 def test_the_smallest_change_fits() -> None:
     needed = memory_of(LARGE, fused=True).total
-    assert smallest_change(LARGE, needed - 1, fused=True) == "set micro_batch_size: 8"
+    assert smallest_change(LARGE, needed - 1, fused=True) == Change({"micro_batch_size": 8})
     copies = replace(LARGE, parallel=ParallelConfig(data_parallel=2))
-    assert smallest_change(copies, needed - 1, fused=True) == "set parallel.distributed_optimizer: true"
+    assert smallest_change(copies, needed - 1, fused=True) == Change({"parallel.distributed_optimizer": True})
     alone = replace(LARGE, micro_batch_size=1)
     tight = memory_of(replace(alone, parallel=ParallelConfig(recompute="full")), fused=True).total
-    assert smallest_change(alone, tight, fused=True) == "set parallel.recompute: full"
-    assert smallest_change(LARGE, 2**20, fused=True) == "use a smaller model, or GPUs with more memory"
+    assert smallest_change(alone, tight, fused=True) == Change({"parallel.recompute": "full"})
+    assert smallest_change(LARGE, 2**20, fused=True) is None
+    assert Change({"micro_batch_size": 8, "parallel.recompute": "full"}).describe() == (
+        "set micro_batch_size: 8 and parallel.recompute: full"
+    )

@@ -19,7 +19,7 @@ from megatron_specialm.base import terminal
 from megatron_specialm.base.printing import log_to_stderr, printable, say
 from megatron_specialm.base.terminal import Table, console
 from megatron_specialm.doctor.finding import Finding
-from megatron_specialm.doctor.report import config as doctor_config
+from megatron_specialm.doctor.report import render as doctor_report
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.run.progress import Progress
@@ -90,7 +90,7 @@ OUTCOME: dict[str, Any] = {
         (Table(HOSTILE, [HOSTILE, "n"], [[HOSTILE, "1"]], 1, note=HOSTILE), 4),
         (_rich_table(), 5),
         (parity.table(HOSTILE, OUTCOME), 3),
-        (doctor_config([Finding(HOSTILE, "missing", HOSTILE, HOSTILE, HOSTILE, needed=True)]), 6),
+        (doctor_report([Finding(HOSTILE, "missing", HOSTILE, HOSTILE, HOSTILE, needed=True)]), 6),
     ],
     ids=["text", "styled", "group", "table", "rich table", "parity", "doctor"],
 )

@@ -26,8 +26,8 @@ from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.graph.plan import make_plan, select
 from megatron_specialm.graph.rates import at_rate, beyond, trial_of
 from megatron_specialm.graph.tasks import TaskId, ancestors
+from megatron_specialm.report.estimates import stage_flops
 from megatron_specialm.report.results import write_results
-from megatron_specialm.report.summary import training_flops
 from megatron_specialm.slurm.jobs import jobs_of
 from megatron_specialm.stages.rates import choose_rate
 from tests.contexts import make_context
@@ -183,7 +183,7 @@ def test_trials_are_charged_to_the_model_and_planned(tmp_path: Path, monkeypatch
     costs = {}
     for name, more in (("one", []), ("two", [RATES])):
         pipeline, root = declare_finished(tmp_path / name, *overrides, *more)
-        rows = {(row["stage"], row["domain"]): row for row in write_results(pipeline, root)["rows"]}
+        rows = {(row.stage, row.domain): row.columns() for row in write_results(pipeline, root).rows}
         costs[name] = rows["slm-tuned", "torch"]
         assert rows["slm", "torch"]["specialization_tokens"] == 0
     for cost, own in (("tokens", 10), ("slots", 40), ("flops", 100), ("device_seconds", 2.0)):
@@ -193,8 +193,8 @@ def test_trials_are_charged_to_the_model_and_planned(tmp_path: Path, monkeypatch
     phases = {entry["phase"] for entry in ledger if entry["task"].startswith("slm-tuned/torch.rate-")}
     assert phases == {"specialization"}
     step = setup_of(pipeline, "slm-tuned").step_flops
-    assert training_flops(_load(RATES), "slm-tuned") == 3 * 2 * 30 * step
-    assert training_flops(_load(RATES, BRIEFLY), "slm-tuned") == 3 * (30 + 16) * step
+    assert stage_flops(_load(RATES), "slm-tuned") == 3 * 2 * 30 * step
+    assert stage_flops(_load(RATES, BRIEFLY), "slm-tuned") == 3 * (30 + 16) * step
 
 
 def test_the_rate_taken_stands_in_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +207,14 @@ def test_the_rate_taken_stands_in_the_results(tmp_path: Path, monkeypatch: pytes
         values = {"learning_rate": rate, "chosen_rate": rate, "learning_rates": {"0.0005": 3.1, "0.0017": None}}
         finish_artifact(root, "slm-tuned", domain, dataclasses.replace(marker, values=values))
     results = write_results(pipeline, root)
-    rows = {row["domain"]: row["learning_rate"] for row in results["rows"] if row["stage"] == "slm-tuned"}
+    rows = {row.domain: row.learning_rate for row in results.rows if row.stage == "slm-tuned"}
     assert rows == taken
-    macro = {entry["stage"]: entry["learning_rate"] for entry in results["macro"]}
+    macro = {entry.stage: entry.learning_rate for entry in results.macro}
     assert macro == {"slm": None, "slm-tuned": "0.0005, 0.0017"}
-    assert [
-        (entry["domain"], entry["learning_rate"], entry["validation_loss"]) for entry in results["learning_rates"]
-    ] == [(domain, rate, loss) for domain in taken for rate, loss in ((0.0005, 3.1), (0.0017, None))]
-    assert {entry["untried"] for entry in results["learning_rates"]} == {"lower", "higher"}
+    assert [(entry.domain, entry.learning_rate, entry.validation_loss) for entry in results.learning_rates] == [
+        (domain, rate, loss) for domain in taken for rate, loss in ((0.0005, 3.1), (0.0017, None))
+    ]
+    assert {entry.untried for entry in results.learning_rates} == {"lower", "higher"}
 
 
 def test_a_models_ancestors_are_its_own_trials() -> None:

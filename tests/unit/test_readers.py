@@ -33,7 +33,7 @@ from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCach
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.setup import Passes
-from megatron_specialm.report.rows import NEEDED, WORDS, read_csv, to_csv
+from megatron_specialm.report.rows import read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
@@ -47,7 +47,14 @@ STATE = {"model": SHAPE.model_dump(mode="json"), "vocabulary_size": 100, "contex
 TFIDF = TfidfEncoder(kind="tfidf", dimensions=3)
 TEXTS = [f"{animal} {verb} in the {place}" for animal in ["cat", "dog", "cow"] for verb in ["sits", "runs"]
          for place in ["sun", "rain"]]  # fmt: skip
-ROW = {name: "a" if name in WORDS else 1 for name in NEEDED} | {"finetuned": True}
+COSTS = {
+    f"{phase}_{what}": 1
+    for phase in ("generic", "specialization")
+    for what in ("tokens", "flops", "device_seconds", "slots")
+}
+MODEL = {"method": "a", "stage": "slm", "size": None, "finetuned": True, "domain_text": "a", "perplexity": 2.7, "seed": 0,
+         "devices": "cpu", "inference_parameters": 1, **COSTS}  # fmt: skip
+ROW: dict[str, Any] = {**MODEL, "domain": "law", "base_domain": "law", "nll": 1}
 
 
 class Kind(NamedTuple):
@@ -143,18 +150,10 @@ def _make_registry(folder: Path) -> None:
 
 
 def _make_results(folder: Path) -> None:
-    part = {"seed": 0, "stage": "slm", "domain": "law", "size": None, "nll": 1.0, "perplexity": 2.7}
-    write_json(
-        folder / "results.json",
-        {
-            "pipeline": "p",
-            "rows": [ROW],
-            "macro": [part],
-            "concentration": [part],
-            "selection": [],
-            "learning_rates": [],
-        },
-    )
+    cluster = {"stage": "assignment", "domain": "law", "base_domain": "law", "size": None, "k": 2, "windows": 9,
+               "top_share": 0.5, "entropy": 1.0, "effective_clusters": 2.7, "seed": 0}  # fmt: skip
+    parts = {"rows": [ROW], "macro": [{**MODEL, "domains": 1}], "concentration": [cluster]}
+    write_json(folder / "results.json", {"pipeline": "p", **parts, "selection": [], "learning_rates": []})
 
 
 def _make_export(folder: Path) -> None:
@@ -358,7 +357,7 @@ def _put(array: np.ndarray, place: Any, value: Any) -> np.ndarray:
         ("lengths.bin", _bytes(0, b"\x04"), "lengths.bin: not the lengths of windows with 12 tokens"),
         ("cache.json", _text('"top-k"', '"best"'), "cache.json: kept.kind: Input should be"),
         ("cache.json", _text('"count": 2', '"count": 0'), "cache.json: kept: .*keeps at least 1 entry"),
-        ("results.json", _text('"nll": 1', '"nll": "x"'), "results.json: row 0: nll is 'x'"),
+        ("results.json", _text('"nll": 1', '"nll": "x"'), "results.json: rows.0.nll: .*number, and is 'x'"),
         ("results.json", _text('"perplexity": 2.7', '"perplexity": NaN'), "results.json: .*NaN is no number"),
         ("result.json", _text("step_0000002", "../other/step_0000002"), "result.json: names '../other/.* is no step of this"),
         ("result.json", _text('"step": 2', '"step": 3'), "result.json: names .* for step 3, which is no step of this"),

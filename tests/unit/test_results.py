@@ -17,9 +17,9 @@ from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.graph.tasks import evaluated_set, model_task
-from megatron_specialm.report.costs import total_cost
 from megatron_specialm.report.results import write_results
 from megatron_specialm.report.tables import results_table
+from tests.unit.test_figures import columns
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
@@ -61,8 +61,9 @@ def _sets(pipeline: Pipeline, key: str, number: int) -> dict[str, dict[str, floa
 def test_rows_and_costs(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     results = write_results(pipeline, root)
-    assert results == json.loads((root / "results.json").read_text())
-    rows = {(row["method"], row["domain"], row["finetuned"]): row for row in results["rows"]}
+    parts = {name: columns(own) for name, own in vars(results).items() if name != "pipeline"}
+    assert {"pipeline": pipeline.name, **parts} == json.loads((root / "results.json").read_text())
+    rows = {(row["method"], row["domain"], row["finetuned"]): row for row in columns(results.rows)}
     domain = next(iter(pipeline.text.domains))
     pretrained, tuned = rows["slm", domain, False], rows["slm", domain, True]
     assert pretrained["generic_tokens"] == 10 and pretrained["specialization_tokens"] == 0
@@ -78,13 +79,13 @@ def test_rows_and_costs(finished: tuple[Pipeline, Path]) -> None:
 def test_slots_and_fill_stand_beside_tokens(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     results = write_results(pipeline, root)
-    for row in results["rows"]:
+    for row in columns(results.rows):
         assert (row["generic_slots"], row["specialization_slots"]) == (
             4 * row["generic_tokens"],
             4 * row["specialization_tokens"],
         )
         assert row["fill"] == 0.25
-    assert {entry["fill"] for entry in results["macro"]} == {0.25}
+    assert {entry["fill"] for entry in columns(results.macro)} == {0.25}
     table = results_table(results)
     assert {line[table.header.index("fill")] for line in table.lines} == {"25%"}
     assert {entry["slots"] for entry in json.loads((root / "ledger.json").read_text())} == {40, 1000}
@@ -100,7 +101,7 @@ def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monk
         "stages.perplexity.models=[slm, early, slm-tuned]",
     )
     results = write_results(pipeline, root)
-    facts = {row["stage"]: (row["finetuned"], row["domain_text"]) for row in results["rows"]}
+    facts = {row["stage"]: (row["finetuned"], row["domain_text"]) for row in columns(results.rows)}
     assert facts == {"slm": (False, "none"), "early": (True, "mixed in"), "slm-tuned": (True, "fine-tuned")}
     table = results_table(results)
     assert [line[:2] for line in table.lines] == [["slm", "no"], ["early", "mixed in"], ["early", "yes"]]
@@ -108,13 +109,13 @@ def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monk
 
 def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    before = write_results(pipeline, root)["rows"]
+    before = columns(write_results(pipeline, root).rows)
     marker = read_marker(view(root, "slm-mix-chosen", "scipy"))
     assert marker is not None
     apart = Cost(0, 10**9, 50.0, 50.0, "cpu", 1)
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, apart=apart))
     assert read_marker(view(root, "slm-mix-chosen", "scipy")) == dataclasses.replace(marker, apart=apart)
-    assert write_results(pipeline, root)["rows"] == before
+    assert columns(write_results(pipeline, root).rows) == before
     ledger = [e for e in json.loads((root / "ledger.json").read_text()) if e["task"] == "slm-mix-chosen/scipy"]
     assert [(entry["phase"], entry["flops"]) for entry in ledger] == [("specialization", 100), ("comparison", 10**9)]
 
@@ -122,10 +123,10 @@ def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: t
 def test_macro_is_of_the_log_likelihoods(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     results = write_results(pipeline, root)
-    for entry in results["macro"]:
+    for entry in columns(results.macro):
         own = [
             row["nll"]
-            for row in results["rows"]
+            for row in columns(results.rows)
             if (row["method"], row["finetuned"]) == (entry["method"], entry["finetuned"]) and row["domain"] != "generic"
         ]
         assert len(own) == len(pipeline.text.domains)
@@ -134,9 +135,9 @@ def test_macro_is_of_the_log_likelihoods(finished: tuple[Pipeline, Path]) -> Non
 
 def test_what_rests_on_something_gone_has_no_row(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    before = write_results(pipeline, root)["rows"]
+    before = columns(write_results(pipeline, root).rows)
     shutil.rmtree(root / "artifacts/slm")
-    after = write_results(pipeline, root)["rows"]
+    after = columns(write_results(pipeline, root).rows)
     rest = {"slm-is", "slm-nopt", "slm-mix", "slm-pn", "slm-pn-soup", "llm", "llm-lora"}
     assert {row["method"] for row in before} == rest | {"slm", "slm-d"}
     assert {row["method"] for row in after} == rest
@@ -167,11 +168,11 @@ def test_what_the_cap_ended_is_marked(finished: tuple[Pipeline, Path]) -> None:
     _declare_capped(root, "llm-tuned", scipy=True)  # the teacher of slm-d, which has rows of its own
     _declare_capped(root, "slm-d", scipy=False, sklearn=False, torch=False)
     results = write_results(pipeline, root)
-    capped = {(row["stage"], row["domain"]): row["capped"] for row in results["rows"]}
+    capped = {(row["stage"], row["domain"]): row["capped"] for row in columns(results.rows)}
     assert [name for name, value in capped.items() if value] == [("slm-tuned", "scipy"), ("llm-tuned", "scipy")]
     assert capped["slm-tuned", "torch"] is False and capped["slm-d", "scipy"] is False
     assert capped["slm", "scipy"] is None and capped["slm-nopt", "scipy"] is None
-    assert {entry["stage"]: entry["capped"] for entry in results["macro"] if entry["capped"] is not None} == {
+    assert {entry["stage"]: entry["capped"] for entry in columns(results.macro) if entry["capped"] is not None} == {
         "slm-tuned": True, "llm-tuned": True, "slm-d": False,
     }  # fmt: skip
     lines = {line["stage"] + line["domain"]: line["capped"] for line in csv.DictReader((root / "results.csv").open())}
@@ -220,19 +221,20 @@ def test_commands_warn_of_the_cap(finished: tuple[Pipeline, Path], command: str)
 
 def test_total_costs(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    for row in write_results(pipeline, root)["rows"]:
+    for row in write_results(pipeline, root).rows:
+        own = row.columns()
         for what in ("flops", "device_seconds"):
             for tasks in (1, 7, 50):
-                total = row[f"generic_{what}"] + tasks * row[f"specialization_{what}"]
-                assert row[f"total_{what}_{tasks}"] == total_cost(row, what, tasks=tasks) == total
+                total = own[f"generic_{what}"] + tasks * own[f"specialization_{what}"]
+                assert own[f"total_{what}_{tasks}"] == row.total(what, tasks=tasks) == total
 
 
 def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     results = write_results(pipeline, root)
     lines = list(csv.DictReader((root / "results.csv").open()))
-    assert len(lines) == len(results["rows"]) and list(lines[0]) == list(results["rows"][0])
-    assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in results["rows"]]
+    assert len(lines) == len(results.rows) and list(lines[0]) == list(columns(results.rows)[0])
+    assert [float(line["perplexity"]) for line in lines] == [row["perplexity"] for row in columns(results.rows)]
     assert (root / "results.md").read_text() == results_table(results).markdown()
     assert "stage" not in results_table(results).header and "set size" not in results_table(results).header
 
@@ -246,8 +248,8 @@ def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline,
     results = write_results(pipeline, root)
     stages = ("assignment", "assignment-8", "assignment-4")
     sets = [(stage, name) for stage in stages for name in ("generic", *pipeline.text.domains)]
-    assert [(entry["stage"], entry["domain"]) for entry in results["concentration"]] == sets
-    assert results["selection"] == [
+    assert [(entry["stage"], entry["domain"]) for entry in columns(results.concentration)] == sets
+    assert columns(results.selection) == [
         {
             "method": "slm-mix", "stage": "slm-mix-chosen", "domain": "scipy", "base_domain": "scipy", "size": None,
             "choice": "c3", "by": "loss", "criterion": "loss", "criterion_choice": "c3", "rank": 1,
@@ -264,12 +266,12 @@ def test_sizes_and_budgets_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
         tmp_path, *sizes, f"stages.slm-longer={longer}", "stages.perplexity.models=[slm, slm-tuned, slm-longer]"
     )
     results = write_results(pipeline, root)
-    row = next(row for row in results["rows"] if row["domain"] == "torch-5k" and row["stage"] == "slm-longer")
+    row = next(row for row in columns(results.rows) if row["domain"] == "torch-5k" and row["stage"] == "slm-longer")
     assert (row["method"], row["base_domain"], row["size"]) == ("slm", "torch", 5000)
-    tuned = [(entry["stage"], entry["size"]) for entry in results["macro"] if entry["finetuned"]]
+    tuned = [(entry["stage"], entry["size"]) for entry in columns(results.macro) if entry["finetuned"]]
     assert tuned == [(stage, size) for stage in ("slm-tuned", "slm-longer") for size in (1000, 5000)]
-    for entry in results["macro"]:
-        own = [row for row in results["rows"] if (row["stage"], row["size"]) == (entry["stage"], entry["size"])]
+    for entry in columns(results.macro):
+        own = [row for row in columns(results.rows) if (row["stage"], row["size"]) == (entry["stage"], entry["size"])]
         own = [row for row in own if row["domain"] != "generic"]
         assert [row["base_domain"] for row in own] == ["scipy", "sklearn", "torch"]
         assert entry["perplexity"] == pytest.approx(math.exp(sum(row["nll"] for row in own) / 3))

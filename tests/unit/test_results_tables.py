@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from megatron_specialm.cli import app
 from megatron_specialm.report.costs import COSTS, COUNTS
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows, write_results
-from megatron_specialm.report.rows import read_csv, to_csv
+from megatron_specialm.report.rows import Cost, Results, Row, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds
 from tests.conftest import ROOT
+from tests.unit.test_figures import columns
 from tests.unit.test_results import SMOKE, declare_finished
 
 CSV = Path("docs/results/quickstart.csv")
@@ -42,42 +44,52 @@ def test_the_documentation_has_the_numbers_of_the_csv_file(monkeypatch: pytest.M
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def made_up(perplexities: Mapping[str, Mapping[str, float]], *, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
+def made_up(perplexities: Mapping[str, Mapping[str, float]], *, seed: int = 0, **more: Any) -> list[Row]:
     """The rows of one seed: of stages named as the method, with `-tuned` behind where they are."""
     counts = {
         f"{phase}_{what}": 40 for phase in ("generic", "specialization") for what in dict.fromkeys((*COSTS, *COUNTS))
     }
     return [
-        {
+        Row(**{
             "method": stage.removesuffix("-tuned"), "stage": stage, "domain": domain, "base_domain": domain, "size": None,
             "finetuned": stage.endswith("-tuned"), "domain_text": "none", "nll": math.log(value), "perplexity": value,
-            **counts, "total_flops_1": 80, "fill": 1.0, "devices": "cpu", "inference_parameters": 7, "seed": seed,
-            "model": f"{stage}/{domain}", **more,
-        }
+            **counts, "devices": "cpu", "inference_parameters": 7, "seed": seed, "model": f"{stage}/{domain}", **more,
+        })
         for stage, of_domains in perplexities.items()
         for domain, value in of_domains.items()
     ]  # fmt: skip
 
 
-def _run_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    parts: dict[str, Any] = {key: [] for key in ("macro", "concentration", "selection", "learning_rates")}
-    results = {"pipeline": "p", "rows": rows, **parts}
+def _csv(rows: list[Row]) -> str:
+    return to_csv(row.columns() for row in rows)
+
+
+def _run_folder(folder: Path, rows: list[Row]) -> Path:
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(results))
+    Results("p", rows, [], [], [], []).write(folder / "results.json")
     return folder
 
 
 def test_rows_come_back_from_csv(tmp_path: Path) -> None:
-    """Numbers, truth values, None and words as they were; columns that are not known yet, too; a domain named by a number."""
-    rows = made_up({"slm": {"legal": 12.5}, "slm-tuned": {"1984": 10.0}}, capped=None, training_seed=3)
-    rows[1] |= {"capped": True, "learning_rate": 0.0017}
-    (tmp_path / "rows.csv").write_text(to_csv(rows))
-    assert read_csv(tmp_path / "rows.csv") == [{**rows[0], "learning_rate": None}, rows[1]]
+    """Numbers, truth values, None and words as they were; a domain named by a number. Columns that are not known yet are passed
+    over, and those that a file lacks are None, or follow from others."""
+    rows = made_up({"slm": {"legal": 12.5}, "slm-tuned": {"1984": 10.0}}, training_seed=3)
+    rows[1] = replace(rows[1], capped=True, learning_rate=0.0017)
+    (tmp_path / "rows.csv").write_text(_csv(rows))
+    assert read_csv(tmp_path / "rows.csv") == rows
+    later = [{**row.columns(), "of_later": 7} for row in rows]
+    (tmp_path / "rows.csv").write_text(to_csv(later))
+    assert read_csv(tmp_path / "rows.csv") == rows
+    absent = ("learning_rate", "capped", "total_flops_7", "fill", "training_seed")
+    (tmp_path / "rows.csv").write_text(to_csv({k: v for k, v in row.items() if k not in absent} for row in later))
+    for row, again in zip(rows, read_csv(tmp_path / "rows.csv"), strict=True):
+        assert again == replace(row, capped=None, learning_rate=None, training_seed=0)
+        assert again.total_flops_7 == 40 + 7 * 40 and again.fill == 1.0
 
 
 def test_a_file_that_is_no_results(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    whole = to_csv(made_up({"slm": {"legal": 12.5}}))
+    whole = _csv(made_up({"slm": {"legal": 12.5}}))
     for text, says in (
         ("", "not the CSV file of some results"),
         (whole.replace("nll,perplexity", "nll,ppl"), "its first line lacks perplexity"),
@@ -97,11 +109,11 @@ def test_averages_from_rows_are_those_of_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     pipeline, root = declare_finished(tmp_path, "text.domains.torch.sizes=[1000, 5000]")
     results = write_results(pipeline, root)
-    assert len(results["macro"]) > 20 and results_from_rows(results["rows"])["macro"] == results["macro"]
+    assert len(results.macro) > 20 and results_from_rows(results.rows).macro == results.macro
     write_csv([root], tmp_path / "rows.csv")
-    again = results_from_rows(read_csv(tmp_path / "rows.csv"))["macro"]
-    assert [entry["perplexity"] for entry in again] == pytest.approx(
-        [entry["perplexity"] for entry in results["macro"]], rel=1e-4
+    again = results_from_rows(read_csv(tmp_path / "rows.csv")).macro
+    assert [entry.perplexity for entry in again] == pytest.approx(
+        [entry.perplexity for entry in results.macro], rel=1e-4
     )
     assert str(tmp_path) not in (tmp_path / "rows.csv").read_text()
 
@@ -113,7 +125,7 @@ def test_runs_become_one_file_in_the_order_of_their_seeds(tmp_path: Path) -> Non
     folders = [_run_folder(tmp_path / str(seed), made_up(levels, seed=seed)) for seed in (2, 0, 1)]
     write_csv(folders, tmp_path / "new" / "rows.csv")
     rows = read_csv(tmp_path / "new" / "rows.csv")
-    assert [row["seed"] for row in rows] == [0, 0, 1, 1, 2, 2] and rows[0]["perplexity"] == 12.3457
+    assert [row.seed for row in rows] == [0, 0, 1, 1, 2, 2] and rows[0].perplexity == 12.3457
     _run_folder(tmp_path / "3", made_up({"slm": {"legal": 10.0}}, seed=3))
     with pytest.raises(ArtifactError, match="3: has no result of slm on law"):
         write_csv([*folders, tmp_path / "3"], tmp_path / "rows.csv")
@@ -131,12 +143,30 @@ def test_seeds_become_mean_and_deviation(key: str) -> None:
         for row in made_up({"slm": {"legal": value, "law": 100.0}}, **{key: number})
     ]
     merged = merge_seeds(results_from_rows(rows))
-    assert [(row["domain"], row["perplexity"], row["perplexity_sd"]) for row in merged["rows"]] == [
+    assert [(row["domain"], row["perplexity"], row["perplexity_sd"]) for row in columns(merged.rows)] == [
         ("legal", 110.0, 10.0), ("law", 100.0, 0.0),
     ]  # fmt: skip
-    (macro,) = merged["macro"]
+    (macro,) = columns(merged.macro)
     assert macro["perplexity"] == pytest.approx(sum(math.sqrt(100 * value) for value in (100, 110, 120)) / 3)
     assert macro[f"{key}s"] == [0, 1, 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wider(Row):
+    joules: Cost = 0
+
+
+def test_a_new_column_is_a_field() -> None:
+    """In files and over seeds, with no change but the field and its value."""
+    rows = [_Wider(**_given(row), joules=10 * (number + 1)) for number in range(2) for row in made_up(
+        {"slm": {"legal": 100.0}}, seed=number)]  # fmt: skip
+    assert _csv(rows).splitlines()[0].endswith(",model,joules") and _csv(rows).splitlines()[2].endswith(",slm/legal,20")
+    (merged,) = columns(merge_seeds(results_from_rows(rows)).rows)
+    assert merged["joules"] == 15.0 and "joules_sd" not in merged
+
+
+def _given(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.columns().items() if name != "fill"}
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
@@ -150,7 +180,7 @@ def test_orders_hold_on_so_many_seeds_and_by_so_much() -> None:
         *made_up({"slm": {"legal": 125}}),
     ]
     pn = ["1 of 2, -2.5% (-10.0 to +5.0)", "1 of 2, -37.5% (-75.0 to +0.0)", "2 of 2, -26.9% (-48.8 to -5.1)"]
-    smaller = {**rows[0], "stage": "slm-short-tuned", "perplexity": 1.0, "total_flops_1": 79}
+    smaller = replace(rows[0], stage="slm-short-tuned", perplexity=1.0, total_flops_1=79)
     tables = [orders_table(results_from_rows(own)) for own in (rows, [*rows, smaller])]
     for table in tables:
         assert table.header == ["order", "legal", "law", "macro"]
@@ -162,7 +192,7 @@ def test_orders_hold_on_so_many_seeds_and_by_so_much() -> None:
 
 def test_orders_of_sizes_have_an_average_each() -> None:
     rows = [
-        row | {"size": size, "domain": f"legal-{size}"}
+        replace(row, size=size, domain=f"legal-{size}")
         for size, level in ((50_000, 90.0), (1_000_000, 80.0))
         for row in made_up({"llm-tuned": {"legal": level}, "slm-tuned": {"legal": 100.0}})
     ]
@@ -174,7 +204,8 @@ def test_orders_of_sizes_have_an_average_each() -> None:
 def test_seeds_and_orders_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pipeline, root = declare_finished(tmp_path)
-    other = write_results(pipeline, root)
+    write_results(pipeline, root)
+    other = json.loads((root / "results.json").read_text())
     for part in ("rows", "macro", "concentration"):
         other[part] = [{**entry, "seed": 1} for entry in other[part]]
     (tmp_path / "other").mkdir()
@@ -208,8 +239,8 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
     monkeypatch.chdir(tmp_path)
     levels = {"slm": {"generic": 200.0, "legal": 150.0}, "slm-tuned": {"legal": 100.0}, "slm-pn-tuned": {"legal": 80.0}}
     rows = [row for seed in (0, 1) for row in made_up(levels, seed=seed)]
-    rows = [row | {"domain_text": "fine-tuned" if row["finetuned"] else "none"} for row in rows]
-    Path("rows.csv").write_text(to_csv(rows))
+    rows = [replace(row, domain_text="fine-tuned" if row.finetuned else "none") for row in rows]
+    Path("rows.csv").write_text(_csv(rows))
     page = Path("page.md")
     for name, line in (
         ("perplexity", "| slm | no | 200.0 ± 0.0 | 150.0 ± 0.0 | 150.0 ± 0.0 |"),
@@ -244,7 +275,7 @@ def test_comments_that_are_no_pair(text: str, says: str, tmp_path: Path, monkeyp
     from results_tables import fill
 
     monkeypatch.chdir(tmp_path)
-    Path("rows.csv").write_text(to_csv(made_up({"slm": {"legal": 12.5}})))
+    Path("rows.csv").write_text(_csv(made_up({"slm": {"legal": 12.5}})))
     Path("page.md").write_text(text)
     with pytest.raises(ConfigError, match=rf"page\.md: .*{says}"):
         fill([Path("page.md")], check=False)

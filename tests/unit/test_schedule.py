@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from megatron_specialm.base.throughput import dense_peak, utilisation
+from megatron_specialm.base.gpus import GPUS, dense_peak, utilisation
 from megatron_specialm.config.schedule import decay_start, learning_rate, step_to_keep, steps_at_same_rates
 from megatron_specialm.config.training import Schedule
 from tests.training import stage
@@ -73,3 +73,11 @@ def test_utilisation_is_against_the_dense_peak_and_unknown_devices_say_unknown()
     assert dense_peak("NVIDIA H100 80GB HBM3") == 989e12
     assert utilisation(flops=989e12, seconds=2.0, devices=1, device_name="NVIDIA H200") == pytest.approx(0.5)
     assert utilisation(flops=1.0, seconds=1.0, devices=1, device_name="cpu") is None
+
+
+def test_a_device_is_of_one_model_of_the_table() -> None:
+    for gpu in GPUS:
+        assert dense_peak(f"NVIDIA {gpu.name}") == gpu.dense_peak
+    for first, later in itertools.combinations(GPUS, 2):
+        assert first.name not in later.name, "the first one would be taken for the later"
+    assert dense_peak("NVIDIA H100 PCIe") == 756e12 and dense_peak("NVIDIA GB200") == 2.5e15

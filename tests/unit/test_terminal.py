@@ -18,19 +18,19 @@ import pytest
 import yaml
 from rich.console import Console, RenderableType
 
+from megatron_specialm.base.accelerator import planned_machine
 from megatron_specialm.base.counting import FILE, Count
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.terminal import UNLIMITED, Table, console
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
-from megatron_specialm.doctor.report import config as doctor_config
+from megatron_specialm.doctor.report import render as doctor_report
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.report.summary import capabilities_table, memory_table, training_table
 from megatron_specialm.report.tables import concentration_table, rates_table, results_in_two, selection_table
-from megatron_specialm.run.preflight import planned_machine
 from megatron_specialm.run.progress import Progress
-from tests.unit.test_figures import invented
+from tests.unit.test_figures import invented, typed
 
 ROOT = Path(__file__).parents[2]
 LONG = "a-stage-whose-name-is-longer-than-half-of-a-terminal"
@@ -73,6 +73,7 @@ def _results() -> list[Table]:
     for part in ("rows", "macro"):
         for row in results[part]:
             row["method"] = f"{row['method']}-{LONG}"
+    results = typed(results)
     return [*results_in_two(results), concentration_table(results), selection_table(results), rates_table(results)]
 
 
@@ -106,7 +107,7 @@ def test_words_are_folded_not_cut() -> None:
         ],
     }  # fmt: skip
     finding = Finding("torch", "broken", "2.11.0+cu130", f"/shared/{LONG}/{LONG}/{LONG}", f"pip install {LONG}{LONG}")
-    for shown in (parity.table(LONG, certificate), doctor_config([finding]), capabilities_table()):
+    for shown in (parity.table(LONG, certificate), doctor_report([finding]), capabilities_table()):
         said = _render(80, [shown])
         assert "…" not in said and max(map(len, said.splitlines())) <= 80
 

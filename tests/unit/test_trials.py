@@ -14,6 +14,7 @@ from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.engine.open import single_process
+from megatron_specialm.estimate.flops import forward_flops, training_flops
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
 from megatron_specialm.train.trials import Trials
@@ -102,7 +103,7 @@ def test_what_trials_cost_is_what_was_computed(trials: dict[str, Trials]) -> Non
     # Three have 3 steps, two of them 3 more, of 4 windows; 12 validation windows before the first step, and at the steps
     # 2, 3, 4, 6 as far as an expert comes.
     trained, evaluated = (3 * 3 + 2 * 3) * 4 * 8, (3 * 3 + 2 * 2) * 12 * 8
-    expected = trained * SHAPE.training_flops(40, 8) + evaluated * SHAPE.forward_flops(40, 8)
+    expected = trained * training_flops(SHAPE, 40, 8) + evaluated * forward_flops(SHAPE, 40, 8)
     assert tried.spent.flops == expected and tried.spent.slots == tried.spent.tokens == trained
     tried.tune(order[0], 6)  # what is done is not paid again
     assert tried.spent.flops == expected

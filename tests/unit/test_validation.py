@@ -22,6 +22,7 @@ from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, clusters_of, like, of_cluster
 from megatron_specialm.engine.megatron.engine import MegatronEngine
+from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import HELD_OUT
@@ -313,7 +314,8 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     context = make_context(config, graph[TaskId("chosen", "law")], root, folder)
     report = select.run(config.stages["chosen"], context)
     criteria = report.values["criteria"]
-    forward = 3 * 8 * 32 * ModelConfig.model_validate(MODEL).forward_flops(280, 32)  # three experts, eight windows each
+    per_token = forward_flops(ModelConfig.model_validate(MODEL), 280, 32)
+    forward = 3 * 8 * 32 * per_token  # three experts, eight windows each
     assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
     assert report.apart.flops == criteria["finetuned"]["flops"] > forward
     assert 0 < report.apart.seconds < context.watch.seconds

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from megatron_specialm.base.accelerator import planned_machine
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, load_pipeline, read_config, resolve_config
 from megatron_specialm.config.schema import Pipeline
@@ -16,7 +17,6 @@ from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.report.summary import memory_table, training_table
-from megatron_specialm.run.preflight import planned_machine
 from tests.settings import settings_in
 
 ROOT = Path(__file__).parents[2]

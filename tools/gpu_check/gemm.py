@@ -46,7 +46,7 @@ def products(*, tiny: bool) -> Iterator[Figure]:
     setups = {recipe: replace(setup, fp8=Fp8Config(recipe=recipe)) for recipe in RECIPES}
     for one in setups.values():
         if reason := lacking(one, find_accelerator()):
-            raise MachineError(reason)
+            raise MachineError(str(reason))
     yield from attempt("TE, bf16", _beside_exact("TE, bf16", _transformer_engine_linear(size), product, BF16_ERRORS))
     for recipe, one in setups.items():
         name = f"TE, FP8 {recipe}"

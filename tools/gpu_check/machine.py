@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from gpu_check.figures import Figure
-from megatron_specialm.base.accelerator import find_accelerator, host_memory_bytes, installed_version
+from megatron_specialm.base.accelerator import find_accelerator, host_memory_bytes
+from megatron_specialm.base.packages import installed_version
 
 PACKAGES = ("transformer-engine", "megatron-core", "transformers", "triton", "numpy", "flash-attn", "apex")
 GIB = 2**30

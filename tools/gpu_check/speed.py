@@ -19,12 +19,13 @@ from gpu_check.training import (
 )
 from megatron_specialm.base.accelerator import find_accelerator, name_of_device
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.base.throughput import utilisation
+from megatron_specialm.base.gpus import utilisation
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.convert.huggingface import huggingface_config
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.flops import training_flops
 from megatron_specialm.estimate.setup import Setup
 
 Step = Callable[[], object]
@@ -58,7 +59,7 @@ def fp8_beside_bf16(*, tiny: bool) -> Iterator[Figure]:
         for recipe in RECIPES:
             low = replace(half, precision="fp8", fp8=Fp8Config(recipe=recipe))
             if reason := lacking(low, find_accelerator()):
-                raise MachineError(reason)
+                raise MachineError(str(reason))
             yield from attempt(f"FP8 {recipe}", _fp8(f"FP8 {recipe}", low, expected, tiny=tiny))
         yield from attempt("tune-precision", _tuning(low))
 
@@ -99,7 +100,7 @@ def _measure(
 
     seconds, size = with_smaller_batches(timed, setup.micro_batch_size)
     tokens = size * setup.context_length
-    flops = tokens * setup.model.training_flops(setup.vocabulary_size, setup.context_length)
+    flops = tokens * training_flops(setup.model, setup.vocabulary_size, setup.context_length)
     mfu = utilisation(flops=flops, seconds=seconds, devices=1, device_name=name_of_device())
     yield Figure(f"{name}: step of {size} windows", seconds * 1e3, "ms")
     yield Figure(f"{name}: speed", tokens / seconds, "tokens/s")

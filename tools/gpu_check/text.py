@@ -48,7 +48,7 @@ def _curve(
         preset("nano" if tiny else "tiny"), ParallelConfig(), precision, BYTES, context, windows, windows, fp8
     )
     if reason := lacking(setup, find_accelerator()):
-        raise MachineError(reason)
+        raise MachineError(str(reason))
     free()
     engine = engine_of(setup, first_weights=lambda model: model.initialize(seed=0))
     schedule = Schedule(kind="wsd", warmup_steps=40, decay_fraction=0.3)

@@ -1,0 +1,38 @@
+"""Floating-point operations of a model and of passes through it, a multiply-add being 2.
+
+Legend: L layers, H hidden size, V vocabulary, T context length.
+"""
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.estimate.parameters import feed_forward_parameters
+
+TYPICAL_UTILISATION = 0.4  # MFU that others publish for models of this size; every training logs its own
+
+
+def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:
+    """FLOPs of one token's forward pass.
+
+    Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
+    that a causal mask leaves on average. Norms, activations, softmax and recomputation are not counted. (So MFU is lower
+    here than where the masked half of attention is counted too.)
+    """
+    linears = 2 * (model.linear_parameters() + vocabulary_size * model.hidden_size)
+    return linears + 2 * model.layers * model.hidden_size * context_length
+
+
+def training_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:
+    """FLOPs of one token's forward and backward pass: three forward passes."""
+    return 3 * forward_flops(model, vocabulary_size, context_length)
+
+
+def projection_flops(model: ModelConfig, variants: int, *, forward_only: bool = False) -> int:
+    """FLOPs of a projected network in addition to the model's own, to combine so many experts from `capacity` matrices each.
+    The backward pass, for the gradients of matrices and coefficients, costs twice the forward pass."""
+    assert model.projection is not None
+    forward = 2 * variants * model.projection.capacity * model.layers * feed_forward_parameters(model)
+    return forward if forward_only else 3 * forward
+
+
+def device_hours(flops: float, dense_peak: float) -> float:
+    """Device-hours of so many FLOPs at `TYPICAL_UTILISATION` of this peak (FLOP/s)."""
+    return flops / (TYPICAL_UTILISATION * dense_peak) / 3600
