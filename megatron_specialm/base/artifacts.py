@@ -1,7 +1,7 @@
 """Artifacts: one folder per task and digest, complete when its marker is there.
 
     <root>/artifacts/<stage>/<key>/<16 digits>/   what the task made for a digest that begins so
-        task.json    the label: for which digest it is made, from what (`made_from`), and by whom
+        task.json    the label: for which digest it is made, from what (`made_from`), and by which attempt (`incarnation`)
         done.json    the marker, written last: digest, cost, values, versions, and size and SHA-256 of every file
     <root>/<stage>/<key>   a symbolic link to the current one: where users look
 
@@ -9,8 +9,9 @@ A reader asks for an artifact by its digest, so work made from other settings, t
 wanted, and equal work is never done twice. Nothing here removes what was made: settings that change get a folder beside the
 old one, the link is turned when the new one is whole, and old settings find the old work. `specialm clean` removes, on demand.
 
-A node that Slurm has given up may only be cut off, and its ranks still at work when their job runs again elsewhere. So each
-incarnation of a task writes its name when it begins, and looks whether it still stands there before it publishes anything.
+A node that Slurm has given up may be cut off but alive, with its ranks still running when the job runs again elsewhere. So each
+attempt at a task writes its fencing token into the label when it begins, and publishes only while its token is there. In the
+files the token is called `incarnation`.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from megatron_specialm.base.files import (
     write_json,
 )
 from megatron_specialm.base.integrity import check_files, find_damage, list_files
+from megatron_specialm.base.protocol import FENCING_TOKEN
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
@@ -175,7 +177,7 @@ def begin_artifact(
     (folder / MARKER).unlink(missing_ok=True)
     remove_leftovers(folder)
     _unshare(folder)
-    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation(), "made_from": dict(made_from or {})})
+    write_json(folder / LABEL, {"digest": digest, "incarnation": fencing_token(), "made_from": dict(made_from or {})})
     place = view(root, stage, key)
     if not (place / MARKER).exists():  # until there is a whole one, users see the work go on
         show_artifact(root, stage, key, digest)
@@ -217,7 +219,7 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
     aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
-        write_json(aside / LABEL, {**read_label(aside), "incarnation": incarnation()})
+        write_json(aside / LABEL, {**read_label(aside), "incarnation": fencing_token()})
         if final.exists():  # an unfinished attempt at what is now whole
             shutil.rmtree(final)
         os.replace(aside, final)
@@ -271,20 +273,20 @@ def read_label(folder: Path) -> dict[str, Any]:
     return label
 
 
-def incarnation(environ: Mapping[str, str] = os.environ) -> str:
-    """This process's name among all that may work at a task: its job and attempt, or its number and machine."""
-    return environ.get("SPECIALM_INCARNATION") or f"{os.getpid()}@{socket.gethostname()}"
+def fencing_token(environ: Mapping[str, str] = os.environ) -> str:
+    """This process's fencing token, which no other attempt at a task has: job and attempt, or process id and host."""
+    return environ.get(FENCING_TOKEN) or f"{os.getpid()}@{socket.gethostname()}"
 
 
 def check_fence(folder: Path) -> None:
     """Before anything is published in an artifact's folder. A folder without a label is no task's.
 
     Raises:
-        ArtifactError: another incarnation has begun the task since.
+        ArtifactError: another attempt has begun the task since.
     """
-    if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != incarnation():
+    if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != fencing_token():
         raise ArtifactError(
-            f"{folder}: another incarnation of this task, {now}, has taken over from {incarnation()}, which publishes "
+            f"{folder}: another attempt at this task, {now}, has taken over from {fencing_token()}, which publishes "
             "nothing more: leave the folder to it"
         )
 
@@ -293,7 +295,7 @@ def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
     """Declare an artifact complete, with the files that it has now, and show it to users.
 
     Raises:
-        ArtifactError: another incarnation has taken over.
+        ArtifactError: another attempt has taken over.
     """
     folder = artifact_folder(root, stage, key, marker.digest)
     whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))

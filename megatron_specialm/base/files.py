@@ -6,6 +6,7 @@ that is read, the error is of one kind (`reading`).
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -197,6 +198,25 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
         raise ValueError(f"{digits:.20} is no number that can be computed with")
     return value
+
+
+def read_regular(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a regular file that a user names, or of a link to one. A pipe would block, a device has no end, and
+    a file of gigabytes is none of those that are read whole.
+
+    Raises:
+        OSError: it is missing, cannot be read, is not a regular file, or is larger than that.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer is opened at once
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file, but a folder, a pipe or a device", str(path))
+    with os.fdopen(descriptor, "rb") as file:
+        content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+    if max(status.st_size, len(content)) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes, which no such file has", str(path))
+    return content
 
 
 def sha256_file(path: Path) -> str:

@@ -41,9 +41,9 @@ def submit(
     from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
     from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
     from megatron_specialm.slurm import submit as jobs
-    from megatron_specialm.slurm.jobs import jobs_of
-    from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
-    from megatron_specialm.slurm.state import submitted_jobs
+    from megatron_specialm.slurm.jobs import jobs_of, missing_tasks
+    from megatron_specialm.slurm.state import adopt_unattended, live_tasks, submitted_jobs
+    from megatron_specialm.slurm.submission import Submission
 
     path = find_profile(site)
     pipeline, profile = load(config, overrides), load_site(path)
@@ -63,7 +63,7 @@ def submit(
         missing = missing_tasks(plan, chosen, live)
         elsewhere = {name: planned for name, planned in missing.items() if planned.there is not None}
         missing = {name: planned for name, planned in missing.items() if planned.there is None}
-        submission = jobs.Submission.next(pipeline, profile, template_of(profile, path), root, known)
+        submission = Submission.next(pipeline, profile, template_of(profile, path), root, known)
         stages = {name.stage for name in missing}
         refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
         refuse_too_little_held_out(pipeline, plan, root, stages=stages)
@@ -99,7 +99,7 @@ def status(
     every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 10,
 ) -> None:
     """Say how far a config's jobs are, what they cost so far, and why some have failed."""
-    from megatron_specialm.slurm.watch import show_status, watch_status
+    from megatron_specialm.slurm.status_view import show_status, watch_status
 
     pipeline = load(config, overrides)
     if watch:
@@ -116,7 +116,7 @@ def cancel(
     ] = None,
 ) -> None:
     """Cancel a config's jobs that are queued or running. Nothing that is done is lost; `submit` goes on from there."""
-    from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
+    from megatron_specialm.slurm.state import cancel as cancel_jobs_of
 
     (stage, *_), overrides = _names_and_overrides(words, most=1)
     pipeline = load(config, overrides)

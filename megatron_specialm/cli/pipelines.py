@@ -128,7 +128,7 @@ def run(
     from megatron_specialm.run.prepare import prepare
     from megatron_specialm.run.progress import Progress
     from megatron_specialm.run.reuse import refuse_other_folders, told
-    from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
+    from megatron_specialm.slurm.state import adopt_unattended, refuse_live
 
     world = discover_world()
     alone = world.launcher == "none"

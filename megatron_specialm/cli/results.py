@@ -119,7 +119,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Equal seeds, equal text.")] = 0,
 ) -> None:
     """Let models go on with a text, for a look at what they have learned."""
-    from megatron_specialm.run.worker import ignore_expected_warnings
+    from megatron_specialm.run.processes import ignore_expected_warnings
 
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import open_model  # imports Megatron-Core
@@ -142,7 +142,7 @@ def samples(
     from megatron_specialm.graph.lineage import finetuned_models, tokenize_stage, train_stage
     from megatron_specialm.graph.plan import make_plan
     from megatron_specialm.graph.tasks import TaskId
-    from megatron_specialm.run.worker import ignore_expected_warnings
+    from megatron_specialm.run.processes import ignore_expected_warnings
 
     pipeline = load(config, overrides)
     root, domain = Path(pipeline.root), next(iter(pipeline.text.domains))
@@ -176,7 +176,7 @@ def project(
     expert: Annotated[int, typer.Option(help="Which expert, from 0: the number of its cluster.", show_default=False)],
 ) -> None:
     """Write one expert of a projected network as an ordinary checkpoint. Needs nothing but the network's."""
-    from megatron_specialm.run.worker import ignore_expected_warnings
+    from megatron_specialm.run.processes import ignore_expected_warnings
 
     ignore_expected_warnings()
     from megatron_specialm.checkpoint.merged import project_expert  # imports Megatron-Core

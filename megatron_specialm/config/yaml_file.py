@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.base.regular import read_regular
+from megatron_specialm.base.files import read_regular
 
 MOST_BYTES = 4 << 20  # the longest config we ship has 12 kB, and one may list the files of a corpus
 MOST_VALUES = 50_000  # PyYAML takes a second for them

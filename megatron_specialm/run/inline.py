@@ -20,18 +20,18 @@ from megatron_specialm.base.artifacts import SHOWN_DIGITS, is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.base.rendezvous import await_word, is_alive, meet
+from megatron_specialm.base.rendezvous import is_alive, rendezvous, wait_for_key
+from megatron_specialm.base.reporting import heartbeat, recorded_outcome
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import PlannedTask, State, make_plan, show
 from megatron_specialm.graph.tasks import Task, TaskId, build_graph
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
+from megatron_specialm.run.processes import ignore_expected_warnings, limit_threads
 from megatron_specialm.run.reuse import take_over
-from megatron_specialm.run.worker import begun, execute, ignore_expected_warnings, limit_threads, works_together
+from megatron_specialm.run.worker import begun, execute, works_together
 
 PLANNED = "planned"  # a key of the ranks' store
 POLL_SECONDS = 0.2
@@ -92,7 +92,7 @@ def rank_lifecycle(world: World) -> Iterator[ProcessStatus]:
         return
     with (
         abort_mpi_on_error(world),
-        process_status.hearing_signals(),
+        process_status.stop_on_signals(),
         recorded_outcome(world, process_status),
         machine_errors(),
         heartbeat(process_status, world),
@@ -111,14 +111,14 @@ def join_ranks(pipeline: Pipeline, world: World, process_status: ProcessStatus) 
     log_to_stderr("%(asctime)s %(levelname)s %(message)s")
     if world.is_first:  # as in a worker's log, less what Megatron-Core says
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
-    meet(world)
+    rendezvous(world)
     process_status.begin("planning" if world.is_first else "waiting for the plan of rank 0")
 
 
 def lead(plan: Mapping[TaskId, PlannedTask], world: World) -> None:
     """Tell the other ranks, as the first one, what is planned and how it was found."""
     found = {str(name): [planned.state, planned.digest] for name, planned in plan.items()}
-    meet(world).set(PLANNED, json.dumps(found))
+    rendezvous(world).set(PLANNED, json.dumps(found))
 
 
 def follow(
@@ -132,7 +132,7 @@ def follow(
         TrainingError: the first rank has ended instead.
     """
     join_ranks(pipeline, world, process_status)
-    found = json.loads(await_word(world, PLANNED))
+    found = json.loads(wait_for_key(world, PLANNED))
     plan = _as_found(make_plan(pipeline, root, keep_hashes=False), found, world)
     return fit_to_ranks(pipeline, plan, world), plan
 
@@ -195,7 +195,7 @@ def run_task(
         TrainingError: the first rank has ended without finishing the task.
     """
     process_status.stop_if_asked()
-    meet(world)
+    rendezvous(world)
     if world.is_first or works_together(pipeline.stages[task.id.stage], world):
         with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
             execute(pipeline, root, task, made_from, world, process_status)

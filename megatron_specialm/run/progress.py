@@ -12,9 +12,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from megatron_specialm.base.counting import minutes, read_count
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import parse_json
+from megatron_specialm.base.process_status import minutes, read_count
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.graph.tasks import TaskId
 

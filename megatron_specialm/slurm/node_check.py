@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.accelerator import find_accelerator
-from megatron_specialm.base.environment import help_gloo, node_name
+from megatron_specialm.base.environment import choose_gloo_interface, node_name
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.stopwatch import Stopwatch
@@ -77,7 +77,7 @@ def _all_reduce(nodes: int, meeting: str) -> float | None:
 
     from megatron_specialm.doctor.compute import all_reduce
 
-    help_gloo(f"tcp://{meeting}")
+    choose_gloo_interface(f"tcp://{meeting}")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     result = all_reduce(device, rank=int(os.environ["SLURM_PROCID"]), ranks=nodes, meeting=f"tcp://{meeting}")
     return result["bytes_per_second"] if result["right"] else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
-from megatron_specialm.base.counting import Count, read_count
+from megatron_specialm.base.process_status import Count, read_count
 from megatron_specialm.base.throughput import dense_peak
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage

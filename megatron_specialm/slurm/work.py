@@ -13,7 +13,7 @@ from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.tasks import TaskId, build_graph
 from megatron_specialm.run.inline import rank_lifecycle, run_task
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
-from megatron_specialm.run.worker import ignore_expected_warnings, limit_threads
+from megatron_specialm.run.processes import ignore_expected_warnings, limit_threads
 from megatron_specialm.slurm.records import read_job_file
 
 

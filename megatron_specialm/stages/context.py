@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
-from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.base.process_status import Item, ProcessStatus, counted
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.lineage import source_of

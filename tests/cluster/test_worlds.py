@@ -11,9 +11,9 @@ pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[2]
 TELL = """
 from megatron_specialm.base.environment import discover_world
-from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.rendezvous import rendezvous
 world = discover_world()
-meet(world)
+rendezvous(world)
 print(world.launcher, world.rank, world.world_size, flush=True)
 """
 

@@ -59,7 +59,7 @@ def test_who_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
         cut_off.kill()
         cut_off.wait()
     assert cut_off.returncode == 1
-    assert "ArtifactError" in said and "another incarnation of this task, 123_0/1, has taken over from 123_0/0" in said
+    assert "ArtifactError" in said and "another attempt at this task, 123_0/1, has taken over from 123_0/0" in said
     assert is_complete(tmp_path, "slm", "generic", digest="d") and read_json(folder / "result.json")["step"] == end
     newest, passed_over = newest_checkpoint(folder)
     assert newest == folder / f"step_{end:07d}" and not passed_over

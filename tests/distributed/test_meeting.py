@@ -17,13 +17,13 @@ import sys
 import torch.distributed
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.base.rendezvous import is_alive, meet
+from megatron_specialm.base.rendezvous import is_alive, rendezvous
 rank, size, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 world = World(rank, size, rank, address, "test")
-with ProcessStatus().hearing_signals():
+with ProcessStatus().stop_on_signals():
     print("here", flush=True)
     sys.stdin.readline()
-    meet(world)
+    rendezvous(world)
     print("met", flush=True)
     if rank:
         sys.stdin.read(1)
@@ -35,7 +35,7 @@ def _start(rank: int, size: int, address: str, *, seconds: float = 60) -> subpro
     return subprocess.Popen(
         [sys.executable, "-c", RANK, str(rank), str(size), address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SPECIALM_MEETING_SECONDS": str(seconds)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SPECIALM_RENDEZVOUS_SECONDS": str(seconds)},
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from megatron_specialm.graph.file_hashes import CACHE
 from megatron_specialm.graph.plan import refuse_other_work, write_resolved
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import _as_found
-from megatron_specialm.slurm.missing import adopt_unattended
+from megatron_specialm.slurm.state import adopt_unattended
 from tests.run_folder import Run, make_run
 
 OTHER = "stages.slm.optimizer.learning_rate=0.5"
