@@ -1,8 +1,8 @@
 """Run a plan on this machine: as many tasks at a time as there are cores for, or GPUs where there are any, each in worker
-processes of its own.
+processes of its own (`processes.py`).
 
-A task starts when its inputs are done. When one fails, what does not depend on it goes on; the failures are reported
-together at the end. Workers die with the launcher, however it ends, and hold the run folder until then.
+A task starts when its inputs are done. When one fails, tasks that do not depend on it continue; the failures are reported
+together at the end. Workers end with the launcher, however it ends, and share its lock of the run folder until then.
 """
 
 import signal
@@ -68,10 +68,10 @@ def run_local(
     jobs: int | None,
     progress: Progress,
 ) -> None:
-    """Take over what a plan finds in other run folders, and do what it still lacks.
+    """Take over artifacts of other run folders, and do the missing tasks.
 
     Args:
-        held: `root`, which the workers are to hold too.
+        held: the lock of `root`, which the workers share.
 
     Raises:
         TaskFailure: with each failed task's error and log.
@@ -86,17 +86,17 @@ def run_local(
     gpus = visible_gpus()
     if gpus and not (jobs or pipeline.local.parallel_tasks):
         slots = len(gpus)  # two trainings would rarely fit on one
-    with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as meeting:
+    with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         try:
             take_over(plan, root)
             show(plan, root)
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
                     own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))
-                    running[name] = _start(context, pipeline, waiting.pop(name), root, held, Path(meeting), own)
+                    running[name] = _start(context, pipeline, waiting.pop(name), root, held, Path(folder), own)
                     progress.started(name)
                 if not running:
-                    break  # everything that is left rests on a failure
+                    break  # all that is left depends on a failed task
                 time.sleep(POLL_SECONDS)
                 for name in [name for name, task in running.items() if task.workers.have_ended()]:
                     task = running.pop(name)
@@ -122,7 +122,7 @@ def _startable(
     failures: Mapping[TaskId, str],
     slots: int,
 ) -> Iterator[TaskId]:
-    """Tasks whose inputs are done, as many as there are free slots for; a lone task may take more than there are."""
+    """Tasks whose inputs are done, as many as fit in the free slots; a task alone may need more than there are."""
     unfinished = {*waiting, *running, *failures}
     free = slots - sum(len(task.workers) for task in running.values())
     idle = not running
@@ -151,13 +151,13 @@ def _start(
     planned: PlannedTask,
     root: Path,
     held: HeldFolder,
-    meeting: Path,
+    folder: Path,
     gpus: Sequence[str],
 ) -> _Running:
-    """Start a task's ranks. They meet at a file, so no port is needed. They see their own GPUs only."""
+    """Start a task's ranks, which see these GPUs only. Their rendezvous is a file in `folder`, so no port is needed."""
     name = planned.task.id
     ranks = _ranks(pipeline, name)
-    rendezvous = meeting / f"{name.stage}.{name.key}"
+    rendezvous = folder / f"{name.stage}.{name.key}"
     rendezvous.unlink(missing_ok=True)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     worlds = [World(rank, ranks, rank, f"file://{rendezvous}", "specialm") for rank in range(ranks)]
@@ -167,7 +167,7 @@ def _start(
 
 
 def _error_of(root: Path, task: _Running) -> str | None:
-    """Why a task that has ended failed, or None. An exit code of 0 counts for nothing without the marker."""
+    """Why a task that has ended failed, or None. Without the marker it has failed, whatever its exit codes."""
     name = task.planned.task.id
     log = log_path(root, name)
     if failure := task.workers.failure():
@@ -177,8 +177,8 @@ def _error_of(root: Path, task: _Running) -> str | None:
 
 
 def _interrupt(*_: object) -> None:
-    """What ENDING does to the launcher: it ends as by Ctrl-C, workers first. A terminal that is closed may say so twice, which
-    must not cut that short."""
+    """The handler of ENDING: the launcher ends as by Ctrl-C, workers first. A closed terminal may send SIGHUP twice, and the
+    second must not interrupt that."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -58,8 +58,8 @@ def work(
     work, which has nothing to save, ends at once.
 
     Args:
-        pipeline: the settings of the launch, whatever the run folder says by now.
-        _held: the run folder, which the worker holds too for as long as it lives.
+        pipeline: the settings of the launch; `pipeline.yaml` of the run folder may have changed since.
+        _held: the lock of the run folder, which this process shares until it ends.
     """
     os.environ.update(environment)
     log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
@@ -74,7 +74,7 @@ def work(
 
 @contextlib.contextmanager
 def begun(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> Iterator[None]:
-    """Around `execute`, by the first rank: hold the task, and see that it is what was planned.
+    """Around `execute`, on rank 0: hold the task's lock, and check that its digest is the planned one.
 
     Raises:
         MachineError: another process works at it.
@@ -93,21 +93,21 @@ def execute(
     world: World,
     process_status: ProcessStatus,
 ) -> None:
-    """Do one task and declare it done. Under several ranks every rank calls this; the first one writes.
+    """Do one task and write its marker. Every rank that takes part calls this; rank 0 writes.
 
     Args:
-        made_from: what its digest is of; it names the inputs' digests.
+        made_from: what its digest is of, with the inputs' digests.
 
     Raises:
         ArtifactError: an input is missing or damaged.
-        SpecialmError: what the stage found wrong with its input or the machine, or ranks that do not come.
-        Stopped: it was asked to stop.
+        SpecialmError: the stage's input or the machine is wrong, or not all ranks have arrived.
+        Stopped: this process was asked to stop.
     """
     process_status.begin(f"working on {task.id}")
     stage = pipeline.stages[task.id.stage]
     with machine_errors():
         if works_together(stage, world):
-            rendezvous(world)  # here a signal ends the wait at once
+            rendezvous(world)  # a signal interrupts this wait, but not one in a collective
         inputs = {name: artifact_folder(root, *name, made_from["inputs"][str(name)]) for name in task.inputs}
         folder = _begin(root, task, made_from, inputs, world)
         context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, process_status)
@@ -135,9 +135,9 @@ def works_together(stage: Settings, world: World) -> bool:
 
 
 def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping[TaskId, Path], world: World) -> Path:
-    """The first rank checks the inputs and makes the folder; the others, who may wait for long, work when it is there."""
+    """On rank 0, check the inputs and make the folder; on others wait for it, which may take long."""
     digest = sha256_json(made_from)
-    word = f"begun {task.id} {digest}"
+    key = f"begun {task.id} {digest}"
     if world.is_first:
         for name, folder in inputs.items():
             check_artifact(folder)
@@ -145,9 +145,9 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
                 check_artifact(part)
         folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
         if world.world_size > 1:
-            rendezvous(world).set(word, "")
+            rendezvous(world).set(key, "")
         return folder
-    wait_for_key(world, word)
+    wait_for_key(world, key)
     folder = artifact_folder(root, *task.id, digest)
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:
@@ -155,13 +155,13 @@ def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping
             return folder
         time.sleep(POLL_SECONDS)
     raise ArtifactError(
-        f"{folder}: rank {world.rank} does not see what rank 0 has made: "
+        f"{folder}: rank {world.rank} does not see this folder, which rank 0 has made: "
         "is the run folder on a filesystem that all nodes share?"
     )
 
 
 def _parts(root: Path, name: TaskId, folder: Path) -> Iterator[Path]:
-    """The artifacts whose files a reader of this one opens too: of a set in shards, the shards'."""
+    """The artifacts whose files a reader of this one opens, too: those of the shards of a set."""
     for other, digest in read_label(folder)["made_from"].get("inputs", {}).items():
         stage, _, key = other.partition("/")
         if stage == name.stage:
