@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, SpecialmError, TrainingError
+from megatron_specialm.base.protocol import LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -117,7 +118,7 @@ class _Wait:
         if now - self._began > self._seconds:
             raise MachineError(
                 f"{rank} has waited {self._seconds:g} s at {rendezvous_address(self._world)} for {missing()}: see whether they "
-                "run and reach that address. To run as one process, set SPECIALM_LAUNCHER=none; to wait longer, "
+                f"run and reach that address. To run as one process, set {LAUNCHER}=none; to wait longer, "
                 f"{SECONDS}"
             )
         if now - self._logged > LOG_SECONDS:
