@@ -69,7 +69,7 @@ def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) ->
     def refusal(holder: str) -> str:
         pid, _, host = holder.partition(" ")
         holder = f"another command (pid {pid}{host and ' on ' + host}), or a worker that it has left,"
-        return f"{root}: {holder} is at work here: wait or end it"
+        return f"{root}: {holder} uses this run folder: wait or end it"
 
     sign = f"{os.getpid()} {socket.gethostname()}"
     with _locked(root / ".lock", sign, refusal, shared=shared, wait_seconds=wait_seconds) as descriptor:
@@ -78,14 +78,14 @@ def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) ->
 
 @contextlib.contextmanager
 def hold_task(root: Path, stage: str, key: str) -> Iterator[None]:
-    """Lock a task while working at it.
+    """Lock a task while doing it.
 
     Raises:
-        MachineError: another process works at it, with its fencing token; or the filesystem has no locks.
+        MachineError: another process is doing it, with its fencing token; or the filesystem has no locks.
     """
 
     def refusal(holder: str) -> str:
-        return f"{stage}/{key}: {holder} is at work on it: wait until that has ended, or end it"
+        return f"{stage}/{key}: {holder} is doing this task: wait until that has ended, or end it"
 
     path = root / ".locks" / stage / key
     with _locked(path, fencing_token(), refusal, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
@@ -97,7 +97,7 @@ def hold_placing(root: Path) -> Iterator[None]:
     """Lock the moving in of whole artifacts; another holder is waited for.
 
     Raises:
-        MachineError: another process has been at it for long, with its fencing token; or the filesystem has no locks.
+        MachineError: another process has held the lock for long, with its fencing token; or the filesystem has no locks.
     """
 
     def refusal(holder: str) -> str:

@@ -146,14 +146,10 @@ def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
     Raises:
         MachineError: Slurm does not answer.
     """
-    submitted = [job for job in jobs if job.slurm_id is not None]
-    alive = live_elements([str(job.slurm_id) for job in submitted])
     return {
         TaskId(job.stage, task.key): Live(f"{job.slurm_id}_{number}", task.digest)
-        for job in submitted
-        for number, element in enumerate(job.elements)
-        if (job.slurm_id, number) in alive
-        for task in element
+        for job, number in _live(jobs)
+        for task in job.elements[number]
     }
 
 
@@ -164,15 +160,16 @@ def used_by_jobs(root: Path, jobs: Iterable[JobRecord]) -> set[str]:
         MachineError: Slurm does not answer.
         ArtifactError: a job file is damaged.
     """
+    files = {records.job_path(root, job.submission, job.name) for job, _ in _live(jobs)}
+    tasks = [task for file in files for element in records.read_job_file(file).elements for task in element]
+    return {digest for task in tasks for digest in (task.digest, *task.made_from.get("inputs", {}).values())}
+
+
+def _live(jobs: Iterable[JobRecord]) -> list[tuple[JobRecord, int]]:
+    """The live elements of jobs, each with its number."""
     submitted = [job for job in jobs if job.slurm_id is not None]
     alive = live_elements([str(job.slurm_id) for job in submitted])
-    used: set[str] = set()
-    for job in submitted:
-        if any((job.slurm_id, number) in alive for number in range(len(job.elements))):
-            elements = records.read_job_file(records.job_path(root, job.submission, job.name)).elements
-            for task in (task for element in elements for task in element):
-                used |= {task.digest, *task.made_from.get("inputs", {}).values()}
-    return used
+    return [(job, number) for job in submitted for number in range(len(job.elements)) if (job.slurm_id, number) in alive]
 
 
 def adopt_unattended(root: Path) -> None:
@@ -221,7 +218,7 @@ def cancel(root: Path, stage: str | None) -> list[tuple[JobRecord, int]]:
         Each cancelled job with its number of live elements; dependent jobs before those on which they depend.
 
     Raises:
-        MachineError: Slurm does not answer, or another command is at work in the run folder.
+        MachineError: Slurm does not answer, or another command uses the run folder.
     """
     if not records.registry_path(root).exists():
         return []
