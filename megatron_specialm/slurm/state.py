@@ -169,7 +169,9 @@ def _live(jobs: Iterable[JobRecord]) -> list[tuple[JobRecord, int]]:
     """The live elements of jobs, each with its number."""
     submitted = [job for job in jobs if job.slurm_id is not None]
     alive = live_elements([str(job.slurm_id) for job in submitted])
-    return [(job, number) for job in submitted for number in range(len(job.elements)) if (job.slurm_id, number) in alive]
+    return [
+        (job, number) for job in submitted for number in range(len(job.elements)) if (job.slurm_id, number) in alive
+    ]
 
 
 def adopt_unattended(root: Path) -> None:
