@@ -39,7 +39,7 @@ def submit(
     from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
     from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-    from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
+    from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary, take_over
     from megatron_specialm.slurm import submit as jobs
     from megatron_specialm.slurm.jobs import jobs_of, missing_tasks
     from megatron_specialm.slurm.state import adopt_unattended, live_tasks, submitted_jobs
@@ -74,7 +74,7 @@ def submit(
         if dry_run:
             for job, script in jobs.preview(submission, wanted, live=live):
                 say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
-            say(f"{pipeline.name}: {len(missing)} tasks to submit{told(elsewhere)}, in {root}")
+            say(f"{pipeline.name}: {len(missing)} tasks to submit{reuse_summary(elsewhere)}, in {root}")
             return
         agree(redo, pipeline, yes=yes)
         if missing or elsewhere:
@@ -86,7 +86,7 @@ def submit(
             say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
     done = sum(planned.state == "done" for planned in chosen.values())
     coming = len(chosen) - done - len(missing) - len(elsewhere)
-    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
+    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{reuse_summary(elsewhere)}"
     say(f"{pipeline.name}: {counts}, in {root}")
 
 

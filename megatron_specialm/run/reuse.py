@@ -37,7 +37,7 @@ def refuse_other_folders(pipeline: Pipeline) -> None:
             )
 
 
-def told(plan: Mapping[TaskId, PlannedTask]) -> str:
+def reuse_summary(plan: Mapping[TaskId, PlannedTask]) -> str:
     """The number of artifacts to take over, as the end of a sentence; empty where there are none."""
     folders = [str(planned.there) for planned in plan.values() if planned.there is not None]
     return f", {len(folders)} taken over from {', '.join(dict.fromkeys(folders))}" if folders else ""
