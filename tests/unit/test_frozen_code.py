@@ -18,7 +18,7 @@ def test_the_code_is_known_by_its_content_and_copied_whole_once(tmp_path: Path) 
     assert code == this_code(tmp_path) and code.folder.name == f"code-{code.sha256[:12]}"
     freeze_code(code)
     copy = code.folder / PACKAGE.name
-    assert (copy / "slurm" / "submission.py").read_bytes() == (PACKAGE / "slurm" / "code.py").read_bytes()
+    assert (copy / "slurm" / "submission.py").read_bytes() == (PACKAGE / "slurm" / "submission.py").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [code.folder.name]
     (copy / "__main__.py").write_text("kept")
     freeze_code(code)
