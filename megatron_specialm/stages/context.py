@@ -58,8 +58,7 @@ class Context:
     def counted(
         self, items: Iterable[Item], *, unit: str, of: int | None = None, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterable[Item]:
-        """The same items; how many have been worked on is told while it takes long (`base/counting.py`). Where all ranks
-        work, the first one tells."""
+        """The same items, counted: work that takes long logs its progress (`base/process_status.py`), on rank 0."""
         return (
             counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)
             if self.world.is_first
