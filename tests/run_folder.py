@@ -29,7 +29,7 @@ from megatron_specialm.slurm.records import (
     write_registry,
 )
 from megatron_specialm.slurm.status import Status, read_status
-from megatron_specialm.slurm.status_table import state_text
+from megatron_specialm.slurm.status_view import state_text
 from megatron_specialm.train.metrics import Metrics
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"

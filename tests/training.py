@@ -28,7 +28,7 @@ from megatron_specialm.data.validation import all_windows
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
-from megatron_specialm.run.worker import limit_threads
+from megatron_specialm.run.processes import limit_threads
 from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import Progress
 
@@ -113,7 +113,7 @@ def _rank(folder: Path, world: World, settings: dict) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
     process_status = ProcessStatus()
     try:
-        with process_status.hearing_signals(), process_status.at_step_boundaries():
+        with process_status.stop_on_signals(), process_status.at_step_boundaries():
             run_training(folder, world, stage(**settings), process_status=process_status)
     except Stopped as stopped:
         print(stopped, flush=True)

@@ -23,7 +23,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
-from megatron_specialm.run.worker import limit_threads
+from megatron_specialm.run.processes import limit_threads
 
 THREADS = 2
 LAYOUTS = {

@@ -1,16 +1,17 @@
 """Artifacts: one folder per task and digest, complete when its marker is there.
 
     <root>/artifacts/<stage>/<key>/<16 digits>/   what the task made for a digest that begins so
-        task.json    the label: for which digest it is made, from what (`made_from`), and by whom
+        task.json    the label: for which digest it is made, from what (`made_from`), and by which attempt (`incarnation`)
         done.json    the marker, written last: digest, cost, values, versions, and size and SHA-256 of every file
-    <root>/<stage>/<key>   a symbolic link to the current one: where users look
+    <root>/<stage>/<key>   a symbolic link to the current one, for users
 
-A reader asks for an artifact by its digest, so work made from other settings, text or inputs is never taken for what is
-wanted, and equal work is never done twice. Nothing here removes what was made: settings that change get a folder beside the
-old one, the link is turned when the new one is whole, and old settings find the old work. `specialm clean` removes, on demand.
+Readers find an artifact by its digest, so an artifact of other settings, text or inputs is never used by mistake, and equal
+work is never done twice. Nothing here removes finished artifacts: changed settings get a new folder, the link changes when the
+new artifact is complete, and old settings find the old artifact. `specialm clean` removes artifacts on demand.
 
-A node that Slurm has given up may only be cut off, and its ranks still at work when their job runs again elsewhere. So each
-incarnation of a task writes its name when it begins, and looks whether it still stands there before it publishes anything.
+A node that Slurm has given up may be cut off but alive, with its ranks still running when the job runs again elsewhere. So each
+attempt at a task writes its fencing token into the label when it begins, and publishes only while its token is there. In the
+files the token is called `incarnation`.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from megatron_specialm.base.files import (
     write_json,
 )
 from megatron_specialm.base.integrity import check_files, find_damage, list_files
+from megatron_specialm.base.protocol import FENCING_TOKEN
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
@@ -45,13 +47,13 @@ SHOWN_DIGITS = 16  # of a digest, in the names of folders
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task cost; docs/methods.md has the rule.
+    """The cost of a task; docs/methods.md has the rule.
 
-    tokens: trained on (or read, for other stages), real ones.
-    slots: token positions of the windows that these came in, padding included; 0 where nothing was read in windows.
-    flops: of the model's or algorithm's own arithmetic, of every pass really made.
+    tokens: trained on (read, for other stages), without padding.
+    slots: token positions of the windows of these tokens, with padding; 0 where nothing was read in windows.
+    flops: of the model or algorithm, over all passes that were made.
     wall_seconds: from the task's beginning to its end, over all attempts of a training.
-    device_seconds: wall seconds times processes, a process on CPU counting as one device.
+    device_seconds: wall seconds times processes; a process on CPU counts as one device.
     """
 
     tokens: int
@@ -60,10 +62,10 @@ class Cost:
     device_seconds: float
     device: str
     processes: int
-    slots: int = 0  # markers of earlier versions lack it
+    slots: int = 0  # missing in markers of earlier versions
 
     def plus(self, other: "Cost") -> "Cost":
-        """Both together: the devices of both, and the most processes."""
+        """The sum, with the devices of both and the larger number of processes."""
         devices = dict.fromkeys((*self.device.split(", "), *other.device.split(", ")))
         return Cost(
             self.tokens + other.tokens,
@@ -86,7 +88,7 @@ class Spent:
     seconds: float = 0.0  # wall seconds
 
     def plus(self, other: "Spent") -> "Spent":
-        """Both together."""
+        """The sum."""
         return Spent(
             self.tokens + other.tokens,
             self.slots + other.slots,
@@ -97,12 +99,12 @@ class Spent:
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage function returns: its cost's parts that only it knows, and values worth telling.
+    """What a stage function returns: the parts of the cost that only it knows, and values for the results.
 
-    lost_seconds: of attempts before this one, where the stage goes on from them.
-    apart: what was spent on work that decides nothing of the result: it is on record, and no part of the task's cost. Its
-        seconds are within those of all attempts.
-    earlier: what another artifact had cost that this one goes on from: on record beside the task's own cost.
+    lost_seconds: of earlier attempts that this one continues.
+    apart: the cost of work that does not affect the result. It is recorded, but not part of the task's cost. Its seconds are
+        within those of all attempts.
+    earlier: the cost of another artifact that this one continues, recorded beside the task's own cost.
     """
 
     tokens: int = 0
@@ -118,9 +120,9 @@ class Report:
 class Marker:
     """The content of a completion marker.
 
-    apart: the cost of work that decides nothing of the result.
-    files: all of the artifact's, by their names in its folder, as they were when it was finished.
-    earlier: what another artifact had cost by when this one went on from it.
+    apart: the cost of work that does not affect the result.
+    files: all files of the artifact, by their names in its folder, as they were when it was finished.
+    earlier: the cost of another artifact that this one continued.
     """
 
     digest: str
@@ -133,22 +135,22 @@ class Marker:
 
     @property
     def whole_cost(self) -> Cost:
-        """The task's own cost and the earlier one."""
+        """The sum of `cost` and `earlier`."""
         return self.cost.plus(self.earlier) if self.earlier else self.cost
 
 
 def artifact_folder(root: Path, stage: str, key: str, digest: str) -> Path:
-    """Where a task's files for a digest stand."""
+    """The folder of a task's artifact for a digest."""
     return root / ARTIFACTS / stage / key / digest[:SHOWN_DIGITS]
 
 
 def view(root: Path, stage: str, key: str) -> Path:
-    """Where users find a task's current artifact: a symbolic link."""
+    """The symbolic link to a task's current artifact, for users."""
     return root / stage / key
 
 
 def artifact_folders(root: Path, stage: str, key: str) -> list[Path]:
-    """All that there are of a task, of whatever digest, finished or not."""
+    """The folders of all artifacts of a task, of any digest, finished or not."""
     place = root / ARTIFACTS / stage / key
     return sorted(path for path in place.iterdir() if (path / LABEL).is_file()) if place.is_dir() else []
 
@@ -156,14 +158,14 @@ def artifact_folders(root: Path, stage: str, key: str) -> list[Path]:
 def begin_artifact(
     root: Path, stage: str, key: str, *, digest: str, made_from: Mapping[str, Any] | None = None
 ) -> Path:
-    """The folder to write into. What an unfinished attempt for the same digest has left is kept to resume, with no file in it
-    that another run folder shares.
+    """Make the folder to write into. Files of an unfinished attempt for the same digest stay, so that it can be resumed; those
+    that another run folder shares are copied.
 
     Args:
         made_from: what the digest is of.
 
     Raises:
-        ArtifactError: the folder's label is of another digest, or something that is no link stands where users look.
+        ArtifactError: the folder's label is of another digest, or the place of the link has something else.
     """
     folder = artifact_folder(root, stage, key, digest)
     if (folder / LABEL).exists() and read_label(folder)["digest"] != digest:
@@ -175,18 +177,18 @@ def begin_artifact(
     (folder / MARKER).unlink(missing_ok=True)
     remove_leftovers(folder)
     _unshare(folder)
-    write_json(folder / LABEL, {"digest": digest, "incarnation": incarnation(), "made_from": dict(made_from or {})})
+    write_json(folder / LABEL, {"digest": digest, "incarnation": fencing_token(), "made_from": dict(made_from or {})})
     place = view(root, stage, key)
-    if not (place / MARKER).exists():  # until there is a whole one, users see the work go on
+    if not (place / MARKER).exists():  # users see the unfinished artifact until one is complete
         show_artifact(root, stage, key, digest)
     return folder
 
 
 def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
-    """Let users find this artifact where they look. One rename turns the link.
+    """Link to this artifact, by one rename.
 
     Raises:
-        ArtifactError: something that is no link stands there, which is nobody's to remove.
+        ArtifactError: the place of the link has something else, which this program does not remove.
     """
     place = view(root, stage, key)
     target = Path(os.path.relpath(artifact_folder(root, stage, key, digest), place.parent))
@@ -209,16 +211,16 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
 
 @contextlib.contextmanager
 def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[Path]:
-    """A new folder to copy a whole artifact into; on success it takes the artifact's place. Killed before, it leaves a folder
-    that nobody takes for one. The caller holds the lock of placing; one that has lost it, on a node that was cut off, has a
-    folder of another name."""
+    """A temporary folder to copy a whole artifact into; on success it becomes the artifact. A kill leaves a folder that no
+    reader uses. The caller holds `hold_placing`; one that has lost the lock, on a node that was cut off, has a folder of
+    another name."""
     final = artifact_folder(root, stage, key, digest)
     _remove_asides(final)
     aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
-        write_json(aside / LABEL, {**read_label(aside), "incarnation": incarnation()})
-        if final.exists():  # an unfinished attempt at what is now whole
+        write_json(aside / LABEL, {**read_label(aside), "incarnation": fencing_token()})
+        if final.exists():  # an unfinished attempt
             shutil.rmtree(final)
         os.replace(aside, final)
         fsync_path(final.parent)
@@ -228,14 +230,14 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
 
 
 def _remove_asides(folder: Path) -> None:
-    """What take-overs that were killed have left of an artifact."""
+    """Remove what killed take-overs of an artifact have left."""
     for aside in folder.parent.glob(f".{folder.name}.*tmp"):
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unshare(folder: Path) -> None:
-    """Make the folder's own what may be written to: run folders that reuse each other's artifacts share large files by hard
-    links. Published folders stay as they are, as nobody writes into them."""
+    """Copy files that may be written to and that other run folders share by hard links. Published folders are left alone,
+    because nothing writes into them."""
     published = {path.parent for path in folder.rglob(MANIFEST)}
     for path in folder.rglob("*"):
         if not published.isdisjoint(path.parents):
@@ -247,7 +249,7 @@ def _unshare(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Label:
-    """Of which types a label's values are; those of earlier versions lack some."""
+    """The types of a label's values; labels of earlier versions lack some."""
 
     digest: str
     incarnation: str | None = None
@@ -263,37 +265,35 @@ def read_label(folder: Path) -> dict[str, Any]:
     remedy = f"move {folder} away"
     read_json(folder / LABEL, _Label, remedy=remedy)
     label = {"made_from": {}, **read_json(folder / LABEL, dict[str, Any], remedy=remedy)}
-    made_from = label["made_from"]  # earlier versions named none
+    made_from = label["made_from"]  # missing in earlier versions
     if made_from and sha256_json(made_from) != label["digest"]:
-        raise ArtifactError(
-            f"{folder / LABEL}: what it says is not what its digest is of: the file is damaged; {remedy}"
-        )
+        raise ArtifactError(f"{folder / LABEL}: its made_from does not have its digest: the file is damaged; {remedy}")
     return label
 
 
-def incarnation(environ: Mapping[str, str] = os.environ) -> str:
-    """This process's name among all that may work at a task: its job and attempt, or its number and machine."""
-    return environ.get("SPECIALM_INCARNATION") or f"{os.getpid()}@{socket.gethostname()}"
+def fencing_token(environ: Mapping[str, str] = os.environ) -> str:
+    """This process's fencing token, which no other attempt at a task has: job and attempt, or process id and host."""
+    return environ.get(FENCING_TOKEN) or f"{os.getpid()}@{socket.gethostname()}"
 
 
 def check_fence(folder: Path) -> None:
-    """Before anything is published in an artifact's folder. A folder without a label is no task's.
+    """To be called before anything is published in an artifact's folder. A folder without a label belongs to no task.
 
     Raises:
-        ArtifactError: another incarnation has begun the task since.
+        ArtifactError: another attempt has begun the task since.
     """
-    if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != incarnation():
+    if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != fencing_token():
         raise ArtifactError(
-            f"{folder}: another incarnation of this task, {now}, has taken over from {incarnation()}, which publishes "
+            f"{folder}: another attempt at this task, {now}, has taken over from {fencing_token()}, which publishes "
             "nothing more: leave the folder to it"
         )
 
 
 def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
-    """Declare an artifact complete, with the files that it has now, and show it to users.
+    """Write the marker of an artifact, with the files that it has now, and link to it.
 
     Raises:
-        ArtifactError: another incarnation has taken over.
+        ArtifactError: another attempt has taken over.
     """
     folder = artifact_folder(root, stage, key, marker.digest)
     whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
@@ -304,7 +304,7 @@ def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The completion marker of an artifact's folder, or of what a view shows; None where the task has not finished.
+    """The completion marker of an artifact's folder, or of a link to it; None where the task has not finished.
 
     Raises:
         ArtifactError: it is damaged.
@@ -314,7 +314,7 @@ def read_marker(folder: Path) -> Marker | None:
         return None
     remedy = "put it back from a copy, or remove it and run again"
     value = read_json(path, dict[str, Any], remedy=remedy)
-    is_as_written = path.read_bytes() == json_text(value).encode()  # other bytes may still be the same numbers
+    is_as_written = path.read_bytes() == json_text(value).encode()  # other bytes may be the same numbers
     if value.pop("sha256", None) != sha256_json(value) or not is_as_written:
         raise ArtifactError(
             f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; {remedy}"
@@ -323,10 +323,10 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def check_artifact(folder: Path) -> None:
-    """Before an artifact is read: that it is finished, and its files are those that it was finished with.
+    """To be called before an artifact is read: check that it is finished and its files are unchanged.
 
     Raises:
-        ArtifactError: it is not, naming the file.
+        ArtifactError: with the file that is missing or has changed.
     """
     marker = read_marker(folder)
     if marker is None:
@@ -336,7 +336,7 @@ def check_artifact(folder: Path) -> None:
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:
-    """Whether the artifact is there, finished, made for this digest, and all its files are there with their sizes."""
+    """Whether the artifact of this digest is finished, and all its files are there with their sizes."""
     folder = artifact_folder(root, stage, key, digest)
     marker = read_marker(folder)
     return marker is not None and marker.digest == digest and find_damage(folder, marker.files) is None

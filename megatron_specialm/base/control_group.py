@@ -1,4 +1,4 @@
-"""What the processes of a training agree on beside gradients: over gloo, so that it works next to NCCL and in threads."""
+"""Collectives of Python objects between the processes of a training, over gloo, which works beside NCCL and in threads."""
 
 import datetime
 from collections.abc import Callable
@@ -20,21 +20,21 @@ class ControlGroup:
 
     @classmethod
     def meet(cls) -> "ControlGroup":
-        """A line of its own between all processes; all call this at once. Each thread that talks needs one."""
+        """A new group of all processes, each of which calls this. Every thread that communicates needs a group of its own."""
         return cls(dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The rank of this process."""
         return self._group.rank() if self._group else 0
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def tell_all(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks. Nobody goes on before all have come here."""
+        """Gather the values of all processes, in the order of ranks. It is a barrier, too."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self._group.size()
@@ -42,7 +42,7 @@ class ControlGroup:
         return values
 
     def agree(self, make: Callable[[], T]) -> list[T]:
-        """What `make` returns on each process; where it fails on any, all of them fail with the first error."""
+        """Gather what `make` returns on each process; where it raises on any, all raise the error of the lowest rank."""
         outcomes = self.tell_all(_outcome(make))
         for _, error in outcomes:
             if error is not None:
@@ -50,21 +50,21 @@ class ControlGroup:
         return [value for value, _ in outcomes]  # type: ignore[misc]
 
     def begin_any(self, flag: bool) -> Callable[[], bool]:
-        """Ask whether anybody's flag is raised. What comes back waits for the answer, which is the same for all."""
+        """Begin a logical or of all flags. The function that is returned waits for the result, which is the same for all."""
         if self._group is None:
             return lambda: flag
         raised = torch.tensor([flag], dtype=torch.uint8)
-        asking = dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert asking is not None
+        work = dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
 
         def answer() -> bool:
-            asking.wait()
+            work.wait()
             return bool(raised.item())
 
         return answer
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first process; its error, if it fails, is everybody's."""
+        """Broadcast what `make` returns on rank 0; where it raises there, all raise the error."""
         return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def limit_collectives(self, seconds: float) -> None:
@@ -74,21 +74,21 @@ class ControlGroup:
 
 
 class StopFlag:
-    """A flag that anybody may raise and all hear of at the same call: at once where they hear it at the first call, else at
-    the call after. So the answer has a step's time to come, and nobody waits for it."""
+    """A flag that any process may raise, and that all see at the same call: at the first call at once, later one call after. So
+    the all-reduce has the time of a step, and no process waits for it."""
 
     def __init__(self, peers: ControlGroup) -> None:
         self._peers = peers
-        self._asked: Callable[[], bool] | None = None
+        self._result: Callable[[], bool] | None = None
 
     def poll(self, raised: bool) -> bool:
-        """Whether it was raised; all call this equally often."""
-        if self._asked is None:
-            self._asked = self._peers.begin_any(raised)
-            return self._asked()
-        heard = self._asked()
-        self._asked = self._peers.begin_any(raised)
-        return heard
+        """Whether any process has raised it. All processes call this equally often."""
+        if self._result is None:
+            self._result = self._peers.begin_any(raised)
+            return self._result()
+        result = self._result()
+        self._result = self._peers.begin_any(raised)
+        return result
 
 
 def _outcome(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -99,6 +99,6 @@ def _outcome(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether torch.distributed complains of a process that does not answer any more."""
+    """Whether an error of torch.distributed means that another process has ended."""
     words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -1,15 +1,13 @@
-"""Who this process is among its fellows: rank, world size and meeting point, from whatever launched it.
+"""The world of this process: rank, world size and rendezvous address, from the variables of its launcher.
 
-`specialm run` (our own spawning), torchrun, srun and mpirun each leave their own variables; this is the one place that
-reads them. Nothing here imports torch.
+torchrun, srun and mpirun set variables of their own; only this module reads them. Nothing here imports torch.
 
-Several may be there at once. `srun` on a cluster whose default is PMIx sets PMIx's variables for programs that are no MPI
-programs, so there Slurm's count; `mpirun` inside a Slurm job leaves Slurm's variables of its own daemons, so Open MPI's own
-count more. SPECIALM_LAUNCHER=srun|torchrun|mpi|none decides, as for `srun --mpi=pmix`, which looks like either.
+The variables of several launchers may be set at once. Where PMIx is a cluster's default, `srun` sets PMIx's variables for any
+program, so Slurm's have precedence; `mpirun` inside a Slurm job leaves Slurm's variables of its own daemons, so Open MPI's
+have precedence over those. SPECIALM_LAUNCHER=srun|torchrun|mpi|none decides, as for `srun --mpi=pmix`, which looks like either.
 
-Variables say less than they seem to: those of a Slurm job stand in every shell inside it, and children inherit those of a
-launcher. So Slurm's count only in a step that somebody has started with srun, with the step's own number of tasks, and where
-there is one task there are no fellows.
+Every shell inside a Slurm job has the job's variables, and children inherit those of a launcher. So Slurm's count only in a
+step that srun has started, with the step's own number of tasks, and a step of one task is a process alone.
 """
 
 import getpass
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.protocol import LAUNCHER
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which plans, writes artifacts and logs."""
         return self.rank == 0
 
     @property
     def is_mpi(self) -> bool:
-        """Whether the ranks can speak to each other by MPI."""
+        """Whether the ranks can communicate by MPI."""
         return self.launcher == "mpirun"
 
 
@@ -54,20 +53,17 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
     Raises:
         MachineError: variables that contradict each other, or MPI without mpi4py.
     """
-    if "SPECIALM_RENDEZVOUS" in environ:
-        rank = _integer(environ, "RANK")
-        return World(rank, _integer(environ, "WORLD_SIZE"), rank, environ["SPECIALM_RENDEZVOUS"], "specialm")
-    launcher = environ.get("SPECIALM_LAUNCHER") or _launcher(environ)
+    launcher = environ.get(LAUNCHER) or _launcher(environ)
     if launcher == "none":
         return ALONE
     read = {"torchrun": _torchrun_world, "srun": _slurm_world, "mpi": _mpi_world}
     if launcher not in read:
-        raise MachineError(f"SPECIALM_LAUNCHER={launcher!r}: must be one of {', '.join(read)}, none")
+        raise MachineError(f"{LAUNCHER}={launcher!r}: must be one of {', '.join(read)}, none")
     return read[launcher](environ)
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
-    """Whose variables count. Where they say that there is one process only, Slurm's and MPI's do not."""
+    """The launcher whose variables count; those of Slurm and MPI do not where they name a single process."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return "torchrun"
     if "OMPI_COMM_WORLD_SIZE" in environ:
@@ -82,7 +78,7 @@ def _launcher(environ: Mapping[str, str]) -> str:
 
 
 def user_name() -> str:
-    """Who runs this, for records: a container's user may have no name."""
+    """The user, for records; in a container a user may have no name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):  # what it raises differs between versions of Python
@@ -90,12 +86,12 @@ def user_name() -> str:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def node_name() -> str:
-    """This node's name, as its scheduler has it."""
+    """This node's name, as Slurm has it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -123,7 +119,7 @@ def _torchrun_world(environ: Mapping[str, str]) -> World:
 
 
 def _slurm_world(environ: Mapping[str, str]) -> World:
-    """Ranks of an `srun`. The meeting point is the first node and a port that follows from the job's id."""
+    """Ranks of an `srun`. The rendezvous is on the first node, at a port that follows from the job's id."""
     size = _tasks_of_step(environ)
     host = environ.get("MASTER_ADDR") or first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
     port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
@@ -148,8 +144,8 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def _mpi_world(environ: Mapping[str, str]) -> World:
-    """Ranks of an `mpirun` or `srun --mpi`. Rank 0 chooses the meeting point and tells the others by MPI; in a Slurm job
-    it takes the job's MASTER_ADDR, as the names of nodes need not resolve."""
+    """Ranks of an `mpirun` or `srun --mpi`. Rank 0 chooses the address of the rendezvous and broadcasts it by MPI; in a Slurm
+    job it is the job's MASTER_ADDR, because names of nodes need not resolve."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -167,24 +163,24 @@ def _mpi_world(environ: Mapping[str, str]) -> World:
     return World(communicator.rank, communicator.size, local, communicator.bcast(address), "mpirun")
 
 
-def help_gloo(meeting: str) -> None:
-    """Name the interface by which this node reaches the meeting point, for gloo. Left alone it takes that of this host's own
-    name, and where names do not resolve, the loopback."""
+def choose_gloo_interface(address: str) -> None:
+    """Set gloo's network interface to the one by which this node reaches the rendezvous. By default gloo takes that of this
+    host's own name, which is the loopback where names do not resolve."""
     import psutil
 
-    host = os.environ.get("MASTER_ADDR") if meeting == "env://" else urlsplit(meeting).hostname
+    host = os.environ.get("MASTER_ADDR") if address == "env://" else urlsplit(address).hostname
     if not host or "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()) or _is_loopback(host):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
         probe.connect((host, 9))
         own = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
-        if own in {address.address for address in addresses}:
+        if own in {entry.address for entry in addresses}:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a name stands for this machine alone; one that does not resolve is no better."""
+    """Whether a name is that of the loopback, or does not resolve."""
     try:
         return socket.gethostbyname(host).startswith("127.")
     except (OSError, UnicodeError):  # the latter for what cannot be a name

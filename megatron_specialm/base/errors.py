@@ -1,7 +1,7 @@
-"""The errors a user can meet.
+"""The errors for users.
 
-Each says what is wrong with which file, key and value, and what to do about it. The command line prints them without a
-traceback and exits with `exit_code`; anything else that escapes is a bug of ours and keeps its traceback.
+Each names the file, key and value that are wrong, and what to do. The command line prints it without a traceback and exits with
+`exit_code`. Any other exception is a bug of this program and keeps its traceback.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from pathlib import PurePath
 
 
 class SpecialmError(ValueError):
-    """Base of all errors that are the input's or the machine's doing, not ours."""
+    """Base of all errors of the input or the machine."""
 
     exit_code = 2
 
 
 class ConfigError(SpecialmError):
-    """A pipeline config that does not say something we can run: unknown key, wrong type, cycle, missing stage."""
+    """A config that cannot be run: unknown key, wrong type, cycle, missing stage."""
 
 
 class DataError(SpecialmError):
@@ -26,7 +26,7 @@ class DataError(SpecialmError):
 
 
 class MissingTextError(DataError):
-    """A file of text that a config names is not there."""
+    """A file of text that a config names does not exist."""
 
 
 class ArtifactError(SpecialmError):
@@ -38,7 +38,7 @@ class CheckpointError(ArtifactError):
 
 
 class MachineError(SpecialmError):
-    """The machine cannot do what is asked: no device, port in use, no write permission, full disk."""
+    """The machine does not allow it: no device, port in use, no write permission, full disk."""
 
     exit_code = 3
 
@@ -50,11 +50,11 @@ class TrainingError(SpecialmError):
 
 
 class UnconfirmedError(SpecialmError):
-    """Finished work would be made anew, for more than may be spent on that unasked."""
+    """Finished work would be made again, at a cost that needs a confirmation."""
 
 
 class Stopped(SpecialmError):
-    """This process was asked to stop, by a signal or its supervisor, and has done so in good order: run it again."""
+    """This process has stopped in order, as a signal or its supervisor asked. The same command continues."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -76,8 +76,8 @@ _REFUSALS = {
 
 @contextlib.contextmanager
 def machine_errors() -> Iterator[None]:
-    """Say the operating system's refusals in terms of what to do. Where it does not say which file it was, neither do we:
-    only which line of code asked for it."""
+    """Raise errors of the operating system as `MachineError`, with what to do. Where such an error names no file, the message
+    names the line of code that raised it."""
     try:
         yield
     except OSError as error:
@@ -88,6 +88,6 @@ def machine_errors() -> Iterator[None]:
 
 
 def _caller(error: OSError) -> str:
-    """The code that an error comes from, as `folder/file.py:line function`."""
+    """The code that raised an error, as `folder/file.py:line function`."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"

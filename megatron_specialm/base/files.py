@@ -1,11 +1,11 @@
-"""Files that are either whole or absent.
+"""Files that are written atomically and checked when they are read.
 
-Everything a later reader relies on goes through here: written beside its final name, fsynced, then renamed. A folder is
-published the same way, with a manifest of sizes and SHA-256 sums that `verify_folder` checks. Whatever is wrong with a file
-that is read, the error is of one kind (`reading`).
+A file is written under a temporary name, fsynced and renamed. A folder is published in the same way, with a manifest of sizes
+and SHA-256 sums that `verify_folder` checks. Every error of a file that is read is an `ArtifactError` (`reading`).
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -37,7 +37,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """An error of the operating system that comes without a file's name, as that of a full disk does, gets this one's."""
+    """Add this file's name to an error of the operating system without one, as that of a full disk is."""
     try:
         yield
     except OSError as error:
@@ -48,8 +48,8 @@ def named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is fsynced and takes the place of `path`. An error that comes
-    without a file's name gets this one's."""
+    """Yield a temporary path in the same folder; on success it is fsynced and renamed to `path`. An error without a
+    file's name gets this one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -63,21 +63,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside a file's own, by which `remove_leftovers` knows it for ours."""
+    """A temporary name in a file's folder, which `remove_leftovers` recognises."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what attempts that were killed while they wrote have left in a task's folder: files with names as only
-    `_temporary` makes them. No other process may be at work in there."""
+    """Remove the temporary files that killed attempts have left in a task's folder, by the names of `_temporary`. No other
+    process may be writing there."""
     for path in folder.rglob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
 def give_usual_mode(*files: Path) -> None:
-    """Give files the mode that any new file gets where they stand, by the umask or the folder's default access list: some
-    libraries, as safetensors, write theirs for the owner alone."""
+    """Give files the mode of a new file in their folder, by the umask or the folder's default access list. Some libraries, as
+    safetensors, write files that only the owner can read."""
     for path in files:
         probe = _temporary(path)
         probe.touch()
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a text file atomically and durably.
 
     Args:
-        private: for the owner alone, whatever the umask, from its first moment on: it may hold a secret.
+        private: readable by the owner only, whatever the umask, from its creation on: it may hold a secret.
     """
     with atomic_path(path) as temporary:
         if private:
@@ -101,25 +101,25 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically and durably. NaN is refused: no reader but Python's would take it."""
+    """Write JSON atomically and durably. NaN is refused, because only Python's reader accepts it."""
     write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """What `write_json` writes: the same value always as the same bytes."""
+    """The text that `write_json` writes; equal values give equal bytes."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
 def reading(path: Path, *, form: str, remedy: str = REMAKE) -> Iterator[None]:
-    """Say what is wrong with a file that is read within: the file, the reason, and what to do. Of all files alike.
+    """Raise any error of reading a file as an `ArtifactError` with the file, the reason and what to do.
 
     Args:
-        form: what it should be, as "valid JSON".
+        form: the expected form, as "valid JSON".
 
     Raises:
-        ArtifactError: it is missing, cannot be read, or whatever a library raises that is asked to read it.
-        PermissionError: as it comes, since the file is not to blame.
+        ArtifactError: the file is missing or cannot be read, or the library that reads it raises anything.
+        PermissionError: unchanged, since the file is not damaged.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def reading(path: Path, *, form: str, remedy: str = REMAKE) -> Iterator[None]:
         raise ArtifactError(f"{path}: no such file: {remedy}") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}): {remedy}") from None
-    except Exception as error:  # libraries raise what they like where a file is damaged
+    except Exception as error:  # libraries raise any type for a damaged file
         raise ArtifactError(f"{path}: not {form} ({error or type(error).__name__}): {remedy}") from None
 
 
@@ -142,11 +142,11 @@ def read_json(path: Path, shape: Any = Any, *, remedy: str = REMAKE) -> Any:
 
     Args:
         shape: the type of its content: of dictionaries, lists, tuples and simple values, or a dataclass, whose types may
-            have limits as pydantic's `Field` gives them. What a dataclass does not name is passed over.
+            have limits by pydantic's `Field`. Fields that a dataclass does not have are ignored.
         remedy: what to do if it is damaged.
 
     Raises:
-        ArtifactError: the file is missing, empty, no JSON, or of another shape.
+        ArtifactError: the file is missing, empty, not JSON, or of another shape.
     """
     with reading(path, form="valid JSON", remedy=remedy):
         text = path.read_bytes().decode()
@@ -157,10 +157,10 @@ def read_json(path: Path, shape: Any = Any, *, remedy: str = REMAKE) -> Any:
 
 
 def parse_json(line: bytes, shape: type[Shape], *, path: Path, remedy: str = REMAKE) -> Shape:
-    """The same of a part of a file, as a line of it.
+    """As `read_json`, for a part of a file, such as a line.
 
     Raises:
-        ArtifactError: it is no JSON, or of another shape.
+        ArtifactError: it is not JSON, or of another shape.
     """
     with reading(path, form="valid JSON", remedy=remedy):
         text = line.decode()
@@ -169,7 +169,7 @@ def parse_json(line: bytes, shape: type[Shape], *, path: Path, remedy: str = REM
 
 
 def _conform(text: str, shape: type[Shape], path: Path, remedy: str) -> Shape:
-    """JSON as an object of that type; values are of their types as they stand, and not converted."""
+    """JSON as an object of that type, without conversion of values."""
     from pydantic import ValidationError  # not before it is needed: `specialm --help` takes no second
 
     adapter: Any = _adapter(shape)  # type: ignore[arg-type]
@@ -199,6 +199,25 @@ def _finite(digits: str) -> float:
     return value
 
 
+def read_regular(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a regular file that a user names, or of a link to one. A pipe would block, a device has no end, and
+    a file of gigabytes is none of those that are read whole.
+
+    Raises:
+        OSError: it is missing, cannot be read, is not a regular file, or is larger than that.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer is opened at once
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file, but a folder, a pipe or a device", str(path))
+    with os.fdopen(descriptor, "rb") as file:
+        content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+    if max(status.st_size, len(content)) > most_bytes:
+        raise OSError(errno.EFBIG, f"more than {most_bytes:,} bytes, which no such file has", str(path))
+    return content
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as file:
@@ -216,7 +235,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """What the manifest says of a file."""
+    """Size and SHA-256 of a file in a manifest."""
 
     bytes: int
     sha256: str
@@ -224,7 +243,7 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest: the files of its folder by their names, which are paths from there."""
+    """The content of a manifest: the files of its folder, by their relative paths."""
 
     files: dict[str, ManifestEntry]
 
@@ -236,10 +255,10 @@ def seal_file(path: Path) -> ManifestEntry:
 
 
 def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, ManifestEntry] | None = None) -> None:
-    """Seal a folder and give it its final name: every file hashed and fsynced, the manifest last, then one rename.
+    """Hash and fsync every file of a folder, write the manifest last, and rename the folder to its final name.
 
     Args:
-        sealed: the seals, by name, of files whose writers have sealed them already.
+        sealed: the entries, by name, of files whose writers have hashed and fsynced them already.
     """
     entries = dict(sealed or {})
     for path in _folder_files(temporary):
@@ -254,8 +273,8 @@ def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, Manifes
 
 
 def link_folder(folder: Path, aside: Path) -> None:
-    """Make `aside` a copy of a published folder, manifest included and nothing that it does not list: by hard links where the
-    filesystem can, as published files are never written to."""
+    """Make `aside` a copy of a published folder, with the manifest and the files that it lists: by hard links where the
+    filesystem has them, because published files are never written to."""
     for name in (*listed_files(folder), MANIFEST):
         path, copy = folder / name, aside / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -267,10 +286,10 @@ def link_folder(folder: Path, aside: Path) -> None:
 
 
 def listed_files(folder: Path) -> dict[str, ManifestEntry]:
-    """The files of a published folder by their names: those, and no others, are to be read.
+    """The files of a published folder by their names. Readers open these files only.
 
     Raises:
-        ArtifactError: there is no manifest, it lists nothing, or it names a file outside of the folder.
+        ArtifactError: there is no manifest, it lists no files, or it names a file outside of the folder.
     """
     files = read_json(folder / MANIFEST, Manifest).files
     for name in files:
@@ -283,8 +302,8 @@ def listed_files(folder: Path) -> dict[str, ManifestEntry]:
 
 
 def unlisted_files(folder: Path) -> list[Path]:
-    """What stands in a published folder beside the files that its manifest lists. Hidden files are nobody's: filesystems and
-    version control leave such."""
+    """The files of a published folder that its manifest does not list. Hidden files do not count: filesystems and version
+    control leave such."""
     listed = listed_files(folder)
     names = ((path, path.relative_to(folder)) for path in _folder_files(folder))
     return [path for path, name in names if name.as_posix() not in listed and not any(p[0] == "." for p in name.parts)]
@@ -294,10 +313,10 @@ def verify_folder(folder: Path, *, alone: bool = False) -> None:
     """Check a published folder against its manifest.
 
     Args:
-        alone: whether other files may not be there either: for folders of which a library chooses what it reads.
+        alone: whether other files are an error, too: for folders where a library chooses what it reads.
 
     Raises:
-        ArtifactError: naming the first file that is missing, cut short, whose bytes have changed, or that is too many.
+        ArtifactError: with the first file that is missing, of another size, changed, or not listed.
     """
     for name, entry in listed_files(folder).items():
         path = folder / name

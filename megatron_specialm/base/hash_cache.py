@@ -1,13 +1,13 @@
-"""SHA-256 of files that may be large and many: read once, and again only where a file may have changed.
+"""SHA-256 of many large files, with a cache: a file is read again only where it may have changed.
 
-    <cache>.json   per file: its size, times and inode, when it was read, and its SHA-256. Files below the cache's folder stand
-                   there by their names in it, so that a folder that is moved or shown by a link keeps its cache.
+    <cache>.json   per file: its size, times and inode, when it was read, and its SHA-256. Files below the cache's folder have
+                   their relative paths, so that a folder that is moved, or reached by a link, keeps its cache.
 
-The cache believes a file whose size, times and inode are as they were. Times of modification can be set at will, those of
-change (ctime) cannot; but they stand still for as long as the filesystem's clock ticks, so a file that was changed shortly
-before it was read may have been changed after it too, unseen, and is read again (as Git does with its index); so is what was
-read at a time that is yet to come, by a clock that has been set back since. The device is not asked: a network filesystem has
-another number on each node. Hashing waits for the disk and frees the interpreter's lock, so several files are read at a time.
+A file whose size, times and inode are equal counts as unchanged. Users can set times of modification, but not of change
+(ctime). Both have the resolution of the filesystem's clock, so a file that was changed shortly before it was read may have
+changed again with the same times, and is read again (as Git does with its index). The same holds for a time of reading in the
+future, from a clock that has been set back. The device is not compared: a network filesystem has another number on each node.
+Hashing waits for the disk and releases the GIL, so several files are read at a time.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from typing import Any
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import read_json, sha256_file, write_json
 
-THREADS = 16  # at most: more readers than that do not make a filesystem faster
-KEEP_EVERY = 64  # files after which the hashes so far are kept, so that an interrupted reading goes on where it was
+THREADS = 16  # more readers do not make a filesystem faster
+KEEP_EVERY = 64  # files between two writes of the cache, so that an interrupted reading continues
 TICK_NS = 2_000_000_000  # the coarsest clock of a filesystem, FAT's
 
 
 def sha256_files(
     paths: Iterable[Path], cache: Path, *, again: bool = False, keep: bool = True, alone: bool = False
 ) -> dict[Path, str]:
-    """The files' hashes, those that are not in the cache read in parallel; the cache then holds these too.
+    """The hashes of files. Files that are not in the cache are read in parallel and added to it.
 
     Args:
-        again: read all, whatever the cache knows.
-        keep: False for who writes nothing, the cache neither.
-        alone: let the cache hold these files and no others: those of the folder that are gone.
+        again: read all files, also those in the cache.
+        keep: whether to write the cache.
+        alone: remove all other files from the cache, as files that do not exist any more.
 
     Raises:
         DataError: a file is missing or cannot be read.
@@ -56,19 +56,19 @@ def sha256_files(
 
 
 def _name(file: Path, folder: Path) -> str:
-    """Its name in the cache of a folder, from wherever it is looked at."""
+    """The name of a file in the cache of a folder."""
     whole, within = file.absolute(), folder.absolute()
     return str(whole.relative_to(within) if whole.is_relative_to(within) else whole)
 
 
 def _is_current(entry: Any, stamp: list[int]) -> bool:
-    """Whether a file has still the content that it had when it was read."""
+    """Whether a file still has the content that was read."""
     return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"] <= time.time_ns()
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of the cache: its stamp, when it was read, in nanoseconds of Unix time, and its SHA-256."""
+    """A file in the cache: its stamp, the time of reading in nanoseconds of Unix time, and its SHA-256."""
 
     stamp: list[int]
     read: int
@@ -76,7 +76,7 @@ class _Entry:
 
 
 def _read_cache(cache: Path) -> dict[str, Any]:
-    """What is in it; nothing where it is missing, damaged or of an older version, since its loss costs time only."""
+    """The entries; none where the cache is missing, damaged or of an older version, which only costs time."""
     try:
         return {name: asdict(entry) for name, entry in read_json(cache, dict[str, _Entry]).items()}
     except (ArtifactError, OSError):
@@ -84,18 +84,18 @@ def _read_cache(cache: Path) -> dict[str, Any]:
 
 
 def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # who looks at a run need not be able to write there
+    with contextlib.suppress(OSError):  # a reader of a run folder may have no permission to write
         write_json(cache, entries)
 
 
 def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each file with its entry. Its stamp was taken, and its time is, before it is read."""
+    """Each file with its entry. Stamp and time are from before the file is read."""
     with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as pool:
         try:
             for file, (now, digest) in zip(files, pool.map(_sha256, files), strict=True):
                 yield file, {"stamp": stamps[file], "read": now, "sha256": digest}
         finally:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for what has not begun
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for files that are not begun
 
 
 def _sha256(file: Path) -> tuple[int, str]:

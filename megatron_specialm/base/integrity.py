@@ -1,7 +1,7 @@
-"""Whether the files of a finished artifact are those that it was finished with.
+"""Whether the files of a finished artifact are unchanged.
 
-Sizes are looked at wherever it is asked whether a task is done. Hashes are compared when a task first reads an input, and
-again only where a file's times say that it may have changed (`base/hash_cache.py`); `specialm verify --deep` reads every byte.
+Sizes are compared wherever a task's state is needed. Hashes are compared when a task first reads an input, and again only where
+a file may have changed by its times (`base/hash_cache.py`); `specialm verify --deep` reads every byte.
 """
 
 import re
@@ -12,8 +12,8 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import MANIFEST, REMAKE, ManifestEntry, listed_files, seal_file
 from megatron_specialm.base.hash_cache import sha256_files
 
-# What a training notes as it goes, for people and for its own resumption: an attempt that was cut off, and is fenced, may go
-# on writing there after another one has finished the task. Nothing else reads it.
+# Records of a training, for display and for its resumption: a fenced attempt on a node that was cut off may append to them
+# after another one has finished the task. No other stage reads them.
 RECORDS = ("metrics.jsonl", "work.json")
 PROFILES = "profile"  # a folder of the same kind: a training's traces and memory snapshots
 CHECKED = "checked.json"  # the cache of hashes, in an artifact's folder
@@ -21,14 +21,14 @@ LEFT_OVER = re.compile(r"\..*\.tmp")  # of killed writers
 
 
 def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, ManifestEntry]:
-    """Size and SHA-256 of every file below a folder, by its name there, flushed to the disk. Files that a published folder's
+    """Size and SHA-256 of every file below a folder, by its relative path, flushed to the disk. Files that a published folder's
     manifest lists are not read again.
 
     Args:
-        without: names of files right in the folder that are left out.
+        without: names of files in the folder itself to leave out.
 
     Raises:
-        ArtifactError: a manifest lists a file that is not there, or is of another size.
+        ArtifactError: a file that a manifest lists is missing or of another size.
     """
     names, seals = present_files(folder, without=without), dict[str, ManifestEntry]()
     for manifest in (folder / name for name in names if PurePath(name).name == MANIFEST):
@@ -41,7 +41,7 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, Mani
 
 
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
-    """The names below a folder of its files, less those that `without` names and what killed writers have left."""
+    """The relative paths of the files below a folder, except `without`, training records, and what killed writers have left."""
     names = (path.relative_to(folder) for path in _files(folder) if PROFILES not in path.relative_to(folder).parts[:-1])
     return sorted(
         name.as_posix() for name in names if str(name) not in without and name.name not in (CHECKED, *RECORDS)
@@ -59,7 +59,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def find_damage(folder: Path, files: Mapping[str, ManifestEntry]) -> str | None:
-    """What is wrong with the first file that is missing or has another size; None where all are there."""
+    """A message about the first file that is missing or has another size; None where there is none."""
     for name, seal in files.items():
         path = folder / name
         try:
@@ -74,14 +74,14 @@ def find_damage(folder: Path, files: Mapping[str, ManifestEntry]) -> str | None:
 def check_files(
     folder: Path, files: Mapping[str, ManifestEntry], *, again: bool = False, original: Path | None = None
 ) -> None:
-    """Compare files with what they were; those that were compared before, and have not been touched since, are not read.
+    """Compare files with their sizes and hashes; files that have not changed since the last comparison are not read.
 
     Args:
         again: read them nevertheless.
-        original: the folder that this one was copied from, where changed bytes are to be mended.
+        original: the folder from which this one was copied, for the message.
 
     Raises:
-        ArtifactError: naming the first file that is missing, cut short, or whose bytes have changed.
+        ArtifactError: with the first file that is missing, of another size, or changed.
     """
     if damage := find_damage(folder, files):
         raise ArtifactError(damage)

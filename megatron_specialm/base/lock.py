@@ -1,17 +1,17 @@
-"""Who may work in a run folder.
+"""The locks of a run folder.
 
-    <root>/.lock                  one command at a time: `run`, under launchers by its first rank, `submit` and `cancel`
-    <root>/.locks/<stage>/<key>   who works at a task, by its first rank
-    <root>/.locks/.placing        who puts whole artifacts in their places, from earlier versions or other run folders
+    <root>/.lock                  one command at a time: `run` (under launchers by rank 0), `submit`, `cancel`, `clean`
+    <root>/.locks/<stage>/<key>   one worker at a time at a task, by its rank 0
+    <root>/.locks/.placing        one process at a time that moves whole artifacts in, of `reuse` or an earlier version's layout
 
-Jobs that a supervisor attends share their locks with each other: an attempt at a job must not wait for ranks of the one before,
-on a node that may only be cut off, which `check_fence` of `base/artifacts.py` keeps from publishing. Only one at a
-time places whole artifacts, job or not: the next one then finds them there. The ranks of `specialm submit` hold their tasks
-alone, not the folder. So jobs work beside each other, and no `run` beside a job at its task.
+Jobs under a supervisor share the first two with each other: an attempt at a job must not wait for ranks of the one before, on a
+node that is cut off; `check_fence` of `base/artifacts.py` keeps those from publishing. `.placing` is exclusive also for jobs:
+the next one then finds the artifacts. The ranks of `specialm submit` lock their tasks only, not the folder. So jobs run beside
+each other, and no `run` beside a job at its task.
 
-A lock is the kernel's (`flock`): it belongs to an open file, and is let go when the last process that has the file is gone,
-however it ends, and on a shared filesystem also for a holder on another machine. A command shares the open file with its
-workers, so that the folder is held for as long as any of them lives.
+A lock is the kernel's (`flock`): it belongs to an open file, and is released when the last process that has the file open ends,
+however it ends, on a shared filesystem also on another machine. A command shares the open file with its workers, so that the
+folder is locked as long as any of them lives.
 """
 
 import contextlib
@@ -25,17 +25,18 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_specialm.base.artifacts import incarnation
+from megatron_specialm.base.artifacts import fencing_token
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.protocol import FENCING_TOKEN
 
 POLL_SECONDS = 0.1
-HANDOVER_SECONDS = 5.0  # for workers of a command that was killed to end
+HANDOVER_SECONDS = 5.0  # for the workers of a killed command to end
 PLACING_SECONDS = 3600.0  # for another job to copy or hash large artifacts
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without `flock`; NFS without its lock service
 
 
 class HeldFolder:
-    """A folder that this process holds. Handed to a process of `multiprocessing`, it is held by that one too."""
+    """A folder that this process has locked. Passed to a process of `multiprocessing`, the lock is shared with it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -49,26 +50,26 @@ def _held_too(duplicate: Any) -> HeldFolder:
 
 
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a rank of a job that a supervisor attends, which shares its locks."""
-    return "SPECIALM_INCARNATION" in environ
+    """Whether this is a rank of a job under a supervisor, which shares its locks."""
+    return FENCING_TOKEN in environ
 
 
 @contextlib.contextmanager
 def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) -> Iterator[HeldFolder]:
-    """Hold a run folder, which is made where it is missing.
+    """Lock a run folder, which is created where it is missing.
 
     Args:
-        wait_seconds: for another holder to let go.
-        shared: with others who share it; else alone.
+        wait_seconds: for another holder to release it.
+        shared: with other shared holders; else exclusive.
 
     Raises:
-        MachineError: another process holds it, with its number and its machine; or the filesystem knows no locks.
+        MachineError: another process holds it, named by its id and host; or the filesystem has no locks.
     """
 
     def refusal(holder: str) -> str:
         pid, _, host = holder.partition(" ")
-        who = f"another command (pid {pid}{host and ' on ' + host}), or a worker that it has left,"
-        return f"{root}: {who} is at work here: wait or end it"
+        holder = f"another command (pid {pid}{host and ' on ' + host}), or a worker that it has left,"
+        return f"{root}: {holder} uses this run folder: wait or end it"
 
     sign = f"{os.getpid()} {socket.gethostname()}"
     with _locked(root / ".lock", sign, refusal, shared=shared, wait_seconds=wait_seconds) as descriptor:
@@ -77,33 +78,33 @@ def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) ->
 
 @contextlib.contextmanager
 def hold_task(root: Path, stage: str, key: str) -> Iterator[None]:
-    """Hold a task while working at it.
+    """Lock a task while doing it.
 
     Raises:
-        MachineError: another process works at it, with its incarnation; or the filesystem knows no locks.
+        MachineError: another process is doing it, with its fencing token; or the filesystem has no locks.
     """
 
     def refusal(holder: str) -> str:
-        return f"{stage}/{key}: {holder} is at work on it: wait until that has ended, or end it"
+        return f"{stage}/{key}: {holder} is doing this task: wait until that has ended, or end it"
 
     path = root / ".locks" / stage / key
-    with _locked(path, incarnation(), refusal, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
+    with _locked(path, fencing_token(), refusal, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
         yield
 
 
 @contextlib.contextmanager
 def hold_placing(root: Path) -> Iterator[None]:
-    """Be the only one who puts whole artifacts in their places; another one is waited for.
+    """Lock the moving in of whole artifacts; another holder is waited for.
 
     Raises:
-        MachineError: another process has been at it for long, with its incarnation; or the filesystem knows no locks.
+        MachineError: another process has held the lock for long, with its fencing token; or the filesystem has no locks.
     """
 
     def refusal(holder: str) -> str:
         return f"{root}: {holder} takes over finished work: wait until that has ended, or end it"
 
     path = root / ".locks" / ".placing"  # no stage has such a name
-    with _locked(path, incarnation(), refusal, shared=False, wait_seconds=PLACING_SECONDS):
+    with _locked(path, fencing_token(), refusal, shared=False, wait_seconds=PLACING_SECONDS):
         yield
 
 
@@ -111,7 +112,7 @@ def hold_placing(root: Path) -> Iterator[None]:
 def _locked(
     path: Path, sign: str, refusal: Callable[[str], str], *, shared: bool, wait_seconds: float
 ) -> Iterator[int]:
-    """Have the lock of a file, which then names who has it."""
+    """Hold the lock of a file, whose content then names the holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         deadline = time.monotonic() + wait_seconds
@@ -120,7 +121,7 @@ def _locked(
                 lock.seek(0)
                 raise MachineError(refusal(lock.read()))
             time.sleep(POLL_SECONDS)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, and nobody reads who has it
+        with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its holder
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), sign.encode())
         yield lock.fileno()

@@ -1,8 +1,8 @@
-"""How long work takes: sums of what passes between two looks, never negative.
+"""A stopwatch: a sum of differences between two readings of the monotonic clock, none negative.
 
-The monotonic clock is no part of the date, so setting that back or ahead changes nothing. But the clock itself may start anew
-under a process that is moved to another machine, or be shifted by a library; then what has passed between two looks is not
-known, and counts as nothing. Each look costs less than a microsecond: the more there are, the less is lost.
+Setting the date does not affect the monotonic clock. But it may restart under a process that is moved to another machine, or be
+shifted by a library; then the time between two readings is unknown and counts as zero. A reading takes less than a microsecond;
+frequent readings lose less.
 """
 
 import time

@@ -1,7 +1,7 @@
-"""A place for sockets and for files where processes meet.
+"""A temporary folder for sockets and for the files of a rendezvous.
 
-The name of a Unix socket has room for about a hundred bytes, and a job's TMPDIR may alone be longer; not every filesystem
-holds sockets; and where processes meet is told as a URL, in which a # means something else.
+The name of a Unix socket has room for about a hundred bytes, and a job's TMPDIR alone may be longer; not every filesystem
+supports sockets; and the address of a rendezvous is a URL, in which a # has a meaning.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ PLAIN = re.compile(r"[\w/.+-]+", re.ASCII)
 
 
 def short_place() -> str:
-    """The temporary folder, or where sockets cannot be made in it, the first of the usual short ones where they can.
+    """The temporary folder, or where sockets cannot be made in it, the first of the usual short ones where they can be made.
 
     Raises:
         MachineError: there is none.
@@ -35,10 +35,10 @@ def short_place() -> str:
 
 
 def place_sockets() -> None:
-    """Have `multiprocessing` make its sockets in a short place, below a folder of ours alone, which it removes at its end."""
+    """Have `multiprocessing` make its sockets in a short place, below a folder of this process, which it removes at its end."""
     before, tempfile.tempdir = tempfile.tempdir, short_place()
     try:
-        multiprocessing.util.get_temp_dir()  # made at the first call, and then used until the end
+        multiprocessing.util.get_temp_dir()  # made at the first call, and used from then on
     finally:
         tempfile.tempdir = before
 

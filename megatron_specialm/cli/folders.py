@@ -59,7 +59,7 @@ def clean(
     from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder
     from megatron_specialm.run.clean import find_unwanted, remove, unwanted_table
     from megatron_specialm.slurm import records
-    from megatron_specialm.slurm.missing import used_by_jobs
+    from megatron_specialm.slurm.state import used_by_jobs
 
     pipeline = load(config, overrides)
     root = Path(pipeline.root)

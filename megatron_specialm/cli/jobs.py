@@ -67,7 +67,7 @@ def status(
     every: Annotated[float, typer.Option(help="With --watch: seconds between updates.", min=1)] = 10,
 ) -> None:
     """Show the progress and cost of a config's jobs, and why some failed."""
-    from megatron_specialm.slurm.watch import show_status, watch_status
+    from megatron_specialm.slurm.status_view import show_status, watch_status
 
     pipeline = load(config, overrides)
     if watch:
@@ -84,7 +84,7 @@ def cancel(
     ] = None,
 ) -> None:
     """Cancel a config's queued and running jobs. Finished work is kept; `submit` continues from there."""
-    from megatron_specialm.slurm.cancel import cancel as cancel_jobs_of
+    from megatron_specialm.slurm.state import cancel as cancel_jobs_of
 
     (stage, *_), overrides = _names_and_overrides(words, most=1)
     pipeline = load(config, overrides)

@@ -103,8 +103,8 @@ def run(
     from megatron_specialm.run.local import run_local
     from megatron_specialm.run.prepare import prepare
     from megatron_specialm.run.progress import Progress
-    from megatron_specialm.run.reuse import refuse_other_folders, told
-    from megatron_specialm.slurm.missing import adopt_unattended, refuse_live
+    from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary
+    from megatron_specialm.slurm.state import adopt_unattended, refuse_live
 
     world = discover_world()
     alone = world.launcher == "none"
@@ -129,7 +129,7 @@ def run(
             agree(ready.redo, pipeline, yes=yes, may_ask=alone)
             write_resolved(ready.pipeline, root)
             if alone:
-                said = f"{ready.missing} of {len(ready.chosen)} tasks to do{told(ready.chosen)}"
+                said = f"{ready.missing} of {len(ready.chosen)} tasks to do{reuse_summary(ready.chosen)}"
                 say(f"{pipeline.name}: {said}, in {root}")
                 with Progress(ready.missing, console=console()) as progress:
                     run_local(ready.pipeline, ready.chosen, root, held=held, jobs=jobs, progress=progress)

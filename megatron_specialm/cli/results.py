@@ -110,7 +110,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Generate text with models from a prompt."""
-    from megatron_specialm.run.worker import ignore_expected_warnings
+    from megatron_specialm.run.processes import ignore_expected_warnings
 
     ignore_expected_warnings()
     from megatron_specialm.stages.generation import open_model  # imports Megatron-Core
@@ -128,8 +128,8 @@ def samples(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Generate text with each method's fine-tuned model, from the beginning of a held-out document of the first domain."""
+    from megatron_specialm.run.processes import ignore_expected_warnings
     from megatron_specialm.run.samples import find_samples
-    from megatron_specialm.run.worker import ignore_expected_warnings
 
     pipeline = load(config, overrides)
     if (found := find_samples(pipeline)) is None:
@@ -153,7 +153,7 @@ def project(
     expert: Annotated[int, typer.Option(help="The expert's number, from 0: that of its cluster.", show_default=False)],
 ) -> None:
     """Write one expert of a projected network as an ordinary checkpoint."""
-    from megatron_specialm.run.worker import ignore_expected_warnings
+    from megatron_specialm.run.processes import ignore_expected_warnings
 
     ignore_expected_warnings()
     from megatron_specialm.checkpoint.merged import project_expert  # imports Megatron-Core

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.base.regular import read_regular
+from megatron_specialm.base.files import read_regular
 
 MAX_BYTES = 4 << 20  # the longest shipped config has 12 kB, but a config may list the files of a corpus
 MAX_VALUES = 50_000  # PyYAML takes a second for them

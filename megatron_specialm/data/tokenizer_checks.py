@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import DataError, SpecialmError
-from megatron_specialm.base.regular import read_regular
+from megatron_specialm.base.files import read_regular
 from megatron_specialm.config.yaml_file import shorten
 
 MOST_BYTES = 1 << 28  # of a file; the largest vocabularies take 40 MB

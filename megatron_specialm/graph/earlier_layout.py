@@ -14,8 +14,8 @@ from megatron_specialm.base.artifacts import (
     LABEL,
     Marker,
     artifact_folder,
+    fencing_token,
     finish_artifact,
-    incarnation,
     read_label,
     read_marker,
     view,
@@ -86,7 +86,7 @@ def _move_marker(root: Path, path: Path) -> None:
     folder = artifact_folder(root, stage, key, marker.digest)
     if (folder / LABEL).exists() and read_marker(folder) is None and not _names_shards(folder):
         _refuse_two(view(root, stage, key), folder)
-        write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": incarnation()})
+        write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": fencing_token()})
         finish_artifact(root, stage, key, marker)
     path.unlink()
     with contextlib.suppress(OSError):  # it has other markers

@@ -2,14 +2,11 @@
 
 import importlib
 import math
-import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,12 @@ from rich.table import Column, Table
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
-from megatron_specialm.base.orphans import end_with
 from megatron_specialm.base.packages import installed_version
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.parity.case import ParityCase
-from megatron_specialm.run.worker import worker_context
+from megatron_specialm.run.processes import Workers, end_workers, worker_context
 
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
@@ -190,47 +186,27 @@ def _json(value: float) -> float | None:
 
 def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> None:
     folder.mkdir()
-    worlds = [
-        World(rank, case.parallel.world_size, rank, f"file://{folder}/meeting", "parity")
-        for rank in range(case.parallel.world_size)
-    ]
-    pipes = [context.Pipe(duplex=False) for _ in worlds]
-    processes = [
-        context.Process(target=_process, args=(measure, case, world, folder, theirs))  # type: ignore[attr-defined]
-        for world, (theirs, _) in zip(worlds, pipes, strict=True)
-    ]
-    for process, (theirs, _) in zip(processes, pipes, strict=True):
-        process.start()
-        theirs.close()
+    ranks = range(case.parallel.world_size)
+    worlds = [World(rank, len(ranks), rank, f"file://{folder}/meeting", "parity") for rank in ranks]
+    workers = Workers(
+        context, _measure, [(measure, case, world, folder) for world in worlds],
+        logs=[folder / f"log-{rank}" for rank in ranks], name="parity",
+    )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        if any(process.exitcode for process in processes):
-            break
-        time.sleep(0.02)
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
-    first = next((rank for rank in failed if processes[rank].exitcode), None)
-    for process in processes:
-        process.kill()
-        process.join()
-    if failed:
-        said = "it did not end in time" if first is None else _last_line(folder / f"log-{first}")
-        raise TrainingError(
-            f"parity, {case.parallel.describe()}: rank {first if first is not None else failed[0]}: {said}"
-        )
+    try:
+        while not (ended := workers.have_ended()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        end_workers([workers], within=0)
+    if not ended:
+        raise TrainingError(f"parity, {case.parallel.describe()}: it did not end within {TIMEOUT_SECONDS:.0f} s")
+    if failure := workers.failure():
+        raise TrainingError(f"parity, {case.parallel.describe()}: rank {failure[0]}: {failure[1]}")
 
 
-def _process(measure: str, case: ParityCase, world: World, folder: Path, launcher: Connection) -> None:
-    end_with(launcher)
-    with (folder / f"log-{world.rank}").open("ab") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+def _measure(measure: str, case: ParityCase, world: World, folder: Path) -> None:
     module, _, function = measure.partition(":")
     getattr(importlib.import_module(module), function)(case, world, folder)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
 
 
 def _read(folder: Path) -> Run:

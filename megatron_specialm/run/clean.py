@@ -1,4 +1,4 @@
-"""What a run folder holds that its config does not want any more, and its removal: on demand only."""
+"""Artifacts in a run folder that its config does not use, and their removal on demand."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ from megatron_specialm.graph.tasks import TaskId
 
 @dataclass(frozen=True)
 class Unwanted:
-    """An artifact that the config does not want.
+    """An artifact that the config does not use.
 
-    bytes: that its removal frees: not those that another run folder shares.
+    bytes: that its removal frees, without files that another run folder shares.
     age: seconds since it was finished, or begun.
-    device_seconds: what making it cost, with what it went on from; None where it was not finished.
+    device_seconds: its cost, with that of the work that it continued; None where it was not finished.
     """
 
     task: TaskId
@@ -33,10 +33,10 @@ class Unwanted:
 
 
 def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Collection[str]) -> list[Unwanted]:
-    """Artifacts of other settings, text or inputs, and of tasks that the config has no more; the largest first.
+    """Artifacts of other settings, text or inputs, and of tasks that are not in the config; the largest first.
 
     Args:
-        live: digests of what queued and running jobs make and read: what those rest on is wanted too.
+        live: digests of what live jobs make and read; these and their inputs are kept.
     """
     wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
     found = [_describe(folder) for folder in _all_artifacts(root) if not _is_of(folder, wanted)]
@@ -44,7 +44,7 @@ def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Colle
 
 
 def _all_artifacts(root: Path) -> Iterator[Path]:
-    """The folders of all artifacts in a run folder, finished or not, of whatever settings."""
+    """The folders of all artifacts in a run folder, finished or not, of any settings."""
     return (path.parent for path in sorted((root / ARTIFACTS).glob(f"*/*/*/{LABEL}")))
 
 
@@ -65,7 +65,7 @@ def _is_of(folder: Path, digests: Iterable[str]) -> bool:
 
 
 def _describe(folder: Path) -> Unwanted:
-    with contextlib.suppress(ArtifactError):  # a damaged marker costs the figure
+    with contextlib.suppress(ArtifactError):  # of a damaged marker: without the cost
         marker = read_marker(folder)
         cost = marker.whole_cost.device_seconds if marker else None
         when = (folder / (MARKER if marker else LABEL)).stat().st_mtime
@@ -92,19 +92,19 @@ def unwanted_table(unwanted: Iterable[Unwanted]) -> Table:
 
 
 def remove(unwanted: Iterable[Unwanted], root: Path) -> None:
-    """Remove artifacts, each by a rename first, so that a kill leaves none that is half there, and the links to them. The
-    caller is alone at work in the folder.
+    """Remove artifacts and the links to them. Each is renamed first, so that a kill leaves no partial artifact. The caller
+    holds the run folder.
 
     Raises:
-        ArtifactError: one is of another task by now.
+        ArtifactError: the label of one is of another digest.
     """
     for one in unwanted:
         if not read_label(one.folder)["digest"].startswith(one.folder.name):
             raise ArtifactError(
-                f"{one.folder / LABEL}: is of another digest: the file is damaged; look at the folder yourself"
+                f"{one.folder / LABEL}: is of another digest: the file is damaged; remove the folder by hand"
             )
         aside = one.folder.with_name(f".{one.folder.name}.tmp")
-        with hold_task(root, *one.task):  # a job of which this machine cannot ask may be at work
+        with hold_task(root, *one.task):  # a job that this machine cannot ask about may be running
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(one.folder, aside)
             shutil.rmtree(aside)

@@ -1,5 +1,5 @@
-"""Imported first by the server that workers are forked from: it ends with its launcher, even while it imports the rest, which
-takes seconds. Workers see to themselves: what the kernel is told here is not inherited."""
+"""Imported first by the server from which workers are forked: the server ends with its launcher, also during its other imports,
+which take seconds. Workers do not inherit this setting; `processes.py` has theirs."""
 
 import contextlib
 import ctypes

@@ -1,8 +1,8 @@
 """Run a plan inside the ranks that torchrun, srun or mpirun has started.
 
-The ranks meet. The first one, which holds the run folder, plans and judges, however long that takes, and says what it has
-planned; the others go by that. Then every rank walks the plan in order. All of them train together and, under MPI, cluster
-together; other stages are the first rank's work, while the others wait for its marker.
+After the rendezvous, rank 0, which holds the run folder, plans and checks the plan, however long that takes, and broadcasts it.
+Then every rank does the plan's tasks in order. Trainings, and under MPI clusterings, are done by all ranks together; other
+tasks by rank 0, while the others wait for the marker.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from megatron_specialm.base.artifacts import SHOWN_DIGITS, is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
 from megatron_specialm.base.files import sha256_json
-from megatron_specialm.base.heartbeat import heartbeat
-from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.base.rendezvous import await_word, is_alive, meet
+from megatron_specialm.base.protocol import ATTEMPT
+from megatron_specialm.base.rendezvous import is_alive, rendezvous, wait_for_key
+from megatron_specialm.base.reporting import heartbeat, recorded_outcome
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import train_stages
@@ -32,12 +32,13 @@ from megatron_specialm.graph.plan import PlannedTask, State, make_plan, show
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
+from megatron_specialm.run.processes import ignore_expected_warnings, limit_threads
 from megatron_specialm.run.reuse import take_over
-from megatron_specialm.run.worker import begun, execute, ignore_expected_warnings, limit_threads
+from megatron_specialm.run.worker import begun, execute
 
 PLANNED = "planned"  # a key of the ranks' store
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 30.0  # for the last marker of a first rank that has ended to be seen, on a filesystem that caches
+GRACE_SECONDS = 30.0  # until the last marker of a rank 0 that has ended is visible, on a filesystem that caches
 
 
 def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -> Pipeline:
@@ -68,7 +69,7 @@ def fit_to_world(pipeline: Pipeline, world: World, *, stages: Collection[str]) -
 
 
 def fit_to_ranks(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], world: World) -> Pipeline:
-    """The config for the ranks that there are, each of which looks at its own machine.
+    """The config, fitted to the number of ranks; each rank checks its own machine.
 
     Raises:
         ConfigError: as of `fit_to_world`.
@@ -85,15 +86,15 @@ def fit_to_ranks(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], world: 
 
 @contextlib.contextmanager
 def rank_lifecycle(world: World) -> Iterator[ProcessStatus]:
-    """The life of a rank that a launcher has started: it says where it stands, stops when it is asked to, and leaves its
-    outcome. A process that nobody has launched, and no supervisor waits for, needs none of it."""
+    """Within, this process is a rank: it sends heartbeats, stops on request, and leaves its outcome. A process without a
+    launcher and a supervisor does none of that."""
     process_status = ProcessStatus()
-    if world.launcher == "none" and "SPECIALM_ATTEMPT" not in os.environ:
+    if world.launcher == "none" and ATTEMPT not in os.environ:
         yield process_status
         return
     with (
         abort_mpi_on_error(world),
-        process_status.hearing_signals(),
+        process_status.stop_on_signals(),
         recorded_outcome(world, process_status),
         machine_errors(),
         heartbeat(process_status, world),
@@ -102,38 +103,38 @@ def rank_lifecycle(world: World) -> Iterator[ProcessStatus]:
 
 
 def join_ranks(pipeline: Pipeline, world: World, process_status: ProcessStatus) -> None:
-    """Before a rank looks at the run folder: meet the others.
+    """The rendezvous, before a rank reads the run folder.
 
     Raises:
-        MachineError: not all of them have come.
+        MachineError: not all ranks have arrived.
     """
     limit_threads(pipeline.local.threads)
     ignore_expected_warnings()
     log_to_stderr("%(asctime)s %(levelname)s %(message)s")
-    if world.is_first:  # as in a worker's log, less what Megatron-Core says
+    if world.is_first:  # as in a worker's log, without the lines of Megatron-Core
         logging.getLogger("megatron_specialm").setLevel(logging.INFO)
-    meet(world)
+    rendezvous(world)
     process_status.begin("planning" if world.is_first else "waiting for the plan of rank 0")
 
 
 def lead(plan: Mapping[TaskId, PlannedTask], world: World) -> None:
-    """Tell the other ranks, as the first one, what is planned and how it was found."""
+    """Broadcast the plan, with the state of each task, from rank 0 to the others."""
     found = {str(name): [planned.state, planned.digest] for name, planned in plan.items()}
-    meet(world).set(PLANNED, json.dumps(found))
+    rendezvous(world).set(PLANNED, json.dumps(found))
 
 
 def follow(
     pipeline: Pipeline, root: Path, world: World, process_status: ProcessStatus
 ) -> tuple[Pipeline, dict[TaskId, PlannedTask]]:
-    """The config and the plan of a rank beside the first one, which has said what it has planned.
+    """The config and the plan of another rank than 0, by the broadcast plan.
 
     Raises:
-        ConfigError: this rank would make something else of it.
-        MachineError: not all ranks have come, or this one's machine cannot do it.
-        TrainingError: the first rank has ended instead.
+        ConfigError: this rank's plan has other digests.
+        MachineError: not all ranks have arrived, or this one's machine cannot do it.
+        TrainingError: rank 0 has ended before it planned.
     """
     join_ranks(pipeline, world, process_status)
-    found = json.loads(await_word(world, PLANNED))
+    found = json.loads(wait_for_key(world, PLANNED))
     plan = _as_found(make_plan(pipeline, root, keep_hashes=False), found, world)
     return fit_to_ranks(pipeline, plan, world), plan
 
@@ -141,8 +142,7 @@ def follow(
 def _as_found(
     plan: Mapping[TaskId, PlannedTask], found: Mapping[str, tuple[State, str]], world: World
 ) -> dict[TaskId, PlannedTask]:
-    """The part of a plan that the first rank has chosen, in the states in which it found it: it holds the folder, and what is
-    done may have changed since."""
+    """The tasks of a plan that rank 0 has chosen, in the states that it found: more tasks may have been done since."""
     own = {str(name): planned for name, planned in plan.items()}
     for name, (_, digest) in found.items():
         here = own[name].digest[:SHOWN_DIGITS] if name in own else "nothing"
@@ -157,11 +157,10 @@ def _as_found(
 def run_inline(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, world: World, process_status: ProcessStatus
 ) -> None:
-    """Take over what a plan finds in other run folders, which is the first rank's work, and do what it still lacks, in this
-    process and with the other ranks.
+    """Take over artifacts of other run folders, on rank 0, and do the missing tasks with the other ranks.
 
     Args:
-        plan: as the first rank found it.
+        plan: that of rank 0.
 
     Raises:
         Stopped: this process was asked to stop.
@@ -188,15 +187,15 @@ def run_task(
     world: World,
     process_status: ProcessStatus,
 ) -> None:
-    """Do one task; every rank calls this, and none goes on before it is done.
+    """Do one task. Every rank calls this, and none returns before the task is done.
 
     Raises:
         Stopped: this process was asked to stop.
-        MachineError: not all ranks have come, or another process works at the task.
-        TrainingError: the first rank has ended without finishing the task.
+        MachineError: not all ranks have arrived, or another process works at the task.
+        TrainingError: rank 0 has ended without finishing the task.
     """
     process_status.stop_if_asked()
-    meet(world)
+    rendezvous(world)
     if world.is_first or kind_of(pipeline.stages[task.id.stage]).works_together(mpi=world.is_mpi):
         with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
             execute(pipeline, root, task, made_from, world, process_status)
@@ -204,21 +203,21 @@ def run_task(
 
 
 def _await_marker(root: Path, name: TaskId, digest: str, world: World, process_status: ProcessStatus) -> None:
-    """Wait until a task is done: the first rank's marker frees the others."""
+    """Wait for the marker of a task."""
     process_status.begin(f"waiting for {name}")
     last_alive = time.monotonic()
     while not is_complete(root, *name, digest=digest):
         if is_alive(world):
             last_alive = time.monotonic()
         elif time.monotonic() - last_alive > GRACE_SECONDS:
-            raise TrainingError(f"{name}: rank 0, whose work it is, has ended without finishing it; see what it said")
+            raise TrainingError(f"{name}: rank 0, whose work it is, has ended without finishing it; see its log")
         time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def abort_mpi_on_error(world: World) -> Iterator[None]:
-    """Have an error on one rank end all. torchrun and srun see to that; an MPI rank would wait at its end for the others,
-    which wait for what it was to make."""
+    """End all ranks of MPI when one fails. torchrun and srun do that; an MPI rank would wait at its exit for the others, which
+    wait for its result."""
     try:
         yield
     except Stopped:  # all of them are

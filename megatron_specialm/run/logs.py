@@ -8,12 +8,12 @@ BYTES_PER_LINE = 400  # long ones may cost a tail some of its lines, never the l
 
 
 def log_path(root: Path, name: TaskId) -> Path:
-    """Where the output of a task stands that was run on this machine."""
+    """The log of a task that was run on this machine."""
     return root / "jobs" / f"{name.stage}.{name.key}.log"
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, which may be large; fewer where they are long, none where there is no log."""
+    """The last lines of a log, which may be large; fewer where lines are long, none where there is no log."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -22,5 +22,5 @@ def tail(path: Path, lines: int) -> list[str]:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says anything."""
-    return next((line.strip() for line in reversed(tail(path, 100)) if line.strip()), "it said nothing")
+    """The last line of a log that is not empty."""
+    return next((line.strip() for line in reversed(tail(path, 100)) if line.strip()), "the log is empty")

@@ -1,4 +1,4 @@
-"""What a config asks of the machine that it is to run on, before anything runs."""
+"""Checks before anything runs: the text that a config names, and whether the machine can do its stages."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -28,11 +28,11 @@ USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what
 
 
 def read_first_documents(pipeline: Pipeline) -> None:
-    """Find text that cannot be read, or has no such `text_field`, before hours of work reach it: the first document of each
-    set's training, validation and test files. A hub is not asked.
+    """Find text that cannot be read, or lacks the `text_field`, before hours of work: read the first document of each set's
+    training, validation and test files. Hubs are not accessed.
 
     Raises:
-        DataError: as reading them all would.
+        DataError: as reading all documents would.
     """
     for files in (text_set(pipeline, source) for source in sources(pipeline)):
         for entries in (files.train, files.validation, files.test):
@@ -42,8 +42,8 @@ def read_first_documents(pipeline: Pipeline) -> None:
 
 
 def refuse_too_few_documents(pipeline: Pipeline) -> None:
-    """Find sets with too few documents to validate on, by reading no more than it takes. Whether their tokens are enough is
-    known when they are tokenized. A hub is not asked.
+    """Find sets with too few documents to validate on, by reading no more than needed. Whether the tokens are enough is known
+    after tokenizing. Hubs are not accessed.
 
     Raises:
         DataError: naming the set, the floor and what can be done.
@@ -62,7 +62,7 @@ def refuse_too_few_documents(pipeline: Pipeline) -> None:
 def refuse_too_little_held_out(
     pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path, *, stages: Collection[str]
 ) -> None:
-    """Check the sets that were tokenized before, perhaps for a config none of whose stages validated on them.
+    """Check sets that were tokenized earlier, perhaps for a config without a stage that validates on them.
 
     Args:
         stages: those that are to run.
@@ -86,7 +86,7 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
         alone: all their processes run on this machine; otherwise a launcher has spread them over nodes.
 
     Raises:
-        MachineError: naming the stage, what it needs, what is here and what would do.
+        MachineError: with the stage, what it needs, what the machine has, and a change that fits.
     """
     machine = find_accelerator()
     for name, reason in lacks(pipeline, machine, alone=alone):
@@ -101,11 +101,11 @@ def refuse_what_the_machine_lacks(pipeline: Pipeline, *, stages: Collection[str]
 
 
 def refuse_what_gpus_lack(pipeline: Pipeline, gpu: str | None, *, stages: Collection[str]) -> None:
-    """Before jobs are queued: that train stages fit the GPUs they are to run on. An unknown GPU (None) is not judged.
+    """Before jobs are queued: check that train stages fit their GPUs. An unknown GPU (None) is not checked.
 
     Raises:
-        ConfigError: there is no such GPU in our table.
-        MachineError: naming the stage, what it needs and what would do.
+        ConfigError: the GPU is not in the table.
+        MachineError: with the stage, what it needs, and a change that fits.
     """
     for name, reason in lacks(pipeline, planned_machine(gpu), alone=False) if gpu else ():
         if name in stages:

@@ -1,6 +1,6 @@
-"""Before a run begins: what there is to do, whether it can be done here, and what finished work it makes anew.
+"""Before a run begins: which tasks are missing, whether this machine can do them, and which finished work is made again.
 
-The first rank's part, which holds the run folder; ranks beside it go by what it has found (`run/inline.py`).
+Only rank 0 does this, as it holds the run folder; it broadcasts the result to the others (`run/inline.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from megatron_specialm.run.preflight import refuse_too_little_held_out
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin: the config as it fits the ranks, the tasks that it is about, and which of them are made anew."""
+    """A run that can begin: the config fitted to the ranks, the chosen tasks, and those of them that are made again."""
 
     pipeline: Pipeline
     chosen: Mapping[TaskId, PlannedTask]
@@ -26,20 +26,20 @@ class Prepared:
 
     @property
     def missing(self) -> int:
-        """How many tasks somebody must work on."""
+        """The number of tasks to do."""
         return sum(planned.is_to_do for planned in self.chosen.values())
 
 
 def prepare(
     pipeline: Pipeline, root: Path, world: World, *, only: str | None, until: str | None, keys: Sequence[str] | None
 ) -> Prepared:
-    """Plan, and judge what is planned.
+    """Plan, and check the plan.
 
     Args:
         only, until, keys: as of `select`.
 
     Raises:
-        SpecialmError: the config, its text, an input or the machine is not what the run needs.
+        SpecialmError: the config, its text, an input or the machine does not allow the run.
     """
     plan = make_plan(pipeline, root)
     chosen = select(plan, only=only, until=until, keys=keys)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar per task on a terminal, plain lines of how far long ones are elsewhere."""
+"""The progress that a run shows: a live bar per task on a terminal; elsewhere lines for tasks that take long."""
 
 import contextlib
 import time
@@ -12,9 +12,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from megatron_specialm.base.counting import minutes, read_count
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import parse_json
+from megatron_specialm.base.process_status import minutes, read_count
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.graph.tasks import TaskId
 
@@ -23,7 +23,7 @@ PLAIN_SECONDS = 15.0  # between two lines about one task where there is no termi
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is looked at of a step's record in `metrics.jsonl`. `loss` is None where it is not finite."""
+    """The fields that are shown of a record in `metrics.jsonl`. `loss` is None where it is not finite."""
 
     step: int
     steps: int
@@ -34,7 +34,7 @@ class StepRecord:
 
 
 class Progress:
-    """Told by a launcher what starts, goes on and ends. `total` tasks are to be done."""
+    """The display of a run of `total` tasks."""
 
     def __init__(self, total: int, *, console: Console) -> None:
         self._console, self._total, self._done = console, total, 0
@@ -43,7 +43,7 @@ class Progress:
             console=console, disable=not console.is_interactive, transient=True,
         )  # fmt: skip
         self._rows: dict[TaskId, TaskID] = {}
-        self._told: dict[TaskId, float] = {}
+        self._printed: dict[TaskId, float] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -55,33 +55,33 @@ class Progress:
     def started(self, name: TaskId) -> None:
         """A task's workers have been started."""
         self._rows[name] = self._bars.add_task(str(name), total=None, state="")
-        self._told[name] = time.monotonic()
+        self._printed[name] = time.monotonic()
 
     def finished(self, name: TaskId, *, seconds: float, error: str | None) -> None:
         """A task has ended."""
         self._bars.remove_task(self._rows.pop(name))
         self._done += error is None
         line = plain(f"[{self._done:>3}/{self._total}] {name}: ")
-        if error:  # at once, not only at the end: what does not rest on it may go on for days
+        if error:  # at once: tasks that do not depend on it may go on for days
             line.append("failed", style="red").append(f" after {seconds:.0f} s: {error.splitlines()[0]}")
         else:
             line.append(f"done in {seconds:.0f} s")
         self._console.print(line)
 
     def update(self, folders: Mapping[TaskId, Path]) -> None:
-        """Read how far the running tasks are from what they leave in their folders."""
+        """Read the progress of running tasks from their folders."""
         for name, folder in folders.items():
             if (found := _position(folder)) is None:
                 continue
             done, of, state, line = found
             self._bars.update(self._rows[name], total=of, completed=done, state=state)
-            if not self._console.is_interactive and time.monotonic() - self._told[name] >= PLAIN_SECONDS:
-                self._told[name] = time.monotonic()
+            if not self._console.is_interactive and time.monotonic() - self._printed[name] >= PLAIN_SECONDS:
+                self._printed[name] = time.monotonic()
                 self._console.print(f"          {name}: {line}", highlight=False)
 
 
 def _position(folder: Path) -> tuple[int, int | None, str, str] | None:
-    """How far a task is, of how much, and in words beside a bar and in a line; None where it has told nothing."""
+    """The progress of a task, its total, and the text beside a bar and in a line; None where there is no record yet."""
     if (record := last_record(folder / "metrics.jsonl")) is not None:
         state = _describe(record)
         return record.step, record.steps, state, f"step {record.step}/{record.steps} {state}"
@@ -90,7 +90,7 @@ def _position(folder: Path) -> tuple[int, int | None, str, str] | None:
 
 
 def _folded(text: str) -> TextColumn:
-    """In as many lines as it takes: a number is never cut."""
+    """Text that is folded, so that no number is cut."""
     return TextColumn(text, table_column=Column(overflow="fold"), markup=False)
 
 
@@ -101,8 +101,8 @@ def _describe(record: StepRecord) -> str:
 
 
 def last_record(path: Path) -> StepRecord | None:
-    """The newest whole record of a training's step near the end of its `metrics.jsonl`; None where there is none yet. It is
-    for people to look at: a line that is none, as a kill leaves one, is passed over."""
+    """The newest record in a training's `metrics.jsonl`; None where there is none yet. It is for display: a damaged line, as a
+    kill leaves one, is ignored."""
     if not path.exists():
         return None
     with path.open("rb") as file:

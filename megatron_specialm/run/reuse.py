@@ -1,9 +1,9 @@
-"""What other run folders have (`reuse` of a config), taken over instead of made again.
+"""Taking artifacts over from other run folders (`reuse` of a config) instead of making them again.
 
-A task that is missing here and complete there, for the same digest, gets a folder of its own here. Large files that are
-written once are hard links to those there; all others, and where the filesystem has no such links, are copies. The folder is
-made aside, compared with its hashes and renamed: a kill at any time leaves what the next run takes over again. The other
-folder is only read. Nothing ever writes into a linked file: `begin_artifact` makes what it begins again its own first.
+A task that is missing here and complete there, for the same digest, gets a folder here. Large files that are written once are
+hard links; other files, and all where the filesystem has no hard links, are copies. The folder is made under a temporary name,
+compared with its hashes and renamed, so that after a kill the next run takes over again. The other folder is only read. Nothing
+writes into a linked file: `begin_artifact` first copies the links of an artifact that it begins again.
 """
 
 import os
@@ -25,10 +25,10 @@ LINKED = (".safetensors", ".bin", ".idx", ".npy", ".npz")
 
 
 def refuse_other_folders(pipeline: Pipeline) -> None:
-    """Before anything runs: that the config's `reuse` names run folders. Its own may be among them, and be missing.
+    """Check that the config's `reuse` names run folders. The config's own root may be among them, even where it is missing.
 
     Raises:
-        ConfigError: one is none.
+        ConfigError: one is not a run folder.
     """
     for folder in pipeline.reuse:
         if not (Path(folder) / RESOLVED).is_file() and Path(folder).resolve() != Path(pipeline.root).resolve():
@@ -37,19 +37,19 @@ def refuse_other_folders(pipeline: Pipeline) -> None:
             )
 
 
-def told(plan: Mapping[TaskId, PlannedTask]) -> str:
-    """What will be taken over, as the end of a sentence; empty where there is nothing."""
+def reuse_summary(plan: Mapping[TaskId, PlannedTask]) -> str:
+    """The number of artifacts to take over, as the end of a sentence; empty where there are none."""
     folders = [str(planned.there) for planned in plan.values() if planned.there is not None]
     return f", {len(folders)} taken over from {', '.join(dict.fromkeys(folders))}" if folders else ""
 
 
 def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
-    """Take over what the plan finds elsewhere, and another job that shares the folder has not taken over since.
+    """Take over the artifacts that the plan finds elsewhere, unless another job has taken them over meanwhile.
 
     Raises:
-        ArtifactError: an artifact was removed or made anew there meanwhile, or is damaged there.
-        MachineError: another job has been at it for long.
-        OSError: it cannot be read there or written here.
+        ArtifactError: the other artifact was removed or made again meanwhile, or is damaged.
+        MachineError: another job has held the lock for long.
+        OSError: the other artifact cannot be read, or this one cannot be written.
     """
     for planned in plan.values():
         if planned.there is not None:
@@ -66,10 +66,10 @@ def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
             raise FileNotFoundError
         with placed_artifact(root, *planned.task.id, planned.digest) as aside:
             _copy_folder(source, aside)
-            # The marker goes first when a task is begun again.
+            # A task that is begun again loses its marker first.
             if read_marker(source) != marker or find_damage(aside, marker.files):
                 raise FileNotFoundError
-            # Links share damage: were only the marker here removed, the same bytes would come back.
+            # Links share damage, so the error names the original to be repaired.
             check_files(aside, marker.files, original=source)
     except FileNotFoundError:
         raise ArtifactError(
@@ -92,7 +92,8 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether a hard link could be made: not on another filesystem, on one without them, or to somebody else's file."""
+    """Make a hard link; False where it cannot be made: to another filesystem, on one without hard links, or to a file of
+    another user."""
     try:
         os.link(source, target)
     except OSError:

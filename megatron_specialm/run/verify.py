@@ -1,7 +1,7 @@
-"""Whether what a run folder holds is as it was made, artifact by artifact.
+"""Verify the artifacts of a run folder.
 
-The files of a finished task are those that its marker lists; of an unfinished training they are its checkpoints. A file that
-is in neither is named too: no reader opens it.
+The files of a finished task are those in its marker; those of an unfinished training are its checkpoints. Other files are
+reported, too; no reader opens them.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
 
 @dataclass
 class Finding:
-    """What was looked at in a run folder, and what is wrong: damage, files that nobody lists, markers that are not there."""
+    """What was verified, and the findings: damage, files that no manifest lists, and missing markers."""
 
     artifacts: int = 0
     files: int = 0
@@ -27,10 +27,10 @@ class Finding:
 
 
 def verify(root: Path, *, deep: bool) -> Finding:
-    """Look at every artifact.
+    """Verify every artifact.
 
     Args:
-        deep: read every byte; otherwise that the files are there with their sizes.
+        deep: read every byte; otherwise check that the files are there with their sizes.
 
     Raises:
         ArtifactError: there is no run folder.
@@ -40,7 +40,7 @@ def verify(root: Path, *, deep: bool) -> Finding:
         raise ArtifactError(f"{root}: not a run folder (it has no {ARTIFACTS}/): name the `root` of a run")
     finding = Finding()
     marks = {path.parent for name in (LABEL, MARKER) for path in (root / ARTIFACTS).glob(f"*/*/*/{name}")}
-    for folder in sorted(marks):  # also those that lack the one or the other
+    for folder in sorted(marks):  # also folders that lack one of the two
         try:
             _verify(folder, finding, deep=deep)
         except SpecialmError as error:

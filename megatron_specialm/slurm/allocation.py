@@ -1,19 +1,26 @@
-"""What Slurm gave to this attempt at a job: read in the batch step, on the first node."""
+"""The allocation of a job's attempt, and the commands that start processes in it: ranks by srun alone, by torchrun on each
+node, or by MPI through PMIx; or one process per node."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.config.site import Container, Launcher
 from megatron_specialm.slurm.queue import slurm
+from megatron_specialm.slurm.sbatch import Shape
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """`job` is Slurm's name of this element: 123_0. (The last element of an array has the array's own id as SLURM_JOB_ID, and
-    what scontrol does to that, it does to all.) `attempt` counts from 0. `address` is the first node's as Slurm itself
-    reaches it: names of nodes need not resolve."""
+    """What Slurm gave to this attempt.
+
+    `job`: Slurm's name of the array's element, as 123_0. (The last element of an array has the array's own id as SLURM_JOB_ID,
+    and a scontrol of that acts on all elements.) `attempt` counts from 0. `address`: the first node's address as Slurm itself
+    uses it, because names of nodes need not resolve.
+    """
 
     job: str
     element: int | None
@@ -25,7 +32,7 @@ class Allocation:
 
 
 def read_allocation(environ: Mapping[str, str] = os.environ) -> Allocation:
-    """The allocation around this process.
+    """The allocation around this process, which is the batch step on the first node.
 
     Raises:
         MachineError: there is none, or Slurm does not answer.
@@ -50,3 +57,62 @@ def read_allocation(environ: Mapping[str, str] = os.environ) -> Allocation:
 def _address(node: str) -> str:
     found = re.search(r"NodeAddr=(\S+)", slurm("scontrol", "show", "node", node))
     return found.group(1) if found else node
+
+
+def rank_command(
+    command: Sequence[str], *, launcher: Launcher, shape: Shape, allocation: Allocation, port: int,
+    container: Container | None, folder: Path,
+) -> list[str]:  # fmt: skip
+    """The command line that starts a task's ranks.
+
+    Args:
+        command: what each rank runs; its first word is a Python interpreter.
+        port: a free one on the first node, for the rendezvous of torchrun.
+        folder: the working directory of the ranks, also in a container.
+    """
+    if launcher == "torchrun":
+        agent = [
+            command[0], "-m", "torch.distributed.run", f"--nnodes={shape.nodes}", f"--nproc-per-node={shape.ranks_per_node}",
+            f"--master-addr={allocation.address}", f"--master-port={port}", "--no-python",
+        ]  # fmt: skip
+        # A node's number is known on the node only; torchrun reads it from PET_NODE_RANK.
+        numbered = ["bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]
+        step = _step_on_nodes(shape, allocation, container, folder)
+        return [*step, *numbered, *_apptainer(container, folder), *agent, *command]
+    step = _step(shape, cpus=allocation.cpus_per_task, mpi="pmix" if launcher == "mpi" else "none")
+    return [*step, *_pyxis(container, folder), *_apptainer(container, folder), *command]
+
+
+def node_command(
+    command: Sequence[str], *, shape: Shape, allocation: Allocation, container: Container | None, folder: Path
+) -> list[str]:
+    """The command line that runs a command once on each node of `shape`, as its ranks would run, with all their CPUs."""
+    return [*_step_on_nodes(shape, allocation, container, folder), *_apptainer(container, folder), *command]
+
+
+def _step_on_nodes(shape: Shape, allocation: Allocation, container: Container | None, folder: Path) -> list[str]:
+    step = _step(Shape(shape.nodes, 1), cpus=allocation.cpus_per_task * shape.ranks_per_node)
+    return [*step, *_pyxis(container, folder)]
+
+
+def _step(shape: Shape, *, cpus: int, mpi: str = "none") -> list[str]:
+    """An srun on the allocation's first nodes. A rank that fails must not leave the others waiting in a collective, and
+    srun does not inherit the CPUs per task from sbatch."""
+    return [
+        "srun", "--kill-on-bad-exit=1", f"--nodes={shape.nodes}", f"--ntasks={shape.ranks}",
+        f"--ntasks-per-node={shape.ranks_per_node}", f"--cpus-per-task={cpus}", f"--mpi={mpi}", "--label",
+    ]  # fmt: skip
+
+
+def _pyxis(container: Container | None, folder: Path) -> list[str]:
+    if container is None or container.runtime != "pyxis":
+        return []
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []  # empty: refused
+    return [f"--container-image={container.image}", *mounts, f"--container-workdir={folder}"]
+
+
+def _apptainer(container: Container | None, folder: Path) -> list[str]:
+    if container is None or container.runtime != "apptainer":
+        return []
+    mounts = [part for mount in container.mounts for part in ("--bind", mount)]
+    return ["apptainer", "exec", "--nv", *mounts, "--pwd", str(folder), container.image]

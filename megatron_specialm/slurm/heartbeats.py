@@ -1,64 +1,47 @@
-"""The supervisor's end of the ranks' heartbeats: who has said what last, who has gone silent, and who does not get on.
+"""The supervisor's side of heartbeats: the state of each rank, ranks that are silent, and ranks that make no progress.
 
-Ranks send datagrams (`base/heartbeat.py`); the answer to each says whether to stop. Where a network lets no datagrams through,
-ranks are never heard: then nothing is concluded from their silence, and hangs are left to the launcher's own time limits.
+Ranks send datagrams; the answer to each says whether to stop (`base/protocol.py`). Where a network drops datagrams, no rank
+ever reports: then silence means nothing, and hangs are left to the launcher's own timeouts.
 """
 
 import contextlib
-import json
 import secrets
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from megatron_specialm.base.heartbeat import FRAME_CHARACTERS, FRAMES, NAME_CHARACTERS
+from megatron_specialm.base.protocol import DATAGRAM_BYTES, Channel, Heartbeat, encode_answer
 from megatron_specialm.config.site import Limits
 
-DATAGRAM_BYTES = 16_384  # more than any heartbeat has, each letter an escape
-LOOK_SECONDS = 0.2
-Text = Annotated[str, Field(max_length=NAME_CHARACTERS)]
-Number = Annotated[int, Field(ge=0, lt=2**63)]
-Frame = Annotated[str, Field(max_length=FRAME_CHARACTERS)]
-
-
-class Said(BaseModel):
-    """A heartbeat's content, as `base/heartbeat.py` sends it: each field is there, and of its type and size."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    token: str
-    rank: Number
-    node: Text
-    activity: Text
-    progress: Number | None
-    step: Number | None
-    stack: Annotated[tuple[Frame, ...], Field(max_length=FRAMES)]
+POLL_SECONDS = 0.2
+SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank said last. `heard` and `advanced` are this process's monotonic seconds: of the datagram, and of the first
-    one with its present progress."""
+class RankState:
+    """The last heartbeat of a rank. `received` and `advanced` are this process's monotonic seconds: of the last heartbeat, and
+    of the first one with its present progress."""
 
-    rank: int
-    node: str
-    activity: str
-    progress: int | None
-    step: int | None
-    stack: tuple[str, ...]
-    heard: float
+    beat: Heartbeat
+    received: float
     advanced: float
+
+    def after(self, beat: Heartbeat, *, now: float) -> "RankState":
+        """The state after another heartbeat. Progress is a new number or a new activity."""
+        same = (self.beat.activity, self.beat.progress) == (beat.activity, beat.progress)
+        return RankState(beat, now, self.advanced if same else now)
+
+    def __str__(self) -> str:
+        return f"rank {self.beat.rank} on {self.beat.node}"
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Ranks that hold up a job. `nodes` are theirs, where that says anything about the nodes."""
+    """Ranks that hold up a job. `nodes` are theirs, where the nodes may be the cause."""
 
     reason: str
     nodes: tuple[str, ...]
@@ -66,19 +49,18 @@ class Stall:
 
 @dataclass
 class Listener:
-    """Receives heartbeats of so many ranks in a thread of its own while it is entered. `stop` tells every rank that asks to
-    stop."""
+    """Receives the heartbeats of so many ranks, in a thread of its own while it is entered. `stop` asks every rank to stop."""
 
     address: str
     ranks: int
     stop: bool = False
-    beats: dict[int, Beat] = field(default_factory=dict)
+    states: dict[int, RankState] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         self._token = secrets.token_hex(16)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
-        self._socket.settimeout(LOOK_SECONDS)
+        self._socket.settimeout(POLL_SECONDS)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="heartbeats", daemon=True)
         self._thread.start()
@@ -89,103 +71,85 @@ class Listener:
         self._thread.join()
         self._socket.close()
 
-    @property
-    def channel(self) -> str:
-        """The value of SPECIALM_HEARTBEAT for the ranks."""
-        return f"{self.address}:{self._socket.getsockname()[1]}:{self._token}"
+    def channel(self, seconds: float) -> Channel:
+        """Where ranks are to send a heartbeat every so many seconds."""
+        return Channel(self.address, self._socket.getsockname()[1], self._token, seconds)
 
     @property
     def step(self) -> int | None:
-        """The last training step that any rank spoke of."""
-        return max((beat.step for beat in list(self.beats.values()) if beat.step is not None), default=None)
+        """The last training step that any rank has reported."""
+        steps = [state.beat.step for state in list(self.states.values())]
+        return max((step for step in steps if step is not None), default=None)
 
-    def forgive(self, seconds: float) -> None:
-        """Take it that the ranks have been as unable to speak as this process was for so long."""
-        for rank, beat in list(self.beats.items()):
-            self.beats[rank] = replace(beat, heard=beat.heard + seconds, advanced=beat.advanced + seconds)
+    def extend_deadlines(self, seconds: float) -> None:
+        """Do not count so many seconds, in which this process was suspended and the ranks probably too."""
+        for rank, state in list(self.states.items()):
+            self.states[rank] = replace(state, received=state.received + seconds, advanced=state.advanced + seconds)
 
     def _listen(self) -> None:
         while not self._ended.is_set():
             with contextlib.suppress(OSError):
                 datagram, sender = self._socket.recvfrom(DATAGRAM_BYTES)
-                said = parse(datagram, token=self._token, ranks=self.ranks)
-                if said is not None:
-                    beat = heard(said, self.beats.get(said.rank), now=time.monotonic())
-                    self.beats[beat.rank] = beat
-                    self._socket.sendto(json.dumps({"token": self._token, "stop": self.stop}).encode(), sender)
+                beat = Heartbeat.decode(datagram, token=self._token, ranks=self.ranks)
+                if beat is not None:
+                    now = time.monotonic()
+                    self.states[beat.rank] = self.states.get(beat.rank, RankState(beat, now, now)).after(beat, now=now)
+                    self._socket.sendto(encode_answer(self._token, stop=self.stop), sender)
 
 
-def parse(datagram: bytes, *, token: str, ranks: int) -> Said | None:
-    """A heartbeat of one of so many ranks; None for what anybody else may have sent, which costs next to nothing."""
-    if token.encode() not in datagram:
+def find_stall(states: Mapping[int, RankState], limits: Limits, *, now: float) -> Stall | None:
+    """The ranks that hold up a job, if any: first those that are silent; else, where no rank has made progress for long, those
+    at the earliest step; else those that are in another line than most."""
+    if silent := silent_ranks(states, limits.silent_seconds, now=now):
+        return Stall(f"no heartbeat for {limits.silent_seconds:g} s of {format_ranks(silent)}", _nodes(silent))
+    if not states or any(now - state.advanced <= _allowed_seconds(state.beat, limits) for state in states.values()):
         return None
-    try:
-        said = Said.model_validate_json(datagram)
-    except ValidationError:
-        return None
-    return said if said.token == token and said.rank < ranks else None
+    suspects = _suspects(list(states.values()))
+    waited = now - max(state.advanced for state in states.values())
+    where = " > ".join(suspects[0].beat.stack[-3:])
+    if len(suspects) == len(states):
+        return Stall(f"no progress for {waited:.0f} s; all {len(states)} ranks are in {where}", ())
+    reason = f"no progress for {waited:.0f} s; {format_ranks(suspects)} in {where}; the others wait"
+    return Stall(reason, _nodes(suspects))
 
 
-def heard(said: Said, before: Beat | None, *, now: float) -> Beat:
-    """A rank's new state."""
-    same = before is not None and (before.activity, before.progress) == (said.activity, said.progress)
-    advanced = before.advanced if before is not None and same else now
-    return Beat(said.rank, said.node, said.activity, said.progress, said.step, said.stack, heard=now, advanced=advanced)
+def silent_ranks(states: Mapping[int, RankState], seconds: float, *, now: float) -> list[RankState]:
+    """The ranks whose last heartbeat is older than so many seconds. One that has never reported is not among them."""
+    return [state for state in states.values() if now - state.received > seconds]
 
 
-def trouble(beats: Mapping[int, Beat], limits: Limits, *, now: float) -> Stall | None:
-    """What is wrong with ranks, by what they said; None while nothing is.
-
-    A rank that was heard and has gone silent is lost, or its node is. Where all speak and none gets on, those are named whose
-    innermost frames the fewest share: the others wait for them.
-    """
-    if silent := not_heard(beats, limits.silent_seconds, now=now):
-        nodes = tuple(sorted({beat.node for beat in silent}))
-        return Stall(f"no heartbeat for {limits.silent_seconds:g} s of {who(silent)}", nodes)
-    if not beats or any(now - beat.advanced <= _patience(beat, limits) for beat in beats.values()):
-        return None
-    suspects = _fewest(list(beats.values()))
-    waited = now - max(beat.advanced for beat in beats.values())
-    where = " > ".join(suspects[0].stack[-3:])
-    if len(suspects) == len(beats):
-        return Stall(f"no progress for {waited:.0f} s; all {len(beats)} ranks are in {where}", ())
-    nodes = tuple(sorted({beat.node for beat in suspects}))
-    return Stall(f"no progress for {waited:.0f} s; {who(suspects)} in {where}; the others wait", nodes)
+def _nodes(states: Iterable[RankState]) -> tuple[str, ...]:
+    return tuple(sorted({state.beat.node for state in states}))
 
 
-def not_heard(beats: Mapping[int, Beat], seconds: float, *, now: float) -> list[Beat]:
-    """The ranks that were heard once, and not for so long."""
-    return [beat for beat in beats.values() if now - beat.heard > seconds]
-
-
-def _patience(beat: Beat, limits: Limits) -> float:
-    """Seconds without progress that are nothing unusual; for work that tells no progress, any number."""
+def _allowed_seconds(beat: Heartbeat, limits: Limits) -> float:
+    """Seconds without progress that are normal; unlimited for work that reports none."""
     if beat.progress is not None:
         return limits.hang_seconds
     return limits.startup_seconds if beat.activity == "starting" else float("inf")
 
 
-def _fewest(beats: list[Beat]) -> list[Beat]:
-    steps = [-1 if beat.step is None else beat.step for beat in beats]  # one without a step has not even begun
+def _suspects(states: list[RankState]) -> list[RankState]:
+    steps = [-1 if state.beat.step is None else state.beat.step for state in states]  # without a step: not begun
     if len(set(steps)) > 1:
-        return [beat for beat, step in zip(beats, steps, strict=True) if step == min(steps)]
-    counts = Counter(beat.stack[-1:] for beat in beats)
+        return [state for state, step in zip(states, steps, strict=True) if step == min(steps)]
+    counts = Counter(state.beat.stack[-1:] for state in states)
     rarest = min(counts.values())
-    return [beat for beat in beats if counts[beat.stack[-1:]] == rarest] if len(counts) > 1 else beats
+    return [state for state in states if counts[state.beat.stack[-1:]] == rarest] if len(counts) > 1 else states
 
 
-def who(beats: list[Beat]) -> str:
-    """Ranks with their nodes, the first eight of them."""
-    return ", ".join(f"rank {beat.rank} on {beat.node}" for beat in sorted(beats, key=lambda beat: beat.rank)[:8])
+def format_ranks(states: Iterable[RankState]) -> str:
+    """The first eight ranks with their nodes."""
+    return ", ".join(map(str, sorted(states, key=lambda state: state.beat.rank)[:SHOWN_RANKS]))
 
 
-def describe(beats: Mapping[int, Beat], *, now: float) -> str:
-    """All that is known of all ranks, for the log of a job that hung."""
+def format_states(states: Mapping[int, RankState], *, now: float) -> str:
+    """All that is known of all ranks, for the log of a job that hangs."""
     lines = []
-    for beat in sorted(beats.values(), key=lambda beat: beat.rank):
+    for _, state in sorted(states.items()):
         lines.append(
-            f"rank {beat.rank} on {beat.node}: {beat.activity}, step {beat.step}, heard {now - beat.heard:.0f} s ago, "
-            f"without progress for {now - beat.advanced:.0f} s"
+            f"{state}: {state.beat.activity}, step {state.beat.step}, last heartbeat {now - state.received:.0f} s ago, "
+            f"no progress for {now - state.advanced:.0f} s"
         )
-        lines += [f"    {frame}" for frame in beat.stack]
+        lines += [f"    {frame}" for frame in state.beat.stack]
     return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""Missing tasks as jobs: one array per stage, and where tasks of a stage read others of it, one per wave of them."""
+"""The tasks that a submit queues, and the jobs that do them: one array per stage, and where tasks of a stage read others of it,
+one per wave of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Launcher, Resources, Site
 from megatron_specialm.graph.plan import PlannedTask
@@ -11,31 +13,57 @@ from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.records import TaskRecord
 from megatron_specialm.slurm.sbatch import Shape, shape_of
+from megatron_specialm.slurm.state import OTHERWISE, Live
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit. Each element does its tasks one after the other; `inputs` are read by any of them."""
+    """A job to submit. Each element does its tasks one after the other; `inputs` are those of all its tasks."""
 
     name: str
     stage: str
     elements: tuple[tuple[TaskRecord, ...], ...]
-    made_from: Mapping[str, Mapping[str, Any]]  # of each task, by its key: what its digest is of
+    made_from: Mapping[str, Mapping[str, Any]]  # by the key of each task: what its digest is of
     inputs: frozenset[TaskId]
     shape: Shape
     resources: Resources
     launcher: Launcher
 
     def element_of(self, task: TaskId) -> int | None:
-        """The number of the element that does a task; None where none does."""
+        """The number of the element that does a task, if one does."""
         for number, element in enumerate(self.elements):
             if task.stage == self.stage and task.key in {record.key for record in element}:
                 return number
         return None
 
 
+def missing_tasks(
+    plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask], live: Mapping[TaskId, Live]
+) -> dict[TaskId, PlannedTask]:
+    """The chosen tasks that are neither done nor in a live job, in the graph's order.
+
+    Raises:
+        ConfigError: a live job does one of the tasks, or makes what they read, from other settings or text.
+        ArtifactError: a task reads what is neither done, nor in a live job, nor chosen.
+    """
+    missing = {name: planned for name, planned in chosen.items() if planned.state != "done" and name not in live}
+    read = {needed for planned in missing.values() for needed in planned.task.inputs}
+    for name, job in live.items():
+        if name not in plan or job.digest == plan[name].digest:
+            continue
+        if name in chosen or name in read:
+            raise ConfigError(f"{name}: job {job.slurm_id} {OTHERWISE}: let it end, or `specialm cancel` it")
+    for name, planned in missing.items():
+        for needed in planned.task.inputs:
+            if plan[needed].state != "done" and needed not in live and needed not in missing:
+                raise ArtifactError(
+                    f"{name} reads {needed}, which is {plan[needed].state} and in no job: submit --until {name.stage}"
+                )
+    return missing
+
+
 def jobs_of(pipeline: Pipeline, site: Site, missing: Mapping[TaskId, PlannedTask]) -> list[Job]:
-    """The jobs in an order in which each stands behind those whose work it reads.
+    """The jobs, each after those whose results it reads.
 
     Args:
         missing: in the graph's order.
@@ -67,6 +95,6 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
         shape=shape_of(processes, resources, stage=stage),
         resources=resources,
-        # One rank needs no launcher of its own.
+        # One rank needs no launcher.
         launcher="srun" if processes == 1 else "mpi" if kind.ranks_by == "mpi" else site.launcher,
     )

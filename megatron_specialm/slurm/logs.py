@@ -1,4 +1,4 @@
-"""Find the newest logs of a stage, from Slurm jobs or from runs on this machine, and read on in them."""
+"""The newest logs of a stage, of Slurm jobs or of runs on this machine, and following them."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ POLL_SECONDS = 0.5
 
 
 def newest_logs(pipeline: Pipeline, stage: str, only: str | None) -> list[Path]:
-    """One log per task of a stage, or of one of its tasks: of a job or of a run on this machine, whichever was written
-    last. Tasks that share a job share its log. The log that was written last stands last.
+    """The log of each task of a stage, or of one of its tasks: of a job or of a run on this machine, whichever is newer. Tasks
+    that share a job share its log. The newest log is the last one.
 
     Raises:
         ConfigError: there is no such stage, or no such task of it.
-        ArtifactError: nothing has written a log of it yet.
+        ArtifactError: there is no log of it yet.
     """
     root = Path(pipeline.root)
     keys = _keys(pipeline, stage, only)
@@ -41,7 +41,7 @@ def newest_logs(pipeline: Pipeline, stage: str, only: str | None) -> list[Path]:
 
 
 def follow(path: Path) -> None:
-    """Print what is appended to a log from now on, until Ctrl-C or until nobody reads it."""
+    """Print what is appended to a log from now on, until Ctrl-C or until the reader of the output has gone."""
     with contextlib.suppress(KeyboardInterrupt), path.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
         while not nobody_reads():

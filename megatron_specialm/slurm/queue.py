@@ -1,4 +1,4 @@
-"""What Slurm says of our jobs: squeue, where it has forgotten them sacct, and scancel."""
+"""Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, and scancel."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ ENDED = {
 }  # fmt: skip
 COMMAND_SECONDS = 60
 RETRY_SECONDS = 30  # a controller that is being restarted is back by then
-# What a command says when the controller does not answer, as opposed to when it refuses.
-SILENT = (
+# Messages of a controller that does not answer, as opposed to one that refuses.
+NO_ANSWER = (
     "Unable to contact slurm controller",
     "Socket timed out",
     "Zero Bytes were transmitted",
@@ -24,7 +24,7 @@ SILENT = (
     "Unexpected missing socket error",
 )
 OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_")
-# The reason stands last: it is the only one of which we do not know what it may hold.
+# The reason is the last field: only it may contain any character.
 FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")
 
 
@@ -46,13 +46,13 @@ class Element:
 
 
 def slurm(*command: str) -> str:
-    """What a Slurm command prints. It is tried again while the controller does not answer, as in a restart.
+    """The output of a Slurm command. It is tried again while the controller does not answer, as during a restart.
 
     Raises:
         MachineError: Slurm is not installed, refuses, or does not answer for `RETRY_SECONDS`.
     """
     deadline = time.monotonic() + RETRY_SECONDS
-    # The user's own filters and formats would hide jobs of ours; long lists of elements are not to be cut.
+    # The user's own filters and formats would hide jobs of ours; long lists of elements must not be cut.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OPTIONS)}
     environment["SLURM_BITSTR_LEN"] = "0"
     while True:
@@ -68,19 +68,19 @@ def slurm(*command: str) -> str:
             raise MachineError(f"{command[0]}: Slurm has not answered for {COMMAND_SECONDS} s: try later") from None
         if outcome.returncode == 0:
             return outcome.stdout
-        said = " ".join(outcome.stderr.split())
+        message = " ".join(outcome.stderr.split())
         if outcome.returncode >= 0 and not any(
-            words in said for words in SILENT
+            words in message for words in NO_ANSWER
         ):  # else the command itself has crashed
-            raise MachineError(f"{' '.join(command)}: {said or f'exit code {outcome.returncode}'}")
+            raise MachineError(f"{' '.join(command)}: {message or f'exit code {outcome.returncode}'}")
         if time.monotonic() >= deadline:
-            raise MachineError(f"{command[0]}: {said}: try later; jobs run on meanwhile")
+            raise MachineError(f"{command[0]}: {message}: try later; jobs run on meanwhile")
         time.sleep(1)
 
 
 def elements(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
-    """All elements of arrays that Slurm still knows of; of those that squeue has forgotten, what the accounting says, where
-    there is one.
+    """All elements of arrays that Slurm still knows; those that squeue has forgotten are from the accounting, where there is
+    one.
 
     Raises:
         MachineError: Slurm does not answer.
@@ -108,14 +108,14 @@ def find_by_comment(comment: str) -> str | None:
         MachineError: Slurm does not answer.
     """
     for line in slurm("squeue", "--me", "--states=all", "--noheader", "--format=%F|%k").splitlines():
-        job, _, said = line.partition("|")
-        if said.strip() == comment:
+        job, _, found = line.partition("|")
+        if found.strip() == comment:
             return job.strip()
     return None
 
 
 def cancel_jobs(slurm_ids: Iterable[str]) -> None:
-    """Cancel whole arrays; those that have ended are passed over.
+    """Cancel whole arrays; those that have ended are ignored.
 
     Raises:
         MachineError: Slurm does not answer, or they are somebody else's.
@@ -128,18 +128,18 @@ def _queued(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
     try:
         output = slurm("squeue", *wanted, f"--Format={','.join(f'{field}:|' for field in FIELDS)}")
     except MachineError as error:
-        if "Invalid job id specified" in str(error):  # it says so when it knows none of them
+        if "Invalid job id specified" in str(error):  # when it knows none of them
             return {}
         raise
     return dict(parse_squeue(output))
 
 
 def parse_squeue(output: str) -> Iterator[tuple[ElementId, Element]]:
-    """The elements in what squeue prints for `FIELDS`."""
+    """The elements in squeue's output of `FIELDS`."""
     for line in output.splitlines():
         values = [value.strip() for value in line.split("|", len(FIELDS) - 1)]
         if len(values) < len(FIELDS) or not values[1].isdecimal():
-            continue  # no element of an array: not ours
+            continue  # not an element of an array, so not ours
         job, number, state, restarts, left, nodes, reason = values
         known_reason = "" if reason.strip("|") == "None" else reason.strip("|")
         seconds = _seconds(left) if state == "RUNNING" else None
@@ -147,7 +147,7 @@ def parse_squeue(output: str) -> Iterator[tuple[ElementId, Element]]:
 
 
 def _seconds(text: str) -> int | None:
-    """Of Slurm's days-hours:minutes:seconds; None where there is no limit."""
+    """Seconds of Slurm's days-hours:minutes:seconds; None where there is no limit."""
     days, _, clock = text.rpartition("-")
     parts = [days or "0", *clock.split(":")]
     if not all(part.isdecimal() for part in parts):
@@ -159,7 +159,7 @@ def _seconds(text: str) -> int | None:
 
 
 def _accounted(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
-    """Many a cluster keeps no accounting: then nothing is known, which is no error."""
+    """The elements in the accounting. Many clusters have none, which is no error."""
     wanted = ["--noheader", "--parsable2", "--allocations", f"--jobs={','.join(slurm_ids)}"]
     try:
         return dict(parse_sacct(slurm("sacct", *wanted, "--format=JobID,State,NodeList")))
@@ -168,7 +168,7 @@ def _accounted(slurm_ids: Sequence[str]) -> dict[ElementId, Element]:
 
 
 def parse_sacct(output: str) -> Iterator[tuple[ElementId, Element]]:
-    """The elements in what sacct prints. Those that never ran stand in one line, as 27_[0-1,4]."""
+    """The elements in sacct's output. Those that never ran share a line, as 27_[0-1,4]."""
     for line in output.splitlines():
         name, _, rest = line.partition("|")
         state, _, nodes = rest.partition("|")
@@ -180,7 +180,7 @@ def parse_sacct(output: str) -> Iterator[tuple[ElementId, Element]]:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """Of Slurm's 4 or [0-1,4%2]."""
+    """The numbers of Slurm's 4 or [0-1,4%2]."""
     for part in text.strip("[]").partition("%")[0].split(","):
         first, _, last = part.partition("-")
         if first.isdecimal():

@@ -1,13 +1,13 @@
-"""What a run folder remembers of its Slurm jobs, and where it stands.
+"""The records of a run folder's Slurm jobs, and their files.
 
     <root>/jobs/jobs.json                       the registry: every job ever submitted, rewritten after each sbatch
-    <root>/jobs/<submission>/                   one submission: the resolved config and site, then per job:
-        <job>.json  <job>.sbatch                what its elements are to do, and the script, always of an array
+    <root>/jobs/<submission>/                   one submission: the resolved config and site, and per job:
+        <job>.json  <job>.sbatch                the tasks of its elements, and the script, always of an array
         <job>.<element>.log                     the output of all attempts of an element
-        <job>.<element>/attempts.jsonl          one line as an attempt begins, one as it ends
-        <job>.<element>/attempt-<n>/            what the ranks of attempt n left
+        <job>.<element>/attempts.jsonl          a line when an attempt begins, and one when it ends
+        <job>.<element>/attempt-<n>/            the outcome that the ranks of attempt n left
 
-Slurm forgets a job minutes after its end; these files do not.
+Slurm forgets a job minutes after its end; these files stay.
 """
 
 import json
@@ -20,13 +20,13 @@ from typing import Any, Literal
 from megatron_specialm.base.files import parse_json, read_json, write_json
 
 NOTE = "step.json"
-REMEDY = "put it right or remove it"  # nothing makes these files anew
+REMEDY = "put it right or remove it"  # nothing can write these files again
 Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task of a job's stage, and the digest that its artifact is to carry."""
+    """A task of a job's stage, and the digest of the artifact that it makes."""
 
     key: str
     digest: str
@@ -36,9 +36,9 @@ class TaskRecord:
 class JobRecord:
     """One submitted job: an array, whose elements do their tasks one after the other.
 
-    `name`: the stage's, or `<stage>.<wave>` where tasks of a stage read others of it. `slurm_id`: None while sbatch is
-    being called: the job is then found by its `comment`, which no other job has. `after`: Slurm's ids of the jobs that it
-    waits for. `submitted`: Unix time. `ranks`: processes per element.
+    `name`: of the stage, or `<stage>.<wave>` where tasks of a stage read others of it. `slurm_id`: None while sbatch runs; the
+    job is then found by its `comment`, which no other job has. `after`: Slurm's ids of the jobs on which it depends.
+    `submitted`: Unix time. `ranks`: processes per element.
     """
 
     submission: str
@@ -54,7 +54,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class AttemptBegin:
-    """An attempt at an element begins. `job`: Slurm's name of it, as 123_0. `time`: Unix time."""
+    """The beginning of an attempt. `job`: Slurm's name of the element, as 123_0. `time`: Unix time."""
 
     attempt: int
     job: str
@@ -65,8 +65,8 @@ class AttemptBegin:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended. `step`: the last one reached, in a training. `reason`: one line. `time`: Unix time. `seconds`: that
-    it took; None in the records of earlier versions."""
+    """The end of an attempt. `step`: the last one of a training. `reason`: one line. `time`: Unix time. `seconds`: the
+    duration; None in records of earlier versions."""
 
     attempt: int
     outcome: Outcome
@@ -79,7 +79,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Note:
-    """How far an attempt is: the last step of a training, and the seconds it has taken (None as in `AttemptEnd`)."""
+    """The state of a running attempt: the last step of a training, and its seconds so far (None as in `AttemptEnd`)."""
 
     step: int | None
     seconds: float | None = None
@@ -87,8 +87,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt. Without an end it is under way or was lost: its node died, or it was killed; `noted` is then what was noted
-    last of it."""
+    """An attempt. Without an end it is running or was lost: its node died, or it was killed. `noted`: its last note."""
 
     begin: AttemptBegin
     end: AttemptEnd | None
@@ -96,13 +95,13 @@ class Attempt:
 
     @property
     def step(self) -> int | None:
-        """The last training step that it reached, as far as is known."""
+        """The last training step, as far as known."""
         last = self.end or self.noted
         return last.step if last else None
 
     @property
     def seconds(self) -> float | None:
-        """That it has taken, by the supervisor's own stopwatch, as far as is known."""
+        """Its duration by the supervisor's stopwatch, as far as known."""
         last = self.end or self.noted
         return last.seconds if last else None
 
@@ -116,14 +115,14 @@ class _Registry:
 
 @dataclass(frozen=True)
 class _Event:
-    """What a line of `attempts.jsonl` says of itself; the rest is an `AttemptBegin` or an `AttemptEnd`."""
+    """The kind of a line of `attempts.jsonl`; its other fields are those of `AttemptBegin` or `AttemptEnd`."""
 
     event: Literal["begin", "end"]
 
 
 @dataclass(frozen=True)
 class JobTask:
-    """A task as a job's ranks are told of it: `made_from` is what its digest is of."""
+    """A task in a job file. `made_from`: what its digest is of."""
 
     key: str
     digest: str
@@ -132,14 +131,14 @@ class JobTask:
 
 @dataclass(frozen=True)
 class JobFile:
-    """The content of `<job>.json`: what each of its elements is to do."""
+    """The content of `<job>.json`: the tasks of each element."""
 
     stage: str
     elements: list[list[JobTask]]
 
 
 def read_job_file(path: Path) -> JobFile:
-    """What a job's elements are to do.
+    """The tasks of a job's elements.
 
     Raises:
         ArtifactError: the file is missing or damaged.
@@ -148,47 +147,47 @@ def read_job_file(path: Path) -> JobFile:
 
 
 def jobs_folder(root: Path) -> Path:
-    """Where a run folder keeps what is about jobs."""
+    """The folder of all that concerns jobs."""
     return root / "jobs"
 
 
 def registry_path(root: Path) -> Path:
-    """Where the registry stands."""
+    """The file of the registry."""
     return jobs_folder(root) / "jobs.json"
 
 
 def submission_folder(root: Path, submission: str) -> Path:
-    """Where one submission's files stand."""
+    """The folder of one submission."""
     return jobs_folder(root) / submission
 
 
 def excluded_folder(root: Path) -> Path:
-    """Where the nodes are listed that the run folder's jobs leave out."""
+    """The folder of the list of excluded nodes."""
     return jobs_folder(root) / "excluded"
 
 
 def job_path(root: Path, submission: str, job: str) -> Path:
-    """Where it stands what the elements of a job are to do."""
+    """The file of the tasks of a job's elements."""
     return submission_folder(root, submission) / f"{job}.json"
 
 
 def script_path(root: Path, submission: str, job: str) -> Path:
-    """Where a job's rendered script stands."""
+    """The file of a job's script."""
     return submission_folder(root, submission) / f"{job}.sbatch"
 
 
 def log_path(root: Path, submission: str, job: str, element: int) -> Path:
-    """Where an element's output of all attempts stands."""
+    """The log of an element, of all its attempts."""
     return submission_folder(root, submission) / f"{job}.{element}.log"
 
 
 def state_folder(root: Path, submission: str, job: str, element: int) -> Path:
-    """Where the supervisor of an element keeps its state."""
+    """The folder in which the supervisor of an element keeps its state."""
     return submission_folder(root, submission) / f"{job}.{element}"
 
 
 def attempt_folder(state: Path, attempt: int) -> Path:
-    """Where the ranks of an attempt leave their outcome."""
+    """The folder in which the ranks of an attempt leave their outcome."""
     return state / f"attempt-{attempt}"
 
 
@@ -203,23 +202,23 @@ def read_registry(root: Path) -> list[JobRecord]:
 
 
 def write_registry(root: Path, jobs: Iterable[JobRecord]) -> None:
-    """Replace the registry, atomically. To be called under the run folder's lock."""
+    """Replace the registry atomically. The caller holds the run folder."""
     write_json(registry_path(root), asdict(_Registry(list(jobs))))
 
 
 def record_begin(state: Path, begin: AttemptBegin) -> None:
-    """Note in an element's state folder that an attempt begins."""
+    """Record in an element's state folder that an attempt begins."""
     _append(state, {"event": "begin", **asdict(begin)})
 
 
 def record_end(state: Path, end: AttemptEnd) -> None:
-    """Note in an element's state folder how an attempt ended."""
-    reason = end.reason.encode(errors="backslashreplace").decode()  # names of files may hold what is no text
+    """Record in an element's state folder how an attempt ended."""
+    reason = end.reason.encode(errors="backslashreplace").decode()  # names of files need not be valid text
     _append(state, {"event": "end", **asdict(replace(end, reason=reason))})
 
 
 def _append(state: Path, event: Mapping[str, Any]) -> None:
-    """One line, durably. It starts on a new line even where a power loss has cut the one before."""
+    """Append one line durably, on a new line even where a power loss has cut the line before."""
     state.mkdir(parents=True, exist_ok=True)
     with (state / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(f"\n{json.dumps(event, allow_nan=False)}\n")
@@ -231,7 +230,7 @@ def read_attempts(state: Path) -> list[Attempt]:
     """All attempts at an element, in order; none where it has never run.
 
     Raises:
-        ArtifactError: a whole line is no event. One that a power loss has cut short is passed over.
+        ArtifactError: a line is not an event. One that a power loss has cut is ignored.
     """
     path = state / "attempts.jsonl"
     attempts: list[Attempt] = []
@@ -249,7 +248,7 @@ def read_attempts(state: Path) -> list[Attempt]:
 
 
 def write_note(state: Path, attempt: int, note: Note) -> None:
-    """Note how far an attempt is, for those who look at it and for the case that it is lost."""
+    """Write the state of a running attempt, for `specialm status` and for the case that the attempt is lost."""
     write_json(attempt_folder(state, attempt) / NOTE, asdict(note))
 
 

@@ -1,7 +1,7 @@
 """The script of a job, from the site's template: plain sbatch that an administrator can read.
 
-Every value that reaches the shell is quoted. What stands in an `#SBATCH` line is checked by `config/site.py` to be one word, or
-is a number or a name of ours; paths stand in none: sbatch is called in the submission's folder, and the log's name is relative.
+Every value that reaches the shell is quoted. Values in `#SBATCH` lines are single words, which `config/site.py` checks, or
+numbers or names of ours. None is a path: sbatch is called in the submission's folder, and the log's name is relative.
 """
 
 import shlex
@@ -17,14 +17,14 @@ from megatron_specialm.config.yaml_file import read_text
 
 @dataclass(frozen=True)
 class Shape:
-    """Ranks of one task, and how many of them share a node."""
+    """The ranks of one task, and the ranks per node."""
 
     ranks: int
     ranks_per_node: int
 
     @property
     def nodes(self) -> int:
-        """Nodes, or parts of them."""
+        """The number of nodes, or of parts of nodes."""
         return self.ranks // self.ranks_per_node
 
     def describe(self) -> str:
@@ -35,7 +35,7 @@ class Shape:
 
 
 def shape_of(ranks: int, resources: Resources, *, stage: str) -> Shape:
-    """Ranks spread evenly over as few nodes as hold them.
+    """Ranks spread evenly over as few nodes as possible.
 
     Raises:
         ConfigError: they cannot be spread evenly.
@@ -56,11 +56,11 @@ def directives(
     """The options of sbatch, in order.
 
     Args:
-        name: as the queue shows it.
+        name: in the queue.
         job: the stem of the log's name.
         after: ids of jobs, or elements of arrays, that must have succeeded.
-        comment: by which the job is found when its id was not learned.
-        exclude: nodes that failed a preflight, beside the site's own.
+        comment: identifies the job where its id is not known.
+        exclude: nodes that failed a preflight, in addition to those of the site profile.
     """
     options = {
         "job-name": name,
@@ -81,7 +81,7 @@ def directives(
         "constraint": resources.constraint,
         "reservation": resources.reservation,
         "exclude": ",".join(dict.fromkeys((*site.exclude, *exclude))) or None,
-        # The warning goes to the batch step alone: the supervisor asks the ranks, under any launcher.
+        # The warning goes to the batch step only: the supervisor passes it on to the ranks, under any launcher.
         "signal": f"B:USR1@{site.limits.warning_seconds}",
         "dependency": f"afterok:{':'.join(after)}" if after else None,
         "kill-on-invalid-dep": "yes" if after else None,
@@ -97,8 +97,8 @@ def render(
 
     Args:
         folder: the working directory of the job.
-        code: what goes on PYTHONPATH.
-        command: the program and its arguments, each quoted here.
+        code: the value of PYTHONPATH.
+        command: the program and its arguments; each is quoted here.
 
     Raises:
         ConfigError: the template is missing, or has a `$` that is neither one of ours nor written `$$`.
@@ -121,4 +121,4 @@ def render(
             command=shlex.join(map(str, command)),
         )
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{template}: {error}: write $$ for a dollar sign that is the shell's own") from None
+        raise ConfigError(f"{template}: {error}: write $$ for a dollar sign of the shell") from None

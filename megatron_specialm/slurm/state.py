@@ -1,18 +1,27 @@
-"""The state of each element of a run folder's jobs: what Slurm says, or what our records do where Slurm has forgotten."""
+"""The jobs of a run folder as they are now: the state of each element from Slurm, or from our records where Slurm has forgotten
+the job; which tasks live jobs do; and cancelling them."""
 
-from collections.abc import Iterable, Sequence
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout
+from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
-from megatron_specialm.slurm.queue import Element, elements, find_by_comment
+from megatron_specialm.slurm.queue import Element, cancel_jobs, elements, find_by_comment, live_elements
 from megatron_specialm.slurm.records import Attempt, JobRecord
 
-# How Slurm ends what could not end by itself, so that the records have no say.
+# States in which Slurm itself has ended an element, whatever the records say.
 BY_SLURM = {"TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
 
 RUNNING = {"running", "completing"}  # live states in which the last attempt is under way
+OTHERWISE = "makes it from other settings or text"
+CANCEL_SECONDS = 60  # Slurm's KillWait is half of that by default
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,13 @@ class ElementState:
         return f"{self.job.slurm_id}_{self.number}"
 
     def log(self, root: Path) -> Path:
-        """Where its output stands."""
+        """The file of its output."""
         return records.log_path(root, self.job.submission, self.job.name, self.number)
 
     def seconds(self, root: Path, now: float) -> float:
-        """Of all its attempts, as their supervisors have measured them: clocks of nodes differ, and are set. Where earlier
-        versions have not, by clocks: one that was lost lasted until the next began, or until the last sign of life in the
-        log."""
+        """Of all its attempts, as their supervisors have measured them, because clocks of nodes differ and are set. Records of
+        earlier versions lack that: there by clocks, where a lost attempt lasted until the next began, or until the log was
+        last written."""
         last_sign = now if self.state in RUNNING else _last_written(self.log(root))
         limits = [*(attempt.begin.time for attempt in self.attempts[1:]), last_sign]
         ends = [
@@ -55,7 +64,7 @@ class ElementState:
 
 
 def element_states(root: Path) -> list[ElementState]:
-    """Of all jobs that were ever submitted for a run folder, in the order of submission.
+    """All elements of all jobs that were ever submitted for a run folder, in the order of submission.
 
     Raises:
         ArtifactError: the registry is damaged.
@@ -71,7 +80,7 @@ def element_states(root: Path) -> list[ElementState]:
 
 
 def submitted_jobs(root: Path) -> list[JobRecord]:
-    """The registry's jobs that Slurm has got, each with its id: also one whose submit died before it wrote that down."""
+    """The registry's jobs that are in Slurm, each with its id, also those whose submit died before it recorded the id."""
     jobs = [
         job if job.slurm_id is not None else replace(job, slurm_id=find_by_comment(job.comment))
         for job in records.read_registry(root)
@@ -80,7 +89,7 @@ def submitted_jobs(root: Path) -> list[JobRecord]:
 
 
 def newest(states: Iterable[ElementState]) -> dict[TaskId, tuple[ElementState, str]]:
-    """For each task the element that was submitted last for it, and the digest that it was to make."""
+    """For each task: the element that was submitted last for it, and the digest for which it was."""
     return {
         TaskId(state.job.stage, task.key): (state, task.digest)
         for state in states
@@ -105,7 +114,7 @@ def judge(element: Element | None, attempts: Sequence[Attempt]) -> tuple[str, st
     if element is not None and element.is_live:
         return element.state.lower(), element.reason
     if element is not None and element.state == "CANCELLED":
-        # Any other reason is what it last waited for.
+        # Any other reason is why it was pending.
         return "cancelled", element.reason if element.reason == "DependencyNeverSatisfied" else ""
     if element is not None and element.state in BY_SLURM:
         return "failed", element.state.lower().replace("_", " ")
@@ -121,3 +130,113 @@ def judge(element: Element | None, attempts: Sequence[Attempt]) -> tuple[str, st
 
 def _last_written(log: Path) -> float:
     return log.stat().st_mtime if log.exists() else 0.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """The element of a queued or running job that does a task, by Slurm's name (123_0), and the digest for which it does."""
+
+    slurm_id: str
+    digest: str
+
+
+def live_tasks(jobs: Iterable[JobRecord]) -> dict[TaskId, Live]:
+    """The tasks that queued and running jobs do.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    return {
+        TaskId(job.stage, task.key): Live(f"{job.slurm_id}_{number}", task.digest)
+        for job, number in _live(jobs)
+        for task in job.elements[number]
+    }
+
+
+def used_by_jobs(root: Path, jobs: Iterable[JobRecord]) -> set[str]:
+    """The digests of what queued and running jobs make and read, by their job files.
+
+    Raises:
+        MachineError: Slurm does not answer.
+        ArtifactError: a job file is damaged.
+    """
+    files = {records.job_path(root, job.submission, job.name) for job, _ in _live(jobs)}
+    tasks = [task for file in files for element in records.read_job_file(file).elements for task in element]
+    return {digest for task in tasks for digest in (task.digest, *task.made_from.get("inputs", {}).values())}
+
+
+def _live(jobs: Iterable[JobRecord]) -> list[tuple[JobRecord, int]]:
+    """The live elements of jobs, each with its number."""
+    submitted = [job for job in jobs if job.slurm_id is not None]
+    alive = live_elements([str(job.slurm_id) for job in submitted])
+    return [
+        (job, number) for job in submitted for number in range(len(job.elements)) if (job.slurm_id, number) in alive
+    ]
+
+
+def adopt_unattended(root: Path) -> None:
+    """Convert a run folder of an earlier version's layout, where no job uses it.
+
+    Raises:
+        MachineError: a job is queued or running, or Slurm does not answer.
+        ArtifactError: the folder is damaged, or such a job has worked in it since.
+    """
+    if not has_earlier_layout(root):
+        return
+    for name, job in _live_where_known(root).items():
+        raise MachineError(
+            f"{root}: an earlier version made this folder, and job {job.slurm_id}, for {name}, may still run it: what is there "
+            "is moved when no job is left: let them end, or `specialm cancel` them"
+        )
+    adopt_earlier_layout(root)
+
+
+def _live_where_known(root: Path) -> dict[TaskId, Live]:
+    """The tasks that live jobs do; none where this machine cannot ask Slurm."""
+    jobs = records.read_registry(root)
+    return live_tasks(jobs) if jobs and shutil.which("squeue") else {}
+
+
+def refuse_live(root: Path, plan: Mapping[TaskId, PlannedTask]) -> None:
+    """Before the missing tasks of a plan are done on this machine: check that no job does one of them, from any settings,
+    because the job holds the task's lock. A machine without Slurm cannot check.
+
+    Raises:
+        MachineError: a job does, or Slurm does not answer.
+    """
+    live = _live_where_known(root)
+    for name, planned in plan.items():
+        if planned.state != "done" and name in live:
+            does = "does it" if live[name].digest == planned.digest else OTHERWISE
+            raise MachineError(f"{name}: job {live[name].slurm_id} {does}: let it end, or `specialm cancel` it")
+
+
+def cancel(root: Path, stage: str | None) -> list[tuple[JobRecord, int]]:
+    """Cancel the queued and running jobs of one stage or of all. They save what they can, and are not queued again.
+
+    It waits for their end, a minute at most, because an earlier submit would find them alive.
+
+    Returns:
+        Each cancelled job with its number of live elements; dependent jobs before those on which they depend.
+
+    Raises:
+        MachineError: Slurm does not answer, or another command uses the run folder.
+    """
+    if not records.registry_path(root).exists():
+        return []
+    with hold_folder(root):
+        alive: dict[str, tuple[JobRecord, int]] = {}
+        for state in element_states(root):
+            if state.live and stage in (None, state.job.stage):
+                _, count = alive.get(str(state.job.slurm_id), (state.job, 0))
+                alive[str(state.job.slurm_id)] = state.job, count + 1
+        if alive:
+            cancel_jobs(reversed(alive))
+            _wait_for_end(list(alive))
+    return list(reversed(alive.values()))
+
+
+def _wait_for_end(slurm_ids: Sequence[str]) -> None:
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while live_elements(slurm_ids) and time.monotonic() < deadline:
+        time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""How far a pipeline is: the markers say what is done, Slurm and the records what is under way, the metrics how fast."""
+"""The status of a pipeline: finished tasks by their markers, jobs by Slurm and the records, speed by the metrics."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_marker
-from megatron_specialm.base.counting import Count, read_count
 from megatron_specialm.base.gpus import dense_peak
+from megatron_specialm.base.process_status import Count, read_count
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.yaml_file import read_yaml_file
 from megatron_specialm.estimate.flops import device_hours
@@ -22,12 +22,12 @@ from megatron_specialm.run.progress import last_record
 from megatron_specialm.slurm.records import submission_folder
 from megatron_specialm.slurm.state import RUNNING, ElementState, element_states, newest
 
-TROUBLE = {"failed", "hang", "bad-node"}  # outcomes of an attempt that nobody had asked for
+FAILURES = {"failed", "hang", "bad-node"}  # outcomes of an attempt
 
 
 @dataclass(frozen=True)
 class Training:
-    """How far a running training is. `loss`: nats per token, None where it is not finite."""
+    """The state of a running training. `loss`: nats per token, None where it is not finite."""
 
     key: str
     step: int
@@ -39,7 +39,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Failure:
-    """An element that ended without its tasks, or had to begin again. `error`: the one line that says most."""
+    """An element that ended without finishing its tasks, or was queued again. `error`: one line."""
 
     tasks: tuple[str, ...]
     job: str
@@ -51,10 +51,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage. `elements`: of jobs, those that have something to do with what is not done; `waiting`: how many other tasks
-    are not submitted, and how many are stale; `trainings` and `counts`: how far those that run are, where they have told it.
-    Hours are of processes, one per GPU; on CPU each counts as one, too. `planned_hours`: at the utilisation that a plan
-    assumes; None where the GPU is not known, or nothing is trained. `warnings`: of what is done."""
+    """A stage. `elements`: those of jobs for tasks that are not done. `waiting`: the number of other tasks that are not
+    submitted, and of those that are stale. `trainings` and `counts`: of running tasks that have reported. Hours are of
+    processes, one per GPU; a process on CPU counts as one, too. `planned_hours`: at the utilisation that a plan assumes; None
+    where the GPU is not known, or nothing is trained. `warnings`: of finished tasks."""
 
     stage: str
     tasks: int
@@ -85,7 +85,7 @@ class Status:
 
 
 def read_status(pipeline: Pipeline, *, now: float | None = None) -> Status:
-    """Look at a config's run folder and at Slurm's queue; the queue is not asked where nothing was submitted.
+    """Read a config's run folder and Slurm's queue. Slurm is not asked where nothing was submitted.
 
     Raises:
         ArtifactError: a record in the run folder is damaged.
@@ -120,7 +120,7 @@ def _stage(
         if planned.state == "done":
             continue
         state, digest = carriers.get(name, (None, ""))
-        # What ended for another digest is history; while it lives it is in the way, and is shown.
+        # An element for another digest is shown while it is live, as it blocks this one.
         if state is not None and (state.live or (digest == planned.digest and state.state != "finished")):
             carried[name] = state
         else:
@@ -154,7 +154,7 @@ def _stage(
 def _running(
     root: Path, tasks: Mapping[TaskId, PlannedTask], carried: Mapping[TaskId, ElementState]
 ) -> Iterator[tuple[str, Path]]:
-    """Keys and folders of the tasks that a job is at work on."""
+    """Keys and folders of the tasks that jobs are running."""
     for name, state in carried.items():
         folder = artifact_folder(root, *name, tasks[name].digest)
         if state.state == "running" and (folder / LABEL).exists():
@@ -169,11 +169,11 @@ def _trainings(running: Iterable[tuple[str, Path]]) -> Iterator[Training]:
 
 
 def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:
-    """Why an element ended without its tasks, or why it was last queued again; a time limit or a preemption is no failure."""
+    """Why an element ended without finishing its tasks, or was last queued again, unless by a time limit or a preemption."""
     attempts = element.attempts
     if element.live:
         attempts = attempts[:-1] if element.state in RUNNING else attempts
-        if not attempts or (attempts[-1].end is not None and attempts[-1].end.outcome not in TROUBLE):
+        if not attempts or (attempts[-1].end is not None and attempts[-1].end.outcome not in FAILURES):
             return None
     elif element.state not in ("failed", "lost"):
         return None
@@ -188,7 +188,7 @@ def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure 
 
 
 def _local_seconds(root: Path, planned: PlannedTask) -> float:
-    """What a task cost that no job of ours did, with what it did for comparison only."""
+    """The cost of a task that no job did, with its work for comparisons."""
     marker = read_marker(artifact_folder(root, *planned.task.id, planned.digest))
     if marker is None:
         return 0.0
@@ -196,7 +196,7 @@ def _local_seconds(root: Path, planned: PlannedTask) -> float:
 
 
 def _peak(root: Path, states: Sequence[ElementState]) -> float | None:
-    """FLOP/s of the GPUs of the site that was submitted to last, where its profile names them."""
+    """Peak FLOP/s of the GPUs of the last submission's site, where its profile names them."""
     if not states:
         return None
     profile = submission_folder(root, states[-1].job.submission) / "site.yaml"

@@ -12,12 +12,12 @@ from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, selec
 from megatron_specialm.graph.redo import Redo, find_redo
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
-from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
-from megatron_specialm.slurm.jobs import Job, jobs_of
-from megatron_specialm.slurm.missing import adopt_unattended, live_tasks, missing_tasks
+from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary, take_over
+from megatron_specialm.slurm.jobs import Job, jobs_of, missing_tasks
 from megatron_specialm.slurm.records import JobRecord
-from megatron_specialm.slurm.state import submitted_jobs
-from megatron_specialm.slurm.submit import LOCK_SECONDS, Submission, preview, recover, submit
+from megatron_specialm.slurm.state import adopt_unattended, live_tasks, submitted_jobs
+from megatron_specialm.slurm.submission import Submission
+from megatron_specialm.slurm.submit import LOCK_SECONDS, preview, recover, submit
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def submit_missing(
         confirm(find_redo(pipeline, plan, root, missing))
         if dry_run:
             scripts = list(preview(submission, jobs, live=live))
-            return Outcome(scripts, [], f"{len(missing)} tasks to submit{told(elsewhere)}")
+            return Outcome(scripts, [], f"{len(missing)} tasks to submit{reuse_summary(elsewhere)}")
         if missing or elsewhere:
             write_resolved(pipeline, root)
         take_over(elsewhere, root)
@@ -83,5 +83,5 @@ def submit_missing(
         queued = list(zip(jobs, submit(submission, jobs, known=known, live=live), strict=True))
     done = sum(planned.state == "done" for planned in chosen.values())
     coming = len(chosen) - done - len(missing) - len(elsewhere)
-    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{told(elsewhere)}"
+    counts = f"{len(missing)} tasks submitted, {coming} on their way, {done} done{reuse_summary(elsewhere)}"
     return Outcome([], queued, counts)

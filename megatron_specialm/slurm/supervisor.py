@@ -1,10 +1,10 @@
-"""What a job runs on its first node: looks at the nodes, starts the ranks, watches them, and when they end early, has the job
-queued again or says why not.
+"""One attempt at a job, run on its first node: check the nodes, start the ranks, watch them, and when they end early, queue the
+job again or record why not.
 
-Slurm's signals come here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed on
-to the ranks by the answers to their heartbeats, under any launcher; ranks save at their next step and end. After SIGTERM it is
-Slurm that knows whether the job is to run again. After a warning, a failure or a hang it is queued again from here; and where
-the ranks alone were told to end, as they are when a partition's GraceTime begins.
+Slurm's signals arrive here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed
+on to the ranks in the answers to their heartbeats, because launchers swallow signals or pass them to some ranks only. Ranks
+save at their next step and end. After SIGTERM, Slurm decides whether the job runs again. After a warning, a failure or a hang
+it is requeued from here, as it is where the ranks alone got SIGTERM, which happens when a partition's GraceTime begins.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,17 +22,16 @@ from types import FrameType
 
 from megatron_specialm.base.errors import MachineError, SpecialmError
 from megatron_specialm.base.files import read_json
-from megatron_specialm.base.outcome import Failure, Saved
+from megatron_specialm.base.process_status import handling
+from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINISHED, LAUNCHER, STOPPED, Failure, Saved
 from megatron_specialm.base.stopwatch import Stopwatch
-from megatron_specialm.config.site import Launcher, Site
-from megatron_specialm.slurm.allocation import Allocation
-from megatron_specialm.slurm.attempts import Ending, reason_to_end
-from megatron_specialm.slurm.heartbeats import Listener, describe, not_heard, trouble, who
-from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
-from megatron_specialm.slurm.preflight import check_nodes
+from megatron_specialm.config.site import Launcher, Limits, Site
+from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
+from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
+from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes
 from megatron_specialm.slurm.queue import slurm
-from megatron_specialm.slurm.ranks import node_command, rank_command
 from megatron_specialm.slurm.records import (
+    Attempt,
     AttemptBegin,
     AttemptEnd,
     Note,
@@ -47,17 +45,17 @@ from megatron_specialm.slurm.records import (
 from megatron_specialm.slurm.sbatch import Shape
 
 POLL_SECONDS = 0.2
-SUSPENDED_SECONDS = 5.0  # between two looks: Slurm has suspended the job, supervisor and ranks
-FINISHED, STOPPED, ERRORS = "finished.json", "stopped.json", "error-*.json"  # what ranks leave: base/outcome.py
-QUIET_BEATS = 4  # heartbeats that a rank has left out, which is worth telling
-NOTE_SECONDS = 30.0  # between two notes of how far the ranks are
+SUSPENDED_SECONDS = 5.0  # between two polls: Slurm has suspended the job, supervisor and ranks
+MISSED_BEATS = 4  # after so many a rank is named in the log
+NOTE_SECONDS = 30.0  # between two records of the ranks' step
+SAME_STEP = 3  # failures at one step, after which the job is given up
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What to run, and where its state goes. `excluded`: the folder that lists the nodes to leave out; `watch` runs since the
+    """What to run, and where its state is kept. `excluded`: the folder of the list of excluded nodes; `watch` runs since the
     attempt began."""
 
     site: Site
@@ -71,17 +69,28 @@ class Work:
 
     @property
     def folder(self) -> Path:
-        """Where the ranks of this attempt leave their outcome."""
+        """The folder in which the ranks of this attempt leave their outcome."""
         return attempt_folder(self.state, self.allocation.attempt)
 
 
-class _Asked:
-    """Which signal has asked for an end, if any has."""
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended. `nodes` are excluded from the next one; `exit_code` is that of the ranks."""
+
+    outcome: Outcome
+    reason: str
+    step: int | None = None
+    nodes: tuple[str, ...] = ()
+    exit_code: int = 1
+
+
+class _StopRequest:
+    """The signal that has asked for an end, if any has."""
 
     by: signal.Signals | None = None
 
-    def hear(self, number: int, _frame: FrameType | None) -> None:
-        # SIGTERM is the last word: Slurm has decided by itself that the job ends here.
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        # SIGTERM is final: Slurm has decided that the job ends here.
         if self.by is not signal.SIGTERM:
             self.by = signal.Signals(number)
 
@@ -89,17 +98,18 @@ class _Asked:
 def supervise(work: Work) -> int:
     """Run one attempt; the exit code for Slurm."""
     allocation = work.allocation
-    with _hearing_signals() as asked:
+    stop = _StopRequest()
+    with handling(stop.handle, signal.SIGTERM, signal.SIGUSR1):
         before = read_attempts(work.state)
         work.folder.mkdir(parents=True, exist_ok=True)
         begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, work.shape.ranks, time.time())
         record_begin(work.state, begin)
         logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
         try:
-            ending = _attempt(work, asked)
-        except SpecialmError as error:  # the machine's doing, or a file of this attempt that is damaged
+            ending = _attempt(work, stop)
+        except SpecialmError as error:  # of the machine, or a damaged file of this attempt
             ending = Ending("failed", str(error), exit_code=error.exit_code)
-        final = ending.outcome == "finished" or asked.by is signal.SIGTERM
+        final = ending.outcome == "finished" or stop.by is signal.SIGTERM
         end_reason = None if final else reason_to_end(ending, before, work.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
@@ -114,46 +124,84 @@ def supervise(work: Work) -> int:
                     work.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
                 )
                 raise
-    # Never 0 where something is left to do: jobs that wait for this one would start, whoever has sent the signal.
+    # Never 0 where work is left: jobs that depend on this one would start, whoever has sent the signal.
     return 0 if again or ending.outcome == "finished" else ending.exit_code
 
 
-def _attempt(work: Work, asked: _Asked) -> Ending:
+def reason_to_end(ending: Ending, before: Sequence[Attempt], limits: Limits) -> str | None:
+    """Why a job that has not finished is not queued again; None where it is.
+
+    Preemptions are free. Time limits have a budget. Failures have one that counts those without progress since the best
+    attempt: a training that loses a node a day but advances goes on. What fails three times at the same step would fail again.
+
+    Args:
+        before: the earlier attempts. One without an end was lost with its node, and counts as a failure.
+    """
+    if ending.outcome == "preempted":
+        return None
+    if ending.outcome == "timeout":
+        timeouts = 1 + sum(attempt.end is not None and attempt.end.outcome == "timeout" for attempt in before)
+        return f"{timeouts} time limits were reached (limits.timeouts)" if timeouts > limits.timeouts else None
+    if ending.exit_code == SpecialmError.exit_code:  # the input is wrong
+        return "another attempt would end the same way"
+    failed = [
+        attempt for attempt in before if attempt.end is None or attempt.end.outcome in ("failed", "hang", "bad-node")
+    ]
+    steps = [attempt.step for attempt in failed]
+    in_a_row = steps[-SAME_STEP + 1 :]
+    if ending.outcome != "bad-node" and in_a_row == [ending.step] * (SAME_STEP - 1):
+        where = "before the first step" if ending.step is None else f"at step {ending.step}"
+        return f"it has failed {SAME_STEP} times {where}"
+    without_progress = _since_progress([*steps, ending.step])
+    if without_progress > limits.failures:
+        return f"{without_progress} attempts have failed and come no further (limits.failures)"
+    return None
+
+
+def _since_progress(steps: Sequence[int | None]) -> int:
+    """The number of failures from the last one that reached a later step than all before it."""
+    best, count = -1, 0
+    for step in steps:
+        best, count = (step, 1) if step is not None and step > best else (best, count + 1)
+    return count
+
+
+def _attempt(work: Work, stop: _StopRequest) -> Ending:
     if bad := _unfit_nodes(work):
-        for node, reason in bad.items() if asked.by is not signal.SIGTERM else ():  # by which they have been cut short
+        for node, reason in bad.items() if stop.by is not signal.SIGTERM else ():  # which cuts the check short
             exclude_node(work.excluded, node, reason=reason)
         reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
+    limits = work.site.limits
     with Listener(work.allocation.address, work.shape.ranks) as listener, _ranks(work, listener) as process:
-        asked_at: float | None = None
-        looked, noted = time.monotonic(), -math.inf
-        while not _is_over(work, process, asked, asked_at):
+        stopped_at: float | None = None
+        polled, noted = time.monotonic(), -math.inf
+        while not _is_over(work, process, stop, stopped_at):
             time.sleep(POLL_SECONDS)
-            now = time.monotonic()
-            if now - looked > SUSPENDED_SECONDS:
-                listener.forgive(now - looked)
-            looked = now
-            seconds = work.watch.seconds
+            now, seconds = time.monotonic(), work.watch.seconds
+            if now - polled > SUSPENDED_SECONDS:
+                listener.extend_deadlines(now - polled)
+            polled = now
             if seconds - noted > NOTE_SECONDS:
                 write_note(work.state, work.allocation.attempt, Note(listener.step, seconds))
                 noted = seconds
-            if asked.by is not None and asked_at is None:
-                logger.info("%s: the ranks are asked to save and stop", asked.by.name)
-                listener.stop, asked_at = True, now
-                _note_early(work, asked.by, listener.step)
-                # Slurm may have found a lost node before us: it does not say so here, but its ranks do not speak.
-                if quiet := not_heard(listener.beats, QUIET_BEATS * work.site.limits.heartbeat_seconds, now=now):
-                    logger.warning("not heard for some heartbeats: %s", who(quiet))
-            watched = asked_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
-            if watched and (found := trouble(listener.beats, work.site.limits, now=now)) is not None:
-                logger.error("%s\n%s", found.reason, describe(listener.beats, now=now))
-                ours = tuple(
-                    node for node in work.allocation.nodes if node in found.nodes
-                )  # ranks have told their names
-                for node in ours if len(work.allocation.nodes) > len(ours) else ():
-                    exclude_node(work.excluded, node, reason=found.reason)
-                return Ending("hang", found.reason, listener.step, ours)
-        return _ending(work, process.poll(), asked, listener.step)
+            states = dict(listener.states)
+            if stop.by is not None and stopped_at is None:
+                logger.info("%s: the ranks are asked to save and stop", stop.by.name)
+                listener.stop, stopped_at = True, now
+                _record_early(work, stop.by, listener.step)
+                # Slurm may have noticed a lost node first, and does not say so here.
+                if silent := silent_ranks(states, MISSED_BEATS * limits.heartbeat_seconds, now=now):
+                    logger.warning("no heartbeat lately of %s", format_ranks(silent))
+            watched = stopped_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
+            if watched and (stall := find_stall(states, limits, now=now)) is not None:
+                logger.error("%s\n%s", stall.reason, format_states(states, now=now))
+                # The names come from the ranks: only those of the allocation count.
+                nodes = tuple(node for node in work.allocation.nodes if node in stall.nodes)
+                for node in nodes if len(nodes) < len(work.allocation.nodes) else ():
+                    exclude_node(work.excluded, node, reason=stall.reason)
+                return Ending("hang", stall.reason, listener.step, nodes)
+        return _ending(work, process.poll(), stop.by, listener.step)
 
 
 def _unfit_nodes(work: Work) -> dict[str, str]:
@@ -161,9 +209,9 @@ def _unfit_nodes(work: Work) -> dict[str, str]:
     if not settings.enabled:
         return {}
     folder = work.folder / "nodes"
-    meeting = f"{allocation.address}:{_free_port()}"
+    rendezvous = f"{allocation.address}:{_free_port()}"
     command = node_command(
-        [work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), meeting],
+        [work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), rendezvous],
         shape=work.shape, allocation=allocation, container=work.site.container, folder=Path.cwd(),
     )  # fmt: skip
     return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
@@ -171,17 +219,16 @@ def _unfit_nodes(work: Work) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
-    """The launcher of the ranks. It is gone when this is left."""
+    """The process that launches the ranks, srun. It has ended when the context is left."""
     allocation, port = work.allocation, _free_port()
     environment = {
         **os.environ,
         "MASTER_ADDR": allocation.address,
         "MASTER_PORT": str(port),
-        "SPECIALM_LAUNCHER": work.launcher,
-        "SPECIALM_HEARTBEAT": listener.channel,
-        "SPECIALM_HEARTBEAT_SECONDS": str(work.site.limits.heartbeat_seconds),
-        "SPECIALM_ATTEMPT": str(work.folder.resolve()),
-        "SPECIALM_INCARNATION": f"{allocation.job}/{allocation.attempt}",
+        LAUNCHER: work.launcher,
+        **listener.channel(work.site.limits.heartbeat_seconds).variables(),
+        ATTEMPT: str(work.folder.resolve()),
+        FENCING_TOKEN: f"{allocation.job}/{allocation.attempt}",
     }
     command = rank_command(
         work.command, launcher=work.launcher, shape=work.shape, allocation=allocation, port=port,
@@ -196,52 +243,47 @@ def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def _is_over(work: Work, process: subprocess.Popen, asked: _Asked, asked_at: float | None) -> bool:
-    """When the launcher is gone; but Slurm ends srun before the ranks when it ends a job, and those are waited for."""
-    if asked_at is not None and time.monotonic() - asked_at > work.site.limits.stop_seconds:
+def _is_over(work: Work, process: subprocess.Popen, stop: _StopRequest, stopped_at: float | None) -> bool:
+    """Whether the launcher has ended. Slurm ends srun before the ranks when it ends a job: then their outcome is awaited."""
+    if stopped_at is not None and time.monotonic() - stopped_at > work.site.limits.stop_seconds:
         return True
     if process.poll() is None:
         return False
-    return asked.by is not signal.SIGTERM or _left(work)
+    return stop.by is not signal.SIGTERM or any(any(work.folder.glob(name)) for name in (FINISHED, STOPPED, ERRORS))
 
 
-def _left(work: Work) -> bool:
-    """Whether the ranks have left an outcome."""
-    return any((work.folder / name).exists() for name in (FINISHED, STOPPED)) or any(work.folder.glob(ERRORS))
-
-
-def _ending(work: Work, code: int | None, asked: _Asked, step: int | None) -> Ending:
-    """How the ranks ended, by what they left. srun's own exit code may be 0 after a node was lost."""
+def _ending(work: Work, code: int | None, stopped_by: signal.Signals | None, step: int | None) -> Ending:
+    """How the ranks ended, by the files that they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (work.folder / FINISHED).exists():
         return Ending("finished", "all tasks are done", step)
-    if asked.by is not None:
-        return _stopped(work, asked.by, step)
+    if stopped_by is not None:
+        return _stopped(work, stopped_by, step)
     errors = [read_json(path, Failure) for path in sorted(work.folder.glob(ERRORS))]
     if errors:
-        # One whose peer has died says so; the peer's own error, if it could leave one, is the cause.
+        # A rank whose peer has died reports that; the peer's own error, if it left one, is the cause.
         first = min(errors, key=lambda failure: ("another process" in failure.error, failure.time))
         at = first.step if first.step is not None else step
         return Ending("failed", f"{first.node}: {first.error}", at, exit_code=first.exit_code)
-    if (work.folder / STOPPED).exists():  # torchrun tells ranks to stop when one fails: its error counts, above
+    if (work.folder / STOPPED).exists():  # after errors: torchrun stops all ranks when one fails
         return _stopped(work, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
-def _stopped(work: Work, asked: signal.Signals | None, step: int | None) -> Ending:
+def _stopped(work: Work, stopped_by: signal.Signals | None, step: int | None) -> Ending:
     saved = work.folder / STOPPED
     if saved.exists():
         step = read_json(saved, Saved).step
         what = "stopped" if step is None else f"saved at step {step}"
     else:
         what = "nothing was saved, so it goes on from the checkpoint before"
-    if asked is signal.SIGUSR1:
+    if stopped_by is signal.SIGUSR1:
         return Ending("timeout", f"the time limit is near: {what}", step)
     return Ending("preempted", f"ended by Slurm: {what}", step)
 
 
-def _note_early(work: Work, asked: signal.Signals, step: int | None) -> None:
-    """After SIGTERM Slurm may kill this process at any moment: an attempt without an end would count as a lost one."""
-    if asked is signal.SIGTERM:
+def _record_early(work: Work, stopped_by: signal.Signals, step: int | None) -> None:
+    """After SIGTERM, Slurm may kill this process at any moment, and an attempt without an end counts as a lost one."""
+    if stopped_by is signal.SIGTERM:
         record_end(work.state, _end(work, "preempted", step, "ended by Slurm", requeued=False))
 
 
@@ -250,8 +292,8 @@ def _end(work: Work, outcome: Outcome, step: int | None, reason: str, *, requeue
 
 
 def _queue_again(work: Work) -> None:
-    """Have Slurm run the job once more, without the nodes that are no good. That ends this attempt: SIGTERM comes at once, to
-    this process and to the commands it runs, which inherit that it is ignored."""
+    """Have Slurm run the job again, without the excluded nodes. That ends this attempt: SIGTERM comes at once, to this process
+    and to the commands that it runs, which inherit that it is ignored."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = work.allocation.job
     out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
@@ -261,7 +303,7 @@ def _queue_again(work: Work) -> None:
     slurm("scontrol", "requeuehold", job)
     try:
         slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
-    except MachineError as error:  # rather with a bad node than held for ever
+    except MachineError as error:  # better with a bad node than held for ever
         logger.warning("%s", error)
     slurm("scontrol", "release", job)
 
@@ -270,15 +312,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def _hearing_signals() -> Iterator[_Asked]:
-    asked = _Asked()
-    previous = {number: signal.signal(number, asked.hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked
-    finally:
-        sys.stdout.flush()
-        for number, handler in previous.items():
-            signal.signal(number, handler)

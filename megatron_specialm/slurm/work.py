@@ -1,4 +1,4 @@
-"""What each rank of a submitted job does: the tasks of its array element that are still missing, one after the other."""
+"""The program of each rank of a submitted job: do the missing tasks of an array element, one after the other."""
 
 import os
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import rank_lifecycle, run_task
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
-from megatron_specialm.run.worker import ignore_expected_warnings, limit_threads
+from megatron_specialm.run.processes import ignore_expected_warnings, limit_threads
 from megatron_specialm.slurm.records import read_job_file
 
 
 def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, str] = os.environ) -> None:
-    """Do the tasks of an element of `<run folder>/jobs/<submission>/<job>.json`, by the resolved config beside it.
+    """Do the tasks of an element of `<run folder>/jobs/<submission>/<job>.json`, with the resolved config beside it.
 
     Args:
         element: its number; by default that of this process's Slurm array task.
 
     Raises:
-        SpecialmError: what is wrong with the job's file, the config, an input or the machine.
+        SpecialmError: the job's file, the config, an input or the machine is wrong.
         Stopped: this process was asked to stop.
     """
     world = discover_world()
@@ -48,21 +48,23 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
 
 
 def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The stage, and of each task its key and what its digest is of."""
+    """The stage, and the key of each task with what its digest is of."""
     job = read_job_file(job_file)
     if not 0 <= element < len(job.elements):
-        raise ArtifactError(f"{job_file}: does not say what element {element} is to do: submit again")
+        raise ArtifactError(f"{job_file}: has no element {element}: submit again")
     return job.stage, [(task.key, task.made_from) for task in job.elements[element]]
 
 
 def _element(environ: Mapping[str, str]) -> int:
     number = environ.get("SLURM_ARRAY_TASK_ID", "")
     if not number.isdecimal():
-        raise MachineError(f"SLURM_ARRAY_TASK_ID={number!r}: not in an array of Slurm's; say which one by --element")
+        raise MachineError(
+            f"SLURM_ARRAY_TASK_ID={number!r}: must be a number, as in an array of Slurm; or give --element"
+        )
     return int(number)
 
 
 def _threads(environ: Mapping[str, str]) -> int | None:
-    """This rank's share of its Slurm task's CPUs: under torchrun all ranks of a node are one task."""
+    """The CPUs of this rank. Under torchrun all ranks of a node are one Slurm task and divide its CPUs."""
     cpus = environ.get("SLURM_CPUS_PER_TASK", "")
     return max(1, int(cpus) // int(environ.get("LOCAL_WORLD_SIZE", "1"))) if cpus.isdecimal() else None

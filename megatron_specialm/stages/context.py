@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
-from megatron_specialm.base.counting import Item, counted
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError
-from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.base.process_status import Item, ProcessStatus, counted
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.lineage import source_of
@@ -59,8 +58,7 @@ class Context:
     def counted(
         self, items: Iterable[Item], *, unit: str, of: int | None = None, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterable[Item]:
-        """The same items; how many have been worked on is told while it takes long (`base/counting.py`). Where all ranks
-        work, the first one tells."""
+        """The same items, counted: work that takes long logs its progress (`base/process_status.py`), on rank 0."""
         return (
             counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)
             if self.world.is_first

@@ -1,4 +1,4 @@
-"""Who a process is by Slurm's own variables: a rank of its step, never of the job around it."""
+"""The world of a process by Slurm's own variables: it is a rank of its step, never of the job around it."""
 
 import sys
 from pathlib import Path
@@ -9,11 +9,11 @@ from tests.cluster.testbed import Cluster
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).parents[2]
-TELL = """
+PRINT = """
 from megatron_specialm.base.environment import discover_world
-from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.rendezvous import rendezvous
 world = discover_world()
-meet(world)
+rendezvous(world)
 print(world.launcher, world.rank, world.world_size, flush=True)
 """
 
@@ -22,9 +22,9 @@ def _python(program: str) -> str:
     return f"env PYTHONPATH={ROOT} OMP_NUM_THREADS=1 {sys.executable} -c '{program}'"
 
 
-def test_the_tasks_of_a_step_meet_and_a_step_of_one_is_alone(cluster: Cluster) -> None:
-    tell = _python(TELL)
-    script = f"{tell}; echo; srun --ntasks=1 --nodes=1 --label {tell}; echo; srun --kill-on-bad-exit=1 {tell}"
+def test_the_tasks_of_a_step_are_ranks_and_a_step_of_one_task_is_alone(cluster: Cluster) -> None:
+    command = _python(PRINT)
+    script = f"{command}; echo; srun --ntasks=1 --nodes=1 --label {command}; echo; srun --kill-on-bad-exit=1 {command}"
     allocate = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=2", "bash", "-c", script)
     shell, one, all_of_them = cluster.run(*allocate).split("\n\n")
     assert shell == "none 0 1" and one == "0: none 0 1"

@@ -11,7 +11,7 @@ from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.run.worker import worker_context
+from megatron_specialm.run.processes import worker_context
 from tests.distillation import prepare
 
 STUDENT = ModelConfig(layers=2, hidden_size=64, ffn_hidden_size=256, attention_heads=8)

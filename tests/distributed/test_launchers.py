@@ -1,4 +1,4 @@
-"""A pipeline started by torchrun, and by mpirun where Open MPI and mpi4py are installed: real ranks, real meeting points."""
+"""A pipeline started by torchrun, and by mpirun where Open MPI and mpi4py are installed: real ranks, a real rendezvous."""
 
 import os
 import shutil

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.environment import discover_world
-from megatron_specialm.base.rendezvous import meet
+from megatron_specialm.base.rendezvous import rendezvous
 from megatron_specialm.graph.plan import write_resolved
 from megatron_specialm.run.inline import lead
 from tests.conftest import ROOT
@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def _of_rank(rank: int) -> dict[str, str]:
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "SPECIALM_MEETING_SECONDS": "60"}
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "SPECIALM_RENDEZVOUS_SECONDS": "60"}
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_nobody_plans_before_the_first(run: Run, place: dict[str, str], monkeypa
     other = _start(1, place)
     try:
         world = discover_world()
-        meet(world)
+        rendezvous(world)
         aside.rename(text)
         lead({name: replace(planned, state="done") for name, planned in run.plan.items()}, world)
         said, _ = other.communicate(timeout=100)

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_specialm.base.artifacts import read_marker, view
 from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.base.protocol import ATTEMPT, DATAGRAM_BYTES, LAUNCHER, Channel, Heartbeat, encode_answer
 from megatron_specialm.checkpoint.opening import newest_checkpoint
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.graph.plan import make_plan
@@ -48,7 +49,7 @@ def _work(submission: Path, stage: str, attempt: str, *launcher: str, **environ:
     return subprocess.Popen(
         command, cwd=submission.parents[3], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={
-            **os.environ, "PYTHONPATH": str(ROOT), "SPECIALM_ATTEMPT": str(submission / attempt),
+            **os.environ, "PYTHONPATH": str(ROOT), ATTEMPT: str(submission / attempt),
             "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "2", **environ,
         },
     )  # fmt: skip
@@ -68,13 +69,12 @@ def _left(folder: Path) -> dict[str, Any]:  # noqa: F811
 
 def _stop(supervisor: socket.socket, *, rank: int) -> None:
     """Answer the heartbeats of one rank alone, once it has done a step."""
-    asked = False
-    while not asked:
-        datagram, sender = supervisor.recvfrom(65_536)
-        said = json.loads(datagram)
-        if said["rank"] == rank and (said["step"] or 0) >= 1:
-            supervisor.sendto(json.dumps({"token": said["token"], "stop": True}).encode(), sender)
-            asked = True
+    while True:
+        datagram, sender = supervisor.recvfrom(DATAGRAM_BYTES)
+        beat = Heartbeat.decode(datagram, token="secret", ranks=2)
+        if beat is not None and beat.rank == rank and (beat.step or 0) >= 1:
+            supervisor.sendto(encode_answer("secret", stop=True), sender)
+            return
 
 
 def test_stopped_by_the_answer_to_one_ranks_heartbeat_the_second_attempt_goes_on(submission: Path) -> None:
@@ -85,10 +85,9 @@ def test_stopped_by_the_answer_to_one_ranks_heartbeat_the_second_attempt_goes_on
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(("127.0.0.1", 0))
         supervisor.settimeout(100)
-        channel = f"127.0.0.1:{supervisor.getsockname()[1]}:secret"
+        channel = Channel("127.0.0.1", supervisor.getsockname()[1], "secret", 0.05)
         first = _work(
-            submission, "slm", "slm-0", *torchrun,
-            SPECIALM_LAUNCHER="torchrun", SPECIALM_HEARTBEAT=channel, SPECIALM_HEARTBEAT_SECONDS="0.05",
+            submission, "slm", "slm-0", *torchrun, **channel.variables(), **{LAUNCHER: "torchrun"},
         )  # fmt: skip
         try:
             _stop(supervisor, rank=1)
@@ -123,6 +122,6 @@ def test_a_rank_that_fails_leaves_its_error(submission: Path) -> None:
     left = _left(submission / "tokens-0")["error-0.json"]
     assert code == left["exit_code"] == 2 and "run the stage 'tokenizer' first" in left["error"]
     code, _ = _ends(_work(submission, "tokens", "tokens-1", **rank, SLURM_ARRAY_TASK_ID="9"))
-    assert "what element 9 is to do" in _left(submission / "tokens-1")["error-0.json"]["error"]
+    assert "has no element 9" in _left(submission / "tokens-1")["error-0.json"]["error"]
     code, _ = _ends(_work(submission, "tokens", "tokens-2", **rank, SLURM_ARRAY_TASK_ID=""))
     assert code == 3 and "--element" in _left(submission / "tokens-2")["error-0.json"]["error"]

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_specialm.base.artifacts import LABEL, MARKER
 from megatron_specialm.base.integrity import RECORDS
-from megatron_specialm.run.worker import limit_threads
+from megatron_specialm.run.processes import limit_threads
 from tests.damage import Damage, Finished, Verdict
 from tools.disturbed.config import write_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.base import counting
+from megatron_specialm.base import process_status as counting
 from megatron_specialm.base.artifacts import MARKER, read_marker, view
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.process_status import ProcessStatus
@@ -121,7 +121,7 @@ def test_long_stages_say_how_far_they_are(
     stage: str, first: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(first)
-    monkeypatch.setattr(counting, "SECONDS", 0.0)
+    monkeypatch.setattr(counting, "COUNT_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
     pipeline = load_pipeline(Path("config.yaml"), ["stages.perplexity.batch_size=4", "stages.taught.batch_size=4"])
     task = next(task for name, task in build_graph(pipeline).items() if name.stage == stage)
@@ -132,7 +132,7 @@ def test_long_stages_say_how_far_they_are(
     windows = TokenStore.open(root / "tokens/law", {"perplexity": "test", "taught": "train"}[stage])
     assert f"working on {task.id}: 4 of {len(windows)} windows, " in caplog.text
     assert f"working on {task.id}: {len(windows):,} of {len(windows):,} windows, " in caplog.text
-    assert not (view(root, *task.id) / counting.FILE).exists()
+    assert not (view(root, *task.id) / counting.PROGRESS).exists()
 
 
 def test_what_is_no_run_folder_is_refused(first: Path) -> None:

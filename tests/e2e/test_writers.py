@@ -108,7 +108,7 @@ def test_the_same_settings_run_beside_a_job_at_the_task(folder: Path) -> None:  
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         code, said = _ends(_start(folder, "--until", "tokenizer"))
-        assert code == 1 and "tokenizer/generic: 7_0/0 is at work on it" in said, said
+        assert code == 1 and "tokenizer/generic: 7_0/0 is doing this task" in said, said
     finally:
         holder.kill()
         holder.communicate()

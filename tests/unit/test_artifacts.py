@@ -120,7 +120,7 @@ def test_without_its_label_an_attempt_goes_on_and_a_damaged_one_is_named(tmp_pat
     with pytest.raises(ArtifactError, match=r"task\.json: is of another digest"):
         begin_artifact(tmp_path, *NAME, digest=A)
     (folder / LABEL).write_text(json.dumps({**read_json(folder / LABEL), "digest": A, "made_from": {"steps": 1}}))
-    with pytest.raises(ArtifactError, match=r"task\.json: what it says is not what its digest is of"):
+    with pytest.raises(ArtifactError, match=r"task\.json: its made_from does not have its digest"):
         begin_artifact(tmp_path, *NAME, digest=A)
     assert (folder / "step").exists()
 

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import pytest
 
-from megatron_specialm.base import counting
+from megatron_specialm.base import process_status as counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import read_json, write_json
@@ -126,13 +126,13 @@ def test_vectors(reports: dict[TaskId, Report], tmp_path: Path) -> None:
 def test_each_says_how_far_it_is(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(counting, "SECONDS", 0.0)
+    monkeypatch.setattr(counting, "COUNT_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
     run_all(pipeline, tmp_path, monkeypatch, TEXTS)
     for told in ("50 of 240 windows, ", "240 of 240 windows, ", "1 of 20 iterations, ", "20 of 20 iterations, "):
         assert told in caplog.text
     assert caplog.text.count("20 of 20 windows, ") == 2, "embed and assign, of the set of 20"
-    assert not list(tmp_path.rglob(counting.FILE))
+    assert not list(tmp_path.rglob(counting.PROGRESS))
 
 
 def test_windows_of_which_nothing_is_known_are_counted(

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_specialm.base import counting
-from megatron_specialm.base.counting import FILE, Count, counted, read_count, together
-from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.base import process_status as counting
+from megatron_specialm.base.process_status import PROGRESS, Count, ProcessStatus, counted, read_count, total
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run import progress
 from megatron_specialm.run.progress import Progress
@@ -19,7 +18,7 @@ from megatron_specialm.run.progress import Progress
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every item is told of."""
-    monkeypatch.setattr(counting, "SECONDS", 0.0)
+    monkeypatch.setattr(counting, "COUNT_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("always")
@@ -35,7 +34,7 @@ def test_it_is_told_everywhere_and_gone_at_the_end(tmp_path: Path, caplog: pytes
     assert "working on vectors/generic: 1,000 of 1,250 windows, " in caplog.text and " left" in caplog.text
     assert process_status.activity.startswith("working on vectors/generic: 1,000 of 1,250 windows, ")
     assert process_status.progress is None, "a slow batch is no hang"
-    assert list(items) == [] and not (tmp_path / FILE).exists() and read_count(tmp_path) is None
+    assert list(items) == [] and not (tmp_path / PROGRESS).exists() and read_count(tmp_path) is None
     assert process_status.activity == "working on vectors/generic"
 
 
@@ -48,7 +47,7 @@ def test_it_is_gone_after_an_error_too(tmp_path: Path) -> None:
     process_status = ProcessStatus()
     with pytest.raises(ValueError, match="no JSON"):
         list(counted(documents(), tmp_path, process_status, unit="characters"))
-    assert not (tmp_path / FILE).exists() and process_status.activity == "starting"
+    assert not (tmp_path / PROGRESS).exists() and process_status.activity == "starting"
 
 
 def test_what_is_done_soon_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -61,9 +60,9 @@ def test_what_is_done_soon_is_not_told(tmp_path: Path, caplog: pytest.LogCapture
 def test_words() -> None:
     assert str(Count(12_000, 50_000, "windows", 812.3, 46.8)) == "12,000 of 50,000 windows, 812 per second, 0:47 left"
     assert str(Count(7, None, "characters", 0.25, None)) == "7 characters, 0.25 per second"
-    both = together([Count(3, 10, "windows", 2.0, 3.5), Count(5, 20, "windows", 1.0, 15.0)])
+    both = total([Count(3, 10, "windows", 2.0, 3.5), Count(5, 20, "windows", 1.0, 15.0)])
     assert str(both) == "8 of 30 windows, 3 per second, 0:15 left"
-    assert together([Count(3, 10, "characters", 2.0, 3.5), Count(5, None, "characters", 1.0, None)]).of is None
+    assert total([Count(3, 10, "characters", 2.0, 3.5), Count(5, None, "characters", 1.0, None)]).of is None
 
 
 @pytest.mark.usefixtures("always")

@@ -98,7 +98,7 @@ def test_where_there_is_one_task_it_is_alone(variables: dict[str, str]) -> None:
     assert discover_world(variables) == ALONE
 
 
-def test_one_rank_of_torchrun_needs_no_meeting_point() -> None:
+def test_one_rank_of_torchrun_needs_no_rendezvous_address() -> None:
     assert discover_world({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import time
 from multiprocessing import forkserver
-from megatron_specialm.run.worker import worker_context
+from megatron_specialm.run.processes import worker_context
 worker_context(["slow"], threads=1)
 forkserver.ensure_running()
 time.sleep(600)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from megatron_specialm.config.site import Site
-from megatron_specialm.slurm.code import PACKAGE, freeze_code, this_code
 from megatron_specialm.slurm.sbatch import render
+from megatron_specialm.slurm.submission import PACKAGE, freeze_code, this_code
 
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "stage.sbatch.template"
 
@@ -18,7 +18,7 @@ def test_the_code_is_known_by_its_content_and_copied_whole_once(tmp_path: Path) 
     assert code == this_code(tmp_path) and code.folder.name == f"code-{code.sha256[:12]}"
     freeze_code(code)
     copy = code.folder / PACKAGE.name
-    assert (copy / "slurm" / "code.py").read_bytes() == (PACKAGE / "slurm" / "code.py").read_bytes()
+    assert (copy / "slurm" / "submission.py").read_bytes() == (PACKAGE / "slurm" / "submission.py").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [code.folder.name]
     (copy / "__main__.py").write_text("kept")
     freeze_code(code)
@@ -41,7 +41,7 @@ def test_a_job_runs_the_frozen_code_though_it_stands_in_a_checkout_that_was_edit
     shutil.copytree(PACKAGE, checkout / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / PACKAGE.name / "__pycache__").mkdir()
     (checkout / PACKAGE.name / "__pycache__" / "old.pyc").touch()
-    freeze = "from pathlib import Path; from megatron_specialm.slurm.code import *; "
+    freeze = "from pathlib import Path; from megatron_specialm.slurm.submission import *; "
     freeze += "code = this_code(Path.cwd().parent / 'jobs'); freeze_code(code); print(code.folder, end='')"
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     frozen = subprocess.run(

@@ -358,7 +358,7 @@ def _stopped_at(folder: Path, step: int, **settings: Any) -> str:
             os.kill(os.getpid(), signal.SIGUSR1)
         return cross_entropy(logits, batch, **shard)
 
-    with process_status.hearing_signals(), process_status.at_step_boundaries(), pytest.raises(Stopped) as stopped:
+    with process_status.stop_on_signals(), process_status.at_step_boundaries(), pytest.raises(Stopped) as stopped:
         run_training(folder, ALONE, stage(**settings), objective=signalled, process_status=process_status)
     return str(stopped.value)
 

@@ -14,8 +14,7 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.site import Preflight
-from megatron_specialm.slurm.nodes import KEPT_SECONDS, exclude_node, excluded_nodes
-from megatron_specialm.slurm.preflight import check_nodes, judge
+from megatron_specialm.slurm.nodes import EXCLUDED_SECONDS, check_nodes, exclude_node, excluded_nodes, judge
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Preflight(seconds=120, free_disk=1)
@@ -154,10 +153,10 @@ def test_bad_nodes_are_left_out_for_a_day(tmp_path: Path) -> None:
     assert excluded_nodes(tmp_path) == ["node1", "node9"]
     entry = read_json(tmp_path / "nodes.json")["node9"]
     assert entry["reason"] == "slow"
-    assert excluded_nodes(tmp_path, now=entry["time"] + KEPT_SECONDS - 1) == ["node1", "node9"]
-    assert excluded_nodes(tmp_path, now=entry["time"] + KEPT_SECONDS + 60) == []
+    assert excluded_nodes(tmp_path, now=entry["time"] + EXCLUDED_SECONDS - 1) == ["node1", "node9"]
+    assert excluded_nodes(tmp_path, now=entry["time"] + EXCLUDED_SECONDS + 60) == []
     assert excluded_nodes(tmp_path, now=entry["time"] - 7200) == ["node1", "node9"], "the clock was set back"
-    assert excluded_nodes(tmp_path, now=entry["time"] - KEPT_SECONDS - 60) == [], "it was a day ahead, or a year"
+    assert excluded_nodes(tmp_path, now=entry["time"] - EXCLUDED_SECONDS - 60) == [], "it was a day ahead, or a year"
 
 
 def _find(folder: Path, ready: "multiprocessing.synchronize.Event") -> None:

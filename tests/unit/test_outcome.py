@@ -9,8 +9,8 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError, Stopped, TrainingError
-from megatron_specialm.base.outcome import recorded_outcome
 from megatron_specialm.base.process_status import ProcessStatus
+from megatron_specialm.base.reporting import recorded_outcome
 
 FIRST, SECOND = World(0, 2, 0, "", "srun"), World(1, 2, 1, "", "srun")
 
@@ -78,7 +78,7 @@ import resource, signal, sys, tempfile
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.base.outcome import recorded_outcome
+from megatron_specialm.base.reporting import recorded_outcome
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with tempfile.TemporaryDirectory() as folder:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

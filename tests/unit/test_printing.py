@@ -116,7 +116,7 @@ def test_news_of_a_run_are_text(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_jobs_error_and_log_are_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_specialm.slurm.status_table import status_view
+    from megatron_specialm.slurm.status_view import status_view
 
     run: Run = make_run(tmp_path, monkeypatch)
     job = run.submit("7", "slm", keys=["generic"])

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.config.site import Container, Launcher
-from megatron_specialm.slurm.allocation import Allocation
-from megatron_specialm.slurm.ranks import node_command, rank_command
+from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
 from megatron_specialm.slurm.sbatch import Shape
 
 ALLOCATION = Allocation("7_0", 0, 0, ("node1", "node2"), "10.0.0.1", cpus_per_task=4, gpus_per_node=8)

@@ -28,7 +28,7 @@ from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, make_plan, select, write_resolved
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run.reuse import refuse_other_folders, take_over, told
+from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary, take_over
 from megatron_specialm.slurm.records import read_registry
 from tests.processes import together
 
@@ -106,7 +106,7 @@ def _own(folder: Path) -> Iterator[Path]:
 def test_what_is_complete_there_is_taken_over_and_costs_what_it_cost(there: dict) -> None:
     plan = make_plan(_load(), HERE)
     assert {planned.state for planned in plan.values()} == {"done elsewhere"} and not (HERE / "slm").exists()
-    assert told(plan) == f", {len(plan)} taken over from {THERE}"
+    assert reuse_summary(plan) == f", {len(plan)} taken over from {THERE}"
     take_over(plan, HERE)
     assert {planned.state for planned in make_plan(_load(), HERE).values()} == {"done"}
     for name in plan:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_specialm.base import counting
+from megatron_specialm.base import process_status as counting
 from megatron_specialm.base.artifacts import Report, begin_artifact
 from megatron_specialm.base.errors import ConfigError, DataError
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
@@ -194,13 +194,13 @@ def _windows(store: TokenStore) -> list[list[int]]:
 def test_tokenizing_says_how_far_it_is(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(counting, "SECONDS", 0.0)
+    monkeypatch.setattr(counting, "COUNT_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
     root = tmp_path / "whole"
     _tokenized(root, tokenizer, TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")]))
     told = f": {sum(map(len, _documents())):,} characters, "
     assert caplog.text.count(told) == 2, "the training and the test documents"
-    assert not list(tmp_path.rglob(counting.FILE))
+    assert not list(tmp_path.rglob(counting.PROGRESS))
 
 
 def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> None:

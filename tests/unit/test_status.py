@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
-from megatron_specialm.base.counting import Count
 from megatron_specialm.base.files import write_json
+from megatron_specialm.base.process_status import Count
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.graph.tasks import TaskId
@@ -31,7 +31,7 @@ from megatron_specialm.slurm.records import (
 )
 from megatron_specialm.slurm.state import judge
 from megatron_specialm.slurm.status import Status
-from megatron_specialm.slurm.status_table import status_json, status_view
+from megatron_specialm.slurm.status_view import status_json, status_view
 from megatron_specialm.train.metrics import Metrics
 from tests.run_folder import DOMAINS, SMOKE, Run, make_run
 

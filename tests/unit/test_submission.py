@@ -19,11 +19,12 @@ from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import submit as submitting
-from megatron_specialm.slurm.jobs import Job, jobs_of
-from megatron_specialm.slurm.missing import Live, live_tasks, missing_tasks
+from megatron_specialm.slurm.jobs import Job, jobs_of, missing_tasks
 from megatron_specialm.slurm.nodes import exclude_node
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, excluded_folder, read_registry, write_registry
-from megatron_specialm.slurm.submit import Submission, dependencies, preview, submit
+from megatron_specialm.slurm.state import Live, live_tasks
+from megatron_specialm.slurm.submission import Submission
+from megatron_specialm.slurm.submit import dependencies, preview, submit
 
 ROOT = Path(__file__).parents[2]
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"

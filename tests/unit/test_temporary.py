@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # What `specialm run` does to have workers: a server that forks them, reached by a socket.
 WORKER = """
 import multiprocessing.util
-from megatron_specialm.run.worker import worker_context
+from megatron_specialm.run.processes import worker_context
 context = worker_context(["json"], threads=1)
 process = context.Process(target=len, args=("",))
 process.start()

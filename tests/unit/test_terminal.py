@@ -19,8 +19,8 @@ import yaml
 from rich.console import Console, RenderableType
 
 from megatron_specialm.base.accelerator import planned_machine
-from megatron_specialm.base.counting import FILE, Count
 from megatron_specialm.base.files import write_json
+from megatron_specialm.base.process_status import PROGRESS, Count
 from megatron_specialm.base.terminal import UNLIMITED, Table, console
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.doctor.finding import Finding
@@ -189,7 +189,7 @@ def test_in_a_log_a_line_of_a_table_and_of_a_run_is_a_line(
     domains = {f"{domain}-{LONG}-{number}": 1.0 for domain in ("law", "code") for number in range(20)}
     monkeypatch.setattr("tests.unit.test_figures.DOMAINS", domains)
     tables, name = _results(), TaskId(LONG, f"slm-is-tuned.{LONG}")
-    write_json(tmp_path / FILE, asdict(Count(12_000, 50_000, "windows", 812.3, 46.8)))
+    write_json(tmp_path / PROGRESS, asdict(Count(12_000, 50_000, "windows", 812.3, 46.8)))
     screen = console()
     for table in tables:
         screen.print(table)

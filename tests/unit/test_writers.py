@@ -20,7 +20,7 @@ from megatron_specialm.graph.file_hashes import CACHE
 from megatron_specialm.graph.plan import refuse_other_work, write_resolved
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import _as_found
-from megatron_specialm.slurm.missing import adopt_unattended
+from megatron_specialm.slurm.state import adopt_unattended
 from tests.run_folder import Run, make_run
 
 OTHER = "stages.slm.optimizer.learning_rate=0.5"
@@ -101,14 +101,14 @@ def test_jobs_share_a_task_and_keep_others_from_it(tmp_path: Path, monkeypatch: 
         with hold_task(tmp_path, "slm", "generic"):
             pass
         monkeypatch.delenv("SPECIALM_INCARNATION")
-        refused = pytest.raises(MachineError, match="slm/generic: 7_0/1 is at work on it")
+        refused = pytest.raises(MachineError, match="slm/generic: 7_0/1 is doing this task")
         with refused, hold_task(tmp_path, "slm", "generic"):
             pass
         with hold_task(tmp_path, "slm-is", "generic"), hold_folder(tmp_path):
             pass
     with hold_task(tmp_path, "slm", "generic"):
         monkeypatch.setenv("SPECIALM_INCARNATION", "7_0/2")
-        with pytest.raises(MachineError, match="is at work on it"), hold_task(tmp_path, "slm", "generic"):
+        with pytest.raises(MachineError, match="is doing this task"), hold_task(tmp_path, "slm", "generic"):
             pass
 
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_specialm.base.environment import World, help_gloo
+from megatron_specialm.base.environment import World, choose_gloo_interface
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.base.rendezvous import meet, meeting_point
+from megatron_specialm.base.rendezvous import rendezvous, rendezvous_address
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.model import cpu
 
@@ -66,8 +66,8 @@ def process_group(
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # containers of vendors turn TF32 on
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    help_gloo(world.init_method)
-    store = dist.PrefixStore(f"group-{next(_numbers[world])}", meet(world))
+    choose_gloo_interface(world.init_method)
+    store = dist.PrefixStore(f"group-{next(_numbers[world])}", rendezvous(world))
     store.set_timeout(timeout)
     try:
         dist.init_process_group(
@@ -79,7 +79,7 @@ def process_group(
         )
     except RuntimeError as error:  # the base of torch's own
         raise MachineError(
-            f"rank {world.rank} of {world.world_size} cannot reach the others, whom it has met at {meeting_point(world)}: "
+            f"rank {world.rank} of {world.world_size} cannot reach the others, whom it has met at {rendezvous_address(world)}: "
             f"{error}"
         ) from None
     try:

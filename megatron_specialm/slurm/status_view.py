@@ -1,5 +1,9 @@
-"""A pipeline's status for people, at 80 columns and more, and for programs."""
+"""Print a pipeline's status, as a table (of 80 columns and more) or as JSON, once or until no job is left."""
 
+import contextlib
+import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,20 +13,24 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from megatron_specialm.base.counting import together
-from megatron_specialm.base.terminal import plain
+from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.output import nobody_reads
+from megatron_specialm.base.printing import say
+from megatron_specialm.base.process_status import total
+from megatron_specialm.base.terminal import console, plain
+from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.slurm.state import ElementState
-from megatron_specialm.slurm.status import StageStatus, Status, Training
+from megatron_specialm.slurm.status import StageStatus, Status, Training, read_status
 
 SHOWN_FAILURES = 10
 SHOWN_NODES = 4
 COLOURS = {"running": "cyan", "failed": "red", "lost": "red", "done": "green"}
-# The living first, in the order in which a job passes through; whatever else Slurm may say stands between.
+# Live states first, in the order in which a job passes through them; other states of Slurm come between.
 ORDER = ("running", "completing", "configuring", "pending")
 
 
 def status_view(status: Status) -> RenderableType:
-    """A row per stage, and below the table what has failed, and what to know of what is done."""
+    """A row per stage, and below the table failures and warnings."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, padding=(0, 1, 0, 0))
     table.add_column("stage", "in all", overflow="fold")
     done, tasks = sum(stage.done for stage in status.stages), sum(stage.tasks for stage in status.stages)
@@ -37,7 +45,7 @@ def status_view(status: Status) -> RenderableType:
         if stage.trainings:
             state.append(f"\n{training_text(stage.trainings)}", style="default")
         if stage.counts:
-            state.append(f"\n{together(stage.counts)}", style="default")
+            state.append(f"\n{total(stage.counts)}", style="default")
         table.add_row(
             plain(stage.stage),
             f"{stage.done}/{stage.tasks}",
@@ -50,7 +58,7 @@ def status_view(status: Status) -> RenderableType:
 
 
 def status_json(status: Status) -> dict[str, Any]:
-    """All that the table shows, and each element and training by itself."""
+    """All that the table shows, with each element and training."""
     stages = [
         {
             **{name: value for name, value in asdict(stage).items() if name != "elements"},
@@ -81,7 +89,7 @@ def state_text(stage: StageStatus) -> str:
 
 
 def training_text(trainings: Sequence[Training]) -> str:
-    """Of several: the least and the most advanced, tokens of all together, and when the last one ends."""
+    """Of several trainings: the range of steps and losses, the tokens per second of all, and the end of the last one."""
     steps = _range([training.step for training in trainings], "d")
     longest = max(training.steps for training in trainings)
     losses = [training.loss for training in trainings if training.loss is not None]
@@ -108,7 +116,7 @@ def _order(element: ElementState) -> tuple[int, str, int]:
 
 
 def _nodes(elements: Sequence[ElementState]) -> str:
-    """Of what runs; failures name theirs below the table."""
+    """The nodes of live elements; those of failures are below the table."""
     nodes = Counter(element.nodes for element in elements if element.live and element.nodes)
     if not nodes:
         return ""
@@ -156,3 +164,42 @@ def _element(element: ElementState) -> Mapping[str, Any]:
         "seconds_left": element.seconds_left,
         "attempts": [asdict(attempt) for attempt in element.attempts],
     }
+
+
+def show_status(pipeline: Pipeline, *, as_json: bool) -> None:
+    """Print it once.
+
+    Raises:
+        ArtifactError: a record in the run folder is damaged.
+        MachineError: Slurm does not answer.
+    """
+    _show(read_status(pipeline), as_json=as_json)
+
+
+def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
+    """Print it every so many seconds until no job is queued or running, or Ctrl-C. A terminal shows the newest table only.
+    A controller that does not answer is asked again.
+
+    Raises:
+        ArtifactError: a record in the run folder is damaged.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            try:
+                status = read_status(pipeline)
+            except MachineError as error:
+                say(f"{error}; looking again", error=True)
+            else:
+                if not as_json and sys.stdout.isatty():
+                    console().clear()
+                _show(status, as_json=as_json)
+                if not status.is_live or nobody_reads():
+                    return
+            time.sleep(seconds)
+
+
+def _show(status: Status, *, as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(status_json(status)))
+    else:
+        console().print(status_view(status))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_specialm.config.site import Limits
-from megatron_specialm.slurm.attempts import Ending, reason_to_end
 from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Note, Outcome
+from megatron_specialm.slurm.supervisor import Ending, reason_to_end
 
 LIMITS = Limits(timeouts=3, failures=4)
 

@@ -1,4 +1,4 @@
-"""A node that is only cut off, not dead: its training sleeps through its job's second attempt, wakes up, and spoils nothing."""
+"""Fencing: a training on a node that is cut off but alive continues after its job's second attempt, and changes nothing."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import MARKER, is_complete, view
 from megatron_specialm.base.files import read_json
+from megatron_specialm.base.protocol import FENCING_TOKEN
 from megatron_specialm.checkpoint.opening import newest_checkpoint
 from tests.e2e.test_bad_input import ROOT
 
@@ -28,7 +29,7 @@ finish_artifact(root, "slm", "generic", Marker("d", Cost(0, 0, 1.0, 1.0, "cpu", 
 def _attempt(root: Path, number: int, *, steps: int) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(root), str(steps)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SPECIALM_INCARNATION": f"123_0/{number}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), FENCING_TOKEN: f"123_0/{number}"},
     )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def _freeze_outside_of_a_save(process: subprocess.Popen, folder: Path) -> None:
         process.send_signal(signal.SIGCONT)
 
 
-def test_who_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
+def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path: Path) -> None:
     folder = view(tmp_path, "slm", "generic")
     cut_off = _attempt(tmp_path, 0, steps=100_000)
     try:
@@ -51,22 +52,22 @@ def test_who_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
         newest, _ = newest_checkpoint(folder)
         assert newest is not None
         end = int(newest.name.removeprefix("step_")) + 10
-        _, said = (second := _attempt(tmp_path, 1, steps=end)).communicate(timeout=100)
-        assert second.returncode == 0, said
+        _, errors = (second := _attempt(tmp_path, 1, steps=end)).communicate(timeout=100)
+        assert second.returncode == 0, errors
         cut_off.send_signal(signal.SIGCONT)
-        _, said = cut_off.communicate(timeout=100)
+        _, errors = cut_off.communicate(timeout=100)
     finally:
         cut_off.kill()
         cut_off.wait()
     assert cut_off.returncode == 1
-    assert "ArtifactError" in said and "another incarnation of this task, 123_0/1, has taken over from 123_0/0" in said
+    assert "ArtifactError" in errors and "another attempt at this task, 123_0/1, has taken over from 123_0/0" in errors
     assert is_complete(tmp_path, "slm", "generic", digest="d") and read_json(folder / "result.json")["step"] == end
     newest, passed_over = newest_checkpoint(folder)
     assert newest == folder / f"step_{end:07d}" and not passed_over
     assert not any(folder.glob(".step_*.tmp"))
 
 
-def test_one_that_has_trained_to_its_end_cannot_say_it_is_done(tmp_path: Path) -> None:
+def test_an_attempt_that_has_trained_to_its_end_cannot_write_the_marker(tmp_path: Path) -> None:
     program = PROGRAM.replace("finish_artifact(root", "input()\nfinish_artifact(root")
     first = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path), "2"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -81,9 +82,9 @@ def test_one_that_has_trained_to_its_end_cannot_say_it_is_done(tmp_path: Path) -
         subprocess.run(
             [*taking_over, str(tmp_path), "2"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100, check=False
         )
-        _, said = first.communicate("\n", timeout=100)
+        _, errors = first.communicate("\n", timeout=100)
     finally:
         first.kill()
         first.wait()
-    assert first.returncode == 1 and f"has taken over from {first.pid}@" in said
+    assert first.returncode == 1 and f"has taken over from {first.pid}@" in errors
     assert not (view(tmp_path, "slm", "generic") / MARKER).exists()

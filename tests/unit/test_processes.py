@@ -1,0 +1,157 @@
+"""Worker processes: they say why they failed, end together, and do not outlive their launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_specialm.base.errors import DataError, MachineError
+from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.run.processes import Workers, end_workers, worker_context
+from tests.conftest import ROOT
+
+PROGRAM = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.run.processes import Workers
+
+FOLDER = Path(sys.argv[-1])
+
+class Slow:
+    def __reduce__(self):
+        return load_slowly, ()
+
+def load_slowly():
+    (FOLDER / "pid").write_text(str(os.getpid()))
+    time.sleep(1)
+
+def work(held, *_):
+    if os.fork() > 0:
+        (FOLDER / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    method, slow = sys.argv[1:3]
+    context = multiprocessing.get_context(method)
+    with hold_folder(FOLDER / "run") as held:
+        arguments = (held, Slow()) if slow == "slow" else (held,)
+        workers = Workers(context, work, [arguments], logs=[FOLDER / "log"], name="worker")
+        time.sleep(600)
+"""
+
+
+def _launch(folder: Path, method: str, *, slow: bool = False) -> tuple[subprocess.Popen, int]:
+    """A launcher, and the id of its worker."""
+    (folder / "launcher.py").write_text(PROGRAM)
+    launcher = subprocess.Popen(
+        [sys.executable, str(folder / "launcher.py"), method, "slow" if slow else "fast", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 60
+    while not ((folder / "pid").exists() and (folder / "pid").read_text()):
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return launcher, int((folder / "pid").read_text())
+
+
+def _alive(group: int) -> list[str]:
+    """The processes of a group that have not ended; a killed one that nobody has waited for has."""
+    said = subprocess.run(["ps", "-e", "-o", "pgid=,stat=,pid="], capture_output=True, text=True, check=True).stdout
+    found = [line.split() for line in said.splitlines()]
+    return [pid for pgid, state, pid in found if pgid == str(group) and not state.startswith("Z")]
+
+
+def _wait_until_gone(group: int) -> None:
+    deadline = time.monotonic() + 60
+    while _alive(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["at work", "stopped"])
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_no_worker_outlives_its_launcher(tmp_path: Path, method: str, stopped: bool) -> None:
+    launcher, worker = _launch(tmp_path, method)
+    try:
+        assert len(_alive(worker)) == 2, "with the process that it has started"
+        with (
+            pytest.raises(MachineError, match=rf"pid {launcher.pid} on .*, or a worker"),
+            hold_folder(tmp_path / "run"),
+        ):
+            pass
+        if stopped:
+            os.kill(worker, signal.SIGSTOP)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    with hold_folder(tmp_path / "run", wait_seconds=60):
+        _wait_until_gone(worker)
+
+
+def test_a_worker_that_is_slow_to_start_ends_as_well(tmp_path: Path) -> None:
+    """Its launcher has ended before it watches the pipe."""
+    launcher, pid = _launch(tmp_path, "forkserver", slow=True)
+    worker = psutil.Process(pid)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _work(rank: int, failing: str) -> None:
+    if rank == 0:
+        time.sleep(600)
+    print("from rank", rank)
+    if failing == "error":
+        raise DataError("corpus.jsonl: is empty")
+    if failing == "bug":
+        raise AssertionError("this must not be")
+    if failing == "signal":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait(workers: Workers) -> None:
+    deadline = time.monotonic() + 60
+    while not workers.have_ended():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        ("error", "corpus.jsonl: is empty"),
+        ("bug", "ended with exit code 1: AssertionError: this must not be"),
+        ("signal", "ended with signal SIGKILL: from rank 1"),
+    ],
+)
+def test_when_one_fails_the_others_are_ended_and_it_is_named(tmp_path: Path, failing: str, reason: str) -> None:
+    context = worker_context([], threads=1)
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    workers = Workers(context, _work, [(0, failing), (1, failing)], logs=logs, name="worker")
+    _wait(workers)
+    assert workers.failure() == (1, reason)
+    assert "from rank 1" in logs[1].read_text()
+
+
+def test_workers_that_end_well_have_no_failure(tmp_path: Path) -> None:
+    context = worker_context([], threads=1)
+    workers = Workers(context, _work, [(1, "no"), (2, "no")], logs=[tmp_path / "log"] * 2, name="worker")
+    _wait(workers)
+    assert workers.failure() is None
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["from rank 1", "from rank 2"]
+
+
+def test_workers_that_do_not_end_when_asked_are_killed(tmp_path: Path) -> None:
+    context = worker_context([], threads=1)
+    workers = Workers(context, _work, [(0, "no")], logs=[tmp_path / "log"], name="worker")
+    end_workers([workers])
+    assert workers.have_ended() and "signal SIGTERM" in str(workers.failure())
