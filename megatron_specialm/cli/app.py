@@ -28,9 +28,9 @@ Yes = Annotated[bool, typer.Option("--yes", help="Make finished work anew withou
 
 def load(config: Path, overrides: list[str] | None) -> "Pipeline":
     """The resolved config."""
-    from megatron_specialm.config.load import load_pipeline
+    from megatron_specialm.config.load import find_config, load_pipeline
 
-    return load_pipeline(config, overrides or ())
+    return load_pipeline(find_config(config), overrides or ())
 
 
 def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may_ask: bool = True) -> None:

@@ -106,12 +106,12 @@ def test_a_command_on_own_text(command: str, own_text: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", [command for command in RUN if re.search("smoke|quickstart", command)])
-def test_a_command_on_a_finished_run(command: str, smoke_run: Path, tmp_path: Path) -> None:
+def test_a_command_on_a_finished_run(command: str, smoke_copy: Path, tmp_path: Path) -> None:
     """In a folder with the smoke page's text and run, which stands for the quickstart's: same stages, other domains."""
     program, *arguments = shlex.split(command)
     assert program == "specialm", f"a command of a kind that this test does not know: {command}"
     for name in ("data", "runs") if arguments[0] != "parity" else ():  # a certificate would go into later trainings
-        (tmp_path / name).symlink_to(smoke_run / name)
+        (tmp_path / name).symlink_to(smoke_copy / name)
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
     words = [word.replace("runs/quickstart", "runs/smoke").replace("/legal", "/scipy") for word in words]
     said = _specialm(tmp_path, words)
