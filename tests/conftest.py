@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_specialm.config.model import ModelConfig
+from tests.texts import SMOKE_SETS, write_sets
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +59,13 @@ def neox() -> ModelConfig:
 def llama() -> ModelConfig:
     """A Llama-style shape with grouped queries."""
     return ModelConfig(family="llama", layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a little text for the smoke config."""
+    write_sets(tmp_path / "data" / "smoke", *SMOKE_SETS, words=200)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

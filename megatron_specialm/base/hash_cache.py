@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.base.files import read_json, sha256_file, write_json
+from megatron_specialm.base.files import atomic_path, json_text, read_json, sha256_file
 
 THREADS = 16  # at most: more readers than that do not make a filesystem faster
 KEEP_EVERY = 64  # files after which the hashes so far are kept, so that an interrupted reading goes on where it was
@@ -84,8 +84,9 @@ def _read_cache(cache: Path) -> dict[str, Any]:
 
 
 def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # who looks at a run need not be able to write there
-        write_json(cache, entries)
+    # A reader of a run need not be able to write there; and a cache that a power loss tears is read as an empty one.
+    with contextlib.suppress(OSError), atomic_path(cache, durable=False) as temporary:
+        temporary.write_text(json_text(entries), encoding="utf-8")
 
 
 def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, dict[str, Any]]]:

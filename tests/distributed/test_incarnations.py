@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import MARKER, is_complete, view
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.checkpoint import newest_checkpoint
-from tests.e2e.test_bad_input import ROOT
+from tests.conftest import ROOT
 
 PROGRAM = """
 import sys

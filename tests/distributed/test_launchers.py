@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_specialm.checkpoint.checkpoint import find_final, read_model
-from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+from tests.conftest import ROOT
 from tests.training import EPSILON
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
@@ -22,7 +22,7 @@ OVERRIDES = [
 RUN = ["-m", "megatron_specialm", "run", CONFIG, *OVERRIDES]
 
 
-def _start(folder: Path, command: list[str], **environment: str) -> None:  # noqa: F811
+def _start(folder: Path, command: list[str], **environment: str) -> None:
     outcome = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -30,11 +30,11 @@ def _start(folder: Path, command: list[str], **environment: str) -> None:  # noq
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:  # noqa: F811
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_model(find_final(folder / "runs/smoke/slm/generic"))
 
 
-def _agree(folder: Path) -> None:  # noqa: F811
+def _agree(folder: Path) -> None:
     """Two ranks make what one process makes, and one process finds it done: where it ran is no part of the digest."""
     together = _weights(folder)
     alone = subprocess.run(
@@ -48,12 +48,12 @@ def _agree(folder: Path) -> None:  # noqa: F811
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_torchrun(folder: Path) -> None:  # noqa: F811
+def test_torchrun(folder: Path) -> None:
     _start(folder, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *RUN])
     _agree(folder)
 
 
-def test_mpirun(folder: Path) -> None:  # noqa: F811
+def test_mpirun(folder: Path) -> None:
     pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
     if shutil.which("mpirun") is None:
         pytest.skip("Open MPI is not installed")
@@ -64,7 +64,7 @@ def test_mpirun(folder: Path) -> None:  # noqa: F811
     _agree(folder)
 
 
-def test_a_port_in_use_is_said(folder: Path) -> None:  # noqa: F811
+def test_a_port_in_use_is_said(folder: Path) -> None:
     import socket
 
     _start(folder, [sys.executable, *RUN[:-1], "tokens"])
@@ -82,7 +82,7 @@ def test_a_port_in_use_is_said(folder: Path) -> None:  # noqa: F811
     assert "port is in use" in outcome.stderr
 
 
-def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:  # noqa: F811
+def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", *RUN], cwd=folder,
         capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)},

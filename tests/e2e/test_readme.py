@@ -5,7 +5,6 @@ need a cluster, a GPU, a package index or a quarter of an hour are listed in `NO
 of a kind that is not known here fails until it is given a place.
 """
 
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,8 @@ import pytest
 import typer.main
 
 from megatron_specialm.cli import app
-from tests.e2e.test_bad_input import ROOT, WORDS
+from tests.conftest import ROOT
+from tests.texts import WORDS, write_documents
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
 PROGRAMS = r"(?:specialm|python tools/\S+|tools/\S+|torchrun|srun|mpirun|sbatch|pip|time specialm)(?: .+)?"
@@ -76,9 +76,7 @@ def make_own_text(folder: Path) -> Path:
         ("tickets/train", "body"),
         ("tickets/test", "body"),
     ):
-        path = folder / "my-text" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+        write_documents(folder / "my-text" / f"{name}.jsonl", texts, field=field)
     return folder
 
 

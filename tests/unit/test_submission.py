@@ -1,6 +1,5 @@
 """From a plan to jobs: what is missing, in which arrays, behind whom, and from which frozen inputs."""
 
-import json
 import os
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from megatron_specialm.slurm.missing import Live, live_tasks, missing_tasks
 from megatron_specialm.slurm.nodes import exclude_node
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, excluded_folder, read_registry, write_registry
 from megatron_specialm.slurm.submit import Submission, dependencies, preview, submit
+from tests.texts import write_smoke_names
 
 ROOT = Path(__file__).parents[2]
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -35,11 +35,7 @@ Plan = Mapping[TaskId, PlannedTask]
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """The smoke config, in a working directory with its files."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "smoke"
-    folder.mkdir(parents=True)
-    for name in ("generic", "scipy", "sklearn", "torch"):
-        for split in ("train", "test"):
-            (folder / f"{name}.{split}.jsonl").write_text(json.dumps({"text": f"{name} {split}"}) + "\n")
+    write_smoke_names(tmp_path)
     return load_pipeline(SMOKE, [f"root={tmp_path / 'run'}"])
 
 
