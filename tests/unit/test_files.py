@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import resource
@@ -67,9 +68,9 @@ def test_what_stands_in_the_way_is_named(ask: Callable[[Path], object], says: st
         ask(place)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes."""
+    """No file may grow beyond 1,000 bytes, that of pytest's own output neither: so it is no fixture."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -78,27 +79,25 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="ulimit -f"), machine_errors():
+    with small_files(), pytest.raises(MachineError, match="ulimit -f"), machine_errors():
         (tmp_path / "large").write_bytes(bytes(2000))
 
 
-@pytest.mark.usefixtures("small_files")
 def test_an_array_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
     begun = False
     says = rf"^{tmp_path}/train\.npy: larger than files may be.*it takes 4,128 bytes, and [\d,]+ are free"
     found = pytest.raises(MachineError, match=says)
-    with found, machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
+    with small_files(), found, machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
         begun = True
     assert not begun and not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("small_files")
 def test_tensors_that_find_no_room_are_the_machines_doing(tmp_path: Path) -> None:
     """Checkpoints and exports; safetensors' own error is no `OSError`."""
     path = tmp_path / "model.safetensors"
-    with pytest.raises(MachineError, match=rf"^{path}: larger than files may be"), machine_errors():
+    refused = pytest.raises(MachineError, match=rf"^{path}: larger than files may be")
+    with small_files(), refused, machine_errors():
         save_tensors({"w": torch.ones(1000)}, path)
 
 
