@@ -2,7 +2,7 @@
 # Linters, types and all tests, from a fresh clone.
 #
 # usage: tools/test.sh [--quick] [OPTIONS OF pytest ...]
-#   --quick   only tests/unit and tests/distributed: no Slurm cluster, no whole pipelines
+#   --quick   only tests/unit and tests/distributed, without those marked slow: no Slurm cluster, no whole pipelines
 # Needs Python 3.11 or 3.12 and a package index. Tests run on all cores (pytest-xdist); `-n 0` runs them one after the other.
 set -euo pipefail
 if [ "${1:-}" = --help ]; then
@@ -12,7 +12,7 @@ fi
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   shift
-  set -- tests/unit tests/distributed "$@"
+  set -- tests/unit tests/distributed -m "not slow" "$@"
 fi
 . tools/environment.sh static,dev
 echo "== ruff"
