@@ -88,16 +88,16 @@ def test_the_first_rank_holds_the_folder(folder: Path) -> None:
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     first = _start(folder, *until, **world, RANK="0", LOCAL_RANK="0")
     try:
-        _wait_for((folder / "runs/smoke/pipeline.yaml").exists, first)  # it now waits for the other
-        config = (folder / "runs/smoke/pipeline.yaml").read_bytes()
+        lock, written = folder / "runs/smoke/.lock", folder / "runs/smoke/pipeline.yaml"
+        _wait_for(lambda: lock.exists() and str(first.pid) in lock.read_text(), first)  # it now waits for the other
         code, said = _ends(_start(folder, *until, "stages.tokenizer.vocabulary_size=301"))
         assert code == 3 and f"another command (pid {first.pid} on " in said, said
-        assert (folder / "runs/smoke/pipeline.yaml").read_bytes() == config
+        assert not written.exists()
         code, said = _ends(_start(folder, *until, **world, RANK="1", LOCAL_RANK="1"))
         assert code == 0, said
     finally:
         code, said = _ends(first)
-    assert code == 0 and (folder / "runs/smoke/tokenizer/generic").exists(), said
+    assert code == 0 and (folder / "runs/smoke/tokenizer/generic").exists() and written.exists(), said
 
 
 def test_the_same_settings_run_beside_a_job_at_the_task(folder: Path) -> None:

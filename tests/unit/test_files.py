@@ -70,7 +70,7 @@ def test_what_stands_in_the_way_is_named(ask: Callable[[Path], object], says: st
 
 @contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes, that of pytest's own output neither: so it is no fixture."""
+    """No file may grow beyond 1,000 bytes: not for longer than needed, as pytest's own output may be a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -80,7 +80,7 @@ def small_files() -> Iterator[None]:
 
 
 def test_a_limit_on_the_size_of_files_is_said(tmp_path: Path) -> None:
-    with small_files(), pytest.raises(MachineError, match="ulimit -f"), machine_errors():
+    with pytest.raises(MachineError, match="ulimit -f"), small_files(), machine_errors():
         (tmp_path / "large").write_bytes(bytes(2000))
 
 
@@ -88,7 +88,7 @@ def test_an_array_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
     begun = False
     says = rf"^{tmp_path}/train\.npy: larger than files may be.*it takes 4,128 bytes, and [\d,]+ are free"
     found = pytest.raises(MachineError, match=says)
-    with small_files(), found, machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
+    with found, small_files(), machine_errors(), new_array(tmp_path / "train.npy", dtype=np.float32, shape=(10, 100)):
         begun = True
     assert not begun and not list(tmp_path.iterdir())
 
@@ -96,8 +96,8 @@ def test_an_array_that_finds_no_room_is_not_begun(tmp_path: Path) -> None:
 def test_tensors_that_find_no_room_are_the_machines_doing(tmp_path: Path) -> None:
     """Checkpoints and exports; safetensors' own error is no `OSError`."""
     path = tmp_path / "model.safetensors"
-    refused = pytest.raises(MachineError, match=rf"^{path}: larger than files may be")
-    with small_files(), refused, machine_errors():
+    larger = pytest.raises(MachineError, match=rf"^{path}: larger than files may be")
+    with larger, small_files(), machine_errors():
         save_tensors({"w": torch.ones(1000)}, path)
 
 
