@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.e2e.test_bad_input import _command
+from tests.processes import free_port
 
 HOLDER = """
 import time
@@ -81,9 +81,7 @@ def test_text_that_changes_before_its_task_begins(folder: Path) -> None:
 
 
 def test_the_first_rank_holds_the_folder(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     until = ("--until", "tokenizer")
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     first = _start(folder, *until, **world, RANK="0", LOCAL_RANK="0")
