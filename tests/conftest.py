@@ -1,16 +1,52 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and how pytest-xdist distributes the tests: `pytest -n WORKERS`."""
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_specialm.config.model import ModelConfig
+from tests.texts import SMOKE_SETS, write_sets
 
 ROOT = Path(__file__).parents[1]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers share the machine's cores
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """The tests of a file run on one worker, and so do all of tests/cluster: they share a cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False  # as collected: the folders with the longest tests come first
+    return Scheduling(config, log)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker to ask for it fills with `make`, while others wait. Tests only read it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    folder = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / f"{name}.made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker whose `make` failed
+            folder.mkdir()
+            make(folder)
+            (shared / f"{name}.made").touch()
+    return folder
 
 
 @pytest.fixture
@@ -25,10 +61,35 @@ def llama() -> ModelConfig:
     return ModelConfig(family="llama", layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a little text for the smoke config."""
+    write_sets(tmp_path / "data" / "smoke", *SMOKE_SETS, words=200)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the smoke pipeline has run to its end, on this machine. What it printed is in `stdout`."""
-    folder = tmp_path_factory.mktemp("smoke")
+    """A working directory in which the smoke pipeline has run to its end, on this machine. What it printed is in `stdout`.
+
+    Tests only read it; those that write take a copy, `smoke_copy`.
+    """
+    return made_once(tmp_path_factory, "smoke", _run_smoke)
+
+
+@pytest.fixture(scope="module")
+def smoke_copy(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `smoke_run` for the tests of one file."""
+    return copied(smoke_run, tmp_path_factory.mktemp("smoke-copy"))
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """`folder`, with all that is in `source`: same times, and what is linked there is linked here."""
+    subprocess.run(["cp", "--archive", "--reflink=auto", f"{source}/.", folder], check=True)
+    return folder
+
+
+def _run_smoke(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     subprocess.run([sys.executable, ROOT / "tools" / "smoke_corpus.py"], cwd=folder, check=True, env=environment)
     config = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
@@ -36,7 +97,6 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
-    return folder
 
 
 @pytest.fixture

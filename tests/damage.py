@@ -60,11 +60,12 @@ def neighbour(path: Path) -> Path:
 
 
 def _flipped(content: bytes) -> bytes:
-    """One bit in the middle; of text, of a digit behind it, so that it stays readable."""
+    """One bit in the middle; of text, of a digit near it, so that it stays readable, and the first of a number: the 17th digit
+    of a float may change nothing."""
     place = len(content) // 2
     with contextlib.suppress(UnicodeDecodeError):
         content.decode()
-        digits = [found.start() for found in re.finditer(rb"\d", content)]
+        digits = [found.start() for found in re.finditer(rb"(?<![\d.])\d", content)]
         place = min(digits, key=lambda at: abs(at - len(content) // 2), default=place)
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 

@@ -1,6 +1,9 @@
-"""Several processes that do the same at the same time."""
+"""Several processes that do the same at the same time, and where they meet."""
 
+import contextlib
 import multiprocessing
+import random
+import socket
 from collections.abc import Callable
 
 
@@ -19,3 +22,12 @@ def together(act: Callable[[], None], *, processes: int = 4) -> None:
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * processes
+
+
+def free_port() -> int:
+    """A port of this machine that nothing uses, below those that the kernel gives to anybody: nobody takes it in between."""
+    for port in random.SystemRandom().sample(range(24_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

@@ -47,17 +47,23 @@ def named(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is fsynced and renamed to `path`. An error without a
-    file's name gets this one's."""
+    file's name gets this one's.
+
+    Args:
+        durable: False for a file that may be lost or torn by a power loss; it is not fsynced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         with named(path):
             yield temporary
-            fsync_path(temporary)
+            if durable:
+                fsync_path(temporary)
             os.replace(temporary, path)
-            fsync_path(path.parent)
+            if durable:
+                fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

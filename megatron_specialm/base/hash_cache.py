@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, DataError
-from megatron_specialm.base.files import read_json, sha256_file, write_json
+from megatron_specialm.base.files import atomic_path, json_text, read_json, sha256_file
 
 THREADS = 16  # more readers do not make a filesystem faster
 KEEP_EVERY = 64  # files between two writes of the cache, so that an interrupted reading continues
@@ -84,8 +84,9 @@ def _read_cache(cache: Path) -> dict[str, Any]:
 
 
 def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a reader of a run folder may have no permission to write
-        write_json(cache, entries)
+    # A reader of a run folder may have no permission to write. A cache that a power loss cuts is read as an empty one.
+    with contextlib.suppress(OSError), atomic_path(cache, durable=False) as temporary:
+        temporary.write_text(json_text(entries), encoding="utf-8")
 
 
 def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, dict[str, Any]]]:

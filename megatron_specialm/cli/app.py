@@ -34,9 +34,9 @@ Yes = Annotated[bool, typer.Option("--yes", help="Repeat finished work without a
 
 def load(config: Path, overrides: list[str] | None) -> "Pipeline":
     """Load a config with overrides."""
-    from megatron_specialm.config.load import load_pipeline
+    from megatron_specialm.config.load import find_config, load_pipeline
 
-    return load_pipeline(config, overrides or ())
+    return load_pipeline(find_config(config), overrides or ())
 
 
 def split_keys(keys: str | None) -> list[str] | None:

@@ -46,6 +46,12 @@ def configs_folder() -> Path:
     return shipped_folder("configs")
 
 
+def find_config(path: Path) -> Path:
+    """The file, or where there is none the shipped config of that name, as `configs/pipelines/smoke.yaml`."""
+    shipped = configs_folder().parent / path
+    return shipped if shipped.is_file() and not path.exists() else path
+
+
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Load, resolve and validate a pipeline config.
 

@@ -56,7 +56,8 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
         run.submit("--only", "slm")
         if launcher == "srun":
             assert f"after {run.job('slm')}_0" in run.submit("--only", "perplexity", "--keys", "slm.generic")
-        assert run.wait("slm") == ["COMPLETED"], run.log("slm")
+    for run in runs.values():  # they run beside each other
+        assert run.wait("slm", 200) == ["COMPLETED"], run.log("slm")
         (attempt,) = run.attempts("slm")
         assert len(attempt.begin.nodes) == 2 and attempt.begin.ranks == 4
     for launcher in LAUNCHERS[1:]:

@@ -11,7 +11,7 @@ from megatron_specialm.base.artifacts import MARKER, is_complete, view
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.protocol import FENCING_TOKEN
 from megatron_specialm.checkpoint.opening import newest_checkpoint
-from tests.e2e.test_bad_input import ROOT
+from tests.conftest import ROOT
 
 PROGRAM = """
 import sys

@@ -11,7 +11,8 @@ import torch
 
 from megatron_specialm.checkpoint.opening import read_model
 from megatron_specialm.checkpoint.steps import find_final
-from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+from tests.conftest import ROOT
+from tests.texts import SMOKE_SETS, write_sets
 from tests.training import EPSILON
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
@@ -23,7 +24,7 @@ OVERRIDES = [
 RUN = ["-m", "megatron_specialm", "run", CONFIG, *OVERRIDES]
 
 
-def _start(folder: Path, command: list[str], **environment: str) -> None:  # noqa: F811
+def _start(folder: Path, command: list[str], **environment: str) -> None:
     outcome = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -31,30 +32,40 @@ def _start(folder: Path, command: list[str], **environment: str) -> None:  # noq
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:  # noqa: F811
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_model(find_final(folder / "runs/smoke/slm/generic"))
 
 
-def _agree(folder: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that one process makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_sets(folder / "data" / "smoke", *SMOKE_SETS, words=200)  # as the fixture `folder` has it
+    _start(folder, [sys.executable, *RUN])
+    return _weights(folder)
+
+
+def _agree(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     """Two ranks make what one process makes, and one process finds it done: where it ran is no part of the digest."""
-    together = _weights(folder)
-    alone = subprocess.run(
+    again = subprocess.run(
         [sys.executable, *RUN], cwd=folder, capture_output=True, text=True, timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert "0 of 3 tasks to do" in alone.stdout, alone.stdout + alone.stderr
-    shutil.rmtree(folder / "runs")
-    _start(folder, [sys.executable, *RUN])
-    for name, tensor in _weights(folder).items():
+    assert "0 of 3 tasks to do" in again.stdout, again.stdout + again.stderr
+    together = _weights(folder)
+    assert together.keys() == alone.keys()
+    for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_torchrun(folder: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_torchrun(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     _start(folder, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *RUN])
-    _agree(folder)
+    _agree(folder, alone)
 
 
-def test_mpirun(folder: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_mpirun(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     pytest.importorskip("mpi4py", reason="the extra `mpi` is not installed")
     if shutil.which("mpirun") is None:
         pytest.skip("Open MPI is not installed")
@@ -62,10 +73,10 @@ def test_mpirun(folder: Path) -> None:  # noqa: F811
         folder, ["mpirun", "--oversubscribe", "-n", "2", sys.executable, *RUN],
         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
     )  # fmt: skip
-    _agree(folder)
+    _agree(folder, alone)
 
 
-def test_a_port_in_use_is_said(folder: Path) -> None:  # noqa: F811
+def test_a_port_in_use_is_said(folder: Path) -> None:
     import socket
 
     _start(folder, [sys.executable, *RUN[:-1], "tokens"])
@@ -83,7 +94,7 @@ def test_a_port_in_use_is_said(folder: Path) -> None:  # noqa: F811
     assert "port is in use" in outcome.stderr
 
 
-def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:  # noqa: F811
+def test_a_batch_that_the_ranks_do_not_divide(folder: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", *RUN], cwd=folder,
         capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(ROOT)},

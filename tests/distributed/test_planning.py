@@ -1,7 +1,6 @@
 """Ranks under a launcher: the first one plans, for as long as it takes, and the others look at nothing before."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from megatron_specialm.base.rendezvous import rendezvous
 from megatron_specialm.graph.plan import write_resolved
 from megatron_specialm.run.inline import lead
 from tests.conftest import ROOT
+from tests.processes import free_port
 from tests.run_folder import Run, make_run
 
 
@@ -31,9 +31,7 @@ def _of_rank(rank: int) -> dict[str, str]:
 
 @pytest.fixture
 def place() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def _start(rank: int, place: Mapping[str, str], *options: str) -> subprocess.Popen:

@@ -16,7 +16,7 @@ from megatron_specialm.base.protocol import ATTEMPT, DATAGRAM_BYTES, LAUNCHER, C
 from megatron_specialm.checkpoint.opening import newest_checkpoint
 from megatron_specialm.config.load import dump_pipeline, load_pipeline
 from megatron_specialm.graph.plan import make_plan
-from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+from tests.conftest import ROOT
 from tests.training import read_metrics
 
 CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
@@ -24,7 +24,7 @@ STEPS = 200
 
 
 @pytest.fixture
-def submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def submission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A submission's folder as `specialm submit` leaves it, with jobs of an element per task."""
     monkeypatch.chdir(folder)
     overrides = [
@@ -63,7 +63,7 @@ def _ends(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
-def _left(folder: Path) -> dict[str, Any]:  # noqa: F811
+def _left(folder: Path) -> dict[str, Any]:
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

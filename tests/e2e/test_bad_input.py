@@ -1,7 +1,6 @@
 """What a user gets who hands in something broken, through the command line: one clear line, and nothing half-written."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -12,23 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SETS = ("generic", "scipy", "sklearn", "torch")
-WORDS = tuple(a + b + c for a in ("br", "d", "fl", "g", "kr", "l") for b in "aeiou" for c in ("n", "st", "rk"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A working directory with a little text for the smoke config."""
-    data = tmp_path / "data" / "smoke"
-    data.mkdir(parents=True)
-    for number, name in enumerate(SETS):
-        for split, documents in (("train", 40), ("test", 4)):
-            texts = [
-                " ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(200)) for i in range(1, documents + 1)
-            ]
-            (data / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return tmp_path
+from tests.conftest import ROOT
 
 
 def _command(*arguments: str) -> list[str]:

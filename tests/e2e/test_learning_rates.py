@@ -15,7 +15,8 @@ import pytest
 
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.steps import find_final
-from tests.e2e.test_bad_input import ROOT, WORDS
+from tests.conftest import ROOT
+from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -66,12 +67,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which the config has run; what it printed is in `stdout`."""
     folder = tmp_path_factory.mktemp("rates")
     (folder / "config.yaml").write_text(CONFIG)
-    for number, name in enumerate(("generic", "law")):
-        for split, documents in (("train", 40), ("test", 4)):
-            texts = [
-                " ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(100)) for i in range(1, documents + 1)
-            ]
-            (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_sets(folder, "generic", "law", words=100)
     for stage in ("export", "perplexity"):
         done = _specialm(folder, "run", "--until", stage)
         assert done.returncode == 0, done.stdout + done.stderr

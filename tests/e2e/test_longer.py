@@ -1,7 +1,6 @@
 """Other `steps` of a training: it goes on from what there is, to the bits of one made at once."""
 
 import contextlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.report.results import write_results
 from megatron_specialm.run.worker import execute
 from megatron_specialm.stages import continuing
-from tests.e2e.test_bad_input import WORDS
+from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -78,12 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which the config has run with 40 steps, and then with 60; `fresh` is of 60 at once."""
     folder = tmp_path_factory.mktemp("longer")
     (folder / "config.yaml").write_text(CONFIG)
-    for number, name in enumerate(("generic", "law")):
-        for split, documents in (("train", 40), ("test", 4)):
-            texts = [
-                " ".join(WORDS[(i * j * j + number) % len(WORDS)] for j in range(100)) for i in range(1, documents + 1)
-            ]
-            (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_sets(folder, "generic", "law", words=100)
     _run(folder)
     shutil.copytree(folder / "run", folder / "short", symlinks=True)
     (folder / "said").write_text(_run(folder, *_steps(60)))

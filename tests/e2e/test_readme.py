@@ -5,7 +5,6 @@ need a cluster, a GPU, a package index or a quarter of an hour are listed in `NO
 of a kind that is not known here fails until it is given a place.
 """
 
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,8 @@ import pytest
 import typer.main
 
 from megatron_specialm.cli import app
-from tests.e2e.test_bad_input import ROOT, WORDS
+from tests.conftest import ROOT
+from tests.texts import WORDS, write_documents
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
 PROGRAMS = r"(?:specialm|python tools/\S+|tools/\S+|torchrun|srun|mpirun|sbatch|pip|time specialm)(?: .+)?"
@@ -76,9 +76,7 @@ def make_own_text(folder: Path) -> Path:
         ("tickets/train", "body"),
         ("tickets/test", "body"),
     ):
-        path = folder / "my-text" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+        write_documents(folder / "my-text" / f"{name}.jsonl", texts, field=field)
     return folder
 
 
@@ -106,12 +104,12 @@ def test_a_command_on_own_text(command: str, own_text: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", [command for command in RUN if re.search("smoke|quickstart", command)])
-def test_a_command_on_a_finished_run(command: str, smoke_run: Path, tmp_path: Path) -> None:
+def test_a_command_on_a_finished_run(command: str, smoke_copy: Path, tmp_path: Path) -> None:
     """In a folder with the smoke page's text and run, which stands for the quickstart's: same stages, other domains."""
     program, *arguments = shlex.split(command)
     assert program == "specialm", f"a command of a kind that this test does not know: {command}"
     for name in ("data", "runs") if arguments[0] != "parity" else ():  # a certificate would go into later trainings
-        (tmp_path / name).symlink_to(smoke_run / name)
+        (tmp_path / name).symlink_to(smoke_copy / name)
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
     words = [word.replace("runs/quickstart", "runs/smoke").replace("/legal", "/scipy") for word in words]
     said = _specialm(tmp_path, words)

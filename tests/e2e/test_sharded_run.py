@@ -15,7 +15,7 @@ import torch
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.opening import read_model
 from megatron_specialm.checkpoint.steps import find_final
-from tests.e2e.test_bad_input import ROOT, folder  # noqa: F401  (a fixture)
+from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
 OVERRIDES = [
@@ -28,7 +28,7 @@ MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 
 
 @pytest.fixture
-def files(folder: Path) -> Path:  # noqa: F811
+def files(folder: Path) -> Path:
     """The generic set in four files, and validation text of its own, so that no shard holds out documents."""
     data = folder / "data" / "smoke"
     lines = (data / "generic.train.jsonl").read_text().splitlines(keepends=True)
@@ -45,7 +45,7 @@ def _generic(shards: int) -> list[str]:
     ]
 
 
-def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:  # noqa: F811
+def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     outcome = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=250,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},

@@ -18,8 +18,8 @@ import torch
 
 from megatron_specialm.checkpoint.opening import read_model
 from megatron_specialm.checkpoint.steps import find_final
+from tests.conftest import ROOT, copied
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,9 +36,9 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(smoke_run: Path) -> Path:
+def finished(smoke_copy: Path) -> Path:
     """A working directory in which the smoke pipeline has run to its end."""
-    return smoke_run
+    return smoke_copy
 
 
 def _results(folder: Path) -> dict:
@@ -220,13 +220,14 @@ stages:
 """
 
 
-def test_what_else_a_config_can_say(finished: Path) -> None:
+def test_what_else_a_config_can_say(smoke_run: Path, tmp_path: Path) -> None:
     """Caches of a teacher, replay, the domain from the start, experts that branch off a model, and every criterion."""
-    config = finished / "more.yaml"
+    folder = copied(smoke_run, tmp_path)
+    config = folder / "more.yaml"
     config.write_text(MORE.format(config=CONFIG))
-    done = _specialm(finished, "run", str(config), "--until", "more")
+    done = _specialm(folder, "run", str(config), "--until", "more")
     assert done.returncode == 0, done.stdout + done.stderr
-    root = finished / "runs/smoke"
+    root = folder / "runs/smoke"
     for domain in ("scipy", "sklearn", "torch"):
         logs = {
             name: [json.loads(line) for line in (root / name / domain / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.test_bad_input import ROOT, _command, folder  # noqa: F401  (a fixture)
+from tests.conftest import ROOT
+from tests.e2e.test_bad_input import _command
+from tests.processes import free_port
 
 HOLDER = """
 import time
@@ -24,7 +25,7 @@ with hold_task(Path("runs/smoke"), "tokenizer", "generic"):
 """
 
 
-def _start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:  # noqa: F811
+def _start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         _command("run", *arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
@@ -50,7 +51,7 @@ def _is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_launcher_is_killed_and_the_next_one_starts_at_once(folder: Path) -> None:  # noqa: F811
+def test_a_launcher_is_killed_and_the_next_one_starts_at_once(folder: Path) -> None:
     first = _start(folder, "--until", "slm", "stages.slm.steps=100000")
     _wait_for(lambda: any((folder / "runs/smoke/artifacts").glob("slm/generic/*/metrics.jsonl")), first)
     workers = psutil.Process(first.pid).children(recursive=True)
@@ -61,7 +62,7 @@ def test_a_launcher_is_killed_and_the_next_one_starts_at_once(folder: Path) -> N
     assert workers and all(map(_is_gone, workers))
 
 
-def test_workers_go_by_the_settings_of_their_launch(folder: Path) -> None:  # noqa: F811
+def test_workers_go_by_the_settings_of_their_launch(folder: Path) -> None:
     run = _start(folder, "--until", "tokens", "--jobs", "1")
     _wait_for((folder / "runs/smoke/jobs/tokenizer.generic.log").exists, run)
     (folder / "runs/smoke/pipeline.yaml").write_text("name: smoke\nroot: elsewhere\n")
@@ -69,7 +70,7 @@ def test_workers_go_by_the_settings_of_their_launch(folder: Path) -> None:  # no
     assert code == 0, said
 
 
-def test_text_that_changes_before_its_task_begins(folder: Path) -> None:  # noqa: F811
+def test_text_that_changes_before_its_task_begins(folder: Path) -> None:
     run = _start(folder, "--until", "tokens", "--jobs", "1")
     _wait_for((folder / "runs/smoke/jobs/tokenizer.generic.log").exists, run)
     with (folder / "data/smoke/torch.train.jsonl").open("a") as file:
@@ -79,10 +80,8 @@ def test_text_that_changes_before_its_task_begins(folder: Path) -> None:  # noqa
     assert not (folder / "runs/smoke/tokens/torch").exists() and (folder / "runs/smoke/tokens/scipy").exists()
 
 
-def test_the_first_rank_holds_the_folder(folder: Path) -> None:  # noqa: F811
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def test_the_first_rank_holds_the_folder(folder: Path) -> None:
+    port = str(free_port())
     until = ("--until", "tokenizer")
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     first = _start(folder, *until, **world, RANK="0", LOCAL_RANK="0")
@@ -99,7 +98,7 @@ def test_the_first_rank_holds_the_folder(folder: Path) -> None:  # noqa: F811
     assert code == 0 and (folder / "runs/smoke/tokenizer/generic").exists() and written.exists(), said
 
 
-def test_the_same_settings_run_beside_a_job_at_the_task(folder: Path) -> None:  # noqa: F811
+def test_the_same_settings_run_beside_a_job_at_the_task(folder: Path) -> None:
     """On a machine that knows nothing of Slurm: the task itself is held."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], cwd=folder, stdout=subprocess.PIPE, text=True,
@@ -117,7 +116,7 @@ def test_the_same_settings_run_beside_a_job_at_the_task(folder: Path) -> None:  
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
-def test_a_terminal_that_is_closed(folder: Path, ignored: bool) -> None:  # noqa: F811
+def test_a_terminal_that_is_closed(folder: Path, ignored: bool) -> None:
     how = signal.SIG_IGN if ignored else signal.SIG_DFL
     run = subprocess.Popen(
         _command("run", "--until", "tokens"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

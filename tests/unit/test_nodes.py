@@ -1,7 +1,6 @@
 """Nodes before ranks start on them: what each says of itself, how they compare, and which are left out from then on."""
 
 import multiprocessing
-import socket
 import sys
 import textwrap
 import time
@@ -15,6 +14,7 @@ from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.site import Preflight
 from megatron_specialm.slurm.nodes import EXCLUDED_SECONDS, check_nodes, exclude_node, excluded_nodes, judge
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Preflight(seconds=120, free_disk=1)
@@ -25,13 +25,6 @@ FIT: dict[str, Any] = {
     "gpus": 2,
     "products": {"cuda:0": 6e14, "cuda:1": 6e14},
 }
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _judged(**answers: dict[str, Any] | None) -> dict[str, str]:
@@ -88,10 +81,10 @@ def _starting(tmp_path: Path) -> list[str]:
     return [sys.executable, "-c", program, str(tmp_path / "nodes")]
 
 
-def test_two_nodes_compute_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
+def test_two_nodes_compute_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     settings = Preflight(seconds=300, free_disk=1, slower_than=1000, clock_seconds=300)
-    command = [*_starting(tmp_path), f"127.0.0.1:{free_port}"]
+    command = [*_starting(tmp_path), f"127.0.0.1:{free_port()}"]
     assert check_nodes(command, tmp_path / "nodes", nodes=["node1", "node2"], gpus=0, settings=settings) == {}
     for node in ("node1", "node2"):
         answer = read_json(tmp_path / "nodes" / f"{node}.json")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.e2e.test_bad_input import folder  # noqa: F401  (a fixture)
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
 SPEAK = """
@@ -75,12 +74,12 @@ def test_what_reaches_a_reader_is_whole_in_any_locale(tmp_path: Path) -> None:
     assert outcome.stdout.endswith(b"no end of line, \\ud800 \\u4e2d") and outcome.stderr.count(b"\n") == 2000
 
 
-def _specialm(folder: Path, command: str) -> subprocess.CompletedProcess[str]:  # noqa: F811
+def _specialm(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     shell = ["bash", "-c", command.replace("specialm", f"{sys.executable} -m megatron_specialm")]
     return subprocess.run(shell, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
 
 
-def test_a_table_on_a_full_disk_is_an_error(folder: Path) -> None:  # noqa: F811
+def test_a_table_on_a_full_disk_is_an_error(folder: Path) -> None:
     """What a command prints is all that it does: that part of it is missing must not pass for success."""
     outcome = _specialm(folder, f"specialm plan {CONFIG} > /dev/full")
     assert outcome.returncode == 3 and "error: standard output: the disk is full" in outcome.stderr, outcome.stderr
@@ -89,7 +88,7 @@ def test_a_table_on_a_full_disk_is_an_error(folder: Path) -> None:  # noqa: F811
     assert outcome.returncode == 0 and outcome.stderr == "", outcome.stderr
 
 
-def test_a_run_that_nobody_watches_goes_on(folder: Path) -> None:  # noqa: F811
+def test_a_run_that_nobody_watches_goes_on(folder: Path) -> None:
     run = f"specialm run {CONFIG} stages.tokenizer.vocabulary_size=300 --until tokenizer"
     outcome = _specialm(folder, f"{run} > /dev/full 2>&-")
     assert outcome.returncode == 0, outcome

@@ -10,6 +10,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import make_plan, select, write_resolved
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import read_first_documents
+from tests.texts import write_smoke_names
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 
@@ -18,12 +19,7 @@ SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the smoke config's files."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "smoke"
-    folder.mkdir(parents=True)
-    for name in ("generic", "scipy", "sklearn", "torch"):
-        for split in ("train", "test"):
-            (folder / f"{name}.{split}.jsonl").write_text(json.dumps({"text": f"{name} {split}"}) + "\n")
-    return folder
+    return write_smoke_names(tmp_path)
 
 
 def _digests(*overrides: str) -> dict[TaskId, str]:

@@ -31,6 +31,7 @@ from megatron_specialm.report.results import write_results
 from megatron_specialm.slurm.jobs import jobs_of
 from megatron_specialm.stages.rates import choose_rate
 from tests.contexts import make_context
+from tests.texts import write_smoke_names
 from tests.unit.test_results import declare_finished
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -43,11 +44,7 @@ BRIEFLY = "stages.slm-tuned.trial_steps=10"
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the smoke config's files."""
     monkeypatch.chdir(tmp_path)
-    for name in ("generic", "scipy", "sklearn", "torch"):
-        for split in ("train", "test"):
-            path = tmp_path / "data" / "smoke" / f"{name}.{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"text": f"{name} {split}"}) + "\n")
+    write_smoke_names(tmp_path)
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pty
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from megatron_specialm.graph.redo import Redo, device_time, find_redo, redo_line
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.report.plan_table import stage_table, task_table
 from tests.conftest import ROOT
+from tests.processes import free_port
 
 CONFIG = """
 name: small
@@ -275,9 +275,7 @@ def test_without_a_terminal_it_takes_a_yes_and_nothing_is_done(folder: Path, com
 
 
 def test_ranks_of_a_launcher_are_refused_alike(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with ThreadPoolExecutor(2) as pool:
         ranks = list(pool.map(lambda rank: _specialm("run", "config.yaml", STEPS, RANK=rank, **meeting), "01"))
     assert [rank.returncode for rank in ranks] == [2, 4], "the others end with it"

@@ -1,6 +1,5 @@
 """From a plan to jobs: what is missing, in which arrays, behind whom, and from which frozen inputs."""
 
-import json
 import os
 import stat
 import subprocess
@@ -25,6 +24,7 @@ from megatron_specialm.slurm.records import JobRecord, TaskRecord, excluded_fold
 from megatron_specialm.slurm.state import Live, live_tasks
 from megatron_specialm.slurm.submission import Submission
 from megatron_specialm.slurm.submit import dependencies, preview, submit
+from tests.texts import write_smoke_names
 
 ROOT = Path(__file__).parents[2]
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -36,11 +36,7 @@ Plan = Mapping[TaskId, PlannedTask]
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """The smoke config, in a working directory with its files."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "smoke"
-    folder.mkdir(parents=True)
-    for name in ("generic", "scipy", "sklearn", "torch"):
-        for split in ("train", "test"):
-            (folder / f"{name}.{split}.jsonl").write_text(json.dumps({"text": f"{name} {split}"}) + "\n")
+    write_smoke_names(tmp_path)
     return load_pipeline(SMOKE, [f"root={tmp_path / 'run'}"])
 
 
