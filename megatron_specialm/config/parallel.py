@@ -1,4 +1,4 @@
-"""How a training is spread over processes. It does not change what is computed, so it is no part of a digest."""
+"""Layouts: how a training is distributed over processes. A layout does not change the result, so no digest covers it."""
 
 import math
 from typing import Literal, Self
@@ -10,23 +10,26 @@ from megatron_specialm.config.model import ModelConfig
 
 
 class ParallelConfig(Settings):
-    """A layout: tensor x context x data x pipeline parallel processes, tensor ranks nearest to each other.
+    """A layout: tensor x context x data x pipeline parallel processes; ranks of a tensor-parallel group are consecutive.
 
-    What a layout asks of the model, the batch and the machine is in `estimate/capabilities.py`.
+    `estimate/capabilities.py` has its requirements on model, batch and machine.
     """
 
-    tensor_parallel: PositiveInt = Field(default=1, description="processes that share each matrix (TP)")
-    sequence_parallel: bool = Field(default=False, description="norms too are shared, by positions (SP); with TP only")
+    tensor_parallel: PositiveInt = Field(default=1, description="shards of each matrix (TP)")
+    sequence_parallel: bool = Field(default=False, description="shard norms by position (SP); requires TP")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
-    virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
-    context_parallel: PositiveInt = Field(default=1, description="processes that share each sequence (CP)")
-    data_parallel: PositiveInt = Field(default=1, description="copies that share each global batch (DP)")
-    distributed_optimizer: bool = Field(default=False, description="the copies share the optimizer's state (ZeRO-1)")
+    virtual_pipeline: PositiveInt = Field(default=1, description="model chunks per stage; above 1: interleaved 1F1B")
+    context_parallel: PositiveInt = Field(default=1, description="shards of each sequence (CP)")
+    data_parallel: PositiveInt = Field(
+        default=1, description="replicas; each processes its part of the global batch (DP)"
+    )
+    distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the replicas (ZeRO-1)")
     overlap_communication: bool = Field(
-        default=False, description="gradients are reduced, and parameters gathered, while others are computed"
+        default=False, description="overlap gradient reduction and parameter gathering with computation"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="in the backward pass: nothing; the feed-forward parts; whole layers"
+        default="none",
+        description="activations recomputed in the backward pass: none, feed-forward parts, whole layers",
     )
 
     @model_validator(mode="after")

@@ -30,24 +30,22 @@ class TextSet(Settings):
 
     train: list[PathText] = Field(min_length=1)
     test: list[PathText] = Field(min_length=1)
-    validation: list[PathText] = Field(default=[], description="default: a share of the training documents is held out")
+    validation: list[PathText] = Field(default=[], description="default: part of the training documents is held out")
     validation_floor: ValidationFloor = Field(
         default=ValidationFloor(),
-        description="of a small set more is held out until it is so much, up to half of the set; where a stage validates on "
-        "less, also of `validation` files, it is an error",
+        description="minimum held-out text: a small set holds out more to reach it, up to half of the set; it is an error if a "
+        "stage validates on less, also from `validation` files",
     )
-    text_field: str = Field(default="text", description="the key or column that holds a document's text")
+    text_field: str = Field(default="text", description="JSON key or column of a document's text")
     train_tokens: PositiveInt | None = Field(
-        default=None, description="train on the first documents that hold at most so many tokens; default: on all"
+        default=None, description="train on the first documents with at most this many tokens; default: all"
     )
     shards: PositiveInt = Field(
         default=1,
         le=99_999,
-        description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
+        description="number of shards: each is a range of the training files and has its own tasks",
     )
-    domain: str | None = Field(
-        default=None, description="the domain that this is a size of; set where the config says `sizes` of a domain"
-    )
+    domain: str | None = Field(default=None, description="the domain that this set is a size of; set by `sizes`")
 
     @field_validator("train", "test", "validation", mode="before")
     @classmethod
@@ -75,7 +73,8 @@ class Text(Settings):
     generic: TextSet
     domains: dict[str, TextSet] = Field(min_length=1)
     made_by: str | None = Field(
-        default=None, description="the command that makes these files, to be named where one is missing; never run"
+        default=None,
+        description="the command that creates these files, named in the error if one is missing; never run",
     )
 
     @model_validator(mode="before")
