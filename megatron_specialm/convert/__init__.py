@@ -1,1 +1,1 @@
-"""Models to and from other formats, each conversion verified before it counts."""
+"""Conversion of models and tokenizers to other formats; each conversion is verified."""
