@@ -1,4 +1,4 @@
-"""Layouts: how a training is distributed over processes. A layout does not change the result, so no digest covers it."""
+"""How a training is spread over processes. It does not change what is computed, so it is no part of a digest."""
 
 import math
 from typing import Literal, Self
@@ -10,12 +10,12 @@ from megatron_specialm.config.model import ModelConfig
 
 
 class ParallelConfig(Settings):
-    """A layout: tensor x context x data x pipeline parallel processes; ranks of a tensor-parallel group are consecutive.
+    """A layout: tensor x context x data x pipeline parallel processes, tensor ranks nearest to each other.
 
-    `estimate/capabilities.py` has its requirements on model, batch and machine.
+    What a layout asks of the model, the batch and the machine is in `estimate/capabilities.py`.
     """
 
-    tensor_parallel: PositiveInt = Field(default=1, description="shards of each matrix (TP)")
+    tensor_parallel: PositiveInt = Field(default=1, description="processes that share each matrix (TP)")
     sequence_parallel: bool = Field(default=False, description="shard norms by position (SP); requires TP")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
     virtual_pipeline: PositiveInt = Field(default=1, description="model chunks per stage; above 1: interleaved 1F1B")
