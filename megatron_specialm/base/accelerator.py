@@ -43,7 +43,7 @@ class Accelerator:
 
 def host_memory_bytes() -> int:
     """All memory of this machine, GPUs' not counted."""
-    return os.sysconf("SC_CONFIG_SIZE") * os.sysconf("SC_PHYS_CONFIGS")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator:
