@@ -1,1 +1,1 @@
-"""Settings of a pipeline and of a site profile: schema, loading, presets, learning-rate schedules. Imports no torch."""
+"""What a pipeline is: the schema of its YAML file, how it is loaded, and the graph of tasks derived from it."""

@@ -18,9 +18,9 @@ class Projection(Settings):
     `W(l,i) = sum_r (E[i] M(l))[r] T(l)[r]`, with codes E (experts, code_size), M(l) (code_size, capacity) and T(l)
     (capacity, out, in). All else is shared by the experts."""
 
-    experts: PositiveInt = Field(description="k: number of experts, one per cluster")
-    capacity: PositiveInt = Field(description="h: matrices per linear; experts are linear combinations of them")
-    code_size: PositiveInt = Field(description="m: length of an expert's code")
+    experts: PositiveInt = Field(description="k: the number of clusters")
+    capacity: PositiveInt = Field(description="h: matrices per linear that experts are combined from")
+    code_size: PositiveInt = Field(description="m: numbers that tell an expert from the others")
 
 
 class LowRank(Settings):
@@ -28,8 +28,8 @@ class LowRank(Settings):
     are trained. B starts at zero, so training starts from the base model exactly."""
 
     rank: PositiveInt = Field(default=64, description="the paper's")
-    alpha: PositiveFloat | None = Field(default=None, description="default: rank, which scales by 1")
-    linears: list[Linear] = Field(default=list(LINEARS), min_length=1, description="adapted linears of each layer")
+    alpha: PositiveFloat | None = Field(default=None, description="default: rank, a factor of one")
+    linears: list[Linear] = Field(default=list(LINEARS), min_length=1, description="of each layer")
 
     @property
     def factor(self) -> float:
@@ -60,9 +60,9 @@ class ModelConfig(Settings):
     init_std: float = Field(default=0.02, gt=0)
     activation: Activation = Field(
         default="gelu",
-        description="for family neox: exact GELU or its tanh approximation, which is one kernel on GPU",
+        description="of family neox: exact, or by its tanh approximation, which a GPU computes in one kernel",
     )
-    projection: Projection | None = Field(default=None, description="SLM-pn: a projected network of many experts")
+    projection: Projection | None = Field(default=None, description="SLM-pn: many experts in one model")
     lora: LowRank | None = Field(default=None, description="set by a train stage's `lora`, not in a preset")
 
     @model_validator(mode="after")

@@ -16,20 +16,17 @@ class ParallelConfig(Settings):
     """
 
     tensor_parallel: PositiveInt = Field(default=1, description="processes that share each matrix (TP)")
-    sequence_parallel: bool = Field(default=False, description="shard norms by position (SP); requires TP")
+    sequence_parallel: bool = Field(default=False, description="norms too are shared, by positions (SP); with TP only")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
-    virtual_pipeline: PositiveInt = Field(default=1, description="model chunks per stage; above 1: interleaved 1F1B")
-    context_parallel: PositiveInt = Field(default=1, description="shards of each sequence (CP)")
-    data_parallel: PositiveInt = Field(
-        default=1, description="replicas; each processes its part of the global batch (DP)"
-    )
-    distributed_optimizer: bool = Field(default=False, description="shard optimizer state over the replicas (ZeRO-1)")
+    virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
+    context_parallel: PositiveInt = Field(default=1, description="processes that share each sequence (CP)")
+    data_parallel: PositiveInt = Field(default=1, description="copies that share each global batch (DP)")
+    distributed_optimizer: bool = Field(default=False, description="the copies share the optimizer's state (ZeRO-1)")
     overlap_communication: bool = Field(
-        default=False, description="overlap gradient reduction and parameter gathering with computation"
+        default=False, description="gradients are reduced, and parameters gathered, while others are computed"
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none",
-        description="activations recomputed in the backward pass: none, feed-forward parts, whole layers",
+        default="none", description="in the backward pass: nothing; the feed-forward parts; whole layers"
     )
 
     @model_validator(mode="after")

@@ -31,10 +31,10 @@ class Fp8Config(Settings):
         default=LINEARS,
         min_length=1,
         strict=False,
-        description="linears in FP8; the others stay bf16. `specialm tune-precision` selects them",
+        description="those in FP8, the others bf16: `specialm tune-precision` finds them",
     )
-    bf16_first_layers: NonNegativeInt = Field(default=0, description="number of first layers that stay in bf16")
-    bf16_last_layers: NonNegativeInt = Field(default=0, description="number of last layers that stay in bf16")
+    bf16_first_layers: NonNegativeInt = Field(default=0, description="so many first layers stay bf16")
+    bf16_last_layers: NonNegativeInt = Field(default=0, description="so many last layers stay bf16")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

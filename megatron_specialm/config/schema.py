@@ -35,7 +35,7 @@ class TokenizerStage(Settings):
     vocabulary_size: PositiveInt = 32_000
     algorithm: Literal["unigram", "bpe"] = "bpe"
     sample_characters: PositiveInt = Field(
-        default=20_000_000, description="characters to train on, spread over the set or over its files"
+        default=20_000_000, description="to train on, spread over the set or over its files"
     )
 
 
@@ -45,8 +45,8 @@ class TokenizeStage(Settings):
     kind: Literal["tokenize"]
     tokenizer: str
     context_length: PositiveInt = 1024
-    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="held-out part of the training documents")
-    workers: PositiveInt | None = Field(default=None, description="encoding processes; default: the task's cores")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents")
+    workers: PositiveInt | None = Field(default=None, description="processes; default: this task's cores")
 
 
 class TfidfEncoder(Settings):
@@ -70,12 +70,12 @@ class SentenceBertEncoder(Settings):
 
     kind: Literal["sentence-bert"]
     model: PathText = Field(
-        description="`package:NAME` (an installed package that contains the model), a folder, or a hub name"
+        description="`package:NAME`, an installed package that carries one; else a folder; else a hub name"
     )
     batch_size: PositiveInt = 64
     chunk_words: PositiveInt = Field(
         default=180,
-        description="words per chunk of a window; longer chunks than the model reads are split; embeddings are averaged",
+        description="windows are cut so, and further where the model would still cut text off; their embeddings are averaged",
     )
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -98,8 +98,10 @@ class ClusterStage(Settings):
     vectors: str
     k: PositiveInt = Field(le=1_000_000)
     iterations: PositiveInt = 20
-    sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, sampled without replacement")
-    processes: PositiveInt = Field(default=1, description="MPI ranks in a Slurm job; the result does not depend on it")
+    sample: PositiveInt = Field(default=1_000_000, description="vectors to fit on, drawn without replacement")
+    processes: PositiveInt = Field(
+        default=1, description="MPI ranks to fit on, in a job; the result does not depend on it"
+    )
 
 
 class AssignStage(Settings):
@@ -114,14 +116,14 @@ class AssignStage(Settings):
 
 
 class Trial(Settings):
-    """The fine-tuning that compares experts: on one process, at a constant learning rate."""
+    """The fine-tuning by which experts are told apart: on one process, at a constant learning rate."""
 
     steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 8
     optimizer: Optimizer = Optimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
-    evaluate_every: PositiveInt = Field(default=10, description="steps between validations; the lowest loss counts")
+    evaluate_every: PositiveInt = Field(default=10, description="steps; the best validation loss counts")
 
 
 class SelectStage(Settings):
@@ -137,16 +139,14 @@ class SelectStage(Settings):
     experts: str = Field(description="a train stage with `data: cluster` or `projection`")
     tokens: str
     by: Literal["frequency", "loss", "finetuned", "halving", "histogram"] = "loss"
-    sample_windows: PositiveInt = Field(default=64, description="windows of the domain's training set, for `loss`")
+    sample_windows: PositiveInt = Field(default=64, description="of the domain's training set, for `loss`")
     batch_size: PositiveInt = 32
-    trial: Trial | None = Field(
-        default=None, description="for `finetuned` and `halving`: the fine-tuning of each expert"
-    )
+    trial: Trial | None = Field(default=None, description="for `finetuned` and `halving`: how each expert is tried")
     compare: list[Literal["loss", "finetuned", "halving"]] = Field(
         default=[],
-        description="further criteria for the table; they do not affect the choice, and their cost is reported separately",
+        description="criteria to rank by as well, for the table; they decide nothing: their cost is told apart",
     )
-    method: str | None = Field(default=None, description="name in tables; default: that of `experts`")
+    method: str | None = Field(default=None, description="the name in tables; default: that of `experts`")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -172,7 +172,7 @@ class TeachStage(Settings):
     teacher: str = Field(description="a train stage")
     tokens: str
     keep: Literal["exact", "top-k", "sampled"] = "sampled"
-    count: PositiveInt | None = Field(default=None, description="values per token, for `top-k` and `sampled`")
+    count: PositiveInt | None = Field(default=None, description="of `top-k` and `sampled`: numbers kept per token")
     temperature: PositiveFloat = 1.0
     batch_size: PositiveInt = 32
 
@@ -193,7 +193,7 @@ class EvaluateStage(Settings):
     tokens: str
     models: list[str] = Field(min_length=1)
     batch_size: PositiveInt = 32
-    max_windows: PositiveInt | None = Field(default=None, description="windows per set, evenly spaced; default: all")
+    max_windows: PositiveInt | None = Field(default=None, description="per set, evenly spread; default: all")
 
 
 class ExportStage(Settings):
@@ -202,7 +202,7 @@ class ExportStage(Settings):
     kind: Literal["export"]
     tokens: str
     models: list[str] = Field(min_length=1)
-    tolerance: PositiveFloat = Field(default=1e-3, description="largest absolute difference of logits in fp32")
+    tolerance: PositiveFloat = Field(default=1e-3, description="largest absolute difference of logits, fp32")
 
 
 Stage = Annotated[
@@ -221,16 +221,16 @@ Stage = Annotated[
 
 
 class Local(Settings):
-    """How `specialm run` uses this machine. Not part of any digest."""
+    """How `specialm run` uses this machine. No part of any digest."""
 
     parallel_tasks: PositiveInt | None = Field(
-        default=None, description="concurrent tasks; default: number of GPUs, else cores / threads"
+        default=None, description="tasks at a time; default: GPUs, else cores / threads"
     )
     threads: PositiveInt = Field(default=1, description="CPU threads per process")
 
 
 class Pipeline(Settings):
-    """One YAML file: text, stages and run folder."""
+    """One YAML file: which text, which stages, in which folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,79}$")
     root: PathText = Field(description="the run folder, relative to the working directory")
@@ -238,17 +238,17 @@ class Pipeline(Settings):
     training_seed: NonNegativeInt | None = Field(
         default=None,
         le=2**32 - 1,
-        description="seed of initial weights, sampling order and teacher caches only; text, vectors and clusters use `seed`, "
-        "the default",
+        description="of first weights, the order of training data and a teacher's draws alone: text, vectors and clusters stay "
+        "those of `seed`, which is the default",
     )
     reuse: list[PathText] = Field(
         default=[],
-        description="other run folders: complete artifacts with the same digest are taken over instead of made again",
+        description="other run folders: what is complete there for the same digest is taken over from them, not made again",
     )
     ask_above_device_hours: NonNegativeFloat = Field(
         default=1.0,
-        description="`run` and `submit` ask, or require `--yes`, before they redo finished work at a higher cost (wall time "
-        "times processes). Not part of any digest",
+        description="`run` and `submit` ask, or want `--yes`, before they make finished work anew that takes more (wall time "
+        "times processes). No part of any digest",
     )
     text: Text
     stages: dict[str, Stage] = Field(min_length=1)

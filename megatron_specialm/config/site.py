@@ -44,17 +44,15 @@ class Resources(Settings):
     cpus_per_process: PositiveInt = 1
     gpus_per_process: NonNegativeInt = 0
     processes_per_node: PositiveInt = Field(default=8, description="ranks of a training that share a node")
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
-        default=None, description="per node, for example 64G"
-    )
-    concurrency: PositiveInt = Field(default=16, description="array tasks that run at once")
-    tasks_per_job: PositiveInt = Field(default=1, description="short tasks that one job runs in sequence")
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(default=None, description="per node, as 64G")
+    concurrency: PositiveInt = Field(default=16, description="tasks of an array that run at a time")
+    tasks_per_job: PositiveInt = Field(default=1, description="short tasks that one job does after each other")
     account: Word | None = None
     partition: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
     reservation: Word | None = None
-    options: list[Option] = Field(default=[], description="further sbatch options")
+    options: list[Option] = Field(default=[], description="more options of sbatch")
 
 
 class Container(Settings):
@@ -64,26 +62,24 @@ class Container(Settings):
     image: PathText
     python: str = Field(default="python3", description="the interpreter inside")
     mounts: list[Annotated[PathText, Field(pattern=r"^[^,]+$")]] = Field(
-        default=[], description="FROM:TO; the working directory and the run folder are always mounted"
+        default=[], description="FROM:TO; the working directory and the run folder always are"
     )
 
 
 class Limits(Settings):
     """When a job is taken to be in trouble, and how often it may start again."""
 
-    warning_seconds: PositiveInt = Field(default=300, description="before the time limit: save and requeue")
+    warning_seconds: PositiveInt = Field(default=300, description="before the time limit: save and queue again")
     heartbeat_seconds: PositiveFloat = 5
     silent_seconds: PositiveFloat = Field(
-        default=60, description="without a heartbeat: the process or its node counts as lost"
+        default=60, description="without a heartbeat: the process or its node is lost"
     )
     hang_seconds: PositiveFloat = Field(default=900, description="without a step, once training has begun")
-    startup_seconds: PositiveFloat = Field(
-        default=1800, description="until all heartbeats arrive, then until the first step"
-    )
-    stop_seconds: PositiveFloat = Field(default=240, description="for ranks to save after a stop request")
-    timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may reach")
+    startup_seconds: PositiveFloat = Field(default=1800, description="until all ranks speak, and until the first step")
+    stop_seconds: PositiveFloat = Field(default=240, description="for ranks to save when they are asked to stop")
+    timeouts: NonNegativeInt = Field(default=50, description="time limits that a job may run into")
     failures: NonNegativeInt = Field(
-        default=5, description="failures without progress; three at the same step always end a job"
+        default=5, description="failures that come no further than those before; three at one step always end a job"
     )
 
 
@@ -91,26 +87,26 @@ class Preflight(Settings):
     """The look at each node before ranks start there. A node that fails it is left out, and the job queued again."""
 
     enabled: bool = True
-    seconds: PositiveFloat = Field(default=300, description="for a node to answer; importing torch may be slow")
-    slower_than: PositiveFloat = Field(default=2.0, description="factor over the median of the other nodes: slow")
+    seconds: PositiveFloat = Field(default=300, description="for a node to answer; torch comes from a cold filesystem")
+    slower_than: PositiveFloat = Field(default=2.0, description="times the median of the others: a slow node")
     free_disk: PositiveInt = Field(default=1 << 30, description="bytes free in the run folder")
-    clock_seconds: PositiveFloat = Field(default=5.0, description="allowed clock difference to the first node")
+    clock_seconds: PositiveFloat = Field(default=5.0, description="by which a node's clock may differ from the first's")
 
 
 class Site(Settings):
     """A cluster."""
 
     template: PathText | None = Field(
-        default=None, description="job script template, relative to the profile; default: slurm/stage.sbatch.template"
+        default=None, description="the script's, a path from the profile's folder; default: slurm/stage.sbatch.template"
     )
     launcher: Launcher = "srun"
-    python: PathText | None = Field(default=None, description="interpreter in jobs; default: the one that submits")
-    gpu: str | None = Field(default=None, description="GPU name, for example H100, to plan GPU hours")
+    python: PathText | None = Field(default=None, description="the interpreter in jobs; default: the one that submits")
+    gpu: str | None = Field(default=None, description="the GPUs' name, as H100: for the hours that a plan takes")
     modules: list[str] = Field(default=[], description="for `module load`")
-    environment: dict[str, str] = Field(default={}, description="variables of all jobs, for example for the fabric")
+    environment: dict[str, str] = Field(default={}, description="of all jobs, as the fabric's variables")
     container: Container | None = None
     exclude: list[Word] = Field(default=[], description="nodes not to use")
-    jobs: dict[str, Resources] = Field(default={}, description="per `default`, stage kind or stage name")
+    jobs: dict[str, Resources] = Field(default={}, description="`default`, a stage's kind or a stage's name")
     limits: Limits = Field(default=Limits(), validate_default=True)
     preflight: Preflight = Preflight()
 

@@ -30,22 +30,24 @@ class TextSet(Settings):
 
     train: list[PathText] = Field(min_length=1)
     test: list[PathText] = Field(min_length=1)
-    validation: list[PathText] = Field(default=[], description="default: part of the training documents is held out")
+    validation: list[PathText] = Field(default=[], description="default: a share of the training documents is held out")
     validation_floor: ValidationFloor = Field(
         default=ValidationFloor(),
-        description="minimum held-out text: a small set holds out more to reach it, up to half of the set; it is an error if a "
-        "stage validates on less, also from `validation` files",
+        description="of a small set more is held out until it is so much, up to half of the set; where a stage validates on "
+        "less, also of `validation` files, it is an error",
     )
-    text_field: str = Field(default="text", description="JSON key or column of a document's text")
+    text_field: str = Field(default="text", description="the key or column that holds a document's text")
     train_tokens: PositiveInt | None = Field(
-        default=None, description="train on the first documents with at most this many tokens; default: all"
+        default=None, description="train on the first documents that hold at most so many tokens; default: on all"
     )
     shards: PositiveInt = Field(
         default=1,
         le=99_999,
-        description="number of shards: each is a range of the training files and has its own tasks",
+        description="prepare the training files in so many shards, tasks of their own; each is a range of the files",
     )
-    domain: str | None = Field(default=None, description="the domain that this set is a size of; set by `sizes`")
+    domain: str | None = Field(
+        default=None, description="the domain that this is a size of; set where the config says `sizes` of a domain"
+    )
 
     @field_validator("train", "test", "validation", mode="before")
     @classmethod
@@ -73,8 +75,7 @@ class Text(Settings):
     generic: TextSet
     domains: dict[str, TextSet] = Field(min_length=1)
     made_by: str | None = Field(
-        default=None,
-        description="the command that creates these files, named in the error if one is missing; never run",
+        default=None, description="the command that makes these files, to be named where one is missing; never run"
     )
 
     @model_validator(mode="before")

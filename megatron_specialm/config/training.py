@@ -41,7 +41,7 @@ class Adam(Settings):
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = Field(
         default=0.0,
-        description="decoupled (AdamW), for weights of linears, embeddings, projected bases and LoRA adapters; norms, biases, "
+        description="AdamW's, of the weights of linears, embeddings, projected bases and LoRA's adapters; norms, biases, "
         "codes and projections do not decay",
     )
     clip_grad: PositiveFloat = Field(default=5.0, description="global gradient norm")
@@ -58,8 +58,8 @@ class TrainOptimizer(Adam):
 
     learning_rate: Rates = Field(
         default=1e-4,
-        description="one rate, or with `early_stopping` a list: a training per rate, of which the one with the lowest "
-        "validation loss is kept, the first of equal ones (`trial_steps`)",
+        description="a list is tried, with `early_stopping`: each rate by a training of its own, of which the one with the "
+        "lowest validation loss is kept, the first of equal ones (`trial_steps`)",
     )
 
     @field_validator("learning_rate")
@@ -95,8 +95,8 @@ class Schedule(Settings):
 
     kind: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegativeInt = 1_000
-    final_fraction: float = Field(default=0.1, ge=0, le=1, description="rate at the last step over the peak rate")
-    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: fraction of the steps that decay")
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="of the peak rate, at the last step")
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="wsd only: share of the steps that decay")
 
 
 class CheckpointPolicy(Settings):
@@ -127,12 +127,12 @@ class Distillation(Settings):
     """SLM-d: `(1 - alpha) * cross-entropy + alpha * temperature^2 * KL(teacher || student)` (Grangier et al.,
     arXiv 2402.01093, section 2)."""
 
-    teacher: str = Field(description="the train stage of the teacher")
-    alpha: float = Field(default=0.5, ge=0, le=1, description="weight of the teacher; 0 is cross-entropy alone")
+    teacher: str = Field(description="the train stage whose model teaches")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="the teacher's weight; 0 is plain training")
     temperature: PositiveFloat = 1.0
     cache: str | None = Field(
         default=None,
-        description="the teach stage with its distributions; default: the teacher runs beside the student",
+        description="the teach stage that holds its distributions; default: it computes beside the student",
     )
 
 

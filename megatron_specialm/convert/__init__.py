@@ -1,1 +1,1 @@
-"""Conversion of models and tokenizers to other formats; each conversion is verified."""
+"""Models to and from other formats, each conversion verified before it counts."""

@@ -1,5 +1,5 @@
-"""`specialm doctor`: what this machine provides for training, and how to install what is missing.
+"""What this machine can do for training, and how to get what it lacks.
 
-Every import of a third-party package, every external command and every computation runs in its own process with a time
-limit, so a broken installation or a crash becomes a line of the report. Nothing here imports torch in the command's process.
+Every import of a foreign package, every external command and every computation runs in a process of its own with a time
+limit: a broken install or a crash becomes a line of the report. Nothing here imports torch in the process of the command.
 """
