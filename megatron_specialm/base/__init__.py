@@ -1,1 +1,1 @@
-"""What every other part stands on: errors, durable files, logs, the process environment. Imports nothing of ours."""
+"""Shared foundation: errors, durable files, artifacts, locks, process environment, heartbeats. Imports no other package."""

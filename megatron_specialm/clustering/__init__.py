@@ -1,1 +1,1 @@
-"""Which windows are alike: sentence encoders, k-means, cluster histograms and importance weights."""
+"""Clustering of windows: text encoders, k-means, and how concentrated a set is in few clusters."""

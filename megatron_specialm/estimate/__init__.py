@@ -1,1 +1,1 @@
-"""What settings ask of engine and machine, by arithmetic: capabilities, parameters, FLOPs, memory. Imports no torch."""
+"""Requirements of a training, computed from its settings: capabilities, memory, FLOPs. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Whether a layout computes what one process computes: the case, one rank of it, and the comparison."""
+"""Parity: compares a layout with one process, for every loss, gradient and weight."""

@@ -1,1 +1,1 @@
-"""Results as rows; tables, figures and costs made of them. Imports no torch."""
+"""Results as rows, and the tables, figures and costs derived from them. Imports no torch."""

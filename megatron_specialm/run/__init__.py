@@ -1,1 +1,1 @@
-"""The plan on this machine: local runner, workers, process control. Imports no torch."""
+"""Execution of tasks on this machine or under a launcher: runner, workers, reuse, clean-up. Imports no torch."""

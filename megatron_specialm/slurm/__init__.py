@@ -1,1 +1,1 @@
-"""All that knows of Slurm: submitting, watching and cancelling jobs, and what runs inside one. Imports no torch."""
+"""Slurm: submission, supervision inside jobs, requeueing, status, cancellation. Imports no torch."""

@@ -1,1 +1,1 @@
-"""The training engine, its loop, and checkpoints that verify themselves."""
+"""The training loop: objectives, metrics, validation, early stopping, expert selection and fine-tuning trials."""
