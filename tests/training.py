@@ -159,8 +159,8 @@ def run_training(
                 description={},
                 flops_per_step=1,
                 processes=world.world_size,
-                peers=ControlGroup.meet(),
-                saver=Saver(folder, ControlGroup.meet()),
+                control=ControlGroup.open(),
+                saver=Saver(folder, ControlGroup.open()),
                 process_status=process_status or ProcessStatus(),
             ),
         )

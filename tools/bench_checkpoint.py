@@ -126,7 +126,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
             weight.parameter.data.fill_(0.01)
         engine = MegatronEngine(model, parallel=parallel, optimizer=Optimizer(learning_rate=1e-4), micro_batch_size=1)
         engine.train_step(Batch(tokens, tokens, np.ones(tokens.shape, np.float32)), learning_rate=1e-4)
-        peers = ControlGroup.meet()
+        control = ControlGroup.open()
         dist.barrier()
         ctypes.CDLL(None).malloc_trim(0)  # freed blocks are kept, and would hide what a save takes
         before, sent = _memory("VmRSS"), _bytes_sent()
@@ -136,7 +136,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         blocked, busy = time.perf_counter() - began, time.process_time() - worked
         sent = _bytes_sent() - sent
         folder = save_checkpoint(
-            args.out / "saved", step=1, weights=weights, optimizer_state=state, state={}, peers=peers
+            args.out / "saved", step=1, weights=weights, optimizer_state=state, state={}, control=control
         )
         seconds, work = time.perf_counter() - began, time.process_time() - worked
         peak = _memory("VmHWM") - before

@@ -19,7 +19,7 @@ class ControlGroup:
         self._group = group
 
     @classmethod
-    def meet(cls) -> "ControlGroup":
+    def open(cls) -> "ControlGroup":
         """A new group of all processes, each of which calls this. Every thread that communicates needs a group of its own."""
         return cls(dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
 
@@ -33,7 +33,7 @@ class ControlGroup:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def tell_all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Gather the values of all processes, in the order of ranks. It is a barrier, too."""
         if self._group is None:
             return [value]
@@ -43,7 +43,7 @@ class ControlGroup:
 
     def agree(self, make: Callable[[], T]) -> list[T]:
         """Gather what `make` returns on each process; where it raises on any, all raise the error of the lowest rank."""
-        outcomes = self.tell_all(_outcome(make))
+        outcomes = self.all_gather(_outcome(make))
         for _, error in outcomes:
             if error is not None:
                 raise error
@@ -63,7 +63,7 @@ class ControlGroup:
 
         return answer
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """Broadcast what `make` returns on rank 0; where it raises there, all raise the error."""
         return self.agree(lambda: make() if self.is_first else None)[0]  # type: ignore[return-value]
 
@@ -77,17 +77,17 @@ class StopFlag:
     """A flag that any process may raise, and that all see at the same call: at the first call at once, later one call after. So
     the all-reduce has the time of a step, and no process waits for it."""
 
-    def __init__(self, peers: ControlGroup) -> None:
-        self._peers = peers
+    def __init__(self, control: ControlGroup) -> None:
+        self._control = control
         self._result: Callable[[], bool] | None = None
 
     def poll(self, raised: bool) -> bool:
         """Whether any process has raised it. All processes call this equally often."""
         if self._result is None:
-            self._result = self._peers.begin_any(raised)
+            self._result = self._control.begin_any(raised)
             return self._result()
         result = self._result()
-        self._result = self._peers.begin_any(raised)
+        self._result = self._control.begin_any(raised)
         return result
 
 

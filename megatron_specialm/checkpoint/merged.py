@@ -86,7 +86,7 @@ class TrainedModel:
             weights = merge_lora(weights, shape)
         # Progress and cost belong to the training, not to the model: a training that starts from it begins anew.
         state = {name: value for name, value in self.state.items() if name not in ("progress", "spent")}
-        return MergedModel(shape.plain, weights, {**state, "model": shape.plain.model_dump(mode="json")})
+        return MergedModel(shape.base_config, weights, {**state, "model": shape.base_config.model_dump(mode="json")})
 
 
 def read_trained(step: Path) -> TrainedModel:

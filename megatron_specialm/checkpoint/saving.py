@@ -30,7 +30,7 @@ def save_checkpoint(
     weights: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
-    peers: ControlGroup = ControlGroup(),  # noqa: B008 (this process alone)
+    control: ControlGroup = ControlGroup(),  # noqa: B008 (this process alone)
 ) -> Path:
     """Write a step and publish it; returns its folder when it is durable. All processes call this, each with the tensors or
     slices that it writes, by their keys.
@@ -44,7 +44,7 @@ def save_checkpoint(
     def write() -> dict[str, ManifestEntry]:
         entries = {}
         for part, tensors in (("model", weights), ("optimizer", optimizer_state)):
-            path = aside / f"{part}-{peers.rank:05d}.safetensors"
+            path = aside / f"{part}-{control.rank:05d}.safetensors"
             if tensors:
                 save_tensors(tensors, path)
                 entries[path.name] = seal_file(path)
@@ -55,9 +55,9 @@ def save_checkpoint(
         write_json(aside / STATE, state)
         publish_folder(aside, final, sealed={name: entry for own in written for name, entry in own.items()})
 
-    aside = peers.from_first(lambda: make_temporary(final))
-    written = peers.agree(write)
-    peers.from_first(publish)
+    aside = control.broadcast(lambda: make_temporary(final))
+    written = control.agree(write)
+    control.broadcast(publish)
     return final
 
 
@@ -83,8 +83,8 @@ class Saver:
     others may never join.
     """
 
-    def __init__(self, folder: Path, peers: ControlGroup) -> None:
-        self._folder, self._peers = folder, peers
+    def __init__(self, folder: Path, control: ControlGroup) -> None:
+        self._folder, self._control = folder, control
         self._pending: Future[None] | None = None
 
     def save(self, *, keep: int, beside: Collection[int | None], **step: Any) -> None:
@@ -98,8 +98,8 @@ class Saver:
 
         def work() -> None:
             try:
-                save_checkpoint(self._folder, peers=self._peers, **step)
-                if self._peers.is_first:
+                save_checkpoint(self._folder, control=self._control, **step)
+                if self._control.is_first:
                     prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
                 outcome.set_result(None)
             except BaseException as error:  # `wait` raises it

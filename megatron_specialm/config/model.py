@@ -89,7 +89,7 @@ class ModelConfig(Settings):
         return values
 
     @property
-    def plain(self) -> "ModelConfig":
+    def base_config(self) -> "ModelConfig":
         """The shape of one ordinary model: one expert, adapters merged."""
         return self.model_copy(update={"projection": None, "lora": None})
 

@@ -267,7 +267,7 @@ TABLE = (
                 remedy=USE_BF16,
             ),
             Condition(
-                lambda s: s.model == s.model.plain,
+                lambda s: s.model == s.model.base_config,
                 "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
                 "change",
                 remedy=USE_BF16,

@@ -170,7 +170,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         stage.fp8,
         stage.network.windows_per_expert if stage.network else 1,
         _variants(stage),
-        model_of(pipeline, stage.distill.teacher).plain if stage.distill and has_online_teacher(stage) else None,
+        model_of(pipeline, stage.distill.teacher).base_config if stage.distill and has_online_teacher(stage) else None,
     )
 
 

@@ -81,7 +81,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
             TrainingEstimate(
                 stage=name,
                 runs=len(keys) * len(stage.optimizer.rates),
-                parameters=count_parameters(setup.model.plain, setup.vocabulary_size),
+                parameters=count_parameters(setup.model.base_config, setup.vocabulary_size),
                 trained_parameters=count_trained_parameters(setup.model, setup.vocabulary_size),
                 steps=steps,
                 slots=steps * setup.global_batch_size * setup.context_length,

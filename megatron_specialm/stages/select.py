@@ -113,7 +113,7 @@ class _Experts:
 
     def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
         model = model_of(context.pipeline, stage.experts)
-        self.shape, self.flops = model.plain, 0
+        self.shape, self.flops = model.base_config, 0
         self._folder = lambda key: find_final(context.artifact(stage.experts, key))
         self._network = None if model.projection is None else read_trained(self._folder(GENERIC))
         self._price = 0 if model.projection is None else projection_flops(model, 1, forward_only=True)

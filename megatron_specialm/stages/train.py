@@ -90,11 +90,11 @@ def run(stage: TrainStage, context: Context) -> Report:
             adapters = first_adapters(shape, vocabulary_size=store.vocabulary_size, seed=seed)
             engine.load({**adapters, **start.weights}, None)
         rank, copies = engine.data_rank, engine.data_parallel
-        peers = ControlGroup.meet()
+        control = ControlGroup.open()
         if choice is not None:
             tried = context.artifact(context.task.id.stage, trial_key(context.key, choice.rate))
-            peers.from_first(lambda: adopt_checkpoints(tried, context.folder))
-        earlier = peers.from_first(lambda: go_on_from_earlier(stage, reading, context))
+            control.broadcast(lambda: adopt_checkpoints(tried, context.folder))
+        earlier = control.broadcast(lambda: go_on_from_earlier(stage, reading, context))
         before = earlier.counted if earlier else choice.counted if choice else Spent()
 
         def account(progress: Progress, work: Work) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def run(stage: TrainStage, context: Context) -> Report:
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,
             processes=world.world_size,
-            peers=peers,
-            saver=Saver(context.folder, ControlGroup.meet()),
+            control=control,
+            saver=Saver(context.folder, ControlGroup.open()),
             account=account,
             process_status=context.process_status,
             watch=context.watch,
@@ -129,7 +129,7 @@ def run(stage: TrainStage, context: Context) -> Report:
                 raise
             logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
             progress = replace(diverged.progress, best_step=None, best_loss=None)
-            if peers.is_first:
+            if control.is_first:
                 remove_unusable(context.folder, saved_steps(context.folder), last=progress.step)
     capped = is_capped(progress, settings)
     if capped and world.is_first and progress.best_step is not None:
@@ -156,7 +156,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             "skipped_steps": progress.skipped_steps,
             "spikes": progress.spikes,
             "passes": passes._asdict(),
-            "parameters": count_parameters(shape.plain, store.vocabulary_size),
+            "parameters": count_parameters(shape.base_config, store.vocabulary_size),
             "trained_parameters": count_trained_parameters(shape, store.vocabulary_size),
             "effective_sample_size": float(read.effective_sample_size),
             "max_repeats": float(read.max_repeats),

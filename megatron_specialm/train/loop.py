@@ -70,7 +70,7 @@ class Training:
     description: dict[str, Any]
     flops_per_step: int
     processes: int
-    peers: ControlGroup
+    control: ControlGroup
     saver: Saver
     account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
     process_status: ProcessStatus = field(default_factory=ProcessStatus)
@@ -114,7 +114,7 @@ class _Loop:
         self._metrics, self._record_work = metrics, record_work
         self._saved = progress.step
         self._clock = _Clock()
-        self._stop_group = ControlGroup.meet()  # of its own: others wait for long work of rank 0
+        self._stop_group = ControlGroup.open()  # of its own: others wait for long work of rank 0
         self._stop_flag = StopFlag(self._stop_group)
 
     def run(self) -> None:
@@ -149,7 +149,7 @@ class _Loop:
         if self._settings.early_stopping is not None and progress.best_step is None:
             raise Diverged(_no_best(training, progress), progress)
         final = progress.step if progress.best_step is None else progress.best_step
-        if training.peers.is_first:
+        if training.control.is_first:
             remove_unusable(training.folder, [step for step in found if step != final], last=progress.step)
             declare_final(training.folder, step=final)
         self._write(event="end", step=progress.step, final_step=final)
@@ -160,7 +160,7 @@ class _Loop:
         training, settings, step = self._training, self._settings, self.progress.step
         rate = learning_rate(step, peak=settings.optimizer.peak, steps=settings.steps, schedule=settings.schedule)
         batch = training.batches.local(step)
-        with observed(step + 1, settings.runtime, training.folder, rank=training.peers.rank):
+        with observed(step + 1, settings.runtime, training.folder, rank=training.control.rank):
             stats = self._engine.train_step(batch, learning_rate=rate)
         self._record_work()
         spike = self.progress.is_spike(stats.gradient_norm, factor=settings.spike_factor)
@@ -211,7 +211,7 @@ class _Loop:
         training.saver.wait()
         saved = step_folder(training.folder, step)
         if step:
-            training.peers.from_first(lambda: verify_folder(saved))
+            training.control.broadcast(lambda: verify_folder(saved))
         self._write(event="stop", step=step)
         where = f"at step {step}, saved in {saved}" if step else "before the first step"
         raise Stopped(f"stopped {where}: the same command goes on from there")
@@ -293,7 +293,7 @@ def _finite(value: float) -> float | None:
 @contextlib.contextmanager
 def _work_record(engine: Engine, training: Training) -> Iterator[Callable[[], Work]]:
     """A function that records the work done so far, and returns it. Only the first process keeps a record."""
-    if not training.peers.is_first:
+    if not training.control.is_first:
         yield Work
         return
     with WorkRecord(training.folder, copies=training.batches.processes, watch=training.watch) as record:
@@ -321,7 +321,7 @@ def _last_good(folder: Path) -> str:
 
 
 def _resume(engine: Engine, training: Training) -> Progress:
-    folder, passed_over = training.peers.from_first(lambda: newest_checkpoint(training.folder))
+    folder, passed_over = training.control.broadcast(lambda: newest_checkpoint(training.folder))
     for reason in passed_over:
         logger.warning("resuming: passed over %s", reason)
     if folder is None:
@@ -338,7 +338,7 @@ def _resume(engine: Engine, training: Training) -> Progress:
 def _open_metrics(training: Training, progress: Progress) -> contextlib.AbstractContextManager[Metrics | None]:
     """Only the first process writes the record."""
     settings = training.settings
-    if not training.peers.is_first:
+    if not training.control.is_first:
         return contextlib.nullcontext()
     return Metrics(
         training.folder, step=progress.step, tensorboard=settings.tensorboard, wandb_project=settings.wandb_project

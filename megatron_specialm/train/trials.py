@@ -85,7 +85,7 @@ class Trials:
             description=start.state,
             flops_per_step=0,  # a trial's utilisation is not reported
             processes=1,
-            peers=ControlGroup(),
+            control=ControlGroup(),
             saver=Saver(folder, ControlGroup()),
         )
         with open_engine(

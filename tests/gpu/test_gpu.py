@@ -177,7 +177,7 @@ def test_a_projected_expert_is_a_plain_model(recipe: str | None) -> None:
         for _ in range(3):
             engine.train_step(batch, learning_rate=1e-3)
         whole, weights, expected = engine.evaluate([batch]), engine.weights(), 0.0
-        plain = _engine(replace(setup, model=shape.plain))
+        plain = _engine(replace(setup, model=shape.base_config))
         for expert in range(4):
             plain.load(project(weights, shape, torch.eye(4)[expert]), None)
             expected += plain.evaluate([batch.rows(slice(8 * expert, 8 * expert + 8))._replace(extra_inputs={})]).total

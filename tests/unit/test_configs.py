@@ -91,7 +91,7 @@ def test_the_papers_config_is_planned_with_its_own_numbers(tmp_path: Path, monke
     slm, llm, network = (setup_of(pipeline, name) for name in ("slm", "llm", "slm-pn"))
     assert count_trained_parameters(network.model, 32_000) == pytest.approx(1_422e6, rel=0.05)  # Table 6: 32 experts
     small = count_parameters(slm.model, 32_000)
-    assert count_parameters(network.model.plain, 32_000) == small == pytest.approx(126e6, rel=0.05)
+    assert count_parameters(network.model.base_config, 32_000) == small == pytest.approx(126e6, rel=0.05)
     assert count_parameters(llm.model, 32_000) == pytest.approx(771e6, rel=0.05)
     # 600 hours each at the paper's speeds: 2.2, 7.7 and 3.6 A100 hours per 1B tokens.
     for name, speed in {"slm": 2.2, "llm": 7.7, "slm-pn": 3.6}.items():

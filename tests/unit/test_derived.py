@@ -47,7 +47,7 @@ def _engine(shape: ModelConfig, *, precision: str = "fp32", recompute: str = "no
 
 
 def _plain(shape: ModelConfig, weights: Weights) -> Gpt:
-    model = Gpt(shape.plain, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    model = Gpt(shape.base_config, vocabulary_size=VOCABULARY, context_length=CONTEXT)
     model.load(weights)
     return model
 
@@ -286,7 +286,7 @@ def _check_served(model: Gpt, computed: Weights, served: Weights) -> None:
     for name, weight in computed.items():
         assert weight.dtype == torch.bfloat16
         assert (weight != served[name].bfloat16()).float().mean() < 1e-3, name
-    plain = Gpt(model.config.plain, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision="bf16")
+    plain = Gpt(model.config.base_config, vocabulary_size=VOCABULARY, context_length=CONTEXT, precision="bf16")
     plain.load(served)
     plain.chunks[0].bfloat16()
     tokens = torch.from_numpy(_batch(1).tokens)

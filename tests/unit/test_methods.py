@@ -91,7 +91,9 @@ def test_what_is_selected_is_an_ordinary_model_of_its_method(tmp_path: Path) -> 
     plain = model_of(pipeline, "slm")
     assert model_of(pipeline, "pn").projection is not None
     assert model_of(pipeline, "soup") == model_of(pipeline, "soup-tuned") == model_of(pipeline, "tuned") == plain
-    assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").plain == model_of(pipeline, "llm")
+    assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").base_config == model_of(
+        pipeline, "llm"
+    )
     assert [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned")] == ["mix", "mix", "pn-soup"]
     assert [is_finetuned(pipeline, name) for name in ("chosen", "tuned", "mix")] == [False, True, False]
 

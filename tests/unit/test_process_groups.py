@@ -24,12 +24,12 @@ def test_one_process_has_two_groups_and_few_threads(neox: ModelConfig) -> None:
     with process_group(ALONE):
         model = Gpt(neox, vocabulary_size=100, context_length=16)
         MegatronEngine(model, parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=1)
-        peers = [ControlGroup.meet() for _ in range(2)]  # a training's: for its loop, and for saving
+        groups = [ControlGroup.open() for _ in range(2)]  # a training's: for its loop, and for saving
         assert dist.distributed_c10d._world.pg_map.keys() == {
             dist.group.WORLD,
             parallel_state.get_data_parallel_group(),
         }
         assert parallel_state.get_tensor_model_parallel_group() is parallel_state.get_data_parallel_group_gloo()
         assert _threads() - before <= 10, "three per group, and the store's"
-        assert all(one.is_first and one.tell_all("alone") == ["alone"] for one in peers)
+        assert all(one.is_first and one.all_gather("alone") == ["alone"] for one in groups)
     assert parallel_state.create_group is create_group and not dist.is_initialized()

@@ -13,7 +13,8 @@ import torch
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.integrity import PROFILES, list_files
-from megatron_specialm.checkpoint.checkpoint import find_final, read_model
+from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from tests.training import run_training, stage
 

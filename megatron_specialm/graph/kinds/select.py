@@ -51,7 +51,7 @@ class SelectKind(ModelKind[SelectStage]):
         return list(pipeline.text.domains)
 
     def shape(self, pipeline: Pipeline, stage: SelectStage) -> ModelConfig:
-        return model_of(pipeline, stage.experts).plain
+        return model_of(pipeline, stage.experts).base_config
 
     def start(self, stage: SelectStage) -> str:
         return stage.experts

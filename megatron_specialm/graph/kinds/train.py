@@ -109,7 +109,7 @@ class TrainKind(ModelKind[TrainStage]):
         if stage.model is not None:
             return stage.model.model_copy(update={"projection": stage.network and stage.network.projection})
         assert stage.init is not None
-        return model_of(pipeline, stage.init).plain.model_copy(update={"lora": stage.lora})
+        return model_of(pipeline, stage.init).base_config.model_copy(update={"lora": stage.lora})
 
     def start(self, stage: TrainStage) -> str | None:
         return stage.init
