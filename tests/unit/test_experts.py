@@ -75,7 +75,7 @@ def test_a_step_is_drawn_at_once_and_once(soup: Soup | None, tmp_path: Path, mon
     assert searches == [8 if soup is None else 4] * 2  # once per process
     window_ids, mixtures = stream.draw(3)
     np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in batches]), store.batch(window_ids).tokens)
-    np.testing.assert_array_equal(np.concatenate([batch.notes[MIXTURE] for batch in batches]), mixtures)
+    np.testing.assert_array_equal(np.concatenate([batch.extra_inputs[MIXTURE] for batch in batches]), mixtures)
 
 
 def test_soup_groups_are_drawn_from_the_histogram_that_computes_them() -> None:

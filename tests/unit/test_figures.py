@@ -363,7 +363,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = invented(methods=("slm",))
     with pytest.raises(ArtifactError, match=r"1\.json: seed 0 and training_seed 0 are those of .*0\.json too"):
         merge_runs(_runs(tmp_path, one, one))
-    with pytest.raises(ArtifactError, match=r"of 'other', and .* of 'arena'"):
+    with pytest.raises(ArtifactError, match=r"of the config 'other', and .* of 'arena'"):
         merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
     with pytest.raises(ArtifactError, match="macro: Field required"):
         merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
