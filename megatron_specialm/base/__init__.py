@@ -1,1 +1,1 @@
-"""Shared foundation: errors, durable files, artifacts, locks, process environment, heartbeats. Imports no other package."""
+"""Shared foundation: errors, durable files, artifacts, locks, process status, heartbeats, GPUs. Imports no other package."""

@@ -1,1 +1,1 @@
-"""Clustering of windows: text encoders, k-means, and how concentrated a set is in few clusters."""
+"""Clustering of windows: text encoders, k-means, routers (vector -> cluster), concentration of a set in few clusters."""

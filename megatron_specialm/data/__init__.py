@@ -1,1 +1,1 @@
-"""From documents to batches: readers, windows, the token store, the importance stream."""
+"""From documents to batches: readers, tokenizers, the token store, splits, sampling order, teacher caches."""

@@ -1,1 +1,1 @@
-"""Results as rows, and the tables, figures and costs derived from them. Imports no torch."""
+"""Results as rows, with the tables, figures and costs derived from them; estimates of a config. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Execution of tasks on this machine or under a launcher: runner, workers, reuse, clean-up. Imports no torch."""
+"""Execution of tasks on this machine or under a launcher: checks, runner, workers, reuse, clean-up. Imports no torch."""

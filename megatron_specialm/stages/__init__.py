@@ -1,1 +1,5 @@
-"""One file per stage kind: `run(stage, context) -> Report`. Each reads input artifacts and writes one output artifact."""
+"""One module per stage kind, with its name: `run(stage, context) -> Report` reads input artifacts and writes one artifact.
+
+`context.py` has what all get; `continuing.py` and `rates.py` belong to trainings, `generation.py` to the commands
+`generate` and `samples`.
+"""
