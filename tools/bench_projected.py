@@ -74,12 +74,9 @@ def compare(size: Size, windows: Sequence[int], *, rounds: int, steps: int) -> I
         shape.model_copy(update={"projection": size.projection}), ParallelConfig(), size.precision, size.vocabulary,
         size.context, size.micro_batch, size.micro_batch,
     )  # fmt: skip
-    engines = [
-        engine_of(one, first_weights=drawn_on_device)
-        for one in (setup.changed("model", shape), setup)  # type: ignore[arg-type]
-    ]
+    engines = [engine_of(one, first_weights=drawn_on_device) for one in (setup.changed({"model": shape}), setup)]
     for count in windows:
-        batch = random_batch(setup.changed("global_batch_size", count))
+        batch = random_batch(setup.changed({"global_batch_size": count}))
         calls = [lambda engine=engine: engine.train_step(batch, learning_rate=1e-4) for engine in engines]  # type: ignore[misc]  # noqa: B023
         for call in calls:  # warm up
             call()
