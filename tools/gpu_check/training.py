@@ -52,12 +52,12 @@ def random_batch(setup: Setup) -> Batch:
     generator = np.random.default_rng(0)
     rows, shape = setup.global_batch_size, (setup.global_batch_size, setup.context_length + 1)
     windows = generator.zipf(1.3, shape).clip(max=setup.vocabulary_size) - 1
-    notes = {}
+    extra_inputs = {}
     if setup.model.projection is not None:
         experts = setup.model.projection.experts
         chosen = generator.integers(0, experts, rows // setup.micro_batch_size).repeat(setup.micro_batch_size)
-        notes[MIXTURE] = np.eye(experts, dtype=np.float32)[chosen]
-    return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), notes)
+        extra_inputs[MIXTURE] = np.eye(experts, dtype=np.float32)[chosen]
+    return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), extra_inputs)
 
 
 def seconds_per_call(call: Callable[[], object], *, warmup: int, repeats: int, calls: int) -> float:
