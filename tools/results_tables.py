@@ -13,9 +13,9 @@ Paths are relative to the current folder. With `--check` nothing is written, and
 is an error. Tables, over all seeds of the file (mean ± sample standard deviation):
 
     perplexity   per method and state, for each set and on average
-        cost         for the same lines, of the generic and the specialization phase
-        short        for fine-tuned models: perplexity, and the costs that matter for choosing a method
-        orders       on how many seeds the methods are in the paper's order, and by how much
+    cost         for the same lines, of the generic and the specialization phase
+    short        for fine-tuned models: perplexity, and the costs that matter for choosing a method
+    orders       on how many seeds the methods are in the paper's order, and by how much
 """
 
 import argparse

@@ -15,10 +15,10 @@ def live_kernels(model: Gpt, optimizer: object) -> str:
     if isinstance(norm, nn.Identity) or not list(norm.parameters()):
         norm = linear  # Transformer Engine fuses the norm into this linear
     parts = {"linears": linear, "norms": norm, "attention": attention, "Adam": optimizer}
-    return "kernels: " + ", ".join(f"{name} {_whose(part)}" for name, part in parts.items())
+    return "kernels: " + ", ".join(f"{name} {_implementation(part)}" for name, part in parts.items())
 
 
-def _whose(part: object) -> str:
+def _implementation(part: object) -> str:
     # Megatron-Core's wrappers inherit from Transformer Engine's modules, so all base classes are checked.
     modules = [ancestor.__module__ for ancestor in type(part).__mro__]
     for package, owner in _FUSED.items():
