@@ -57,7 +57,7 @@ def choose_rate(stage: TrainStage, context: Context) -> Choice:
     if not finite:
         raise TrainingError(
             f"{name}: at none of the learning rates {_format_rates(rates)} were the losses finite: give lower ones in "
-            f"stages.{name.stage}.optimizer.learning_rate, or look at the weights that it starts from"
+            f"stages.{name.stage}.optimizer.learning_rate, or check the weights that it starts from"
         )
     choice = Choice(min(finite, key=finite.__getitem__), trials)
     if context.world.is_first:

@@ -225,7 +225,7 @@ class _Loop:
             f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
             f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {settings.max_skipped_steps}); "
             f"{_last_good(training.folder)}. "
-            f"Lower optimizer.learning_rate (now {settings.optimizer.peak}) or look at the data of these steps",
+            f"Lower optimizer.learning_rate (now {settings.optimizer.peak}) or check the data of these steps",
             progress,
         )
 

@@ -67,7 +67,7 @@ def best_first(losses: Mapping[str, float]) -> Order:
     """
     if not any(map(math.isfinite, losses.values())):
         raise TrainingError(
-            f"none of the experts {', '.join(losses)} has a finite loss: look at their trainings, and lower the learning "
+            f"none of the experts {', '.join(losses)} has a finite loss: check their trainings, and lower the learning "
             "rate of those, or of the `trial`"
         )
     return tuple(sorted(losses, key=lambda key: losses[key] if math.isfinite(losses[key]) else math.inf))
