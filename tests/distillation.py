@@ -100,7 +100,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
             batch = store.batch(ids)
             if kind != "online":
                 cache = TeacherCache.open(folder.parent / kind, teacher="t", store="s")
-                batch = batch._replace(extra_inputs=cache.notes(ids))
+                batch = batch._replace(extra_inputs=cache.extra_inputs(ids))
             loss = engine.accumulate_gradients(batch)
             if step == 0:
                 tensors = {f"gradients/{name}": tensor for name, tensor in engine.gradients().items()}

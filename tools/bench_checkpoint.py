@@ -1,13 +1,13 @@
-"""Saving a checkpoint: seconds, memory and bytes sent, of this tree and of another one, in turns.
+"""Benchmark saving a checkpoint: seconds, memory and bytes sent, of this tree and another one, alternating.
 
     git worktree add ../before COMMIT
     python tools/bench_checkpoint.py --before ../before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
 
-Each turn starts the processes of a data-parallel layout on gloo anew, makes one step, so that there are moments, and saves.
-Training waits while tensors are collected on the CPU ("blocked"); writing, fsync, hashing and publishing go on behind it.
-Memory is the peak of resident memory during the save above what was resident before, of the process with most. Bytes sent are
-the kernel's counts of all TCP connections of all processes, and CPU time is that of all processes: the machine may do other
-work too. Prints medians over rounds and ratios; needs Linux.
+Each turn starts the processes of a data-parallel layout on gloo, makes one step, so that Adam has moments, and saves. Training
+is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background.
+Memory is the peak resident memory during the save minus that before it, of the process with the largest difference. Bytes sent
+are the kernel's counts for all TCP connections, and CPU time is the sum over all processes. So other load on the machine
+matters little. Prints medians over rounds and ratios. Needs Linux.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TCP_BYTES_SENT = slice(200, 208)  # of `struct tcp_info` of Linux
-# Of each turn: the unit, and how the numbers of the processes make one.
+# Per turn: the unit, and the function that combines the processes' numbers.
 NUMBERS: dict[str, tuple[str, Callable[[Iterable[float]], float]]] = {
     "seconds blocked": ("s", max),
     "CPU time blocked": ("s", sum),
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _turn(tree: Path) -> dict[str, float]:
-    """One save by the code of a tree, with this tool's own arguments."""
+    """One save with the code of a tree and this tool's own arguments."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--out", folder]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tree)})
@@ -83,7 +83,7 @@ def _turn(tree: Path) -> dict[str, float]:
 
 
 def _save_once(args: argparse.Namespace) -> None:
-    import megatron_specialm.engine.megatron.engine  # noqa: F401 (once for all processes, which are forked)
+    import megatron_specialm.engine.megatron.engine  # noqa: F401 (imported once, before the processes are forked)
 
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_rank, args=(rank, args)) for rank in range(args.processes)]
@@ -111,7 +111,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
 
     try:
         from megatron_specialm.checkpoint.saving import save_checkpoint
-    except ImportError:  # in trees of before slices
+    except ImportError:  # in trees before sharded saving
         from megatron_specialm.checkpoint.saving import save_checkpoint
 
     shape = ModelConfig(
@@ -122,15 +122,15 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
     world = World(rank, args.processes, rank, f"file://{args.out}/meeting", "benchmark")
     with process_group(world, parallel=parallel):
         model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=16, parallel=parallel)
-        for weight in model.weights():  # first values take long to draw, and are of no consequence
+        for weight in model.weights():  # drawing first values takes long, and they do not matter
             weight.parameter.data.fill_(0.01)
         engine = MegatronEngine(model, parallel=parallel, optimizer=Optimizer(learning_rate=1e-4), micro_batch_size=1)
         engine.train_step(Batch(tokens, tokens, np.ones(tokens.shape, np.float32)), learning_rate=1e-4)
         control = ControlGroup.open()
         dist.barrier()
-        ctypes.CDLL(None).malloc_trim(0)  # freed blocks are kept, and would hide what a save takes
+        ctypes.CDLL(None).malloc_trim(0)  # the allocator keeps freed blocks, which would hide the save's memory
         before, sent = _memory("VmRSS"), _bytes_sent()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         began, worked = time.perf_counter(), time.process_time()
         weights, state = engine.weights(), engine.optimizer_state()
         blocked, busy = time.perf_counter() - began, time.process_time() - worked
@@ -153,7 +153,7 @@ def _memory(field: str) -> int:
 
 
 def _bytes_sent() -> int:
-    """By all TCP connections of this process."""
+    """Bytes sent over all TCP connections of this process."""
     total = 0
     for link in Path("/proc/self/fd").iterdir():
         try:
@@ -164,7 +164,7 @@ def _bytes_sent() -> int:
                     total += int.from_bytes(
                         copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[TCP_BYTES_SENT], "little"
                     )
-        except OSError:  # it is closed by now
+        except OSError:  # closed in the meantime
             continue
     return total
 

@@ -1,9 +1,9 @@
-"""How much of the bare tokenizer's speed the tokenize path keeps: reading, encoding on all cores, writing the store.
+"""Compare the speed of `tokenize` (reading, encoding on all cores, writing the store) with the bare tokenizer library.
 
     python tools/bench_data.py [--input TEXT.jsonl] [--characters 20000000] [--workers N] [--algorithm bpe] [--rounds 5]
 
-Bare is the library's own batch call on texts that are already in memory, with as many threads. The two run in turns, so
-that what else the machine does meets both. Default text: the docstrings of the installed Python packages.
+Bare means the library's batch call on texts in memory, with the same number of threads. The two alternate, so that other load
+on the machine affects both. Default text: the docstrings of the installed Python packages.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Training steps of one model on one process with two threads, and in layouts of two processes with one thread each.
+"""Benchmark training steps of one model: one process with two threads, and layouts of two processes with one thread each.
 
     python tools/bench_layouts.py [--layers 4 --hidden 256 ...] [--steps 3] [--rounds 5]
 
-The three take turns; prints tokens per second (median over rounds) and the ratio to one process of the same round.
-Processes stay up between turns and sleep while it is not theirs.
+The three alternate. Prints tokens per second (median over rounds) and the ratio to one process in the same round. Processes
+stay alive and sleep between their turns.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
         teams = {name: _start(context, layout, args, Path(folder, str(number)))
                  for number, (name, layout) in enumerate(LAYOUTS.items())}  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in teams}
-        for turn in range(args.rounds + 1):  # the first warms up
+        for turn in range(args.rounds + 1):  # the first is the warm-up
             for name, lines in teams.items():
                 for line in lines:
                     line.send(args.steps)

@@ -1,10 +1,10 @@
-"""What preparing a shard of a corpus costs on one core, and how much memory each kind of task takes.
+"""Benchmark data preparation for a shard of a corpus on one core: speed and memory of each kind of task.
 
     python tools/bench_prepare.py [--megabytes 40] [--vectors 262144] [--windows 100000000] [--only NAME ...]
 
-Text is the docstrings of the installed Python packages, repeated to the size asked for; the windows have 1,024 tokens.
-Each measurement runs in a process of its own: seconds are of its CPU time (one thread), memory is the most that was resident.
-Mapped files that were read count as resident, though the kernel may drop them at any time; `own MiB` leaves them out.
+The text is the docstrings of the installed Python packages, repeated to the given size; windows have 1,024 tokens. Each
+measurement runs in its own process. Seconds are its CPU time (one thread), memory is its peak resident memory. Mapped files
+that were read count as resident, although the kernel may drop them at any time; `own MiB` excludes them.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[str, float, float]:
-    """The rate of one measurement, and the process's memory: peak, and at its end without mapped files."""
+    """The speed in one measurement, and the process's memory: the peak, and the final one without mapped files."""
     rate = MEASURED[name](folder, args)
     own = sum(
         int(line.split()[1])
@@ -79,7 +79,7 @@ def _text(folder: Path, size: int) -> None:
 
 
 def tokenize(folder: Path, args: argparse.Namespace) -> str:
-    """TrainingData, encoding and writing the store, in one process."""
+    """Reading, encoding and writing the store, in one process."""
     from megatron_specialm.data.documents import read_documents
     from megatron_specialm.data.encoding import Encoder
     from megatron_specialm.data.store import StoreWriter, describe_store
@@ -130,7 +130,7 @@ def embed_static(folder: Path, args: argparse.Namespace) -> str:
 
 
 def embed_minilm(folder: Path, args: argparse.Namespace) -> str:
-    """A Sentence-BERT of all-MiniLM-L6-v2's shape with random weights: speed does not depend on what they are."""
+    """A Sentence-BERT with all-MiniLM-L6-v2's shape and random weights, which do not affect its speed."""
     import torch
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -166,7 +166,7 @@ def kmeans_ours(folder: Path, args: argparse.Namespace) -> str:
 
 
 def kmeans_faiss(folder: Path, args: argparse.Namespace) -> str:
-    """The library's own k-means on the same vectors, to compare with."""
+    """faiss's own k-means on the same vectors, for comparison."""
     import faiss
 
     faiss.omp_set_num_threads(1)
@@ -205,7 +205,7 @@ def assign_clusters(folder: Path, args: argparse.Namespace) -> str:
 
 
 def index_by_cluster(folder: Path, args: argparse.Namespace) -> str:
-    """Gathering an assignment in 64 shards."""
+    """Join an assignment in 64 shards."""
     from megatron_specialm.data.clusters import order_type, sort_by_cluster
 
     share = args.windows // 64
@@ -220,7 +220,7 @@ def index_by_cluster(folder: Path, args: argparse.Namespace) -> str:
 
 
 def open_store(folder: Path, args: argparse.Namespace) -> str:
-    """A store of 256 shards, opened: its files are holes of the right size, so that only the opening is measured."""
+    """Open a store of 256 shards. Its files are sparse files of the right size, so that only the opening is measured."""
     import struct
 
     from megatron_specialm.data.store import TokenStore, describe_store, join_shards

@@ -1,9 +1,10 @@
-"""A pretraining step of a projected network (SLM-pn) beside the SLM's that one of its experts is, in turns.
+"""Benchmark a pretraining step of a projected network (SLM-pn) against the SLM with the shape of one of its experts.
 
     python tools/bench_projected.py [--rounds 9] [--steps 3] [--threads 1]     the quickstart's size
     tools/gpu_check.sh --parts projected                                       the paper's size, on a GPU
 
-Each micro-batch is of one expert, drawn at random. Prints milliseconds per step and the ratio, medians over rounds.
+Each micro-batch belongs to one expert, drawn at random. The two alternate. Prints milliseconds per step and the ratio, medians
+over rounds.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from megatron_specialm.estimate.setup import Setup
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and how it is cut into micro-batches."""
+    """The model's size, and the sizes of batches and micro-batches."""
 
     model: str
     projection: Projection
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def compare(size: Size, windows: Sequence[int], *, rounds: int, steps: int) -> Iterator[Comparison]:
-    """One comparison per number of windows, in a process group; both networks take turns."""
+    """One comparison per number of windows, in a process group; the two networks alternate."""
     shape = preset(size.model)
     setup = Setup(
         shape.model_copy(update={"projection": size.projection}), ParallelConfig(), size.precision, size.vocabulary,
@@ -86,7 +87,7 @@ def compare(size: Size, windows: Sequence[int], *, rounds: int, steps: int) -> I
 
 
 def _milliseconds(call: Callable[[], object], count: int) -> float:
-    # On a CPU the time that this process was computing: others may share the cores.
+    # On a CPU: this process's CPU time, because others may use the cores.
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     synchronize()
     start = clock()

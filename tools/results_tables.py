@@ -1,21 +1,21 @@
-"""The documentation's tables of results, from a CSV file that is committed beside them.
+"""Generate the documentation's tables of results from a CSV file that is committed beside them.
 
     python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv
     python tools/results_tables.py fill README.md docs/results.md [--check]
 
-`write-csv` collects the `results.json` of one page's run folders, one per seed: a line for each seed, method, stage and set,
-as they came out, with numbers of six digits. `fill` renders tables from it between two comments of a Markdown file:
+`write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
+and set, with numbers of six digits. `fill` renders tables from it between two comments of a Markdown file:
 
     <!-- table: docs/results/quickstart.csv perplexity -->
     <!-- end of table -->
 
-Paths are from the current folder. With `--check` nothing is written, and a file whose tables are others than those of the
-CSV file is an error. Tables, over all seeds of the file (mean ± sample standard deviation):
+Paths are relative to the current folder. With `--check` nothing is written, and a file whose tables differ from the CSV file
+is an error. Tables, over all seeds of the file (mean ± sample standard deviation):
 
     perplexity   per method and state, for each set and on average
-    cost         of the same lines, the generic and the specialization phase
-    short        of fine-tuned models: perplexity, and the costs that a choice hangs on
-    orders       on how many seeds the paper's orders of methods hold, and by how much
+    cost         for the same lines, of the generic and the specialization phase
+    short        for fine-tuned models: perplexity, and the costs that matter for choosing a method
+    orders       on how many seeds the methods are in the paper's order, and by how much
 """
 
 import argparse
@@ -44,7 +44,7 @@ DIGITS = 6
 
 
 def short_table(results: Results) -> Table:
-    """The fine-tuned models' perplexities, and what to choose by: tokens of both phases, seconds for each domain."""
+    """The fine-tuned models' perplexities and costs: tokens of both phases, seconds per domain."""
     tuned = [row for row in results.rows if is_tuned(row)]
     return results_table(replace(results, rows=tuned)).without(
         "fine-tuned", "gen. FLOPs", "gen. s", "spec. FLOPs", "fill"
@@ -68,7 +68,7 @@ def main() -> int:
     writing.add_argument("--output", required=True, type=Path)
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
-    filling.add_argument("--check", action="store_true", help="write nothing; fail where a table is another")
+    filling.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
     arguments = parser.parse_args()
     try:
         if arguments.command == "write-csv":
@@ -81,8 +81,8 @@ def main() -> int:
 
 
 def write_csv(runs: Sequence[Path], output: Path) -> None:
-    """Write the rows of all runs, in the order of their seeds. A mean over fewer seeds than the others would pass for one
-    over all, so each run must have every model."""
+    """Write the rows of all runs, in the order of their seeds. Each run must have every model: a mean over fewer seeds would be
+    mistaken for one over all."""
     rows = sorted(read_runs([folder / "results.json" for folder in runs]).rows, key=lambda row: row.seeds)
     models = dict.fromkeys((row.stage, row.domain) for row in rows)
     for folder in runs:
@@ -96,12 +96,12 @@ def write_csv(runs: Sequence[Path], output: Path) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """A fraction to so many digits: what comes behind them is of a machine, not of a result. Counts stay whole."""
+    """Round a fraction: further digits depend on the machine. Counts are unchanged."""
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def fill(pages: Sequence[Path], *, check: bool) -> int:
-    """Render every page's tables; 1 where `check` finds others."""
+    """Render the tables of every file; returns 1 if `check` finds a difference."""
     differ = 0
     for page in pages:
         try:
@@ -124,7 +124,7 @@ def fill(pages: Sequence[Path], *, check: bool) -> int:
 
 
 def render(page: Path, text: str) -> str:
-    """The text of a page with its tables as they should be."""
+    """The text of a Markdown file with up-to-date tables."""
     found = len(BLOCK.findall(text))
     begun, ended = (len(re.findall(rf"^\s*<!-- *{word}", text, re.MULTILINE)) for word in ("table", "end of table"))
     if not found == begun == ended:
@@ -136,7 +136,7 @@ def render(page: Path, text: str) -> str:
 
 
 def table(page: Path, path: str, name: str) -> Table:
-    """The table that a comment asks for."""
+    """The table that a comment names."""
     if name not in TABLES:
         raise ConfigError(f"{page}: there is no table {name!r} of {path}; there are {', '.join(TABLES)}")
     return TABLES[name](results_from_rows(read_csv(Path(path))))

@@ -35,7 +35,7 @@ def docstrings(package: str) -> Iterator[str]:
 
 
 def take(texts: Iterator[str], characters: int, seen: set[str]) -> list[str]:
-    """The next texts that nobody has taken yet, up to a number of characters."""
+    """The next texts that are not in `seen`, up to a number of characters."""
     taken: list[str] = []
     for text in texts:
         if text not in seen:

@@ -1,10 +1,10 @@
-"""Arrays in files: `.npy`, `.npz`, and bare values in a row. The only place that reads or maps them.
+"""Arrays in files: `.npy`, `.npz`, and raw values. The only module that reads or maps them.
 
-A reader says which type and shape it expects. They are compared with the file's header and size before a value is looked at,
-so a file of another kind, cut short or grown is an `ArtifactError` that names it. What is read into memory must be finite.
+A reader passes the expected type and shape. They are compared with the file's header and size before any value is read. So a
+file of another kind, or one that was truncated or has grown, raises an `ArtifactError` that names it. Values that are read into
+memory must be finite.
 
-A memory map that is written to gets its room on the disk first: where a disk fills up under a map, the process dies of a bus
-error that nothing can catch.
+The disk space of a writable memory map is allocated first: if a disk fills up under a map, the process dies of SIGBUS.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import REMAKE, atomic_path, reading
 
-Dimensions = tuple[int | None, ...]  # None where any number will do
+Dimensions = tuple[int | None, ...]  # None: any size
 
 
 def read_array(
@@ -31,10 +31,10 @@ def read_array(
     """Read an `.npy` file.
 
     Args:
-        mapped: as a memory map, of which only its header and size are checked; otherwise values must be finite too.
+        mapped: as a memory map, of which only header and size are checked; otherwise values must be finite too.
 
     Raises:
-        ArtifactError: it is missing, damaged, of another type or shape, or has values that are not finite.
+        ArtifactError: the file is missing, damaged, of another type or shape, or has values that are not finite.
     """
     with reading(path, form="an array of NumPy", remedy=remedy), path.open("rb") as file:
         found, own, start = _header(file)
@@ -45,8 +45,8 @@ def read_array(
 def read_values(
     path: Path, *, dtype: DTypeLike, shape: Dimensions, start: int = 0, mapped: bool = False, remedy: str = REMAKE
 ) -> np.ndarray:
-    """Read values that stand in a file from byte `start` to its end, without a header; as `read_array` otherwise. With
-    (None,) as shape these are all that there are."""
+    """Read raw values from byte `start` to the end of a file; otherwise like `read_array`. The shape (None,) reads all of
+    them."""
     with reading(path, form="such values", remedy=remedy):
         there = (path.stat().st_size - start) // np.dtype(dtype).itemsize
         own = tuple(there if size is None else size for size in shape)
@@ -54,10 +54,10 @@ def read_values(
 
 
 def read_arrays(path: Path, arrays: Mapping[str, tuple[DTypeLike, Dimensions]]) -> dict[str, np.ndarray]:
-    """Read an `.npz` file that has these arrays, by name: type and shape.
+    """Read an `.npz` file with these arrays: name to type and shape.
 
     Raises:
-        ArtifactError: as `read_array` has it, or it lacks one.
+        ArtifactError: as in `read_array`, or an array is missing.
     """
     with reading(path, form="arrays of NumPy"), np.load(path, allow_pickle=False) as file:
         if missing := sorted(arrays.keys() - set(file.files)):
@@ -71,10 +71,10 @@ def read_arrays(path: Path, arrays: Mapping[str, tuple[DTypeLike, Dimensions]]) 
 
 @contextlib.contextmanager
 def new_array(path: Path, *, dtype: DTypeLike, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A memory-mapped array to fill, which becomes the `.npy` file when that is done.
+    """A memory-mapped array to fill. When the context ends it becomes the `.npy` file.
 
     Raises:
-        OSError: there is no room for it on the disk.
+        OSError: the disk has no room for it.
     """
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
@@ -91,7 +91,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Write an `.npy` file, atomically and durably.
 
     Raises:
-        OSError: there is no room for it on the disk.
+        OSError: the disk has no room for it.
     """
     with new_array(path, dtype=array.dtype, shape=array.shape) as values:
         values[...] = array
@@ -102,8 +102,8 @@ def _allocate(file: BinaryIO, size: int, path: Path) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        told = f"{error.strerror}; it takes {size:,} bytes, and {free:,} are free"
-        raise OSError(error.errno, told, str(path)) from None
+        reason = f"{error.strerror}; it takes {size:,} bytes, and {free:,} are free"
+        raise OSError(error.errno, reason, str(path)) from None
 
 
 def _header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], int]:
@@ -136,7 +136,7 @@ def _values(
         raise ArtifactError(
             f"{path}: {size} bytes, and {wanted} are {np.dtype(dtype)} of shape {shape}: cut short or overwritten: {remedy}"
         )
-    if wanted == start:  # which cannot be mapped
+    if wanted == start:  # an empty array cannot be mapped
         return np.empty(shape, np.dtype(dtype))
     if mapped:  # a plain array on the mapped file: slices of np.memmap itself cost three times as much
         return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=shape))

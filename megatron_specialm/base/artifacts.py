@@ -1,17 +1,17 @@
 """Artifacts: one folder per task and digest, complete when its marker is there.
 
-    <root>/artifacts/<stage>/<key>/<16 digits>/   what the task made for a digest that begins so
-        task.json    the label: for which digest it is made, from what (`made_from`), and by which attempt (`incarnation`)
+    <root>/artifacts/<stage>/<key>/<16 digits>/   a task's output; the folder is named by the first digits of the digest
+        task.json    the label: the digest, what it covers (`made_from`), and the attempt's fencing token (`incarnation`)
         done.json    the marker, written last: digest, cost, values, versions, and size and SHA-256 of every file
-    <root>/<stage>/<key>   a symbolic link to the current one, for users
+    <root>/<stage>/<key>   a symbolic link to the current artifact, for users
 
-Readers find an artifact by its digest, so an artifact of other settings, text or inputs is never used by mistake, and equal
-work is never done twice. Nothing here removes finished artifacts: changed settings get a new folder, the link changes when the
-new artifact is complete, and old settings find the old artifact. `specialm clean` removes artifacts on demand.
+Readers find an artifact by its digest. So an artifact of other settings, text or inputs is never used by mistake, and the same
+work is never done twice. Changed settings get a new folder, and the link moves when the new artifact is complete; restored
+settings find the old artifact. Finished artifacts are removed only by `specialm clean`.
 
-A node that Slurm has given up may be cut off but alive, with its ranks still running when the job runs again elsewhere. So each
-attempt at a task writes its fencing token into the label when it begins, and publishes only while its token is there. In the
-files the token is called `incarnation`.
+A node that Slurm has given up on may be cut off but alive, with ranks that still run when the job runs again elsewhere. So each
+attempt at a task writes its fencing token into the label when it begins, and publishes only while the label has that token. The
+files call the token `incarnation`.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ SHOWN_DIGITS = 16  # of a digest, in the names of folders
 class Cost:
     """The cost of a task; docs/methods.md has the rule.
 
-    tokens: trained on (read, for other stages), without padding.
-    slots: token positions of the windows of these tokens, with padding; 0 where nothing was read in windows.
-    flops: of the model or algorithm, over all passes that were made.
+    tokens: trained on (for other stages: read), without padding.
+    slots: token positions of their windows, with padding; 0 if no windows were read.
+    flops: of the model or algorithm, over all passes.
     wall_seconds: from the task's beginning to its end, over all attempts of a training.
     device_seconds: wall seconds times processes; a process on CPU counts as one device.
     """
@@ -99,11 +99,11 @@ class Spent:
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage function returns: the parts of the cost that only it knows, and values for the results.
+    """The return value of a stage function: the parts of the cost that only it knows, and values for the results.
 
     lost_seconds: of earlier attempts that this one continues.
-    apart: the cost of work that does not affect the result. It is recorded, but not part of the task's cost. Its seconds are
-        within those of all attempts.
+    apart: the cost of work that does not affect the result. It is recorded, but is not part of the task's cost. Its seconds are
+        included in those of all attempts.
     earlier: the cost of another artifact that this one continues, recorded beside the task's own cost.
     """
 
@@ -121,7 +121,7 @@ class Marker:
     """The content of a completion marker.
 
     apart: the cost of work that does not affect the result.
-    files: all files of the artifact, by their names in its folder, as they were when it was finished.
+    files: all files of the finished artifact, by their path in its folder.
     earlier: the cost of another artifact that this one continued.
     """
 
@@ -159,13 +159,13 @@ def begin_artifact(
     root: Path, stage: str, key: str, *, digest: str, made_from: Mapping[str, Any] | None = None
 ) -> Path:
     """Make the folder to write into. Files of an unfinished attempt for the same digest stay, so that it can be resumed; those
-    that another run folder shares are copied.
+    that another run folder shares by hard links are copied.
 
     Args:
-        made_from: what the digest is of.
+        made_from: the content that the digest covers.
 
     Raises:
-        ArtifactError: the folder's label is of another digest, or the place of the link has something else.
+        ArtifactError: the folder's label has another digest, or the link's path is occupied.
     """
     folder = artifact_folder(root, stage, key, digest)
     if (folder / LABEL).exists() and read_label(folder)["digest"] != digest:
@@ -179,7 +179,7 @@ def begin_artifact(
     _unshare(folder)
     write_json(folder / LABEL, {"digest": digest, "incarnation": fencing_token(), "made_from": dict(made_from or {})})
     place = view(root, stage, key)
-    if not (place / MARKER).exists():  # users see the unfinished artifact until one is complete
+    if not (place / MARKER).exists():  # users see an unfinished artifact only if none is complete
         show_artifact(root, stage, key, digest)
     return folder
 
@@ -188,7 +188,7 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
     """Link to this artifact, by one rename.
 
     Raises:
-        ArtifactError: the place of the link has something else, which this program does not remove.
+        ArtifactError: the link's path is occupied by something else, which this program does not remove.
     """
     place = view(root, stage, key)
     target = Path(os.path.relpath(artifact_folder(root, stage, key, digest), place.parent))
@@ -211,9 +211,9 @@ def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
 
 @contextlib.contextmanager
 def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[Path]:
-    """A temporary folder to copy a whole artifact into; on success it becomes the artifact. A kill leaves a folder that no
-    reader uses. The caller holds `hold_placing`; one that has lost the lock, on a node that was cut off, has a folder of
-    another name."""
+    """A temporary folder to copy a complete artifact into; on success it becomes the artifact. If the process is killed, no
+    reader uses the folder. The caller holds `hold_placing`. A caller that has lost this lock, on a node that was cut off, has a
+    temporary folder of another name."""
     final = artifact_folder(root, stage, key, digest)
     _remove_asides(final)
     aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
@@ -230,14 +230,14 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
 
 
 def _remove_asides(folder: Path) -> None:
-    """Remove what killed take-overs of an artifact have left."""
+    """Remove the temporary folders of killed processes."""
     for aside in folder.parent.glob(f".{folder.name}.*tmp"):
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unshare(folder: Path) -> None:
-    """Copy files that may be written to and that other run folders share by hard links. Published folders are left alone,
-    because nothing writes into them."""
+    """Copy writable files that other run folders share by hard links. Published folders are skipped: nothing writes into
+    them."""
     published = {path.parent for path in folder.rglob(MANIFEST)}
     for path in folder.rglob("*"):
         if not published.isdisjoint(path.parents):
@@ -249,7 +249,7 @@ def _unshare(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Label:
-    """The types of a label's values; labels of earlier versions lack some."""
+    """The types of a label's values; earlier versions lack some."""
 
     digest: str
     incarnation: str | None = None
@@ -272,15 +272,15 @@ def read_label(folder: Path) -> dict[str, Any]:
 
 
 def fencing_token(environ: Mapping[str, str] = os.environ) -> str:
-    """This process's fencing token, which no other attempt at a task has: job and attempt, or process id and host."""
+    """This process's fencing token, unique to its attempt at a task: job and attempt, or process id and host."""
     return environ.get(FENCING_TOKEN) or f"{os.getpid()}@{socket.gethostname()}"
 
 
 def check_fence(folder: Path) -> None:
-    """To be called before anything is published in an artifact's folder. A folder without a label belongs to no task.
+    """Check the fencing token. Call it before publishing anything in an artifact's folder. A folder without a label has none.
 
     Raises:
-        ArtifactError: another attempt has begun the task since.
+        ArtifactError: another attempt at the task has begun since.
     """
     if (folder / LABEL).exists() and (now := read_label(folder).get("incarnation")) != fencing_token():
         raise ArtifactError(
@@ -290,21 +290,21 @@ def check_fence(folder: Path) -> None:
 
 
 def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
-    """Write the marker of an artifact, with the files that it has now, and link to it.
+    """Write the marker of an artifact, with its current files, and link to it.
 
     Raises:
-        ArtifactError: another attempt has taken over.
+        ArtifactError: another attempt at the task has begun since.
     """
     folder = artifact_folder(root, stage, key, marker.digest)
-    whole = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
-    content = json.loads(json.dumps(asdict(whole)))  # as it will be read
+    complete = replace(marker, files=list_files(folder, without=(LABEL, MARKER)))
+    content = json.loads(json.dumps(asdict(complete)))  # with JSON's types, as a reader gets them
     check_fence(folder)
     write_json(folder / MARKER, {**content, "sha256": sha256_json(content)})
     show_artifact(root, stage, key, marker.digest)
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The completion marker of an artifact's folder, or of a link to it; None where the task has not finished.
+    """The completion marker in an artifact's folder or behind a link to it; None if the task has not finished.
 
     Raises:
         ArtifactError: it is damaged.
@@ -314,7 +314,7 @@ def read_marker(folder: Path) -> Marker | None:
         return None
     remedy = "put it back from a copy, or remove it and run again"
     value = read_json(path, dict[str, Any], remedy=remedy)
-    is_as_written = path.read_bytes() == json_text(value).encode()  # other bytes may be the same numbers
+    is_as_written = path.read_bytes() == json_text(value).encode()  # a damaged file may parse to the same numbers
     if value.pop("sha256", None) != sha256_json(value) or not is_as_written:
         raise ArtifactError(
             f"{path}: its content does not have the SHA-256 that it names: it was changed or is damaged; {remedy}"
@@ -323,10 +323,10 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def check_artifact(folder: Path) -> None:
-    """To be called before an artifact is read: check that it is finished and its files are unchanged.
+    """Check that an artifact is finished and its files are unchanged. Call it before reading the artifact.
 
     Raises:
-        ArtifactError: with the file that is missing or has changed.
+        ArtifactError: names the file that is missing or has changed.
     """
     marker = read_marker(folder)
     if marker is None:
@@ -336,7 +336,7 @@ def check_artifact(folder: Path) -> None:
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:
-    """Whether the artifact of this digest is finished, and all its files are there with their sizes."""
+    """Whether the artifact of this digest is finished, and all its files exist with their sizes."""
     folder = artifact_folder(root, stage, key, digest)
     marker = read_marker(folder)
     return marker is not None and marker.digest == digest and find_damage(folder, marker.files) is None

@@ -100,5 +100,5 @@ def _outcome(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error of torch.distributed means that another process has ended."""
-    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    signs = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -1,13 +1,13 @@
-"""The world of this process: rank, world size and rendezvous address, from the variables of its launcher.
+"""The rank, world size and rendezvous address of this process, from its launcher's environment variables.
 
-torchrun, srun and mpirun set variables of their own; only this module reads them. Nothing here imports torch.
+Only this module reads the variables of torchrun, srun and mpirun. It does not import torch.
 
-The variables of several launchers may be set at once. Where PMIx is a cluster's default, `srun` sets PMIx's variables for any
-program, so Slurm's have precedence; `mpirun` inside a Slurm job leaves Slurm's variables of its own daemons, so Open MPI's
-have precedence over those. SPECIALM_LAUNCHER=srun|torchrun|mpi|none decides, as for `srun --mpi=pmix`, which looks like either.
+The variables of several launchers may be set at once. If PMIx is a cluster's default, `srun` sets PMIx's variables for every
+program, so Slurm's have precedence. `mpirun` in a Slurm job leaves the Slurm variables of its own daemons, so Open MPI's have
+precedence over those. SPECIALM_LAUNCHER=srun|torchrun|mpi|none overrides this, as for `srun --mpi=pmix`, which is ambiguous.
 
-Every shell inside a Slurm job has the job's variables, and children inherit those of a launcher. So Slurm's count only in a
-step that srun has started, with the step's own number of tasks, and a step of one task is a process alone.
+Every shell in a Slurm job has the job's variables, and children inherit those of a launcher. So Slurm's variables count only in
+a step that srun has started, with the step's number of tasks. A step with one task is a single process.
 """
 
 import getpass
@@ -39,19 +39,19 @@ class World:
 
     @property
     def is_mpi(self) -> bool:
-        """Whether the ranks can communicate by MPI."""
+        """Whether the ranks communicate by MPI."""
         return self.launcher == "mpirun"
 
 
 ALONE = World(rank=0, world_size=1, local_rank=0, init_method="", launcher="none")
-SPECIAL_STEPS = 0xFFFFFFF0  # from here on numbers of steps are Slurm's own: batch, interactive (salloc's shell), extern
+SPECIAL_STEPS = 0xFFFFFFF0  # from here on step ids are reserved by Slurm: batch, interactive (salloc's shell), extern
 
 
 def discover_world(environ: Mapping[str, str] = os.environ) -> World:
     """Read the launcher's variables.
 
     Raises:
-        MachineError: variables that contradict each other, or MPI without mpi4py.
+        MachineError: the variables contradict each other, or MPI is used without mpi4py.
     """
     launcher = environ.get(LAUNCHER) or _launcher(environ)
     if launcher == "none":
@@ -63,7 +63,7 @@ def discover_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
-    """The launcher whose variables count; those of Slurm and MPI do not where they name a single process."""
+    """The launcher whose variables count. Slurm and MPI do not count with a single process."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return "torchrun"
     if "OMPI_COMM_WORLD_SIZE" in environ:
@@ -78,10 +78,10 @@ def _launcher(environ: Mapping[str, str]) -> str:
 
 
 def user_name() -> str:
-    """The user, for records; in a container a user may have no name."""
+    """The user's name for records; in a container the user may have none."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # what it raises differs between versions of Python
+    except (KeyError, OSError, ImportError):  # depends on the version of Python
         return f"uid {os.getuid()}"
 
 
@@ -91,7 +91,7 @@ def usable_cores() -> int:
 
 
 def node_name() -> str:
-    """This node's name, as Slurm has it."""
+    """This node's name in Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -119,7 +119,7 @@ def _torchrun_world(environ: Mapping[str, str]) -> World:
 
 
 def _slurm_world(environ: Mapping[str, str]) -> World:
-    """Ranks of an `srun`. The rendezvous is on the first node, at a port that follows from the job's id."""
+    """The world under `srun`. The rendezvous is on the first node, at a port derived from the job's id."""
     size = _tasks_of_step(environ)
     host = environ.get("MASTER_ADDR") or first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
     port = environ.get("MASTER_PORT") or str(20_000 + _integer(environ, "SLURM_JOB_ID") % 20_000)
@@ -131,12 +131,12 @@ def _slurm_world(environ: Mapping[str, str]) -> World:
 
 
 def _tasks_of_step(environ: Mapping[str, str]) -> int:
-    """SLURM_NTASKS may be the job's."""
+    """The step's number of tasks; SLURM_NTASKS may be the job's."""
     return _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
+    """The first node of a Slurm node list: `gpu[003-007,9],cpu1` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", nodelist)
     if match is None:
         raise MachineError(f"SLURM_STEP_NODELIST={nodelist!r}: not a node list")
@@ -144,8 +144,8 @@ def first_slurm_host(nodelist: str) -> str:
 
 
 def _mpi_world(environ: Mapping[str, str]) -> World:
-    """Ranks of an `mpirun` or `srun --mpi`. Rank 0 chooses the address of the rendezvous and broadcasts it by MPI; in a Slurm
-    job it is the job's MASTER_ADDR, because names of nodes need not resolve."""
+    """The world under `mpirun` or `srun --mpi`. Rank 0 chooses the rendezvous address and broadcasts it by MPI. In a Slurm job
+    the host is MASTER_ADDR, because node names need not resolve."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -164,8 +164,8 @@ def _mpi_world(environ: Mapping[str, str]) -> World:
 
 
 def choose_gloo_interface(address: str) -> None:
-    """Set gloo's network interface to the one by which this node reaches the rendezvous. By default gloo takes that of this
-    host's own name, which is the loopback where names do not resolve."""
+    """Set gloo's network interface to the one that reaches the rendezvous. By default gloo uses the interface of this host's
+    name, which is the loopback if the name does not resolve."""
     import psutil
 
     host = os.environ.get("MASTER_ADDR") if address == "env://" else urlsplit(address).hostname
@@ -180,8 +180,8 @@ def choose_gloo_interface(address: str) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a name is that of the loopback, or does not resolve."""
+    """Whether a name resolves to the loopback, or does not resolve."""
     try:
         return socket.gethostbyname(host).startswith("127.")
-    except (OSError, UnicodeError):  # the latter for what cannot be a name
+    except (OSError, UnicodeError):  # UnicodeError: the text cannot be a host name
         return True

@@ -30,14 +30,14 @@ def list_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, Mani
     Raises:
         ArtifactError: a file that a manifest lists is missing or of another size.
     """
-    names, seals = present_files(folder, without=without), dict[str, ManifestEntry]()
+    names, entries = present_files(folder, without=without), dict[str, ManifestEntry]()
     for manifest in (folder / name for name in names if PurePath(name).name == MANIFEST):
         listed = listed_files(manifest.parent)
         if damage := find_damage(manifest.parent, listed):
             raise ArtifactError(f"{damage}: {REMAKE}")
         inside = manifest.parent.relative_to(folder)
-        seals |= {(inside / name).as_posix(): seal for name, seal in listed.items()}
-    return {name: seals.get(name) or seal_file(folder / name) for name in names}
+        entries |= {(inside / name).as_posix(): entry for name, entry in listed.items()}
+    return {name: entries.get(name) or seal_file(folder / name) for name in names}
 
 
 def present_files(folder: Path, *, without: Collection[str] = ()) -> list[str]:
@@ -60,14 +60,14 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def find_damage(folder: Path, files: Mapping[str, ManifestEntry]) -> str | None:
     """A message about the first file that is missing or has another size; None where there is none."""
-    for name, seal in files.items():
+    for name, entry in files.items():
         path = folder / name
         try:
             size = path.stat().st_size
         except OSError as error:
             return f"{path}: {error.strerror}, though the task that made it has finished"
-        if size != seal.bytes:
-            return f"{path}: {size} bytes, and {seal.bytes} when it was made: the file was cut or grew"
+        if size != entry.bytes:
+            return f"{path}: {size} bytes, and {entry.bytes} when it was made: the file was cut or grew"
     return None
 
 
@@ -87,8 +87,8 @@ def check_files(
         raise ArtifactError(damage)
     hashes = sha256_files((folder / name for name in files), folder / CHECKED, again=again, alone=True)
     place = original or folder
-    for name, seal in files.items():
-        if hashes[folder / name] != seal.sha256:
+    for name, entry in files.items():
+        if hashes[folder / name] != entry.sha256:
             raise ArtifactError(
                 f"{place / name}: SHA-256 is not what it was when it was made: its bytes have changed: put it back from a "
                 f"copy, or remove {place}/done.json and run again"

@@ -1,17 +1,17 @@
 """The locks of a run folder.
 
-    <root>/.lock                  one command at a time: `run` (under launchers by rank 0), `submit`, `cancel`, `clean`
-    <root>/.locks/<stage>/<key>   one worker at a time at a task, by its rank 0
-    <root>/.locks/.placing        one process at a time that moves whole artifacts in, of `reuse` or an earlier version's layout
+    <root>/.lock                  one command at a time: `run` (rank 0 under a launcher), `submit`, `cancel`, `clean`
+    <root>/.locks/<stage>/<key>   one worker at a time per task; rank 0 locks
+    <root>/.locks/.placing        one process at a time that moves artifacts in, for `reuse` or from an older layout
 
-Jobs under a supervisor share the first two with each other: an attempt at a job must not wait for ranks of the one before, on a
-node that is cut off; `check_fence` of `base/artifacts.py` keeps those from publishing. `.placing` is exclusive also for jobs:
-the next one then finds the artifacts. The ranks of `specialm submit` lock their tasks only, not the folder. So jobs run beside
-each other, and no `run` beside a job at its task.
+Jobs under a supervisor share the first two locks with each other. A new attempt at a job must not wait for the previous one's
+ranks on a node that is cut off; `check_fence` in `base/artifacts.py` keeps those from publishing. `.placing` is exclusive for
+jobs too, so that the next job finds the artifacts. The ranks of a submitted job lock only their task, not the folder. So jobs
+run concurrently, and a `run` cannot do a task while a job does it.
 
-A lock is the kernel's (`flock`): it belongs to an open file, and is released when the last process that has the file open ends,
-however it ends, on a shared filesystem also on another machine. A command shares the open file with its workers, so that the
-folder is locked as long as any of them lives.
+Locks are the kernel's (`flock`). A lock belongs to an open file and is released when the last process that has the file open
+ends, however it ends; on a shared filesystem this works between machines. A command shares the open file with its workers, so
+that the folder stays locked until all of them have ended.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.protocol import FENCING_TOKEN
 
 POLL_SECONDS = 0.1
-HANDOVER_SECONDS = 5.0  # for the workers of a killed command to end
-PLACING_SECONDS = 3600.0  # for another job to copy or hash large artifacts
+HANDOVER_SECONDS = 5.0  # in which the workers of a killed command end
+PLACING_SECONDS = 3600.0  # in which another job copies or hashes large artifacts
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre without `flock`; NFS without its lock service
 
 
 class HeldFolder:
-    """A folder that this process has locked. Passed to a process of `multiprocessing`, the lock is shared with it."""
+    """A run folder that this process has locked. Passing it to a `multiprocessing` process shares the lock."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -50,17 +50,17 @@ def _held_too(duplicate: Any) -> HeldFolder:
 
 
 def in_job(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a rank of a job under a supervisor, which shares its locks."""
+    """Whether this is a rank of a job under a supervisor, whose locks are shared."""
     return FENCING_TOKEN in environ
 
 
 @contextlib.contextmanager
 def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) -> Iterator[HeldFolder]:
-    """Lock a run folder, which is created where it is missing.
+    """Lock a run folder; it is created if missing.
 
     Args:
         wait_seconds: for another holder to release it.
-        shared: with other shared holders; else exclusive.
+        shared: with other shared holders; otherwise exclusive.
 
     Raises:
         MachineError: another process holds it, named by its id and host; or the filesystem has no locks.
@@ -94,7 +94,7 @@ def hold_task(root: Path, stage: str, key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_placing(root: Path) -> Iterator[None]:
-    """Lock the moving in of whole artifacts; another holder is waited for.
+    """Lock moving complete artifacts in; waits for another holder.
 
     Raises:
         MachineError: another process has held the lock for long, with its fencing token; or the filesystem has no locks.
@@ -112,7 +112,7 @@ def hold_placing(root: Path) -> Iterator[None]:
 def _locked(
     path: Path, sign: str, refusal: Callable[[str], str], *, shared: bool, wait_seconds: float
 ) -> Iterator[int]:
-    """Hold the lock of a file, whose content then names the holder."""
+    """Hold a lock file, and write the holder's name into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         deadline = time.monotonic() + wait_seconds
@@ -121,7 +121,7 @@ def _locked(
                 lock.seek(0)
                 raise MachineError(refusal(lock.read()))
             time.sleep(POLL_SECONDS)
-        with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its holder
+        with contextlib.suppress(OSError):  # on a full disk the lock works without its holder's name
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), sign.encode())
         yield lock.fileno()

@@ -1,8 +1,7 @@
-"""Standard output and standard error that may fail before the process ends: a closed pipe, a terminal that hung up, a log on
-a full disk.
+"""Standard output and standard error that may fail before the process ends: a closed pipe, a closed terminal, a full disk.
 
-Output of a run may be lost: if it cannot be written it is dropped, and the run goes on. A command whose purpose is its output
-fails if it cannot be written, except into a closed pipe or terminal.
+A run drops output that cannot be written and continues. A command whose purpose is its output fails, unless the reader of its
+pipe or terminal is gone.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-UNREAD = (errno.EPIPE, errno.EIO)  # a pipe without a reader; a terminal that hung up
+UNREAD = (errno.EPIPE, errno.EIO)  # a pipe without a reader; a closed terminal
 
 
 class _Channel(io.FileIO):
@@ -38,7 +37,7 @@ class _Channel(io.FileIO):
 
 
 class _Output(io.TextIOWrapper):
-    """A text stream on a descriptor. What the encoding lacks, as in file names, is written as escapes."""
+    """A text stream on a descriptor. Characters that the encoding lacks, as in file names, are written as escapes."""
 
     def __init__(self, descriptor: int, *, encoding: str, may_be_lost: bool) -> None:
         self.channel = _Channel(descriptor, may_be_lost=may_be_lost)
@@ -48,7 +47,7 @@ class _Output(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def lasting_output(*, may_be_lost: bool) -> Iterator[None]:
-    """Within, printing does not raise. The exception: if the output may not be lost and has a reader, a failing write to
+    """Within, printing does not raise, with one exception: if `may_be_lost` is false and there is a reader, a failing write to
     standard output raises OSError, as on a full disk."""
     _give_descriptors()
     before = sys.stdout, sys.stderr
@@ -64,23 +63,23 @@ def lasting_output(*, may_be_lost: bool) -> Iterator[None]:
 
 
 def _lasting(stream: TextIO | None, descriptor: int, *, may_be_lost: bool) -> TextIO:
-    """A replacement for Python's own stream; another stream, such as a test's, is returned as it is."""
+    """A replacement for Python's own stream. Other streams, such as a test's, are returned unchanged."""
     if stream is None:  # it was closed when Python started
         return _Output(descriptor, encoding="utf-8", may_be_lost=may_be_lost)
     try:
         ours = stream.fileno() == descriptor
-    except (OSError, ValueError):  # it has no descriptor
+    except (OSError, ValueError):  # it has no file descriptor
         return stream
     return _Output(descriptor, encoding=stream.encoding, may_be_lost=may_be_lost) if ours else stream
 
 
 def nobody_reads() -> bool:
-    """Whether the reader of standard output is gone: a command that only prints may end."""
+    """Whether standard output has no reader: a command that only prints may end."""
     return isinstance(sys.stdout, _Output) and sys.stdout.channel.is_unread
 
 
 def _give_descriptors() -> None:
-    """Open those of descriptors 0, 1 and 2 that are closed: otherwise the next file opened would get their number."""
+    """Open descriptors 0, 1 and 2 if they are closed: otherwise the next opened file would get their number."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

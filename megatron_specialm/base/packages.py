@@ -1,4 +1,4 @@
-"""Optional packages: the versions that this project works with, and their import when they are needed."""
+"""Optional packages: their supported versions, and their import on demand."""
 
 import importlib
 import importlib.metadata
@@ -8,13 +8,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 TRANSFORMER_ENGINE_LEAST = "2.9"
-TRANSFORMER_ENGINE = f">={TRANSFORMER_ENGINE_LEAST},<2.12"  # what megatron-core 0.16 works with
+TRANSFORMER_ENGINE = f">={TRANSFORMER_ENGINE_LEAST},<2.12"  # the range that megatron-core 0.16 supports
 INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}'"
 
 
 def import_package(name: str) -> ModuleType:
-    """An installed package. A folder of its name in the working directory, such as `wandb/` or `datasets/`, does not count:
-    without the package, Python would import the folder as an empty namespace package.
+    """Import an installed package. A folder with its name in the working directory, such as `wandb/` or `datasets/`, does not
+    count: without the package, Python would import it as an empty namespace package.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -28,7 +28,7 @@ def import_package(name: str) -> ModuleType:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package, by its metadata and without importing it; None where it is not installed."""
+    """The version in a package's metadata, found without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -36,6 +36,6 @@ def installed_version(package: str) -> str | None:
 
 
 def satisfies(version: str, requirement: str) -> bool:
-    """Whether a version is in a range such as ">=2.9,<2.12". A vendor's build (2.9.0a0+git) counts as the release that it is
-    made from."""
+    """Whether a version is in a range such as ">=2.9,<2.12". A vendor's build (2.9.0a0+git) counts as the release that it
+    precedes."""
     return Version(Version(version).base_version) in SpecifierSet(requirement)

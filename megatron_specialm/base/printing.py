@@ -1,6 +1,6 @@
-"""Printing without control characters: names, paths, errors and logs may contain some, which must not reach a terminal.
+"""Printing without control characters. Names, paths, errors and logs may contain some, which must not reach a terminal.
 
-All output goes through `say`, the `console` of `base/terminal.py`, or the log; a test finds code that prints otherwise.
+All output goes through `say`, the `console` of `base/terminal.py`, or the log; a test finds other printing.
 """
 
 import logging

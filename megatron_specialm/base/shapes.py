@@ -1,4 +1,4 @@
-"""Numbers as files of JSON hold them, for the types that `read_json` is given."""
+"""Number types for the dataclasses that `read_json` checks."""
 
 from typing import Annotated
 

@@ -1,8 +1,8 @@
-"""A stopwatch: a sum of differences between two readings of the monotonic clock, none negative.
+"""A stopwatch: the sum of the differences between readings of the monotonic clock, none of them negative.
 
-Setting the date does not affect the monotonic clock. But it may restart under a process that is moved to another machine, or be
-shifted by a library; then the time between two readings is unknown and counts as zero. A reading takes less than a microsecond;
-frequent readings lose less.
+Setting the date does not affect the monotonic clock. But it may restart when a process is moved to another machine, or a
+library may shift it. Then the time between two readings is unknown and counts as zero, so frequent readings lose less. A
+reading takes less than a microsecond.
 """
 
 import time

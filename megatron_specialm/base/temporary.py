@@ -1,7 +1,7 @@
 """A temporary folder for sockets and for the files of a rendezvous.
 
-The name of a Unix socket has room for about a hundred bytes, and a job's TMPDIR alone may be longer; not every filesystem
-supports sockets; and the address of a rendezvous is a URL, in which a # has a meaning.
+The path of a Unix socket is limited to about a hundred bytes, and a job's TMPDIR may be longer. Not every filesystem supports
+sockets. And a rendezvous address is a URL, in which a # is special.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from megatron_specialm.base.errors import MachineError
 
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-SOCKET_NAME = "x" * 30  # longer than any of multiprocessing's below its folder
+SOCKET_NAME = "x" * 30  # longer than any that multiprocessing makes in its folder
 PLAIN = re.compile(r"[\w/.+-]+", re.ASCII)
 
 
 def short_place() -> str:
-    """The temporary folder, or where sockets cannot be made in it, the first of the usual short ones where they can be made.
+    """The temporary folder, or if sockets cannot be made in it, the first usual short folder in which they can.
 
     Raises:
         MachineError: there is none.
@@ -35,16 +35,16 @@ def short_place() -> str:
 
 
 def place_sockets() -> None:
-    """Have `multiprocessing` make its sockets in a short place, below a folder of this process, which it removes at its end."""
+    """Have `multiprocessing` make its sockets in a short folder of this process, which is removed at exit."""
     before, tempfile.tempdir = tempfile.tempdir, short_place()
     try:
-        multiprocessing.util.get_temp_dir()  # made at the first call, and used from then on
+        multiprocessing.util.get_temp_dir()  # is made at the first call and then reused
     finally:
         tempfile.tempdir = before
 
 
 def _temporary_folder() -> Iterator[str]:
-    with contextlib.suppress(FileNotFoundError):  # neither TMPDIR nor any usual folder may be written to
+    with contextlib.suppress(FileNotFoundError):  # neither TMPDIR nor a usual folder is writable
         yield tempfile.gettempdir()
 
 

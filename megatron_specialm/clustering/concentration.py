@@ -1,4 +1,4 @@
-"""How much of a set is in few clusters (tables in the paper's appendix), which shows how well one expert can serve it."""
+"""How concentrated a set is in few clusters (tables in the paper's appendix): how well one expert can serve it."""
 
 from dataclasses import dataclass
 

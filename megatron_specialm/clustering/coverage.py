@@ -1,4 +1,4 @@
-"""Windows that an encoder does not cover: their vectors are zero, so they all get one cluster, whatever their subject."""
+"""Windows that an encoder does not cover. Their vectors are zero, so they all get the same cluster, whatever their subject."""
 
 import logging
 
@@ -14,14 +14,14 @@ REFUSED = 0.5  # fraction of a set
 
 
 def count_zero(vectors: np.ndarray, *, name: str, first: int) -> int:
-    """How many of the vectors (n, E) are zero.
+    """The number of zero vectors among (n, E) vectors.
 
     Args:
         name: the set, for messages.
         first: the number of the first window, for messages.
 
     Raises:
-        DataError: some are not finite.
+        DataError: a vector is not finite.
     """
     if bad := count_not_finite(vectors):
         raise DataError(
@@ -35,7 +35,7 @@ def check_coverage(name: str, *, zero: int, windows: int) -> None:
     """Warn if more than a few windows of a set have zero vectors.
 
     Raises:
-        DataError: half of them or more have.
+        DataError: at least half of them have.
     """
     fraction = zero / max(windows, 1)
     found = f"text {name!r}: the encoder knows nothing of {zero} of {windows} windows ({fraction:.1%})"

@@ -1,14 +1,14 @@
-"""Sentence encoders: from the text of a window to a vector whose direction represents its subject.
+"""Text encoders: from the text of a window to a vector whose direction represents its subject.
 
-There are three, from the cheapest to the paper's (Sentence-BERT; Grangier et al., arXiv 2402.01093, section 3):
+From the cheapest to the paper's (Sentence-BERT; Grangier et al., arXiv 2402.01093, section 3):
 
-    tfidf          words weighted by rarity, projected by truncated SVD; fitted on the generic set, needs no download
+    tfidf          word counts weighted by rarity, projected by truncated SVD; fitted on the generic set, needs no download
                    (clustering/tfidf.py)
     static         the mean of word-piece embeddings from the package wordllama (clustering/static_word_pieces.py)
     sentence-bert  a transformer through sentence-transformers (clustering/sentence_bert.py)
 
-An encoder is saved as a folder without pickled objects, so that later domains are embedded exactly as the generic set. A new
-kind is a class with the members of `Encoder`, its settings, and an entry in `ENCODERS`.
+An encoder is saved as a folder without pickled objects, so that later domains are embedded like the generic set. To add a kind,
+write a class with the members of `Encoder` and its settings, and add it to `ENCODERS`.
 
 Shapes: n texts, E dimensions.
 """
@@ -61,10 +61,10 @@ ENCODERS: dict[str, type[Encoder]] = {"tfidf": Tfidf, "static": StaticWordPieces
 
 
 def fit_encoder(settings: EncoderSettings, draw: Callable[[int], list[str]], *, seed: int, threads: int) -> Encoder:
-    """Fit the encoder on generic text, or get it from its package or the hub.
+    """Fit the encoder on generic text, or load it from its package or the hub.
 
     Args:
-        draw: returns the given number of generic windows, or all if there are fewer; called only by an encoder that is fitted.
+        draw: returns a number of generic windows, or all if there are fewer; only encoders that are fitted call it.
         threads: CPU threads of a Sentence-BERT model.
 
     Raises:
@@ -76,7 +76,7 @@ def fit_encoder(settings: EncoderSettings, draw: Callable[[int], list[str]], *, 
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
-    """Write `folder` for `load_encoder`, with a manifest; it appears when it is complete."""
+    """Write `folder` for `load_encoder`, with a manifest. It is published only when it is complete."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -88,10 +88,10 @@ def load_encoder(settings: EncoderSettings, folder: Path, *, threads: int) -> En
     """Load the encoder that `save_encoder` wrote.
 
     Raises:
-        ArtifactError: the folder has changed since, or is of another version of a package.
+        ArtifactError: the folder has changed since, or belongs to another version of a package.
         MachineError: a package is missing.
     """
-    # Folders of earlier versions have no manifest. The task's marker lists it, so that a missing one is noticed.
+    # Folders of earlier versions have no manifest. If one is missing from a newer folder, the task's marker shows it.
     if (folder / MANIFEST).exists():
         verify_folder(folder, alone=True)
     return ENCODERS[settings.kind].load(folder, settings, threads=threads)

@@ -1,14 +1,13 @@
 """k-means: windows whose vectors have the same direction form one cluster.
 
-Plain (Euclidean) k-means, as in the paper, on unit vectors: their squared distance is 2 - 2 cos of the angle, so it groups by
-direction, while the length of a centroid (at most 1) still measures how tight its cluster is. Spherical k-means would lose
-that length.
+Euclidean k-means on unit vectors, as in the paper. Their squared distance is 2 - 2 cos(angle), so it groups by direction. The
+length of a centroid (at most 1) still measures how compact its cluster is; spherical k-means would lose it.
 
-Lloyd's iterations give the same centroids to the last bit on any number of ranks. The sample is cut into blocks that do not
-depend on the ranks. One rank computes a block, always with the same operands and threads. Its contribution to a cluster's sum
-is rounded to a whole number of units (`_Sample`), so that the order of additions does not matter.
+Lloyd's iterations give the same centroids, bit for bit, on any number of ranks. The sample is split into blocks independently
+of the ranks, and one rank computes a block, always with the same operands and threads. Its contribution to a cluster's sum is
+rounded to an integer number of units (`_Sample`), so that the order of additions does not matter.
 
-Shapes: N windows, n of them fitted on, K clusters, E dimensions of a vector. `vectors` may be `Vectors`, on disk.
+Shapes: N windows, n fitted windows, K clusters, E dimensions of a vector. `vectors` may be `Vectors`, which are on disk.
 """
 
 import math
@@ -33,7 +32,7 @@ APART = 1 / 1024  # the centroids of a split cluster differ by this fraction of 
 
 @dataclass(frozen=True, eq=False)
 class KMeansResult:
-    """Of the windows that were fitted on:
+    """The centroids, and the statistics of the fitted windows:
 
     centroids: (K, E) float32.
     sizes: (K,) int64, the windows of each cluster.
@@ -57,17 +56,17 @@ def fit(
     ranks: Ranks | None = None,
     counted: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> KMeansResult:
-    """Lloyd's algorithm from K distinct windows, on `sample` windows drawn without replacement. Each rank holds a part of
-    the sample in memory; all return the same result.
+    """Lloyd's algorithm on `sample` windows drawn without replacement, starting from K distinct windows. Each rank holds a part
+    of the sample in memory; all ranks return the same result.
 
-    An empty cluster takes half of the largest one. Some stay empty where there are fewer distinct vectors than clusters. The
-    same seed and vectors give the same centroids on any number of ranks. With another number of threads they differ by the
-    order of additions in the BLAS library.
+    An empty cluster gets half of the largest one. Clusters stay empty if there are fewer distinct vectors than clusters. The
+    same seed and vectors give the same centroids on any number of ranks; with another number of threads, the BLAS library may
+    add in another order.
 
     Args:
         vectors: (N, E) float32.
-        ranks: the processes that fit together; default: this one alone.
-        counted: wraps the numbers of the iterations, to report progress.
+        ranks: the processes that fit together; default: this process only.
+        counted: wraps the numbers of the iterations to report progress.
 
     Raises:
         DataError: fewer windows than clusters, or vectors that are not finite.
@@ -107,7 +106,7 @@ class Centroids:
 
 
 class _Sample:
-    """The vectors to fit on. Each rank holds a range of blocks; methods return results over all ranks."""
+    """The sample to fit on. Each rank holds a range of blocks; methods return results over all ranks."""
 
     def __init__(self, vectors: np.ndarray | Vectors, rows: np.ndarray, ranks: Ranks) -> None:
         """rows: (n,) ascending window numbers."""
@@ -118,7 +117,7 @@ class _Sample:
         bad = sum(count_not_finite(part) for part in self._vectors)
         refuse_not_finite(int(ranks.total(np.array(bad))), of=len(rows))  # on all ranks, so that none waits for another
         largest = ranks.largest(max((float(np.abs(part).max()) for part in self._vectors), default=0.0))
-        # The unit of the sums: a power of two, so that scaling is exact; sums of n largest values do not overflow.
+        # The unit of the sums. A power of two keeps scaling exact; sums of n largest values do not overflow.
         self._unit = 2.0 ** (math.frexp(largest)[1] + len(rows).bit_length() - 62)
 
     def sums(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,13 +151,13 @@ def _draw(windows: int, count: int, *, seed: int) -> np.ndarray:
 
 
 def _means(sums: np.ndarray, sizes: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The means of the clusters, (K, E) float32; of an empty cluster the centroid before."""
+    """The means of the clusters, (K, E) float32; an empty cluster keeps its centroid."""
     means = sums / np.maximum(sizes, 1)[:, None]
     return np.where(sizes[:, None] > 0, means, before).astype(np.float32)
 
 
 def _split_for_empty(centroids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Give each empty cluster half of the largest one, by moving two centroids to both sides of the old one."""
+    """Give each empty cluster half of the largest one: place both centroids on opposite sides of the old one."""
     sizes = sizes.copy()
     aside = np.where(np.arange(centroids.shape[1]) % 2, 1 - APART, 1 + APART).astype(np.float32)
     for empty in np.flatnonzero(sizes == 0):

@@ -1,4 +1,4 @@
-"""The collective operations of processes that cluster together. Their results are the same on all ranks."""
+"""Collective operations of the processes that cluster together. All ranks get the same results."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class Ranks(Protocol):
     size: int
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all ranks. It is exact for integers, so that it does not depend on the number of ranks."""
+        """The sum over all ranks. Integer sums are exact and so do not depend on the number of ranks."""
 
     def largest(self, value: float) -> float:
         """The maximum over all ranks."""

@@ -1,7 +1,7 @@
 """Routers: from the vector of a window to its cluster.
 
-The cluster stage writes a router, the assign stage loads and applies it. `ROUTERS` names each kind by the file that holds it.
-A new kind, such as a trained classifier, is a class with the members of `Router` and an entry there.
+The cluster stage writes a router; the assign stage loads and applies it. `ROUTERS` has each kind by the file that holds it. To
+add a kind, such as a trained classifier, write a class with the members of `Router` and add it there.
 
 Shapes: N windows, B of them at a time, K clusters, E dimensions of a vector.
 """
@@ -24,18 +24,18 @@ class Router(Protocol):
 
     @property
     def dimensions(self) -> int:
-        """E, the length of the vectors that it takes."""
+        """E, the length of its input vectors."""
 
     @property
     def flops_per_vector(self) -> int:
-        """Arithmetic per vector."""
+        """FLOPs per vector."""
 
     def assign(self, vectors: np.ndarray) -> np.ndarray:
-        """The clusters (B,), integers in [0, K), of finite vectors (B, E) float32. The same vector always gets the same
-        cluster, in whichever batch it comes."""
+        """The clusters (B,), integers in [0, K), of finite vectors (B, E) float32. A vector's cluster does not depend on the
+        rest of the batch."""
 
 
-# For each file that holds a router, what loads it from (folder, K, E); it raises ArtifactError for a file that does not fit.
+# For each file that holds a router, its loader from (folder, K, E), which raises ArtifactError if the file does not fit.
 ROUTERS: dict[str, Callable[[Path, int, int], Router]] = {CENTROIDS: Centroids.load}
 
 
@@ -43,7 +43,7 @@ def load_router(folder: Path, *, k: int, dimensions: int) -> Router:
     """Load the router that a cluster task wrote, for K clusters and vectors of `dimensions`.
 
     Raises:
-        ArtifactError: the folder holds none, or one that is damaged or of another shape.
+        ArtifactError: the folder has no router, or it is damaged or of another shape.
     """
     for file, load in ROUTERS.items():
         if (folder / file).exists():
@@ -62,8 +62,8 @@ def assign(
 
     Args:
         vectors: (N, E) float32.
-        batch: how many vectors are in memory at a time.
-        counted: wraps the batches' ranges of windows, to report progress.
+        batch: the number of vectors in memory at a time.
+        counted: wraps the batches' ranges of windows to report progress.
 
     Raises:
         DataError: the vectors have another length than the router's, or are not finite.

@@ -19,16 +19,16 @@ from megatron_specialm.base.tensors import system_errors
 from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.config.schema import SentenceBertEncoder
 
-PACKAGE = "package:"  # before the name of an installed package that carries a model
-SENTENCE_BERT_MARK = "modules.json"  # the file that makes a folder a sentence-transformers model
+PACKAGE = "package:"  # prefix of the name of an installed package that contains a model
+SENTENCE_BERT_MARK = "modules.json"  # the file that identifies a sentence-transformers model
 
 
 class SentenceBert:
     """A Sentence-BERT model (Reimers and Gurevych 2019, arXiv 1908.10084).
 
-    Such models truncate text after a few hundred word pieces (all-MiniLM-L6-v2: 256), often less than a window. So a window
-    is cut into chunks of `chunk_words` words, and chunks that are still too long for the model, as of code or formulas, are
-    halved until they fit. The vector is the mean over chunks, weighted by word pieces.
+    Such models truncate text after a few hundred word pieces (all-MiniLM-L6-v2: 256), often less than a window. So a window is
+    split into chunks of `chunk_words` words. Chunks that are still too long, as of code or formulas, are halved until they fit.
+    The vector is the mean over chunks, weighted by word pieces.
 
     counts: `encoder_tokens`, the word pieces of all texts, and `encoder_tokens_read`, those that the model did not truncate.
     flops_per_token: 2 per parameter outside the embedding tables; attention and padding are not included.
@@ -38,7 +38,7 @@ class SentenceBert:
         """model: a folder or a hub name.
 
         Raises:
-            ConfigError: the folder is no model.
+            ConfigError: the folder is not a model.
             MachineError: sentence-transformers is missing, or the model is neither a folder nor available from the hub.
         """
         try:
@@ -77,7 +77,7 @@ class SentenceBert:
         return cls(str(folder / "model"), settings, threads=threads)
 
     def save(self, folder: Path) -> None:
-        """Copies the weights: compute nodes may not reach the hub, and a model on it may change."""
+        """Copy the weights: compute nodes may not reach the hub, and a model on the hub may change."""
         with system_errors(folder / "model"):
             self._model.save(str(folder / "model"), create_model_card=False)
         give_usual_mode(*(path for path in (folder / "model").rglob("*") if path.is_file()))
@@ -106,7 +106,7 @@ class SentenceBert:
         return [part for chunk in chunks for part in cut_to_fit(chunk, self._room, self._length)]
 
     def _find_room(self) -> float:
-        """The word pieces that the model reads besides its special tokens and its prompt before a text."""
+        """The maximum word pieces of a text, without the model's special tokens and prompt."""
         limit = self._model.max_seq_length
         if limit is None or not self._tokenizes():
             return math.inf
@@ -114,13 +114,13 @@ class SentenceBert:
         return max(1, limit - len(self._model.tokenizer(prompt)["input_ids"]))
 
     def _length(self, text: str) -> int:
-        """The word pieces of a text, or its words if the model has no word pieces."""
+        """The number of word pieces of a text, or of words if the model has no word pieces."""
         if not self._tokenizes():
             return len(text.split())
         return len(self._model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _tokenizes(self) -> bool:
-        """Whether the model has a tokenizer of Transformers. Models of word vectors have other tokenizers and no limit."""
+        """Whether the model has a tokenizer of Transformers. Word-vector models have other tokenizers and no length limit."""
         from transformers import PreTrainedTokenizerBase
 
         return isinstance(self._model.tokenizer, PreTrainedTokenizerBase)
@@ -153,11 +153,10 @@ def cut_to_fit(text: str, room: float, length: Callable[[str], int]) -> list[tup
 
 @contextlib.contextmanager
 def sentence_bert_folder(model: str) -> Iterator[str]:
-    """The folder or hub name that sentence-transformers opens for `model`. For `package:NAME` it is the folder in the installed
-    package, which is not imported; a zip file in the package is unpacked for the duration of the context.
+    """The folder or hub name from which sentence-transformers loads `model`. For `package:NAME` it is the folder in the
+    installed package, which is not imported; a zip file in the package is unpacked for the duration of the context.
 
-    `package:NAME` always means the package. For any other name a folder has precedence over the hub, as in
-    sentence-transformers; a folder that is no model is refused when it is loaded.
+    For any other name, a folder has precedence over the hub, as in sentence-transformers.
 
     Raises:
         MachineError: the package is not installed, or has no model.

@@ -1,4 +1,4 @@
-"""Vectors of texts by the mean of word-piece embeddings, which a package carries."""
+"""Vectors of texts: the mean of word-piece embeddings from an installed package."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from megatron_specialm.base.packages import import_package
 from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.config.schema import StaticEncoder
 
-STATIC_DIMENSIONS = (64, 128, 256)  # the lengths to which wordllama's vectors may be cut
+STATIC_DIMENSIONS = (64, 128, 256)  # the lengths to which wordllama's vectors may be truncated
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StaticWordPieces:
         except ImportError as error:
             raise MachineError(f"the static encoder cannot be used ({error}): pip install wordllama") from None
         package = Path(str(wordllama.__file__)).parent
-        # The package searches its own tokenizer in a wrong folder, but also in its cache folder.
+        # The package looks for its tokenizer in a wrong folder and in its cache folder: set the latter.
         self._model = wordllama.WordLlama.load(trunc_dim=dimensions, disable_download=True, cache_dir=package)
         self._dimensions = dimensions
 

@@ -23,7 +23,7 @@ class Tfidf:
     """(1 + log count) x inverse document frequency of each word, projected to E dimensions.
 
     flops_per_token: 2 E, a multiply-add per dimension for every word of the sparse product. The fit makes about twelve such
-    products over its sample, which count in its wall seconds only.
+    products over its sample; only its wall seconds are counted.
     """
 
     def __init__(self, vocabulary: list[str], *, frequencies: np.ndarray, components: np.ndarray) -> None:
@@ -89,5 +89,5 @@ class Tfidf:
 
 
 def _vectorizer(**vocabulary: object) -> TfidfVectorizer:
-    """The word counter of fitting and loading. Sublinear, since ten repetitions of a word add little to one."""
+    """The word counter for fitting and loading. Sublinear: ten repetitions of a word add little to one."""
     return TfidfVectorizer(analyzer=words, sublinear_tf=True, dtype=np.float32, **vocabulary)

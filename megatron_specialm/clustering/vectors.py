@@ -1,7 +1,7 @@
 """The vectors of a set's windows, in one file or in one per shard.
 
-vectors.json   rows and dimensions, and for each file in order: its path relative to this folder, rows, bytes, zero vectors
-train.npy      (N, E) float32, in the order of the token store; absent where the shards hold the files
+vectors.json   rows and dimensions, and each file in order: its path relative to this folder, rows, bytes, zero vectors
+train.npy      (N, E) float32, in the order of the token store; absent if the shards hold the files
 """
 
 import os
@@ -40,7 +40,7 @@ class Description:
 
 
 class Vectors:
-    """Vectors (N, E) as one array that is read in parts. Files are memory-mapped only while they are read."""
+    """Vectors (N, E) as one array that is read in parts. Files are memory-mapped only during a read."""
 
     def __init__(self, folder: Path) -> None:
         """Open the vectors that an embed task wrote.
@@ -100,7 +100,7 @@ def count_not_finite(vectors: np.ndarray) -> int:
 
 
 def refuse_not_finite(count: int, *, of: int) -> None:
-    """Refuse `of` vectors of which `count` are not finite. Ranks count together first, so that all of them raise.
+    """Raise if `count` of `of` vectors are not finite. Ranks sum their counts first, so that all of them raise.
 
     Raises:
         DataError: count > 0.

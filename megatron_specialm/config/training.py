@@ -158,7 +158,7 @@ class TrainStage(Settings):
     init: str | None = Field(default=None, description="the stage whose final weights are the first ones here")
     method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
     steps: PositiveInt
-    lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged when served")
+    lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged for export")
     distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher in addition")
 
     global_batch_size: PositiveInt = Field(description="windows per step")

@@ -36,7 +36,7 @@ from megatron_specialm.base.shapes import Count, Size
 
 DESCRIPTION = "cache.json"
 LENGTHS = "lengths"
-# The notes of a batch, and the names of the files: (B, T, K) and (B, T, V), (B, T, K), (B, T), (B, T).
+# Names of the extra inputs of a batch, and of the files: (B, T, K) and (B, T, V), (B, T, K), (B, T), (B, T).
 IDS = "ids"
 LOG_PROBABILITIES = "log_probabilities"
 TAIL = "tail"
@@ -149,20 +149,20 @@ class TeacherCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def notes(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+    def extra_inputs(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the windows `ids` (B,), by name: (B, T, ...) in int32 and fp32, zero in the padding.
 
         Raises:
             ArtifactError: a token id is outside the vocabulary.
         """
         lengths, ends = self._lengths[ids].tolist(), self._ends[ids].tolist()
-        notes = {}
+        extra_inputs = {}
         for name, array in self._arrays.items():
             dtype = np.int32 if name == IDS else np.float32
-            notes[name] = np.zeros((len(ids), self.context_length, *array.shape[1:]), dtype)
-            for row, end, length in zip(notes[name], ends, lengths, strict=True):
+            extra_inputs[name] = np.zeros((len(ids), self.context_length, *array.shape[1:]), dtype)
+            for row, end, length in zip(extra_inputs[name], ends, lengths, strict=True):
                 row[:length] = array[end - length : end]
-        ids_BTK = notes.get(IDS)
+        ids_BTK = extra_inputs.get(IDS)
         if (
             ids_BTK is not None
             and ids_BTK.size
@@ -172,7 +172,7 @@ class TeacherCache:
                 f"{_path(self.folder, IDS)}: has token ids from {ids_BTK.min()} to {ids_BTK.max()} for a vocabulary of "
                 f"{self.format.vocabulary_size}: {REMAKE}"
             )
-        return notes
+        return extra_inputs
 
     def noise(self) -> float | None:
         """The gradient noise of a sampled cache (`noise_of_draws`), estimated on evenly spread tokens. None for other kinds."""

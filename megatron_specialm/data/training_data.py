@@ -171,7 +171,7 @@ def _extra_inputs(stage: TrainStage, context: TaskContext) -> ExtraInputs:
         teacher=context.marker(*teacher).digest,
         store=context.marker(stage.tokens, context.model_key).digest,
     )
-    return cache.notes
+    return cache.extra_inputs
 
 
 def _clusters(stage: TrainStage, context: TaskContext, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Findings about GPUs, fused kernels and computations, from the answers of child processes."""
+"""Findings about GPUs, fused kernels and computations, from the results of child processes."""
 
 import contextlib
 import tempfile
@@ -37,9 +37,9 @@ def nccl_finding(torch_facts: Mapping[str, Any]) -> Finding:
 def find_gpus(
     torch_facts: Mapping[str, Any], driver: Finding, environment: Mapping[str, str]
 ) -> tuple[list[str], list[Finding]]:
-    """The names of the GPUs that torch sees, and their findings."""
+    """The names of the GPUs that torch finds, and their findings."""
     seen: dict[str, Any] = {"gpus": [], "warning": torch_facts.get("detail", "it cannot be used")}
-    if torch_facts.get("cuda"):  # otherwise the answer is known without another import
+    if torch_facts.get("cuda"):  # otherwise there are none, and no other import is needed
         try:
             with start_module("compute", "gpus", environment=environment) as process:
                 seen = process.wait().answer()
@@ -49,7 +49,7 @@ def find_gpus(
 
 
 def gpu_findings(seen: Mapping[str, Any], driver: Finding, environment: Mapping[str, str]) -> list[Finding]:
-    """A finding per GPU, or one with the reason why there is none. `seen`: the answer of `compute.gpus`."""
+    """A finding per GPU, or one finding that explains why there is none. `seen`: the result of `compute.gpus`."""
     if seen["gpus"]:
         return [
             Finding(
@@ -85,7 +85,7 @@ def fused_finding(megatron_facts: Mapping[str, Any], gpus: int) -> Finding:
         remedy = PACKAGES["transformer-engine"].remedy
         return Finding("fused layers", "missing", source, f"Megatron-Core's own layers, {adam}", remedy)
     if gpus == 0:
-        # Its kernels are not used on a CPU (`model/cpu.py`).
+        # They are not used on a CPU (`model/cpu.py`).
         return Finding("fused layers", "missing", "none", f"{source} is there, a GPU for it is not; Adam from torch")
     return Finding("fused layers", "ok", source, adam)
 
@@ -146,11 +146,11 @@ def _products(devices: Mapping[str, tuple[str, str]], environment: Mapping[str, 
 def _all_reduce(backend: str, gpus: int, environment: Mapping[str, str]) -> Finding:
     devices = [f"cuda:{index}" for index in range(gpus)] if backend == "nccl" else ["cpu"] * GLOO_PROCESSES
     with tempfile.TemporaryDirectory(dir=short_place()) as folder, contextlib.ExitStack() as stack:
-        meeting = str(Path(folder) / "meeting")
+        rendezvous = str(Path(folder) / "rendezvous")
         processes = [
             stack.enter_context(
                 start_module(
-                    "compute", "all-reduce", device, str(rank), str(len(devices)), meeting,
+                    "compute", "all-reduce", device, str(rank), str(len(devices)), rendezvous,
                     environment=environment, seconds=COMPUTE_SECONDS,
                 )
             )

@@ -1,8 +1,8 @@
-"""Short computations that show whether a device works, and how fast. As a program, each in its own process:
+"""Short computations that show whether a device works and how fast. As a program, each in its own process:
 
 usage: python -m megatron_specialm.doctor.compute gpus
        python -m megatron_specialm.doctor.compute product DEVICE
-       python -m megatron_specialm.doctor.compute all-reduce DEVICE RANK RANKS MEETING_FILE
+       python -m megatron_specialm.doctor.compute all-reduce DEVICE RANK RANKS RENDEZVOUS_FILE
 """
 
 import datetime
@@ -18,16 +18,16 @@ from megatron_specialm.doctor.process import send_answer
 
 GPU_SECONDS, CPU_SECONDS = 1.5, 0.3
 GPU_SIZE, CPU_SIZE = 8192, 1024
-CORNER = 16  # rows and columns of a product that are computed again
+CORNER = 16  # rows and columns of a product that are checked
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 GPU_BYTES, CPU_BYTES = 2**28, 2**24
 ROUNDS, WARMUP_ROUNDS = 10, 3
 PATTERN = 1021  # a prime, so that all chunks of a ring differ
-MEETING_TIMEOUT = datetime.timedelta(seconds=60)
+RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def gpus() -> dict[str, Any]:
-    """The GPUs that torch sees, with bytes of memory, and its first warning."""
+    """The GPUs that torch finds, with bytes of memory, and its first warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = []
@@ -63,11 +63,11 @@ def product(device: torch.device) -> dict[str, Any]:
     return {"flops_per_second": 2 * size**3 * count / elapsed, "right": bool(error <= TOLERANCE[dtype])}
 
 
-def all_reduce(device: torch.device, *, rank: int, ranks: int, meeting: str) -> dict[str, Any]:
+def all_reduce(device: torch.device, *, rank: int, ranks: int, rendezvous: str) -> dict[str, Any]:
     """Sum a tensor over processes.
 
     Args:
-        meeting: the rendezvous, as an `init_method` of torch.distributed.
+        rendezvous: an `init_method` of torch.distributed.
 
     Returns:
         whether every element of the sum is right, and bytes per second over each process's link (bus bandwidth:
@@ -76,7 +76,7 @@ def all_reduce(device: torch.device, *, rank: int, ranks: int, meeting: str) -> 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks, timeout=MEETING_TIMEOUT)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=ranks, timeout=RENDEZVOUS_TIMEOUT)
     size = GPU_BYTES if device.type == "cuda" else CPU_BYTES
     pattern = (torch.arange(size // 4, device=device) % PATTERN).float()
     values = pattern + rank
@@ -106,8 +106,8 @@ def main(check: str, *arguments: str) -> dict[str, Any]:
     device = torch.device(arguments[0])
     if check == "product":
         return product(device)
-    rank, ranks, meeting = arguments[1:]
-    return all_reduce(device, rank=int(rank), ranks=int(ranks), meeting=f"file://{meeting}")
+    rank, ranks, rendezvous = arguments[1:]
+    return all_reduce(device, rank=int(rank), ranks=int(ranks), rendezvous=f"file://{rendezvous}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ _LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """The state of a part of the machine. `detail` is one line; `remedy`: how to install or repair the part; without a `needed`
-    part nothing can be trained."""
+    """The state of a part of the machine. `detail` is one line; `remedy`: how to install or repair the part. Training is
+    impossible without a `needed` part."""
 
     name: str
     state: State

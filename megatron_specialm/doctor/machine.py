@@ -57,7 +57,7 @@ def _memory_limits(root: Path) -> Iterator[int]:
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # In a container the group may have the host's name, and only the root of the mount may exist.
+        # In a container the path of the group may be the host's, and only the root of the mount may exist.
         inside = mount / group.lstrip("/")
         for folder in (inside, *inside.parents):
             limit = folder / name

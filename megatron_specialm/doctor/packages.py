@@ -40,7 +40,7 @@ def _megatron_facts(load: Import) -> dict[str, Any]:
 
 
 def _mpi_facts(load: Import) -> dict[str, Any]:
-    load("mpi4py").rc.initialize = False  # MPI_Init is not needed for the library's name, and may hang
+    load("mpi4py").rc.initialize = False  # the library's name needs no MPI_Init, which may hang
     library = load("mpi4py.MPI").Get_library_version()
     return {"detail": "for " + library.partition(",")[0].partition("\n")[0].strip("\0 ")}
 

@@ -124,11 +124,11 @@ def send_answer(make: Callable[[], Any]) -> None:
     """In a started module: send the parent a value on stdout, and nothing else, or fail with the reason."""
     answer = os.dup(1)
     os.dup2(2, 1)
-    # The alarm ends a process that is stuck in C code and whose parent was killed.
+    # SIGALRM ends a process that is stuck in C code and whose parent was killed.
     signal.alarm(int(4 * MODULE_SECONDS))
     try:
         os.write(answer, json.dumps(make()).encode())
-    except BaseException as error:  # a package may well call sys.exit when it is imported
+    except BaseException as error:  # an imported package may call sys.exit
         print("\n" + one_line(f"{type(error).__name__}: {error}"), file=sys.stderr, flush=True)
         os._exit(1)  # the reason must be the last line
 

@@ -1,1 +1,1 @@
-"""The one model definition: Megatron-Core GPTModel by layer spec, on CPU and GPU."""
+"""The model definition: Megatron-Core's GPTModel through a layer spec, on CPU and GPU."""

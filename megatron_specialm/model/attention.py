@@ -13,9 +13,9 @@ from torch.nn import functional
 
 
 class FusedCoreAttention(torch.nn.Module):
-    """Causal attention by `scaled_dot_product_attention`, in the place of Megatron-Core's unfused one.
+    """Causal attention by `scaled_dot_product_attention`, instead of Megatron-Core's unfused attention.
 
-    Sequences are padded at their end only, so causality alone keeps padding out of every real position.
+    Sequences are padded at their end only. So causality is enough to keep padding out of all real positions.
     """
 
     def __init__(

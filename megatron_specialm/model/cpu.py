@@ -1,8 +1,7 @@
-"""Megatron-Core on a CPU: a view of torch in which "cuda" means this device.
+"""Megatron-Core on a CPU: a proxy of the torch module in which "cuda" means the CPU.
 
-A handful of Megatron-Core modules allocate small tensors on a literal "cuda" or ask for CUDA streams. In those modules
-alone, and only on a machine without a GPU, the name `torch` is bound to the view below. torch itself is left as it is,
-so nothing outside these modules can be surprised, and no operation pays for it.
+Some Megatron-Core modules allocate small tensors on a literal "cuda" or use CUDA streams. On a machine without a GPU, and in
+those modules only, the name `torch` is bound to the proxy below. torch itself is unchanged, so other code is not affected.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ _MODULES = (
 
 
 class _TorchOnCpu(ModuleType):
-    """Everything torch has, with tensors made on the CPU and a `cuda` of no-ops."""
+    """A proxy of torch that makes tensors on the CPU and whose `cuda` has no-ops."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -70,14 +69,14 @@ def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @functools.cache
 def install() -> None:
-    """Bind the view in the modules that need it. Does nothing where there is a GPU; safe to call often."""
+    """Bind the proxy in the modules that need it. Idempotent; does nothing on a machine with a GPU."""
     if torch.cuda.is_available():
         return
     _keep_freed_memory()
     view = _TorchOnCpu()
     for name in _MODULES:
         importlib.import_module(name).torch = view  # type: ignore[attr-defined]
-    # Recomputed activations must see the random state of the first pass: here, the CPU's.
+    # Recomputation must restore the random state of the forward pass: here, the CPU's.
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
@@ -85,8 +84,8 @@ def install() -> None:
 
 
 def _take_no_fused_optimizer() -> None:
-    """Transformer Engine and apex may be installed where no GPU is, as on a login node or in a container. Megatron-Core then
-    takes its Adam, norms and scalings from them, which are kernels: here it has its own again."""
+    """Replace the optimizer, norm and scaling kernels of Transformer Engine and apex by Megatron-Core's own. Megatron-Core
+    selects those kernels if the packages are installed, even without a GPU, as on a login node or in a container."""
     optimizers, norms, scalings = (
         importlib.import_module(f"megatron.core.optimizer{name}") for name in ("", ".clip_grads", ".optimizer")
     )
@@ -101,8 +100,8 @@ def _take_no_fused_optimizer() -> None:
 def _keep_freed_memory() -> None:
     """Have the C library keep large freed blocks instead of returning them to the kernel.
 
-    A step frees and allocates the same tens of megabytes of logits again and again; fresh configs for each made the
-    softmax of a small model six times slower, and a whole training step a fifth (docs/benchmarks.md).
+    Every step allocates and frees the same tens of megabytes of logits. New memory pages for each made the softmax of a small
+    model six times slower and a training step 20% slower (docs/benchmarks.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
@@ -113,7 +112,7 @@ def _keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """While Megatron-Core builds a mixed-precision optimizer, CPU tensors answer to the CUDA type names it sorts by."""
+    """Within, CPU tensors report CUDA type names, by which Megatron-Core's mixed-precision optimizer groups parameters."""
     if torch.cuda.is_available():
         yield
         return

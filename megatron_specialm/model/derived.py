@@ -1,15 +1,15 @@
-"""Weights of linears that are computed from other parameters: projected networks (SLM-pn) and LoRA.
+"""Linear weights that are computed from other parameters: projected networks (SLM-pn) and LoRA.
 
-Per optimizer step: `materialize` computes the weights of all mixtures of experts that the step needs, in one pass; `bind` puts
-those of a micro-batch's mixture into the linears, as their `weight`; `backward` takes the gradients, summed over the
-micro-batches in fp32, back to the parameters, in one pass.
+Per optimizer step, `materialize` computes the weights for all mixtures of experts in the step, in one pass. `bind` sets the
+linears' `weight` to those of a micro-batch's mixture. `backward` propagates the gradients, which are summed over micro-batches
+in fp32, to the parameters, in one pass.
 
-In bf16 the weights are computed in fp32 and rounded once, as an optimizer's fp32 weights are: a step computes with what a
-merged model in bf16 has. So the parameters that they are computed from are not rounded: adapters and their base, codes and
-projections stay fp32. Only the bases, which are many and have fp32 main weights in the optimizer, are bf16.
+In bf16, weights are computed in fp32 and rounded once. So a step computes with the same weights as a merged model in bf16. The
+parameters that they are computed from stay in fp32: adapters and their base, codes and projections. Only the bases of a
+projected network are bf16; they are large, and the optimizer has fp32 main weights for them.
 
-A mixture of experts is in weight space, (K,) coefficients of the experts' codes: one-hot for a cluster's own expert, a
-histogram for a soup of them (arXiv 2502.01804). To LoRA all mixtures are one.
+A mixture of experts is a vector (K,) of coefficients of the experts' codes: one-hot for one expert, or a histogram for a
+weighted average in weight space (arXiv 2502.01804). LoRA ignores the mixture.
 
 Legend: J mixtures, K experts, M code size, H capacity, R rank.
 """
@@ -41,11 +41,11 @@ class Place(NamedTuple):
 
 
 class DerivedWeights:
-    """The computed weights of a process's chunks.
+    """The computed weights of a process's model chunks.
 
     Args:
-        places: per chunk, where values go.
-        compute: (J, K) mixtures to the values of all places in order, each with J rows.
+        places: per chunk, the attributes to set.
+        compute: from mixtures (J, K) to the values of all places in order, each with J rows.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class DerivedWeights:
     ) -> None:
         self._places, self._compute = places, compute
         self._values: list[torch.Tensor] = []
-        self._leaves: list[list[torch.Tensor]] = []  # per place, a leaf tensor of each mixture
+        self._leaves: list[list[torch.Tensor]] = []  # per place, one leaf tensor per mixture
         self._gradients: list[torch.Tensor] = []
 
     def materialize(self, mixtures_JK: torch.Tensor) -> None:
-        """Compute the weights of all mixtures of a step. Their gradients are summed from here on, if gradients are recorded."""
+        """Compute the weights for all mixtures of a step, and start summing their gradients if autograd is on."""
         self._release()
         self._values = list(self._compute(mixtures_JK))
         self._leaves = [list(value.detach().unbind()) for value in self._values]
         for place, value in zip(chain.from_iterable(self._places), self._values, strict=True):
-            # Otherwise Transformer Engine checks that all parameters have the precision of its input: those that the weight
-            # is computed from may have another.
+            # This disables Transformer Engine's check that all parameters have the input's precision. The parameters that
+            # the weight is computed from may have another one.
             place.linear.activation_dtype = value.dtype
         if torch.is_grad_enabled():
             for value, rows in zip(self._values, self._leaves, strict=True):
@@ -73,19 +73,19 @@ class DerivedWeights:
                     row.requires_grad_().register_post_accumulate_grad_hook(_move_gradient_to(part))
 
     def bind(self, chunk: int, mixture: int) -> None:
-        """Have a chunk's linears compute with the weights of a mixture, numbered as in `materialize`."""
+        """Set the weights of a chunk's linears to those of a mixture, numbered as in `materialize`."""
         first = sum(len(places) for places in self._places[:chunk])
         for number, place in enumerate(self._places[chunk], start=first):
             setattr(place.linear, place.attribute, self._leaves[number][mixture])
 
     def backward(self) -> None:
-        """Pass the summed gradients of the weights on to the parameters that they were computed from."""
+        """Propagate the summed gradients of the weights to the parameters that they were computed from."""
         gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
         torch.autograd.backward(self._values, gradients)
         self._release()
 
     def _release(self) -> None:
-        """Free the weights: the parameters that they were computed from change."""
+        """Free the computed weights, which are invalid once the parameters change."""
         for place in chain.from_iterable(self._places):
             setattr(place.linear, place.attribute, None)
         self._values, self._leaves, self._gradients = [], [], []
@@ -103,7 +103,7 @@ def _move_gradient_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
 def derived_weights(
     chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]
 ) -> DerivedWeights | None:
-    """Turn the chunks' plain linears into derived ones, where the model has any."""
+    """Replace linears of the chunks by derived ones, if the model has any."""
     if config.projection is not None:
         return _project(chunks, config, specs)
     return _adapt(chunks, config, specs) if config.lora is not None else None
@@ -116,8 +116,8 @@ def _layers(chunk: GPTModel) -> Iterator[Any]:
 def _parameter(
     shape: Sequence[int], like: torch.Tensor, spec: WeightSpec, *, dtype: torch.dtype = torch.float32
 ) -> nn.Parameter:
-    """An uninitialized parameter, this process's share of `spec`, with the marks by which Megatron-Core sums and counts
-    its gradient. One in fp32 is kept so, whatever the model's precision."""
+    """An uninitialized parameter: this process's part of `spec`, with the attributes that tell Megatron-Core how to reduce and
+    count its gradient. A parameter in fp32 stays in fp32 in a bf16 model."""
     parameter = nn.Parameter(torch.empty(*shape, dtype=dtype, device=like.device))
     parameter.keep_fp32 = dtype == torch.float32  # type: ignore[attr-defined]
     set_tensor_model_parallel_attributes(parameter, spec.cut is not None, -1 if spec.cut is None else spec.cut, 1)
@@ -128,8 +128,8 @@ def _parameter(
 
 
 def _project(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]) -> DerivedWeights:
-    """The experts' codes stand in the first chunk of every process; on all pipeline stages but the first they are a
-    copy."""
+    """Make the MLP linears of a projected network. The first chunk of every process holds the experts' codes; on all pipeline
+    stages except the first they are a copy."""
     assert config.projection is not None
     places: list[list[Place]] = []
     for chunk in chunks:
@@ -176,17 +176,17 @@ def _replace_by_basis(linear: Any, name: str, config: ModelConfig, specs: dict[s
 
 
 def _combine(coefficients_JH: torch.Tensor, basis: nn.Parameter) -> torch.Tensor:
-    """(J, H) and (H, ...) -> (J, ...). Where processes hold or see a part of the basis each, the gradients of the
-    coefficients are summed over them."""
+    """(J, H) and (H, ...) -> (J, ...). If the basis or the sequence is sharded, the gradient of the coefficients is summed over
+    the tensor-parallel group."""
     if basis.tensor_model_parallel or basis.sequence_parallel:  # type: ignore[attr-defined]
         coefficients_JH = copy_to_tensor_model_parallel_region(coefficients_JH)
     return _Product.apply(coefficients_JH, basis.flatten(1)).view(-1, *basis.shape[1:])
 
 
 class _Product(torch.autograd.Function):
-    """(J, H) in fp32 and (H, N) -> (J, N) in the second one's precision, multiplied in fp32 and rounded once: rounded
-    coefficients would make experts equal that differ little. Of the second one no fp32 copy is kept; gradients, whose
-    rounding hides nothing, are multiplied in its precision."""
+    """(J, H) in fp32 and (H, N) -> (J, N) in the precision of (H, N). Forward multiplies in fp32 and rounds once, because
+    rounded coefficients would make similar experts equal. No fp32 copy of (H, N) is kept: backward multiplies in its
+    precision, which is enough for gradients."""
 
     @staticmethod
     def forward(ctx: Any, left_JH: torch.Tensor, right_HN: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ class _Product(torch.autograd.Function):
 
 
 class _SumOverStages(torch.autograd.Function):
-    """Pipeline stages hold copies of a tensor and use it for their own layers: its gradient is the sum over all."""
+    """A tensor that all pipeline stages hold a copy of and use in their layers. Its gradient is the sum over the stages."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -219,10 +219,10 @@ class _SumOverStages(torch.autograd.Function):
 
 
 def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, WeightSpec]) -> DerivedWeights:
-    """Freeze everything, and add `factor * B A` to the chosen linears. The base weight stays, as `base_weight`.
+    """Freeze all parameters and add `factor * B A` to the chosen linears. The base weight is kept as `base_weight`, in fp32.
 
-    Changes are much smaller than the weights: added to a rounded base, those under half a unit in the last place would
-    be lost. Added to the fp32 one, each has its chance to move the sum over a rounding's edge, and shows on average.
+    Updates are much smaller than the weights. Added to a bf16 base, those below half a unit in the last place would be lost.
+    Added to an fp32 base, they move some sums across a rounding boundary and so take effect on average.
     """
     lora = config.lora
     assert lora is not None
@@ -231,8 +231,8 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
     for chunk in chunks:
         chunk.requires_grad_(False)
         if chunk.pre_process:
-            # Recomputation records nothing below an input that asks for no gradient, and nothing below the frozen
-            # embedding would.
+            # The embedding is frozen. Without this, the input of a recomputed layer needs no gradient, and recomputation
+            # would record no graph.
             chunk.embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
         places.append([])
         for layer in _layers(chunk):
@@ -254,7 +254,7 @@ def _adapt(chunks: Sequence[GPTModel], config: ModelConfig, specs: dict[str, Wei
     def compute(mixtures_JK: torch.Tensor) -> Iterator[torch.Tensor]:
         for place in chain.from_iterable(places):
             linear = place.linear
-            # Of the factor that is whole everywhere, each process sees a part of the gradient.
+            # A factor that is replicated gets only a part of its gradient on each process: sum it over the group.
             a, b = (
                 factor if factor.tensor_model_parallel else copy_to_tensor_model_parallel_region(factor)
                 for factor in (linear.lora_a, linear.lora_b)

@@ -1,8 +1,8 @@
-"""The one model: Megatron-Core's `GPTModel`, built from a `ModelConfig` through a layer spec.
+"""The model: Megatron-Core's `GPTModel`, built from a `ModelConfig` through a layer spec.
 
-The same definition runs on CPU and GPU, and in every layout. With Transformer Engine its fused layers are used; without
-it, and in fp32, Megatron-Core's own with PyTorch's fused attention. Which part of the canonical weights (`model/weights.py`) a
-process holds follows from the layout.
+The same definition runs on CPU and GPU and in every layout. It uses Transformer Engine's fused layers if possible. Otherwise,
+and in fp32, it uses Megatron-Core's layers with PyTorch's fused attention. The layout determines which part of the canonical
+weights (`model/weights.py`) a process holds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +40,7 @@ from megatron_specialm.model.weights import (
     weight_specs,
 )
 
-# Transformer Engine fuses a norm into the linear behind it, and calls its parameters so.
+# Transformer Engine fuses a norm into the linear that follows it. Its names for that norm's parameters:
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -48,18 +48,18 @@ _FUSED_NORMS = {
 
 
 def use_transformer_engine(settings: TransformerConfig) -> bool:
-    """Whether layers come from Transformer Engine: it is installed, there is a GPU for it, and the numbers are not fp32,
-    which it would multiply in TF32, by ten of their bits."""
+    """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
+    compute in TF32 (a 10-bit mantissa)."""
     return HAVE_TE and torch.cuda.is_available() and settings.bf16
 
 
 def has_kernels() -> bool:
-    """Whether there is a GPU, and so kernels to fuse."""
+    """Whether fused kernels can run: there is a GPU."""
     return torch.cuda.is_available()
 
 
 class LocalParameter(NamedTuple):
-    """A parameter of this process, the canonical weight that it is (a part of), and how it is cut."""
+    """A parameter of this process, the name of its canonical weight, and how that weight is sharded."""
 
     name: str
     parameter: torch.nn.Parameter
@@ -67,9 +67,9 @@ class LocalParameter(NamedTuple):
 
 
 class Gpt:
-    """What this process holds of a model: one run of layers, or several under an interleaved pipeline.
+    """The layers of a model on this process: one chunk, or several under an interleaved pipeline schedule.
 
-    Weights are not meaningful before `initialize` or `load`.
+    Weights are undefined before `initialize` or `load`.
     """
 
     def __init__(
@@ -99,21 +99,21 @@ class Gpt:
                 keep_in_bf16(chunk, [name for name in LINEARS if name not in fp8.linears])
 
     def weights(self) -> Iterator[LocalParameter]:
-        """This process's parameters. A tied output layer on another pipeline stage than the embedding is a copy of it."""
+        """This process's parameters. A tied output layer on another pipeline stage than the embedding is listed as a copy."""
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
                 canonical = chunk.canonical_name(name)
                 yield LocalParameter(canonical, parameter, self.specs[canonical])
 
     def initialize(self, *, seed: int) -> None:
-        """Draw first weights (`model/initial.py`). No layout changes them."""
+        """Draw the first weights (`model/initial.py`). They do not depend on the layout."""
         self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
 
     def load(self, tensors: Mapping[str, Sliceable]) -> None:
-        """Take canonical weights; of those in files, each process reads its part.
+        """Load canonical weights. From files, each process reads only its part.
 
         Raises:
-            CheckpointError: naming a weight that is missing, left over, or of another shape.
+            CheckpointError: a weight is missing, unexpected, or of another shape.
         """
         if missing := sorted(set(self.specs) - set(tensors)):
             raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another model")
@@ -135,22 +135,22 @@ class Gpt:
             fill(parameter.view(-1), spec, value(name))
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T) token ids -> (B, T, V) logits over the real vocabulary. For a model that is whole on this process.
+        """(B, T) token ids -> (B, T, V) logits over the vocabulary without padding. Only for a complete model on this process.
 
-        The result is a view with positions first in memory: reduce it in that order, or pay for a copy.
+        The result is a view; in memory positions come first. Reduce it in that order to avoid a copy.
         """
         (whole,) = self.chunks
         return forward(whole, tokens_BT).transpose(0, 1)
 
     def train(self, mode: bool = True) -> "Gpt":
-        """Training or evaluation mode."""
+        """Set training or evaluation mode."""
         for chunk in self.chunks:
             chunk.train(mode)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.chunks[0].parameters()).device
 
 
@@ -164,8 +164,8 @@ def local_pieces(
 
 @torch.no_grad()
 def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int = 0) -> None:
-    """Copy into `flat` what this process holds of a canonical tensor: of its flattened part, the elements from `first` on.
-    Padding is zeros."""
+    """Copy this process's part of a canonical tensor into `flat`, from element `first` of the flattened part on. Padding is set
+    to zero."""
     if spec.padded:
         flat.zero_()
     for index, piece in local_pieces(flat, spec, first=first):
@@ -173,17 +173,17 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
 
 
 def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """One chunk's forward pass, wrapped or not: to (T, B, V) logits of this process's share of the real vocabulary, or
-    from a chunk that is not the last to hidden states for the next."""
+    """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
+    shard without padding; other chunks return hidden states."""
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     return chunk(tokens_BT, positions_BT, None, labels=tokens_BT)
 
 
 class _Chunk(GPTModel):
-    """A GPTModel, or a run of its layers, that knows canonical names and hands out its logits as they lie in memory.
+    """A GPTModel, or a chunk of its layers, that has canonical names and returns logits without transposing them.
 
-    Asked for logits, Megatron-Core copies them to sequences first, and their gradient back: at a small model's size a
-    fifth of a training step. Asked for a loss, it passes them to `compute_language_model_loss` as they are.
+    When Megatron-Core returns logits, it transposes them and their gradient, which takes 20% of a small model's step. When it
+    computes a loss, it passes them unchanged to `compute_language_model_loss`; so that method returns the logits here.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class _Chunk(GPTModel):
         rows = padded // size
         first = parallel_state.get_tensor_model_parallel_rank() * rows
         self._real_columns = min(max(vocabulary_size - first, 0), rows)
-        # Megatron-Core numbers the chunks of an interleaved pipeline only; None is its word for a plain one.
+        # Megatron-Core numbers chunks only in an interleaved schedule; otherwise the number is None.
         vp_stage = stage if settings.virtual_pipeline_model_parallel_size else None
         super().__init__(
             config=settings,
@@ -211,11 +211,11 @@ class _Chunk(GPTModel):
         )
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """(T, B, V with padding) -> (T, B, V): padding is cut off here, for all that follows."""
+        """(T, B, V with padding) -> (T, B, V): remove the vocabulary padding."""
         return logits[..., : self._real_columns]
 
     def bfloat16(self) -> "_Chunk":
-        """Round all weights to bf16 but those that are kept in fp32 (`model/derived.py`)."""
+        """Convert all weights to bf16 except those that stay in fp32 (`model/derived.py`)."""
 
         def rounded(tensor: torch.Tensor) -> torch.Tensor:
             keep = getattr(tensor, "keep_fp32", False) or not tensor.is_floating_point()
@@ -224,15 +224,15 @@ class _Chunk(GPTModel):
         return self._apply(rounded)
 
     def _is_in_embd_group(self) -> bool:
-        """Megatron-Core asks before it copies tied embeddings from the first stage to the last, by way of a GPU. Both
-        are filled from the same canonical weight here."""
+        """False: Megatron-Core would copy tied embeddings from the first stage to the last through a GPU. Here both stages
+        load the same canonical weight."""
         return False
 
     def canonical_name(self, name: str) -> str:
         """The canonical name of one of this chunk's parameters."""
         for fused, plain in _FUSED_NORMS.items():
             name = name.replace(fused, plain)
-        name = name.replace(".base_weight", ".weight")  # of a linear with LoRA
+        name = name.replace(".base_weight", ".weight")  # a linear with LoRA
         if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:
             return WORD_EMBEDDINGS
         if name.startswith("decoder.layers."):
@@ -249,8 +249,8 @@ def transformer_config(
     parallel: ParallelConfig,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """Megatron-Core's settings for a shape and a layout. Fused kernels stand where there is a GPU for them, and where they
-    compute what the CPU computes."""
+    """Megatron-Core's config for a model and a layout. Fused kernels are on only if there is a GPU and if they compute the same
+    function as the CPU."""
     llama = config.family == "llama"
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return TransformerConfig(
@@ -268,18 +268,18 @@ def transformer_config(
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Weights are drawn by name in `Gpt.initialize`, on the CPU: they depend on neither device nor layout. Megatron-Core
-        # draws none, which would take as long again.
+        # `Gpt.initialize` draws weights by name on the CPU, so that they depend on neither device nor layout. An
+        # initialization by Megatron-Core would be wasted time.
         use_cpu_initialization=True,
         init_method=_undrawn,
         output_layer_init_method=_undrawn,
-        # Losses are sums over tokens; gradients are divided once by the global number of tokens. Exact for any layout.
+        # Losses are summed over tokens; gradients are divided once by the global number of tokens. Exact in any layout.
         calculate_per_token_loss=True,
         bias_dropout_fusion=has_kernels(),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # A step's micro-batches would share the FP8 copy of the first one's weight; these have weights of their own.
+        # With caching, all micro-batches would use the FP8 weight of the first one; derived weights differ between them.
         disable_parameter_transpose_cache=config.projection is not None,
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel,
@@ -293,8 +293,8 @@ def transformer_config(
 
 
 def _activation(config: ModelConfig) -> dict:
-    """Megatron-Core knows its fused kernel by PyTorch's exact GELU, but what it computes is the tanh approximation: it
-    stands for that, and the exact one goes without."""
+    """The activation and its fusion. Megatron-Core selects its fused GELU kernel by PyTorch's exact GELU, but that kernel
+    computes the tanh approximation. So the fused kernel is used for `gelu_tanh` only."""
     if config.family == "llama":
         return {"activation_func": functional.silu, "bias_activation_fusion": has_kernels()}
     if config.activation == "gelu_tanh" and not has_kernels():
@@ -303,7 +303,7 @@ def _activation(config: ModelConfig) -> dict:
 
 
 def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
-    """Which layers stand on which stage. Megatron-Core wants chunks in the order of the forward pass."""
+    """The layers of each pipeline stage. Megatron-Core expects the chunks in the order of the forward pass."""
     if parallel.pipeline_parallel == 1:
         return {}
     chunks = [["decoder"] * count for count in split_layers(config, vocabulary_size, parallel.chunks)]
@@ -313,7 +313,7 @@ def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfi
         "pipeline_model_parallel_size": parallel.pipeline_parallel,
         "pipeline_model_parallel_layout": chunks,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        # Two interleaved stages send each other two tensors at a time. In one batch they would be taken for one another.
+        # Two interleaved stages send each other two tensors at a time. A batched call could swap the two.
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
     }
@@ -323,8 +323,8 @@ def _undrawn(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-# Attention is fused and keeps nothing that grows with the square of the context: what is worth recomputing before whole
-# layers is the feed-forward part, the widest.
+# Attention is fused: its activations grow linearly with the context. So "selective" recomputes the MLP, whose activations are
+# the largest.
 _RECOMPUTE: dict[str, dict] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -333,7 +333,7 @@ _RECOMPUTE: dict[str, dict] = {
 
 
 def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    """The modules of a chunk's layers."""
+    """The layer specs of a chunk."""
     fused = use_transformer_engine(settings)
     layer = (
         get_gpt_layer_with_transformer_engine_spec()
@@ -346,7 +346,7 @@ def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | Tr
         return layer
     layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     norm = layer.submodules.input_layernorm
-    if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise apex's fused one
+    if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
         norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
     layers = [layer] * get_num_layers_to_build(settings, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

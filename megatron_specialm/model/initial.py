@@ -1,4 +1,4 @@
-"""First weights: each canonical weight is drawn whole from a generator of (seed, its name), so no layout changes it."""
+"""First weights: each canonical weight is drawn from a generator seeded by (seed, name), so that no layout changes it."""
 
 import hashlib
 import math
@@ -9,17 +9,17 @@ import torch
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.model.weights import EXPERT_CODES, weight_specs
 
-# How far experts start from each other: the coefficient of each matrix that tells them apart, beside 1 for the one that
-# they share. Adam moves every matrix at the same rate, so these add up: large ones make the whole expert jump.
+# The initial coefficient of each matrix in which experts differ, relative to 1 for the matrix that all experts share. Adam
+# moves all matrices at the same rate and these updates add up. With large coefficients the expert's weights change too fast.
 EXPERT_SPREAD = 0.3
 
 
 def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: int) -> torch.Tensor:
-    """N(0, init_std), projections back into the residual stream N(0, init_std / sqrt(2 L)); biases 0, norms 1.
+    """N(0, init_std); N(0, init_std / sqrt(2 L)) for the linears that write to the residual stream; biases 0, norms 1.
 
-    Of a projected network every expert starts with these variances: its coefficients are 1 for the first matrix, which
-    all experts share, and for the others random ones whose mean square is EXPERT_SPREAD's. LoRA starts at zero change: A
-    is drawn, B is 0.
+    Every expert of a projected network starts with these variances. Its coefficients are 1 for the first matrix, which all
+    experts share, and random for the others, with the mean square of EXPERT_SPREAD. LoRA's A is random and its B is 0, so that
+    the initial change is zero.
 
     Legend: K experts, M code size, H capacity.
     """
@@ -43,13 +43,13 @@ def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: i
 
 
 def first_adapters(config: ModelConfig, *, vocabulary_size: int, seed: int) -> dict[str, torch.Tensor]:
-    """The canonical first weights of LoRA's adapters, which a base model does not have; none without `config.lora`."""
+    """The canonical first weights of LoRA's adapters, which a base model lacks; empty without `config.lora`."""
     specs = weight_specs(config, vocabulary_size=vocabulary_size)
     return {name: first_value(name, specs[name].shape, config, seed=seed) for name in specs if ".lora_" in name}
 
 
 def _first_codes(drawn_KM: torch.Tensor, capacity: int) -> torch.Tensor:
-    """1, for the matrix that all share; then what tells an expert from the others, of one length for all."""
+    """1 for the matrix that all experts share, then the expert's own entries, scaled to the same length for all experts."""
     used = min(drawn_KM.shape[1], capacity) - 1
     codes_KM = EXPERT_SPREAD * drawn_KM
     codes_KM[:, 0] = 1
@@ -59,8 +59,8 @@ def _first_codes(drawn_KM: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 def _first_projection(drawn_MH: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows: coefficients are as long as the code. Code numbers beyond the matrices have no effect yet, as
-    LoRA's A has none while B is zero."""
+    """Orthonormal rows, so that the coefficients have the code's length. If the code is longer than the number of matrices, its
+    last entries have no effect at first, like LoRA's A while B is zero."""
     used = min(drawn_MH.shape) - 1
     projection_MH = torch.zeros_like(drawn_MH)
     projection_MH[0, 0] = 1

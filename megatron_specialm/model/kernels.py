@@ -1,4 +1,4 @@
-"""Which fused kernels a model runs on here, by what it is made of: the same config may be fast on one machine only."""
+"""Which fused kernels a model uses on this machine, found from the classes of its modules."""
 
 from torch import nn
 
@@ -8,18 +8,18 @@ _FUSED = {"transformer_engine": "Transformer Engine's", "megatron.core": "Megatr
 
 
 def live_kernels(model: Gpt, optimizer: object) -> str:
-    """One line: whose linears, norms, attention and Adam this process really uses."""
+    """One line: the implementation of linears, norms, attention and Adam on this process."""
     layer = model.chunks[0].decoder.layers[0]
     linear, attention = layer.self_attention.linear_qkv, layer.self_attention.core_attention
     norm = layer.input_layernorm
     if isinstance(norm, nn.Identity) or not list(norm.parameters()):
-        norm = linear  # Transformer Engine's linear has the norm in it
+        norm = linear  # Transformer Engine fuses the norm into this linear
     parts = {"linears": linear, "norms": norm, "attention": attention, "Adam": optimizer}
-    return "kernels: " + ", ".join(f"{name} {_whose(part)}" for name, part in parts.items())
+    return "kernels: " + ", ".join(f"{name} {_implementation(part)}" for name, part in parts.items())
 
 
-def _whose(part: object) -> str:
-    # Megatron-Core's wrappers of Transformer Engine's modules inherit from them, so the whole ancestry is asked.
+def _implementation(part: object) -> str:
+    # Megatron-Core's wrappers inherit from Transformer Engine's modules, so all base classes are checked.
     modules = [ancestor.__module__ for ancestor in type(part).__mro__]
     for package, owner in _FUSED.items():
         if any(module.startswith(package) for module in modules):

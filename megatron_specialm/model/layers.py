@@ -1,4 +1,4 @@
-"""Parts of a layer that Megatron-Core has, but not as every layout needs them."""
+"""Layer modules of Megatron-Core, adapted for layouts that its own do not support."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,11 +13,11 @@ from megatron_specialm.model.weights import LINEAR_PLACES
 
 
 class TorchNorm:
-    """Builds PyTorch's `LayerNorm` or `RMSNorm`, as the settings say.
+    """Builds PyTorch's `LayerNorm` or `RMSNorm`, according to the config.
 
-    Under sequence parallelism each process norms its own positions, so a norm's gradient is the sum over the tensor
-    parallel processes. Megatron-Core sums those of parameters that are marked, and refuses PyTorch's norms for want of
-    the mark; here they have it.
+    Under sequence parallelism each process normalizes its own positions, so a norm's gradient must be summed over the
+    tensor-parallel group. Megatron-Core does that for parameters with the attribute `sequence_parallel`. It refuses PyTorch's
+    norms because they lack the attribute; here it is set.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]
@@ -29,10 +29,10 @@ class TorchNorm:
 
 
 class FeedForward(MLP):
-    """Megatron-Core's feed-forward part, fit to be recomputed.
+    """Megatron-Core's MLP, made safe to recompute.
 
-    It hands on its last bias for a later sum. When the part is recomputed, what it hands out gets the recomputation as
-    its gradient's source: were that the parameter itself, the backward pass would call itself without end.
+    It returns its last bias, which a later kernel adds. Under recomputation, the outputs get the recomputation as their
+    gradient function. If the output is the parameter itself, the backward pass recurses without end; so this returns a copy.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -42,7 +42,7 @@ class FeedForward(MLP):
 
 
 def keep_in_bf16(model: torch.nn.Module, linears: Sequence[Linear]) -> None:
-    """Under FP8, have some linears of each layer multiply bf16 numbers. Megatron-Core's switch is for whole layers."""
+    """Under FP8, run some linears of each layer in bf16. Megatron-Core can only switch complete layers."""
     ends = tuple(LINEAR_PLACES[name] for name in linears)
     for name, module in model.named_modules():
         if ends and name.endswith(ends):
@@ -50,7 +50,7 @@ def keep_in_bf16(model: torch.nn.Module, linears: Sequence[Linear]) -> None:
 
 
 def _without_fp8(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    import transformer_engine.pytorch as te  # FP8 comes from it, so it is there
+    import transformer_engine.pytorch as te  # is installed: FP8 requires it
 
     with te.autocast(enabled=False):
         return forward(*args, **kwargs)

@@ -1,6 +1,6 @@
-"""Ordinary weights from derived ones: an expert of a projected network, or a base with its adapters.
+"""Ordinary weights from derived ones: an expert of a projected network, or a base merged with its adapters.
 
-All tensors are canonical and whole, so this needs neither a process group nor the model.
+All tensors are canonical and unsharded, so this needs neither a process group nor the model.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 def project(
     weights: Mapping[str, torch.Tensor], config: ModelConfig, mixture_K: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """One ordinary model of a projected network: of an expert (one-hot), or of a mixture of their codes.
+    """The ordinary model of one expert of a projected network (one-hot), or of a mixture of experts.
 
     Args:
         weights: of the projected network.
@@ -34,7 +34,7 @@ def project(
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The base with its adapters added."""
+    """The base merged with its adapters."""
     assert config.lora is not None
     plain = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
     for number in range(config.layers):

@@ -1,7 +1,7 @@
-"""Whether FP8 is worth it: each linear shape of a model, timed in bf16 and in FP8 on the GPU at hand.
+"""Measure whether FP8 is worth it: time each linear shape of a model in bf16 and FP8 on this GPU.
 
-An FP8 product is up to twice as fast, but both factors must first be scaled and rounded. Small matrices do not earn that
-back, so it is measured, not assumed.
+An FP8 matrix product is up to twice as fast, but both factors must be scaled and rounded first. For small matrices that costs
+more than it saves.
 """
 
 import statistics
@@ -19,13 +19,13 @@ from megatron_specialm.config.precision import Linear
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import transformer_config
 
-WORTH = 1.05  # below this ratio FP8 stays off: its coarser numbers are no bargain for what noise could explain
-WARMUP, REPEATS, PASSES = 5, 20, 10  # a repeat times so many forward and backward passes
+WORTH = 1.05  # below this ratio FP8 stays off: noise could explain the gain, and FP8 is less exact
+WARMUP, REPEATS, PASSES = 5, 20, 10  # a repeat times PASSES forward and backward passes
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear of one process: (tokens, inputs) x (inputs, outputs)."""
+    """A linear on one process: (tokens, inputs) x (inputs, outputs)."""
 
     name: Linear
     tokens: int
@@ -53,28 +53,28 @@ class Timing:
 
 
 def linear_shapes(setup: Setup) -> list[LinearShape]:
-    """A layer's linears on one process, in the order of the forward pass. The output layer is Megatron-Core's own, which
-    has no FP8."""
-    model, share = setup.model, setup.parallel.tensor_parallel
+    """A layer's linears on one process, in the order of the forward pass. The output layer is excluded: Megatron-Core runs it
+    without FP8."""
+    model, processes = setup.model, setup.parallel.tensor_parallel
     tokens = setup.micro_batch_size * setup.context_length // setup.parallel.context_parallel
     gates = 2 if model.family == "llama" else 1
     sizes: dict[Linear, tuple[int, int]] = {
-        "qkv": (model.hidden_size, model.qkv_size // share),
-        "proj": (model.hidden_size // share, model.hidden_size),
-        "fc1": (model.hidden_size, gates * model.ffn_hidden_size // share),
-        "fc2": (model.ffn_hidden_size // share, model.hidden_size),
+        "qkv": (model.hidden_size, model.qkv_size // processes),
+        "proj": (model.hidden_size // processes, model.hidden_size),
+        "fc1": (model.hidden_size, gates * model.ffn_hidden_size // processes),
+        "fc2": (model.ffn_hidden_size // processes, model.hidden_size),
     }
     return [LinearShape(name, tokens, *size) for name, size in sizes.items()]
 
 
 def measure(setup: Setup) -> list[Timing]:
-    """Time each linear on the current GPU with Transformer Engine's, as the model has it.
+    """Time each linear on the current GPU with Transformer Engine, as in the model.
 
-    FP8 rounds the weight in every pass here. Training with several micro-batches per step rounds it once per step, and
-    is a little faster than this says.
+    Each pass here rounds the weight to FP8. Training with several micro-batches per step rounds it once per step, and is a
+    little faster.
 
     Raises:
-        MachineError: Transformer Engine says that it cannot use this recipe here.
+        MachineError: Transformer Engine does not support this recipe on this machine.
     """
     assert setup.fp8 is not None, "a setup with precision fp8"
     try:
@@ -91,7 +91,7 @@ def measure(setup: Setup) -> list[Timing]:
 
 
 def _measure(shape: LinearShape, recipe: Any) -> Timing:
-    import transformer_engine.pytorch as te  # not on every machine
+    import transformer_engine.pytorch as te  # not installed on every machine
 
     linear = te.Linear(shape.inputs, shape.outputs, bias=False, params_dtype=torch.bfloat16, device="cuda")
     tokens = torch.randn(shape.tokens, shape.inputs, dtype=torch.bfloat16, device="cuda", requires_grad=True)
@@ -107,7 +107,7 @@ def _measure(shape: LinearShape, recipe: Any) -> Timing:
 
 
 def _medians_in_turns(contenders: Sequence[Callable[[], None]]) -> list[float]:
-    """Median seconds of a call of each, by the GPU's clock. Turns, so that its changing frequency meets all alike."""
+    """Median seconds per call of each, by CUDA events. Calls alternate, so that changes of the GPU's clock affect all alike."""
     seconds: list[list[float]] = [[] for _ in contenders]
     for repeat in range(WARMUP + REPEATS):
         for call, times in zip(contenders, seconds, strict=True):
@@ -123,7 +123,7 @@ def _medians_in_turns(contenders: Sequence[Callable[[], None]]) -> list[float]:
 
 
 def timings_table(timings: Sequence[Timing], *, title: str) -> Table:
-    """A row per shape: its size, microseconds in bf16 and FP8, the ratio, and what it says."""
+    """A row per shape: its size, microseconds in bf16 and FP8, the ratio, and the precision to use."""
     header = ["linear", "tokens x in x out", "bf16 us", "FP8 us", "ratio", "keep"]
     lines = []
     for timing in timings:
@@ -136,7 +136,7 @@ def timings_table(timings: Sequence[Timing], *, title: str) -> Table:
 
 
 def advice(timings: Sequence[Timing]) -> str:
-    """What to set, and what it saves, in one line."""
+    """One line: the setting to use, and the time that it saves."""
     winners = [timing for timing in timings if timing.wins]
     if not winners:
         return f"set `precision: bf16`: no linear is {WORTH:.2f} times as fast in FP8"

@@ -1,7 +1,7 @@
-"""The canonical weights of a model, and which part of each a process holds under tensor parallelism.
+"""The canonical weights of a model, and the part of each that a process holds under tensor parallelism.
 
-Canonical is what one process without Transformer Engine would hold: whole matrices, layers counted through, no
-vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons know only these; layouts come and go.
+Canonical weights are those of one process without Transformer Engine: unsharded matrices, layers numbered globally, no
+vocabulary padding, tied embeddings once. Checkpoints, exports and comparisons use only these, and so fit any layout.
 """
 
 import math
@@ -25,11 +25,11 @@ Index = tuple[slice, ...]
 
 
 class Sliceable(Protocol):
-    """A canonical tensor of which slices can be taken: in memory, or in files of which only the slices are read."""
+    """A canonical tensor that can be sliced: in memory, or in files of which only the slices are read."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Of the whole tensor."""
+        """The shape of the full tensor."""
 
     def __getitem__(self, index: Any, /) -> torch.Tensor:
         """The box at a tuple of slices."""
@@ -37,12 +37,12 @@ class Sliceable(Protocol):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A canonical weight: its shape, and how tensor parallelism cuts it.
+    """A canonical weight: its shape, and how tensor parallelism shards it.
 
-    `cut` is the dimension that is dealt out, None where every process holds the whole. `blocks` is the number of equal
-    parts along it that are each dealt out: SwiGLU's gate and up projection lie one behind the other. `padded` is the
-    size of the first dimension in memory, where it is more than the weight's own. `expert_axis` is the dimension that counts
-    a layer's experts, which expert parallelism deals out; None for a weight that all tokens use.
+    `cut` is the sharded dimension, None if the weight is replicated. `blocks` is the number of equal parts along it that are
+    sharded separately: SwiGLU concatenates the gate and up projections. `padded` is the size of the first dimension in memory
+    if it is larger than the weight's own. `expert_axis` is the dimension over a layer's experts, which expert parallelism
+    shards; None for a weight that all tokens use.
     """
 
     shape: tuple[int, ...]
@@ -54,15 +54,15 @@ class WeightSpec:
     def pieces(
         self, flat: torch.Tensor, *, rank: int, size: int, first: int = 0
     ) -> Iterator[tuple[Index, torch.Tensor]]:
-        """The boxes of the canonical tensor that a process's elements are, padding left out.
+        """The boxes of the canonical tensor that a process holds, without padding.
 
         Args:
-            flat: (n,) elements `first` to `first + n` of the part that process `rank` of `size` holds, flattened row by row.
+            flat: (n,) elements `first` to `first + n` of the part of process `rank` of `size`, flattened row by row.
 
         Yields:
-            A box's index in the canonical tensor, and the view of `flat` with its elements and shape.
+            A box's index in the canonical tensor, and a view of the box's elements in `flat`.
         """
-        if self.cut is None or size == 1:  # one block, held by one process
+        if self.cut is None or size == 1:  # one block on one process
             cut, blocks, rank, size = 0, 1, 0, 1
         else:
             cut, blocks = self.cut, self.blocks
@@ -83,8 +83,8 @@ class WeightSpec:
 
 
 def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The boxes, as first index and shape, that elements `start` to `stop` of a row-major array are, in their order: whole
-    rows, and what of a row is before and behind them."""
+    """Split elements `start` to `stop` of a row-major array into boxes, as (first index, shape), in order: a partial row, full
+    rows, a partial row."""
     if len(shape) == 1:
         if start < stop:
             yield (start,), (stop - start,)
@@ -102,8 +102,8 @@ def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay reaches a canonical weight: the matrices of linears, embeddings and bases, and LoRA's factors
-    do decay. Norms and biases do not; nor do codes and projections, each of which scales whole matrices."""
+    """Whether weight decay applies to a canonical weight. It does to the matrices of linears, embeddings and bases, and to
+    LoRA's factors; not to norms and biases, nor to codes and projections, whose entries each scale complete matrices."""
     return "layernorm" not in name and not name.endswith(("bias", "bias_basis", EXPERT_CODES, PROJECTION))
 
 
@@ -142,7 +142,7 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
     return {**codes, WORD_EMBEDDINGS: embedding, **layers, **final, **output}
 
 
-# Where a layer's linears stand, by the names that configs use.
+# The modules of a layer's linears, by the names that configs use.
 LINEAR_PLACES: dict[Linear, str] = {
     "qkv": "self_attention.linear_qkv",
     "proj": "self_attention.linear_proj",
@@ -153,7 +153,7 @@ PROJECTED: tuple[Linear, ...] = ("fc1", "fc2")
 
 
 def _derived(model: ModelConfig, layer: dict[str, WeightSpec]) -> dict[str, WeightSpec]:
-    """A layer's weights where some linears are computed from others (`model/derived.py`)."""
+    """Replace the specs of linears that are computed from other parameters (`model/derived.py`)."""
     found = dict(layer)
     if model.projection is not None:
         found[PROJECTION] = WeightSpec((model.projection.code_size, model.projection.capacity))
@@ -169,7 +169,7 @@ def _derived(model: ModelConfig, layer: dict[str, WeightSpec]) -> dict[str, Weig
 
 
 def _lora(prefix: str, base: WeightSpec, rank: int) -> Iterator[tuple[str, WeightSpec]]:
-    """B A has the base's shape. The factor whose side the base is cut along is cut, the other is whole everywhere."""
+    """The factors of B A, which has the base's shape. The factor on the base's sharded side is sharded, the other is not."""
     out, into = base.shape
     yield f"{prefix}lora_a", WeightSpec((rank, into), cut=1 if base.cut == 1 else None)
     yield f"{prefix}lora_b", WeightSpec((out, rank), cut=0 if base.cut == 0 else None, blocks=base.blocks)

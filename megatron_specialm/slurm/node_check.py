@@ -82,7 +82,7 @@ def _all_reduce(nodes: int, rendezvous: str) -> float | None:
 
     choose_gloo_interface(f"tcp://{rendezvous}")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    result = all_reduce(device, rank=int(os.environ["SLURM_PROCID"]), ranks=nodes, meeting=f"tcp://{rendezvous}")
+    result = all_reduce(device, rank=int(os.environ["SLURM_PROCID"]), ranks=nodes, rendezvous=f"tcp://{rendezvous}")
     return result["bytes_per_second"] if result["right"] else None
 
 

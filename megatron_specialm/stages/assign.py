@@ -1,7 +1,7 @@
-"""The cluster of each train window of a set, and the set's histogram of clusters. The key `generic.validation` has those of
-the generic set's held-out windows.
+"""The cluster of each training window of a set, and the set's histogram of clusters. The key `generic.validation` is for the
+held-out windows of the generic set.
 
-clusters.npy             (N,) int32, the cluster of each window; of a set in shards, each shard has those of its windows
+clusters.npy             (N,) int32, the cluster of each window; for a set in shards, each shard has its own
 histogram.npy            (K,) float64, frequencies of the clusters
 order.npy, offsets.npy   windows by cluster: cluster c has the windows order[offsets[c]:offsets[c + 1]]
 assign.json              k, windows, and the concentration of the set (clustering/concentration.py)
@@ -34,7 +34,7 @@ from megatron_specialm.stages.context import Context
 
 
 def run(stage: AssignStage, context: Context) -> Report:
-    """Assign the windows of a set or shard to clusters; for a set, also index them by cluster. It reads no tokens."""
+    """Assign the windows of a set or shard to clusters, and index a set's windows by cluster. It reads no tokens."""
     shards = [] if context.task.shard or context.key == HELD_OUT else shard_keys(context.pipeline, context.key)
     if shards:
         return Report(values=_index(context, [context.artifact(context.task.id.stage, key) for key in shards]))
@@ -56,7 +56,7 @@ def _assign(stage: AssignStage, context: Context) -> Report:
 
 
 def _index(context: Context, folders: list[Path]) -> dict[str, object]:
-    """Index the clusters that stand in some folders, as one set; returns the values of the report."""
+    """Index the clusters in these folders as one set; returns the values of the report."""
     k = cluster_count(context.pipeline, context.task.id.stage)
     parts = [read_clusters(folder, k=k) for folder in folders]
     windows = sum(map(len, parts))

@@ -3,7 +3,7 @@
 centroids.npy   (K, E) float32
 clusters.json   of the fit: k, vectors, inertia, empty clusters, smallest and largest size
 
-Under MPI every rank fits on its part of the sample, and the first rank writes.
+Under MPI every rank fits on its part of the sample, and rank 0 writes.
 """
 
 import logging
@@ -29,7 +29,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
     """Fit k centroids. flops: 2 k E per vector, for each iteration and the final count. It reads no tokens.
 
     Raises:
-        DataError: fewer windows than clusters, or so few different vectors that half of the clusters are empty.
+        DataError: there are fewer windows than clusters, or so few different vectors that half of the clusters are empty.
     """
     faiss.omp_set_num_threads(context.threads)
     result = kmeans.fit(
@@ -58,7 +58,7 @@ def run(stage: ClusterStage, context: Context) -> Report:
 
 
 def _check_different(result: kmeans.KMeansResult, fitted: int) -> None:
-    """Refuse or warn of empty clusters, which mean that there are fewer different vectors than clusters."""
+    """Reject or warn about empty clusters: there are fewer different vectors than clusters."""
     k = len(result.sizes)
     found = f"{result.empty} of {k} clusters are empty: the {fitted} vectors that were fitted on point in too few directions"
     if 2 * result.empty >= k:

@@ -1,4 +1,4 @@
-"""What a stage function is given beside its own settings."""
+"""The arguments of a stage function besides its settings."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from megatron_specialm.graph.tasks import Task, TaskId
 
 @dataclass(frozen=True)
 class Context:
-    """The task to do: what it may read (`inputs`: each one's folder), where to write (`folder`), who this process is (`world`),
-    and who watches it (`process_status`)."""
+    """A task to run: its `inputs` (a folder each), its output `folder`, this process (`world`), and the heartbeat and stop flag
+    (`process_status`)."""
 
     pipeline: Pipeline
     task: Task
@@ -31,17 +31,17 @@ class Context:
 
     @property
     def key(self) -> str:
-        """`generic`, a domain's name, one of these with a shard's number or a rate behind it, or `STAGE.KEY` of the model to
-        evaluate (with another set behind it) or export."""
+        """The task's key: `generic` or a domain, optionally with a shard number or a learning rate; or, for evaluation and
+        export, `STAGE.KEY` of the model, optionally with another set."""
         return self.task.id.key
 
     @property
     def model_key(self) -> str:
-        """The key of the model that a train task makes, or tries a learning rate for."""
+        """The key of the model that a train task makes or tries a learning rate for."""
         return source_of(self.key)
 
     def artifact(self, stage: str, key: str) -> Path:
-        """The folder of an input. Only inputs that the graph declared can be read, so digests cannot miss one."""
+        """The folder of an input. Only inputs that the graph declares can be read, so that digests cover all inputs."""
         assert TaskId(stage, key) in self.task.inputs, f"{self.task.id} reads {stage}/{key} without declaring it"
         return self.inputs[TaskId(stage, key)]
 
@@ -58,7 +58,7 @@ class Context:
     def counted(
         self, items: Iterable[Item], *, unit: str, of: int | None = None, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterable[Item]:
-        """The same items, counted: work that takes long logs its progress (`base/process_status.py`), on rank 0."""
+        """The same items, counted: long work logs its progress on rank 0 (`base/process_status.py`)."""
         return (
             counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)
             if self.world.is_first

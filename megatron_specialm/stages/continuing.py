@@ -1,15 +1,15 @@
-"""A training goes on from an earlier one that differs from it in length alone, instead of from its first weights.
+"""Start a training from a checkpoint of an earlier one that differs only in its length, instead of from first weights.
 
-After equally many steps both hold the same bits of weights, optimizer and progress: the order of reading is a function of
-the step, a teacher or its cache is an input, and the loop's state stands in the checkpoint. That is so where
+After the same number of steps, both trainings have the same bits of weights, optimizer and progress: the data order is a
+function of the step, a teacher or its cache is an input, and the loop's state is in the checkpoint. The conditions are:
 
-    all else that the digest covers is the same: settings but for `LENGTH` (graph/length.py), seed, inputs, files;
-    the learning rates of all steps up to there are the same, to the last bit (config/schedule.py);
-    both have validated after that step, or neither has: a training validates at its end, wherever that is.
+    everything else that the digest covers is equal: settings except `LENGTH` (graph/length.py), seed, inputs, files;
+    the learning rates of all steps up to the checkpoint are equal to the last bit (config/schedule.py);
+    both trainings validate after that step, or neither does. A training always validates at its end.
 
-The newest such checkpoint is adopted, for a longer training as for a shorter one. Where there is none, the log says why.
+The newest checkpoint that meets them is adopted, from a longer or a shorter training. If there is none, the log has the reason.
 
-    earlier.json    in the task's folder: the step that was adopted, and what it had cost
+    earlier.json    in the task's folder: the adopted step, and its cost
 """
 
 import logging
@@ -47,11 +47,11 @@ FILE = "earlier.json"
 
 @dataclass(frozen=True)
 class Earlier:
-    """The step of an earlier training that this one has gone on from.
+    """The adopted step of an earlier training.
 
     artifact: the name of that training's folder, beside this one's.
-    tokens, slots: those of its steps up to there, in whichever task they were made.
-    cost: what it had cost by then; all that it cost, where the step was its last one.
+    tokens, slots: of its steps up to the adopted one, in whichever task they were made.
+    cost: of that training up to the adopted step, or its full cost if the step was its last one.
     """
 
     artifact: str
@@ -62,12 +62,12 @@ class Earlier:
 
     @property
     def counted(self) -> Spent:
-        """The tokens and slots that are no more to be trained on."""
+        """The tokens and slots of the adopted steps, which are not trained on again."""
         return Spent(self.tokens, self.slots)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """What a training's folder says of it.
+        """The record in a training's folder, None if it has not adopted a step.
 
         Raises:
             ArtifactError: the file is damaged.
@@ -79,7 +79,7 @@ class Earlier:
 
 @dataclass(frozen=True)
 class _State:
-    """What is read of a step's state; those of earlier versions lack some."""
+    """The values that are read from a checkpoint's state; earlier versions lack some."""
 
     progress: Progress
     learning_rate: float | None = None
@@ -88,8 +88,7 @@ class _State:
 
 @dataclass(frozen=True)
 class _Training:
-    """One that differs from this one in length alone: its folder, its settings made to measure, and its marker if it is
-    finished."""
+    """A training that differs only in its length: its folder, its resolved settings, and its marker if it has finished."""
 
     folder: Path
     settings: TrainStage
@@ -97,9 +96,8 @@ class _Training:
 
 
 def go_on_from_earlier(stage: TrainStage, reading: TrainingData, context: Context) -> Earlier | None:
-    """Adopt the newest step of an earlier training that is a step of this one too, if there is one behind those that this
-    one has. The first process calls it, once what there is of trials has been adopted.
-
+    """Adopt the newest step of an earlier training that is also a step of this one and newer than this one's own. Rank 0 calls
+    it, after the steps of trials have been adopted.
     Args:
         stage: the settings, at one learning rate.
     """
@@ -116,21 +114,21 @@ def go_on_from_earlier(stage: TrainStage, reading: TrainingData, context: Contex
     refused: set[Path] = set()
     for step, other in sorted(found, key=lambda one: (one[0], one[1].marker is not None), reverse=True):
         try:
-            earlier, steps = _look(step, other, stage, reading)
+            earlier, steps = _candidate(step, other, stage, reading)
         except ArtifactError as error:
-            if other.folder not in refused:  # of each its newest step is told
-                _tell(context, f"does not go on from step {step} of", other, f": {error}")
+            if other.folder not in refused:  # only the newest step of each is logged
+                _log(context, f"does not go on from step {step} of", other, f": {error}")
             refused.add(other.folder)
             continue
-        write_json(folder / FILE, asdict(earlier))  # before the steps: what they cost must not be forgotten
+        write_json(folder / FILE, asdict(earlier))  # before the steps, so that their cost is never lost
         adopt_steps(other.folder, folder, steps)
-        _tell(context, f"goes on from step {step} of", other)
+        _log(context, f"goes on from step {step} of", other)
         return earlier
     (folder / FILE).unlink(missing_ok=True)
     return None
 
 
-def _tell(context: Context, what: str, other: _Training, why: str = "") -> None:
+def _log(context: Context, what: str, other: _Training, why: str = "") -> None:
     length = other.settings.steps
     logger.info("%s: %s an earlier training of %d steps (%s)%s", context.task.id, what, length, other.folder, why)
 
@@ -160,16 +158,16 @@ def _made_from(folder: Path) -> dict[str, Any]:
 
 
 def _rates(context: Context) -> list[float]:
-    """Those of the config, where the task is no trial itself."""
+    """The config's learning rates; empty if the task is itself a trial."""
     stage = train_stage(context.pipeline, context.task.id.stage)
     return stage.optimizer.rates if context.task.rate is None else []
 
 
-def _look(step: int, other: _Training, stage: TrainStage, reading: TrainingData) -> tuple[Earlier, list[int]]:
-    """A step as one to go on from, and the steps to adopt for it, itself the last.
+def _candidate(step: int, other: _Training, stage: TrainStage, reading: TrainingData) -> tuple[Earlier, list[int]]:
+    """Describe a step to start from, and list the steps to adopt for it, itself last.
 
     Raises:
-        ArtifactError: it is no step of this training, or is damaged.
+        ArtifactError: it is not a step of this training, or is damaged.
     """
     if why := why_another_step(step, reading.settings, other.settings):
         raise ArtifactError(why)
@@ -178,7 +176,7 @@ def _look(step: int, other: _Training, stage: TrainStage, reading: TrainingData)
     if state.learning_rate != stage.optimizer.peak:
         raise ArtifactError(f"its learning rate is {state.learning_rate!r}, not {stage.optimizer.peak!r}")
     progress, steps = state.progress, [step]
-    if progress.best_step not in (None, step):  # also where this training has it: there it may be damaged
+    if progress.best_step not in (None, step):  # even if this training has it: its copy may be damaged
         verify_folder(step_folder(other.folder, progress.best_step))
         steps.insert(0, progress.best_step)
     slots = (step - progress.skipped_steps) * reading.slots_per_step
@@ -186,7 +184,7 @@ def _look(step: int, other: _Training, stage: TrainStage, reading: TrainingData)
 
 
 def _cost(step: int, state: _State, marker: Marker | None) -> Cost:
-    """What a training had cost when it saved the step; where it ended with it, all that it cost."""
+    """The cost of a training up to a step, or its full cost if the step was its last one."""
     if marker is not None and marker.values["steps"] == step:
         return marker.whole_cost
     if state.spent is None:

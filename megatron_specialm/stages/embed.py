@@ -1,8 +1,8 @@
-"""Windows -> one vector each.
+"""Embed windows: one vector each.
 
-encoder/       in the encoder's own task: fitted on the generic set or taken from a package; the other tasks load it
-train.npy      (N, E) float32, the vectors of the train windows in the store's order, or in the task `generic.validation` of
-               the generic set's held-out windows; a set in shards has none of its own
+encoder/       in the encoder's own task: fitted on the generic set or copied from a package; the other tasks load it
+train.npy      (N, E) float32, the vectors of the training windows in the store's order; in the task `generic.validation`, of
+               the generic set's held-out windows; absent for a set in shards
 vectors.json   the files of the vectors (clustering/vectors.py)
 """
 
@@ -24,11 +24,11 @@ from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
 from megatron_specialm.stages.context import Context
 
-BATCH = 500  # windows with their text in memory, and between reports of progress: a slow encoder takes seconds for them
+BATCH = 500  # windows whose text is in memory, and between progress reports; a slow encoder takes seconds for them
 
 
 class Windows:
-    """The windows of a set as text, decoded from their tokens, so that encoders see the text that models see."""
+    """The windows of a set as text, decoded from their tokens: encoders see the same text as models."""
 
     def __init__(self, store: TokenStore, tokenizer: Tokenizer) -> None:
         self._store, self._tokenizer = store, tokenizer
@@ -38,7 +38,7 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all windows."""
+        """The number of tokens of all windows."""
         return self._store.tokens
 
     def texts(self, ids: np.ndarray) -> list[str]:
@@ -103,7 +103,7 @@ def _encode(stage: EmbedStage, context: Context) -> Report:
         for rows, texts in batches:
             vectors[rows] = encoder.encode(texts)
             zero += count_zero(vectors[rows], name=context.key, first=rows.start)
-        if context.task.shard is None and context.key != HELD_OUT:  # of shards, the set is checked
+        if context.task.shard is None and context.key != HELD_OUT:  # shards are checked together, as a set
             check_coverage(context.key, zero=zero, windows=len(windows))
     describe_vectors(context.folder, zero=zero)
     return Report(

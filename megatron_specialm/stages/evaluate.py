@@ -16,17 +16,17 @@ from megatron_specialm.train.evaluation import score
 
 
 def run(stage: EvaluateStage, context: Context) -> Report:
-    """Score a model on the test documents of one set. A domain's model is scored on its domain, a shared one on every set.
+    """Score a model on the test documents of one set. A domain's model is scored on its domain, a generic one on every set.
 
-    Every token of a window is predicted once, from those before it. Writes `evaluation.json`: the mean negative log-likelihood
-    in nats per token, and the number of tokens.
+    Each token is predicted once, from the tokens before it in its window. Writes `evaluation.json`: the mean negative
+    log-likelihood in nats per token, and the number of tokens.
     """
     source = evaluated_set(context.key)
     merged = read_merged(find_final(context.artifact(*model_task(context.key))))
     store = TokenStore.open(context.artifact(stage.tokens, source), "test", tokenizer=merged.state["tokenizer"])
     windows = min(len(store), stage.max_windows or len(store))
     batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
-    with single_process(threads=context.threads):  # the first rank's work, however many there are
+    with single_process(threads=context.threads):  # runs on rank 0 only
         loss = score(merged.build(), context.counted(batches, unit="windows", of=windows, size=count_windows))
     results = {source: {"nll": loss.mean, "tokens": loss.tokens}}
     write_json(context.folder / "evaluation.json", results)

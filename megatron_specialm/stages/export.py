@@ -1,4 +1,4 @@
-"""Exporting a model as a Hugging Face folder, which is published only when it computes what the model computes."""
+"""Export a model as a Hugging Face folder, and publish it only if Transformers computes the same logits from it."""
 
 import shutil
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ WINDOWS_COMPARED = 4
 def run(stage: ExportStage, context: Context) -> Report:
     """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
 
-    It is written to a temporary folder, which is renamed when Transformers, loading it, gives our logits on held-out windows,
-    our token ids on their text, and batches of the model's length; otherwise it is removed.
+    It is written to a temporary folder. Transformers loads that folder; it must give our logits on held-out windows, our token
+    ids on their text, and batches of the model's length. Then the folder is renamed; otherwise it is removed.
 
     Raises:
         ArtifactError: they differ by more than the stage's tolerance.
@@ -59,7 +59,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     try:
         _write(aside, shape, weights, store, tokenizer)
         difference = _logit_difference(aside, shape, weights, store, threads=context.threads)
-        if not difference <= stage.tolerance:  # NaN is no agreement either
+        if not difference <= stage.tolerance:  # `not <=` also rejects NaN
             raise ArtifactError(
                 f"{context.folder}: not exported: Transformers' logits differ from ours by up to {difference:.2e}, "
                 f"more than the tolerance {stage.tolerance:.0e}: transformers {transformers.__version__} computes "
@@ -73,7 +73,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     compared = min(WINDOWS_COMPARED, len(store)) * store.context_length
     return Report(
         slots=compared,
-        # Ours and Transformers'.
+        # One forward pass of our model and one of Transformers'.
         flops=2 * compared * forward_flops(shape, store.vocabulary_size, store.context_length),
         values={
             "logit_difference": difference,
@@ -85,7 +85,7 @@ def run(stage: ExportStage, context: Context) -> Report:
 def _write(
     folder: Path, shape: ModelConfig, weights: Mapping[str, torch.Tensor], store: TokenStore, tokenizer: Tokenizer
 ) -> None:
-    """All that Transformers reads."""
+    """Write all files that Transformers reads."""
     config = huggingface_config(
         shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length, eod=store.eod,
         pad=tokenizer.pad,
@@ -102,7 +102,7 @@ def _logit_difference(
     folder: Path, shape: ModelConfig, weights: Mapping[str, torch.Tensor], store: TokenStore, *, threads: int
 ) -> float:
     batch = store.batch(np.arange(min(WINDOWS_COMPARED, len(store))))
-    # Exporting is the first rank's work alone, however many train: it must not wait for the others.
+    # Only rank 0 exports: it must not wait for other ranks.
     with single_process(threads=threads):
         model = Gpt(shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length).train(False)
         model.load(weights)
@@ -154,6 +154,6 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
 
 
 def _cost(marker: Marker) -> Cost:
-    """A training's, with that of the earlier one that it went on from, and of the trials of its learning rates."""
+    """The cost of a training, including the earlier training that it continues and the trials of its learning rates."""
     own, trials = marker.whole_cost, marker.values.get("trials", {})
     return replace(own, **{what: getattr(own, what) + cost for what, cost in trials.items()})

@@ -1,6 +1,6 @@
-"""Generating text with a model of a run folder or of an exported folder.
+"""Generate text with a model of a run folder or an exported folder.
 
-Transformers generates in both cases: the weights of a checkpoint are converted in memory, as the export converts them.
+Transformers generates in both cases: a checkpoint's weights are converted in memory, as by the export.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,12 +26,12 @@ from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.graph.lineage import tokenizer_task
 from megatron_specialm.graph.stage_kind import kind_of
 
-PROMPT_TOKENS = 12  # of a held-out document, where no prompt is given
+PROMPT_TOKENS = 12  # of a held-out document, if no prompt is given
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model of Transformers with its tokenizer. `start` is the id of the end-of-document token, that begins every text."""
+    """A Transformers model with its tokenizer. `start` is the id of the end-of-document token, which begins every text."""
 
     model: Any
     encode: Callable[[str], list[int]]
@@ -43,9 +43,9 @@ class Writer:
         """The prompt and its continuation: at most `tokens` tokens, or up to the end of the document.
 
         Args:
-            temperature: of the softmax; 0 takes the likeliest token each time.
-            top_k: sample among so many of the likeliest tokens.
-            seed: equal seeds give equal text on the same machine.
+            temperature: of the softmax; 0 always takes the likeliest token.
+            top_k: sample among this number of likeliest tokens.
+            seed: the same seed gives the same text on the same machine.
 
         Raises:
             ConfigError: the prompt leaves no room in the model's context.
@@ -69,12 +69,12 @@ class Writer:
 
 
 def open_model(folder: Path) -> Writer:
-    """The model of a folder: RUN/STAGE/KEY of a training that has ended or of a selection, or an exported one.
+    """Open the model of a folder: RUN/STAGE/KEY of a finished training or a selection, or an export.
 
     Raises:
         ConfigError: the folder is neither.
         ArtifactError: a file is missing or damaged, or the tokenizer is not the model's.
-        CheckpointError: it is a projected network, which is many models.
+        CheckpointError: it is a projected network, which holds many models.
     """
     for exported in (folder, folder / "model"):
         if _is_export(exported):
@@ -87,7 +87,7 @@ def open_model(folder: Path) -> Writer:
         if stage is not None and kind_of(stage).makes == "model":
             tokenizer = tokenizer_task(pipeline, stage.tokens)
             digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
-            # An artifact that an earlier version made does not say of which tokenizer it is.
+            # Artifacts of earlier versions do not record their tokenizer.
             tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer)
             for read in (artifact, tokenizer_folder):
                 check_artifact(read)
@@ -110,13 +110,13 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder is an export, even a damaged one. The folder of a step has a manifest too, but also a state."""
+    """Whether a folder is an export, even a damaged one. A checkpoint folder has a manifest too, but also a state file."""
     found = {name for name in (MANIFEST, "config.json", STATE) if (folder / name).is_file()}
     return bool(found) and STATE not in found
 
 
 def _exported(folder: Path) -> Writer:
-    verify_folder(folder, alone=True)  # Transformers chooses by itself what it reads of a folder
+    verify_folder(folder, alone=True)  # Transformers may read any file in the folder
     logging.disable_progress_bar()
     with reading(folder, form="a model that this version of Transformers loads", remedy="run its export again"):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
@@ -146,7 +146,7 @@ def transformers_model(
     config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=eod)
     logging.disable_progress_bar()
     assert config.architectures is not None
-    # Not `load_state_dict`: versions of Transformers rename weights as they load them.
+    # Not `load_state_dict`: some versions of Transformers rename weights as they load them.
     model, report = getattr(transformers, config.architectures[0]).from_pretrained(
         None, config=config, state_dict=to_huggingface(weights, shape), output_loading_info=True
     )

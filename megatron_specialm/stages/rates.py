@@ -1,4 +1,4 @@
-"""The choice between a training's learning rates, after all were tried (graph/rates.py)."""
+"""Choose a training's learning rate after all of them were tried (graph/rates.py)."""
 
 import logging
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
 
-SUMMED = ("tokens", "slots", "flops", "wall_seconds", "device_seconds")  # of costs
+SUMMED = ("tokens", "slots", "flops", "wall_seconds", "device_seconds")  # fields of a cost that are summed over trials
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The rate taken, and the markers of all trials by their rates."""
+    """The chosen rate, and the markers of all trials by rate."""
 
     rate: float
     trials: Mapping[float, Marker]
@@ -35,7 +35,7 @@ class Choice:
 
     @property
     def values(self) -> dict[str, Any]:
-        """For the model's own marker: the rate as in the config; each rate's best validation loss, nats per token, None where
+        """Values for the model's marker: the rate as in the config; each rate's best validation loss in nats per token, None if
         none was finite; and the cost of all trials."""
         costs = [trial.whole_cost for trial in self.trials.values()]
         return {
@@ -46,7 +46,7 @@ class Choice:
 
 
 def choose_rate(stage: TrainStage, context: Context) -> Choice:
-    """The rate whose trial has the lowest validation loss, the first of equal ones.
+    """Choose the rate with the lowest validation loss, the first one of equals.
 
     Raises:
         TrainingError: no trial has a finite validation loss.
@@ -57,7 +57,7 @@ def choose_rate(stage: TrainStage, context: Context) -> Choice:
     if not finite:
         raise TrainingError(
             f"{name}: at none of the learning rates {_format_rates(rates)} were the losses finite: give lower ones in "
-            f"stages.{name.stage}.optimizer.learning_rate, or look at the weights that it starts from"
+            f"stages.{name.stage}.optimizer.learning_rate, or check the weights that it starts from"
         )
     choice = Choice(min(finite, key=finite.__getitem__), trials)
     if context.world.is_first:

@@ -1,8 +1,8 @@
-"""Selecting one expert of a mixture or a projected network as an ordinary model for a domain.
+"""Select one expert of a mixture or a projected network for a domain, as an ordinary model.
 
-step_0000000/    result.json     the model, as a training would leave it
-selection.json   the choice, and for each criterion its own choice, the rank it gives the chosen expert, and its cost
-trials/          while fine-tunings decide: a folder per criterion and expert
+step_0000000/    result.json     the model, in the layout of a training's result
+selection.json   the choice; for each criterion its own choice, the rank of the chosen expert in its order, and its cost
+trials/          while fine-tuning trials run: a folder per criterion and expert
 """
 
 import shutil
@@ -43,12 +43,12 @@ from megatron_specialm.train.work import Work
 
 
 def run(stage: SelectStage, context: Context) -> Report:
-    """Rank the experts, and write the first as a model. The report has the cost of the criterion that decides and, apart, that
-    of those that were run for comparison.
+    """Order the experts by each criterion, and write the deciding criterion's first one as a model. The report has the cost of
+    that criterion and, as `apart`, the cost of the criteria that were run for comparison.
 
     Raises:
-        DataError: no window of the domain is in a cluster that has an expert; or less of the domain is held out than the
-            floor, and experts are told apart by it.
+        DataError: no window of the domain is in a cluster that has an expert, or the domain has fewer held-out windows than a
+            criterion that uses them requires.
         TrainingError: no expert has a finite loss.
     """
     assignment = train_stage(context.pipeline, stage.experts).clustering or ""
@@ -69,7 +69,7 @@ def run(stage: SelectStage, context: Context) -> Report:
         began, projected = context.watch.seconds, experts.flops
         if name == "loss":
             sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
-            with single_process(threads=context.threads):  # the first rank's work, however many there are
+            with single_process(threads=context.threads):  # runs on rank 0 only
                 orders[name] = by_loss(keys, experts.load, sample)
             passes = _passes(sample, experts.shape, store, times=len(keys))
         else:
@@ -108,8 +108,8 @@ _TRIED = {"finetuned": by_finetuning, "halving": by_halving}
 
 
 class _Experts:
-    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. A
-    network has one more, `histogram`: all its experts mixed by the domain's. `flops` are those of the projections so far."""
+    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. For a
+    network, the key `histogram` is all experts mixed by the domain's histogram. `flops`: of the projections so far."""
 
     def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
         model = model_of(context.pipeline, stage.experts)
@@ -122,7 +122,7 @@ class _Experts:
         self._mixtures["histogram"] = histogram_K
 
     def load(self, key: str) -> MergedModel:
-        """The expert of that key."""
+        """The model of an expert."""
         if self._network is None:
             return read_merged(self._folder(key))
         self.flops += self._price
@@ -130,14 +130,14 @@ class _Experts:
 
 
 def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times: int) -> Spent:
-    """A forward pass of so many experts over a sample."""
+    """The cost of `times` forward passes over a sample."""
     tokens = times * sum(int(batch.mask.sum()) for batch in sample)
     slots = times * sum(batch.mask.size for batch in sample)
     return Spent(tokens, slots, slots * forward_flops(shape, store.vocabulary_size, store.context_length))
 
 
 def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
-    """What each criterion would cost, projections left out; of trials where the config says how an expert is tried."""
+    """The cost of each criterion, without projections; of trials only if the config has `trial`."""
     sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
     slots = experts * min(stage.sample_windows, len(store)) * store.context_length
     costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * forward_flops(shape, *sizes))}

@@ -1,4 +1,4 @@
-"""A cache of a teacher's distributions for the training windows of a domain; `data/teacher.py` describes the files."""
+"""Cache a teacher's distributions for the training windows of a domain; `data/teacher.py` describes the files."""
 
 import shutil
 from pathlib import Path
@@ -19,8 +19,8 @@ from megatron_specialm.train.teaching import teach
 
 
 def run(stage: TeachStage, context: Context) -> Report:
-    """Run the teacher over the domain's training windows once, on one process. flops: its forward passes. For a sampled cache
-    the report has `gradient_noise`, which is the same in every epoch of a student (`data/teacher.py`).
+    """Run the teacher once over the domain's training windows, on one process. flops: of its forward passes. For a sampled
+    cache the report has `gradient_noise`, which is the same in every epoch of a student (`data/teacher.py`).
 
     Raises:
         ConfigError: more entries per token than the vocabulary has.
@@ -36,7 +36,7 @@ def run(stage: TeachStage, context: Context) -> Report:
         "store": context.marker(stage.tokens, context.key).digest,
     }
     writer = CacheWriter(context.folder, cache_format, context_length=store.context_length, **made_of)
-    with single_process(threads=context.threads):  # the first rank's work, however many there are
+    with single_process(threads=context.threads):  # runs on rank 0 only
         tokens = teach(
             merged.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),

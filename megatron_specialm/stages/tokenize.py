@@ -1,7 +1,7 @@
-"""Documents -> windows of token ids, for the train, validation and test splits of one set of text.
+"""Turn documents into windows of token ids, for the train, validation and test splits of one set of text.
 
-For a set in shards, the task of a shard reads its range of the training files and holds out documents of them; the task of the
-set reads the other files and describes all as one store.
+For a set in shards, each shard's task reads a range of the training files and holds out some of their documents. The set's own
+task reads the other files, and describes all shards as one store.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,8 +25,8 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     """Write the token store of one set or shard. The report's `skipped` counts empty documents.
 
     Raises:
-        DataError: text cannot be read, is empty, or holds less than the set's `train_tokens`; or a stage validates on the set,
-            and less is held out than its floor.
+        DataError: text cannot be read, is empty, or has less than the set's `train_tokens`; or a stage validates on the set,
+            and less is held out than required.
     """
     tokenizer_folder = context.artifact(stage.tokenizer, GENERIC)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -45,7 +45,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
     tokens = sum(split["tokens"] for split in splits.values())
-    if context.task.shard is None:  # the splits that shards wrote
+    if context.task.shard is None:  # adds the splits of the shards
         shards = [context.artifact(context.task.id.stage, key) for key in shard_keys(context.pipeline, context.key)]
         splits |= {split: join_shards(shards, split, store=context.folder) for split in SPLITS if split not in splits}
     describe_store(
@@ -74,14 +74,14 @@ def _readers(context: Context) -> dict[str, Documents]:
 
 
 def _has_validation(context: Context) -> bool:
-    """Whether the set has validation files. Otherwise training documents are held out."""
+    """Whether the set has validation files. If not, training documents are held out."""
     return bool(text_set(context.pipeline, source_of(context.key)).validation)
 
 
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The documents of the set, each with its split."""
+    """The documents of the set, each with its split's name."""
     shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():

@@ -57,8 +57,8 @@ def _check_exported(tokenizer: Tokenizer) -> None:
 
 
 def beginnings(files: Sequence[Path | str], characters: int, *, text_field: str) -> Iterator[str]:
-    """The first documents of each file, together about `characters` long: a sample of a set in shards that is too large to be
-    read to its end."""
+    """The first documents of each file, about `characters` in all: a sample of a set in shards, which is too large to read
+    completely."""
     for file in files:
         found = 0
         for text in read_documents([str(file)], text_field=text_field):

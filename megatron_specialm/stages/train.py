@@ -1,5 +1,5 @@
-"""Training: pretraining and specialization, for everybody, for a cluster or for one domain. What differs is what is read
-(`data/training_data.py`), the first weights, which of them are trained, and the objective."""
+"""Train a model: pretraining and specialization, generic, per cluster or per domain. These differ in their data
+(`data/training_data.py`), first weights, trained parameters and objective."""
 
 import importlib.metadata
 import logging
@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(stage: TrainStage, context: Context) -> Report:
-    """Train one model; the outcome is the step that `result.json` in the task's folder names. Where it has several learning
-    rates, go on with the best of their trials."""
+    """Train one model; the result is the step that `result.json` in the task's folder names. With several learning rates,
+    continue the best of their trials."""
     context.process_status.begin("starting")
     world, trial, choice = context.world, context.task.rate, None
     if trial is not None:
@@ -69,7 +69,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     settings, store = reading.settings, reading.store
     shape = model_of(context.pipeline, context.task.id.stage)
     setup = setup_of(context.pipeline, context.task.id.stage)
-    # The config's vocabulary is a wish where the tokenizer was there before.
+    # The tokenizer's vocabulary size: an imported tokenizer may differ from the config.
     setup = replace(setup, vocabulary_size=store.vocabulary_size, context_length=store.context_length)
     lost = Work.read(context.folder)
     if stage.data == "cluster" and trial is None and world.is_first:
@@ -135,7 +135,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     if capped and world.is_first and progress.best_step is not None:
         ended = Capped(context.key, progress.step, progress.best_step)
         logger.warning("%s", capped_warning(context.task.id.stage, stage, [ended]))
-    # Not from the record: another incarnation of this task, which has been given up, may still write there.
+    # Not from the record: a fenced attempt at this task, with an older fencing token, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
     own = _own(progress, before, reading)
@@ -165,8 +165,8 @@ def run(stage: TrainStage, context: Context) -> Report:
 
 
 def _own(progress: Progress, before: Spent, reading: TrainingData) -> Spent:
-    """The tokens and slots of this task's own steps. `before` are those of the steps that it went on from, which stand in the
-    cost of a trial or of an earlier training."""
+    """The tokens and slots of this task's own steps. `before`: those of adopted steps, which the cost of a trial or of an
+    earlier training includes."""
     slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
     return Spent(progress.tokens - before.tokens, slots - before.slots)
 
@@ -177,7 +177,7 @@ def _validation(reading: TrainingData, *, batch_size: int, rank: int, processes:
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:
-    """What every checkpoint says of itself."""
+    """The description that is written into every checkpoint."""
     return {
         "model": shape.model_dump(mode="json"),
         "vocabulary_size": store.vocabulary_size,
@@ -194,7 +194,7 @@ def _description(stage: TrainStage, context: Context, shape: ModelConfig, store:
 
 @dataclass(frozen=True)
 class _Certificate:
-    """What is looked at of a certificate: see `parity/compare.py`."""
+    """The values that are compared of a certificate; see `parity/compare.py`."""
 
     layout: dict[str, Any]
     precision: str
@@ -202,15 +202,15 @@ class _Certificate:
 
 
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
-    """What `specialm parity` has found of this layout, if it was asked, with this code's versions."""
+    """The certificate that `specialm parity` wrote for this layout with the installed versions, if there is one."""
     path = context.root / "parity" / f"{context.task.id.stage}.json"
     if not path.exists():
         return None
     remedy = "remove it, or run `specialm parity` again"
-    found, said = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
-    layout = {"engine": "megatron", **said.layout}  # those of earlier versions name no engine
-    same = layout == stage.parallel.model_dump(mode="json") and said.precision == stage.precision
-    current = said.versions.get("torch") == importlib.metadata.version("torch")
+    found, certificate = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
+    layout = {"engine": "megatron", **certificate.layout}  # certificates of earlier versions have no engine
+    same = layout == stage.parallel.model_dump(mode="json") and certificate.precision == stage.precision
+    current = certificate.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
         logger.warning("%s is of another layout or version: run `specialm parity` again", path)
         return None
@@ -218,7 +218,7 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
 
 
 def _write_centroid(stage: TrainStage, context: Context) -> None:
-    """Leave the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
+    """Write the cluster's centroid (E,) beside its expert: a mixture is a folder of experts with their centroids."""
     assign = assign_stage(context.pipeline, stage.clustering or "")
     k = cluster_count(context.pipeline, stage.clustering or "")
     centroids = read_centroids(context.artifact(assign.clusters, GENERIC), k=k)
@@ -235,7 +235,7 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
 
 
 def _teacher_weights(stage: TrainStage, context: Context) -> Mapping[str, torch.Tensor]:
-    """Of the teacher that runs beside the student."""
+    """The weights of a teacher that runs beside the student."""
     assert stage.distill is not None
     return read_merged(find_final(_model_folder(stage.distill.teacher, context))).weights
 

@@ -5,21 +5,21 @@ whose factor temperature^2 keeps the gradient's size):
 
     (1 - alpha) * cross-entropy + alpha * temperature^2 * KL(p || q)        in nats, summed over the tokens that count
 
-The teacher runs beside the student, or has left a cache (`data/teacher.py`):
+The teacher's distributions come from a forward pass beside the student's, or from a cache (`data/teacher.py`):
 
 | teacher | the divergence of a token                                                                              |
 |---------|--------------------------------------------------------------------------------------------------------|
 | online  | exact                                                                                                  |
-| exact   | exact, to rounding the same                                                                            |
-| top-k   | over K + 1 events, the K ids and all others together: never above the exact one, and so biased; what   |
-|         | the student makes of the others' shares among themselves goes uncorrected                              |
-| sampled | -H(p) + mean over draws of -log q: unbiased, and so is its gradient, for any K (arXiv 2503.16870);     |
-|         | over caches: the draws of one are the same in every epoch (`data/teacher.py`)                          |
+| exact   | exact, up to the rounding of the cache                                                                 |
+| top-k   | over K + 1 events, the K ids and all others together. A lower bound of the exact divergence, so it is  |
+|         | biased: the student's distribution within the others is not trained                                    |
+| sampled | -H(p) + mean over draws of -log q. Value and gradient are unbiased over caches for any K (arXiv        |
+|         | 2503.16870). One cache has the same draws in every epoch (`data/teacher.py`)                           |
 
-Under tensor parallelism a distribution's columns lie on several processes. A softmax over one's own columns would be a
-softmax of something else, so every maximum and every sum here is taken over the shard's group: one number per token each.
+Under tensor parallelism the vocabulary is sharded over processes. So each maximum and each sum of a softmax is all-reduced
+over the shard's group: one number per token.
 
-Legend: T positions, B sequences, V this process's shard of the vocabulary, K entries kept of a token, N = T * B.
+Legend: T positions, B sequences, V columns of this process's vocabulary shard, K cached entries per token, N = T * B.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ Teacher = Literal["online"] | Kind
 
 
 class Distillation:
-    """An `Objective`: cross-entropy, and the divergence from a teacher, whose outputs are extra inputs of the batch.
+    """An `Objective`: cross-entropy plus the divergence from a teacher, whose outputs are extra inputs of the batch.
 
     Args:
-        alpha: the teacher's part. With 0 this is cross-entropy, and no teacher is asked.
-        temperature: of both softmaxes; for a cache the one that it was written with.
+        alpha: the weight of the divergence. With 0 the teacher's outputs are not used.
+        temperature: of both softmaxes. A cache must have been written with the same one.
 
     Raises:
         ConfigError: alpha outside [0, 1], or a temperature that is not positive.
@@ -90,17 +90,17 @@ class Distillation:
 
 
 class _Softmax(NamedTuple):
-    """The softmax of scores whose columns may lie on several processes. What its methods return is whole, (N,), the same
-    on all of them; and of its gradient by the scores, (N, V), the own columns."""
+    """The softmax of scores whose columns may be sharded over processes. Methods return values (N,), reduced over the shard's
+    group and so the same on all its processes, and gradients by the scores (N, V) of the local columns."""
 
     scores_NV: torch.Tensor
-    log_sum_N: torch.Tensor  # of the exponentials, over the whole vocabulary
+    log_sum_N: torch.Tensor  # log of the sum of exponentials over the full vocabulary
     probabilities_NV: torch.Tensor
     shard: VocabularyShard | None
 
     @classmethod
     def of(cls, scores_NV: torch.Tensor, shard: VocabularyShard | None) -> Self:
-        """Columns at minus infinity do not take part; where none does, log_sum is finite and lower than any other."""
+        """Columns at minus infinity are left out. If all columns are, log_sum is finite and very small."""
         rows, columns = scores_NV.shape
         # A shard may be all padding and have no columns at all.
         largest_N = scores_NV.amax(1) if columns else scores_NV.new_full((rows,), -torch.inf)
@@ -114,7 +114,7 @@ class _Softmax(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The id of the first own column."""
+        """The token id of the first local column."""
         return 0 if self.shard is None else self.shard.first
 
     def divergence_from(self, teacher_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +125,7 @@ class _Softmax(NamedTuple):
         return apart_N - teacher.log_sum_N + self.log_sum_N, self.probabilities_NV - teacher.probabilities_NV
 
     def surprise_at(self, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over K of weight * -log(probability). An id may be there more than once."""
+        """Sum over K of weight * -log(probability). An id may occur more than once."""
         row, pick, column = self._own(ids_NK)
         weight = weights_NK[row, pick]
         surprise_N = torch.zeros_like(self.log_sum_N)
@@ -135,8 +135,8 @@ class _Softmax(NamedTuple):
         return _reduce(surprise_N, dist.ReduceOp.SUM, self.shard), gradient_NV
 
     def surprise_at_others(self, ids_NK: torch.Tensor, weight_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """weight * -log(probability of all ids but these). Summed over the others: one less the sum over the ids would
-        lose a small rest to rounding."""
+        """weight * -log(total probability of all other ids). It is summed over the others, because 1 minus the sum over the ids
+        loses a small remainder to rounding."""
         row, _, column = self._own(ids_NK)
         others_NV = self.scores_NV.clone()
         others_NV[row, column] = -torch.inf
@@ -145,18 +145,18 @@ class _Softmax(NamedTuple):
         return weight_N * (self.log_sum_N - others.log_sum_N), gradient_NV
 
     def _own(self, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Those of the ids that are this process's: row, place in the row, column."""
+        """The ids in this process's shard: their row, their index in K, and their local column."""
         columns_NK = ids_NK - self.first
         row, pick = ((columns_NK >= 0) & (columns_NK < self.scores_NV.shape[1])).nonzero(as_tuple=True)
         return row, pick, columns_NK[row, pick]
 
 
 class _WithGradient(torch.autograd.Function):
-    """Values (N,) of scores (N, V), each with the gradient that was found along with it."""
+    """Values (N,) of scores (N, V) whose gradient is already computed."""
 
     @staticmethod
     def forward(ctx: Any, scores_NV: torch.Tensor, values_N: torch.Tensor, gradient_NV: torch.Tensor) -> torch.Tensor:
-        """-> the values, which depend on the scores from here on."""
+        """Returns the values as a differentiable function of the scores."""
         ctx.save_for_backward(gradient_NV)
         return values_N.clone()
 
@@ -168,12 +168,12 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, shard: VocabularyShard | None) -> torch.Tensor:
-    """In place over the process group that shares the vocabulary."""
+    """All-reduce in place over the process group that shards the vocabulary."""
     if shard is not None:
         dist.all_reduce(tensor, operation, shard.group)
     return tensor
 
 
-def _flat(note_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T, ...) -> (N, ...), positions first as the logits are."""
-    return note_BT.transpose(0, 1).flatten(0, 1)
+def _flat(values_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T, ...) -> (N, ...), positions first like the logits."""
+    return values_BT.transpose(0, 1).flatten(0, 1)

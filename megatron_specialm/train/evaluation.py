@@ -1,4 +1,4 @@
-"""The loss of a whole model over batches, on one process."""
+"""The loss of a complete model over batches, on one process."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from megatron_specialm.model.gpt import Gpt
 
 @torch.no_grad()
 def score(model: Gpt, batches: Iterable[Batch]) -> LossSum:
-    """Summed negative log-likelihood in nats, and the tokens it is over. Added up in fp64."""
+    """The negative log-likelihood in nats and the number of tokens, summed over all batches in fp64."""
     model.train(False)
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in batches:

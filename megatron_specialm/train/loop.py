@@ -1,8 +1,8 @@
-"""The training loop: steps, records, validation, checkpoints, and when to stop.
+"""The training loop: steps, records, validation, checkpoints and stopping.
 
-All that the loop knows beside the weights is in `Progress`, which every checkpoint carries; the data stream is a pure
-function of the step. So a run that is killed at any moment and started again ends with the same bits on CPU. Where one
-process is asked to stop (`base/process_status.py`), all of them stop at the same step and save it.
+The state of the loop is `Progress`, which is in every checkpoint; the data stream is a function of the step. So a run that is
+killed at any moment and started again ends with the same bits on CPU. If one process is asked to stop
+(`base/process_status.py`), all processes stop at the same step and save it.
 """
 
 import contextlib
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What a checkpoint's state has beside what describes the model."""
+    """The part of a checkpoint's state that the loop resumes from."""
 
     progress: Progress
 
 
 class Diverged(TrainingError):
-    """A training that came to nothing by itself: its losses were not finite. `progress` is how far it was."""
+    """Training has diverged: losses were not finite. `progress` is the state at that step."""
 
     def __init__(self, message: str, progress: Progress) -> None:
         super().__init__(message)
@@ -55,11 +55,11 @@ class Diverged(TrainingError):
 
 @dataclass(frozen=True)
 class Training:
-    """What one training needs beside its engine.
+    """Everything that a training needs besides its engine.
 
-    validation: this process's batches, anew at every call.
-    description: written into every checkpoint: the model's shape, tokenizer, seed, versions.
-    account: what a checkpoint records of the cost, from the progress and the work so far.
+    validation: returns a new iterator over this process's batches.
+    description: is written into every checkpoint: the model's shape, tokenizer, seed, versions.
+    account: computes the cost that a checkpoint records, from the progress and the work so far.
     watch: runs since this attempt at the task began.
     """
 
@@ -78,17 +78,17 @@ class Training:
 
 
 def train(engine: Engine, training: Training) -> Progress:
-    """Train to the end, from the newest checkpoint that verifies or else from the engine's present weights.
+    """Train to the end, from the newest valid checkpoint, or from the engine's current weights if there is none.
 
-    With `trial_steps` in the settings it ends there, and can be gone on with.
+    If the settings have `trial_steps`, training ends there and can be resumed later.
 
     Raises:
-        Diverged: too many steps in a row whose loss or gradient is not finite, or no validation whose loss is.
+        Diverged: loss or gradient were not finite for too many steps in a row, or in every validation.
         TrainingError: another process has died.
-        Stopped: some process was asked to stop; the step at which all of them did is saved.
+        Stopped: a process was asked to stop. All processes have saved the same step.
     """
     training.process_status.begin("training")
-    with _lost_peers(training), _work_record(engine, training) as record_work:
+    with _name_lost_process(training), _work_record(engine, training) as record_work:
         found = saved_steps(training.folder)
         progress = _resume(engine, training)
         with _open_metrics(training, progress) as metrics, manual_garbage_collection():
@@ -99,7 +99,7 @@ def train(engine: Engine, training: Training) -> Progress:
 
 
 class _Loop:
-    """The steps of one attempt at a training. `progress` is how far it is."""
+    """The steps of one attempt at a training."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _Loop:
         self._stop_flag = StopFlag(self._stop_group)
 
     def run(self) -> None:
-        """All steps that are left."""
+        """Run all remaining steps."""
         settings, first_step = self._settings, self.progress.step + 1
         if settings.early_stopping is not None and not self.progress.evaluations:
             # The first weights are a candidate too: a domain set may be too small to gain anything from it.
@@ -139,10 +139,10 @@ class _Loop:
                 self._save()
 
     def finish(self, found: list[int]) -> None:
-        """Name the step that is the outcome.
+        """Record which step is the result.
 
         Args:
-            found: the steps that were there when this attempt began.
+            found: the steps that existed when this attempt began.
         """
         training, progress = self._training, self.progress
         training.saver.wait()
@@ -155,8 +155,8 @@ class _Loop:
         self._write(event="end", step=progress.step, final_step=final)
 
     def _step(self) -> None:
-        """One optimizer step. Its loss, norm and tokens come to the host every time: they decide whether it is skipped, a spike
-        or a divergence, and checkpoints count them."""
+        """One optimizer step. Loss, norm and tokens are read by the host at every step: they decide about skipped steps, spikes
+        and divergence, and checkpoints count them."""
         training, settings, step = self._training, self._settings, self.progress.step
         rate = learning_rate(step, peak=settings.optimizer.peak, steps=settings.steps, schedule=settings.schedule)
         batch = training.batches.local(step)
@@ -181,7 +181,7 @@ class _Loop:
         self.progress = self.progress.evaluated(loss)
 
     def _with_heartbeat(self) -> Iterator[Batch]:
-        """The validation's batches: each is progress, and work, too."""
+        """The validation batches. Each one counts as progress for the heartbeat, and as work."""
         for batch in self._training.validation():
             self._training.process_status.beat()
             self._record_work()
@@ -204,7 +204,7 @@ class _Loop:
         self._saved = progress.step
 
     def _stop(self) -> NoReturn:
-        """End all processes at this step, when its checkpoint has been read back and verified."""
+        """End all processes at this step, after its checkpoint was read back and verified."""
         training, step = self._training, self.progress.step
         if step != self._saved:
             self._save()
@@ -225,13 +225,13 @@ class _Loop:
             f"step {progress.step}: loss {stats.loss.mean} and gradient norm {stats.gradient_norm} were not finite for "
             f"{progress.skipped_in_a_row} steps in a row (max_skipped_steps {settings.max_skipped_steps}); "
             f"{_last_good(training.folder)}. "
-            f"Lower optimizer.learning_rate (now {settings.optimizer.peak}) or look at the data of these steps",
+            f"Lower optimizer.learning_rate (now {settings.optimizer.peak}) or check the data of these steps",
             progress,
         )
 
     def _record_step(self, stats: StepStats, rate: float, *, slots: int, spike: bool) -> None:
-        """A record every `log_every` steps, and at once where a step was skipped or spiked. `slots` are those of a step: token
-        positions, of which padding fills some."""
+        """Write a record every `log_every` steps, and whenever a step was skipped or spiked. `slots` are the token positions of
+        a step, padding included."""
         self._clock.count()
         progress, training, last = self.progress, self._training, last_step(self._settings)
         if stats.skipped or spike:
@@ -282,17 +282,17 @@ class _Clock:
 
     def per_step(self) -> float:
         steps, self._steps = self._steps, 0
-        return max(self._watch.lap(), 1e-6) / steps  # a lap may be nothing, but no speed is infinite
+        return max(self._watch.lap(), 1e-6) / steps  # a lap may be 0
 
 
 def _finite(value: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 @contextlib.contextmanager
 def _work_record(engine: Engine, training: Training) -> Iterator[Callable[[], Work]]:
-    """A function that records the work done so far, and returns it. Only the first process keeps a record."""
+    """A function that records and returns the work so far. Only rank 0 keeps a record."""
     if not training.control.is_first:
         yield Work
         return
@@ -301,8 +301,8 @@ def _work_record(engine: Engine, training: Training) -> Iterator[Callable[[], Wo
 
 
 @contextlib.contextmanager
-def _lost_peers(training: Training) -> Iterator[None]:
-    """On every process that outlives another one, replace torch.distributed's error by one that names the remedy."""
+def _name_lost_process(training: Training) -> Iterator[None]:
+    """If another process has died, replace torch.distributed's error with one that names the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -336,7 +336,7 @@ def _resume(engine: Engine, training: Training) -> Progress:
 
 
 def _open_metrics(training: Training, progress: Progress) -> contextlib.AbstractContextManager[Metrics | None]:
-    """Only the first process writes the record."""
+    """Only rank 0 writes records."""
     settings = training.settings
     if not training.control.is_first:
         return contextlib.nullcontext()
@@ -356,9 +356,8 @@ def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
 
 
 def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
-    """Whether a fine-tuning that is over was ended by its `steps`, and early stopping might have found a better one. None
-    where this is not asked: of pretraining, of a fixed number of steps, which is what was wanted, and of a trial that came to
-    nothing or was ended before."""
+    """Whether a finished fine-tuning ended because of its `steps`, before early stopping could end it. None where this does
+    not apply: pretraining, a fixed number of steps, and a trial that diverged or was ended before."""
     if settings.data != "domain" or settings.early_stopping is None or progress.best_step is None:
         return None
     if _has_stalled(progress, settings):

@@ -1,7 +1,7 @@
 """The record of a training: `metrics.jsonl` for programs, TensorBoard and Weights & Biases for people who use them.
 
-Every attempt (a start or a restart) begins with a record of its own. `tokens` are real ones, of `slots` that padded
-windows take; `fill` is their ratio. What a training cost, lost steps included, is in `work.json` (train/work.py).
+Every attempt (a start or a restart) begins with its own record. `tokens` excludes padding, `slots` includes it; `fill` is their
+ratio. The cost of a training, lost steps included, is in `work.json` (train/work.py).
 """
 
 import json
@@ -17,8 +17,8 @@ from megatron_specialm.base.packages import import_package
 
 
 class Metrics:
-    """Appends records to `metrics.jsonl` of a folder, and scalars to TensorBoard and W&B where asked. A context manager: on
-    every way out all of them are closed, and W&B hears whether the training failed."""
+    """Appends records to `metrics.jsonl` in a folder, and scalars to TensorBoard and W&B if enabled. Leaving the context closes
+    all of them and reports to W&B whether training failed."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False, wandb_project: str | None = None) -> None:
         with ExitStack() as closing:

@@ -1,4 +1,4 @@
-"""Where a training stands: all that the loop knows beside the weights. Every checkpoint carries it."""
+"""The state of the training loop, besides the weights. It is in every checkpoint."""
 
 import math
 import statistics
@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 from megatron_specialm.engine.protocol import StepStats
 
-SPIKE_WINDOW = 100  # steps whose gradient norms say what is usual
-FEWEST_NORMS = 20  # of which there must be so many
+SPIKE_WINDOW = 100  # steps whose median gradient norm a spike is compared with
+FEWEST_NORMS = 20  # with fewer norms no step counts as a spike
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after `step` optimizer steps. Losses are nats per token; `norms` are the gradient norms of the
-    last steps, those that are finite (checkpoints of earlier versions lack them)."""
+    """The state after `step` optimizer steps. Losses are in nats per token. `norms` are the finite gradient norms of the last
+    steps (missing in checkpoints of earlier versions)."""
 
     step: int = 0
     tokens: int = 0
@@ -27,7 +27,7 @@ class Progress:
     norms: tuple[float, ...] = ()
 
     def is_spike(self, norm: float, *, factor: float) -> bool:
-        """Whether a step's gradient norm is so many times as large as is usual."""
+        """Whether a step's gradient norm is more than `factor` times the usual one."""
         return len(self.norms) >= FEWEST_NORMS and norm > factor * statistics.median(self.norms)
 
     def after(self, stats: StepStats, *, spike: bool) -> "Progress":

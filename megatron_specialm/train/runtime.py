@@ -1,4 +1,4 @@
-"""What the loop does beside its steps (`config/runtime.py`): profiles, memory snapshots, and Python's garbage collection."""
+"""Profiles, memory snapshots, and control of Python's garbage collection (`config/runtime.py`)."""
 
 import contextlib
 import gc
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def manual_garbage_collection() -> Iterator[None]:
-    """Python's collector runs by `gc.collect` only, and looks at nothing that was there before: so it stops no rank at a
-    moment of its own, for which all others would wait, and takes little time."""
+    """Run Python's garbage collector only on `gc.collect()`, and exempt all objects that exist now. So no rank pauses at a
+    moment of its own while the others wait, and a collection is short."""
     was_enabled = gc.isenabled()
     gc.disable()
     gc.freeze()
@@ -31,7 +31,7 @@ def manual_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def observed(step: int, settings: Runtime, folder: Path, *, rank: int) -> Iterator[None]:
-    """Around a step, counted from 1: profile it and record its allocations, where the settings name it."""
+    """Profile a step (counted from 1) or record its allocations, if the settings ask for it."""
     path = folder / PROFILES / f"step_{step:07d}-rank_{rank:05d}"
     with contextlib.ExitStack() as stack:
         if step in settings.profile_steps:

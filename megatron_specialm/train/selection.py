@@ -1,7 +1,7 @@
-"""Which expert serves a domain best: by its clusters, by loss, or by trying (Grangier et al., arXiv 2402.01093, section
-4: most frequent cluster, best pretrained, best fine-tuned; successive halving is ours).
+"""Criteria to select the expert for a domain: cluster frequency, loss, or fine-tuning trials (Grangier et al., arXiv
+2402.01093, section 4: most frequent cluster, best pretrained, best fine-tuned; successive halving is ours).
 
-A criterion puts the experts in an order, best first.
+Each criterion returns the experts in order, best first.
 """
 
 import math
@@ -17,16 +17,16 @@ from megatron_specialm.train.evaluation import score
 
 Order = tuple[str, ...]  # the experts' keys, best first
 Load = Callable[[str], MergedModel]
-# Fine-tune an expert until it has had so many steps, going on from where it stood: its validation loss, which is not finite
-# where it came to nothing.
+# Fine-tune an expert up to a total number of steps, resuming its earlier steps. Returns its validation loss, which is not
+# finite if the training diverged.
 Tune = Callable[[str, int], float]
 
 
 def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -> Order:
-    """By how much of the domain lies in the expert's cluster. Costs nothing: the clusters are known.
+    """By the fraction of the domain's windows in the expert's cluster. It costs nothing: the clusters are known.
 
     Raises:
-        DataError: none of the domain does.
+        DataError: no window is in a cluster of these experts.
     """
     shares = {key: float(histogram_K[cluster_of(key)]) for key in keys}
     if not any(shares.values()):
@@ -38,49 +38,49 @@ def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -
 
 
 def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch]) -> Order:
-    """By the loss on a sample of the domain, before any fine-tuning: one forward pass of every expert."""
+    """By the loss on a sample of the domain before fine-tuning: one forward pass per expert."""
     return best_first({key: score(load(key).build(), sample).mean for key in keys})
 
 
 def by_finetuning(keys: Sequence[str], tune: Tune, steps: int) -> Order:
-    """By validation loss after each expert has been fine-tuned to the end."""
+    """By the validation loss after every expert was fine-tuned for all steps."""
     return best_first({key: tune(key, steps) for key in keys})
 
 
 def by_halving(keys: Sequence[str], tune: Tune, steps: int) -> Order:
-    """By successive halving: fine-tune all a little, keep the better half, and again, so that the last one has had
-    `steps` steps."""
+    """By successive halving: fine-tune all experts for a part of the steps, keep the better half, and repeat. The last one has
+    had `steps` steps."""
     left: Order = tuple(keys)
     dropped: Order = ()
     for until in halving_rounds(len(keys), steps):
         order = best_first({key: tune(key, until) for key in left})
-        kept = math.ceil(len(left) / 2)
-        left, dropped = order[:kept], (*order[kept:], *dropped)
+        count = math.ceil(len(left) / 2)
+        left, dropped = order[:count], (*order[count:], *dropped)
     return (*left, *dropped)
 
 
 def best_first(losses: Mapping[str, float]) -> Order:
-    """Keys by their loss. One that is not finite is the worst.
+    """Keys in order of their loss; losses that are not finite come last.
 
     Raises:
-        TrainingError: none is finite.
+        TrainingError: no loss is finite.
     """
     if not any(map(math.isfinite, losses.values())):
         raise TrainingError(
-            f"none of the experts {', '.join(losses)} has a finite loss: look at their trainings, and lower the learning "
+            f"none of the experts {', '.join(losses)} has a finite loss: check their trainings, and lower the learning "
             "rate of those, or of the `trial`"
         )
     return tuple(sorted(losses, key=lambda key: losses[key] if math.isfinite(losses[key]) else math.inf))
 
 
 def halving_rounds(experts: int, steps: int) -> list[int]:
-    """How many steps each survivor has had at the end of each round."""
+    """The total number of steps of each remaining expert at the end of each round."""
     rounds = max(1, math.ceil(math.log2(experts)))
     return [max(1, round(steps * (number + 1) / rounds)) for number in range(rounds)]
 
 
 def halving_plan(experts: int, steps: int) -> list[tuple[int, int, int]]:
-    """Of each round: how many experts are left, and the steps that each has had before it and at its end."""
+    """Per round: the number of remaining experts, and the total steps of each before and after the round."""
     plan, before, left = [], 0, experts
     for until in halving_rounds(experts, steps):
         plan.append((left, before, until))
@@ -89,7 +89,7 @@ def halving_plan(experts: int, steps: int) -> list[tuple[int, int, int]]:
 
 
 def trial_validations(plan: Sequence[tuple[int, int, int]], *, every: int) -> int:
-    """Validations of trials by such a plan: each expert's first weights, every so many steps, and each round's end."""
+    """The number of validations in such a plan: of each expert's first weights, every `every` steps, and at a round's end."""
     return plan[0][0] + sum(
         left * (until // every - before // every + bool(until % every)) for left, before, until in plan
     )

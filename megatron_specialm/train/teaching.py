@@ -1,6 +1,6 @@
-"""Teaching: a teacher computes every window of a token store once, for a cache of its distributions (`data/teacher.py`).
+"""Write a cache of a teacher's distributions for every window of a token store (`data/teacher.py`).
 
-Legend: N tokens of a window without padding, V vocabulary, K entries of a token in the cache.
+Legend: N tokens of a window without padding, V vocabulary size, K cached entries per token.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,12 +24,12 @@ def teach(
     seed: int = 0,
     counted: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> int:
-    """Write the teacher's distributions for all windows, in the order of window ids, and finish the cache.
+    """Write the teacher's distributions for all windows in the order of window ids, and finish the cache.
 
     Args:
-        model: a whole model on one process.
-        seed: of the draws of a sampled cache. Those of a window depend on it and the window's id, not on `batch_size`.
-        counted: wraps the batches, to report progress.
+        model: a complete model on one process.
+        seed: of the draws of a sampled cache. A window's draws depend on it and on the window's id, not on `batch_size`.
+        counted: wraps the batches to report progress.
 
     Returns:
         The number of tokens in the cache.
@@ -52,7 +52,7 @@ def teach(
 def compress(
     log_probabilities_NV: torch.Tensor, cache_format: CacheFormat, generator: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """The arrays of a cache, by name and (N, ...) each, for the teacher's distributions (N, V)."""
+    """The arrays of a cache by name, (N, ...) each, from the teacher's distributions (N, V)."""
     if cache_format.kind == "exact":
         return {LOG_PROBABILITIES: log_probabilities_NV}
     if cache_format.kind == "top-k":
@@ -68,8 +68,8 @@ def compress(
 
 
 def _draw(probabilities_NV: torch.Tensor, uniforms_NK: torch.Tensor) -> torch.Tensor:
-    """Ids (N, K) drawn by inverting the distribution function at the uniforms. In fp64: fp32 sums over a large vocabulary lose
-    its rare tokens."""
+    """Ids (N, K), drawn by inverting the cumulative distribution at the uniforms. In fp64, because fp32 sums over a large
+    vocabulary lose its rare tokens."""
     cumulated_NV = probabilities_NV.double().cumsum(1)
     ids_NK = torch.searchsorted(cumulated_NV, uniforms_NK * cumulated_NV[:, -1:], right=True)
     return ids_NK.clamp_(max=probabilities_NV.shape[1] - 1)

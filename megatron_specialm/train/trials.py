@@ -1,5 +1,5 @@
-"""Trial fine-tunings of experts on a domain, to compare them. Each has a folder of its own, from which it resumes: after an
-interruption, and when it gets more steps."""
+"""Trial fine-tunings of experts on a domain, to compare the experts. Each trial has its own folder, from which it resumes after
+an interruption and when it gets more steps."""
 
 import logging
 import math
@@ -53,15 +53,15 @@ class Trials:
 
     @property
     def spent(self) -> Spent:
-        """The cost of all, over all attempts."""
+        """The cost of all trials, over all attempts."""
         total = Spent()
         for spent in self._spent.values():
             total = total.plus(spent)
         return total
 
     def tune(self, key: str, steps: int) -> float:
-        """Fine-tune an expert until it has had so many steps in all. Returns its best validation loss, nats per token; NaN if
-        none was finite."""
+        """Fine-tune an expert up to `steps` steps in all. Returns its best validation loss in nats per token, NaN if none was
+        finite."""
         start, progress = self._load(key), Progress()
         try:
             progress = self._train(key, start, steps)
@@ -106,7 +106,7 @@ class Trials:
         return Spent(progress.tokens, slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:
-        """Validated every `evaluate_every` steps and at the end of `steps`, and never stopped before."""
+        """Validate every `evaluate_every` steps and at the end of `steps`; never stop early."""
         return DomainTraining.model_validate(
             {
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,

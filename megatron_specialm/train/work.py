@@ -1,9 +1,9 @@
-"""What a training has cost so far: the passes really made and the seconds, those of lost attempts included.
+"""The passes and seconds that a training has used so far, including those of lost attempts.
 
-    work.json   written over in place after every step and every validation batch of the first process
+    work.json   overwritten in place by rank 0 after every step and every validation batch
 
-A few bytes in one write, without waiting for the disk: what a killed process has written stays, so at most the step that
-it was at is missing. Where the machine itself is lost, what its kernel had not written out yet is missing too.
+A record is a few bytes in one write without fsync. It survives a killed process, so at most the current step is missing. If
+the machine fails, records that its kernel has not yet written to the disk are lost too.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.estimate.setup import Passes
 
 FILE = "work.json"
-_WIDTH = 256  # bytes: a shorter text must not leave the end of a longer one
+_WIDTH = 256  # bytes of a padded record: a shorter text must not leave the end of a longer one
 
 
 @dataclass(frozen=True)
 class Work:
-    """Passes of all copies of the model, and wall seconds, over all attempts."""
+    """Passes over all data-parallel copies, and wall seconds, over all attempts."""
 
     passes: Passes = field(default_factory=Passes)
     seconds: Seconds = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What stands in a folder; nothing where no attempt has come to its first step, or a machine was lost before what it
-        wrote came to the disk, which leaves zeros or nothing in the file.
+        """The record in a folder. It is zero if no attempt has finished a step, or if a failed machine has left the file empty
+        or filled with zeros.
 
         Raises:
-            ArtifactError: something else stands there.
+            ArtifactError: the file has other content.
         """
         path = folder / FILE
         with contextlib.suppress(FileNotFoundError):
@@ -46,23 +46,23 @@ class Work:
 
 
 class WorkRecord:
-    """Keeps `work.json` of a training, on its first process."""
+    """Writes a training's `work.json`, on rank 0."""
 
     def __init__(self, folder: Path, *, copies: int, watch: Stopwatch) -> None:
-        """Add to what earlier attempts have recorded.
+        """Add to the record of earlier attempts.
 
         Args:
-            copies: data-parallel copies of the model: each makes as many passes as the first one.
-            watch: of this attempt.
+            copies: the number of data-parallel copies; each makes as many passes as rank 0.
+            watch: runs since this attempt began.
         """
         self._before, self._copies, self._watch = Work.read(folder), copies, watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> Work:
-        """Record what has been done so far, over all attempts, and return it.
+        """Write and return the work so far, over all attempts.
 
         Args:
-            passes: those of one copy since this attempt began.
+            passes: of one copy since this attempt began.
         """
         all_passes = self._before.passes.plus(passes, times=self._copies)
         work = Work(all_passes, self._before.seconds + self._watch.seconds)

@@ -52,16 +52,16 @@ def _logits(seed: int, positions: int = 7, rows: int = 3) -> torch.Tensor:
     return 3 * torch.randn(positions, rows, VOCABULARY, generator=generator)
 
 
-def _batch(positions: int = 7, rows: int = 3, **notes: torch.Tensor) -> DeviceBatch:
+def _batch(positions: int = 7, rows: int = 3, **extra_inputs: torch.Tensor) -> DeviceBatch:
     """Three windows, over and over."""
     generator = torch.Generator().manual_seed(9)
     tokens, targets = torch.randint(VOCABULARY, (2, 3, positions), generator=generator).repeat(1, rows // 3, 1)
     mask = (torch.rand(3, positions, generator=generator) > 0.25).float().repeat(rows // 3, 1)
-    return DeviceBatch(tokens, targets, mask, extra_inputs=notes)
+    return DeviceBatch(tokens, targets, mask, extra_inputs=extra_inputs)
 
 
 def _kept(teacher_TBV: torch.Tensor, kept: CacheFormat, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The notes (B, T, ...) that a cache of these logits gives."""
+    """The extra inputs (B, T, ...) that a cache of these logits gives."""
     found = compress(
         torch.log_softmax(teacher_TBV.transpose(0, 1).flatten(0, 1) / kept.temperature, 1),
         kept,
@@ -77,7 +77,7 @@ def _online(teacher_TBV: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _loss(
     student_TBV: torch.Tensor,
-    notes: dict[str, torch.Tensor],
+    extra_inputs: dict[str, torch.Tensor],
     *,
     alpha: float = 1.0,
     temperature: float = TEMPERATURE,
@@ -86,7 +86,7 @@ def _loss(
     """The sum, and its gradient by the logits."""
     leaf = student_TBV.clone().requires_grad_()
     objective = Distillation(alpha=alpha, temperature=temperature, teacher=teacher)
-    loss = objective(leaf, _batch(*student_TBV.shape[:2], **notes))
+    loss = objective(leaf, _batch(*student_TBV.shape[:2], **extra_inputs))
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
@@ -123,8 +123,8 @@ def test_it_is_the_closed_form(alpha: float, temperature: float) -> None:
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(kept: CacheFormat | None) -> None:
     logits = _logits(0)
-    notes = _online(logits) if kept is None else _kept(logits, kept)
-    loss, gradient = _loss(logits, notes, teacher="online" if kept is None else kept.kind)
+    extra_inputs = _online(logits) if kept is None else _kept(logits, kept)
+    loss, gradient = _loss(logits, extra_inputs, teacher="online" if kept is None else kept.kind)
     # Rounding of twenty tokens' entropies, some nats each, times temperature squared.
     assert abs(float(loss)) < 2e-4 and float(gradient.abs().max()) < 2e-6
     if kept is None:
@@ -146,18 +146,18 @@ def test_a_cache_of_the_whole_vocabulary_is_the_teacher(kept: CacheFormat) -> No
 @pytest.mark.parametrize("count", [1, 5, VOCABULARY - 1])
 def test_top_k_is_the_divergence_of_merged_events(count: int) -> None:
     student, teacher = _logits(0), _logits(1)
-    notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
+    extra_inputs = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
     leaf = student.double().requires_grad_()
 
     def merged(logits_TBV: torch.Tensor) -> torch.Tensor:
         probabilities = torch.softmax(logits_TBV.transpose(0, 1).double() / TEMPERATURE, -1)
-        top = probabilities.gather(-1, notes[IDS].long())
+        top = probabilities.gather(-1, extra_inputs[IDS].long())
         return torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1)
 
     divergence = functional.kl_div(merged(leaf).log(), merged(teacher), reduction="none").sum(-1)
     expected = TEMPERATURE**2 * (divergence * _batch().mask).sum()
     (gradient,) = torch.autograd.grad(expected, leaf)
-    loss, own = _loss(student, notes, teacher="top-k")
+    loss, own = _loss(student, extra_inputs, teacher="top-k")
     torch.testing.assert_close(loss, expected.detach().float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(own, gradient.float(), rtol=1e-4, atol=2e-6)
 
@@ -166,8 +166,8 @@ def test_a_rest_too_small_for_one_less_the_others_is_not_lost() -> None:
     """The student puts 1e-20 where the teacher puts a tenth: 1 - sum would be 0, and the divergence infinite."""
     teacher, student = torch.zeros(1, 1, VOCABULARY), torch.zeros(1, 1, VOCABULARY)
     teacher[..., 0], student[..., 0] = np.log(9 * (VOCABULARY - 1)), 46 + np.log(VOCABULARY - 1)
-    notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, 1.0, 1))
-    batch = DeviceBatch(*torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(1, 1), extra_inputs=notes)
+    extra_inputs = _kept(teacher, CacheFormat("top-k", VOCABULARY, 1.0, 1))
+    batch = DeviceBatch(*torch.zeros(2, 1, 1, dtype=torch.long), torch.ones(1, 1), extra_inputs=extra_inputs)
     loss = Distillation(alpha=1.0, temperature=1.0, teacher="top-k")(student, batch)
     assert float(loss) == pytest.approx(0.9 * np.log(0.9) + 0.1 * (np.log(0.1) + 46), rel=1e-5)
 
@@ -178,8 +178,8 @@ def test_top_k_is_biased_downwards() -> None:
     exact = float(_loss(student, _online(teacher))[0])
     found = []
     for count in (1, 4, 16):
-        notes = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
-        found.append(float(_loss(student, notes, teacher="top-k")[0]))
+        extra_inputs = _kept(teacher, CacheFormat("top-k", VOCABULARY, TEMPERATURE, count))
+        found.append(float(_loss(student, extra_inputs, teacher="top-k")[0]))
     assert found == sorted(found)
     assert found[0] < 0.5 * exact and found[1] < 0.9 * exact and found[-1] < 0.999 * exact
 
@@ -233,12 +233,13 @@ def test_the_noise_of_draws_stays_in_every_epoch() -> None:
 @pytest.mark.parametrize("teacher", ["online", "exact", "top-k", "sampled"])
 def test_padding_does_not_count(teacher: Teacher) -> None:
     student, logits = _logits(0), _logits(1)
-    notes = _online(logits) if teacher == "online" else _kept(logits, _some(teacher))
-    loss, gradient = _loss(student, notes, alpha=0.5, teacher=teacher)
+    extra_inputs = _online(logits) if teacher == "online" else _kept(logits, _some(teacher))
+    loss, gradient = _loss(student, extra_inputs, alpha=0.5, teacher=teacher)
     padding = _batch().mask == 0
     assert padding.any() and not gradient.transpose(0, 1)[padding].any()
     zeroed = {
-        name: note.masked_fill(padding.view(*padding.shape, *[1] * (note.ndim - 2)), 0) for name, note in notes.items()
+        name: value.masked_fill(padding.view(*padding.shape, *[1] * (value.ndim - 2)), 0)
+        for name, value in extra_inputs.items()
     }
     again, gradient_again = _loss(student, zeroed, alpha=0.5, teacher=teacher)
     assert torch.equal(again, loss) and torch.equal(gradient_again, gradient)
@@ -317,7 +318,7 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
     ids = np.random.default_rng(1).permutation(len(store))[:16]
     online = _gradients(store.batch(ids), kind="online")
     for order, micro_batch_size in ((ids, 4), (ids[::-1], 8), (ids, 1), (ids, 3)):
-        batch = store.batch(order)._replace(extra_inputs=cache.notes(order))
+        batch = store.batch(order)._replace(extra_inputs=cache.extra_inputs(order))
         _assert_same(online, _gradients(batch, kind="exact", micro_batch_size=micro_batch_size))
 
 
@@ -326,7 +327,7 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
 def test_accumulation_changes_nothing(tmp_path: Path, store: TokenStore, kind: Teacher) -> None:
     cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind))
     ids = np.arange(8)
-    batch = store.batch(ids)._replace(extra_inputs=cache.notes(ids))
+    batch = store.batch(ids)._replace(extra_inputs=cache.extra_inputs(ids))
     whole, parts = (_gradients(batch, kind=kind, micro_batch_size=size) for size in (8, 2))
     _assert_same(whole, parts)
 
@@ -363,7 +364,9 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
 def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore) -> None:
     kept, ids = _some("sampled"), np.arange(len(store))
     one, other, another = (
-        _with_teacher_logits(tmp_path / f"{size}-{seed}", store, kept, batch_size=size, seed=seed).notes(ids)[IDS]
+        _with_teacher_logits(tmp_path / f"{size}-{seed}", store, kept, batch_size=size, seed=seed).extra_inputs(ids)[
+            IDS
+        ]
         for size, seed in ((4, 0), (9, 0), (4, 1))
     )
     # Batches of another size may round a probability otherwise, and a draw that falls between the two is another id.
@@ -377,15 +380,15 @@ def test_notes_are_what_the_teacher_says_and_zero_behind_a_window(
 ) -> None:
     cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind))
     ids = np.array([5, 2, 11, 2])
-    batch, notes = store.batch(ids), cache.notes(ids)
+    batch, extra_inputs = store.batch(ids), cache.extra_inputs(ids)
     expected = torch.log_softmax(_model(TEACHER, seed=1).logits(torch.from_numpy(batch.tokens)) / TEMPERATURE, -1)
     shapes = {IDS: (6,), LOG_PROBABILITIES: (VOCABULARY,) if kind == "exact" else (6,), TAIL: (), ENTROPY: ()}
-    for name, note in notes.items():
-        assert note.shape == (4, CONTEXT, *shapes[name])
-        assert not note[batch.mask == 0].any()
-    if LOG_PROBABILITIES in notes:
-        found = torch.from_numpy(notes[LOG_PROBABILITIES])
-        wanted = expected.gather(-1, torch.from_numpy(notes[IDS]).long()) if kind == "top-k" else expected
+    for name, value in extra_inputs.items():
+        assert value.shape == (4, CONTEXT, *shapes[name])
+        assert not value[batch.mask == 0].any()
+    if LOG_PROBABILITIES in extra_inputs:
+        found = torch.from_numpy(extra_inputs[LOG_PROBABILITIES])
+        wanted = expected.gather(-1, torch.from_numpy(extra_inputs[IDS]).long()) if kind == "top-k" else expected
         counts = torch.from_numpy(batch.mask) > 0
         torch.testing.assert_close(found[counts], wanted[counts], rtol=1e-5, atol=1e-5)
 
@@ -443,6 +446,6 @@ def test_ids_take_as_many_bytes_as_they_need(vocabulary: int, size: int) -> None
 @pytest.mark.usefixtures("alone")
 def test_a_cache_tells_the_noise_of_its_draws(tmp_path: Path, store: TokenStore) -> None:
     cache, ids = _with_teacher_logits(tmp_path / "sampled", store, _some("sampled")), np.arange(len(store))
-    assert np.array_equal(cache.notes(ids)[IDS], cache.notes(ids)[IDS])  # in another epoch the same draws
+    assert np.array_equal(cache.extra_inputs(ids)[IDS], cache.extra_inputs(ids)[IDS])  # in another epoch the same draws
     assert 0 < (cache.noise() or 0) < 1 / cache.format.count
     assert _with_teacher_logits(tmp_path / "exact", store, _some("exact")).noise() is None

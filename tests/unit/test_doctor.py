@@ -348,7 +348,7 @@ def test_a_sum_that_was_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init_process_group", "all_reduce", "destroy_process_group"):
         monkeypatch.setattr(compute.dist, name, lambda *_, **__: None)
     answers = [
-        compute.all_reduce(torch.device("cpu"), rank=0, ranks=ranks, meeting="nowhere")["right"] for ranks in (1, 2)
+        compute.all_reduce(torch.device("cpu"), rank=0, ranks=ranks, rendezvous="nowhere")["right"] for ranks in (1, 2)
     ]
     assert answers == [True, False]
 

@@ -99,7 +99,7 @@ def _make_cache(folder: Path) -> None:
 
 def _read_cache_of_teacher(folder: Path) -> None:
     cache = TeacherCache.open(folder, teacher="te", store="st")
-    cache.notes(np.arange(len(cache)))
+    cache.extra_inputs(np.arange(len(cache)))
 
 
 def _make_clusters(folder: Path) -> None:

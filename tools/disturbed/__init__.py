@@ -1,1 +1,1 @@
-"""Runs that are disturbed: what `tools/chaos.py` and the tests of damaged and killed runs share."""
+"""Disturbed runs: code shared by `tools/chaos.py` and the tests of damaged and killed runs."""

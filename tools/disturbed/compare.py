@@ -1,7 +1,7 @@
-"""Whether two runs of a config have come to the same, to the bit, and have left nothing beside it.
+"""Compare two runs of a config bit for bit, and find leftover files.
 
-Runs that were disturbed repeat steps, so that times and counted passes differ, and so does what names them: clocks, machines,
-process ids. All else is compared.
+Disturbed runs repeat steps, so times and counted passes differ, as do clocks, host names and process ids. Everything else is
+compared.
 """
 
 import json
@@ -10,22 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# How far an artifact is, what it cost and who has read it: the first is compared step by step, the others say nothing of the
-# outcome.
+# Progress, cost, and the cache of hashes. Progress is compared step by step; the others are not part of the result.
 METRICS, SPENT = "metrics.jsonl", ("work.json", "README.md", "checked.json")
-# Keys of JSON that are left out: costs, who made it, and hashes of files, which are compared themselves.
+# Keys of JSON that are skipped: costs, attempts, and hashes of files, which are compared themselves.
 LEFT_OUT = re.compile(r"seconds|flops|^(passes|cost|apart|time|incarnation|files|sha256)$")
 STEP = re.compile(r"step_\d+$")
 LEFTOVERS = re.compile(r"\.(tmp|mode)$|^progress\.json$")
 
 
 def leftovers(root: Path) -> list[str]:
-    """What only work under way may have in a run folder."""
+    """Temporary files that must not remain in a run folder without a running command."""
     return [f"{path} is left over" for path in sorted(root.rglob("*")) if LEFTOVERS.search(path.name)]
 
 
 def different_results(one: Path, other: Path) -> list[str]:
-    """Where the tables of two run folders differ, costs aside."""
+    """Where the tables of two run folders differ, except costs."""
     return [
         f"{other / name} differs from {one / name}, not only in costs"
         for name in ("results.json", "ledger.json")
@@ -36,13 +35,13 @@ def different_results(one: Path, other: Path) -> list[str]:
 def different_artifacts(one: Path, other: Path, names: Iterable[tuple[str, str]]) -> list[str]:
     """Where the artifacts (stage, key) of two run folders differ."""
     return [
-        said for stage, key in names for said in different_artifact(one / stage / key, other / stage / key)
+        difference for stage, key in names for difference in different_artifact(one / stage / key, other / stage / key)
     ]  # fmt: skip
 
 
 def different_artifact(one: Path, other: Path) -> list[str]:
-    """Where an artifact's folders differ. Of a training count the outcome and the losses on the way: which steps else are kept
-    hangs on when it was stopped."""
+    """Where an artifact's folders differ. Of a training, the result and the losses are compared; its other checkpoints depend
+    on when it was stopped."""
     ours, theirs = (dict(_compared(folder)) for folder in (one, other))
     only = [f"{name} is in {one if name in ours else other} alone" for name in sorted(ours.keys() ^ theirs.keys())]
     changed = [name for name in sorted(ours.keys() & theirs.keys()) if _content(ours[name]) != _content(theirs[name])]
@@ -74,7 +73,7 @@ def _without_costs(value: Any) -> Any:
 
 
 def _losses(path: Path) -> dict[int, float]:
-    """The last loss of each step; of a killed attempt the last line may be torn."""
+    """The last loss of each step; a killed attempt may leave an incomplete last line."""
     losses = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""A small config that has every kind of stage, and its text."""
+"""A small config with every kind of stage, and its text."""
 
 import json
 import random
@@ -9,11 +9,11 @@ TOPICS = 3  # of the generic set, the last of which is the domain's: so many clu
 
 
 def write_config(folder: Path, *, steps: int, every: int) -> None:
-    """Make `folder` a working directory of `config.yaml`, with its text.
+    """Write `config.yaml` and its text into `folder`.
 
     Args:
         steps: of each training.
-        every: so many steps a checkpoint is saved, and validated where a training validates.
+        every: steps between checkpoints, and between validations.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = Path(__file__).with_name("config.yaml").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def write_config(folder: Path, *, steps: int, every: int) -> None:
 
 
 def _topic(name: str, number: int) -> list[str]:
-    """The words of a document: of the domain, or of the topics of the generic set in turn."""
+    """The vocabulary of a document: the domain's, or one of the generic set's topics in turn."""
     generic, domain = (syllables.split() for syllables, _ in SETS.values())
     topics = [generic[:4], generic[4:], domain]
     assert len(topics) == TOPICS

@@ -1,4 +1,4 @@
-"""A config that is run as jobs on the tests' Slurm cluster, disturbed at random, and submitted again until all is done."""
+"""Run a config as jobs on the tests' Slurm cluster, disturb them at random, and submit again until all tasks are done."""
 
 import contextlib
 import random
@@ -17,14 +17,14 @@ from tests.cluster.testbed import Cluster
 from .config import write_config
 from .local import HELD, compare, not_done
 
-PATIENCE_SECONDS = 300.0  # for jobs that nobody disturbs
+PATIENCE_SECONDS = 300.0  # for undisturbed jobs
 LONGEST_SECONDS = 12.0  # from one disturbance to the next
 POLL_SECONDS = 0.3
 
 
 @dataclass
 class DisturbedJobs:
-    """A run folder in the making, with what has happened to its jobs and what went wrong."""
+    """A run folder in progress, the disturbances of its jobs, and the faults found."""
 
     run: Run
     until: str  # the stage with whose inputs the run ends
@@ -34,12 +34,12 @@ class DisturbedJobs:
     launches: int = 0
 
     def submit(self) -> None:
-        """Queue what is missing and not on its way."""
+        """Submit the tasks that are neither done nor queued."""
         self.launches += 1
         self.run.submit("--until", self.until)
 
     def queue(self, *states: str) -> list[str]:
-        """Slurm's ids of jobs and elements in the queue, of all states or of some."""
+        """Slurm's ids of the jobs and array elements in the queue, in all states or in some."""
         wanted = [f"--states={','.join(states)}"] if states else []
         return self.run.cluster.run("squeue", "--noheader", "--array", "--format=%i", *wanted).split()
 
@@ -53,7 +53,7 @@ class DisturbedJobs:
         return found
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long, or until the queue is empty, which is answered."""
+        """Wait so long, or until the queue is empty. Returns whether it is empty."""
         deadline = time.monotonic() + seconds
         while queued := self.queue():
             if time.monotonic() > deadline:
@@ -63,14 +63,14 @@ class DisturbedJobs:
 
 
 def _cancel(jobs: DisturbedJobs) -> None:
-    """The user ends all of it."""
+    """Cancel all jobs, as a user does."""
     jobs.run.cluster.run("scancel", *jobs.queue())
 
 
 def _requeue(jobs: DisturbedJobs) -> None:
-    """As a preemption does."""
+    """Requeue, as a preemption does."""
     if running := jobs.queue("RUNNING"):
-        with contextlib.suppress(AssertionError):  # it has ended meanwhile
+        with contextlib.suppress(AssertionError):  # it has ended in the meantime
             jobs.run.cluster.run("scontrol", "requeue", jobs.random.choice(running))
 
 
@@ -84,7 +84,7 @@ def _kill(word: str) -> Callable[[DisturbedJobs], None]:
 
 
 def _lose_node(jobs: DisturbedJobs) -> None:
-    """Everything on a node at once; it comes back a little later."""
+    """Kill everything on a node; it returns a little later."""
     cluster = jobs.run.cluster
     name = jobs.random.choice(sorted(cluster.nodes))
     cluster.power_off(name)
@@ -93,12 +93,12 @@ def _lose_node(jobs: DisturbedJobs) -> None:
 
 
 def _submit_again(jobs: DisturbedJobs) -> None:
-    """What is on its way is not queued twice."""
+    """Submit again: queued tasks are not queued twice."""
     jobs.submit()
 
 
 def _run_beside(jobs: DisturbedJobs) -> None:
-    """On the login node: it is refused while a job does one of its tasks."""
+    """Run on the login node: it is refused while a job does one of its tasks."""
     command = jobs.run.command("run", "--until", jobs.until)
     done = subprocess.run(
         command, cwd=jobs.run.folder, env=jobs.run.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
@@ -121,8 +121,8 @@ DISTURBANCES: dict[str, Callable[[DisturbedJobs], None]] = {
 def disturbed_jobs(
     cluster: Cluster, folder: Path, straight: Path, *, seed: int, at_most: int, steps: int, every: int, until: str
 ) -> DisturbedJobs:
-    """Run the config, until a stage, as jobs in a new working directory, disturbing them at most so many times; compare what
-    it comes to with an undisturbed run."""
+    """Run the config up to a stage as jobs in a new working directory, with at most so many disturbances. Compare the result
+    with an undisturbed run."""
     write_config(folder, steps=steps, every=every)
     site = {"jobs": {"default": {"processes_per_node": 1}, "train": {"tasks_per_job": 1}}}
     jobs = DisturbedJobs(

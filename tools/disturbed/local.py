@@ -1,4 +1,4 @@
-"""A config that is run on this machine, disturbed at random, and run again until it ends by itself."""
+"""Run a config on this machine, disturb it at random, and run it again until it ends by itself."""
 
 import contextlib
 import random
@@ -19,25 +19,25 @@ from .compare import different_artifacts, different_results, leftovers
 from .config import write_config
 from .processes import Launch, kill
 
-GRACE_SECONDS = 10.0  # within which all processes of a command must be gone behind it
+GRACE_SECONDS = 10.0  # within which all processes of an ended command must be gone
 STOPPED_SECONDS = (0.5, 4.0)
 LONGEST_SECONDS = 25.0  # from a start to the next disturbance: long enough for some tasks to end
-PATIENCE_SECONDS = 600.0  # for a run that nobody disturbs
+PATIENCE_SECONDS = 600.0  # for an undisturbed run
 POLL_SECONDS = 0.1
-OTHER_SETTINGS = "stages.slm.optimizer.learning_rate=1.0e-3"  # all models but one rest on it
-HELD, INTERRUPTED, FAILED = 3, 130, 1  # exit codes: the folder is held, ended by a signal, a task has failed
+OTHER_SETTINGS = "stages.slm.optimizer.learning_rate=1.0e-3"  # all models except one depend on it
+HELD, INTERRUPTED, FAILED = 3, 130, 1  # exit codes: the folder is locked, ended by a signal, a task has failed
 
 
 @dataclass
 class Disturbed:
-    """A run folder in the making, with what has happened to it and what went wrong."""
+    """A run folder in progress, its disturbances, and the faults found."""
 
     folder: Path
     random: random.Random
     until: str | None = None  # the stage with whose inputs the run ends; None: the whole config
     happened: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    ending: list[tuple[Launch, float]] = field(default_factory=list)  # with the time by which all of it must be gone
+    ending: list[tuple[Launch, float]] = field(default_factory=list)  # with the deadline for its processes to end
     launches: int = 0
 
     def start(self, *overrides: str) -> Launch:
@@ -47,23 +47,23 @@ class Disturbed:
         return Launch(self.folder, "run", "config.yaml", *_part(self.until), *overrides, output=output)
 
     def fault(self, launch: Launch, what: str) -> None:
-        """Note what must not be."""
+        """Record a fault."""
         behind = ", ".join(launch.disturbed_by) or "nothing"
         self.faults.append(f"{launch.output.name}, behind {behind}: {what}")
 
     def ended(self, launch: Launch) -> None:
-        """Judge how a command has ended. That its workers end too is seen later: they may do so beside the next command."""
+        """Check how a command has ended. `watch` checks its workers, which may end during the next command."""
         expected = {code for kind in launch.disturbed_by for code in DISTURBANCES[kind].codes} | {0}
-        if launch.code == HELD and "another command" in launch.said:
-            expected.add(HELD)  # by workers of the one before, until they have ended
+        if launch.code == HELD and "another command" in launch.printed:
+            expected.add(HELD)  # by workers of the previous command, until they have ended
         if launch.code not in expected:
-            self.fault(launch, f"exit code {launch.code}: {launch.said[-600:]}")
-        if "Traceback" in launch.said:
-            self.fault(launch, f"a traceback: {launch.said[launch.said.index('Traceback') :][:2000]}")
+            self.fault(launch, f"exit code {launch.code}: {launch.printed[-600:]}")
+        if "Traceback" in launch.printed:
+            self.fault(launch, f"a traceback: {launch.printed[launch.printed.index('Traceback') :][:2000]}")
         self.ending.append((launch, time.monotonic() + GRACE_SECONDS))
 
     def watch(self) -> None:
-        """Look whether anything has outlived its command for too long."""
+        """Check whether processes have outlived their command for too long."""
         for launch, deadline in list(self.ending):
             if not (alive := launch.alive()):
                 self.ending.remove((launch, deadline))
@@ -74,14 +74,14 @@ class Disturbed:
                 self.ending.remove((launch, deadline))
 
     def wait(self, launch: Launch, seconds: float, until: Callable[[], object] = lambda: None) -> None:
-        """Wait so long, or until a command has ended or a question is answered."""
+        """Wait so long, or until a command has ended or `until` returns something true."""
         deadline = time.monotonic() + seconds
         while launch.code is None and time.monotonic() < deadline and not until():
             self.watch()
             time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
-        """See all commands gone."""
+        """Wait until all commands have ended."""
         while self.ending:
             self.watch()
             time.sleep(POLL_SECONDS)
@@ -97,7 +97,7 @@ def _words(process: psutil.Process) -> str:
     return "gone"
 
 
-# --- disturbances: each returns the command that goes on, or has ended ------------------------------------------------
+# --- disturbances: each returns the command that continues, or has ended ----------------------------------------------
 
 
 def _signal_launcher(number: signal.Signals) -> Callable[[Disturbed, Launch], Launch]:
@@ -110,7 +110,7 @@ def _signal_launcher(number: signal.Signals) -> Callable[[Disturbed, Launch], La
 
 
 def _kill_all(_: Disturbed, launch: Launch) -> Launch:
-    """As a power loss does."""
+    """Kill all processes, as a power loss does."""
     launch.end()
     return launch
 
@@ -146,18 +146,18 @@ def _stop(run: Disturbed, process: psutil.Process) -> None:
 
 
 def _workers(run: Disturbed, launch: Launch) -> list[psutil.Process]:
-    """Its workers, once it has some."""
+    """The command's workers, once it has some."""
     run.wait(launch, LONGEST_SECONDS, launch.workers)
     return launch.workers()
 
 
 def _second(run: Disturbed, launch: Launch) -> Launch:
-    """The same command beside it: one of both is refused."""
+    """Start the same command concurrently: one of the two is refused."""
     return _beside(run, launch, run.start())
 
 
 def _rival(run: Disturbed, launch: Launch) -> Launch:
-    """A command with other settings, beside one that is at work: it is refused, and changes nothing."""
+    """Start a command with other settings while one runs: it is refused, and changes nothing."""
     _workers(run, launch)
     return _beside(run, launch, run.start(OTHER_SETTINGS))
 
@@ -165,7 +165,7 @@ def _rival(run: Disturbed, launch: Launch) -> Launch:
 def _beside(run: Disturbed, launch: Launch, second: Launch) -> Launch:
     second.disturbed_by = list(launch.disturbed_by)
     run.wait(second, PATIENCE_SECONDS, lambda: launch.code is not None)
-    if second.code is None:  # the first was refused, or has come to its end
+    if second.code is None:  # the first was refused, or has ended
         run.ended(launch)
         return second
     if launch.code is None and second.code != HELD:
@@ -176,7 +176,7 @@ def _beside(run: Disturbed, launch: Launch, second: Launch) -> Launch:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What is done to a command, and the exit codes that it may end with, beside that of success."""
+    """A disturbance of a command, and the exit codes that may follow besides success."""
 
     do: Callable[[Disturbed, Launch], Launch]
     codes: tuple[int, ...] = ()
@@ -187,7 +187,7 @@ DISTURBANCES = {
     "kill -9 of everything": Disturbance(_kill_all, (-signal.SIGKILL,)),
     "kill -9 of a worker": Disturbance(_kill_worker, (FAILED,)),
     "kill -9 of the fork server": Disturbance(_kill_fork_server, (FAILED,)),
-    # A signal that comes before the run has begun ends it as it ends any program.
+    # A signal before the run begins ends the process with the signal's default action.
     "SIGHUP to the launcher": Disturbance(_signal_launcher(signal.SIGHUP), (INTERRUPTED, -signal.SIGHUP)),
     "SIGTERM to the launcher": Disturbance(_signal_launcher(signal.SIGTERM), (INTERRUPTED, -signal.SIGTERM)),
     "a stopped worker": Disturbance(_stop_worker),
@@ -198,11 +198,11 @@ DISTURBANCES = {
 
 
 def disturb(run: Disturbed, *, at_most: int, longest: float = LONGEST_SECONDS) -> None:
-    """Run the config in the folder of a run until it ends by itself, disturbing it at most so many times."""
+    """Run the config in a run's folder until it ends by itself, with at most so many disturbances."""
     while True:
         launch = run.start()
         while launch.code is None and run.happened.total() < at_most:
-            # Half of them while it starts, which is short.
+            # Half of them during the start, which is short.
             run.wait(launch, run.random.uniform(0, run.random.choice((4.0, longest))))
             if launch.code is None:
                 kind = run.random.choice(list(DISTURBANCES))
@@ -214,16 +214,16 @@ def disturb(run: Disturbed, *, at_most: int, longest: float = LONGEST_SECONDS) -
             run.fault(launch, f"still at work behind {PATIENCE_SECONDS:.0f} s")
             launch.end()
         run.ended(launch)
-        other = OTHER_SETTINGS in launch.arguments  # it has come behind the one that it was started beside, and worked
+        other = OTHER_SETTINGS in launch.arguments  # it ran after the command that it was started beside
         if (launch.code == 0 and not other) or run.faults:
             run.end()
             return
-        if run.random.random() < 0.5:  # else the next one meets what is left of this one
+        if run.random.random() < 0.5:  # otherwise the next command meets leftover processes of this one
             run.end()
 
 
 def straight_run(folder: Path, *, steps: int, every: int, until: str | None = None) -> None:
-    """Run the config, or what a stage rests on, undisturbed in a new working directory.
+    """Run the config, or the inputs of a stage, undisturbed in a new working directory.
 
     Raises:
         RuntimeError: it fails.
@@ -231,7 +231,7 @@ def straight_run(folder: Path, *, steps: int, every: int, until: str | None = No
     write_config(folder, steps=steps, every=every)
     launch = Launch(folder, "run", "config.yaml", *_part(until), output=folder / "output")
     if launch.process.wait(PATIENCE_SECONDS) != 0:
-        raise RuntimeError(launch.said)
+        raise RuntimeError(launch.printed)
 
 
 def disturbed_run(
@@ -245,8 +245,8 @@ def disturbed_run(
     until: str | None = None,
     longest: float = LONGEST_SECONDS,
 ) -> Disturbed:
-    """Run the config, or what a stage rests on, in a new working directory, disturbing it at most so many times, with at most
-    `longest` seconds from one to the next; compare what it comes to with the undisturbed run."""
+    """Run the config, or the inputs of a stage, in a new working directory, with at most so many disturbances and at most
+    `longest` seconds between them. Compare the result with the undisturbed run."""
     write_config(folder, steps=steps, every=every)
     run = Disturbed(folder, random.Random(seed), until)
     disturb(run, at_most=at_most, longest=longest)
@@ -256,7 +256,7 @@ def disturbed_run(
 
 
 def not_done(folder: Path, *, until: str | None = None) -> list[str]:
-    """What a run lacks, or what a stage rests on, by the plan."""
+    """The unfinished tasks of a run, or of a stage's inputs, by the plan."""
     with contextlib.chdir(folder):
         plan = make_plan(load_pipeline(Path("config.yaml")), Path("run"))
     wanted = select(plan, only=None, until=until)
@@ -264,7 +264,7 @@ def not_done(folder: Path, *, until: str | None = None) -> list[str]:
 
 
 def compare(straight: Path, folder: Path, *, until: str | None = None) -> list[str]:
-    """Where a run that has ended falls short of the undisturbed one: tasks, bits, tables, and what is left over."""
+    """How a finished run differs from the undisturbed one: tasks, bits, tables, leftovers."""
     pipeline = load_pipeline(folder / "config.yaml")
     names = [name for name in build_graph(pipeline) if (straight / "run" / name.stage / name.key).exists()]
     one, other = straight / "run", folder / "run"

@@ -1,4 +1,4 @@
-"""Commands of ours with all that they have started, found by a mark that processes inherit in their environment."""
+"""Commands of this project and all their descendants, found by a mark that processes inherit in their environment."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 class Launch:
-    """A command that runs, in its working directory. What it prints goes to a file."""
+    """A running command in its working directory. Its output goes to a file."""
 
     def __init__(self, folder: Path, *arguments: str, output: Path) -> None:
         self.mark, self.arguments, self.output = uuid.uuid4().hex, arguments, output
@@ -31,16 +31,16 @@ class Launch:
 
     @property
     def code(self) -> int | None:
-        """How the command itself has ended; None while it runs."""
+        """The exit code; None while it runs."""
         return self.process.poll()
 
     @property
-    def said(self) -> str:
-        """All that it has printed so far."""
+    def printed(self) -> str:
+        """All output so far."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def alive(self) -> list[psutil.Process]:
-        """What lives of it: itself and its descendants, wherever they have gone."""
+        """Its living processes: itself and its descendants, including orphans."""
         return list(_marked(self.mark))
 
     def fork_server(self) -> psutil.Process | None:
@@ -59,13 +59,13 @@ class Launch:
         return []
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill all remaining processes."""
         kill(self.alive())
         self.process.wait()
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Kill processes, those that are gone excepted."""
+    """Kill processes that still exist."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGKILL)
@@ -79,6 +79,6 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
 
 
 def _usual_signals() -> None:
-    """What a shell or pytest has started may ignore them, and so would its children."""
+    """Restore default signal handlers: a shell or pytest may start processes that ignore signals, as would their children."""
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

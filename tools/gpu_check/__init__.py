@@ -1,1 +1,1 @@
-"""The parts of tools/gpu_check.sh, and what runs them."""
+"""The parts of tools/gpu_check.sh, and their runner."""

@@ -1,4 +1,4 @@
-"""The command line of tools/gpu_check.sh. `--part NAME FILE` is how it starts each part as a process."""
+"""The command line of tools/gpu_check.sh. It starts each part as a process with `--part NAME FILE`."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from gpu_check import part, run
 
 
 def main() -> int:
-    """Run all parts, or be one."""
+    """Run all parts, or one part."""
     parser = argparse.ArgumentParser(prog="tools/gpu_check.sh")
     parser.add_argument("out", nargs="?", type=Path, default=Path(os.environ.get("OUT", "runs/gpu_check")))
     parser.add_argument("--tiny", action="store_true", help="small sizes, on any machine")

@@ -1,4 +1,4 @@
-"""What a part measures: named figures, each with what is expected of it."""
+"""The results of a part: named figures, each with its expected value."""
 
 import math
 import traceback
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Figure(NamedTuple):
-    """`good` says whether the value is as `expected`; None where nothing is expected, or tiny sizes say nothing about it."""
+    """`good`: whether the value is as `expected`; None if nothing is expected, or if tiny sizes are not conclusive."""
 
     name: str
     value: float | str
@@ -21,7 +21,7 @@ class Figure(NamedTuple):
 
 
 def at_most(name: str, value: float, bound: float, unit: str = "", *, judged: bool = True) -> Figure:
-    """A figure that should not be above a bound; NaN is."""
+    """A figure that should not exceed a bound; NaN does."""
     return Figure(name, value, unit, f"<= {bound:g}", value <= bound if judged else None)
 
 
@@ -31,8 +31,8 @@ def between(name: str, value: float, low: float, high: float, unit: str = "", *,
 
 
 def attempt(name: str, figures: Generator[Figure, None, T]) -> Generator[Figure, None, T | None]:
-    """Figures of one of several measurements, and what it returns. What it raises becomes a figure too, and None, so that
-    the others are still made; but what the machine lacks ends the part."""
+    """Figures of one of several measurements, and its return value. An exception becomes a figure, and the result None, so that
+    the others are still measured; but an error of the machine or a missing package ends the part."""
     try:
         return (yield from figures)
     except (SpecialmError, ImportError):

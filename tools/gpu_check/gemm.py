@@ -1,4 +1,4 @@
-"""Transformer Engine's matrix products beside torch's, forward and backward: do numbers agree, and how fast are they?"""
+"""Transformer Engine's matrix products against torch's, forward and backward: agreement and speed."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -15,14 +15,14 @@ from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.setup import Setup
 
-# Relative to the norm of the fp32 result. bf16 keeps 8 bits; E4M3 4, and E5M2, for gradients, 3: each rounds both factors,
-# by about 0.04 and 0.06 in all. Less than the lower bound would mean that FP8 was not used.
+# Relative to the norm of the fp32 result. bf16 keeps 8 bits; E4M3 keeps 4; E5M2, for gradients, 3. Each rounds both factors,
+# by about 0.04 and 0.06 in all. An error below the lower bound would mean that FP8 was not used.
 BF16_ERRORS = ((0, 0.01), (0, 0.01), (0, 0.01))
 FP8_ERRORS = ((0.01, 0.06), (0.01, 0.09), (0.01, 0.09))
 
 
 class Product(NamedTuple):
-    """(N, N) each: what a linear reads, its weight, and the gradient of its result."""
+    """(N, N) each: a linear's input, its weight, and the gradient of its output."""
 
     inputs: torch.Tensor
     weight: torch.Tensor
@@ -76,13 +76,13 @@ def _beside_exact(
 
 
 def _transformer_engine_linear(size: int) -> Any:
-    import transformer_engine.pytorch as te  # not on every machine
+    import transformer_engine.pytorch as te  # not installed on every machine
 
     return te.Linear(size, size, bias=False, params_dtype=torch.bfloat16, device="cuda")
 
 
 class _InFp8(torch.nn.Module):
-    """A linear under FP8, by the recipe that a training of the setup would use."""
+    """A linear under FP8 with the recipe of a setup."""
 
     def __init__(self, size: int, setup: Setup) -> None:
         from megatron.core.fp8_utils import get_fp8_recipe

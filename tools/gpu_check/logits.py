@@ -1,7 +1,7 @@
-"""One model's logits on the GPU, on the CPU and by Transformers, in fp32 and bf16, of both families.
+"""Logits of one model on the GPU, on the CPU and by Transformers, in fp32 and bf16, for both families.
 
-`python -m gpu_check.logits FILE [tiny]` is the CPU's side: a process to which no GPU is visible. First weights are drawn by
-name, the same everywhere.
+`python -m gpu_check.logits FILE [tiny]` computes those on the CPU, in a process that sees no GPU. First weights are drawn by
+name and so are equal everywhere.
 
 Legend: B windows, T positions, V vocabulary.
 """
@@ -25,7 +25,7 @@ from megatron_specialm.engine.open import single_process
 from megatron_specialm.model.gpt import Gpt
 
 SEED = 0
-# Largest difference: in fp32 what an export may differ by; in bf16 relative to the largest logit, which has 8 bits.
+# Largest difference. fp32: an export's tolerance; bf16: relative to the largest logit, which has 8 bits.
 FP32_DIFFERENCE, BF16_DIFFERENCE = 1e-3, 0.05
 
 

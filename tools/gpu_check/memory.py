@@ -42,7 +42,7 @@ def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, N
     engine, batch = engine_of(setup, first_weights=drawn_on_device), random_batch(setup)
     for _ in range(3):
         engine.train_step(batch, learning_rate=1e-4)
-    if MIXTURE in batch.extra_inputs:  # experts are drawn: some micro-batches may share one
+    if MIXTURE in batch.extra_inputs:  # drawn experts: several micro-batches may have the same one
         setup = replace(setup, variants=len(np.unique(batch.extra_inputs[MIXTURE], axis=0)))
     estimate = memory_of(setup, fused=fused).total
     yield Figure(f"{name}: estimate", estimate / MIB, "MiB")

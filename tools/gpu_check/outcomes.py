@@ -19,14 +19,14 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """After each of setup, call and teardown: one of them says how the test ended."""
+    """After each of setup, call and teardown: one of them has the test's outcome."""
     if report.when == "call" or report.outcome != "passed":
         _tell(report.nodeid, report.outcome, report.duration, _reason(report))
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """A failed kernel may leave the device unusable for this process: then the other tests need a new one."""
-    sys.last_traceback = sys.last_value = None  # of a failed test, with all that its frames hold
+    """End the process if a failed kernel has left the device unusable: the other tests need a new process."""
+    sys.last_traceback = sys.last_value = None  # these keep the frames of a failed test and their tensors
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

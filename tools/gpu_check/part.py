@@ -1,4 +1,4 @@
-"""A part, as a process of its own: it prints each figure and writes all of them so far into a file."""
+"""A part in its own process: it prints each figure, and rewrites a file with all figures so far."""
 
 import ctypes
 import importlib
@@ -13,12 +13,12 @@ from gpu_check.figures import Figure, row
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.files import write_json
 
-NOT_POSSIBLE = 3  # exit code: the machine lacks something; the last line of stderr says what
+NOT_POSSIBLE = 3  # exit code: the machine lacks something, which the last line of stderr names
 
 
 @dataclass(frozen=True)
 class Part:
-    """`measure` is MODULE.FUNCTION of this package. Seconds: a part is not begun with less than `needs`, and ended after
+    """`measure` is MODULE.FUNCTION of this package. In seconds: a part is started only if `needs` remain, and is ended after
     `limit`."""
 
     title: str
@@ -27,7 +27,7 @@ class Part:
     limit: float
 
 
-# In order of worth: what comes late may find no time.
+# By priority: the time may end before the last ones.
 PARTS = {
     "machine": Part("what this machine is", "machine.describe", 5, 60),
     "gemm": Part("matrix products of Transformer Engine beside torch's", "gemm.products", 10, 75),
@@ -45,7 +45,7 @@ def be(name: str, path: Path, *, tiny: bool) -> int:
     """Measure one part into `path`.
 
     Returns:
-        the exit code: 0, or NOT_POSSIBLE. What else goes wrong is raised.
+        the exit code: 0 or NOT_POSSIBLE. Other errors are raised.
     """
     _die_with_parent()
     module, _, function = PARTS[name].measure.partition(".")
@@ -66,7 +66,7 @@ def be(name: str, path: Path, *, tiny: bool) -> int:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """For JSON, which knows no NaN."""
+    """Replace NaN and infinity, which JSON does not have."""
     known = figure._asdict()
     if isinstance(figure.value, float) and not math.isfinite(figure.value):
         known["value"] = str(figure.value)
@@ -74,6 +74,6 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _die_with_parent() -> None:
-    """Whoever kills the whole command must not leave a part behind that holds the GPU (Linux)."""
+    """If the parent is killed, end this process too, so that it does not occupy the GPU (Linux)."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A pretraining step of a projected network beside that of the SLM: tools/bench_projected.py, at the paper's size."""
+"""A pretraining step of a projected network against that of the SLM: tools/bench_projected.py at the paper's size."""
 
 import statistics
 from collections.abc import Iterator

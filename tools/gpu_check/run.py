@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, and keeps a JSON and a table of all that is known so far. Imports no torch."""
+"""Run the parts one after the other, and keep a JSON file and a table of all results so far. Imports no torch."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ FINE = ("done", "not possible here")
 
 @dataclass
 class Record:
-    """What is known of a part. Times are UTC; `exit_code` is negative for a signal."""
+    """The record of a part. Times are UTC; `exit_code` is negative for a signal."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Record:
 
 
 class Book:
-    """All records, and the files that show them. Every `write` replaces both files whole."""
+    """All records, and their files. Every `write` replaces both files."""
 
     def __init__(self, out: Path, names: Iterable[str], *, budget: float, tiny: bool) -> None:
         self._out = out
@@ -48,13 +48,13 @@ class Book:
         self.records = {name: Record(name, PARTS[name].title) for name in names}
 
     def write(self) -> None:
-        """Put down what is known now."""
+        """Write the current records."""
         parts = [asdict(record) for record in self.records.values()]
         write_json(self._out / "gpu_check.json", {**self._head, "parts": parts})
         write_text(self._out / "gpu_check.txt", "\n".join(self._lines()) + "\n")
 
     def close(self) -> None:
-        """The last writing."""
+        """Write for the last time."""
         self._head["ended"] = _now()
         self.write()
 
@@ -87,7 +87,7 @@ def run(out: Path, *, names: Iterable[str], budget: float, limits: Mapping[str, 
     end = time.monotonic() + budget
     out.mkdir(parents=True, exist_ok=True)
     book = Book(out, [name for name in PARTS if name in names], budget=budget, tiny=tiny)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: the part is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # like Ctrl-C: also ends the part
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as scratch, (out / "gpu_check.log").open("ab") as log:
         for record in book.records.values():
             left = end - time.monotonic()
@@ -111,7 +111,7 @@ def _run_part(record: Record, book: Book, scratch: Path, log: BinaryIO, *, tiny:
     log.flush()
     before, start = log.tell(), time.monotonic()
     command = [sys.executable, "-m", "gpu_check", "--part", record.name, *["--tiny"] * tiny, str(figures)]
-    # A group of its own, but this session's: who ends the session ends it too.
+    # Its own process group in this session: ending the session ends it too.
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=log, env=_environment(scratch), process_group=0
     )
@@ -140,7 +140,7 @@ def _outcome(record: Record, *, in_time: bool) -> tuple[str, str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The part and all that it started. One that hangs in the driver may outlive even SIGKILL: nobody waits for it."""
+    """End the part and its descendants. One that hangs in the driver may survive SIGKILL, so this does not wait for it."""
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         try:
             os.killpg(process.pid, number)
@@ -152,7 +152,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Nothing is fetched, nothing is written into a home that may not be there, and Transformer Engine leaves jax alone."""
+    """Nothing is downloaded, a missing home folder does no harm, and Transformer Engine does not import jax."""
     folders = {name: str(scratch) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME")}
     fixed = {
         "HF_HUB_OFFLINE": "1",
@@ -167,7 +167,7 @@ def _environment(scratch: Path) -> dict[str, str]:
 def _read(figures: Path) -> list[dict[str, Any]]:
     try:
         return read_json(figures, list[dict[str, Any]])
-    except ArtifactError:  # none yet
+    except ArtifactError:  # not written yet
         return []
 
 

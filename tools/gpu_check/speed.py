@@ -1,4 +1,4 @@
-"""Training steps at sequence 1,024: ours beside Transformers', and FP8 beside bf16. Random tokens, AdamW."""
+"""Training steps at sequence length 1,024: ours against Transformers', and FP8 against bf16. Random tokens, AdamW."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -29,11 +29,11 @@ from megatron_specialm.estimate.flops import training_flops
 from megatron_specialm.estimate.setup import Setup
 
 Step = Callable[[], object]
-LOSS_GAP = 0.01  # relative, as tests/gpu asks of a few layers
+LOSS_GAP = 0.01  # relative, the tolerance of tests/gpu
 
 
 def beside_transformers(*, tiny: bool) -> Iterator[Figure]:
-    """Tokens per second, MFU and peak memory. Ours first: what is compiled may use up the time."""
+    """Tokens per second, MFU and peak memory. Ours run first: compilation may use up the time."""
     setups = {name: _setup(name, tiny=tiny) for name in ("slm-126m", "llm-771m")}
     speeds = {}
     with single_process():
@@ -49,7 +49,7 @@ def beside_transformers(*, tiny: bool) -> Iterator[Figure]:
 
 
 def fp8_beside_bf16(*, tiny: bool) -> Iterator[Figure]:
-    """Speed, and losses from the same first weights on the same batch; then what `specialm tune-precision` says."""
+    """Speed, and losses from the same first weights on the same batch; then the result of `specialm tune-precision`."""
     half, steps = _setup("llm-771m", tiny=tiny), 3 if tiny else 10
     with single_process():
         expected = _losses(half, steps)
@@ -90,7 +90,7 @@ def _setup(name: str, *, tiny: bool) -> Setup:
 def _measure(
     name: str, setup: Setup, contender: Callable[[Setup], Step], *, tiny: bool
 ) -> Generator[Figure, None, float]:
-    """Of a step of one micro-batch; of a smaller one where memory is short. Returns tokens per second."""
+    """Measure a step of one micro-batch, or of a smaller one if memory is short. Returns tokens per second."""
 
     def timed(size: int) -> float:
         step = contender(replace(setup, micro_batch_size=size, global_batch_size=size))
@@ -123,7 +123,7 @@ def _ours(setup: Setup) -> Step:
 
 
 def _transformers(setup: Setup, compile_with: str | None = None) -> Step:
-    """What one would write by hand: autocast to bf16, clip, fused AdamW."""
+    """A handwritten training step: autocast to bf16, clipping, fused AdamW."""
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,5 +149,5 @@ def _transformers(setup: Setup, compile_with: str | None = None) -> Step:
 
 
 def _compiled(setup: Setup) -> Step:
-    """The same by torch.compile. On a CPU without code generation, which would take longer than all else."""
+    """The same with torch.compile. On a CPU without code generation, which would take most of the time."""
     return _transformers(setup, "inductor" if torch.cuda.is_available() else "eager")

@@ -1,4 +1,4 @@
-"""`tests/gpu`, one figure per test. A test that kills or hangs its process is named, and the others run in a new one."""
+"""Run `tests/gpu`, one figure per test. If a test kills or hangs its process, it is named and a new process runs the others."""
 
 import json
 import os
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.2
 
 def run(*, tiny: bool, tests: Path = ROOT / "tests" / "gpu") -> Iterator[Figure]:
     """All tests marked `gpu`. Without a GPU they are skipped, which shows that they can be found."""
-    import pytest  # noqa: F401  (its lack is the machine's)
+    import pytest  # noqa: F401  (raises here if it is not installed)
 
     done: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +29,7 @@ def run(*, tiny: bool, tests: Path = ROOT / "tests" / "gpu") -> Iterator[Figure]
 
 
 def _once(tests: Path, done: list[str], outcomes: Path) -> Generator[Figure, None, bool]:
-    """One pytest over all tests but those in `done`, which grows. Returns whether it ended early."""
+    """Run pytest once over all tests except those in `done`, which grows. Returns whether it ended early."""
     command = [sys.executable, "-m", "pytest", "-p", "gpu_check.outcomes", "-p", "no:cacheprovider", "-m", "gpu", "-q"]
     command += ["-o", "timeout=0", *(f"--deselect={test}" for test in done), str(tests)]
     environment = {**os.environ, "GPU_CHECK_OUTCOMES": str(outcomes)}

@@ -1,4 +1,4 @@
-"""Loss curves on real text, byte by byte, from the same first weights over the same windows: fp32, bf16 and FP8."""
+"""Loss curves on real text, byte by byte, from the same first weights and windows in fp32, bf16 and FP8."""
 
 from collections.abc import Generator, Iterator
 
@@ -18,15 +18,15 @@ from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.setup import Setup
 
-PACKAGES = ("torch", "numpy")  # whose docstrings are read: where anything trains, these are
+PACKAGES = ("torch", "numpy")  # the text is their docstrings; every training machine has them
 CHARACTERS = 2_000_000
 BYTES = 256
 LAST = 20  # steps whose mean loss is compared
-GAPS = {"bf16": 0.02, "fp8": 0.03}  # of that mean to fp32's, in nats
+GAPS = {"bf16": 0.02, "fp8": 0.03}  # tolerated difference of that mean from fp32's, in nats
 
 
 def loss_curves(*, tiny: bool) -> Iterator[Figure]:
-    """The quickstart's small model and schedule. Every tenth loss of each run, then what they differ by."""
+    """The quickstart's small model and schedule: every tenth loss of each run, then the differences."""
     steps, windows = (6, 4) if tiny else (300, 64)
     text = _text(CHARACTERS if not tiny else 20_000)
     yield Figure("text", len(text), "bytes")

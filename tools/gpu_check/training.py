@@ -1,4 +1,4 @@
-"""What several parts train, and how they time it."""
+"""Models, batches and timers that several parts use."""
 
 import gc
 import statistics
@@ -32,14 +32,14 @@ def preset(name: str) -> ModelConfig:
 
 
 def engine_of(setup: Setup, *, first_weights: Callable[[Gpt], None]) -> Engine:
-    """A training of a setup, before its first step; in a process group."""
+    """The engine of a setup before its first step; call it in a process group."""
     return build_engine(setup, optimizer=Adam(), initialize=first_weights)
 
 
 @torch.no_grad()
 def drawn_on_device(model: Gpt) -> None:
-    """First weights for a short measurement. `Gpt.initialize` draws on the CPU, whatever the device, which takes a large
-    model longer than the measurement. Norms and biases are left as they were built."""
+    """Draw first weights on the device, for a short measurement: `Gpt.initialize` draws on the CPU, which takes longer than the
+    measurement for a large model. Norms and biases are left as they were built."""
     generator = torch.Generator(model.device).manual_seed(0)
     for weight in model.weights():
         if weight.parameter.dim() > 1:
@@ -47,21 +47,21 @@ def drawn_on_device(model: Gpt) -> None:
 
 
 def random_batch(setup: Setup) -> Batch:
-    """A step's windows of a skewed vocabulary, so that there is something to learn. Of a projected network, each
-    micro-batch is of one expert."""
+    """A step's windows from a skewed vocabulary, so that there is something to learn. For a projected network each micro-batch
+    belongs to one expert."""
     generator = np.random.default_rng(0)
     rows, shape = setup.global_batch_size, (setup.global_batch_size, setup.context_length + 1)
     windows = generator.zipf(1.3, shape).clip(max=setup.vocabulary_size) - 1
-    notes = {}
+    extra_inputs = {}
     if setup.model.projection is not None:
         experts = setup.model.projection.experts
         chosen = generator.integers(0, experts, rows // setup.micro_batch_size).repeat(setup.micro_batch_size)
-        notes[MIXTURE] = np.eye(experts, dtype=np.float32)[chosen]
-    return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), notes)
+        extra_inputs[MIXTURE] = np.eye(experts, dtype=np.float32)[chosen]
+    return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), extra_inputs)
 
 
 def seconds_per_call(call: Callable[[], object], *, warmup: int, repeats: int, calls: int) -> float:
-    """The median over repeats. The device has ended its work when a repeat begins and when it ends."""
+    """The median over repeats. The device is synchronized at the begin and end of a repeat."""
     for _ in range(warmup):
         call()
     seconds = []
@@ -82,7 +82,7 @@ def synchronize() -> None:
 
 
 def free() -> None:
-    """Give back what nothing refers to any more. Megatron-Core's wrappers refer to themselves, so the collector must run."""
+    """Free unreferenced memory. Megatron-Core's wrappers have reference cycles, so the garbage collector must run."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -90,8 +90,8 @@ def free() -> None:
 
 
 def with_smaller_batches(measure: Callable[[int], T], size: int) -> tuple[T, int]:
-    """`measure` of a micro-batch of `size`, or of the largest half, quarter ... of it that the memory holds; and that
-    size."""
+    """`measure` with a micro-batch of `size`, or the largest half, quarter ... of it that fits into memory. Returns its result
+    and that size."""
     while True:
         free()
         try:
