@@ -99,8 +99,10 @@ class Saver:
         def work() -> None:
             try:
                 save_checkpoint(self._folder, control=self._control, **step)
-                if self._control.is_first:
-                    prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
+                # All wait for it: else rank 0 alone comes late to the next step, where the others' collectives time out.
+                self._control.broadcast(
+                    lambda: prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
+                )
                 outcome.set_result(None)
             except BaseException as error:  # `wait` raises it
                 outcome.set_exception(error)

@@ -57,6 +57,17 @@ def _empty_like(part: Any, shape: list[int]) -> Any:
     return np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
 
 
+class _Stored(dict[str, StoredTensor]):
+    """The tensors of files by name; to ask for a missing one is a `CheckpointError`."""
+
+    def __init__(self, folders: str, tensors: Mapping[str, StoredTensor]) -> None:
+        super().__init__(tensors)
+        self._folders = folders
+
+    def __missing__(self, name: str) -> StoredTensor:
+        raise CheckpointError(f"{self._folders}: has no tensor {name}: it is of another model")
+
+
 class TensorFiles(Mapping[str, Any]):
     """The tensors of several safetensors files by name, each read whole when it is asked for: torch's, or NumPy's arrays.
     `stored` has the same ones to read slices of.
@@ -77,13 +88,10 @@ class TensorFiles(Mapping[str, Any]):
                     found.setdefault(name, []).append(stored)
         for name, slices in found.items():
             check_slices(name, slices)
-        self._folders = sorted({str(path.parent) for path in files})
-        self.stored: Mapping[str, StoredTensor] = {name: StoredTensor(files, slices) for name, slices in found.items()}
+        folders = ", ".join(sorted({str(path.parent) for path in files})) or "no file"
+        self.stored = _Stored(folders, {name: StoredTensor(files, slices) for name, slices in found.items()})
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.stored:
-            folders = ", ".join(self._folders) or "no file"
-            raise CheckpointError(f"{folders}: has no tensor {name}: it is of another model")
         return self.stored[name][()]
 
     def __contains__(self, name: object) -> bool:

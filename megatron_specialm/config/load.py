@@ -5,7 +5,7 @@ kind, model presets by name, validation. The result is resolved: dumped and load
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -47,9 +47,11 @@ def configs_folder() -> Path:
 
 
 def find_config(path: Path) -> Path:
-    """The file, or where there is none the shipped config of that name, as `configs/pipelines/smoke.yaml`."""
-    shipped = configs_folder().parent / path
-    return shipped if shipped.is_file() and not path.exists() else path
+    """The file; where there is none, the shipped config of that name, as `configs/pipelines/smoke.yaml`."""
+    if path.parts[:1] != ("configs",) or ".." in path.parts or os.path.lexists(path):
+        return path
+    shipped = configs_folder().joinpath(*path.parts[1:])
+    return shipped if shipped.is_file() else path
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -82,6 +84,7 @@ def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
             name: _resolve_stage(path, name, stage, defaults, others=stages.keys() - {name})
             for name, stage in stages.items()
         }
+        _refuse_unused_defaults(f"{path}: defaults.train", defaults.get("train") or {}, config["stages"].values())
     try:
         return Pipeline.model_validate(config)
     except ValidationError as error:
@@ -173,6 +176,13 @@ def _defaults_for(stage: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     return {
         key: value for key, value in defaults.items() if key not in others and not (key == "model" and "init" in stage)
     }
+
+
+def _refuse_unused_defaults(where: str, defaults: Mapping[str, Any], stages: Iterable[Mapping[str, Any]]) -> None:
+    unused = [settings_of_other_data(stage.get("data")) for stage in stages if stage["kind"] == "train"]
+    for key in defaults:
+        if unused and all(key in others for others in unused):
+            raise ConfigError(f"{where}.{key}: goes with another `data` than that of all train stages here: drop it")
 
 
 def _preset(where: str, config: Path, name: str) -> Any:

@@ -5,6 +5,7 @@ A package `engine/NAME/` has a module `open` with two functions: `process_group`
 """
 
 import contextlib
+import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -72,6 +73,7 @@ def build_engine(
     Raises:
         ConfigError: the teacher cannot run in this layout, or has another vocabulary.
     """
+    gc.collect()  # an engine is in a reference cycle: free that of an earlier training before this one takes memory
     engine: Engine = _package(setup).build_engine(
         setup, optimizer=optimizer, initialize=initialize, objective=objective, teacher_weights=teacher_weights
     )

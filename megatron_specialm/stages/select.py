@@ -75,10 +75,10 @@ def run(stage: SelectStage, context: Context) -> Report:
         else:
             assert stage.trial is not None
             tried = Trials(
-                stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training,
-                threads=context.threads,
-            )  # fmt: skip
-            orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
+                stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training
+            )
+            with single_process(threads=context.threads):
+                orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
             passes = tried.spent
         seconds = lost.get(name, 0.0) + context.watch.seconds - began
         spent[name] = Spent(passes.tokens, passes.slots, passes.flops + experts.flops - projected, seconds)

@@ -59,8 +59,8 @@ def _with_memory_snapshot(path: Path) -> Iterator[None]:
     torch.cuda.memory._record_memory_history()
     try:
         yield
+    finally:  # also, and above all, when the step runs out of memory
         path.parent.mkdir(exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
         logger.info("wrote %s", path)
-    finally:
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -10,7 +10,6 @@ import numpy as np
 
 from megatron_specialm.base.artifacts import Spent
 from megatron_specialm.base.control_group import ControlGroup
-from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.checkpoint.merged import MergedModel
 from megatron_specialm.checkpoint.saving import Saver
@@ -21,7 +20,7 @@ from megatron_specialm.data.batches import TrainingBatches, evaluation_batches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
-from megatron_specialm.engine.open import open_engine
+from megatron_specialm.engine.open import build_engine
 from megatron_specialm.estimate.flops import forward_flops, training_flops
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
@@ -42,9 +41,8 @@ class Trials:
         *,
         folder: Path,
         seed: int,
-        threads: int = 1,
     ) -> None:
-        self._trial, self._store, self._load, self._folder, self._threads = trial, store, load, folder, threads
+        self._trial, self._store, self._load, self._folder = trial, store, load, folder
         self._stream = ImportanceStream(
             ClusterIndex.single(len(store)), np.ones(1), global_batch_size=trial.global_batch_size, seed=seed
         )
@@ -88,14 +86,8 @@ class Trials:
             control=ControlGroup(),
             saver=Saver(folder, ControlGroup()),
         )
-        with open_engine(
-            setup,
-            ALONE,
-            optimizer=settings.optimizer,
-            initialize=lambda model: model.load(start.weights),
-            threads=self._threads,
-        ) as engine:
-            return train(engine, training)
+        engine = build_engine(setup, optimizer=settings.optimizer, initialize=lambda model: model.load(start.weights))
+        return train(engine, training)
 
     def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)

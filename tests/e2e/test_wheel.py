@@ -116,4 +116,5 @@ def test_a_file_in_the_working_directory_comes_before_the_shipped_one(
     own.parent.mkdir(parents=True)
     own.touch()
     assert find_config(own) == own
-    assert find_config(Path("missing.yaml")) == Path("missing.yaml")
+    for other in ("missing.yaml", "configs/../README.md", "README.md"):
+        assert find_config(Path(other)) == Path(other)

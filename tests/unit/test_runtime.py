@@ -4,6 +4,7 @@ import gc
 import gzip
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.integrity import PROFILES, list_files
 from megatron_specialm.checkpoint.opening import read_model
 from megatron_specialm.checkpoint.steps import find_final
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from tests.training import run_training, stage
 
@@ -99,3 +101,14 @@ def test_the_garbage_collector_runs_between_steps_only(tmp_path: Path, fails: bo
         gc.callbacks.remove(collected)
     assert not any(seen) and gc.isenabled() and not gc.get_freeze_count()
     assert collections[:2] == ["after 4 micro-batches", "after 8 micro-batches"]
+
+
+def test_a_second_training_of_a_process_has_the_memory_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine is in a reference cycle, and the collector does not run by itself while a training does."""
+    alive: list[weakref.ref[MegatronEngine]] = []
+    monkeypatch.setattr(MegatronEngine, "limit_collectives", lambda engine, _: alive.append(weakref.ref(engine)))
+    for number in range(4):
+        run_training(tmp_path / str(number), ALONE, stage(steps=2))
+    assert len(alive) == 4 and sum(engine() is not None for engine in alive) <= 1

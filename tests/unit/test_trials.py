@@ -1,5 +1,6 @@
 """A fine-tuning of an expert goes on where it stood, from its pretrained weights and nothing else of its pretraining."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,13 @@ def _experts(folder: Path) -> dict[str, MergedModel]:
 
 
 @pytest.fixture
-def trials(tmp_path: Path) -> dict[str, Trials]:
+def trials(tmp_path: Path) -> Iterator[dict[str, Trials]]:
     store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
-    return {
-        name: Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / name, seed=0)
-        for name in ("at-once", "in-parts")
-    }
+    with single_process():
+        yield {
+            name: Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / name, seed=0)
+            for name in ("at-once", "in-parts")
+        }
 
 
 def _weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -120,9 +122,9 @@ def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path) ->
     store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in experts["c0"].weights.items()}
     experts["c0"] = MergedModel(experts["c0"].shape, broken, experts["c0"].state)
-    order = by_halving(
-        ["c0", "c1", "c2"], Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / "t", seed=0).tune, 6
-    )
+    tried = Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / "t", seed=0)
+    with single_process():
+        order = by_halving(["c0", "c1", "c2"], tried.tune, 6)
     assert order[-1] == "c0"
 
 

@@ -73,6 +73,11 @@ class EngineState:
             name = f"{moment}/{weight.name}"
             if name not in state:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")
+            if tuple(state[name].shape) != tuple(weight.spec.shape):
+                raise CheckpointError(
+                    f"the optimizer's state has {name} of shape {tuple(state[name].shape)}, not {tuple(weight.spec.shape)}: "
+                    "it is of another model"
+                )
             own[moment] = torch.empty_like(main, requires_grad=False)
             fill(own[moment].view(-1), weight.spec, state[name], first=shard.elements.start)
         self._optimizer.optimizer.state[main] = own
