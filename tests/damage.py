@@ -98,7 +98,7 @@ class Finished:
         return [path for path in found if not set(path.parents) & set(steps)]
 
     def read(self, reader: str) -> object:
-        """Have a reader work: a command line, or a task, which is made anew elsewhere. What it comes to, to be compared."""
+        """Have a reader work: a command line, or a task, which is redone elsewhere. What it comes to, to be compared."""
         return self._made(TaskId(*reader.split("/"))) if "/" in reader.partition(" ")[0] else self._said(reader)
 
     def _made(self, name: TaskId) -> list[str]:

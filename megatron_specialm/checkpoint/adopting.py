@@ -23,7 +23,7 @@ def adopt_checkpoints(source: Path, folder: Path) -> None:
     """
     steps = saved_steps(source)
     if not steps:
-        raise ArtifactError(f"{source}: its checkpoints are gone; remove that folder to have that training done again")
+        raise ArtifactError(f"{source}: no checkpoints found; remove that folder to repeat the training")
     _refuse_steps_of_other_rates(folder, like=step_folder(source, steps[-1]))
     own = saved_steps(folder)
     if own and own[-1] >= steps[-1]:

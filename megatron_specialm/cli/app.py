@@ -59,5 +59,5 @@ def agree(redo: "Mapping[TaskId, Redo]", pipeline: "Pipeline", *, yes: bool, may
     if yes or not needs_confirmation(redo, pipeline):
         return
     on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
-    if not (may_ask and on_terminal and typer.confirm("Make it anew?", err=True)):
+    if not (may_ask and on_terminal and typer.confirm("Redo this work?", err=True)):
         refuse_unconfirmed(redo, pipeline)

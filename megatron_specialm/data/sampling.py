@@ -226,7 +226,7 @@ class ImportanceStream:
             DataError: steps < 1.
         """
         if steps < 1:
-            raise DataError(f"a report over {steps} steps has nothing to say: give at least 1")
+            raise DataError(f"steps must be at least 1 (got {steps})")
         bounds = [min(phase.start, steps) for phase in self._phases] + [steps]
         spans = [end - start for start, end in itertools.pairwise(bounds)]
         weights = sum(span / steps * phase.weights for span, phase in zip(spans, self._phases, strict=True))

@@ -21,7 +21,7 @@ class Reasons:
     """What has changed.
 
     own: changes of the task itself, such as `optimizer.learning_rate: 0.002 -> 0.003`.
-    inputs: names of inputs, `stage/key`, by what happened to them (`made anew`, `read no longer`, ...).
+    inputs: names of inputs, `stage/key`, by what happened to them (`redone`, `read no longer`, ...).
     """
 
     own: Sequence[str] = ()
@@ -44,7 +44,7 @@ def find_reasons(
 
     Args:
         stage: the task's settings, of which `new` has those that are not at their defaults.
-        made_anew: the tasks, as `stage/key`, that are to be made anew themselves.
+        made_anew: the tasks, as `stage/key`, that are to be redone themselves.
     """
     own = [
         *_changes(old.get("settings", {}), new["settings"], stage),
@@ -112,7 +112,7 @@ def _inputs(old: Mapping[str, str], new: Mapping[str, str], made_anew: Collectio
         if name not in old:
             yield name, "read too"
         elif old[name] != digest:
-            yield name, "made anew" if name in made_anew else "another"
+            yield name, "redone" if name in made_anew else "another"
     for name in old:
         if name not in new:
             yield name, "read no longer"

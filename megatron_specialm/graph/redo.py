@@ -75,8 +75,8 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     if not redo:
         return
     spent, anew = sum(one.spent for one in redo.values()), sum(one.anew for one in redo.values())
-    tasks = "1 finished task is" if len(redo) == 1 else f"{len(redo)} finished tasks are"
-    yield f"{tasks} to be made anew: about {device_time(anew)}; what there is took {device_time(spent)}, and stays"
+    tasks = "1 finished task" if len(redo) == 1 else f"{len(redo)} finished tasks"
+    yield f"{tasks} must be redone: about {device_time(anew)}; the existing results took {device_time(spent)} and are kept"
     groups: dict[tuple[str, str], list[TaskId]] = {}
     for name, one in redo.items():
         groups.setdefault((name.stage, one.reasons.by_stage()), []).append(name)
@@ -100,9 +100,9 @@ def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
     """
     if needs_confirmation(redo, pipeline):
         raise UnconfirmedError(
-            f"{pipeline.root}: finished work would be made anew for about {device_time(_to_confirm(redo))}, and above "
-            f"{pipeline.ask_above_device_hours:g} device-hours (`ask_above_device_hours`) that needs confirmation. Nothing was "
-            "done: give `--yes`, or undo the change (`specialm plan` names it), and the finished work is found again"
+            f"{pipeline.root}: redoing finished work needs about {device_time(_to_confirm(redo))}, more than the "
+            f"{pipeline.ask_above_device_hours:g} device-hours that need no confirmation (`ask_above_device_hours`). Nothing "
+            "was done: pass `--yes`, or revert the change (`specialm plan` names it) to use the existing results"
         )
 
 

@@ -81,7 +81,7 @@ def write_results(
         if must_write:
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        logger.warning("warning: %s is not brought up to date: %s", root / "results.json", reason)
+        logger.warning("%s was not updated: %s", root / "results.json", reason)
     return results
 
 

@@ -173,7 +173,7 @@ def _error_of(root: Path, task: _Running) -> str | None:
     if failure := task.workers.failure():
         return f"{failure[1]}\n  log: {log}"
     done = is_complete(root, *name, digest=task.planned.digest)
-    return None if done else f"ended without finishing its artifact; see {log}"
+    return None if done else f"exited without completing the task; see {log}"
 
 
 def _interrupt(*_: object) -> None:

@@ -73,7 +73,7 @@ def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:
             check_files(aside, marker.files, original=source)
     except FileNotFoundError:
         raise ArtifactError(
-            f"{source}: was removed or made anew while it was taken over: run the same command again"
+            f"{source}: was removed or redone while it was being copied: run the same command again"
         ) from None
 
 

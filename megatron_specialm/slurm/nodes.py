@@ -46,7 +46,7 @@ def exclude_node(folder: Path, node: str, *, reason: str) -> None:
 
 def _read_excluded(folder: Path) -> dict[str, _Excluded]:
     path = folder / EXCLUDED
-    return read_json(path, dict[str, _Excluded], remedy="put it right or remove it") if path.exists() else {}
+    return read_json(path, dict[str, _Excluded], remedy="repair or remove it") if path.exists() else {}
 
 
 @dataclass(frozen=True)

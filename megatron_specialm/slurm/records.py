@@ -20,7 +20,7 @@ from typing import Any, Literal
 from megatron_specialm.base.files import parse_json, read_json, write_json
 
 NOTE = "step.json"
-REMEDY = "put it right or remove it"  # nothing can write these files again
+REMEDY = "repair or remove it"  # nothing can write these files again
 Outcome = Literal["finished", "stopped", "timeout", "preempted", "failed", "hang", "bad-node"]
 
 

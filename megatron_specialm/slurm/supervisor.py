@@ -110,7 +110,7 @@ def supervise(work: Work) -> int:
         except SpecialmError as error:  # of the machine, or a damaged file of this attempt
             ending = Ending("failed", str(error), exit_code=error.exit_code)
         final = ending.outcome == "finished" or stop.by is signal.SIGTERM
-        end_reason = None if final else reason_to_end(ending, before, work.site.limits)
+        end_reason = None if final else why_not_requeued(ending, before, work.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
         logger.log(logging.INFO if final else logging.ERROR, "%s: %s", ending.outcome, reason)
@@ -124,15 +124,15 @@ def supervise(work: Work) -> int:
                     work.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
                 )
                 raise
-    # Never 0 where work is left: jobs that depend on this one would start, whoever has sent the signal.
+    # 0 only if the job has finished or is queued again: Slurm starts dependent jobs after any exit with 0.
     return 0 if again or ending.outcome == "finished" else ending.exit_code
 
 
-def reason_to_end(ending: Ending, before: Sequence[Attempt], limits: Limits) -> str | None:
-    """Why a job that has not finished is not queued again; None where it is.
+def why_not_requeued(ending: Ending, before: Sequence[Attempt], limits: Limits) -> str | None:
+    """The reason for giving a job up; None if it is to be queued again.
 
-    Preemptions are free. Time limits have a budget. Failures have one that counts those without progress since the best
-    attempt: a training that loses a node a day but advances goes on. What fails three times at the same step would fail again.
+    Preemptions are unlimited. Time limits count against `limits.timeouts`, failures since the last progress against
+    `limits.failures`: a training that loses a node a day but advances continues. Three failures at the same step end the job.
 
     Args:
         before: the earlier attempts. One without an end was lost with its node, and counts as a failure.
@@ -154,7 +154,7 @@ def reason_to_end(ending: Ending, before: Sequence[Attempt], limits: Limits) -> 
         return f"it has failed {SAME_STEP} times {where}"
     without_progress = _since_progress([*steps, ending.step])
     if without_progress > limits.failures:
-        return f"{without_progress} attempts have failed and come no further (limits.failures)"
+        return f"{without_progress} attempts failed without reaching a later step (limits.failures)"
     return None
 
 
@@ -275,7 +275,7 @@ def _stopped(work: Work, stopped_by: signal.Signals | None, step: int | None) ->
         step = read_json(saved, Saved).step
         what = "stopped" if step is None else f"saved at step {step}"
     else:
-        what = "nothing was saved, so it goes on from the checkpoint before"
+        what = "no checkpoint was saved, so it resumes from the previous one"
     if stopped_by is signal.SIGUSR1:
         return Ending("timeout", f"the time limit is near: {what}", step)
     return Ending("preempted", f"ended by Slurm: {what}", step)

@@ -127,7 +127,7 @@ def run(stage: TrainStage, context: Context) -> Report:
         except Diverged as diverged:
             if trial is None:
                 raise
-            logger.warning("learning rate %r is out of the choice: %s", trial, diverged)
+            logger.warning("learning rate %r is excluded from the selection: %s", trial, diverged)
             progress = replace(diverged.progress, best_step=None, best_loss=None)
             if control.is_first:
                 remove_unusable(context.folder, saved_steps(context.folder), last=progress.step)

@@ -176,7 +176,7 @@ class _Loop:
         loss = self._engine.evaluate(self._with_heartbeat()).mean
         self._record_work()
         if not math.isfinite(loss):
-            logger.warning("step %d: the validation loss is %s: it counts as no gain", step, loss)
+            logger.warning("step %d: the validation loss is %s: it does not count as an improvement", step, loss)
         self._write(event="validation", step=step, validation_loss=_finite(loss))
         self.progress = self.progress.evaluated(loss)
 
@@ -323,7 +323,7 @@ def _last_good(folder: Path) -> str:
 def _resume(engine: Engine, training: Training) -> Progress:
     folder, passed_over = training.control.broadcast(lambda: newest_checkpoint(training.folder))
     for reason in passed_over:
-        logger.warning("resuming: passed over %s", reason)
+        logger.warning("resuming: skipped unusable %s", reason)
     if folder is None:
         return Progress()
     checkpoint = open_checkpoint(folder)

@@ -64,7 +64,7 @@ class Trials:
         try:
             progress = self._train(key, start, steps)
         except TrainingError as error:
-            logger.warning("%s is out of the choice: %s", key, error)
+            logger.warning("%s is excluded from the selection: %s", key, error)
         self._spent[key] = self._work(key, start, progress)
         return math.nan if progress.best_loss is None else progress.best_loss
 

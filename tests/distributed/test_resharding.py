@@ -141,4 +141,4 @@ def test_a_missing_shard_is_passed_over_for_the_step_before(tmp_path: Path) -> N
     (tmp_path / "metrics.jsonl").unlink()
     assert _losses(tmp_path, TP2_PP2, steps=8) == pytest.approx(straight, rel=1e-6)
     said = (tmp_path / "log-0").read_text()
-    assert "passed over step_0000008" in said and "model-00002.safetensors: missing" in said
+    assert "skipped unusable step_0000008" in said and "model-00002.safetensors: missing" in said

@@ -133,7 +133,7 @@ def test_a_rate_that_comes_to_nothing_is_out_of_the_choice(finished: Path) -> No
     values = _marker(finished / "run", "whole/law.rate-1e+30")["values"]
     assert values["validation_loss"] is None and values["passes"]["trained"] > 0
     said = " ".join((finished / "run/jobs/whole.law.rate-1e+30.log").read_text().split())
-    assert "learning rate 1e+30 is out of the choice: step" in said and "were not finite" in said
+    assert "learning rate 1e+30 is excluded from the selection: step" in said and "were not finite" in said
     failed = _specialm(finished, "run", "--until", "hopeless")
     assert failed.returncode == 1 and failed.stdout.count("hopeless/law.rate") == 2
     assert "hopeless/law: at none of the learning rates 1e+30, 2e+30 were the losses finite" in failed.stderr

@@ -53,7 +53,7 @@ def test_a_run_folder_that_cannot_be_written_to_is_shown(tmp_path: Path, monkeyp
     said = outcome.stdout + outcome.stderr
     for command in COMMANDS:
         assert f"== {command}: 0 \n" in said, said
-    assert "slm-nopt" in said and "results.json is not brought up to date: Read-only file system" in said
+    assert "slm-nopt" in said and "results.json was not updated: Read-only file system" in said
     assert "smoke: 0 tasks submitted" not in said, "a dry run prints scripts"
     assert (tmp_path / "figures" / "results.md").exists() and sorted(path for path in root.rglob("*")) == before
 

@@ -329,5 +329,5 @@ def test_a_damaged_trial_is_named(trial: Path, tmp_path: Path) -> None:
         adopt_checkpoints(trial, tmp_path / "model")
     for name in _steps(trial):
         shutil.rmtree(trial / name)
-    with pytest.raises(ArtifactError, match=r"/trial: its checkpoints are gone; remove that folder"):
+    with pytest.raises(ArtifactError, match=r"/trial: no checkpoints found; remove that folder"):
         adopt_checkpoints(trial, tmp_path / "model")

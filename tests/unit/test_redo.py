@@ -88,18 +88,18 @@ def _reasons(*overrides: str) -> dict[str, str]:
          "encoder.kind: tfidf -> static; it reads the files of `encoder` too; tokenizer/generic, tokens/generic are read no "
          "longer"),
         (["stages.vectors.encoder.dimensions=8"], "vectors/law",
-         "encoder.dimensions: 4 -> 8; vectors/generic.encoder is made anew"),
+         "encoder.dimensions: 4 -> 8; vectors/generic.encoder is redone"),
         (["text.domains.law.text_field=body"], "tokens/law", "text_field: text -> body"),
         (["text.domains.law.validation_floor.documents=1"], "tokens/law", "validation_floor.documents: 4 -> 1"),
         (["text.domains.law.validation=tax.txt"], "tokens/law", "it reads the text of `validation` too"),
         (["text.domains.law.train=[law.txt, tax.txt]"], "tokens/law", "the text of `train` changed"),
         (["text.domains.law.train=tax.txt", "text.domains.law.test=law.txt"], "tokens/law",
          "the text of `train` changed; the text of `test` changed"),
-        (["seed=3"], "tokens/law", "tokenizer/generic is made anew"),
+        (["seed=3"], "tokens/law", "tokenizer/generic is redone"),
         (["seed=3"], "tokenizer/generic", "seed: 0 -> 3"),
         (["training_seed=3"], "slm/generic", "seed: 0 -> 3"),
-        (["stages.slm.steps=20"], "tuned/tax", "slm/generic is made anew"),
-        (["stages.slm.steps=20"], "perplexity/tuned.tax", "tuned/tax is made anew"),
+        (["stages.slm.steps=20"], "tuned/tax", "slm/generic is redone"),
+        (["stages.slm.steps=20"], "perplexity/tuned.tax", "tuned/tax is redone"),
     ],
 )  # fmt: skip
 def test_what_has_changed_is_named(folder: Path, overrides: list[str], task: str, reason: str) -> None:
@@ -110,8 +110,8 @@ def test_only_what_depends_on_it_is_stale_and_for_that_alone(folder: Path) -> No
     assert _reasons() == {}
     Path("law.txt").write_text("other words\n")
     assert _reasons() == {
-        "tokens/law": "the text of `train` changed", "vectors/law": "tokens/law is made anew",
-        "tuned/law": "tokens/law is made anew", "perplexity/tuned.law": "tuned/law, tokens/law are made anew",
+        "tokens/law": "the text of `train` changed", "vectors/law": "tokens/law is redone",
+        "tuned/law": "tokens/law is redone", "perplexity/tuned.law": "tuned/law, tokens/law are redone",
     }  # fmt: skip
 
 
@@ -136,14 +136,14 @@ def test_the_same_reason_is_said_once_for_a_stage(folder: Path) -> None:
     plan = make_plan(pipeline, Path("run"))
     lines = list(redo_lines(find_redo(pipeline, plan, Path("run"))))
     assert lines == [
-        "13 finished tasks are to be made anew: about 2.3 h; what there is took 2.2 h, and stays",
+        "13 finished tasks must be redone: about 2.3 h; the existing results took 2.2 h and are kept",
         "  tokens (generic, law, tax): context_length: 32 -> 64; about 30 min",
-        "  vectors/generic.encoder: tokens/generic is made anew; about 10 min",
-        "  vectors (generic, law, tax): vectors, tokens are made anew; about 30 min",
-        "  slm/generic: steps: 10 -> 20; tokens/generic is made anew; about 20 min",
-        "  llm/generic: tokens/generic is made anew; about 10 min",
-        "  tuned (law, tax): tokens, slm are made anew; about 20 min",
-        "  perplexity (tuned.law, tuned.tax): tuned, tokens are made anew; about 20 min",
+        "  vectors/generic.encoder: tokens/generic is redone; about 10 min",
+        "  vectors (generic, law, tax): vectors, tokens are redone; about 30 min",
+        "  slm/generic: steps: 10 -> 20; tokens/generic is redone; about 20 min",
+        "  llm/generic: tokens/generic is redone; about 10 min",
+        "  tuned (law, tax): tokens, slm are redone; about 20 min",
+        "  perplexity (tuned.law, tuned.tax): tuned, tokens are redone; about 20 min",
     ], lines
 
 
@@ -209,7 +209,7 @@ def test_damaged_work_is_made_anew_too_and_says_which_file(folder: Path) -> None
     finish_artifact(Path("run"), *name, Marker(planned.digest, Cost(0, 0, 7200.0, 7200.0, "cpu", 1), {}, {}))
     (marker / "model.bin").unlink()
     assert "model.bin: No such file" in _reasons()["slm/generic"]
-    with pytest.raises(UnconfirmedError, match=r"about 2\.0 h, and above 1 device-hours .*--yes"):
+    with pytest.raises(UnconfirmedError, match=r"about 2\.0 h, more than the 1 device-hours .*--yes"):
         pipeline = load_pipeline(Path("config.yaml"))
         refuse_unconfirmed(find_redo(pipeline, make_plan(pipeline, Path("run")), Path("run")), pipeline)
 
@@ -222,11 +222,11 @@ def test_a_plan_has_a_line_per_stage_or_per_task(folder: Path) -> None:
     assert list(stages) == list(pipeline.stages)
     assert stages["tokens"] == ["3 done", "", "30 min", ""]
     assert stages["tuned"] == ["2 stale", "steps: 10 -> 20", "20 min", "40 min"]
-    assert stages["perplexity"] == ["2 stale", "tuned is made anew", "20 min", "20 min"]
+    assert stages["perplexity"] == ["2 stale", "tuned is redone", "20 min", "20 min"]
     tasks = {line[0]: line[1:] for line in task_table(plan, redo, Path("run")).lines}
     assert list(tasks) == [str(name) for name in plan]
     assert tasks["perplexity/tuned.law"] == [
-        "stale", "law", "tuned/law, tokens/law", "tuned/law is made anew", "10 min", "10 min",
+        "stale", "law", "tuned/law, tokens/law", "tuned/law is redone", "10 min", "10 min",
     ]  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_check_names_what_is_stale_and_writes_nothing(folder: Path) -> None:
     assert checked.returncode == 0 and NAMED in checked.stdout, checked.stdout + checked.stderr
     assert _content() == before
     checked = _specialm("check", "config.yaml", "root=nowhere")
-    assert checked.returncode == 0 and "made anew" not in checked.stdout and _content() == before
+    assert checked.returncode == 0 and "redone" not in checked.stdout and _content() == before
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
@@ -268,7 +268,7 @@ def test_without_a_terminal_it_takes_a_yes_and_nothing_is_done(folder: Path, com
     before = _content()
     refused = _specialm(command, "config.yaml", STEPS)
     assert refused.returncode == 2 and NAMED in refused.stdout, refused.stdout + refused.stderr
-    assert "above 1 device-hours (`ask_above_device_hours`)" in refused.stderr and "--yes" in refused.stderr
+    assert "more than the 1 device-hours that" in refused.stderr and "--yes" in refused.stderr
     after = _content()
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     assert changed <= {Path("run/.lock"), Path("run/file_hashes.json")}
@@ -296,7 +296,7 @@ def _on_terminal(answer: bytes, *arguments: str, **variables: str) -> tuple[int,
             said += os.read(main, 65536)
         except OSError:  # the other side has ended
             break
-        if b"Make it anew?" in said and not answered:
+        if b"Redo this work?" in said and not answered:
             os.write(main, answer)
             answered = True
     os.close(main)
@@ -316,12 +316,12 @@ def cluster(folder: Path) -> str:
 
 def test_on_a_terminal_it_asks(folder: Path, cluster: str) -> None:
     code, said = _on_terminal(b"n\n", "run", "config.yaml", STEPS)
-    assert code == 2 and NAMED in said and "Make it anew? [y/N]" in said and "Nothing was done" in said
+    assert code == 2 and NAMED in said and "Redo this work? [y/N]" in said and "Nothing was done" in said
     assert _reasons() == {}
     code, said = _on_terminal(b"", "run", "config.yaml", STEPS, RANK="0", WORLD_SIZE="1")
-    assert code == 2 and "Make it anew?" not in said, "ranks share a terminal"
+    assert code == 2 and "Redo this work?" not in said, "ranks share a terminal"
     code, said = _on_terminal(b"y\n", "submit", "config.yaml", STEPS, PATH=cluster)
-    assert code == 0 and "Make it anew?" in said and "5 tasks submitted" in said, said
+    assert code == 0 and "Redo this work?" in said and "5 tasks submitted" in said, said
 
 
 def test_a_submit_that_was_agreed_to_queues_and_one_that_only_looks_asks_nothing(folder: Path, cluster: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_specialm.config.site import Limits
 from megatron_specialm.slurm.records import Attempt, AttemptBegin, AttemptEnd, Note, Outcome
-from megatron_specialm.slurm.supervisor import Ending, reason_to_end
+from megatron_specialm.slurm.supervisor import Ending, why_not_requeued
 
 LIMITS = Limits(timeouts=3, failures=4)
 
@@ -19,7 +19,7 @@ LOST = replace(_ended("failed"), end=None)
 
 
 def _why(outcome: Outcome, *before: Attempt, step: int | None = None, exit_code: int = 1) -> str | None:
-    return reason_to_end(Ending(outcome, "why", step, exit_code=exit_code), before, LIMITS)
+    return why_not_requeued(Ending(outcome, "why", step, exit_code=exit_code), before, LIMITS)
 
 
 def test_preemptions_count_for_nothing() -> None:
@@ -44,7 +44,7 @@ def test_failures_of_any_sort_share_one(outcome: Outcome, other: Attempt) -> Non
     before = [_ended("failed", 20), _ended("failed", 10), other]
     assert _why(outcome, *before, step=5) is None
     why = _why(outcome, *before, _ended("failed", 4), step=5)
-    assert why is not None and why.startswith("5 attempts have failed") and "limits.failures" in why
+    assert why is not None and why.startswith("5 attempts failed") and "limits.failures" in why
 
 
 def test_a_failure_that_came_further_than_all_before_starts_the_count_anew() -> None:
@@ -79,5 +79,5 @@ def test_wrong_input_is_not_tried_again_but_a_stop_at_the_time_limit_is() -> Non
 
 def test_no_budget_at_all() -> None:
     none = Limits(timeouts=0, failures=0)
-    assert reason_to_end(Ending("timeout", "why"), [], none) is not None
-    assert reason_to_end(Ending("failed", "why"), [], none) is not None
+    assert why_not_requeued(Ending("timeout", "why"), [], none) is not None
+    assert why_not_requeued(Ending("failed", "why"), [], none) is not None

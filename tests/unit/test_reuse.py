@@ -192,7 +192,7 @@ def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
     plan = make_plan(_load(), HERE)
     begin_artifact(THERE, *SLM, digest=plan[SLM].digest)
     with pytest.raises(
-        ArtifactError, match=r"slm/generic/[0-9a-f]{16}: was removed or made anew while it was taken over"
+        ArtifactError, match=r"slm/generic/[0-9a-f]{16}: was removed or redone while it was being copied"
     ):
         take_over(plan, HERE)
     assert not view(HERE, *SLM).exists() and read_marker(view(HERE, *SLM)) is None

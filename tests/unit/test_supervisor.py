@@ -106,7 +106,7 @@ def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Pat
     second = _work(tmp_path, FAIL, attempt=1)
     assert supervise(second) == 4, "the exit code of TrainingError"
     assert (_end(second).step, _end(second).requeued, _scontrol(tmp_path)) == (7, False, ["requeue 7_0"])
-    assert _end(second).reason.startswith("node1: no luck; not queued again: 2 attempts have failed")
+    assert _end(second).reason.startswith("node1: no luck; not queued again: 2 attempts failed")
 
 
 def test_where_slurm_refuses_to_queue_again_the_record_says_so(programs: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_words_are_folded_not_cut() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_column_that_may_be_cut_keeps_each_line_a_line(width: int) -> None:
-    lines = [["slm-tuned", "3 stale", "optimizer.learning_rate: 0.0001 -> 0.002; slm is made anew; " * 3, "12 min"]] * 4
+    lines = [["slm-tuned", "3 stale", "optimizer.learning_rate: 0.0001 -> 0.002; slm is redone; " * 3, "12 min"]] * 4
     table = Table("", ["stage", "tasks", "because", "spent"], lines, 3, cut="because")
     said = _render(width, [table]).splitlines()
     assert len(said) == 2 + 1 + len(lines) + 1 and max(map(len, said)) <= width

@@ -88,7 +88,7 @@ def test_who_looks_beside_a_run_writes_no_results(run: Run, caplog: pytest.LogCa
     with hold_folder(run.root):
         assert CliRunner().invoke(app, ["results", "config.yaml"]).exit_code == 0
         assert not (run.root / "results.json").exists()
-    assert "results.json is not brought up to date" in caplog.text and "another command" in caplog.text
+    assert "results.json was not updated" in caplog.text and "another command" in caplog.text
     assert CliRunner().invoke(app, ["results", "config.yaml"]).exit_code == 0
     assert (run.root / "results.json").exists()
 
