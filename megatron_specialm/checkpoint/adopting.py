@@ -1,4 +1,4 @@
-"""Taking over the steps of another training: of the trial of a learning rate, or of a shorter or longer training."""
+"""Taking over the checkpoints of another training: of the trial of a learning rate, or of a shorter or longer training."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Verifying and reading a step, which any layout can do: each process reads the slices that it holds."""
+"""Verifying and reading a checkpoint, which any layout can do: each process reads the slices that it holds."""
 
 import logging
 import re

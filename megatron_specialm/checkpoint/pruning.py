@@ -1,4 +1,4 @@
-"""Removing steps."""
+"""Removing checkpoints."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Writing a step.
+"""Writing a checkpoint, which is the folder of a step.
 
 Each process writes the slices that it owns (`slices.py`) to files of its own, fsyncs and hashes them. The first process then
 adds the state and a manifest with the size and SHA-256 of every file, and renames the folder to its final name. So a

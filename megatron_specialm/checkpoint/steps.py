@@ -2,6 +2,10 @@
 
 step_0000400/    model-RANK.safetensors  optimizer-RANK.safetensors  state.json  manifest.json
 result.json      at the end of training: which step is the outcome
+
+`state.json` has the training's `progress` (step, tokens, best validation loss, gradient norms), the cost up to there (`spent`),
+and what describes the model: shape, tokenizer, learning rate, seeds, layout, parity certificate, versions. `_Loop._save`
+(`train/loop.py`) puts it together, with `_description` (`stages/train.py`); `save_checkpoint` (`saving.py`) writes the file.
 """
 
 import re

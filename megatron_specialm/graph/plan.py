@@ -188,6 +188,8 @@ def write_resolved(pipeline: Pipeline, root: Path) -> None:
 
 
 def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Sequence[Path]) -> PlannedTask:
+    """The task's state, by its digest. It is stale where no artifact of this digest is complete, here or in `others`, but the
+    link STAGE/KEY leads to a complete one: that was made from other settings, text or inputs (`digest_content`)."""
     digest = sha256_json(made_from)
     folder = artifact_folder(root, *task.id, digest)
     marker = read_marker(folder)

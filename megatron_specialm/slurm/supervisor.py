@@ -5,6 +5,10 @@ Slurm's signals arrive here. The warning before the time limit (SIGUSR1) and SIG
 on to the ranks in the answers to their heartbeats, because launchers swallow signals or pass them to some ranks only. Ranks
 save at their next step and end. After SIGTERM, Slurm decides whether the job runs again. After a warning, a failure or a hang
 it is requeued from here, as it is where the ranks alone got SIGTERM, which happens when a partition's GraceTime begins.
+
+A lost node shows in two ways. Where this process lives and Slurm has not ended the job, the node's ranks are silent: that is a
+hang, and the job is requeued from here without that node. Where Slurm notices first, or this node is the lost one, Slurm ends
+the job and requeues it, because scripts have `--requeue`; an attempt that left no end counts as a failure (`reason_to_end`).
 """
 
 import contextlib

@@ -189,7 +189,8 @@ class MegatronEngine:
         return total, batch.mask.sum().int(), total.detach().clone()
 
     def _finalize_gradients(self, chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
-        """What Megatron-Core's schedule calls when all backward passes are done."""
+        """Sum gradients over data-parallel ranks and divide them by the number of tokens in the global batch (Megatron-Core's
+        finalize_model_grads). Its schedule calls this when all backward passes are done."""
         if self._model.derived is not None:
             self._model.derived.backward()
         finalize_model_grads(chunks, *args, **kwargs)

@@ -23,7 +23,7 @@ def build_optimizer(
     bf16 = model.chunks[0].config.bf16
     config = OptimizerConfig(
         optimizer="adam",
-        lr=0.0,  # every step sets its own
+        lr=0.0,  # set in MegatronEngine.apply_gradients, at every step
         weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
