@@ -99,6 +99,8 @@ class NamespacedNode:
         own, here = Path(f"/proc/{self.process.pid}/ns/net"), os.readlink("/proc/self/ns/net")
         while os.readlink(own) == here:
             assert self.process.poll() is None, (self.slot / f"{self.name}.log").read_text()
+        # The kernel removes the network of a killed run's node some time after its process.
+        network(f"link del {self._link}", check=False)
         network(f"link add {self._link} type veth peer name eth0 netns {self.process.pid}")
         network(f"link set {self._link} master {self.bridge} up")
         for command in (f"addr add {self.ip}/24 dev eth0", "link set eth0 up", "link set lo up"):
