@@ -5,13 +5,13 @@ and global size: `mlp.linear_fc1.weight[64:128/256,0:32/32]` is rows 64 to 127 o
 file says all about it. A whole tensor is under its plain name, which is all that checkpoints of earlier versions have.
 """
 
+import bisect
 import math
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import REMAKE
@@ -78,11 +78,17 @@ def check_slices(name: str, slices: Sequence[StoredSlice]) -> None:
             raise CheckpointError(
                 f"{other.path}: {name} has shape {other.shape}, and {first.shape} in {first.path}: {REMAKE}"
             )
-    starts, stops = (np.array([getattr(one, end) for one in slices]) for end in ("starts", "stops"))
-    overlaps = np.all((starts[:, None] < stops[None]) & (starts[None] < stops[:, None]), axis=-1)
-    if (pairs := np.argwhere(np.triu(overlaps, 1))).size:
-        one, other = (slices[number] for number in pairs[0])
-        raise CheckpointError(f"{other.path}: has {other.key}, which {one.path} has too, as {one.key}: {REMAKE}")
+    # In order of their first rows, a slice can overlap only those behind it that begin before it ends: of the slices of many
+    # data-parallel ranks these are few, where all pairs would be millions.
+    ordered = sorted(slices, key=lambda one: one.starts)
+    first_rows = [one.starts[:1] for one in ordered]
+    for number, one in enumerate(ordered):
+        end = bisect.bisect_left(first_rows, one.stops[:1]) if one.shape else len(ordered)
+        for other in ordered[number + 1 : end]:
+            if all(map(operator.lt, other.starts, one.stops)) and all(map(operator.lt, one.starts, other.stops)):
+                raise CheckpointError(
+                    f"{other.path}: has {other.key}, which {one.path} has too, as {one.key}: {REMAKE}"
+                )
     held, all_elements = sum(one.elements for one in slices), math.prod(first.shape)
     if held != all_elements:
         files = sorted({str(one.path) for one in slices})
