@@ -20,8 +20,6 @@ from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 
-START_SECONDS = 600.0  # for a collective, which is tightened after the first step
-
 
 @contextlib.contextmanager
 def open_engine(
@@ -33,23 +31,18 @@ def open_engine(
     objective: Objective = cross_entropy,
     teacher_weights: Mapping[str, torch.Tensor] | None = None,
     threads: int = 1,
-    timeout_seconds: float = START_SECONDS,
 ) -> Iterator[Engine]:
     """Join the other processes in the process groups of a layout, and build an engine there; leave them on the way out.
 
     Args:
         threads: of this process, for computing on a CPU.
-        timeout_seconds: how long a collective may take.
 
     For the others, and more errors, see `build_engine`.
 
     Raises:
         MachineError: not all processes come, or the layout is for another number of processes.
     """
-    groups = _package(setup).process_group(
-        world, parallel=setup.parallel, threads=threads, timeout_seconds=timeout_seconds
-    )
-    with groups:
+    with _package(setup).process_group(world, parallel=setup.parallel, threads=threads):
         yield build_engine(
             setup, optimizer=optimizer, initialize=initialize, objective=objective, teacher_weights=teacher_weights
         )
