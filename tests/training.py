@@ -30,7 +30,7 @@ from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.run.processes import limit_threads
 from megatron_specialm.train.loop import Training, train
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 
 VOCABULARY, CONTEXT = 100, 16
 # Of Adam, where two ways of adding up are compared: with the usual 1e-8, weights whose gradient is all rounding would be
@@ -128,7 +128,7 @@ def run_training(
     windows: int = 64,
     objective: Objective = cross_entropy,
     process_status: ProcessStatus | None = None,
-) -> Progress:
+) -> TrainingState:
     """Train in a process group of its own."""
     shape = settings.model
     assert shape is not None

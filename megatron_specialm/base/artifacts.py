@@ -144,7 +144,7 @@ def artifact_folder(root: Path, stage: str, key: str, digest: str) -> Path:
     return root / ARTIFACTS / stage / key / digest[:SHOWN_DIGITS]
 
 
-def view(root: Path, stage: str, key: str) -> Path:
+def artifact_link(root: Path, stage: str, key: str) -> Path:
     """The symbolic link to a task's current artifact, for users."""
     return root / stage / key
 
@@ -178,19 +178,19 @@ def begin_artifact(
     remove_leftovers(folder)
     _unshare(folder)
     write_json(folder / LABEL, {"digest": digest, "incarnation": fencing_token(), "made_from": dict(made_from or {})})
-    place = view(root, stage, key)
+    place = artifact_link(root, stage, key)
     if not (place / MARKER).exists():  # users see an unfinished artifact only if none is complete
-        show_artifact(root, stage, key, digest)
+        link_artifact(root, stage, key, digest)
     return folder
 
 
-def show_artifact(root: Path, stage: str, key: str, digest: str) -> None:
+def link_artifact(root: Path, stage: str, key: str, digest: str) -> None:
     """Link to this artifact, by one rename.
 
     Raises:
         ArtifactError: the link's path is occupied by something else, which this program does not remove.
     """
-    place = view(root, stage, key)
+    place = artifact_link(root, stage, key)
     target = Path(os.path.relpath(artifact_folder(root, stage, key, digest), place.parent))
     if place.is_symlink() and os.readlink(place) == str(target):
         return
@@ -224,7 +224,7 @@ def placed_artifact(root: Path, stage: str, key: str, digest: str) -> Iterator[P
             shutil.rmtree(final)
         os.replace(aside, final)
         fsync_path(final.parent)
-        show_artifact(root, stage, key, digest)
+        link_artifact(root, stage, key, digest)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -300,7 +300,7 @@ def finish_artifact(root: Path, stage: str, key: str, marker: Marker) -> None:
     content = json.loads(json.dumps(asdict(complete)))  # with JSON's types, as a reader gets them
     check_fence(folder)
     write_json(folder / MARKER, {**content, "sha256": sha256_json(content)})
-    show_artifact(root, stage, key, marker.digest)
+    link_artifact(root, stage, key, marker.digest)
 
 
 def read_marker(folder: Path) -> Marker | None:

@@ -21,7 +21,7 @@ _STEP = re.compile(r"step_(\d{7,})")
 
 
 @dataclass(frozen=True)
-class Progress:
+class SavedProgress:
     """What is read here of a training's progress in a step's state."""
 
     step: int
@@ -32,7 +32,7 @@ class Progress:
 class State:
     """What is read here of a step's state. `progress` is None where no training can go on from the step."""
 
-    progress: Progress | None = None
+    progress: SavedProgress | None = None
     learning_rate: float | None = None
 
 

@@ -54,7 +54,7 @@ def submit(
         say(f"==> {job.name}: {len(job.elements)} elements\n{script}")
     for job, record in outcome.queued:
         after = f", after {', '.join(record.after)}" if record.after else ""
-        say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.shape.describe()}{after}")
+        say(f"{record.slurm_id}: {job.name}, {len(job.elements)} x {job.size.describe()}{after}")
     say(f"{pipeline.name}: {outcome.counts}, in {pipeline.root}")
 
 
@@ -138,8 +138,8 @@ def supervise(
 
     from megatron_specialm.config.site import Site, load_site
     from megatron_specialm.slurm.allocation import read_allocation
-    from megatron_specialm.slurm.sbatch import Shape
-    from megatron_specialm.slurm.supervisor import Work
+    from megatron_specialm.slurm.sbatch import JobSize
+    from megatron_specialm.slurm.supervisor import JobAttempt
     from megatron_specialm.slurm.supervisor import supervise as run_attempt
 
     log_to_stderr("supervisor: %(asctime)s %(message)s", level=logging.INFO)
@@ -148,11 +148,11 @@ def supervise(
     if launcher is not None:
         profile = Site.model_validate({**profile.model_dump(exclude_unset=True), "launcher": launcher})
     element = "" if allocation.element is None else f".{allocation.element}"
-    work = Work(
-        profile, allocation, profile.launcher, Shape(ranks, ranks_per_node), command,
+    attempt = JobAttempt(
+        profile, allocation, profile.launcher, JobSize(ranks, ranks_per_node), command,
         state.with_name(f"{state.name}{element}"), excluded or state.with_name("excluded"),
     )  # fmt: skip
-    raise typer.Exit(run_attempt(work))
+    raise typer.Exit(run_attempt(attempt))
 
 
 @app.command(hidden=True)

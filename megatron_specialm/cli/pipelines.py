@@ -102,7 +102,7 @@ def run(
     from megatron_specialm.run.inline import follow, join_ranks, lead, rank_lifecycle, run_inline
     from megatron_specialm.run.local import run_local
     from megatron_specialm.run.prepare import prepare
-    from megatron_specialm.run.progress import Progress
+    from megatron_specialm.run.progress import TaskProgress
     from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary
     from megatron_specialm.slurm.state import adopt_unattended, refuse_live
 
@@ -131,7 +131,7 @@ def run(
             if alone:
                 said = f"{ready.missing} of {len(ready.chosen)} tasks to do{reuse_summary(ready.chosen)}"
                 say(f"{pipeline.name}: {said}, in {root}")
-                with Progress(ready.missing, console=console()) as progress:
+                with TaskProgress(ready.missing, console=console()) as progress:
                     run_local(ready.pipeline, ready.chosen, root, held=held, jobs=jobs, progress=progress)
             else:
                 lead(ready.chosen, world)

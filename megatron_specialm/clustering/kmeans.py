@@ -159,11 +159,11 @@ def _means(sums: np.ndarray, sizes: np.ndarray, before: np.ndarray) -> np.ndarra
 def _split_for_empty(centroids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Give each empty cluster half of the largest one: place both centroids on opposite sides of the old one."""
     sizes = sizes.copy()
-    aside = np.where(np.arange(centroids.shape[1]) % 2, 1 - APART, 1 + APART).astype(np.float32)
+    shift = np.where(np.arange(centroids.shape[1]) % 2, 1 - APART, 1 + APART).astype(np.float32)
     for empty in np.flatnonzero(sizes == 0):
         largest = sizes.argmax()
-        centroids[empty] = centroids[largest] * aside
-        centroids[largest] *= 2 - aside
+        centroids[empty] = centroids[largest] * shift
+        centroids[largest] *= 2 - shift
         sizes[empty] = sizes[largest] // 2
         sizes[largest] -= sizes[empty]
     return centroids

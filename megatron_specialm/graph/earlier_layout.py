@@ -14,11 +14,11 @@ from megatron_specialm.base.artifacts import (
     LABEL,
     Marker,
     artifact_folder,
+    artifact_link,
     fencing_token,
     finish_artifact,
     read_label,
     read_marker,
-    view,
 )
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import fsync_path, read_json, write_json
@@ -85,7 +85,7 @@ def _move_marker(root: Path, path: Path) -> None:
     marker = read_json(path, Marker, remedy="remove it and run again")
     folder = artifact_folder(root, stage, key, marker.digest)
     if (folder / LABEL).exists() and read_marker(folder) is None and not _names_shards(folder):
-        _refuse_two(view(root, stage, key), folder)
+        _refuse_two(artifact_link(root, stage, key), folder)
         write_json(folder / LABEL, {"made_from": {}, **read_label(folder), "incarnation": fencing_token()})
         finish_artifact(root, stage, key, marker)
     path.unlink()

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, is_complete, read_marker, show_artifact, view
+from megatron_specialm.base.artifacts import (
+    ARTIFACTS,
+    artifact_folder,
+    artifact_link,
+    is_complete,
+    link_artifact,
+    read_marker,
+)
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import sha256_json, write_text
 from megatron_specialm.base.integrity import LEFT_OVER, find_damage
@@ -33,7 +40,7 @@ class PlannedTask:
     digest: str
     state: State
     made_from: Mapping[str, Any]
-    there: Path | None = None
+    elsewhere: Path | None = None
 
     @property
     def is_to_do(self) -> bool:
@@ -64,7 +71,7 @@ def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> di
     return plan
 
 
-def select(
+def select_tasks(
     plan: Mapping[TaskId, PlannedTask],
     *,
     only: str | None,
@@ -110,7 +117,7 @@ def _with_inputs(plan: Mapping[TaskId, PlannedTask], tasks: Collection[TaskId]) 
 def _with_what_is_elsewhere(
     plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]
 ) -> dict[TaskId, PlannedTask]:
-    elsewhere = {name for name in _with_inputs(plan, chosen) if plan[name].there is not None}
+    elsewhere = {name for name in _with_inputs(plan, chosen) if plan[name].elsewhere is not None}
     return {name: planned for name, planned in plan.items() if name in chosen or name in elsewhere}
 
 
@@ -200,7 +207,7 @@ def _planned(task: Task, made_from: Mapping[str, Any], root: Path, others: Seque
             return PlannedTask(task, digest, "done elsewhere", made_from, there)
     if marker is not None:
         return PlannedTask(task, digest, "damaged", made_from)
-    return PlannedTask(task, digest, "stale" if read_marker(view(root, *task.id)) else "to do", made_from)
+    return PlannedTask(task, digest, "stale" if read_marker(artifact_link(root, *task.id)) else "to do", made_from)
 
 
 def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
@@ -211,7 +218,7 @@ def damage_in(plan: Mapping[TaskId, PlannedTask], root: Path) -> Iterator[str]:
             yield f"{name} is damaged: {find_damage(folder, marker.files)}"
 
 
-def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
+def link_artifacts(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
     """Point the links `STAGE/KEY` of a run folder to the artifacts that are done; settings may have gone back to those of an
     earlier one. The caller holds the lock of the folder.
 
@@ -220,4 +227,4 @@ def show(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
     """
     for name, planned in plan.items():
         if planned.state == "done":
-            show_artifact(root, *name, planned.digest)
+            link_artifact(root, *name, planned.digest)

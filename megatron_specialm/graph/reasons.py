@@ -38,13 +38,13 @@ class Reasons:
 
 
 def find_reasons(
-    old: Mapping[str, Any], new: Mapping[str, Any], stage: Settings, *, made_anew: Collection[str]
+    old: Mapping[str, Any], new: Mapping[str, Any], stage: Settings, *, redone: Collection[str]
 ) -> Reasons:
     """Compare the digest content of finished work with that of its task now.
 
     Args:
         stage: the task's settings, of which `new` has those that are not at their defaults.
-        made_anew: the tasks, as `stage/key`, that are to be redone themselves.
+        redone: the tasks, as `stage/key`, that are to be redone themselves.
     """
     own = [
         *_changes(old.get("settings", {}), new["settings"], stage),
@@ -57,12 +57,12 @@ def find_reasons(
         ),
     ]
     inputs: dict[str, list[str]] = {}
-    for name, how in _inputs(old.get("inputs", {}), new["inputs"], made_anew):
+    for name, how in _inputs(old.get("inputs", {}), new["inputs"], redone):
         inputs.setdefault(how, []).append(name)
     return Reasons(own, inputs)
 
 
-def seconds_anew(old: Mapping[str, Any], new: Mapping[str, Any], *, spent: float) -> float:
+def redo_seconds(old: Mapping[str, Any], new: Mapping[str, Any], *, spent: float) -> float:
     """An estimate of the device-seconds to redo work: those of the old work, scaled by the number of windows to train on where
     the settings say how many."""
     before, after = _windows(old), _windows(new)
@@ -106,13 +106,13 @@ def _files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
             yield f"{what} changed"
 
 
-def _inputs(old: Mapping[str, str], new: Mapping[str, str], made_anew: Collection[str]) -> Iterator[tuple[str, str]]:
+def _inputs(old: Mapping[str, str], new: Mapping[str, str], redone: Collection[str]) -> Iterator[tuple[str, str]]:
     """Names of inputs, and what happened to each."""
     for name, digest in new.items():
         if name not in old:
             yield name, "read too"
         elif old[name] != digest:
-            yield name, "redone" if name in made_anew else "another"
+            yield name, "redone" if name in redone else "another"
     for name in old:
         if name not in new:
             yield name, "read no longer"

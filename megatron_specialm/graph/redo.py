@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label, read_marker, view
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, artifact_link, read_label, read_marker
 from megatron_specialm.base.errors import UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.continuation import fraction_to_do
 from megatron_specialm.graph.plan import PlannedTask
-from megatron_specialm.graph.reasons import Reasons, find_reasons, seconds_anew
+from megatron_specialm.graph.reasons import Reasons, find_reasons, redo_seconds
 from megatron_specialm.graph.tasks import TaskId
 
 SHOWN_KEYS = 4  # keys of a stage that a line names
@@ -27,13 +27,13 @@ class Redo:
     """A finished task that is to be redone.
 
     spent: device-seconds of the finished work, with those of the training that it continued.
-    anew: an estimate of the device-seconds to redo it, less what can be taken over from an earlier training.
+    seconds: an estimate of the device-seconds to redo it, less what can be taken over from an earlier training.
     is_begun: whether redoing has begun, so that it only continues.
     """
 
     reasons: Reasons
     spent: float
-    anew: float
+    seconds: float
     is_begun: bool
 
 
@@ -45,17 +45,17 @@ def find_redo(
     Raises:
         ArtifactError: a label or marker is damaged.
     """
-    made_anew = {str(name) for name, planned in plan.items() if planned.is_to_do}
+    redone = {str(name) for name, planned in plan.items() if planned.is_to_do}
     return {
         name: found
         for name, planned in plan.items()
-        if (tasks is None or name in tasks) and (found := _find(pipeline, planned, root, made_anew)) is not None
+        if (tasks is None or name in tasks) and (found := _find(pipeline, planned, root, redone)) is not None
     }
 
 
-def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, made_anew: Collection[str]) -> Redo | None:
+def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, redone: Collection[str]) -> Redo | None:
     name, folder = planned.task.id, artifact_folder(root, *planned.task.id, planned.digest)
-    there = {"stale": view(root, *name), "damaged": folder}.get(planned.state)
+    there = {"stale": artifact_link(root, *name), "damaged": folder}.get(planned.state)
     marker = read_marker(there) if there is not None else None
     if there is None or marker is None:
         return None
@@ -65,18 +65,18 @@ def _find(pipeline: Pipeline, planned: PlannedTask, root: Path, made_anew: Colle
     is_begun, old = (folder / LABEL).exists(), read_label(there)["made_from"]
     if not old:
         return Redo(UNKNOWN, spent, spent, is_begun)
-    reasons = find_reasons(old, planned.made_from, pipeline.stages[name.stage], made_anew=made_anew)
-    anew = seconds_anew(old, planned.made_from, spent=spent) * fraction_to_do(pipeline, planned, root)
-    return Redo(reasons, spent, anew, is_begun)
+    reasons = find_reasons(old, planned.made_from, pipeline.stages[name.stage], redone=redone)
+    seconds = redo_seconds(old, planned.made_from, spent=spent) * fraction_to_do(pipeline, planned, root)
+    return Redo(reasons, spent, seconds, is_begun)
 
 
 def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     """Lines that say what is to be redone and why, with tasks of a stage that have the same reason in one line."""
     if not redo:
         return
-    spent, anew = sum(one.spent for one in redo.values()), sum(one.anew for one in redo.values())
+    spent, seconds = sum(one.spent for one in redo.values()), sum(one.seconds for one in redo.values())
     tasks = "1 finished task" if len(redo) == 1 else f"{len(redo)} finished tasks"
-    yield f"{tasks} must be redone: about {device_time(anew)}; the existing results took {device_time(spent)} and are kept"
+    yield f"{tasks} must be redone: about {device_time(seconds)}; the existing results took {device_time(spent)} and are kept"
     groups: dict[tuple[str, str], list[TaskId]] = {}
     for name, one in redo.items():
         groups.setdefault((name.stage, one.reasons.by_stage()), []).append(name)
@@ -84,7 +84,7 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
         keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
         more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
         what = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
-        yield f"  {what}; about {device_time(sum(redo[name].anew for name in names))}"
+        yield f"  {what}; about {device_time(sum(redo[name].seconds for name in names))}"
 
 
 def needs_confirmation(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> bool:
@@ -107,7 +107,7 @@ def refuse_unconfirmed(redo: Mapping[TaskId, Redo], pipeline: Pipeline) -> None:
 
 
 def _to_confirm(redo: Mapping[TaskId, Redo]) -> float:
-    return sum(one.anew for one in redo.values() if not one.is_begun)
+    return sum(one.seconds for one in redo.values() if not one.is_begun)
 
 
 def device_time(seconds: float) -> str:

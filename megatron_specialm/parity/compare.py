@@ -92,7 +92,7 @@ class _Numbers:
 
 
 @dataclass(frozen=True)
-class Run:
+class Outcome:
     """What the processes of one run wrote, put together."""
 
     numbers: _Numbers
@@ -102,7 +102,7 @@ class Run:
 
 
 def compare(case: ParityCase, *, measure: str = "megatron_specialm.parity.rank:measure") -> list[Difference]:
-    """Run a case in its layout and on one process.
+    """Outcome a case in its layout and on one process.
 
     Args:
         measure: what each process of the layout runs, as `MODULE:FUNCTION`.
@@ -209,13 +209,13 @@ def _measure(measure: str, case: ParityCase, world: World, folder: Path) -> None
     getattr(importlib.import_module(module), function)(case, world, folder)
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> Outcome:
     tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
     for path in sorted(folder.glob("numbers-*.json")):
         for name, value in read_json(path, _Numbers).squares.items():
             squares[name] = squares.get(name, 0.0) + value
-    return Run(
+    return Outcome(
         read_json(folder / "numbers-0.json", _Numbers),
         squares,
         {name.removeprefix("gradients/"): tensor for name, tensor in tensors.items() if name.startswith("gradients/")},
@@ -223,7 +223,7 @@ def _read(folder: Path) -> Run:
     )
 
 
-def _differences(case: ParityCase, one: Run, many: Run) -> list[Difference]:
+def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
     way = case.learning_rate * case.steps
     by_quantity = {
         "loss": _of_steps(one.numbers.loss, many.numbers.loss),
@@ -250,7 +250,7 @@ def _of_weights(
     }
 
 
-def _norm_counts(case: ParityCase, run: Run) -> dict[str, float]:
+def _norm_counts(case: ParityCase, run: Outcome) -> dict[str, float]:
     """How often each weight's gradient is in the norm. The squares are of clipped gradients, the tensors are not yet."""
     factor = min(1.0, case.clip_grad / (run.numbers.gradient_norm[0] + 1e-6))
     counts = {}

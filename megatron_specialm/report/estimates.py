@@ -148,7 +148,7 @@ def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any
     """Counts by split of a set with the digest of the plan; None if it is not tokenized, or not in the plan."""
     if (planned := plan.get(name)) is None:
         return None
-    marker = read_marker(artifact_folder(planned.there or Path(pipeline.root), *name, planned.digest))
+    marker = read_marker(artifact_folder(planned.elsewhere or Path(pipeline.root), *name, planned.digest))
     return marker.values if marker is not None and "windows" in marker.values else None
 
 

@@ -12,20 +12,20 @@ from megatron_specialm.graph.redo import Redo, device_time
 from megatron_specialm.graph.tasks import TaskId
 
 SHOWN_REASONS = 2  # of a stage's
-NOTE = "spent and anew (about): device time, which is wall time times processes"
+NOTE = "spent and redo (about): device time, which is wall time times processes"
 
 
 @dataclass(frozen=True)
 class _TaskRow:
-    """A task of the plan, and the device-seconds of its finished work; `anew`: about those of repeating stale work."""
+    """A task of the plan, and the device-seconds of its finished work; `redo`: about those of repeating stale work."""
 
     planned: PlannedTask
     redo: Redo | None
     spent: float
 
     @property
-    def anew(self) -> float:
-        return self.redo.anew if self.redo else 0
+    def redo_seconds(self) -> float:
+        return self.redo.seconds if self.redo else 0
 
 
 def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
@@ -38,7 +38,7 @@ def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo],
         word("tasks", _states),
         word("because", _reasons),
         number("spent", lambda rows: _time(sum(row.spent for row in rows))),
-        number("anew", lambda rows: _time(sum(row.anew for row in rows))),
+        number("redo", lambda rows: _time(sum(row.redo_seconds for row in rows))),
     ]
     return Table.of(stages.values(), columns, note=NOTE, cut="because")
 
@@ -47,12 +47,12 @@ def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], 
     """Each task: its state, the domain that pays for it, its inputs, and why it is stale."""
     columns: list[Column[_TaskRow]] = [
         word("task", lambda row: str(row.planned.task.id)),
-        word("state", lambda row: f"done in {row.planned.there}" if row.planned.there else row.planned.state),
-        word("cost is", lambda row: row.planned.task.domain or "generic"),
+        word("state", lambda row: f"done in {row.planned.elsewhere}" if row.planned.elsewhere else row.planned.state),
+        word("charged to", lambda row: row.planned.task.domain or "generic"),
         word("reads", lambda row: ", ".join(map(str, row.planned.task.inputs))),
         word("because", lambda row: str(row.redo.reasons) if row.redo else ""),
         number("spent", lambda row: _time(row.spent)),
-        number("anew", lambda row: _time(row.anew)),
+        number("redo", lambda row: _time(row.redo_seconds)),
     ]
     return Table.of(_rows(plan, redo, root), columns, note=NOTE)
 

@@ -8,7 +8,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import ARTIFACTS, LABEL, MARKER, SHOWN_DIGITS, read_label, read_marker, view
+from megatron_specialm.base.artifacts import (
+    ARTIFACTS,
+    LABEL,
+    MARKER,
+    SHOWN_DIGITS,
+    artifact_link,
+    read_label,
+    read_marker,
+)
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.lock import hold_task
 from megatron_specialm.base.terminal import Table
@@ -108,7 +116,7 @@ def remove(unwanted: Iterable[Unwanted], root: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(one.folder, aside)
             shutil.rmtree(aside)
-        place = view(root, *one.task)
+        place = artifact_link(root, *one.task)
         if place.is_symlink() and not place.exists():
             place.unlink()
         for folder in (aside.parent, aside.parent.parent, place.parent):

@@ -28,7 +28,7 @@ from megatron_specialm.base.reporting import heartbeat, recorded_outcome
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import train_stages
-from megatron_specialm.graph.plan import PlannedTask, State, make_plan, show
+from megatron_specialm.graph.plan import PlannedTask, State, link_artifacts, make_plan
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
@@ -166,7 +166,7 @@ def run_inline(
         Stopped: this process was asked to stop.
     """
     if world.is_first:
-        show(plan, root)
+        link_artifacts(plan, root)
     for planned in plan.values():
         if planned.state == "done":
             continue

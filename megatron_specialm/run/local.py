@@ -24,12 +24,12 @@ from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.load import KINDS
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.plan import PlannedTask, show
+from megatron_specialm.graph.plan import PlannedTask, link_artifacts
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.logs import log_path
 from megatron_specialm.run.processes import Workers, end_workers, worker_context
-from megatron_specialm.run.progress import Progress
+from megatron_specialm.run.progress import TaskProgress
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import work
 
@@ -66,7 +66,7 @@ def run_local(
     *,
     held: HeldFolder,
     jobs: int | None,
-    progress: Progress,
+    progress: TaskProgress,
 ) -> None:
     """Take over artifacts of other run folders, and do the missing tasks.
 
@@ -89,7 +89,7 @@ def run_local(
     with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         try:
             take_over(plan, root)
-            show(plan, root)
+            link_artifacts(plan, root)
             while waiting or running:
                 for name in _startable(pipeline, waiting, running, failures, slots):
                     own = least_used(gpus, (task.gpus for task in running.values()), count=_ranks(pipeline, name))

@@ -74,7 +74,7 @@ def refuse_too_little_held_out(
         makes = kind_of(pipeline.stages[name.stage]).makes
         if makes != "tokens" or planned.task.shard or planned.is_to_do:
             continue
-        marker = read_marker(artifact_folder(planned.there or root, *name, planned.digest))
+        marker = read_marker(artifact_folder(planned.elsewhere or root, *name, planned.digest))
         if marker is not None and not {*stages}.isdisjoint(validating_stages(pipeline, *name)):
             refuse_too_little(pipeline, *name, marker.values)
 

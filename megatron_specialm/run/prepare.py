@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.plan import PlannedTask, make_plan, select
+from megatron_specialm.graph.plan import PlannedTask, make_plan, select_tasks
 from megatron_specialm.graph.redo import Redo, find_redo
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import fit_to_ranks
@@ -36,13 +36,13 @@ def prepare(
     """Plan, and check the plan.
 
     Args:
-        only, until, keys: as of `select`.
+        only, until, keys: as of `select_tasks`.
 
     Raises:
         SpecialmError: the config, its text, an input or the machine does not allow the run.
     """
     plan = make_plan(pipeline, root)
-    chosen = select(plan, only=only, until=until, keys=keys)
+    chosen = select_tasks(plan, only=only, until=until, keys=keys)
     pipeline = fit_to_ranks(pipeline, chosen, world)
     to_do = {name.stage for name, planned in chosen.items() if planned.is_to_do}
     refuse_too_little_held_out(pipeline, plan, root, stages=to_do)

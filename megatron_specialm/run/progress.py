@@ -33,7 +33,7 @@ class StepRecord:
     mfu: float | None
 
 
-class Progress:
+class TaskProgress:
     """The display of a run of `total` tasks."""
 
     def __init__(self, total: int, *, console: Console) -> None:

@@ -39,7 +39,7 @@ def refuse_other_folders(pipeline: Pipeline) -> None:
 
 def reuse_summary(plan: Mapping[TaskId, PlannedTask]) -> str:
     """The number of artifacts to take over, as the end of a sentence; empty where there are none."""
-    folders = [str(planned.there) for planned in plan.values() if planned.there is not None]
+    folders = [str(planned.elsewhere) for planned in plan.values() if planned.elsewhere is not None]
     return f", {len(folders)} taken over from {', '.join(dict.fromkeys(folders))}" if folders else ""
 
 
@@ -52,10 +52,10 @@ def take_over(plan: Mapping[TaskId, PlannedTask], root: Path) -> None:
         OSError: the other artifact cannot be read, or this one cannot be written.
     """
     for planned in plan.values():
-        if planned.there is not None:
+        if planned.elsewhere is not None:
             with hold_placing(root):
                 if not is_complete(root, *planned.task.id, digest=planned.digest):
-                    _take_over(planned, root, planned.there)
+                    _take_over(planned, root, planned.elsewhere)
 
 
 def _take_over(planned: PlannedTask, root: Path, there: Path) -> None:

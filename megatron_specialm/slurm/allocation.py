@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.site import Container, Launcher
-from megatron_specialm.slurm.queue import slurm
-from megatron_specialm.slurm.sbatch import Shape
+from megatron_specialm.slurm.commands import slurm
+from megatron_specialm.slurm.sbatch import JobSize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _address(node: str) -> str:
 
 
 def rank_command(
-    command: Sequence[str], *, launcher: Launcher, shape: Shape, allocation: Allocation, port: int,
+    command: Sequence[str], *, launcher: Launcher, size: JobSize, allocation: Allocation, port: int,
     container: Container | None, folder: Path,
 ) -> list[str]:  # fmt: skip
     """The command line that starts a task's ranks.
@@ -72,35 +72,35 @@ def rank_command(
     """
     if launcher == "torchrun":
         agent = [
-            command[0], "-m", "torch.distributed.run", f"--nnodes={shape.nodes}", f"--nproc-per-node={shape.ranks_per_node}",
+            command[0], "-m", "torch.distributed.run", f"--nnodes={size.nodes}", f"--nproc-per-node={size.ranks_per_node}",
             f"--master-addr={allocation.address}", f"--master-port={port}", "--no-python",
         ]  # fmt: skip
         # A node's number is known on the node only; torchrun reads it from PET_NODE_RANK.
         numbered = ["bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$@"', "torchrun"]
-        step = _step_on_nodes(shape, allocation, container, folder)
+        step = _step_on_nodes(size, allocation, container, folder)
         return [*step, *numbered, *_apptainer(container, folder), *agent, *command]
-    step = _step(shape, cpus=allocation.cpus_per_task, mpi="pmix" if launcher == "mpi" else "none")
+    step = _step(size, cpus=allocation.cpus_per_task, mpi="pmix" if launcher == "mpi" else "none")
     return [*step, *_pyxis(container, folder), *_apptainer(container, folder), *command]
 
 
 def node_command(
-    command: Sequence[str], *, shape: Shape, allocation: Allocation, container: Container | None, folder: Path
+    command: Sequence[str], *, size: JobSize, allocation: Allocation, container: Container | None, folder: Path
 ) -> list[str]:
-    """The command line that runs a command once on each node of `shape`, as its ranks would run, with all their CPUs."""
-    return [*_step_on_nodes(shape, allocation, container, folder), *_apptainer(container, folder), *command]
+    """The command line that runs a command once on each node of `size`, as its ranks would run, with all their CPUs."""
+    return [*_step_on_nodes(size, allocation, container, folder), *_apptainer(container, folder), *command]
 
 
-def _step_on_nodes(shape: Shape, allocation: Allocation, container: Container | None, folder: Path) -> list[str]:
-    step = _step(Shape(shape.nodes, 1), cpus=allocation.cpus_per_task * shape.ranks_per_node)
+def _step_on_nodes(size: JobSize, allocation: Allocation, container: Container | None, folder: Path) -> list[str]:
+    step = _step(JobSize(size.nodes, 1), cpus=allocation.cpus_per_task * size.ranks_per_node)
     return [*step, *_pyxis(container, folder)]
 
 
-def _step(shape: Shape, *, cpus: int, mpi: str = "none") -> list[str]:
+def _step(size: JobSize, *, cpus: int, mpi: str = "none") -> list[str]:
     """An srun on the allocation's first nodes. A rank that fails must not leave the others waiting in a collective, and
     srun does not inherit the CPUs per task from sbatch."""
     return [
-        "srun", "--kill-on-bad-exit=1", f"--nodes={shape.nodes}", f"--ntasks={shape.ranks}",
-        f"--ntasks-per-node={shape.ranks_per_node}", f"--cpus-per-task={cpus}", f"--mpi={mpi}", "--label",
+        "srun", "--kill-on-bad-exit=1", f"--nodes={size.nodes}", f"--ntasks={size.ranks}",
+        f"--ntasks-per-node={size.ranks_per_node}", f"--cpus-per-task={cpus}", f"--mpi={mpi}", "--label",
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm.records import TaskRecord
-from megatron_specialm.slurm.sbatch import Shape, shape_of
+from megatron_specialm.slurm.sbatch import JobSize, job_size
 from megatron_specialm.slurm.state import OTHERWISE, Live
 
 
@@ -25,7 +25,7 @@ class Job:
     elements: tuple[tuple[TaskRecord, ...], ...]
     made_from: Mapping[str, Mapping[str, Any]]  # by the key of each task: what its digest is of
     inputs: frozenset[TaskId]
-    shape: Shape
+    size: JobSize
     resources: Resources
     launcher: Launcher
 
@@ -93,7 +93,7 @@ def _job(pipeline: Pipeline, site: Site, stage: str, wave: int, tasks: Sequence[
         elements=tuple(tuple(found[start : start + size]) for start in range(0, len(found), size)),
         made_from={planned.task.id.key: planned.made_from for planned in tasks},
         inputs=frozenset(name for planned in tasks for name in planned.task.inputs),
-        shape=shape_of(processes, resources, stage=stage),
+        size=job_size(processes, resources, stage=stage),
         resources=resources,
         # One rank needs no launcher.
         launcher="srun" if processes == 1 else "mpi" if kind.ranks_by == "mpi" else site.launcher,

@@ -16,7 +16,7 @@ from megatron_specialm.config.yaml_file import read_text
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobSize:
     """The ranks of one task, and the ranks per node."""
 
     ranks: int
@@ -34,7 +34,7 @@ class Shape:
         return f"{self.ranks} processes on {self.nodes} node{'s' if self.nodes > 1 else ''}"
 
 
-def shape_of(ranks: int, resources: Resources, *, stage: str) -> Shape:
+def job_size(ranks: int, resources: Resources, *, stage: str) -> JobSize:
     """Ranks spread evenly over as few nodes as possible.
 
     Raises:
@@ -46,11 +46,11 @@ def shape_of(ranks: int, resources: Resources, *, stage: str) -> Shape:
             f"stages.{stage}.parallel: {ranks} processes do not spread evenly over nodes of {per_node} "
             "(processes_per_node of the site profile): change the layout, or set processes_per_node for this stage"
         )
-    return Shape(ranks, per_node)
+    return JobSize(ranks, per_node)
 
 
 def directives(
-    site: Site, resources: Resources, *, name: str, job: str, elements: int, shape: Shape, after: Sequence[str],
+    site: Site, resources: Resources, *, name: str, job: str, elements: int, size: JobSize, after: Sequence[str],
     comment: str, exclude: Sequence[str],
 ) -> list[str]:  # fmt: skip
     """The options of sbatch, in order.
@@ -68,11 +68,11 @@ def directives(
         "array": f"0-{elements - 1}%{resources.concurrency}",
         "output": f"{job}.%a.log",
         "open-mode": "append",
-        "nodes": shape.nodes,
-        "ntasks": shape.ranks,
-        "ntasks-per-node": shape.ranks_per_node,
+        "nodes": size.nodes,
+        "ntasks": size.ranks,
+        "ntasks-per-node": size.ranks_per_node,
         "cpus-per-task": resources.cpus_per_process,
-        "gpus-per-node": shape.ranks_per_node * resources.gpus_per_process or None,
+        "gpus-per-node": size.ranks_per_node * resources.gpus_per_process or None,
         "mem": resources.memory,
         "time": resources.time,
         "account": resources.account,

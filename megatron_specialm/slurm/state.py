@@ -13,7 +13,7 @@ from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_ear
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
-from megatron_specialm.slurm.queue import Element, cancel_jobs, elements, find_by_comment, live_elements
+from megatron_specialm.slurm.commands import Element, cancel_jobs, elements, find_by_comment, live_elements
 from megatron_specialm.slurm.records import Attempt, JobRecord
 
 # States in which Slurm itself has ended an element, whatever the records say.

@@ -56,13 +56,13 @@ def freeze_code(code: Code) -> None:
     """Copy the package to its place, unless the copy is there."""
     if code.folder.exists():
         return
-    aside = code.folder.with_name(f".{code.folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = code.folder.with_name(f".{code.folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     for path in _files():
-        copy = aside / PACKAGE.name / path.relative_to(PACKAGE)
+        copy = temporary / PACKAGE.name / path.relative_to(PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    aside.rename(code.folder)
+    temporary.rename(code.folder)
 
 
 def _files() -> list[Path]:
@@ -135,7 +135,7 @@ class Submission:
         """The script of a job."""
         options = directives(
             self.site, job.resources, name=f"{self.pipeline.name}.{job.name}", job=job.name, elements=len(job.elements),
-            shape=job.shape, after=after, comment=comment, exclude=excluded_nodes(records.excluded_folder(self.root)),
+            size=job.size, after=after, comment=comment, exclude=excluded_nodes(records.excluded_folder(self.root)),
         )  # fmt: skip
         home = records.submission_folder(self.root, self.number)
         python = self.site.python or sys.executable
@@ -143,7 +143,7 @@ class Submission:
         supervise: list[Any] = [
             python, "-m", "megatron_specialm", "supervise", "--site", home / "site.yaml", "--state", home / job.name,
             "--excluded", records.excluded_folder(self.root), "--launcher", job.launcher,
-            "--ranks", job.shape.ranks, "--ranks-per-node", job.shape.ranks_per_node,
+            "--ranks", job.size.ranks, "--ranks-per-node", job.size.ranks_per_node,
         ]  # fmt: skip
         work: list[Any] = [inside, "-m", "megatron_specialm", "work", home / f"{job.name}.json"]
         return render(

@@ -20,8 +20,8 @@ from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
+from megatron_specialm.slurm.commands import find_by_comment, slurm
 from megatron_specialm.slurm.jobs import Job
-from megatron_specialm.slurm.queue import find_by_comment, slurm
 from megatron_specialm.slurm.records import JobRecord
 from megatron_specialm.slurm.state import Live
 from megatron_specialm.slurm.submission import Submission
@@ -125,7 +125,7 @@ def preview(submission: Submission, jobs: Sequence[Job], *, live: Mapping[TaskId
 def _record(submission: Submission, job: Job, *, after: Sequence[str]) -> JobRecord:
     return JobRecord(
         submission=submission.number, name=job.name, stage=job.stage, slurm_id=None, comment=f"specialm-{uuid.uuid4().hex}",
-        elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.shape.ranks,
+        elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.size.ranks,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, template_of
-from megatron_specialm.graph.plan import make_plan, refuse_foreign_folder, select, show, write_resolved
+from megatron_specialm.graph.plan import link_artifacts, make_plan, refuse_foreign_folder, select_tasks, write_resolved
 from megatron_specialm.graph.redo import Redo, find_redo
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import refuse_too_little_held_out, refuse_what_gpus_lack
@@ -49,7 +49,7 @@ def submit_missing(
     """Queue what a config's run folder lacks and no live job makes.
 
     Args:
-        only, until, keys: the tasks that are asked for, as `select` takes them.
+        only, until, keys: the tasks that are asked for, as `select_tasks` takes them.
         dry_run: write and queue nothing.
         confirm: called with the finished work that would be repeated, before anything is written; raises to stop.
     """
@@ -61,12 +61,12 @@ def submit_missing(
         if not dry_run:
             adopt_unattended(root)
         plan = make_plan(pipeline, root)
-        chosen = select(plan, only=only, until=until, keys=keys, check_inputs=False)
+        chosen = select_tasks(plan, only=only, until=until, keys=keys, check_inputs=False)
         known = submitted_jobs(root) if dry_run else recover(root)
         live = live_tasks(known)
         missing = missing_tasks(plan, chosen, live)
-        elsewhere = {name: planned for name, planned in missing.items() if planned.there is not None}
-        missing = {name: planned for name, planned in missing.items() if planned.there is None}
+        elsewhere = {name: planned for name, planned in missing.items() if planned.elsewhere is not None}
+        missing = {name: planned for name, planned in missing.items() if planned.elsewhere is None}
         submission = Submission.next(pipeline, profile, template_of(profile, profile_path), root, known)
         stages = {name.stage for name in missing}
         refuse_what_gpus_lack(pipeline, profile.gpu, stages=stages)
@@ -79,7 +79,7 @@ def submit_missing(
         if missing or elsewhere:
             write_resolved(pipeline, root)
         take_over(elsewhere, root)
-        show(plan, root)
+        link_artifacts(plan, root)
         queued = list(zip(jobs, submit(submission, jobs, known=known, live=live), strict=True))
     done = sum(planned.state == "done" for planned in chosen.values())
     coming = len(chosen) - done - len(missing) - len(elsewhere)

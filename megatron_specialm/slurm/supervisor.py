@@ -31,9 +31,9 @@ from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINI
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
 from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
+from megatron_specialm.slurm.commands import slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
 from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes
-from megatron_specialm.slurm.queue import slurm
 from megatron_specialm.slurm.records import (
     Attempt,
     AttemptBegin,
@@ -46,7 +46,7 @@ from megatron_specialm.slurm.records import (
     record_end,
     write_note,
 )
-from megatron_specialm.slurm.sbatch import Shape
+from megatron_specialm.slurm.sbatch import JobSize
 
 POLL_SECONDS = 0.2
 SUSPENDED_SECONDS = 5.0  # between two polls: Slurm has suspended the job, supervisor and ranks
@@ -58,14 +58,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Work:
+class JobAttempt:
     """What to run, and where its state is kept. `excluded`: the folder of the list of excluded nodes; `watch` runs since the
     attempt began."""
 
     site: Site
     allocation: Allocation
     launcher: Launcher
-    shape: Shape
+    size: JobSize
     command: Sequence[str]
     state: Path
     excluded: Path
@@ -99,33 +99,33 @@ class _StopRequest:
             self.by = signal.Signals(number)
 
 
-def supervise(work: Work) -> int:
+def supervise(attempt: JobAttempt) -> int:
     """Run one attempt; the exit code for Slurm."""
-    allocation = work.allocation
+    allocation = attempt.allocation
     stop = _StopRequest()
     with handling(stop.handle, signal.SIGTERM, signal.SIGUSR1):
-        before = read_attempts(work.state)
-        work.folder.mkdir(parents=True, exist_ok=True)
-        begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, work.shape.ranks, time.time())
-        record_begin(work.state, begin)
+        before = read_attempts(attempt.state)
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+        begin = AttemptBegin(allocation.attempt, allocation.job, allocation.nodes, attempt.size.ranks, time.time())
+        record_begin(attempt.state, begin)
         logger.info("attempt %d of job %s on %s", allocation.attempt, allocation.job, ", ".join(allocation.nodes))
         try:
-            ending = _attempt(work, stop)
+            ending = _attempt(attempt, stop)
         except SpecialmError as error:  # of the machine, or a damaged file of this attempt
             ending = Ending("failed", str(error), exit_code=error.exit_code)
         final = ending.outcome == "finished" or stop.by is signal.SIGTERM
-        end_reason = None if final else why_not_requeued(ending, before, work.site.limits)
+        end_reason = None if final else why_not_requeued(ending, before, attempt.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
         logger.log(logging.INFO if final else logging.ERROR, "%s: %s", ending.outcome, reason)
-        end = _end(work, ending.outcome, ending.step, reason, requeued=again)
-        record_end(work.state, end)
+        end = _end(attempt, ending.outcome, ending.step, reason, requeued=again)
+        record_end(attempt.state, end)
         if again:
             try:
-                _queue_again(work)
+                _queue_again(attempt)
             except MachineError as error:  # a cluster may forbid it: JobRequeue=0, or a job without --requeue
                 record_end(
-                    work.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
+                    attempt.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
                 )
                 raise
     # 0 only if the job has finished or is queued again: Slurm starts dependent jobs after any exit with 0.
@@ -170,73 +170,73 @@ def _since_progress(steps: Sequence[int | None]) -> int:
     return count
 
 
-def _attempt(work: Work, stop: _StopRequest) -> Ending:
-    if bad := _unfit_nodes(work):
+def _attempt(attempt: JobAttempt, stop: _StopRequest) -> Ending:
+    if bad := _unfit_nodes(attempt):
         for node, reason in bad.items() if stop.by is not signal.SIGTERM else ():  # which cuts the check short
-            exclude_node(work.excluded, node, reason=reason)
+            exclude_node(attempt.excluded, node, reason=reason)
         reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
         return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
-    limits = work.site.limits
-    with Listener(work.allocation.address, work.shape.ranks) as listener, _ranks(work, listener) as process:
+    limits = attempt.site.limits
+    with Listener(attempt.allocation.address, attempt.size.ranks) as listener, _ranks(attempt, listener) as process:
         stopped_at: float | None = None
         polled, noted = time.monotonic(), -math.inf
-        while not _is_over(work, process, stop, stopped_at):
+        while not _is_over(attempt, process, stop, stopped_at):
             time.sleep(POLL_SECONDS)
-            now, seconds = time.monotonic(), work.watch.seconds
+            now, seconds = time.monotonic(), attempt.watch.seconds
             if now - polled > SUSPENDED_SECONDS:
                 listener.extend_deadlines(now - polled)
             polled = now
             if seconds - noted > NOTE_SECONDS:
-                write_note(work.state, work.allocation.attempt, Note(listener.step, seconds))
+                write_note(attempt.state, attempt.allocation.attempt, Note(listener.step, seconds))
                 noted = seconds
             states = dict(listener.states)
             if stop.by is not None and stopped_at is None:
                 logger.info("%s: the ranks are asked to save and stop", stop.by.name)
                 listener.stop, stopped_at = True, now
-                _record_early(work, stop.by, listener.step)
+                _record_early(attempt, stop.by, listener.step)
                 # Slurm may have noticed a lost node first, and does not say so here.
                 if silent := silent_ranks(states, MISSED_BEATS * limits.heartbeat_seconds, now=now):
                     logger.warning("no heartbeat lately of %s", format_ranks(silent))
-            watched = stopped_at is None and not (work.folder / FINISHED).exists()  # ranks end one after the other
+            watched = stopped_at is None and not (attempt.folder / FINISHED).exists()  # ranks end one after the other
             if watched and (stall := find_stall(states, limits, now=now)) is not None:
                 logger.error("%s\n%s", stall.reason, format_states(states, now=now))
                 # The names come from the ranks: only those of the allocation count.
-                nodes = tuple(node for node in work.allocation.nodes if node in stall.nodes)
-                for node in nodes if len(nodes) < len(work.allocation.nodes) else ():
-                    exclude_node(work.excluded, node, reason=stall.reason)
+                nodes = tuple(node for node in attempt.allocation.nodes if node in stall.nodes)
+                for node in nodes if len(nodes) < len(attempt.allocation.nodes) else ():
+                    exclude_node(attempt.excluded, node, reason=stall.reason)
                 return Ending("hang", stall.reason, listener.step, nodes)
-        return _ending(work, process.poll(), stop.by, listener.step)
+        return _ending(attempt, process.poll(), stop.by, listener.step)
 
 
-def _unfit_nodes(work: Work) -> dict[str, str]:
-    settings, allocation = work.site.preflight, work.allocation
+def _unfit_nodes(attempt: JobAttempt) -> dict[str, str]:
+    settings, allocation = attempt.site.preflight, attempt.allocation
     if not settings.enabled:
         return {}
-    folder = work.folder / "nodes"
+    folder = attempt.folder / "nodes"
     rendezvous = f"{allocation.address}:{_free_port()}"
     command = node_command(
-        [work.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), rendezvous],
-        shape=work.shape, allocation=allocation, container=work.site.container, folder=Path.cwd(),
+        [attempt.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), rendezvous],
+        size=attempt.size, allocation=allocation, container=attempt.site.container, folder=Path.cwd(),
     )  # fmt: skip
     return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
 
 
 @contextlib.contextmanager
-def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
+def _ranks(attempt: JobAttempt, listener: Listener) -> Iterator[subprocess.Popen]:
     """The process that launches the ranks, srun. It has ended when the context is left."""
-    allocation, port = work.allocation, _free_port()
+    allocation, port = attempt.allocation, _free_port()
     environment = {
         **os.environ,
         "MASTER_ADDR": allocation.address,
         "MASTER_PORT": str(port),
-        LAUNCHER: work.launcher,
-        **listener.channel(work.site.limits.heartbeat_seconds).variables(),
-        ATTEMPT: str(work.folder.resolve()),
+        LAUNCHER: attempt.launcher,
+        **listener.channel(attempt.site.limits.heartbeat_seconds).variables(),
+        ATTEMPT: str(attempt.folder.resolve()),
         FENCING_TOKEN: f"{allocation.job}/{allocation.attempt}",
     }
     command = rank_command(
-        work.command, launcher=work.launcher, shape=work.shape, allocation=allocation, port=port,
-        container=work.site.container, folder=Path.cwd(),
+        attempt.command, launcher=attempt.launcher, size=attempt.size, allocation=allocation, port=port,
+        container=attempt.site.container, folder=Path.cwd(),
     )  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     try:
@@ -247,34 +247,34 @@ def _ranks(work: Work, listener: Listener) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def _is_over(work: Work, process: subprocess.Popen, stop: _StopRequest, stopped_at: float | None) -> bool:
+def _is_over(attempt: JobAttempt, process: subprocess.Popen, stop: _StopRequest, stopped_at: float | None) -> bool:
     """Whether the launcher has ended. Slurm ends srun before the ranks when it ends a job: then their outcome is awaited."""
-    if stopped_at is not None and time.monotonic() - stopped_at > work.site.limits.stop_seconds:
+    if stopped_at is not None and time.monotonic() - stopped_at > attempt.site.limits.stop_seconds:
         return True
     if process.poll() is None:
         return False
-    return stop.by is not signal.SIGTERM or any(any(work.folder.glob(name)) for name in (FINISHED, STOPPED, ERRORS))
+    return stop.by is not signal.SIGTERM or any(any(attempt.folder.glob(name)) for name in (FINISHED, STOPPED, ERRORS))
 
 
-def _ending(work: Work, code: int | None, stopped_by: signal.Signals | None, step: int | None) -> Ending:
+def _ending(attempt: JobAttempt, code: int | None, stopped_by: signal.Signals | None, step: int | None) -> Ending:
     """How the ranks ended, by the files that they left. srun's own exit code may be 0 after a node was lost."""
-    if code == 0 and (work.folder / FINISHED).exists():
+    if code == 0 and (attempt.folder / FINISHED).exists():
         return Ending("finished", "all tasks are done", step)
     if stopped_by is not None:
-        return _stopped(work, stopped_by, step)
-    errors = [read_json(path, Failure) for path in sorted(work.folder.glob(ERRORS))]
+        return _stopped(attempt, stopped_by, step)
+    errors = [read_json(path, Failure) for path in sorted(attempt.folder.glob(ERRORS))]
     if errors:
         # A rank whose peer has died reports that; the peer's own error, if it left one, is the cause.
         first = min(errors, key=lambda failure: ("another process" in failure.error, failure.time))
         at = first.step if first.step is not None else step
         return Ending("failed", f"{first.node}: {first.error}", at, exit_code=first.exit_code)
-    if (work.folder / STOPPED).exists():  # after errors: torchrun stops all ranks when one fails
-        return _stopped(work, None, step)
+    if (attempt.folder / STOPPED).exists():  # after errors: torchrun stops all ranks when one fails
+        return _stopped(attempt, None, step)
     return Ending("failed", f"the ranks ended with exit code {code} and left no error: see the log", step)
 
 
-def _stopped(work: Work, stopped_by: signal.Signals | None, step: int | None) -> Ending:
-    saved = work.folder / STOPPED
+def _stopped(attempt: JobAttempt, stopped_by: signal.Signals | None, step: int | None) -> Ending:
+    saved = attempt.folder / STOPPED
     if saved.exists():
         step = read_json(saved, Saved).step
         what = "stopped" if step is None else f"saved at step {step}"
@@ -285,22 +285,22 @@ def _stopped(work: Work, stopped_by: signal.Signals | None, step: int | None) ->
     return Ending("preempted", f"ended by Slurm: {what}", step)
 
 
-def _record_early(work: Work, stopped_by: signal.Signals, step: int | None) -> None:
+def _record_early(attempt: JobAttempt, stopped_by: signal.Signals, step: int | None) -> None:
     """After SIGTERM, Slurm may kill this process at any moment, and an attempt without an end counts as a lost one."""
     if stopped_by is signal.SIGTERM:
-        record_end(work.state, _end(work, "preempted", step, "ended by Slurm", requeued=False))
+        record_end(attempt.state, _end(attempt, "preempted", step, "ended by Slurm", requeued=False))
 
 
-def _end(work: Work, outcome: Outcome, step: int | None, reason: str, *, requeued: bool) -> AttemptEnd:
-    return AttemptEnd(work.allocation.attempt, outcome, step, reason, requeued, time.time(), work.watch.seconds)
+def _end(attempt: JobAttempt, outcome: Outcome, step: int | None, reason: str, *, requeued: bool) -> AttemptEnd:
+    return AttemptEnd(attempt.allocation.attempt, outcome, step, reason, requeued, time.time(), attempt.watch.seconds)
 
 
-def _queue_again(work: Work) -> None:
+def _queue_again(attempt: JobAttempt) -> None:
     """Have Slurm run the job again, without the excluded nodes. That ends this attempt: SIGTERM comes at once, to this process
     and to the commands that it runs, which inherit that it is ignored."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    job = work.allocation.job
-    out = sorted({*work.site.exclude, *excluded_nodes(work.excluded)})
+    job = attempt.allocation.job
+    out = sorted({*attempt.site.exclude, *excluded_nodes(attempt.excluded)})
     if not out:
         slurm("scontrol", "requeue", job)
         return

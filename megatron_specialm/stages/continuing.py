@@ -38,7 +38,7 @@ from megatron_specialm.graph.length import at_length, but_for_length, last_step,
 from megatron_specialm.graph.lineage import train_stage
 from megatron_specialm.graph.rates import trial_key
 from megatron_specialm.stages.context import Context
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Earlier:
 class _State:
     """The values that are read from a checkpoint's state; earlier versions lack some."""
 
-    progress: Progress
+    progress: TrainingState
     learning_rate: float | None = None
     spent: Cost | None = None
 

@@ -53,23 +53,23 @@ def run(stage: ExportStage, context: Context) -> Report:
     tokens = context.artifact(stage.tokens, model_id.key)
     store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])
 
-    aside = context.folder / ".model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    temporary = context.folder / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        _write(aside, shape, weights, store, tokenizer)
-        difference = _logit_difference(aside, shape, weights, store, threads=context.threads)
+        _write(temporary, shape, weights, store, tokenizer)
+        difference = _logit_difference(temporary, shape, weights, store, threads=context.threads)
         if not difference <= stage.tolerance:  # `not <=` also rejects NaN
             raise ArtifactError(
                 f"{context.folder}: not exported: Transformers' logits differ from ours by up to {difference:.2e}, "
                 f"more than the tolerance {stage.tolerance:.0e}: transformers {transformers.__version__} computes "
                 f"family {shape.family!r} otherwise than we expect, or the weights of {final} are not finite"
             )
-        _check_tokenizer(aside, tokenizer, store)
-        write_text(aside / "README.md", model_card(_facts(context, shape, tokens, state["tokenizer"], difference)))
-        publish_folder(aside, context.folder / "model")
+        _check_tokenizer(temporary, tokenizer, store)
+        write_text(temporary / "README.md", model_card(_facts(context, shape, tokens, state["tokenizer"], difference)))
+        publish_folder(temporary, context.folder / "model")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     compared = min(WINDOWS_COMPARED, len(store)) * store.context_length
     return Report(
         slots=compared,

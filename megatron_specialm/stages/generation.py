@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, check_artifact, read_label, view
+from megatron_specialm.base.artifacts import LABEL, MARKER, artifact_folder, artifact_link, check_artifact, read_label
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
 from megatron_specialm.checkpoint.merged import read_merged
@@ -88,7 +88,7 @@ def open_model(folder: Path) -> Writer:
             tokenizer = tokenizer_task(pipeline, stage.tokens)
             digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
             # Artifacts of earlier versions do not record their tokenizer.
-            tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else view(root, *tokenizer)
+            tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else artifact_link(root, *tokenizer)
             for read in (artifact, tokenizer_folder):
                 check_artifact(read)
             return _trained(artifact, tokenizer_folder)

@@ -49,7 +49,7 @@ from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.loop import Diverged, Training, is_capped, train
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run(stage: TrainStage, context: Context) -> Report:
         earlier = control.broadcast(lambda: go_on_from_earlier(stage, reading, context))
         before = earlier.counted if earlier else choice.counted if choice else Spent()
 
-        def account(progress: Progress, work: Work) -> dict[str, Any]:
+        def account(progress: TrainingState, work: Work) -> dict[str, Any]:
             own, processes = _own(progress, before, reading), world.world_size
             cost = Cost(
                 own.tokens, setup.flops(work.passes), work.seconds, work.seconds * processes, name_of_device(), processes,
@@ -164,7 +164,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     )
 
 
-def _own(progress: Progress, before: Spent, reading: TrainingData) -> Spent:
+def _own(progress: TrainingState, before: Spent, reading: TrainingData) -> Spent:
     """The tokens and slots of this task's own steps. `before`: those of adopted steps, which the cost of a trial or of an
     earlier training includes."""
     slots = (progress.step - progress.skipped_steps) * reading.slots_per_step

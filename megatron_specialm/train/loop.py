@@ -1,7 +1,7 @@
 """The training loop: steps, records, validation, checkpoints and stopping.
 
-The state of the loop is `Progress`, which is in every checkpoint; the data stream is a function of the step. So a run that is
-killed at any moment and started again ends with the same bits on CPU. If one process is asked to stop
+The state of the loop is `TrainingState`, which is in every checkpoint; the data stream is a function of the step. So a run that
+is killed at any moment and started again ends with the same bits on CPU. If one process is asked to stop
 (`base/process_status.py`), all processes stop at the same step and save it.
 """
 
@@ -31,7 +31,7 @@ from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.protocol import Engine, StepStats
 from megatron_specialm.graph.length import last_step, validates_after
 from megatron_specialm.train.metrics import Metrics
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.runtime import manual_garbage_collection, observed
 from megatron_specialm.train.work import Work, WorkRecord
 
@@ -42,13 +42,13 @@ logger = logging.getLogger(__name__)
 class _Resumed:
     """The part of a checkpoint's state that the loop resumes from."""
 
-    progress: Progress
+    progress: TrainingState
 
 
 class Diverged(TrainingError):
     """Training has diverged: losses were not finite. `progress` is the state at that step."""
 
-    def __init__(self, message: str, progress: Progress) -> None:
+    def __init__(self, message: str, progress: TrainingState) -> None:
         super().__init__(message)
         self.progress = progress
 
@@ -72,12 +72,12 @@ class Training:
     processes: int
     control: ControlGroup
     saver: Saver
-    account: Callable[[Progress, Work], Mapping[str, Any]] = lambda *_: {}
+    account: Callable[[TrainingState, Work], Mapping[str, Any]] = lambda *_: {}
     process_status: ProcessStatus = field(default_factory=ProcessStatus)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
-def train(engine: Engine, training: Training) -> Progress:
+def train(engine: Engine, training: Training) -> TrainingState:
     """Train to the end, from the newest valid checkpoint, or from the engine's current weights if there is none.
 
     If the settings have `trial_steps`, training ends there and can be resumed later.
@@ -105,7 +105,7 @@ class _Loop:
         self,
         engine: Engine,
         training: Training,
-        progress: Progress,
+        progress: TrainingState,
         metrics: Metrics | None,
         record_work: Callable[[], Work],
     ) -> None:
@@ -320,12 +320,12 @@ def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written yet"
 
 
-def _resume(engine: Engine, training: Training) -> Progress:
+def _resume(engine: Engine, training: Training) -> TrainingState:
     folder, passed_over = training.control.broadcast(lambda: newest_checkpoint(training.folder))
     for reason in passed_over:
         logger.warning("resuming: skipped unusable %s", reason)
     if folder is None:
-        return Progress()
+        return TrainingState()
     checkpoint = open_checkpoint(folder)
     progress = read_json(folder / STATE, _Resumed).progress
     if progress.step > progress.skipped_steps and not checkpoint.optimizer_state:
@@ -335,7 +335,7 @@ def _resume(engine: Engine, training: Training) -> Progress:
     return progress
 
 
-def _open_metrics(training: Training, progress: Progress) -> contextlib.AbstractContextManager[Metrics | None]:
+def _open_metrics(training: Training, progress: TrainingState) -> contextlib.AbstractContextManager[Metrics | None]:
     """Only rank 0 writes records."""
     settings = training.settings
     if not training.control.is_first:
@@ -345,17 +345,17 @@ def _open_metrics(training: Training, progress: Progress) -> contextlib.Abstract
     )
 
 
-def _is_over(progress: Progress, settings: TrainStage) -> bool:
+def _is_over(progress: TrainingState, settings: TrainStage) -> bool:
     return _has_stalled(progress, settings) or progress.step >= last_step(settings)
 
 
-def _has_stalled(progress: Progress, settings: TrainStage) -> bool:
+def _has_stalled(progress: TrainingState, settings: TrainStage) -> bool:
     """Whether early stopping's patience has run out."""
     stopping = settings.early_stopping
     return stopping is not None and progress.evaluations_without_gain >= stopping.patience
 
 
-def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
+def is_capped(progress: TrainingState, settings: TrainStage) -> bool | None:
     """Whether a finished fine-tuning ended because of its `steps`, before early stopping could end it. None where this does
     not apply: pretraining, a fixed number of steps, and a trial that diverged or was ended before."""
     if settings.data != "domain" or settings.early_stopping is None or progress.best_step is None:
@@ -365,7 +365,7 @@ def is_capped(progress: Progress, settings: TrainStage) -> bool | None:
     return True if progress.step >= settings.steps else None
 
 
-def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
+def _is_time_to_save(progress: TrainingState, settings: TrainStage) -> bool:
     return (
         progress.step % settings.checkpoint.every == 0
         or progress.step in (progress.best_step, step_to_keep(settings))
@@ -373,7 +373,7 @@ def _is_time_to_save(progress: Progress, settings: TrainStage) -> bool:
     )
 
 
-def _no_best(training: Training, progress: Progress) -> str:
+def _no_best(training: Training, progress: TrainingState) -> str:
     return (
         f"{training.folder}: none of {progress.evaluations} validations up to step {progress.step} had a finite loss, so no "
         "checkpoint can be called the best. If the weights that it starts from are sound, lower optimizer.learning_rate "

@@ -11,7 +11,7 @@ FEWEST_NORMS = 20  # with fewer norms no step counts as a spike
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """The state after `step` optimizer steps. Losses are in nats per token. `norms` are the finite gradient norms of the last
     steps (missing in checkpoints of earlier versions)."""
 
@@ -30,7 +30,7 @@ class Progress:
         """Whether a step's gradient norm is more than `factor` times the usual one."""
         return len(self.norms) >= FEWEST_NORMS and norm > factor * statistics.median(self.norms)
 
-    def after(self, stats: StepStats, *, spike: bool) -> "Progress":
+    def after(self, stats: StepStats, *, spike: bool) -> "TrainingState":
         """The progress after one more step."""
         return replace(
             self,
@@ -44,7 +44,7 @@ class Progress:
             else self.norms,
         )
 
-    def evaluated(self, loss: float) -> "Progress":
+    def evaluated(self, loss: float) -> "TrainingState":
         """The progress after a validation. A loss that is not finite is never the best."""
         counted = replace(self, evaluations=self.evaluations + 1)
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):

@@ -24,7 +24,7 @@ from megatron_specialm.engine.open import build_engine
 from megatron_specialm.estimate.flops import forward_flops, training_flops
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.work import Work
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Trials:
     def tune(self, key: str, steps: int) -> float:
         """Fine-tune an expert up to `steps` steps in all. Returns its best validation loss in nats per token, NaN if none was
         finite."""
-        start, progress = self._load(key), Progress()
+        start, progress = self._load(key), TrainingState()
         try:
             progress = self._train(key, start, steps)
         except TrainingError as error:
@@ -68,7 +68,7 @@ class Trials:
         self._spent[key] = self._work(key, start, progress)
         return math.nan if progress.best_loss is None else progress.best_loss
 
-    def _train(self, key: str, start: MergedModel, steps: int) -> Progress:
+    def _train(self, key: str, start: MergedModel, steps: int) -> TrainingState:
         folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
         setup = Setup(
@@ -89,7 +89,7 @@ class Trials:
         engine = build_engine(setup, optimizer=settings.optimizer, initialize=lambda model: model.load(start.weights))
         return train(engine, training)
 
-    def _work(self, key: str, model: MergedModel, progress: Progress) -> Spent:
+    def _work(self, key: str, model: MergedModel, progress: TrainingState) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
         flops = work.passes.trained * training_flops(model.shape, *sizes)
         flops += work.passes.evaluated * forward_flops(model.shape, *sizes)

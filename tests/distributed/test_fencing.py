@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import MARKER, is_complete, view
+from megatron_specialm.base.artifacts import MARKER, artifact_link, is_complete
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.protocol import FENCING_TOKEN
 from megatron_specialm.checkpoint.opening import newest_checkpoint
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 PROGRAM = """
 import sys
 from pathlib import Path
-from megatron_specialm.base.artifacts import Cost, MARKER, Marker, begin_artifact, finish_artifact, view
+from megatron_specialm.base.artifacts import Cost, MARKER, Marker, begin_artifact, finish_artifact, artifact_link
 from megatron_specialm.base.environment import ALONE
 from tests.training import run_training, stage
 root, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -45,7 +45,7 @@ def _freeze_outside_of_a_save(process: subprocess.Popen, folder: Path) -> None:
 
 
 def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path: Path) -> None:
-    folder = view(tmp_path, "slm", "generic")
+    folder = artifact_link(tmp_path, "slm", "generic")
     cut_off = _attempt(tmp_path, 0, steps=100_000)
     try:
         _freeze_outside_of_a_save(cut_off, folder)
@@ -75,7 +75,7 @@ def test_an_attempt_that_has_trained_to_its_end_cannot_write_the_marker(tmp_path
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
-        while not (view(tmp_path, "slm", "generic") / "result.json").exists():
+        while not (artifact_link(tmp_path, "slm", "generic") / "result.json").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.01)
         taking_over = [sys.executable, "-c", PROGRAM.replace("run_training(folder", "sys.exit(0); (folder")]
@@ -87,4 +87,4 @@ def test_an_attempt_that_has_trained_to_its_end_cannot_write_the_marker(tmp_path
         first.kill()
         first.wait()
     assert first.returncode == 1 and f"has taken over from {first.pid}@" in errors
-    assert not (view(tmp_path, "slm", "generic") / MARKER).exists()
+    assert not (artifact_link(tmp_path, "slm", "generic") / MARKER).exists()

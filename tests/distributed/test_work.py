@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_specialm.base.artifacts import read_marker, view
+from megatron_specialm.base.artifacts import artifact_link, read_marker
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.base.protocol import ATTEMPT, DATAGRAM_BYTES, LAUNCHER, Channel, Heartbeat, encode_answer
 from megatron_specialm.checkpoint.opening import newest_checkpoint
@@ -106,7 +106,7 @@ def test_stopped_by_the_answer_to_one_ranks_heartbeat_the_second_attempt_goes_on
     assert list(_left(submission / "slm-1")) == ["finished.json"]
     records = read_metrics(task)
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
-    marker = read_marker(view(submission.parents[1], "slm", "generic"))
+    marker = read_marker(artifact_link(submission.parents[1], "slm", "generic"))
     assert marker is not None and marker.cost.processes == 2
 
     code, said = _ends(_work(submission, "slm", "slm-2", *torchrun))  # nothing is left to do

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_specialm.base import process_status as counting
-from megatron_specialm.base.artifacts import MARKER, read_marker, view
+from megatron_specialm.base.artifacts import MARKER, artifact_link, read_marker
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.checkpoint.opening import read_model
@@ -85,7 +85,7 @@ def test_a_seed_of_trainings_costs_trainings_only(first: Path) -> None:
     one, other = _weights(first / "runs/first"), _weights(first / "runs/second")
     assert any(not torch.equal(one[name], other[name]) for name in one)
     for stage in ("tokens", "vectors", "assignment"):
-        markers = [read_marker(view(first / "runs" / run, stage, "law")) for run in ("first", "second")]
+        markers = [read_marker(artifact_link(first / "runs" / run, stage, "law")) for run in ("first", "second")]
         assert markers[0] is not None and markers[0] == markers[1], "the digest and the cost of its making"
     merged = merge_runs([first / "runs" / run / "results.json" for run in ("first", "second")])
     row = merged.rows[0].columns()
@@ -111,9 +111,11 @@ def test_ranks_of_a_launcher_take_over_too(first: Path) -> None:
     _run(first, "root=runs/third", "reuse=runs/first", "--only", "slm-is", launcher=launcher)
     assert _content(first / "runs/first") == before
     third = first / "runs/third"
-    assert read_marker(view(third, "slm-is", "law")) == read_marker(view(first / "runs/first", "slm-is", "law"))
+    assert read_marker(artifact_link(third, "slm-is", "law")) == read_marker(
+        artifact_link(first / "runs/first", "slm-is", "law")
+    )
     assert (third / "tokens/generic/train.bin").samefile(first / "runs/first/tokens/generic/train.bin")
-    assert read_marker(view(third, "perplexity", "slm-is.law")) is None
+    assert read_marker(artifact_link(third, "perplexity", "slm-is.law")) is None
 
 
 @pytest.mark.parametrize("stage", ["perplexity", "taught"])
@@ -127,12 +129,12 @@ def test_long_stages_say_how_far_they_are(
     task = next(task for name, task in build_graph(pipeline).items() if name.stage == stage)
     root = Path(pipeline.root)
     made_from = make_plan(pipeline, root)[task.id].made_from
-    (view(root, *task.id) / MARKER).unlink()
+    (artifact_link(root, *task.id) / MARKER).unlink()
     execute(pipeline, root, task, made_from, ALONE, ProcessStatus())
     windows = TokenStore.open(root / "tokens/law", {"perplexity": "test", "taught": "train"}[stage])
     assert f"working on {task.id}: 4 of {len(windows)} windows, " in caplog.text
     assert f"working on {task.id}: {len(windows):,} of {len(windows):,} windows, " in caplog.text
-    assert not (view(root, *task.id) / counting.PROGRESS).exists()
+    assert not (artifact_link(root, *task.id) / counting.PROGRESS).exists()
 
 
 def test_what_is_no_run_folder_is_refused(first: Path) -> None:

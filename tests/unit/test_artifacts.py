@@ -16,11 +16,11 @@ from megatron_specialm.base.artifacts import (
     Marker,
     artifact_folder,
     artifact_folders,
+    artifact_link,
     begin_artifact,
     finish_artifact,
     is_complete,
     read_marker,
-    view,
 )
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
@@ -28,7 +28,7 @@ from megatron_specialm.base.files import publish_folder, read_json, sha256_file,
 from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
 from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
-from megatron_specialm.graph.plan import make_plan, show, write_resolved
+from megatron_specialm.graph.plan import link_artifacts, make_plan, write_resolved
 from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.verify import verify
 from megatron_specialm.run.worker import _begin
@@ -61,7 +61,7 @@ def _made(root: Path, digest: str, text: str = "weights") -> Path:
 
 def test_users_see_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
     first = begin_artifact(tmp_path, *NAME, digest=A)
-    place = view(tmp_path, *NAME)
+    place = artifact_link(tmp_path, *NAME)
     assert place.samefile(first), "until there is a whole one, the work is seen"
     first = _made(tmp_path, A)
     second = begin_artifact(tmp_path, *NAME, digest=B)
@@ -74,7 +74,7 @@ def test_users_see_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> Non
 def test_a_run_folder_can_be_moved(tmp_path: Path) -> None:
     _made(tmp_path / "here", A)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert (view(tmp_path / "there", *NAME) / "notes.jsonl").exists()
+    assert (artifact_link(tmp_path / "there", *NAME) / "notes.jsonl").exists()
 
 
 def test_going_back_to_old_settings_finds_the_old_work(run: Run) -> None:
@@ -87,8 +87,8 @@ def test_going_back_to_old_settings_finds_the_old_work(run: Run) -> None:
     finish_artifact(run.root, *name, Marker(other.digest, Cost(1, 1, 1.0, 1.0, "cpu", 1), {}, {}))
     plan = make_plan(run.pipeline, run.root)
     assert plan[name].state == "done"
-    show(plan, run.root)
-    assert view(run.root, *name).samefile(artifact_folder(run.root, *name, run.plan[name].digest))
+    link_artifacts(plan, run.root)
+    assert artifact_link(run.root, *name).samefile(artifact_folder(run.root, *name, run.plan[name].digest))
     assert make_plan(changed, run.root)[name].state == "done"
 
 
@@ -166,7 +166,7 @@ def test_what_was_checked_is_not_read_again_where_its_folder_has_another_name(
     monkeypatch.setattr(hash_cache, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
     check_files(folder, marker.files)
     assert len(read) == len(marker.files) == 3
-    check_files(view(tmp_path / "here", *NAME), marker.files)
+    check_files(artifact_link(tmp_path / "here", *NAME), marker.files)
     (tmp_path / "here").rename(tmp_path / "there")
     moved = artifact_folder(tmp_path / "there", *NAME, A)
     check_files(moved, marker.files)
@@ -220,7 +220,9 @@ def test_the_layout_of_earlier_versions_is_taken_over(tmp_path: Path) -> None:
     _in_the_earlier_layout(root, "generic")
     adopt_earlier_layout(root)
     folder = artifact_folder(root, *NAME, A)
-    assert read_marker(folder) == read_marker(view(tmp_path / "new", *NAME)) and view(root, *NAME).samefile(folder)
+    assert read_marker(folder) == read_marker(artifact_link(tmp_path / "new", *NAME)) and artifact_link(
+        root, *NAME
+    ).samefile(folder)
     assert not (root / "slm/done").exists()
     adopt_earlier_layout(root)
 
@@ -323,7 +325,7 @@ def test_a_domain_named_done_and_a_stage_named_task_are_nobodys_earlier_layout(t
     (tmp_path / "jobs/0001/task.json").write_text("{}")
     refuse_earlier_layout(tmp_path)
     adopt_earlier_layout(tmp_path)
-    assert read_marker(folder) is not None and view(tmp_path, "tokens", "done").samefile(folder)
+    assert read_marker(folder) is not None and artifact_link(tmp_path, "tokens", "done").samefile(folder)
 
 
 def test_who_looks_at_an_earlier_layout_is_told(run: Run) -> None:

@@ -12,7 +12,7 @@ from megatron_specialm.base import process_status as counting
 from megatron_specialm.base.process_status import PROGRESS, Count, ProcessStatus, counted, read_count, total
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run import progress
-from megatron_specialm.run.progress import Progress
+from megatron_specialm.run.progress import TaskProgress
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_run_says_it_in_plain_lines(tmp_path: Path, monkeypatch: pytest.Monkey
     output = io.StringIO()
     name = TaskId("vectors", "generic")
     items = counted(range(4), tmp_path, ProcessStatus(), unit="windows", of=4)
-    with Progress(1, console=Console(file=output, width=200)) as shown:
+    with TaskProgress(1, console=Console(file=output, width=200)) as shown:
         shown.started(name)
         shown.update({name: tmp_path})  # nothing is told yet
         next(items), next(items)

@@ -28,7 +28,7 @@ from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.metrics import Metrics
-from megatron_specialm.train.progress import Progress
+from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.work import Work
 from tests.training import CONTEXT, SHAPE, read_metrics, run_training, stage
 
@@ -96,7 +96,7 @@ def _flip(path: Path) -> None:
 def test_a_best_step_that_is_damaged_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
 ) -> None:
-    def trained() -> Progress:
+    def trained() -> TrainingState:
         _with_validations(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0])
         return run_training(tmp_path, ALONE, stage(steps=100, **EARLY))
 
@@ -142,7 +142,7 @@ EARLY: dict[str, Any] = {"early_stopping": {"evaluate_every": 4, "patience": 3}}
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path, bad: float) -> None:
-    progress = Progress().evaluated(bad)
+    progress = TrainingState().evaluated(bad)
     assert (progress.best_step, progress.evaluations_without_gain) == (None, 1)
     progress = replace(progress, step=4).evaluated(2.0)
     assert (progress.best_step, progress.best_loss, progress.evaluations_without_gain) == (4, 2.0, 0)
@@ -201,12 +201,12 @@ def test_without_a_finite_validation_a_training_says_so(tmp_path: Path, monkeypa
     ],
 )
 def test_what_ended_a_fine_tuning(step: int, without_gain: int, settings: dict[str, Any], capped: bool | None) -> None:
-    progress = Progress(step=step, best_step=step - 4 * without_gain, evaluations_without_gain=without_gain)
+    progress = TrainingState(step=step, best_step=step - 4 * without_gain, evaluations_without_gain=without_gain)
     assert is_capped(progress, stage(steps=12, **settings)) is capped
 
 
 def test_a_trial_that_came_to_nothing_at_its_cap_is_not_capped() -> None:
-    assert is_capped(Progress(step=12, evaluations=1), stage(steps=12, data="domain", **EARLY)) is None
+    assert is_capped(TrainingState(step=12, evaluations=1), stage(steps=12, data="domain", **EARLY)) is None
 
 
 def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_whether_the_cap_ended_it_is_known_after_an_interruption(tmp_path: Path)
         "data": "domain", "optimizer": {"learning_rate": 3e-2}, "early_stopping": {"evaluate_every": 4, "patience": 2},
     }  # fmt: skip
 
-    def trained(name: str, steps: int) -> Progress:
+    def trained(name: str, steps: int) -> TrainingState:
         return run_training(tmp_path / name, ALONE, stage(steps=steps, **settings), windows=8)
 
     stopped = trained("stopped", 400)

@@ -7,7 +7,7 @@ from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finis
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.plan import make_plan, select, write_resolved
+from megatron_specialm.graph.plan import make_plan, select_tasks, write_resolved
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import read_first_documents
 from tests.texts import write_smoke_names
@@ -110,17 +110,17 @@ def test_check_reads_the_first_documents(text: Path) -> None:
 
 def test_a_part_of_the_plan(text: Path) -> None:
     plan = make_plan(_load(), Path("run"))
-    assert {name.stage for name in select(plan, only=None, until="clusters")} == {
+    assert {name.stage for name in select_tasks(plan, only=None, until="clusters")} == {
         "tokenizer",
         "tokens",
         "vectors",
         "clusters",
     }
     with pytest.raises(ArtifactError, match=r"slm/generic reads tokenizer/generic, which is to do: .* --until slm"):
-        select(plan, only="slm", until=None)
-    assert {name.stage for name in select(plan, only="tokenizer", until=None)} == {"tokenizer"}
+        select_tasks(plan, only="slm", until=None)
+    assert {name.stage for name in select_tasks(plan, only="tokenizer", until=None)} == {"tokenizer"}
     with pytest.raises(ConfigError, match="no stage 'slmm'"):
-        select(plan, only="slmm", until=None)
+        select_tasks(plan, only="slmm", until=None)
 
 
 def test_one_stage_alone_does_not_read_stale_work(text: Path) -> None:
@@ -128,9 +128,9 @@ def test_one_stage_alone_does_not_read_stale_work(text: Path) -> None:
     for name, planned in make_plan(_load(), root).items():
         begin_artifact(root, *name, digest=planned.digest)
         finish_artifact(root, *name, Marker(planned.digest, Cost(0, 0, 0.0, 0.0, "cpu", 1), {}, {}))
-    assert select(make_plan(_load(), root), only="clusters", until=None)
+    assert select_tasks(make_plan(_load(), root), only="clusters", until=None)
     with pytest.raises(ArtifactError, match="reads vectors/generic, which is stale"):
-        select(make_plan(_load("stages.tokenizer.vocabulary_size=301"), root), only="clusters", until=None)
+        select_tasks(make_plan(_load("stages.tokenizer.vocabulary_size=301"), root), only="clusters", until=None)
 
 
 def test_a_run_folder_belongs_to_one_pipeline(text: Path) -> None:

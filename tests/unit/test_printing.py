@@ -22,7 +22,7 @@ from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.report import render as doctor_report
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
-from megatron_specialm.run.progress import Progress
+from megatron_specialm.run.progress import TaskProgress
 from tests.conftest import ROOT
 from tests.run_folder import Run, make_run
 
@@ -103,7 +103,7 @@ def test_whatever_is_shown_is_text(shown: Any, times: int, is_terminal: bool) ->
 
 
 def test_news_of_a_run_are_text(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(2, console=console())
+    progress = TaskProgress(2, console=console())
     for error in (None, f"{HOSTILE}\nand more"):
         progress.started(TaskId("tokens", HOSTILE))
         progress.finished(TaskId("tokens", HOSTILE), seconds=3, error=error)

@@ -9,11 +9,11 @@ import pytest
 
 from megatron_specialm.config.site import Container, Launcher
 from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
-from megatron_specialm.slurm.sbatch import Shape
+from megatron_specialm.slurm.sbatch import JobSize
 
 ALLOCATION = Allocation("7_0", 0, 0, ("node1", "node2"), "10.0.0.1", cpus_per_task=4, gpus_per_node=8)
 COMMAND = ["/my env/python", "-m", "megatron_specialm", "work", '/my run/it\'s "$HOME";.json']
-SHAPE = Shape(16, 8)
+SHAPE = JobSize(16, 8)
 FOLDER = Path("/my project")
 STEP = ["srun", "--kill-on-bad-exit=1", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=4"]
 ON_NODES = ["srun", "--kill-on-bad-exit=1", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32"]
@@ -36,9 +36,9 @@ IN_PYXIS = [
 IN_APPTAINER = ["apptainer", "exec", "--nv", "--bind", "/a b:/c", "--bind", "/data:/data", "--pwd", "/my project"]
 
 
-def _line(launcher: Launcher, container: Container | None = None, shape: Shape = SHAPE) -> list[str]:
+def _line(launcher: Launcher, container: Container | None = None, size: JobSize = SHAPE) -> list[str]:
     return rank_command(
-        COMMAND, launcher=launcher, shape=shape, allocation=ALLOCATION, port=2900, container=container, folder=FOLDER
+        COMMAND, launcher=launcher, size=size, allocation=ALLOCATION, port=2900, container=container, folder=FOLDER
     )
 
 
@@ -74,7 +74,7 @@ def test_pyxis_takes_no_empty_list_of_mounts() -> None:
     ("container", "words"), [(None, []), (PYXIS, IN_PYXIS), (APPTAINER, [*IN_APPTAINER, APPTAINER.image])]
 )
 def test_once_on_each_node_where_its_ranks_would_be(container: Container | None, words: list[str]) -> None:
-    line = node_command(["python3", "look"], shape=SHAPE, allocation=ALLOCATION, container=container, folder=FOLDER)
+    line = node_command(["python3", "look"], size=SHAPE, allocation=ALLOCATION, container=container, folder=FOLDER)
     assert line == [*ON_NODES, "--mpi=none", "--label", *words, "python3", "look"]
 
 

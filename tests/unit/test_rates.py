@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
+from megatron_specialm.base.artifacts import Cost, Marker, artifact_link, begin_artifact, finish_artifact, read_marker
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError, TrainingError
 from megatron_specialm.checkpoint.adopting import adopt_checkpoints
 from megatron_specialm.checkpoint.opening import newest_checkpoint
@@ -23,7 +23,7 @@ from megatron_specialm.config.site import Site
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import setup_of
-from megatron_specialm.graph.plan import make_plan, select
+from megatron_specialm.graph.plan import make_plan, select_tasks
 from megatron_specialm.graph.rates import at_rate, beyond, trial_of
 from megatron_specialm.graph.tasks import TaskId, ancestors
 from megatron_specialm.report.estimates import stage_flops
@@ -150,13 +150,15 @@ def test_a_trials_digest_is_of_its_own_rate_and_of_what_it_does(text: Path) -> N
 
 def test_keys_of_a_training_bring_its_trials(text: Path) -> None:
     plan = make_plan(_load(RATES), Path("run"))
-    chosen = select(plan, only="slm-tuned", until=None, keys=["torch"], check_inputs=False)
+    chosen = select_tasks(plan, only="slm-tuned", until=None, keys=["torch"], check_inputs=False)
     assert [name.key for name in chosen] == ["torch.rate-0.0005", "torch.rate-0.0017", "torch"]
     done = {
         name: dataclasses.replace(planned, state="done" if name.stage != "slm-tuned" else "to do")
         for name, planned in plan.items()
     }
-    assert len(select(done, only="slm-tuned", until=None)) == 9, "what a task reads of its own stage is run with it"
+    assert len(select_tasks(done, only="slm-tuned", until=None)) == 9, (
+        "what a task reads of its own stage is run with it"
+    )
 
 
 def test_trials_are_a_wave_before_the_models(text: Path) -> None:
@@ -199,7 +201,7 @@ def test_the_rate_taken_stands_in_the_results(tmp_path: Path, monkeypatch: pytes
     pipeline, root = declare_finished(tmp_path, STOPPING, RATES, "stages.perplexity.models=[slm, slm-tuned]")
     taken = {"scipy": 0.0005, "sklearn": 0.0017, "torch": 0.0017}
     for domain, rate in taken.items():
-        marker = read_marker(view(root, "slm-tuned", domain))
+        marker = read_marker(artifact_link(root, "slm-tuned", domain))
         assert marker is not None
         values = {"learning_rate": rate, "chosen_rate": rate, "learning_rates": {"0.0005": 3.1, "0.0017": None}}
         finish_artifact(root, "slm-tuned", domain, dataclasses.replace(marker, values=values))

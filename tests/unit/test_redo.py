@@ -195,7 +195,7 @@ def test_a_longer_training_costs_what_it_does_not_go_on_from(
     finish_artifact(Path("run"), *name, Marker(planned.digest, own, {"steps": 10}, {}, earlier=earlier))
     rate = [f"stages.slm.optimizer.learning_rate={change['learning_rate']}"] if "learning_rate" in change else []
     found = _redo(*rest, *rate, f"stages.slm.steps={change['steps']}")["slm/generic"]
-    assert found.spent == pytest.approx(SECONDS) and found.anew == pytest.approx(60 * minutes)
+    assert found.spent == pytest.approx(SECONDS) and found.seconds == pytest.approx(60 * minutes)
     lines = {line[0]: line for line in stage_table(make_plan(pipeline, Path("run")), {}, Path("run")).lines}
     assert lines["slm"][3] == "10 min"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
+from megatron_specialm.base.artifacts import Cost, Marker, artifact_link, begin_artifact, finish_artifact, read_marker
 from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.schema import AssignStage, EvaluateStage, Pipeline
@@ -110,11 +110,11 @@ def test_the_domain_in_pretraining_is_told_from_fine_tuning(tmp_path: Path, monk
 def test_what_decides_nothing_is_in_the_ledger_and_in_no_models_cost(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
     before = columns(write_results(pipeline, root).rows)
-    marker = read_marker(view(root, "slm-mix-chosen", "scipy"))
+    marker = read_marker(artifact_link(root, "slm-mix-chosen", "scipy"))
     assert marker is not None
     apart = Cost(0, 10**9, 50.0, 50.0, "cpu", 1)
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, apart=apart))
-    assert read_marker(view(root, "slm-mix-chosen", "scipy")) == dataclasses.replace(marker, apart=apart)
+    assert read_marker(artifact_link(root, "slm-mix-chosen", "scipy")) == dataclasses.replace(marker, apart=apart)
     assert columns(write_results(pipeline, root).rows) == before
     ledger = [e for e in json.loads((root / "ledger.json").read_text()) if e["task"] == "slm-mix-chosen/scipy"]
     assert [(entry["phase"], entry["flops"]) for entry in ledger] == [("specialization", 100), ("comparison", 10**9)]
@@ -153,7 +153,7 @@ def test_markdown_has_a_line_per_method_and_state(finished: tuple[Pipeline, Path
 def _declare_capped(root: Path, stage: str, *, steps: int = 20, **capped: bool) -> None:
     """What a training with early stopping leaves in its marker."""
     for key, is_capped in capped.items():
-        marker = read_marker(view(root, stage, key))
+        marker = read_marker(artifact_link(root, stage, key))
         assert marker is not None
         values = {"steps": steps, "best_step": steps, "capped": is_capped}
         finish_artifact(root, stage, key, dataclasses.replace(marker, values=values))
@@ -241,7 +241,7 @@ def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:
 
 def test_concentration_and_selection_come_from_markers(finished: tuple[Pipeline, Path]) -> None:
     pipeline, root = finished
-    marker = read_marker(view(root, "slm-mix-chosen", "scipy"))
+    marker = read_marker(artifact_link(root, "slm-mix-chosen", "scipy"))
     assert marker is not None
     told = {"choice": "c3", "by": "loss", "criteria": {"loss": {"choice": "c3", "rank": 1, "tokens": 64, "flops": 9}}}
     finish_artifact(root, "slm-mix-chosen", "scipy", dataclasses.replace(marker, values=told))

@@ -17,16 +17,16 @@ from megatron_specialm.base.artifacts import (
     Cost,
     Marker,
     artifact_folder,
+    artifact_link,
     begin_artifact,
     finish_artifact,
     is_complete,
     read_marker,
-    view,
 )
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.plan import PlannedTask, make_plan, select, write_resolved
+from megatron_specialm.graph.plan import PlannedTask, make_plan, select_tasks, write_resolved
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.reuse import refuse_other_folders, reuse_summary, take_over
 from megatron_specialm.slurm.records import read_registry
@@ -110,9 +110,9 @@ def test_what_is_complete_there_is_taken_over_and_costs_what_it_cost(there: dict
     take_over(plan, HERE)
     assert {planned.state for planned in make_plan(_load(), HERE).values()} == {"done"}
     for name in plan:
-        assert _files(view(HERE, *name)) == _files(view(THERE, *name))
-        assert os.readlink(view(HERE, *name) / "latest") == "step_0000010"
-        assert read_marker(view(HERE, *name)) == read_marker(view(THERE, *name))
+        assert _files(artifact_link(HERE, *name)) == _files(artifact_link(THERE, *name))
+        assert os.readlink(artifact_link(HERE, *name) / "latest") == "step_0000010"
+        assert read_marker(artifact_link(HERE, *name)) == read_marker(artifact_link(THERE, *name))
     assert _content(THERE) == there
     assert not [*HERE.rglob(".*.tmp")], "nothing is left aside"
 
@@ -128,15 +128,15 @@ def test_nothing_is_written_through_a_link_when_a_task_is_begun_again(there: dic
     """Whoever removes a marker has the task done again, and its files written over in place: there as here."""
     take_over(make_plan(_load(), HERE), HERE)
     for root, other in ((HERE, THERE), (THERE, HERE)):
-        before = _files(view(other, *TOKENS))
-        marker = read_marker(view(root, *TOKENS))
+        before = _files(artifact_link(other, *TOKENS))
+        marker = read_marker(artifact_link(root, *TOKENS))
         assert marker is not None
-        (view(root, *TOKENS) / MARKER).unlink()
+        (artifact_link(root, *TOKENS) / MARKER).unlink()
         folder = begin_artifact(root, *TOKENS, digest=marker.digest)
         with (folder / "train.bin").open("r+b") as file:
             file.write(b"another")
         assert (folder / "train.bin").read_bytes().startswith(b"another")
-        assert _files(view(other, *TOKENS)) == before
+        assert _files(artifact_link(other, *TOKENS)) == before
 
 
 def test_another_seed_of_trainings_takes_over_all_but_them(there: dict) -> None:
@@ -151,7 +151,7 @@ def test_another_seed_of_trainings_takes_over_all_but_them(there: dict) -> None:
     assert {name for name in plan if is_complete(HERE, *name, digest=plan[name].digest)} == {
         name for name, planned in plan.items() if planned.state == "done elsewhere"
     }
-    assert not view(HERE, *SLM).exists() and plan[SLM].digest != read_marker(view(THERE, *SLM)).digest  # type: ignore[union-attr]
+    assert not artifact_link(HERE, *SLM).exists() and plan[SLM].digest != read_marker(artifact_link(THERE, *SLM)).digest  # type: ignore[union-attr]
 
 
 def test_what_is_stale_here_makes_room(there: dict) -> None:
@@ -159,17 +159,19 @@ def test_what_is_stale_here_makes_room(there: dict) -> None:
     _finish(old, HERE)
     plan = make_plan(_load(), HERE)
     assert plan[SLM].state == "done elsewhere"
-    (view(HERE, *SLM) / "of-seed-3").touch()
+    (artifact_link(HERE, *SLM) / "of-seed-3").touch()
     take_over(plan, HERE)
-    assert not (view(HERE, *SLM) / "of-seed-3").exists()
+    assert not (artifact_link(HERE, *SLM) / "of-seed-3").exists()
     assert is_complete(HERE, *SLM, digest=plan[SLM].digest) and _content(THERE) == there
 
 
 def test_a_part_takes_over_what_it_rests_on(there: dict) -> None:
     plan = make_plan(_load("training_seed=1"), HERE)
-    chosen = select(plan, only="slm", until=None)
+    chosen = select_tasks(plan, only="slm", until=None)
     assert {str(name) for name in chosen} == {"slm/generic", "tokenizer/generic", "tokens/generic"}
-    assert not any(planned.there for planned in select(make_plan(_load(), THERE), only="slm", until=None).values())
+    assert not any(
+        planned.elsewhere for planned in select_tasks(make_plan(_load(), THERE), only="slm", until=None).values()
+    )
 
 
 def test_folders_are_looked_at_in_order_and_the_configs_own_is_none(there: dict) -> None:
@@ -177,7 +179,7 @@ def test_folders_are_looked_at_in_order_and_the_configs_own_is_none(there: dict)
     _finish(second, Path("runs/second"))
     pipeline = _load(f"reuse=[{HERE}, {THERE}, runs/second]", "training_seed=1")
     plan = make_plan(pipeline, HERE)
-    assert plan[TOKENS].there == THERE and plan[SLM].there == Path("runs/second")
+    assert plan[TOKENS].elsewhere == THERE and plan[SLM].elsewhere == Path("runs/second")
     refuse_other_folders(pipeline)  # its own root, which is not there yet, is no mistake
 
 
@@ -195,7 +197,7 @@ def test_what_is_made_anew_meanwhile_is_not_taken_over(there: dict) -> None:
         ArtifactError, match=r"slm/generic/[0-9a-f]{16}: was removed or redone while it was being copied"
     ):
         take_over(plan, HERE)
-    assert not view(HERE, *SLM).exists() and read_marker(view(HERE, *SLM)) is None
+    assert not artifact_link(HERE, *SLM).exists() and read_marker(artifact_link(HERE, *SLM)) is None
 
 
 def test_damage_does_not_come_back_through_a_link(there: dict) -> None:
@@ -216,9 +218,9 @@ def test_damage_does_not_come_back_through_a_link(there: dict) -> None:
 def test_what_another_job_has_taken_over_since_is_kept(there: dict) -> None:
     plan = make_plan(_load(), HERE)
     take_over(plan, HERE)
-    first = {name: view(HERE, *name).stat().st_ino for name in plan}
+    first = {name: artifact_link(HERE, *name).stat().st_ino for name in plan}
     take_over(plan, HERE)
-    assert {name: view(HERE, *name).stat().st_ino for name in plan} == first
+    assert {name: artifact_link(HERE, *name).stat().st_ino for name in plan} == first
 
 
 def test_jobs_that_share_a_folder_take_over_at_the_same_time(there: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +235,7 @@ def test_what_a_kill_has_left_aside_goes_when_the_task_is_begun(there: dict) -> 
     final = artifact_folder(HERE, *SLM, plan[SLM].digest)
     aside = final.with_name(f".{final.name}.0123abcd.tmp")
     aside.mkdir(parents=True)
-    os.link(view(THERE, *SLM) / "train.bin", aside / "train.bin")
+    os.link(artifact_link(THERE, *SLM) / "train.bin", aside / "train.bin")
     begin_artifact(HERE, *SLM, digest=plan[SLM].digest)
     assert not aside.exists() and _content(THERE) == there
 
@@ -248,7 +250,7 @@ def test_on_another_filesystem_it_is_a_copy(there: dict) -> None:
         take_over(plan, root)
         assert {planned.state for planned in make_plan(_load(f"root={root}"), root).values()} == {"done"}
         assert all(path.stat().st_nlink == 1 for path in _own(root))
-        assert _files(view(root, *SLM)) == _files(view(THERE, *SLM))
+        assert _files(artifact_link(root, *SLM)) == _files(artifact_link(THERE, *SLM))
     assert _content(THERE) == there
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.site import Site, dump_site, load_site, seconds_of
-from megatron_specialm.slurm.sbatch import Shape, directives, render, shape_of
+from megatron_specialm.slurm.sbatch import JobSize, directives, job_size, render
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "slurm" / "stage.sbatch.template"
@@ -22,7 +22,7 @@ HOSTILE_LINE = HOSTILE.replace("\n", " ")  # no value of a profile has a line br
 def _script(site: Site, **changes: object) -> str:
     resources = site.resources("slm", "train")
     options = directives(
-        site, resources, name="smoke.slm", job="slm", elements=3, shape=shape_of(16, resources, stage="slm"),
+        site, resources, name="smoke.slm", job="slm", elements=3, size=job_size(16, resources, stage="slm"),
         after=["41", "42_3"], comment="specialm-0123", exclude=["node7"],
     )  # fmt: skip
     values = {
@@ -163,10 +163,10 @@ def test_a_dollar_sign_in_a_template_is_explained(tmp_path: Path) -> None:
 
 def test_ranks_spread_evenly_over_nodes() -> None:
     resources = Site.model_validate({"jobs": {"default": {"processes_per_node": 4}}}).resources("slm", "train")
-    assert shape_of(2, resources, stage="slm") == Shape(2, 2)
-    assert shape_of(8, resources, stage="slm").nodes == 2
+    assert job_size(2, resources, stage="slm") == JobSize(2, 2)
+    assert job_size(8, resources, stage="slm").nodes == 2
     with pytest.raises(ConfigError, match=r"stages.slm.parallel: 6 processes .* nodes of 4"):
-        shape_of(6, resources, stage="slm")
+        job_size(6, resources, stage="slm")
 
 
 @pytest.mark.parametrize(

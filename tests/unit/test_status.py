@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact, read_marker, view
+from megatron_specialm.base.artifacts import Cost, Marker, artifact_link, begin_artifact, finish_artifact, read_marker
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.process_status import Count
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.lineage import setup_of
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.slurm.queue import Element
+from megatron_specialm.slurm.commands import Element
 from megatron_specialm.slurm.records import (
     Attempt,
     AttemptBegin,
@@ -61,7 +61,7 @@ def test_hours_are_of_the_configs_own_work(run: Run) -> None:
 def test_what_the_cap_ended_is_told(run: Run) -> None:
     run.finish("slm-tuned", "llm-tuned")
     assert "warning" not in _render(run.status(), 100)
-    marker = read_marker(view(run.root, "slm-tuned", "scipy"))
+    marker = read_marker(artifact_link(run.root, "slm-tuned", "scipy"))
     assert marker is not None
     values = {"steps": 30, "best_step": 30, "capped": True}
     finish_artifact(run.root, "slm-tuned", "scipy", replace(marker, values=values))

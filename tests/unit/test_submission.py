@@ -125,8 +125,8 @@ def test_a_wave_is_counted_from_what_is_missing(pipeline: Pipeline, plan: Plan) 
 def test_k_means_on_several_processes_adds_over_mpi(pipeline: Pipeline) -> None:
     pipeline = load_pipeline(SMOKE, [f"root={pipeline.root}", "stages.clusters.processes=4"])
     jobs = _jobs(pipeline, make_plan(pipeline, Path(pipeline.root)), launcher="torchrun")
-    assert (jobs["clusters"].launcher, jobs["clusters"].shape.ranks) == ("mpi", 4)
-    assert (jobs["clusters-4"].launcher, jobs["clusters-4"].shape.ranks) == ("srun", 1), "one rank needs no launcher"
+    assert (jobs["clusters"].launcher, jobs["clusters"].size.ranks) == ("mpi", 4)
+    assert (jobs["clusters-4"].launcher, jobs["clusters-4"].size.ranks) == ("srun", 1), "one rank needs no launcher"
 
 
 def test_short_tasks_share_an_element(pipeline: Pipeline, plan: Plan) -> None:
@@ -144,8 +144,8 @@ def test_a_trainings_ranks_and_resources(pipeline: Pipeline) -> None:
     )
     plan = make_plan(pipeline, Path(pipeline.root))
     jobs = _jobs(pipeline, plan, launcher="torchrun", jobs={"train": {"processes_per_node": 2, "time": "1-00"}})
-    assert (jobs[name].shape.ranks, jobs[name].shape.nodes, jobs[name].resources.time) == (4, 2, "1-00")
-    assert (jobs[name].launcher, jobs["tokens"].shape.ranks) == ("torchrun", 1)
+    assert (jobs[name].size.ranks, jobs[name].shape.nodes, jobs[name].resources.time) == (4, 2, "1-00")
+    assert (jobs[name].launcher, jobs["tokens"].size.ranks) == ("torchrun", 1)
     with pytest.raises(ConfigError, match=f"stages.{name}.parallel: 4 processes"):
         _jobs(pipeline, plan, jobs={name: {"processes_per_node": 3}})
 

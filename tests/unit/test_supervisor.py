@@ -13,8 +13,8 @@ from megatron_specialm.config.site import Site
 from megatron_specialm.slurm.allocation import Allocation
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.records import AttemptEnd, read_attempts
-from megatron_specialm.slurm.sbatch import Shape
-from megatron_specialm.slurm.supervisor import Work, supervise
+from megatron_specialm.slurm.sbatch import JobSize
+from megatron_specialm.slurm.supervisor import JobAttempt, supervise
 from tests.conftest import ROOT
 
 RANK = """
@@ -49,16 +49,16 @@ def _program(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def _work(tmp_path: Path, program: str, *, preflight: bool = False, attempt: int = 0) -> Work:
+def _attempt(tmp_path: Path, program: str, *, preflight: bool = False, attempt: int = 0) -> JobAttempt:
     allocation = Allocation("7_0", 0, attempt, ("node1", "node2"), "127.0.0.1", cpus_per_task=1, gpus_per_node=0)
     limits = {"failures": 1, "heartbeat_seconds": 1}
     site = Site.model_validate({"preflight": {"enabled": preflight, "free_disk": 1}, "limits": limits})
     command = [sys.executable, "-c", program]
-    return Work(site, allocation, "srun", Shape(1, 1), command, tmp_path / "job.0", tmp_path / "excluded")
+    return JobAttempt(site, allocation, "srun", JobSize(1, 1), command, tmp_path / "job.0", tmp_path / "excluded")
 
 
-def _end(work: Work) -> AttemptEnd:
-    end = read_attempts(work.state)[-1].end
+def _end(attempt: JobAttempt) -> AttemptEnd:
+    end = read_attempts(attempt.state)[-1].end
     assert end is not None
     return end
 
@@ -69,15 +69,15 @@ def _scontrol(tmp_path: Path) -> list[str]:
 
 
 def test_a_job_that_finishes(programs: Path, tmp_path: Path) -> None:
-    work = _work(tmp_path, FINISH)
-    assert supervise(work) == 0
-    assert (_end(work).outcome, _end(work).requeued, _scontrol(tmp_path)) == ("finished", False, [])
+    attempt = _attempt(tmp_path, FINISH)
+    assert supervise(attempt) == 0
+    assert (_end(attempt).outcome, _end(attempt).requeued, _scontrol(tmp_path)) == ("finished", False, [])
 
 
 def test_exit_code_0_alone_is_no_success(programs: Path, tmp_path: Path) -> None:
-    work = _work(tmp_path, "")
-    assert supervise(work) == 0, "it is queued again"
-    assert (_end(work).outcome, _end(work).requeued, _scontrol(tmp_path)) == ("failed", True, ["requeue 7_0"])
+    attempt = _attempt(tmp_path, "")
+    assert supervise(attempt) == 0, "it is queued again"
+    assert (_end(attempt).outcome, _end(attempt).requeued, _scontrol(tmp_path)) == ("failed", True, ["requeue 7_0"])
 
 
 def test_a_warning_before_the_time_limit_reaches_the_rank_in_the_answer_to_its_heartbeat(
@@ -85,25 +85,25 @@ def test_a_warning_before_the_time_limit_reaches_the_rank_in_the_answer_to_its_h
 ) -> None:
     """The rank, which warns the supervisor itself, stops at its step, and its outcome is read."""
     wait = "os.kill(os.getppid(), signal.SIGUSR1)\n    while not status.stop_asked_by: time.sleep(0.01)\n    "
-    work = _work(tmp_path, RANK.format(work=f'{wait}raise Stopped("at its step")'))
-    assert supervise(work) == 0
-    assert (_end(work).outcome, _end(work).step, _end(work).requeued) == ("timeout", 7, True)
-    assert _end(work).reason == "the time limit is near: saved at step 7"
+    attempt = _attempt(tmp_path, RANK.format(work=f'{wait}raise Stopped("at its step")'))
+    assert supervise(attempt) == 0
+    assert (_end(attempt).outcome, _end(attempt).step, _end(attempt).requeued) == ("timeout", 7, True)
+    assert _end(attempt).reason == "the time limit is near: saved at step 7"
 
 
 def test_ranks_that_got_sigterm_alone_are_queued_again_at_no_cost(programs: Path, tmp_path: Path) -> None:
     """Slurm sends it to ranks only when a partition's GraceTime begins, and to this process when that is over."""
     stop = RANK.format(work='raise Stopped("at its step")')
     for attempt in range(3):
-        work = _work(tmp_path, stop, attempt=attempt)
-        assert supervise(work) == 0
-        assert (_end(work).outcome, _end(work).step, _end(work).requeued) == ("preempted", 7, True)
+        attempt = _attempt(tmp_path, stop, attempt=attempt)
+        assert supervise(attempt) == 0
+        assert (_end(attempt).outcome, _end(attempt).step, _end(attempt).requeued) == ("preempted", 7, True)
     assert _scontrol(tmp_path) == ["requeue 7_0"] * 3
 
 
 def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Path) -> None:
-    assert supervise(_work(tmp_path, FAIL)) == 0
-    second = _work(tmp_path, FAIL, attempt=1)
+    assert supervise(_attempt(tmp_path, FAIL)) == 0
+    second = _attempt(tmp_path, FAIL, attempt=1)
     assert supervise(second) == 4, "the exit code of TrainingError"
     assert (_end(second).step, _end(second).requeued, _scontrol(tmp_path)) == (7, False, ["requeue 7_0"])
     assert _end(second).reason.startswith("node1: no luck; not queued again: 2 attempts failed")
@@ -111,18 +111,18 @@ def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Pat
 
 def test_where_slurm_refuses_to_queue_again_the_record_says_so(programs: Path, tmp_path: Path) -> None:
     _program(programs / "scontrol", 'echo "Requested operation is presently disabled" >&2; exit 1')
-    work = _work(tmp_path, FAIL)
+    attempt = _attempt(tmp_path, FAIL)
     with pytest.raises(MachineError, match="presently disabled"):
-        supervise(work)
-    assert not _end(work).requeued
-    assert _end(work).reason.startswith("node1: no luck; cannot be queued again: ")
+        supervise(attempt)
+    assert not _end(attempt).requeued
+    assert _end(attempt).reason.startswith("node1: no luck; cannot be queued again: ")
 
 
 @pytest.mark.parametrize("updated", [True, False])
 def test_a_job_is_never_left_held(programs: Path, tmp_path: Path, updated: bool) -> None:
     _program(programs / "scontrol", f'echo "$@" >> {tmp_path}/scontrol; [ "$1" != update ] || {str(updated).lower()}')
     exclude_node(tmp_path / "excluded", "node9", reason="slow")
-    assert supervise(_work(tmp_path, FAIL)) == 0
+    assert supervise(_attempt(tmp_path, FAIL)) == 0
     assert _scontrol(tmp_path) == ["requeuehold 7_0", "update JobId=7_0 ExcNodeList=node9", "release 7_0"]
 
 
@@ -131,7 +131,7 @@ def test_a_job_that_slurm_ends_during_the_preflight_is_not_queued_again_and_excl
 ) -> None:
     result = tmp_path / "job.0" / "attempt-0" / "nodes" / "node1.json"
     _program(programs / "srun", f"""kill -TERM {os.getpid()}; echo '{{"began": 1}}' > {result}; exit 1""")
-    work = _work(tmp_path, FINISH, preflight=True)
-    assert supervise(work) != 0, "dependent jobs must not start"
-    assert (_end(work).requeued, _scontrol(tmp_path), excluded_nodes(work.excluded)) == (False, [], [])
+    attempt = _attempt(tmp_path, FINISH, preflight=True)
+    assert supervise(attempt) != 0, "dependent jobs must not start"
+    assert (_end(attempt).requeued, _scontrol(tmp_path), excluded_nodes(attempt.excluded)) == (False, [], [])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

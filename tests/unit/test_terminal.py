@@ -29,7 +29,7 @@ from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.report.summary import capabilities_table, memory_table, training_table
 from megatron_specialm.report.tables import concentration_table, rates_table, results_in_two, selection_table
-from megatron_specialm.run.progress import Progress
+from megatron_specialm.run.progress import TaskProgress
 from tests.unit.test_figures import invented, typed
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     output = io.StringIO()
     name = TaskId("a-stage-of-an-ordinary-name", "encyclopedia")
-    with Progress(1, console=Console(file=output, width=80, force_terminal=True, color_system=None)) as progress:
+    with TaskProgress(1, console=Console(file=output, width=80, force_terminal=True, color_system=None)) as progress:
         progress.started(name)
         progress.update({name: tmp_path})
     said = output.getvalue()
@@ -144,7 +144,7 @@ def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
 
 def test_a_failure_says_why_at_once() -> None:
     output, name = io.StringIO(), TaskId("tokens", "law")
-    with Progress(2, console=Console(file=output, width=200, color_system=None)) as progress:
+    with TaskProgress(2, console=Console(file=output, width=200, color_system=None)) as progress:
         progress.started(name)
         progress.finished(name, seconds=1.2, error="text.domains.law: [4] documents are too few\n  log: run/jobs/x.log")
         assert "tokens/law: failed after 1 s: text.domains.law: [4] documents are too few" in output.getvalue()
@@ -193,7 +193,7 @@ def test_in_a_log_a_line_of_a_table_and_of_a_run_is_a_line(
     screen = console()
     for table in tables:
         screen.print(table)
-    with Progress(1, console=screen) as progress:
+    with TaskProgress(1, console=screen) as progress:
         progress.started(name)
         progress.update({name: tmp_path})
         progress.finished(name, seconds=3, error=None)

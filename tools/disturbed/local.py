@@ -13,7 +13,7 @@ import psutil
 
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.plan import make_plan, select
+from megatron_specialm.graph.plan import make_plan, select_tasks
 
 from .compare import different_artifacts, different_results, leftovers
 from .config import write_config
@@ -259,7 +259,7 @@ def not_done(folder: Path, *, until: str | None = None) -> list[str]:
     """The unfinished tasks of a run, or of a stage's inputs, by the plan."""
     with contextlib.chdir(folder):
         plan = make_plan(load_pipeline(Path("config.yaml")), Path("run"))
-    wanted = select(plan, only=None, until=until)
+    wanted = select_tasks(plan, only=None, until=until)
     return [f"{name} is {planned.state}" for name, planned in wanted.items() if planned.state != "done"]
 
 

@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.slurm import queue
-from megatron_specialm.slurm.queue import Element, elements, find_by_comment, live_elements, parse_sacct, parse_squeue
+from megatron_specialm.slurm import commands
+from megatron_specialm.slurm.commands import (
+    Element,
+    elements,
+    find_by_comment,
+    live_elements,
+    parse_sacct,
+    parse_squeue,
+)
 
 # squeue --array --states=all --noheader --Format=..., of an array with a limit of 3: one element had failed, one had been
 # queued again, one again and held; and of its dependent.
@@ -110,7 +117,7 @@ def test_a_controller_that_is_restarted_is_waited_for(tmp_path: Path, monkeypatc
 
 
 def test_a_controller_that_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(commands, "RETRY_SECONDS", 0)
     say(tmp_path, monkeypatch, squeue=f"echo '{SILENT}' >&2; exit 1")
     with pytest.raises(MachineError, match=r"squeue: .*Unable to contact.*try later"):
         live_elements(["7"])
@@ -119,7 +126,7 @@ def test_a_controller_that_stays_away(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_command_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say(tmp_path, monkeypatch, scancel="echo 'scancel: error: Kill job error on job id 7: Access denied' >&2; exit 1")
     with pytest.raises(MachineError, match=r"scancel 7 8: .*Access denied"):
-        queue.cancel_jobs(["7", "8"])
+        commands.cancel_jobs(["7", "8"])
 
 
 def test_a_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
