@@ -144,7 +144,7 @@ def test_a_trainings_ranks_and_resources(pipeline: Pipeline) -> None:
     )
     plan = make_plan(pipeline, Path(pipeline.root))
     jobs = _jobs(pipeline, plan, launcher="torchrun", jobs={"train": {"processes_per_node": 2, "time": "1-00"}})
-    assert (jobs[name].size.ranks, jobs[name].shape.nodes, jobs[name].resources.time) == (4, 2, "1-00")
+    assert (jobs[name].size.ranks, jobs[name].size.nodes, jobs[name].resources.time) == (4, 2, "1-00")
     assert (jobs[name].launcher, jobs["tokens"].size.ranks) == ("torchrun", 1)
     with pytest.raises(ConfigError, match=f"stages.{name}.parallel: 4 processes"):
         _jobs(pipeline, plan, jobs={name: {"processes_per_node": 3}})
