@@ -75,7 +75,7 @@ def _compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _bare(folder: Path, args: argparse.Namespace) -> Callable[[list[str]], object]:
-    """The batch call of the library that encodes with this algorithm (see data/codec.py)."""
+    """The batch call of the library that encodes with this algorithm (see data/tokenizer.py)."""
     if args.algorithm == "bpe":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
         return lambda texts: processor.encode(texts, num_threads=args.workers)

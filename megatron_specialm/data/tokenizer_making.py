@@ -15,11 +15,19 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path, write_json, write_text
-from megatron_specialm.data.codec import PROBES, Codec, added_tokens, sentencepiece_codec, tokenizers_codec
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
 from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
-from megatron_specialm.data.tokenizer import MODEL, SETTINGS, Tokenizer
+from megatron_specialm.data.tokenizer import (
+    MODEL,
+    PROBES,
+    SETTINGS,
+    Codec,
+    Tokenizer,
+    added_tokens,
+    sentencepiece_codec,
+    tokenizers_codec,
+)
 from megatron_specialm.data.tokenizer_checks import check_pieces, read_file, refusing
 
 EOD = "</s>"

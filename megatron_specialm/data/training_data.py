@@ -19,12 +19,10 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import ProjectedNetwork, TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
-from megatron_specialm.data.cluster_files import read_histogram, read_index
-from megatron_specialm.data.clusters import ClusterIndex, importance_weights
+from megatron_specialm.data.clusters import ClusterIndex, importance_weights, read_histogram, read_index
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
-from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import TokenStore, read_counts
+from megatron_specialm.data.store import JoinedStore, TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster

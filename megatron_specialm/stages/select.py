@@ -21,7 +21,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
-from megatron_specialm.data.cluster_files import read_histogram
+from megatron_specialm.data.clusters import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import open_held_out, open_store
 from megatron_specialm.engine.open import single_process

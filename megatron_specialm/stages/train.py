@@ -27,7 +27,7 @@ from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
-from megatron_specialm.data.cluster_files import CENTROID, read_centroids
+from megatron_specialm.data.clusters import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.engine.objective import Objective, cross_entropy
