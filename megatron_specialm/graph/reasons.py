@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.text import TextSet
-from megatron_specialm.graph.content import introduced_default
+from megatron_specialm.graph.digests import introduced_default
 from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
 
 SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # names of inputs and characters of a value that a message shows
