@@ -20,7 +20,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
@@ -49,9 +49,9 @@ def _held_too(duplicate: Any) -> HeldFolder:
     return HeldFolder(duplicate.detach())
 
 
-def in_job(environ: Mapping[str, str] = os.environ) -> bool:
+def in_job() -> bool:
     """Whether this is a rank of a job under a supervisor, whose locks are shared."""
-    return FENCING_TOKEN in environ
+    return FENCING_TOKEN in os.environ
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def logs(
     go_on: Annotated[bool, typer.Option("--follow", help="Print appended lines until Ctrl-C.")] = False,
 ) -> None:
     """Print the end of a stage's newest log, of a local run or a job, and the paths of older logs."""
-    from megatron_specialm.run.logs import tail
+    from megatron_specialm.run.processes import tail
     from megatron_specialm.slurm.logs import follow, newest_logs
 
     (stage, key), overrides = _names_and_overrides(words, most=2)

@@ -9,14 +9,18 @@ One table per family says where each weight goes; `N` stands for the layer. A ro
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
+
+Legend: B windows, T positions, V vocabulary.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import Activation, ModelConfig
@@ -215,3 +219,13 @@ def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError(
             f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
         )
+
+
+@torch.no_grad()
+def largest_logit_difference(folder: Path, tokens_BT: np.ndarray, logits_BTV: torch.Tensor) -> float:
+    """The largest absolute difference, in fp32, between our logits and those of the folder, loaded as a user of Transformers
+    loads it. NaN where either side's logits are: compare it with `not difference <= tolerance`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
+    theirs_BTV = model(torch.from_numpy(tokens_BT)).logits
+    return float((theirs_BTV - logits_BTV.float().cpu()).abs().max())

@@ -124,11 +124,9 @@ class Tokenizer:
             with reading(folder / JSON, form="a tokenizer"):
                 exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
                 codec = tokenizers_codec(exported)
-            match settings:
-                case _Settings(library="sentencepiece"):
-                    with reading(folder / MODEL, form="a SentencePiece model"):
-                        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
-                        codec = sentencepiece_codec(processor)
+            if settings.library == "sentencepiece":
+                with reading(folder / MODEL, form="a SentencePiece model"):
+                    codec = sentencepiece_codec(sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL)))
             with reading(folder / JSON, form="a tokenizer"):
                 return cls(folder, codec, exported, settings)
 

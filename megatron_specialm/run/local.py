@@ -27,8 +27,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, link_artifacts
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run.logs import log_path
-from megatron_specialm.run.processes import Workers, end_workers, worker_context
+from megatron_specialm.run.processes import Workers, end_workers, log_path, worker_context
 from megatron_specialm.run.progress import TaskProgress
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import work

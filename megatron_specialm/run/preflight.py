@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes, planned_machine
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.gpus import GIB
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import HUB, read_documents
 from megatron_specialm.estimate.capabilities import Refusal, lacking
@@ -23,7 +24,6 @@ from megatron_specialm.graph.validation import (
     validating_stages,
 )
 
-GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
 
 

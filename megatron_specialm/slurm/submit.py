@@ -23,7 +23,7 @@ from megatron_specialm.slurm import records
 from megatron_specialm.slurm.commands import find_by_comment, slurm
 from megatron_specialm.slurm.jobs import Job
 from megatron_specialm.slurm.records import JobRecord
-from megatron_specialm.slurm.state import Live
+from megatron_specialm.slurm.state import Live, submitted_jobs
 from megatron_specialm.slurm.submission import Submission
 
 SBATCH_SECONDS = 60
@@ -52,12 +52,9 @@ class NotQueued(MachineError):
 def recover(root: Path) -> list[JobRecord]:
     """The registry, repaired: a record without an id is of a submit that died during sbatch. It gets the id of the job that
     sbatch made, or is dropped where there is none."""
-    jobs = records.read_registry(root)
-    if all(job.slurm_id is not None for job in jobs):
-        return jobs
-    found = [job if job.slurm_id is not None else replace(job, slurm_id=find_by_comment(job.comment)) for job in jobs]
-    repaired = [job for job in found if job.slurm_id is not None]
-    records.write_registry(root, repaired)
+    repaired = submitted_jobs(root)
+    if repaired != records.read_registry(root):
+        records.write_registry(root, repaired)
     return repaired
 
 

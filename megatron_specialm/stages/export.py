@@ -19,10 +19,9 @@ from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
+from megatron_specialm.convert.huggingface import huggingface_config, largest_logit_difference, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
-from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.open import single_process

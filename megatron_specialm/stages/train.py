@@ -18,9 +18,8 @@ from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.adopting import adopt_checkpoints
 from megatron_specialm.checkpoint.merged import read_merged
-from megatron_specialm.checkpoint.pruning import remove_unusable
 from megatron_specialm.checkpoint.saving import Saver
-from megatron_specialm.checkpoint.steps import find_final, saved_steps
+from megatron_specialm.checkpoint.steps import find_final, remove_unusable, saved_steps
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TeachStage

@@ -21,9 +21,8 @@ from megatron_specialm.base.gpus import utilisation
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint, open_checkpoint
-from megatron_specialm.checkpoint.pruning import remove_unusable
 from megatron_specialm.checkpoint.saving import Saver
-from megatron_specialm.checkpoint.steps import STATE, declare_final, saved_steps, step_folder
+from megatron_specialm.checkpoint.steps import STATE, declare_final, remove_unusable, saved_steps, step_folder
 from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
