@@ -160,7 +160,7 @@ def _start(
     rendezvous.unlink(missing_ok=True)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     worlds = [World(rank, ranks, rank, f"file://{rendezvous}", "specialm") for rank in range(ranks)]
-    arguments = [(pipeline, root, name, planned.made_from, world, visible, held) for world in worlds]
+    arguments = [(pipeline, root, planned, world, visible, held) for world in worlds]
     workers = Workers(context, work, arguments, logs=[log_path(root, name)] * ranks, name=str(name))
     return _Running(planned, workers, gpus)
 
