@@ -88,7 +88,7 @@ def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
     try:
         return Pipeline.model_validate(config)
     except ValidationError as error:
-        lines = explain(error, key_of=_key_of, valid_keys=_valid_keys)
+        lines = explain(error, key_of=lambda location: ".".join(map(str, _walk(location)[0])), valid_keys=_valid_keys)
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
@@ -201,11 +201,6 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}.{kind}: unknown{did_you_mean(kind, KINDS)}; known: {', '.join(KINDS)}")
         if not isinstance(settings, dict | None):
             raise ConfigError(f"{where}.{kind}: must be settings of such stages, as in {{...: ...}} (got {settings!r})")
-
-
-def _key_of(location: tuple[int | str, ...]) -> str:
-    """The dotted key of the config."""
-    return ".".join(str(part) for part in _walk(location)[0])
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:

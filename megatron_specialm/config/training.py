@@ -48,12 +48,9 @@ class Runtime(Settings):
 ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
 
 
-def _form(value: Any) -> str:
-    return SEVERAL_RATES if isinstance(value, list) else ONE_RATE
-
-
 Rates = Annotated[
-    Annotated[PositiveFloat, Tag(ONE_RATE)] | Annotated[list[PositiveFloat], Tag(SEVERAL_RATES)], Discriminator(_form)
+    Annotated[PositiveFloat, Tag(ONE_RATE)] | Annotated[list[PositiveFloat], Tag(SEVERAL_RATES)],
+    Discriminator(lambda value: SEVERAL_RATES if isinstance(value, list) else ONE_RATE),
 ]
 
 

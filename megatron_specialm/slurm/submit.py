@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
@@ -77,7 +76,10 @@ def submit(
         for job in jobs:
             record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
             place = submission.root, submission.number, job.name
-            write_json(records.job_path(*place), {"stage": job.stage, "elements": _elements(job)})
+            elements = [
+                [{**asdict(task), "made_from": job.made_from[task.key]} for task in element] for element in job.elements
+            ]
+            write_json(records.job_path(*place), {"stage": job.stage, "elements": elements})
             script = records.script_path(*place)
             write_text(script, submission.script(job, after=record.after, comment=record.comment), private=True)
             records.write_registry(submission.root, [*known, *queued, record])
@@ -124,11 +126,6 @@ def _record(submission: Submission, job: Job, *, after: Sequence[str]) -> JobRec
         submission=submission.number, name=job.name, stage=job.stage, slurm_id=None, comment=f"specialm-{uuid.uuid4().hex}",
         elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.size.ranks,
     )  # fmt: skip
-
-
-def _elements(job: Job) -> list[list[dict[str, Any]]]:
-    """The tasks of each element, as the job file has them."""
-    return [[{**asdict(task), "made_from": job.made_from[task.key]} for task in element] for element in job.elements]
 
 
 def dependencies(job: Job, queued: Iterable[tuple[Job, JobRecord]], live: Mapping[TaskId, Live]) -> list[str]:

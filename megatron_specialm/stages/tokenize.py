@@ -32,7 +32,9 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     tokenizer = Tokenizer.load(tokenizer_folder)
     size = tokenizer.vocabulary_size
     readers = _readers(context)
-    written = {*readers, "validation"} if "train" in readers and not _has_validation(context) else {*readers}
+    # Without validation files, training documents are held out.
+    has_validation = bool(text_set(context.pipeline, source_of(context.key)).validation)
+    written = {*readers, "validation"} if "train" in readers and not has_validation else {*readers}
     writers = {
         split: StoreWriter(context.folder, split, context_length=stage.context_length, vocabulary_size=size)
         for split in SPLITS
@@ -73,23 +75,19 @@ def _readers(context: Context) -> dict[str, Documents]:
     return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}
 
 
-def _has_validation(context: Context) -> bool:
-    """Whether the set has validation files. If not, training documents are held out."""
-    return bool(text_set(context.pipeline, source_of(context.key)).validation)
-
-
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The documents of the set, each with its split's name."""
-    shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
+    files, shard = text_set(context.pipeline, source_of(context.key)), context.task.shard
+    floor = files.validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():
         encoded = encoder.encode(
             documents, counted=lambda chunks: context.counted(chunks, unit="characters", size=characters)
         )
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
-        holds_out = split == "train" and not _has_validation(context)
+        holds_out = split == "train" and not files.validation
         if holds_out:
             assigned = hold_out(
                 encoded,
@@ -98,11 +96,10 @@ def _assigned(
                 seed=f"{context.pipeline.seed}{number}",
                 context_length=stage.context_length,
             )
-        wanted = text_set(context.pipeline, source_of(context.key)).train_tokens
-        if split == "train" and wanted is not None:
+        if split == "train" and files.train_tokens is not None:
             assigned = cut_training_set(
                 assigned,
-                wanted,
+                files.train_tokens,
                 context_length=stage.context_length,
                 name=context.key,
                 floor=floor if holds_out else None,

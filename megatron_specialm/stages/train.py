@@ -96,6 +96,10 @@ def run(stage: TrainStage, context: Context) -> Report:
         earlier = control.broadcast(lambda: go_on_from_earlier(stage, reading, context))
         before = earlier.counted if earlier else choice.counted if choice else Spent()
 
+        def validation() -> Iterator[Batch]:
+            assert reading.held_out is not None, "only early stopping validates"
+            return reading.held_out.batches(batch_size=stage.micro_batch_size, rank=rank, processes=copies)
+
         def account(progress: TrainingState, work: Work) -> dict[str, Any]:
             own, processes = _own(progress, before, reading), world.world_size
             cost = Cost(
@@ -111,7 +115,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             batches=TrainingBatches(
                 reading.windows, reading.stream, rank=rank, processes=copies, extra_inputs=reading.extra_inputs
             ),
-            validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
+            validation=validation,
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,
             processes=world.world_size,
@@ -168,11 +172,6 @@ def _own(progress: TrainingState, before: Spent, reading: TrainingData) -> Spent
     earlier training includes."""
     slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
     return Spent(progress.tokens - before.tokens, slots - before.slots)
-
-
-def _validation(reading: TrainingData, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
-    assert reading.held_out is not None, "only early stopping validates"
-    return reading.held_out.batches(batch_size=batch_size, rank=rank, processes=processes)
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class _Loop:
         self._engine, self._training, self._settings = engine, training, training.settings
         self._metrics, self._record_work = metrics, record_work
         self._saved = progress.step
-        self._clock = _Clock()
+        self._watch, self._recorded = Stopwatch(), progress.step  # since the last record, and its step
         self._stop_group = ControlGroup.open()  # of its own: others wait for long work of rank 0
         self._stop_flag = StopFlag(self._stop_group)
 
@@ -231,7 +231,6 @@ class _Loop:
     def _record_step(self, stats: StepStats, rate: float, *, slots: int, spike: bool) -> None:
         """Write a record every `log_every` steps, and whenever a step was skipped or spiked. `slots` are the token positions of
         a step, padding included."""
-        self._clock.count()
         progress, training, last = self.progress, self._training, last_step(self._settings)
         if stats.skipped or spike:
             what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
@@ -240,7 +239,8 @@ class _Loop:
             return
         if self._metrics is None:
             return
-        per_step = self._clock.per_step()
+        per_step = max(self._watch.lap(), 1e-6) / (progress.step - self._recorded)  # a lap may be 0
+        self._recorded = progress.step
         slots_so_far = (progress.step - progress.skipped_steps) * slots
         self._write(
             step=progress.step,
@@ -267,21 +267,6 @@ class _Loop:
     def _write(self, **record: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(**record)
-
-
-class _Clock:
-    """Seconds per step since the last record."""
-
-    def __init__(self) -> None:
-        self._watch, self._steps = Stopwatch(), 0
-
-    def count(self) -> None:
-        """One more step."""
-        self._steps += 1
-
-    def per_step(self) -> float:
-        steps, self._steps = self._steps, 0
-        return max(self._watch.lap(), 1e-6) / steps  # a lap may be 0
 
 
 def _finite(value: float) -> float | None:
