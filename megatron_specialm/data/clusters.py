@@ -94,7 +94,7 @@ class ClusterIndex:
         else:
             first, second = (np.arange(part.offsets[-1]) if part.order is None else part.order for part in parts)
             total = int(self.offsets[-1] + other.offsets[-1])
-            dtype = np.int32 if total < 1 << 31 else np.int64
+            dtype = order_type(total)
             order = np.concatenate(
                 [first.astype(dtype), (np.asarray(second, np.int64) + self.offsets[-1]).astype(dtype)]
             )
@@ -129,14 +129,11 @@ def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -
     """
     sizes = np.sum([_count(block, k) for block in blocks(parts)], axis=0)
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    free, start = (
-        offsets[:-1].copy(),
-        0,
-    )  # where each cluster's next window goes; the number of the block's first window
+    free = offsets[:-1].copy()  # where each cluster's next window goes
+    start = 0  # the number of the block's first window
     for block in blocks(parts):
-        by_cluster = np.argsort(
-            block.astype(np.uint16 if k <= 1 << 16 else np.int64), kind="stable"
-        )  # 16 bits: radix sort
+        ids = block.astype(np.uint16 if k <= 1 << 16 else np.int64)  # 16 bits: radix sort
+        by_cluster = np.argsort(ids, kind="stable")
         counts = np.bincount(block, minlength=k)
         places = np.arange(len(block)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
         order[places] = start + by_cluster

@@ -28,9 +28,8 @@ from megatron_specialm.base.shapes import Count, Size
 from megatron_specialm.data.index import read_index
 
 DESCRIPTION = "store.json"
-MIXTURE = (
-    "mixture"  # the extra input (B, K) float32: which mixture of a projected network's experts computes each window
-)
+# The extra input (B, K) float32: which mixture of a projected network's experts computes each window.
+MIXTURE = "mixture"
 SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")
 

@@ -125,9 +125,8 @@ def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str
     for key in keys:
         if TaskId(stage, key) not in tasks:
             raise ConfigError(f"--keys: {stage} has no task {key!r}; it has {', '.join(name.key for name in tasks)}")
-    parts = {
-        part for key in keys for part in tasks[TaskId(stage, key)].task.inputs
-    }  # shards of a set, trials of a training
+    # Shards of a set, trials of a training.
+    parts = {part for key in keys for part in tasks[TaskId(stage, key)].task.inputs}
     return {name: planned for name, planned in tasks.items() if name.key in keys or name in parts}
 
 

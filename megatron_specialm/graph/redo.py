@@ -25,7 +25,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
-from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
+from megatron_specialm.graph.rates import at_rate, trial_names, trial_of
 from megatron_specialm.graph.reasons import Reasons, find_reasons, redo_seconds
 from megatron_specialm.graph.tasks import TaskId
 
@@ -150,10 +150,8 @@ def _finished(
     ours: TrainStage, stage: TrainStage, planned: PlannedTask, root: Path
 ) -> Iterator[tuple[int, TrainStage]]:
     """The finished trainings that differ in their length only: the steps that each made, and its settings."""
-    name = planned.task.id
-    rates = stage.optimizer.rates if planned.task.rate is None else []
-    trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in rates}
-    for folder in artifact_folders(root, *name):
+    trials = trial_names(planned.task, stage)
+    for folder in artifact_folders(root, *planned.task.id):
         try:
             made_from, marker = read_label(folder)["made_from"], read_marker(folder)
         except ArtifactError:  # `stages/continuing.py` does not use it either

@@ -9,7 +9,7 @@ from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.gpus import GIB
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.documents import HUB, read_documents
+from megatron_specialm.data.documents import HUB, Documents
 from megatron_specialm.estimate.capabilities import Refusal, lacking
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
@@ -38,7 +38,7 @@ def read_first_documents(pipeline: Pipeline) -> None:
         for entries in (files.train, files.validation, files.test):
             local = [entry for entry in entries if not entry.startswith(HUB)]
             if local:
-                next(read_documents(local, text_field=files.text_field))
+                next(Documents(local, text_field=files.text_field))
 
 
 def refuse_too_few_documents(pipeline: Pipeline) -> None:
@@ -54,7 +54,7 @@ def refuse_too_few_documents(pipeline: Pipeline) -> None:
             entries = files.validation or files.train
             if any(entry.startswith(HUB) for entry in entries):
                 continue
-            found = sum(1 for _ in islice(read_documents(entries, text_field=files.text_field), needed))
+            found = sum(1 for _ in islice(Documents(entries, text_field=files.text_field), needed))
             if found < needed:
                 raise too_little(pipeline, tokens, source, f"{found} document{'s' if found != 1 else ''}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
+from megatron_specialm.data.documents import Documents, cut_in_shards
 from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
@@ -72,7 +72,7 @@ def _readers(context: Context) -> dict[str, Documents]:
         entries = {"train": [str(file) for file in cut_in_shards(files.train, shard.shards)[shard.number]]}
     elif files.shards > 1:
         del entries["train"]
-    return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}
+    return {split: Documents(names, text_field=files.text_field) for split, names in entries.items() if names}
 
 
 def _assigned(

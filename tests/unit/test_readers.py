@@ -36,8 +36,7 @@ from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.report.rows import read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
-from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
-from megatron_specialm.slurm.work import _tasks
+from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_job_file, read_registry, write_registry
 from megatron_specialm.stages.generation import open_model
 from megatron_specialm.train.work import Work
 from tests.training import SHAPE
@@ -198,7 +197,7 @@ KINDS = [
         for name in ("tokenizer.json", "settings.json", "sentencepiece.model")
     ),
     Kind("jobs/jobs.json", _make_registry, read_registry),
-    Kind("jobs/slm.json", _make_registry, lambda f: _tasks(f / "jobs" / "slm.json", 0)),
+    Kind("jobs/slm.json", _make_registry, lambda f: read_job_file(f / "jobs" / "slm.json")),
     Kind("done.json", _make_artifact, read_marker, sealed=True),
     Kind("task.json", _make_artifact, read_label),
     Kind("nodes.json", lambda f: exclude_node(f, "node1", reason="r"), excluded_nodes),
