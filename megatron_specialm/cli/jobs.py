@@ -67,13 +67,14 @@ def status(
     every: Annotated[float, typer.Option(help="With --watch: seconds between updates.", min=1)] = 10,
 ) -> None:
     """Show the progress and cost of a config's jobs, and why some failed."""
+    from megatron_specialm.slurm.status import read_status
     from megatron_specialm.slurm.status_view import show_status, watch_status
 
     pipeline = load(config, overrides)
     if watch:
         watch_status(pipeline, as_json=as_json, seconds=every)
     else:
-        show_status(pipeline, as_json=as_json)
+        show_status(read_status(pipeline), as_json=as_json)
 
 
 @app.command()

@@ -46,7 +46,7 @@ def check(
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.report.estimates import memory_table, training_table
-    from megatron_specialm.run.check import check as check_config
+    from megatron_specialm.run.preflight import check as check_config
 
     pipeline = load(config, overrides)
     checked = check_config(pipeline, gpu=gpu)

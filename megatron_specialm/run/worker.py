@@ -34,10 +34,10 @@ from megatron_specialm.base.printing import log_to_stderr
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import rendezvous, wait_for_key
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.plan import PlannedTask, refuse_other_work
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.stages.context import Context
 
 POLL_SECONDS = 0.1
 SHARED_SECONDS = 60  # for what another node has written to be seen

@@ -166,16 +166,6 @@ def _element(element: ElementState) -> Mapping[str, Any]:
     }
 
 
-def show_status(pipeline: Pipeline, *, as_json: bool) -> None:
-    """Print it once.
-
-    Raises:
-        ArtifactError: a record in the run folder is damaged.
-        MachineError: Slurm does not answer.
-    """
-    _show(read_status(pipeline), as_json=as_json)
-
-
 def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
     """Print it every so many seconds until no job is queued or running, or Ctrl-C. A terminal shows the newest table only.
     A controller that does not answer is asked again.
@@ -192,13 +182,14 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
             else:
                 if not as_json and sys.stdout.isatty():
                     console().clear()
-                _show(status, as_json=as_json)
+                show_status(status, as_json=as_json)
                 if not status.is_live or nobody_reads():
                     return
             time.sleep(seconds)
 
 
-def _show(status: Status, *, as_json: bool) -> None:
+def show_status(status: Status, *, as_json: bool) -> None:
+    """Print it once."""
     if as_json:
         say(json.dumps(status_json(status)))
     else:

@@ -30,8 +30,8 @@ from megatron_specialm.data.clusters import (
     read_clusters,
     sort_by_cluster,
 )
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import HELD_OUT, cluster_count, shard_keys
-from megatron_specialm.stages.context import Context
 
 
 def run(stage: AssignStage, context: Context) -> Report:

@@ -20,7 +20,7 @@ from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import ClusterStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.clusters import CENTROIDS
-from megatron_specialm.stages.context import Context
+from megatron_specialm.graph.context import Context
 
 logger = logging.getLogger(__name__)
 

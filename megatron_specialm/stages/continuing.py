@@ -34,10 +34,10 @@ from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint
 from megatron_specialm.checkpoint.steps import STATE, saved_steps, step_folder
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.training_data import TrainingData
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.lineage import train_stage
 from megatron_specialm.graph.rates import trial_names
-from megatron_specialm.stages.context import Context
 from megatron_specialm.train.progress import TrainingState
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from megatron_specialm.config.schema import EmbedStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
-from megatron_specialm.stages.context import Context
 
 BATCH = 500  # windows whose text is in memory, and between progress reports; a slow encoder takes seconds for them
 

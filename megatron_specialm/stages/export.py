@@ -27,10 +27,10 @@ from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, tokenizer_task, trainings
 from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages.context import Context
 
 WINDOWS_COMPARED = 4
 

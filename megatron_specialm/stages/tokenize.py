@@ -16,9 +16,9 @@ from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import shard_keys, source_of, text_set
 from megatron_specialm.graph.validation import refuse_too_little
-from megatron_specialm.stages.context import Context
 
 
 def run(stage: TokenizeStage, context: Context) -> Report:

@@ -14,7 +14,7 @@ from megatron_specialm.data.documents import Documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_checks import refusing
 from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
-from megatron_specialm.stages.context import Context
+from megatron_specialm.graph.context import Context
 
 
 def run(stage: TokenizerStage, context: Context) -> Report:

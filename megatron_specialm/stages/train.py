@@ -32,6 +32,7 @@ from megatron_specialm.data.training_data import TrainingData, open_training_dat
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
@@ -43,7 +44,6 @@ from megatron_specialm.graph.lineage import (
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.model.initial import first_adapters
-from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.distillation import Distillation, Teacher

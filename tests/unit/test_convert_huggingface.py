@@ -30,11 +30,11 @@ from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
-from megatron_specialm.stages.context import Context
 from tests.contexts import make_context
 
 VOCABULARY, CONTEXT = 100, 16
