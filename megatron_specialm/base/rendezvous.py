@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, SpecialmError, TrainingError
+from megatron_specialm.base.printing import first_of
 from megatron_specialm.base.protocol import LAUNCHER
 
 if TYPE_CHECKING:
@@ -166,5 +167,4 @@ def _await_all(arrived: "Store", world: World, wait: _Wait) -> None:
 
 def _missing(arrived: "Store", size: int) -> str:
     ranks = [rank for rank in range(size) if not arrived.check([str(rank)])]
-    rest = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:SHOWN_RANKS]))}{rest}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_of(ranks, SHOWN_RANKS)}"

@@ -19,6 +19,7 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.errors import ArtifactError, UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.base.printing import first_of
 from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
@@ -92,9 +93,8 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     for name, one in redo.items():
         groups.setdefault((name.stage, one.reasons.by_stage()), []).append(name)
     for (stage, because), names in groups.items():
-        keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
-        more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-        what = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
+        keys = first_of([name.key for name in names], SHOWN_KEYS)
+        what = f"{stage} ({keys}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
         yield f"  {what}; about {device_time(sum(redo[name].seconds for name in names))}"
 
 

@@ -77,14 +77,12 @@ def run_local(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have been ended.
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    slots = jobs or pipeline.local.parallel_tasks or max(1, usable_cores() // pipeline.local.threads)
+    gpus = visible_gpus()  # by default a task on each: two trainings would rarely fit on one
+    slots = jobs or pipeline.local.parallel_tasks or len(gpus) or max(1, usable_cores() // pipeline.local.threads)
     waiting = {name: planned for name, planned in plan.items() if planned.is_to_do}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    gpus = visible_gpus()
-    if gpus and not (jobs or pipeline.local.parallel_tasks):
-        slots = len(gpus)  # two trainings would rarely fit on one
     with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         try:
             take_over(plan, root)

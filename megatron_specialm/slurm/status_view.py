@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.output import nobody_reads
-from megatron_specialm.base.printing import say
+from megatron_specialm.base.printing import first_of, say
 from megatron_specialm.base.process_status import total
 from megatron_specialm.base.terminal import console, plain
 from megatron_specialm.config.schema import Pipeline
@@ -117,11 +116,10 @@ def _order(element: ElementState) -> tuple[int, str, int]:
 
 def _nodes(elements: Sequence[ElementState]) -> str:
     """The nodes of live elements; those of failures are below the table."""
-    nodes = Counter(element.nodes for element in elements if element.live and element.nodes)
+    nodes = dict.fromkeys(element.nodes for element in elements if element.live and element.nodes)
     if not nodes:
         return ""
-    more = f" and {len(nodes) - SHOWN_NODES} more" if len(nodes) > SHOWN_NODES else ""
-    return f" on {', '.join(list(nodes)[:SHOWN_NODES])}{more}"
+    return f" on {first_of(list(nodes), SHOWN_NODES)}"
 
 
 def _colour(stage: StageStatus) -> str:
