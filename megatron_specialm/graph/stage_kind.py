@@ -125,5 +125,4 @@ def register(cls: type[K]) -> type[K]:
 
 
 def kind_of(stage: Any) -> StageKind[Any]:
-    """The kind of a stage of a pipeline."""
     return KINDS[stage.kind]

@@ -37,7 +37,6 @@ Number = int | float
 
 
 def mean(values: Sequence[Number]) -> float:
-    """The arithmetic mean."""
     return sum(values) / len(values)
 
 

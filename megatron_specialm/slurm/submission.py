@@ -131,7 +131,6 @@ class Submission:
         write_json(home / "submission.json", {**origin, "code": code})
 
     def script(self, job: Job, *, after: Sequence[str], comment: str) -> str:
-        """The script of a job."""
         options = directives(
             self.site, job.resources, name=f"{self.pipeline.name}.{job.name}", job=job.name, elements=len(job.elements),
             size=job.size, after=after, comment=comment, exclude=excluded_nodes(records.excluded_folder(self.root)),
