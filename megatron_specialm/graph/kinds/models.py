@@ -10,6 +10,7 @@ from megatron_specialm.config.schema import EmbedStage, Pipeline, SelectStage, T
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate.capabilities import refuse
+from megatron_specialm.graph.build import check_model, check_tokenizer
 from megatron_specialm.graph.lineage import (
     HELD_OUT,
     assign_stage,
@@ -28,7 +29,6 @@ from megatron_specialm.graph.lineage import (
     validates_by_cluster,
 )
 from megatron_specialm.graph.rates import trial_key, trial_of
-from megatron_specialm.graph.relations import check_model, check_tokenizer
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
 from megatron_specialm.graph.tasks import Task, TaskId
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.schema import EvaluateStage, ExportStage, Pipeline, TeachStage, TokenizerStage
 from megatron_specialm.config.text import GENERIC
+from megatron_specialm.graph.build import check_model
 from megatron_specialm.graph.lineage import domain_of, key_for, method_of, model_keys, sources, stage_of, tokenizer_task
-from megatron_specialm.graph.relations import check_model
 from megatron_specialm.graph.stage_kind import Placement, References, StageKind, register
 from megatron_specialm.graph.tasks import Task, TaskId
 
