@@ -90,31 +90,29 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    rest: Tensors = dict(tensors)
-    result: Tensors = {}
-    for row in _rows(config):
-        if row.ours not in rest:
-            raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
-        with _fitting(row.ours, config):
-            result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
-    _nothing_left(rest)
-    return result
+    return _converted(tensors, config, to_theirs=True)
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`.
+    """The inverse of `to_huggingface`; the same errors."""
+    return _converted(tensors, config, to_theirs=False)
 
-    Raises:
-        CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
-    """
+
+def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in _rows(config):
-        if missing := [name for name in row.theirs if name not in rest]:
+        names, others = ((row.ours,), row.theirs) if to_theirs else (row.theirs, (row.ours,))
+        if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        with _fitting(row.theirs[0], config):
-            result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
-    _nothing_left(rest)
+        parts = [rest.pop(name) for name in names]
+        with _fitting(names[0], config):
+            made = _split(row.kind, parts[0], config) if to_theirs else (_join(row.kind, parts, config),)
+        result.update(zip(others, made, strict=True))
+    if rest:
+        raise CheckpointError(
+            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
+        )
     return result
 
 
@@ -212,13 +210,6 @@ def _fitting(name: str, config: ModelConfig) -> Iterator[None]:
             f"{name}: its shape does not fit {config.attention_heads} heads in {config.kv_heads} groups of size "
             f"{config.head_size} ({error}): the checkpoint is of another model"
         ) from None
-
-
-def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
-    if rest:
-        raise CheckpointError(
-            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
-        )
 
 
 @torch.no_grad()
