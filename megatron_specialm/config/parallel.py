@@ -13,25 +13,20 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
 
 
-class ParallelConfig(Settings):
-    """A layout of the Megatron engine: tensor x context x data x pipeline parallel processes, tensor ranks next to each other.
+class _Layout(Settings):
+    """What layouts of all engines have: tensor x context x data x pipeline parallel processes, tensor ranks next to each other.
 
-    `estimate/capabilities.py` has what a layout requires of the model, the batch and the machine.
+    `estimate/capabilities.py` has what a layout requires of the model, the batch and the machine, and what an engine does not
+    offer.
     """
 
-    engine: Literal["megatron"] = Field(default="megatron", description="the package of engine/ that trains")
+    engine: str = Field(description="the package of engine/ that trains")
     tensor_parallel: PositiveInt = Field(default=1, description="processes over which each matrix is split (TP)")
     sequence_parallel: bool = Field(default=False, description="norms are split too, by positions (SP); with TP only")
     pipeline_parallel: PositiveInt = Field(default=1, description="stages of consecutive layers (PP), 1F1B schedule")
     virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
     context_parallel: PositiveInt = Field(default=1, description="processes over which each sequence is split (CP)")
     data_parallel: PositiveInt = Field(default=1, description="copies over which each global batch is split (DP)")
-    distributed_optimizer: bool = Field(
-        default=False, description="the optimizer's state is split over the copies (ZeRO-1)"
-    )
-    overlap_communication: bool = Field(
-        default=False, description="reduce gradients and gather parameters during computation"
-    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations recomputed in the backward pass: none, those of the feed-forward parts, those of whole layers",
@@ -50,6 +45,11 @@ class ParallelConfig(Settings):
             )
         return self
 
+    def for_engine(self, engine: str) -> dict[str, Any]:
+        """The settings of a like layout of another engine: all those that both have."""
+        own, other = self.model_dump(mode="json"), LAYOUTS[engine].model_fields
+        return {**{name: value for name, value in own.items() if name in other}, "engine": engine}
+
     @property
     def world_size(self) -> int:
         """The number of processes."""
@@ -60,19 +60,79 @@ class ParallelConfig(Settings):
         """The number of groups of consecutive layers that the model is split into."""
         return self.pipeline_parallel * self.virtual_pipeline
 
-    def describe(self) -> str:
-        """Short: `TP2 SP PP4 DP2 ZeRO-1`, or `1 process`."""
+    def _describe(self, *, zero_stage: int) -> str:
         sizes = {
             "TP": self.tensor_parallel, "PP": self.pipeline_parallel, "VP": self.virtual_pipeline,
             "CP": self.context_parallel, "DP": self.data_parallel,
         }  # fmt: skip
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        parts += ["SP"] * self.sequence_parallel + ["ZeRO-1"] * self.distributed_optimizer
+        parts += ["SP"] * self.sequence_parallel + [f"ZeRO-{zero_stage}"] * (zero_stage > 0)
         parts += [f"recompute {self.recompute}"] * (self.recompute != "none")
         return " ".join(parts) or "1 process"
 
 
-LAYOUTS: dict[str, type[Settings]] = {"megatron": ParallelConfig}  # by engine
+class ParallelConfig(_Layout):
+    """A layout of the Megatron engine."""
+
+    engine: Literal["megatron"] = Field(default="megatron", description="the package of engine/ that trains")
+    distributed_optimizer: bool = Field(
+        default=False, description="the optimizer's state is split over the copies (ZeRO-1)"
+    )
+    overlap_communication: bool = Field(
+        default=False, description="reduce gradients and gather parameters during computation"
+    )
+
+    @property
+    def zero_stage(self) -> int:
+        """What is split over the copies, as ZeRO numbers it: 0 nothing, 1 the optimizer's state."""
+        return int(self.distributed_optimizer)
+
+    def describe(self) -> str:
+        """Short: `TP2 SP PP4 DP2 ZeRO-1`, or `1 process`."""
+        return self._describe(zero_stage=self.zero_stage)
+
+    def more_sharding(self) -> dict[str, Any]:
+        """The settings with which the copies split more; none if there are none."""
+        return {} if self.distributed_optimizer else {"distributed_optimizer": True}
+
+
+class DeepSpeedConfig(_Layout):
+    """A layout of the DeepSpeed engine: ZeRO (arXiv 1910.02054) over the data-parallel copies of a model that Megatron-Core's
+    tensor parallelism splits."""
+
+    engine: Literal["deepspeed"] = Field(description="the package of engine/ that trains")
+    zero_stage: int = Field(
+        default=1,
+        ge=0,
+        le=3,
+        description="what is split over the copies: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too",
+    )
+    offload_optimizer: bool = Field(default=False, description="the optimizer's state and step are on the host (CPU)")
+
+    def more_sharding(self) -> dict[str, Any]:
+        """See `ParallelConfig.more_sharding`."""
+        return {} if self.zero_stage == 3 else {"zero_stage": self.zero_stage + 1}
+
+    def describe(self) -> str:
+        """Short: `DeepSpeed TP2 DP2 ZeRO-1`."""
+        return f"DeepSpeed {self._describe(zero_stage=self.zero_stage)}" + " offload" * self.offload_optimizer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_megatrons_settings(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (found := _MEGATRONS.keys() & data):
+            name = min(found)
+            raise ValueError(f"{name} is a setting of engine megatron: {_MEGATRONS[name]}, or set engine: megatron")
+        return data
+
+
+_MEGATRONS = {
+    "distributed_optimizer": "drop it, and set zero_stage: 1",
+    "overlap_communication": "drop it",
+}
+
+
+LAYOUTS: dict[str, type[Settings]] = {"megatron": ParallelConfig, "deepspeed": DeepSpeedConfig}  # by engine
 
 
 class _ByEngine:
@@ -92,7 +152,7 @@ def _engine_of(layout: Any) -> str:
     return "megatron" if named is None else str(named)
 
 
-Layout = Annotated[ParallelConfig, _ByEngine()]
+Layout = Annotated[ParallelConfig | DeepSpeedConfig, _ByEngine()]
 
 
 VOCABULARY_MULTIPLE = 128  # rows of the embedding in memory: whole tiles for matrix kernels
