@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_specialm.base.packages import (
+    DEEPSPEED,
+    INSTALL_DEEPSPEED,
     INSTALL_TRANSFORMER_ENGINE,
     TRANSFORMER_ENGINE,
     import_package,

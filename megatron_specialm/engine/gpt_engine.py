@@ -39,7 +39,6 @@ class GptEngine:
     def __init__(
         self, model: Gpt, *, parallel: Layout, micro_batch_size: int, objective: Objective, teacher: Gpt | None
     ) -> None:
-        self._parallel = parallel
         self._micro_batch_size = micro_batch_size
         self._model = model
         self._objective = objective
@@ -55,7 +54,6 @@ class GptEngine:
     def _keep_state_of(self, shards: ShardedOptimizer, adam: torch.optim.Optimizer) -> None:
         """To be called by an engine when it has its optimizer."""
         self._adam = adam
-        self._shards = shards
         self._state = EngineState(self._model, shards)
 
     def train_step(self, batch: Batch, *, learning_rate: float) -> StepStats:

@@ -72,7 +72,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     frozen, kept_fp32 = _kept_in_fp32(setup, layers)
     # The optimizer has an fp32 copy of half-precision weights.
     state = trained * MOMENTS + (0 if element == FP32 else (trained - kept_fp32) * FP32)
-    copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
+    copies = parallel.data_parallel * parallel.context_parallel  # over which ZeRO splits
     tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
     passes = min(setup.micro_batches * parallel.virtual_pipeline, _passes_under_way(setup, stage))
     kept = passes * max(_layers(setup, stage)) * _kept(setup, element, fused=fused)
@@ -85,9 +85,10 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     rounded = 0 if element == FP32 else element
     alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
-        weights=weights * element + (frozen + kept_fp32) * (FP32 - element),
-        gradients=trained * FP32,
-        optimizer=state // copies,
+        weights=(weights * element + (frozen + kept_fp32) * (FP32 - element))
+        // (copies if parallel.zero_stage >= 3 else 1),
+        gradients=trained * FP32 // (copies if parallel.zero_stage >= 2 else 1),
+        optimizer=state // (copies if parallel.zero_stage >= 1 else 1),
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
@@ -264,8 +265,8 @@ def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
     parallel = setup.parallel
-    if not parallel.distributed_optimizer and parallel.data_parallel > 1:
-        yield {"parallel.distributed_optimizer": True}
+    if parallel.data_parallel > 1 and (sharding := parallel.more_sharding()):
+        yield {f"parallel.{name}": value for name, value in sharding.items()}
     if not parallel.sequence_parallel and parallel.tensor_parallel > 1:
         yield {"parallel.sequence_parallel": True}
     size = setup.micro_batch_size

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO and its optimizers around one model.
 
-DeepSpeed averages gradients over data-parallel ranks; here a gradient is a sum over the tokens of the global batch divided once by
-their number. So the number is known before the passes, and each micro-batch's loss is divided by it. The global norm is taken,
-and gradients are clipped, on the shards that ZeRO leaves on each process, before its step.
+DeepSpeed averages gradients over data-parallel ranks; here a gradient is a sum over the tokens of the global batch, divided once
+by their number. So the number is exchanged before the passes, and each micro-batch's loss is divided by it. The global norm
+is taken, and gradients are clipped, on the shards that ZeRO leaves on each process, before its step.
 """
 
 import math
@@ -56,11 +56,14 @@ class DeepSpeedEngine(GptEngine):
         for weight in model.weights():  # DeepSpeed skips the others on all tensor-parallel ranks but the first
             weight.parameter.model_parallel = weight.spec.cut is not None  # type: ignore[attr-defined]
         trained = [weight for weight in model.weights() if weight.parameter.requires_grad]
+        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        for weight in trained:
+            groups[decays(weight.name)].append(weight.parameter)
         adam = torch.optim.AdamW(
             [
-                {"params": [weight.parameter for weight in trained if decays(weight.name) == decay],
-                 "weight_decay": optimizer.weight_decay if decay else 0.0}
-                for decay in (True, False)
+                {"params": parameters, "weight_decay": optimizer.weight_decay * decayed}
+                for decayed, parameters in groups.items()
+                if parameters
             ],
             lr=0.0,  # set in `apply_gradients`, at every step
             betas=(optimizer.beta1, optimizer.beta2),
@@ -70,7 +73,8 @@ class DeepSpeedEngine(GptEngine):
         largest = sum(weight.parameter.numel() for weight in trained)
         settings = _settings(setup, bucket=min(largest, MAX_BUCKET))
         self._zero = initialize(chunk, adam, device=model.device, settings=settings)
-        self._keep_state_of(shards_of(self._zero.optimizer, adam), adam)
+        self._shards = shards_of(self._zero.optimizer, adam)
+        self._keep_state_of(self._shards, adam)
         self._squares: dict[str, float] = {}
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
@@ -78,14 +82,17 @@ class DeepSpeedEngine(GptEngine):
         self._shards.discard_gradients()
         self._zero.train()
         tokens = self._sum_over_copies(float(batch.mask.sum()))
-        micro_batches = self._micro_batches([batch])
-        sums = []
+        micro_batches, sums = self._micro_batches([batch]), []
+        derived = self._model.derived
         for number, micro_batch in enumerate(micro_batches, start=1):
-            self._zero.set_gradient_accumulation_boundary(number == len(micro_batches))
+            self._zero.set_gradient_accumulation_boundary(derived is None and number == len(micro_batches))
             output, loss = self._forward(self._zero, 0, micro_batch)
             total = loss(output)
-            self._zero.backward(total * (self.data_parallel / tokens), scale_wrt_gas=False)
+            self._backward(total * (self.data_parallel / tokens))
             sums.append(total.detach())
+        if derived is not None:
+            self._zero.set_gradient_accumulation_boundary(True)
+            derived.backward(self._backward)
         self._count(micro_batches, forward_only=False)
         return self._reduce(sums, int(batch.mask.sum()))
 
@@ -130,6 +137,9 @@ class DeepSpeedEngine(GptEngine):
         super().load(weights, optimizer_state)
         self._shards.publish()
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._zero.backward(loss, scale_wrt_gas=False)
+
     def _own_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This process's shards of the summed gradients, by weight."""
         for weight in self._model.weights():
@@ -163,11 +173,14 @@ class DeepSpeedEngine(GptEngine):
         """Batches of a micro-batch or less. Under ZeRO-3 copies gather parameters in each pass, so all must make as many: one
         that has no window left gets some that do not count."""
         size, positions = self._micro_batch_size, self._context_length
-        own = (batch.rows(slice(start, start + size)) for batch in batches for start in range(0, len(batch.tokens), size))
+        own = (
+            batch.rows(slice(start, start + size)) for batch in batches for start in range(0, len(batch.tokens), size)
+        )
         if self._zero_stage < 3:
             yield from own
             return
-        nothing = Batch(*(np.zeros((size, positions), kind) for kind in (np.int64, np.int64, np.float32)), {})
+        tokens = np.zeros((size, positions), np.int64)
+        nothing = Batch(tokens, tokens, tokens.astype(np.float32))
         while self._sum_over_copies((batch := next(own, None)) is not None):
             yield nothing if batch is None else batch
 
@@ -180,7 +193,7 @@ def _settings(setup: Setup, *, bucket: int) -> dict[str, Any]:
     """DeepSpeed's config. It clips nothing: `apply_gradients` does."""
     parallel = setup.parallel
     assert isinstance(parallel, DeepSpeedConfig)
-    zero = {
+    zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": bucket,
         "stage3_param_persistence_threshold": 0,

@@ -22,34 +22,31 @@ def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: t
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns if it has to find out
     deepspeed = import_package("deepspeed")
-    import_package("deepspeed.ops").__compatible_ops__ = {}  # otherwise a CPU's all-reduce is compiled, for a minute
-    index = device.index or 0
-    with _local_rank(index):
-        engine, *_ = deepspeed.initialize(
-            SimpleNamespace(device_rank=index), model=model, optimizer=adam, mpu=ModelParallelUnit, config=settings
-        )
+    vars(import_package("deepspeed.ops"))[
+        "__compatible_ops__"
+    ] = {}  # otherwise a CPU's all-reduce is compiled, for a minute
+    engine, *_ = deepspeed.initialize(
+        SimpleNamespace(device_rank=device.index or 0),
+        model=model,
+        optimizer=adam,
+        mpu=ModelParallelUnit,
+        config=settings,
+    )
     return engine
 
 
 @contextlib.contextmanager
-def _local_rank(index: int) -> Iterator[None]:
-    """With the variable that DeepSpeed demands. Left in place, it would pass for a launcher's."""
+def global_state(device: torch.device) -> Iterator[None]:
+    """Within, DeepSpeed finds the variable that it demands; left in place, it would pass for a launcher's. On the way out,
+    DeepSpeed forgets the process groups, which a later training in this process makes anew."""
     given = os.environ.get("LOCAL_RANK")
     if "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("LOCAL_RANK", str(index))
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         yield
     finally:
         if given is None:
             os.environ.pop("LOCAL_RANK", None)
-
-
-@contextlib.contextmanager
-def released() -> Iterator[None]:
-    """On the way out, have DeepSpeed forget the process groups, which a later training in this process makes anew."""
-    try:
-        yield
-    finally:
         if "deepspeed" in sys.modules:
             import_package("deepspeed.utils.groups")._release_process_group_references()
             import_package("deepspeed.comm.comm").cdb = None  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from megatron.core import parallel_state
 
 
 class ModelParallelUnit:
-    """The `mpu` that `deepspeed.initialize` takes. Without pipeline stages, the model-parallel group is the tensor-parallel one.
+    """The `mpu` of `deepspeed.initialize`. Without pipeline stages, the model-parallel group is the tensor-parallel one.
 
     DeepSpeed looks with `hasattr` for names with `sequence_parallel`, which mean its own: there must be none.
     """

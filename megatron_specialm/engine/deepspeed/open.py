@@ -10,7 +10,7 @@ from megatron_specialm.config.parallel import DeepSpeedConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.engine import process_groups
 from megatron_specialm.engine.deepspeed.engine import DeepSpeedEngine
-from megatron_specialm.engine.deepspeed.library import released
+from megatron_specialm.engine.deepspeed.library import global_state
 from megatron_specialm.engine.gpt_engine import build_models
 from megatron_specialm.engine.objective import Objective
 from megatron_specialm.estimate.setup import Setup
@@ -24,7 +24,7 @@ def process_group(
     """See `engine/process_groups.py`."""
     with (
         process_groups.process_group(world, parallel=parallel, threads=threads, timeout_seconds=timeout_seconds),
-        released(),
+        global_state(process_groups.device_of(world)),
     ):
         yield
 

@@ -1,8 +1,8 @@
 """Where DeepSpeed's optimizers keep main weights, gradients and moments of a parameter: one class per kind of optimizer.
 
-ZeRO-1 and 2 lay the parameters of a group one after the other and give each data-parallel rank an equal part of it; ZeRO-3 gives
-each rank a part of every parameter. Either way what a rank holds of a parameter is a range in a flat fp32 tensor, by which Adam
-keeps its state.
+ZeRO-1 and 2 lay the parameters of a group one after the other and give each data-parallel rank an equal part of it; ZeRO-3
+gives each rank a part of every parameter. Either way what a rank holds of a parameter is a range in a flat fp32 tensor, by
+which Adam keeps its state.
 """
 
 from abc import ABC, abstractmethod
@@ -16,17 +16,17 @@ from megatron_specialm.engine.state import MOMENTS
 
 
 class Range(NamedTuple):
-    """What this process holds of a parameter: elements `first` to `first + count` of it, flattened, are those from `start` on of
-    the tensor `flat`."""
+    """What this process holds of a parameter: `length` elements from `first` on of it, flattened. They are those from `start` on
+    of the tensor `flat`."""
 
     flat: torch.Tensor
     start: int
     first: int
-    count: int
+    length: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The range in a tensor of the shape of `flat`."""
-        return tensor.detach().view(-1)[self.start : self.start + self.count]
+        return tensor.detach().view(-1)[self.start : self.start + self.length]
 
 
 class DeepSpeedShards(ABC):
@@ -43,7 +43,7 @@ class DeepSpeedShards(ABC):
         self._zero, self._adam = zero, adam
 
     @abstractmethod
-    def range(self, parameter: torch.nn.Parameter) -> Range | None:
+    def held(self, parameter: torch.nn.Parameter) -> Range | None:
         """What this process holds of a trained parameter; None if nothing."""
 
     @abstractmethod
@@ -62,13 +62,13 @@ class DeepSpeedShards(ABC):
         """See `ShardedOptimizer.shard`."""
         if not parameter.requires_grad:
             return whole_parameter(parameter)
-        if (held := self.range(parameter)) is None:
+        if (held := self.held(parameter)) is None:
             return OptimizerShard(None, slice(0, 0), self.is_split)
-        return OptimizerShard(held.of(held.flat), slice(held.first, held.first + held.count), self.is_split)
+        return OptimizerShard(held.of(held.flat), slice(held.first, held.first + held.length), self.is_split)
 
     def moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         """See `ShardedOptimizer.moments`."""
-        held = self.range(parameter)
+        held = self.held(parameter)
         assert held is not None
         state = self._adam.state[held.flat]
         for moment in MOMENTS:
@@ -92,8 +92,8 @@ class WholeShards(DeepSpeedShards):
 
     is_split = False
 
-    def range(self, parameter: torch.nn.Parameter) -> Range:
-        """See `DeepSpeedShards.range`."""
+    def held(self, parameter: torch.nn.Parameter) -> Range:
+        """See `DeepSpeedShards.held`."""
         return Range(parameter, 0, 0, parameter.numel())
 
     def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
@@ -113,8 +113,8 @@ class FlatShards(DeepSpeedShards):
 
     flat_tensors = "single_partition_of_fp32_groups"
 
-    def range(self, parameter: torch.nn.Parameter) -> Range | None:
-        """See `DeepSpeedShards.range`."""
+    def held(self, parameter: torch.nn.Parameter) -> Range | None:
+        """See `DeepSpeedShards.held`."""
         if (held := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
             return None
         main, own = held.hp_fragment_address, held.lp_fragment_address
@@ -132,7 +132,8 @@ class FlatShards(DeepSpeedShards):
     def discard_gradients(self) -> None:
         """See `DeepSpeedShards.discard_gradients`."""
         self._zero.zero_grad()
-        self._zero.reset_cpu_buffers() if self._zero.cpu_offload else None
+        if self._zero.cpu_offload:
+            self._zero.reset_cpu_buffers()
         for gradients in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             gradients.update(dict.fromkeys(gradients))
 
@@ -155,19 +156,19 @@ class Bf16Shards(FlatShards):
 class PartitionedShards(DeepSpeedShards):
     """ZeRO-3 (`DeepSpeedZeroOptimizer_Stage3`)."""
 
-    def range(self, parameter: torch.nn.Parameter) -> Range | None:
-        """See `DeepSpeedShards.range`."""
+    def held(self, parameter: torch.nn.Parameter) -> Range | None:
+        """See `DeepSpeedShards.held`."""
         group, start, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
         first = parallel_state.get_data_parallel_rank() * padded
-        count = min(padded, parameter.ds_numel - first)  # type: ignore[attr-defined]
-        return Range(self._zero.fp32_partitioned_groups_flat[group], start, first, count) if count > 0 else None
+        length = min(padded, parameter.ds_numel - first)  # type: ignore[attr-defined]
+        return Range(self._zero.fp32_partitioned_groups_flat[group], start, first, length) if length > 0 else None
 
     def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """See `DeepSpeedShards.gradient`."""
-        if (held := self.range(parameter)) is None:
+        if (held := self.held(parameter)) is None:
             return None
         gradient, _ = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
-        return gradient.view(-1)[: held.count]  # type: ignore[no-any-return]
+        return gradient.view(-1)[: held.length]  # type: ignore[no-any-return]
 
     def discard_gradients(self) -> None:
         """See `DeepSpeedShards.discard_gradients`."""

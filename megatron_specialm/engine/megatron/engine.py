@@ -39,6 +39,7 @@ class MegatronEngine(GptEngine):
         super().__init__(
             model, parallel=parallel, micro_batch_size=micro_batch_size, objective=objective, teacher=teacher
         )
+        self._parallel = parallel
         self._clip_grad = optimizer.clip_grad
         self._config = model.chunks[0].config
         self._chunks = [_data_parallel(chunk, parallel) for chunk in model.chunks]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.engine.gpt_engine import build_models
 from megatron_specialm.engine.megatron.engine import MegatronEngine
@@ -24,6 +25,7 @@ def build_engine(
     teacher_weights: Mapping[str, torch.Tensor] | None,
 ) -> MegatronEngine:
     """See `engine/open.py`."""
+    assert isinstance(setup.parallel, ParallelConfig)
     model, teacher = build_models(setup, initialize, teacher_weights)
     return MegatronEngine(
         model,
