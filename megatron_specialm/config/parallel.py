@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, GetCoreSchemaHandler, PositiveInt, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
 
@@ -32,6 +33,20 @@ class _Layout(Settings):
         description="activations recomputed in the backward pass: none, those of the feed-forward parts, those of whole layers",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_engines_settings(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        others = {
+            name: engine for engine, layout in LAYOUTS.items() for name in layout.model_fields.keys() - cls.model_fields
+        }
+        for name in data.keys() & others:
+            if data[name] is not None:  # a null takes back what `defaults` set
+                engine, instead = others[name], _INSTEAD.get(name, "drop it")
+                raise ValueError(f"{name} is a setting of engine {engine}: {instead}, or set engine: {engine}")
+        return {name: value for name, value in data.items() if name not in others}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel == 1:
@@ -46,9 +61,16 @@ class _Layout(Settings):
         return self
 
     def for_engine(self, engine: str) -> dict[str, Any]:
-        """The settings of a like layout of another engine: all those that both have."""
+        """The settings of a like layout of another engine: all those that both have; null for the others, which `defaults` may
+        have set.
+
+        Raises:
+            ConfigError: there is no such engine.
+        """
+        if engine not in LAYOUTS:
+            raise ConfigError(f"engine {engine} is unknown: it is one of {', '.join(LAYOUTS)}")
         own, other = self.model_dump(mode="json"), LAYOUTS[engine].model_fields
-        return {**{name: value for name, value in own.items() if name in other}, "engine": engine}
+        return {**{name: value if name in other else None for name, value in own.items()}, "engine": engine}
 
     @property
     def world_size(self) -> int:
@@ -71,6 +93,12 @@ class _Layout(Settings):
         return " ".join(parts) or "1 process"
 
 
+_INSTEAD = {
+    "distributed_optimizer": "set zero_stage: 1 instead",
+    "zero_stage": "set distributed_optimizer: true instead of 1",
+}
+
+
 class ParallelConfig(_Layout):
     """A layout of the Megatron engine."""
 
@@ -86,6 +114,11 @@ class ParallelConfig(_Layout):
     def zero_stage(self) -> int:
         """What is split over the copies, as ZeRO numbers it: 0 nothing, 1 the optimizer's state."""
         return int(self.distributed_optimizer)
+
+    @property
+    def offload_optimizer(self) -> bool:
+        """Whether the optimizer's state is on the host."""
+        return False
 
     def describe(self) -> str:
         """Short: `TP2 SP PP4 DP2 ZeRO-1`, or `1 process`."""
@@ -116,20 +149,6 @@ class DeepSpeedConfig(_Layout):
     def describe(self) -> str:
         """Short: `DeepSpeed TP2 DP2 ZeRO-1`."""
         return f"DeepSpeed {self._describe(zero_stage=self.zero_stage)}" + " offload" * self.offload_optimizer
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_megatrons_settings(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (found := _MEGATRONS.keys() & data):
-            name = min(found)
-            raise ValueError(f"{name} is a setting of engine megatron: {_MEGATRONS[name]}, or set engine: megatron")
-        return data
-
-
-_MEGATRONS = {
-    "distributed_optimizer": "drop it, and set zero_stage: 1",
-    "overlap_communication": "drop it",
-}
 
 
 LAYOUTS: dict[str, type[Settings]] = {"megatron": ParallelConfig, "deepspeed": DeepSpeedConfig}  # by engine

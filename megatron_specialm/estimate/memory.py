@@ -28,6 +28,7 @@ class Memory:
     """Bytes of one process.
 
     Attributes:
+        optimizer: its state, unless that is on the host (`offload_optimizer`).
         teacher: weights of a teacher beside the student.
         derived: weights that a step computes from others (`model/derived.py`), and the sums of their gradients.
         activations: kept from forward to backward passes.
@@ -88,7 +89,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
         weights=(weights * element + (frozen + kept_fp32) * (FP32 - element))
         // (copies if parallel.zero_stage >= 3 else 1),
         gradients=trained * FP32 // (copies if parallel.zero_stage >= 2 else 1),
-        optimizer=state // (copies if parallel.zero_stage >= 1 else 1),
+        optimizer=0 if parallel.offload_optimizer else state // (copies if parallel.zero_stage >= 1 else 1),
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,

@@ -101,10 +101,16 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def compare(case: ParityCase, *, measure: str = "megatron_specialm.parity.rank:measure") -> list[Difference]:
-    """Outcome a case in its layout and on one process.
+def compare(
+    case: ParityCase,
+    *,
+    reference: ParityCase | None = None,
+    measure: str = "megatron_specialm.parity.rank:measure",
+) -> list[Difference]:
+    """Run a case in its layout and in another, and compare all quantities.
 
     Args:
+        reference: the case in the other layout; None for one process.
         measure: what each process of the layout runs, as `MODULE:FUNCTION`.
 
     Raises:
@@ -113,7 +119,7 @@ def compare(case: ParityCase, *, measure: str = "megatron_specialm.parity.rank:m
     context = worker_context(["megatron_specialm.parity.rank"], threads=1)
     with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
-        _run(context, case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
+        _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
         _run(context, case, many, measure)
         return _differences(case, _read(one), _read(many))
 
@@ -123,14 +129,17 @@ def certificate_path(root: Path, stage: str) -> Path:
     return root / "parity" / f"{stage}.json"
 
 
-def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str, Any]:
-    """The outcome for a file: layout, versions, pass or fail; of each quantity the largest difference, how many steps or
-    weights are over the tolerance, and the worst of all by name."""
+def certificate(
+    case: ParityCase, differences: Iterable[Difference], *, reference: ParityCase | None = None
+) -> dict[str, Any]:
+    """The outcome for a file: the two layouts, versions, pass or fail; of each quantity the largest difference, how many steps
+    or weights are over the tolerance, and the worst of all by name."""
     found = list(differences)
-    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine")
+    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine", "deepspeed")
     return {
         "format": CERTIFICATE_FORMAT,
         "layout": case.parallel.model_dump(mode="json"),
+        "reference": (reference or case.on_one_process()).parallel.model_dump(mode="json"),
         "precision": case.precision,
         "model": case.model.model_dump(mode="json"),
         "vocabulary_size": case.vocabulary_size,

@@ -4,7 +4,7 @@ from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.estimate import capabilities
-from megatron_specialm.estimate.capabilities import Capability
+from megatron_specialm.estimate.capability import Capability
 from megatron_specialm.estimate.flops import TYPICAL_UTILISATION
 from megatron_specialm.report.estimates import (
     NO_PLAN,

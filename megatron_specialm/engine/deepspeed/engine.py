@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO and its optimizers around one model.
 
-DeepSpeed averages gradients over data-parallel ranks; here a gradient is a sum over the tokens of the global batch, divided once
-by their number. So the number is exchanged before the passes, and each micro-batch's loss is divided by it. The global norm
-is taken, and gradients are clipped, on the shards that ZeRO leaves on each process, before its step.
+DeepSpeed averages gradients over data-parallel ranks; here a gradient is a sum over the global batch's tokens, divided once by
+their number. So the number is exchanged before the passes, and each micro-batch's loss is divided by it. The global norm is
+taken, and gradients are clipped, on the shards that ZeRO leaves on each process, before its step.
 """
 
 import math

@@ -16,8 +16,8 @@ from megatron_specialm.engine.state import MOMENTS
 
 
 class Range(NamedTuple):
-    """What this process holds of a parameter: `length` elements from `first` on of it, flattened. They are those from `start` on
-    of the tensor `flat`."""
+    """What this process holds of a parameter: of it, flattened, `length` elements from `first` on, which are those from `start`
+    on of the tensor `flat`."""
 
     flat: torch.Tensor
     start: int
