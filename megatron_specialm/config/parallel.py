@@ -26,6 +26,10 @@ class ParallelConfig(Settings):
     virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
     context_parallel: PositiveInt = Field(default=1, description="processes over which each sequence is split (CP)")
     data_parallel: PositiveInt = Field(default=1, description="copies over which each global batch is split (DP)")
+    expert_parallel: PositiveInt = Field(
+        default=1,
+        description="processes over which the experts of each MoE layer are split (EP), out of the data-parallel ones",
+    )
     distributed_optimizer: bool = Field(
         default=False, description="the optimizer's state is split over the copies (ZeRO-1)"
     )
@@ -64,7 +68,7 @@ class ParallelConfig(Settings):
         """Short: `TP2 SP PP4 DP2 ZeRO-1`, or `1 process`."""
         sizes = {
             "TP": self.tensor_parallel, "PP": self.pipeline_parallel, "VP": self.virtual_pipeline,
-            "CP": self.context_parallel, "DP": self.data_parallel,
+            "CP": self.context_parallel, "DP": self.data_parallel, "EP": self.expert_parallel,
         }  # fmt: skip
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         parts += ["SP"] * self.sequence_parallel + ["ZeRO-1"] * self.distributed_optimizer
@@ -113,7 +117,7 @@ def split_layers(model: ModelConfig, vocabulary_size: int, chunks: int) -> list[
     """
     if model.layers < chunks:
         raise ValueError(f"{model.layers} layers cannot be split into {chunks} chunks")
-    output = vocabulary_size * model.hidden_size * model.layers / model.linear_parameters()  # in layers
+    output = vocabulary_size * model.hidden_size * model.layers / model.linear_parameters(active=True)  # in layers
     counts = [1] * chunks
     for _ in range(model.layers - chunks):
         loads = [count + (output if chunk == chunks - 1 else 0) for chunk, count in enumerate(counts)]

@@ -30,7 +30,7 @@ from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, me
 from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import FusedCoreAttention
 from megatron_specialm.model.derived import derived_weights
-from megatron_specialm.model.initial import first_value
+from megatron_specialm.model.initial import first_weight
 from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
@@ -107,7 +107,7 @@ class Gpt:
 
     def initialize(self, *, seed: int) -> None:
         """Draw the first weights (`model/initial.py`). They do not depend on the layout."""
-        self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
+        self._fill(lambda name: first_weight(name, self.specs[name], self.config, seed=seed))
 
     def load(self, tensors: Mapping[str, Sliceable]) -> None:
         """Load canonical weights. From files, each process reads only its part.

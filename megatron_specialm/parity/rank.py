@@ -17,7 +17,7 @@ from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.model.initial import first_value
+from megatron_specialm.model.initial import first_weight
 from megatron_specialm.parity.case import ParityCase
 
 
@@ -48,7 +48,7 @@ def _initialize(model: Gpt) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, spec in model.specs.items():
-        first = first_value(name, spec.shape, model.config, seed=0)
+        first = first_weight(name, spec, model.config, seed=0)[...]
         weights[name] = first if first.any() else 0.02 * torch.randn(spec.shape, generator=generator)
     model.load(weights)
 
