@@ -96,9 +96,7 @@ class Gpt:
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [
-            _Chunk(
-                settings, config, stage, experts, vocabulary_size=vocabulary_size, context_length=context_length
-            )
+            _Chunk(settings, config, stage, experts, vocabulary_size=vocabulary_size, context_length=context_length)
             for stage in range(parallel.virtual_pipeline)
         ]
         self.derived = derived_weights(self.chunks, config, self.specs)
@@ -190,9 +188,7 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
         piece.copy_(whole[index])
 
 
-def forward(
-    chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:
     """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
     shard without padding; other chunks return hidden states.
 
@@ -260,8 +256,7 @@ class _Chunk(GPTModel):
         return False
 
     def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
-        """As Megatron-Core's, and with this process's part of the padding mask on every pipeline stage. Its own cuts the mask on
-        the first stage only."""
+        """As Megatron-Core's, but cuts the padding mask under sequence parallelism on every pipeline stage, not only the first."""
         *found, _ = super()._preprocess(*args, **kwargs)
         if padding_mask is not None and self.config.sequence_parallel:
             group = parallel_state.get_tensor_model_parallel_group()
