@@ -39,6 +39,12 @@ def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
     return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
 
 
+def _moe_sizes(setup: Setup) -> Iterator[int]:
+    """The feed-forward sizes of a model's MoE layers."""
+    layers = (layer for layer in range(setup.model.layers) if setup.model.experts_of(layer))
+    return (part.ffn_hidden_size for layer in layers for part in setup.model.feed_forward_parts(layer))
+
+
 TABLE = (
     Capability(
         "data parallel", lambda _: True, "global_batch_size is a multiple of micro_batch_size x data_parallel",
@@ -129,6 +135,45 @@ TABLE = (
                 "context_parallel {p.context_parallel}: context_length {s.context_length} must be a multiple of twice "
                 "that",
                 "parallel.context_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "mixture of experts", lambda s: s.model.moe is not None, "with tensor_parallel: sequence_parallel too",
+        conditions=(
+            Condition(
+                lambda s: s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel,
+                "moe: tensor_parallel {p.tensor_parallel} without sequence_parallel would send each token to its experts "
+                "{p.tensor_parallel} times",
+                remedy="set parallel.sequence_parallel: true",
+            ),
+            Condition(
+                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _moe_sizes(s)),
+                "tensor_parallel {p.tensor_parallel} must divide the feed-forward sizes of the experts",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "expert parallel", _size("expert_parallel"),
+        "an MoE model; divides the experts of each layer, and data_parallel x context_parallel",
+        conditions=(
+            Condition(
+                lambda s: s.model.moe is not None,
+                "expert_parallel {p.expert_parallel} splits experts, and the model has no `moe`",
+                remedy="set parallel.expert_parallel: 1",
+            ),
+            Condition(
+                lambda s: s.model.moe is not None and all(n % s.parallel.expert_parallel == 0 for n in s.model.moe.counts),
+                "expert_parallel {p.expert_parallel} must divide moe.experts {s.model.moe.experts}",
+                "parallel.expert_parallel",
+            ),
+            Condition(
+                lambda s: s.expert_ranks % s.parallel.expert_parallel == 0,
+                "expert_parallel {p.expert_parallel} must divide the {s.expert_ranks} processes that have the same experts "
+                "otherwise (data_parallel {p.data_parallel} x context_parallel {p.context_parallel}; with biases, x "
+                "tensor_parallel)",
+                "parallel.expert_parallel",
             ),
         ),
     ),

@@ -60,6 +60,7 @@ TRY: dict[str, list[Any]] = {
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
     "query_groups": [4, 1], "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
+    "moe": [{"experts": 2}],
     "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
@@ -68,7 +69,13 @@ TRY: dict[str, list[Any]] = {
     "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
-NOT_ALONE = {"TrainStage.model", "GenericTraining.projection", "TrainStage.fp8", "Projection.experts"}
+NOT_ALONE = {
+    "ParallelConfig.expert_parallel",
+    "TrainStage.model",
+    "GenericTraining.projection",
+    "TrainStage.fp8",
+    "Projection.experts",
+}
 EVERY_KIND = GOLDEN.parent / "all-kinds.yaml"
 ALL_KINDS = EVERY_KIND.read_text()
 

@@ -143,7 +143,7 @@ class DeepSpeedEngine(GptEngine):
     def _own_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This process's shards of the summed gradients, by weight."""
         for weight in self._model.weights():
-            gradient = self._shards.gradient(weight.parameter) if weight.parameter.requires_grad else None
+            gradient = self._shards.gradient(weight) if weight.parameter.requires_grad else None
             if gradient is not None:
                 yield weight.name, gradient
 

@@ -19,11 +19,22 @@ from megatron_specialm.model.gpt import Gpt
 
 @contextlib.contextmanager
 def process_group(
-    world: World, *, parallel: DeepSpeedConfig, threads: int = 1, timeout_seconds: float = 600
+    world: World,
+    *,
+    parallel: DeepSpeedConfig,
+    expert_tensor_parallel: int | None = None,
+    threads: int = 1,
+    timeout_seconds: float = 600,
 ) -> Iterator[None]:
     """See `engine/process_groups.py`."""
     with (
-        process_groups.process_group(world, parallel=parallel, threads=threads, timeout_seconds=timeout_seconds),
+        process_groups.process_group(
+            world,
+            parallel=parallel,
+            expert_tensor_parallel=expert_tensor_parallel,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        ),
         global_state(process_groups.device_of(world)),
     ):
         yield
