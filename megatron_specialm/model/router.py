@@ -103,7 +103,7 @@ class Router(nn.Module):
         return balance, z_loss
 
     def _within_capacity(self, choices_NK: torch.Tensor, kept_NK: torch.Tensor) -> torch.Tensor:
-        """Which choices are within the capacity of their experts: first choices before second ones, and then by position."""
+        """Which choices are within the capacity of their experts: first choices come first, and earlier positions."""
         moe = self._moe
         size, rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
         codes_NK = torch.where(kept_NK, choices_NK, self._experts)  # an expert of its own for padding
