@@ -122,7 +122,7 @@ def compare(
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
         _run(context, case, many, measure)
-        return _differences(case, _read(one), _read(many))
+        return differences_of(case, read_outcome(one), read_outcome(many))
 
 
 def certificate_path(root: Path, stage: str) -> Path:
@@ -219,7 +219,8 @@ def _measure(measure: str, case: ParityCase, world: World, folder: Path) -> None
     getattr(importlib.import_module(module), function)(case, world, folder)
 
 
-def _read(folder: Path) -> Outcome:
+def read_outcome(folder: Path) -> Outcome:
+    """What the processes of a run wrote into a folder (`parity/rank.py`)."""
     tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
     for path in sorted(folder.glob("numbers-*.json")):
@@ -233,7 +234,8 @@ def _read(folder: Path) -> Outcome:
     )
 
 
-def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+    """Every quantity of a case's run (`many`), compared with that of its reference."""
     way = case.learning_rate * case.steps
     by_quantity = {
         "loss": _of_steps(one.numbers.loss, many.numbers.loss),
