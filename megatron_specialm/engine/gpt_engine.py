@@ -22,6 +22,7 @@ from megatron_specialm.engine.state import EngineState
 from megatron_specialm.estimate.setup import Passes, Setup
 from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
+from megatron_specialm.model.moe import MegatronExperts, RoutedBuilder
 from megatron_specialm.model.weights import Sliceable
 
 _Loss = Callable[[torch.Tensor], torch.Tensor]  # logits (T, B, V) of this process's shard -> a scalar in fp32
@@ -161,19 +162,27 @@ class GptEngine:
 
 
 def build_models(
-    setup: Setup, initialize: Callable[[Gpt], object], teacher_weights: Mapping[str, torch.Tensor] | None
+    setup: Setup,
+    initialize: Callable[[Gpt], object],
+    teacher_weights: Mapping[str, torch.Tensor] | None,
+    *,
+    experts: RoutedBuilder = MegatronExperts,
 ) -> tuple[Gpt, Gpt | None]:
-    """A setup's model with its first weights, and its teacher if it has one. See `engine/open.py`."""
-    model, teacher = _build(setup, setup.model), None
+    """A setup's model with its first weights, and its teacher if it has one. See `engine/open.py`.
+
+    Args:
+        experts: builds the routed experts of their MoE layers.
+    """
+    model, teacher = _build(setup, setup.model, experts), None
     initialize(model)
     if setup.teacher is not None:
         assert teacher_weights is not None
-        teacher = _build(setup, setup.teacher)
+        teacher = _build(setup, setup.teacher, experts)
         teacher.load(teacher_weights)
     return model, teacher
 
 
-def _build(setup: Setup, shape: ModelConfig) -> Gpt:
+def _build(setup: Setup, shape: ModelConfig, experts: RoutedBuilder) -> Gpt:
     return Gpt(
         shape,
         vocabulary_size=setup.vocabulary_size,
@@ -181,6 +190,7 @@ def _build(setup: Setup, shape: ModelConfig) -> Gpt:
         precision=setup.precision,
         fp8=setup.fp8,
         parallel=setup.parallel,
+        experts=experts,
     )
 
 

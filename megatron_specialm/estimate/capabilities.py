@@ -139,10 +139,14 @@ TABLE = (
         ),
     ),
     Capability(
-        "mixture of experts", lambda s: s.model.moe is not None, "with tensor_parallel: sequence_parallel too",
+        "mixture of experts", lambda s: s.model.moe is not None,
+        "engine megatron with tensor_parallel: sequence_parallel too",
+        engines=BOTH,
         conditions=(
             Condition(
-                lambda s: s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel,
+                lambda s: (
+                    s.parallel.engine != "megatron" or s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel
+                ),
                 "moe: tensor_parallel {p.tensor_parallel} without sequence_parallel would send each token to its experts "
                 "{p.tensor_parallel} times",
                 remedy="set parallel.sequence_parallel: true",
@@ -157,6 +161,7 @@ TABLE = (
     Capability(
         "expert parallel", _size("expert_parallel"),
         "an MoE model; divides the experts of each layer, and data_parallel x context_parallel",
+        engines=BOTH,
         conditions=(
             Condition(
                 lambda s: s.model.moe is not None,
@@ -174,6 +179,29 @@ TABLE = (
                 "otherwise (data_parallel {p.data_parallel} x context_parallel {p.context_parallel}; with biases, x "
                 "tensor_parallel)",
                 "parallel.expert_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "mixture of experts with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model.moe is not None,
+        "zero_stage 1 or 2; without expert_parallel 0 too; no LoRA",
+        engines=("deepspeed",),
+        conditions=(
+            Condition(
+                lambda s: _zero_stage(s) <= 2,
+                "moe with zero_stage {p.zero_stage}: DeepSpeed-MoE has no ZeRO-3",
+                "parallel.zero_stage",
+            ),
+            Condition(
+                lambda s: s.parallel.expert_parallel == 1 or _zero_stage(s) > 0,
+                "expert_parallel {p.expert_parallel} with zero_stage {p.zero_stage}: without ZeRO each process takes the norm "
+                "of its own experts",
+                "parallel.zero_stage",
+            ),
+            Condition(
+                lambda s: s.model.lora is None,
+                "LoRA on an MoE model trains no expert, and DeepSpeed's optimizer asks for some",
+                remedy="set parallel.engine: megatron",
             ),
         ),
     ),

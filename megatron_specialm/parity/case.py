@@ -47,8 +47,14 @@ class ParityCase(Settings):
 
     def by_engine(self, engine: str) -> "ParityCase":
         """The same training in a like layout of another engine. (Megatron's optimizer state is not split then: that is compared
-        with one process.)"""
-        layout = LAYOUTS[engine].model_validate(self.parallel.for_engine(engine))
+        with one process.) Of an MoE, Megatron-Core's tensor parallelism includes sequence parallelism."""
+        layout = LAYOUTS[engine].model_validate(
+            {
+                **self.parallel.for_engine(engine),
+                "sequence_parallel": engine == "megatron"
+                and (self.parallel.sequence_parallel or (self.model.moe is not None and self.parallel.tensor_parallel > 1)),
+            }
+        )
         return self.model_copy(update={"parallel": layout})
 
     def on_one_process(self) -> "ParityCase":
