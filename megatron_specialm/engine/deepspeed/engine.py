@@ -55,17 +55,17 @@ class DeepSpeedEngine(GptEngine):
         self._context_length = setup.context_length
         (chunk,) = model.chunks
         for weight in model.weights():  # DeepSpeed skips the others on all tensor-parallel ranks but the first
-            weight.parameter.model_parallel = _is_own(weight)  # type: ignore[attr-defined]
+            weight.parameter.model_parallel = weight.spec.cut is not None or weight.spec.is_expert  # type: ignore[attr-defined]
         trained = [weight for weight in model.weights() if weight.parameter.requires_grad]
-        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
         for weight in trained:
-            groups[decays(weight.name)].append(weight.parameter)
+            kept = getattr(weight.parameter, "keep_fp32", False)
+            groups.setdefault((not decays(weight.name), kept), []).append(weight.parameter)
         adam = torch.optim.AdamW(
             _with_experts_apart(
                 [
-                    {"name": f"decayed {decayed}", "params": parameters, "weight_decay": optimizer.weight_decay * decayed}
-                    for decayed, parameters in groups.items()
-                    if parameters
+                    {"name": str(kind), "params": parameters, "weight_decay": optimizer.weight_decay * (not kind[0])}
+                    for kind, parameters in sorted(groups.items())
                 ]
             ),
             lr=0.0,  # set in `apply_gradients`, at every step
@@ -156,9 +156,13 @@ class DeepSpeedEngine(GptEngine):
 
     def _counted_squares(self, gradients: list[tuple[LocalParameter, torch.Tensor]]) -> dict[str, float]:
         """By weight, the sums of squares of the gradients that are in the norm: of a weight that all tensor-parallel ranks
-        hold, the first rank's alone."""
+        hold, the first rank's alone. (ZeRO splits experts over all ranks that hold them.)"""
         first = parallel_state.get_tensor_model_parallel_rank() == 0
-        counted = [(weight.name, own) for weight, own in gradients if first or _is_own(weight)]
+        counted = [
+            (weight.name, own)
+            for weight, own in gradients
+            if first or weight.spec.cut is not None or (weight.spec.is_expert and self._shards.is_split)
+        ]
         if not counted:
             return {}
         squares = torch.stack(torch._foreach_norm([own for _, own in counted])).double().square()
@@ -197,12 +201,6 @@ class DeepSpeedEngine(GptEngine):
     def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> None:
         slots = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
         self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
-
-
-def _is_own(weight: LocalParameter) -> bool:
-    """Whether each tensor-parallel rank has a part of its own of a weight. Ranks that do not split an expert have other experts,
-    or ZeRO has split its gradient over them too."""
-    return weight.spec.cut is not None or weight.spec.is_expert
 
 
 def _with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

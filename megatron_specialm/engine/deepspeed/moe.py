@@ -36,6 +36,7 @@ class DeepSpeedExperts(nn.Module):
         self.moe.deepspeed_moe.gate = _Gate(settings)
         _share_groups(self.moe.expert_group_name)
         self.moe.set_deepspeed_parallelism()
+        self._in_fp32 = {parameter: parameter.data for parameter in self.router.parameters()}
 
     @property
     def router(self) -> Router:
@@ -47,6 +48,11 @@ class DeepSpeedExperts(nn.Module):
         """See `RoutedExperts`."""
         output_TBH, *_ = self.moe(hidden_TBH, None if padding_BT is None else padding_BT.t())
         return output_TBH  # type: ignore[no-any-return]
+
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """Called by DeepSpeed when it has rounded all weights and builds no optimizer yet: the router's stay in fp32."""
+        for parameter, value in self._in_fp32.items():
+            parameter.data = value
 
     def place(self, name: str) -> tuple[str, int | None]:
         """See `RoutedExperts`."""
