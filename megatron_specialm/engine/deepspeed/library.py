@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,9 @@ def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: t
     vars(import_package("deepspeed.ops"))[
         "__compatible_ops__"
     ] = {}  # otherwise a CPU's all-reduce is compiled, for a minute
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # it calls functions renamed in 2.13
     engine, *_ = deepspeed.initialize(
         SimpleNamespace(device_rank=device.index or 0),
         model=model,
