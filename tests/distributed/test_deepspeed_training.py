@@ -17,6 +17,7 @@ from megatron_specialm.checkpoint.opening import open_checkpoint
 from megatron_specialm.checkpoint.steps import step_folder
 from megatron_specialm.config.parallel import LAYOUTS
 from megatron_specialm.config.training import Optimizer
+from megatron_specialm.engine.objective import DeviceBatch, VocabularyShard, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
 from tests.jobs_in_ranks import Job, run_jobs
@@ -132,11 +133,24 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, zero_stage: int
         assert all(torch.equal(one[name][()], other[name][()]) for name in one)
 
 
+class Scaled:
+    """Cross-entropy times a factor."""
+
+    factor = 1.0
+
+    def __call__(
+        self, logits_TBV: torch.Tensor, batch: DeviceBatch, *, shard: VocabularyShard | None = None
+    ) -> torch.Tensor:
+        return cross_entropy(logits_TBV, batch, shard=shard) * self.factor
+
+
 def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], precision: str) -> None:
     """Copies with unequal numbers of windows, none among them; a loss and a gradient that are not finite."""
     setup = Setup(SHAPE, LAYOUTS[layout["engine"]](**layout), precision, VOCABULARY, CONTEXT, 8, 1)
-    settings = Optimizer(epsilon=EPSILON)
-    with open_engine(setup, world, optimizer=settings, initialize=lambda model: model.initialize(seed=0)) as engine:
+    settings, broken = Optimizer(epsilon=EPSILON), Scaled()
+    with open_engine(
+        setup, world, optimizer=settings, initialize=lambda model: model.initialize(seed=0), objective=broken
+    ) as engine:
         own = np.array_split(np.arange(8), engine.data_parallel)[engine.data_rank]
         batch = MemoryStore(8).batch(own)
         losses = []
@@ -148,11 +162,12 @@ def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], preci
             )
             losses.append(engine.evaluate(parts))
         before, state = engine.weights(), engine.optimizer_state()
-        bad = engine.accumulate_gradients(batch)
-        skipped = [engine.apply_gradients(bad._replace(total=float("nan")), learning_rate=1e-2).skipped]
-        poison = 1e38 if engine.data_rank == 0 else 1.0  # one copy's gradients overflow
-        loss = engine.accumulate_gradients(batch._replace(mask=batch.mask * np.float32(poison)))
+        loss = engine.accumulate_gradients(batch)
+        skipped = [engine.apply_gradients(loss._replace(total=float("nan")), learning_rate=1e-2).skipped]
+        broken.factor = float("nan") if engine.data_rank == 0 else 1.0  # one copy's gradients are not finite
+        loss = engine.accumulate_gradients(batch)
         skipped.append(engine.apply_gradients(loss._replace(total=1.0), learning_rate=1e-2).skipped)
+        broken.factor = 1.0
         assert skipped == [True, True], skipped
         for one, other in ((before, engine.weights()), (state, engine.optimizer_state())):
             assert all(torch.equal(one[name], other[name]) for name in one)
