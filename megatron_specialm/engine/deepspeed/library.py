@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -30,6 +31,9 @@ def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: t
     Args:
         settings: DeepSpeed's config.
     """
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # it calls functions renamed in 2.13
     engine, *_ = deepspeed_module("deepspeed").initialize(
         SimpleNamespace(device_rank=device.index or 0),
         model=model,
