@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
@@ -55,6 +55,7 @@ class TrainKind(ModelKind[TrainStage]):
 
     def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)
+        elsewhere = _micro_batch(self.shape(pipeline, stage), stage.micro_batch_size)
         for key in model_keys(pipeline, name):
             inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
             if (assignment := stage.clustering) is not None:
@@ -71,7 +72,7 @@ class TrainKind(ModelKind[TrainStage]):
                 inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
                 if stage.distill.cache is not None:
                     inputs.append(TaskId(stage.distill.cache, key))
-            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key), elsewhere=elsewhere)
             rates = stage.optimizer.rates
             trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if rates[1:]]
             yield from trials
@@ -178,9 +179,12 @@ class SelectKind(ModelKind[SelectStage]):
         assignment = train_stage(pipeline, stage.experts).clustering
         assert assignment is not None
         models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
+        trial = stage.trial
+        elsewhere = _micro_batch(self.shape(pipeline, stage), trial.micro_batch_size) if trial is not None else {}
         for domain in pipeline.text.domains:
             read = (TaskId(stage.tokens, domain), TaskId(assignment, domain), *models)
-            yield Task(TaskId(name, domain), (tokenizer_task(pipeline, stage.tokens), *read), {}, domain)
+            inputs = (tokenizer_task(pipeline, stage.tokens), *read)
+            yield Task(TaskId(name, domain), inputs, {}, domain, elsewhere=elsewhere)
 
     def check(self, pipeline: Pipeline, name: str, stage: SelectStage) -> None:
         check_tokenizer(pipeline, name, stage.tokens, stage.experts)
@@ -210,3 +214,9 @@ class SelectKind(ModelKind[SelectStage]):
 
     def origin(self, stage: SelectStage) -> str:
         return stage.by
+
+
+def _micro_batch(model: ModelConfig, size: int) -> dict[str, Any]:
+    """The size of a micro-batch as a setting that a task reads (`Task.elsewhere`), or nothing: it decides a result only where
+    an MoE balances or drops the tokens of a micro-batch together."""
+    return {"micro_batch_size": size} if model.moe is not None and model.moe.depends_on_micro_batch else {}
