@@ -153,7 +153,7 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
          "projection.experts: 5, and `assignment` has 4 clusters"),
         ("moe", {"model": {**GATED, "moe": {"experts": 3, "route": "cluster"}}},
          "model.moe.experts: 3, and `assignment` has 4 clusters"),
-        ("moe", {"model": {**GATED, "moe": {"experts": 4, "route": "cluster", "top_k": 2}}}, "top_k 2 means nothing with route"),
+        ("moe", {"model": {**GATED, "moe": {**GATED["moe"], "top_k": 2}}}, "top_k 2 means nothing with route"),
         ("moe", {"assignment": None}, "need it: name an assign stage"),
         ("moe", {"model": {**MODEL, "moe": {"experts": 4}}}, "need it: drop it"),
         ("moe", {"data": "cluster"}, "`moe.route: cluster` goes with `data: generic`"),
@@ -229,7 +229,7 @@ def test_defaults_of_trainings_are_for_those_that_have_the_setting(tmp_path: Pat
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     defaults = {"replay_fraction": 0.25, "clusters": [0, 1], "domain_fraction": 0.5, "recipe": "paper"}
     config["defaults"] = {"train": defaults}
-    for name in ("pn", "cached"):  # with which some of these do not go
+    for name in ("pn", "moe", "moe-chosen", "moe-tuned", "cached"):  # with which some of these do not go
         del config["stages"][name]
     config["stages"]["soup"]["experts"] = "mix"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
