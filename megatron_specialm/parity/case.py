@@ -52,7 +52,10 @@ class ParityCase(Settings):
             {
                 **self.parallel.for_engine(engine),
                 "sequence_parallel": engine == "megatron"
-                and (self.parallel.sequence_parallel or (self.model.moe is not None and self.parallel.tensor_parallel > 1)),
+                and (
+                    self.parallel.sequence_parallel
+                    or (self.model.moe is not None and self.parallel.tensor_parallel > 1)
+                ),
             }
         )
         return self.model_copy(update={"parallel": layout})
