@@ -11,8 +11,8 @@ from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.run.processes import worker_context
 from tests.distillation import prepare
+from tests.processes import rank_context
 
 STUDENT = ModelConfig(layers=2, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 KINDS = ["online", "exact", "top_k", "sampled"]
@@ -40,7 +40,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+        self._context = rank_context()
         self._found: dict[str, parity.Outcome] = {}
         with process_group(ALONE):
             prepare(_case({}), folder)
