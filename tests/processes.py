@@ -29,7 +29,7 @@ def together(act: Callable[[], None], *, processes: int = 4) -> None:
 
 
 def rank_context() -> BaseContext:
-    """How tests start ranks: forked from one server for all tests of this process, which has imported what any of them needs."""
+    """How tests start ranks: forked from one server per test process, which has imported what any of them needs."""
     return worker_context([*MODULES, "megatron_specialm.stages.train", "tests.training"], threads=1)
 
 

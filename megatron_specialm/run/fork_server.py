@@ -1,8 +1,8 @@
 """Imported first by the server from which workers are forked: the server ends with its launcher, also during its other imports,
 which take seconds. Workers do not inherit this setting; `processes.py` has theirs.
 
-What it has imported is exempt from garbage collection in the workers: a collection would copy the pages that they share, and take
-longer than many a task."""
+What it has imported is exempt from garbage collection in the workers: a collection would copy the pages that they share, and
+take longer than many a task."""
 
 import contextlib
 import ctypes
