@@ -50,7 +50,7 @@ class Runs:
         if name not in self._found:
             case, folder = _case(layout, precision), self._folder / str(len(self._found))
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
-            self._found[name] = parity._read(folder)
+            self._found[name] = parity.read_outcome(folder)
         return self._found[name]
 
 
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def _failed(
     one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32"
 ) -> list[parity.Difference]:
-    return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
+    return [entry for entry in parity.differences_of(_case(layout, precision), one, other) if not entry.passed]
 
 
 @pytest.mark.parametrize(
