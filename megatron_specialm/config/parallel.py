@@ -28,6 +28,10 @@ class _Layout(Settings):
     virtual_pipeline: PositiveInt = Field(default=1, description="chunks per stage; above 1: interleaved 1F1B")
     context_parallel: PositiveInt = Field(default=1, description="processes over which each sequence is split (CP)")
     data_parallel: PositiveInt = Field(default=1, description="copies over which each global batch is split (DP)")
+    expert_parallel: PositiveInt = Field(
+        default=1,
+        description="processes over which the experts of each MoE layer are split (EP), out of the data-parallel ones",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations recomputed in the backward pass: none, those of the feed-forward parts, those of whole layers",
@@ -85,7 +89,7 @@ class _Layout(Settings):
     def _describe(self, *, zero_stage: int) -> str:
         sizes = {
             "TP": self.tensor_parallel, "PP": self.pipeline_parallel, "VP": self.virtual_pipeline,
-            "CP": self.context_parallel, "DP": self.data_parallel,
+            "CP": self.context_parallel, "DP": self.data_parallel, "EP": self.expert_parallel,
         }  # fmt: skip
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         parts += ["SP"] * self.sequence_parallel + [f"ZeRO-{zero_stage}"] * (zero_stage > 0)
@@ -192,7 +196,7 @@ def split_layers(model: ModelConfig, vocabulary_size: int, chunks: int) -> list[
     """
     if model.layers < chunks:
         raise ValueError(f"{model.layers} layers cannot be split into {chunks} chunks")
-    output = vocabulary_size * model.hidden_size * model.layers / model.linear_parameters()  # in layers
+    output = vocabulary_size * model.hidden_size * model.layers / model.linear_parameters(active=True)  # in layers
     counts = [1] * chunks
     for _ in range(model.layers - chunks):
         loads = [count + (output if chunk == chunks - 1 else 0) for chunk, count in enumerate(counts)]

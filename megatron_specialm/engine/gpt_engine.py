@@ -14,13 +14,15 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import Layout
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine import process_groups
+from megatron_specialm.engine.gates import Gates
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
-from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats
 from megatron_specialm.engine.shards import ShardedOptimizer, data_parallel_group
 from megatron_specialm.engine.state import EngineState
 from megatron_specialm.estimate.setup import Passes, Setup
 from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
+from megatron_specialm.model.moe import MegatronExperts, RoutedBuilder
 from megatron_specialm.model.weights import Sliceable
 
 _Loss = Callable[[torch.Tensor], torch.Tensor]  # logits (T, B, V) of this process's shard -> a scalar in fp32
@@ -48,6 +50,7 @@ class GptEngine:
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
         self._vocabulary = _vocabulary_shard(model)
+        self._gates = Gates(model)
         self.passes = Passes()
         self._mixture_count = 0  # of the last batch's micro-batches
 
@@ -76,6 +79,10 @@ class GptEngine:
         """See `Engine.optimizer_state`."""
         return self._state.optimizer_state()
 
+    def gate_statistics(self) -> list[GateStatistics]:
+        """See `Engine.gate_statistics`."""
+        return self._gates.statistics()
+
     def kernels(self) -> str:
         """See `Engine.kernels`."""
         return live_kernels(self._model, self._adam)
@@ -102,11 +109,11 @@ class GptEngine:
         if self._teacher is not None and chunk.training:
             batch = _with_teacher_logits(self._teacher, batch)
         if (derived := self._model.derived) is None:
-            output = forward(chunk, batch.tokens)
+            output = forward(chunk, batch.tokens, _padding(self._model, batch))
         else:
             bind = partial(derived.bind, number, batch.mixture)
             bind()
-            output = forward(chunk, batch.tokens)
+            output = forward(chunk, batch.tokens, _padding(self._model, batch))
             if output.requires_grad:  # activations that the backward pass recomputes need the same weights
                 output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
@@ -155,19 +162,27 @@ class GptEngine:
 
 
 def build_models(
-    setup: Setup, initialize: Callable[[Gpt], object], teacher_weights: Mapping[str, torch.Tensor] | None
+    setup: Setup,
+    initialize: Callable[[Gpt], object],
+    teacher_weights: Mapping[str, torch.Tensor] | None,
+    *,
+    experts: RoutedBuilder = MegatronExperts,
 ) -> tuple[Gpt, Gpt | None]:
-    """A setup's model with its first weights, and its teacher if it has one. See `engine/open.py`."""
-    model, teacher = _build(setup, setup.model), None
+    """A setup's model with its first weights, and its teacher if it has one. See `engine/open.py`.
+
+    Args:
+        experts: builds the routed experts of their MoE layers.
+    """
+    model, teacher = _build(setup, setup.model, experts), None
     initialize(model)
     if setup.teacher is not None:
         assert teacher_weights is not None
-        teacher = _build(setup, setup.teacher)
+        teacher = _build(setup, setup.teacher, experts)
         teacher.load(teacher_weights)
     return model, teacher
 
 
-def _build(setup: Setup, shape: ModelConfig) -> Gpt:
+def _build(setup: Setup, shape: ModelConfig, experts: RoutedBuilder) -> Gpt:
     return Gpt(
         shape,
         vocabulary_size=setup.vocabulary_size,
@@ -175,6 +190,7 @@ def _build(setup: Setup, shape: ModelConfig) -> Gpt:
         precision=setup.precision,
         fp8=setup.fp8,
         parallel=setup.parallel,
+        experts=experts,
     )
 
 
@@ -229,8 +245,13 @@ def _checked(teacher: Gpt, model: Gpt, parallel: Layout) -> Gpt:
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
-    logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
+    logits_BTV = forward(whole, batch.tokens, _padding(teacher, batch)).transpose(0, 1)
     return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
+
+
+def _padding(model: Gpt, batch: DeviceBatch) -> torch.Tensor | None:
+    """Of an MoE model, the tokens that no expert computes: those whose targets do not count, at the end of their windows."""
+    return None if model.config.moe is None else batch.mask == 0
 
 
 def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_specialm.checkpoint.slices import slice_key
-from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces
-from megatron_specialm.model.weights import Sliceable
+from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces, tensor_parallel_group
+from megatron_specialm.model.weights import Sliceable, WeightSpec
 
 
 class OptimizerShard(NamedTuple):
@@ -34,13 +34,13 @@ class ShardedOptimizer(Protocol):
 
     steps: float
 
-    def shard(self, parameter: torch.nn.Parameter) -> OptimizerShard:
+    def shard(self, weight: LocalParameter) -> OptimizerShard:
         """This process's shard of a parameter."""
 
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor | None:
         """The shard's gradient of this step, summed over all processes; None where this process holds nothing."""
 
-    def moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    def moments(self, weight: LocalParameter) -> dict[str, torch.Tensor]:
         """The shard's `exp_avg` and `exp_avg_sq`, to be read or filled. The parameter is trained and has a shard here."""
 
 
@@ -81,11 +81,16 @@ def owned_slices(
 
 def _copy_number(weight: LocalParameter, shard: OptimizerShard) -> tuple[int, int]:
     """Which of the processes that hold the same elements this one is, and how many there are."""
-    tensor, data = parallel_state.get_tensor_model_parallel_group(), data_parallel_group()
+    tensor, data = tensor_parallel_group(weight.spec), copies_group(weight.spec)
     number, copies = (0, 1) if weight.spec.cut is not None else (tensor.rank(), tensor.size())
     return (number, copies) if shard.is_split else (number * data.size() + data.rank(), copies * data.size())
 
 
 def data_parallel_group() -> dist.ProcessGroup:
-    """The processes with the same weights, those of context parallelism included."""
+    """The processes with the same weights but for experts, those of context parallelism included."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def copies_group(spec: WeightSpec) -> dist.ProcessGroup:
+    """The processes with the same tensor-parallel shard of a weight: copies of the model, or those with the same expert."""
+    return parallel_state.get_expert_data_parallel_group() if spec.is_expert else data_parallel_group()

@@ -23,7 +23,7 @@ class EngineState:
     def shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
         """This process's parameters, each with what its optimizer holds of it."""
         for weight in self._model.weights():
-            yield weight, self._optimizer.shard(weight.parameter)
+            yield weight, self._optimizer.shard(weight)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
@@ -31,7 +31,7 @@ class EngineState:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients of the last step, in slices as the weights. Clipping may have scaled them."""
-        return self._owned(lambda weight, _: self._optimizer.gradient(weight.parameter))
+        return self._owned(lambda weight, _: self._optimizer.gradient(weight))
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
@@ -40,7 +40,7 @@ class EngineState:
         state: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
             own = self._owned(
-                lambda weight, shard: None if shard.main is None else self._optimizer.moments(weight.parameter)[moment]  # noqa: B023
+                lambda weight, shard: None if shard.main is None else self._optimizer.moments(weight)[moment]  # noqa: B023
             )
             state.update({f"{moment}/{key}": tensor for key, tensor in own.items()})
         if dist.get_rank() == 0:
@@ -63,7 +63,7 @@ class EngineState:
             self.has_moments = True
 
     def _load_moments(self, weight: LocalParameter, shard: OptimizerShard, state: Mapping[str, Sliceable]) -> None:
-        for moment, own in self._optimizer.moments(weight.parameter).items():
+        for moment, own in self._optimizer.moments(weight).items():
             name = f"{moment}/{weight.name}"
             if name not in state:
                 raise CheckpointError(f"the optimizer's state lacks {name}: it is of another model")

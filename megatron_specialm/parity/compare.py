@@ -27,20 +27,21 @@ from megatron_specialm.run.processes import Workers, end_workers, worker_context
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
 TIMEOUT_SECONDS = 300.0
+MODULES = ["megatron_specialm.parity.rank", "megatron_specialm.engine.megatron.open"]  # that processes need
 # Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
 # relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
         "loss": 1e-6, "validation_loss": 1e-6, "gradient_norm": 1e-5, "gradients": 1e-5, "norm_counts": 1e-5,
-        "weights": 1e-4,
+        "weights": 1e-4, "gates": 1e-4,
     },
     "bf16": {
         "loss": 1e-3, "validation_loss": 1e-3, "gradient_norm": 1e-2, "gradients": 1e-1, "norm_counts": 1e-3,
-        "weights": 1e-1,
+        "weights": 1e-1, "gates": 1e-1,
     },
     "fp8": {  # wider than bf16's by what FP8 has fewer bits; not measured, for want of a GPU
         "loss": 1e-2, "validation_loss": 1e-2, "gradient_norm": 1e-1, "gradients": 5e-1, "norm_counts": 1e-3,
-        "weights": 5e-1,
+        "weights": 5e-1, "gates": 5e-1,
     },
 }  # fmt: skip
 
@@ -89,6 +90,7 @@ class _Numbers:
     gradient_norm: list[float]
     validation_loss: float
     squares: dict[str, float]
+    gates: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def compare(
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
-    context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+    context = worker_context(MODULES, threads=1)
     with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
@@ -243,13 +245,19 @@ def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Differ
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
+        "gates": {layer: _of_gates(own, many.numbers.gates[layer]) for layer, own in one.numbers.gates.items()},
     }
     tolerances = TOLERANCES[case.precision]
-    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items()]
+    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items() if found]
 
 
 def _of_steps(one: list[float], many: list[float]) -> dict[str, float]:
     return {f"step {step + 1}": abs(b - a) / abs(a) for step, (a, b) in enumerate(zip(one, many, strict=True))}
+
+
+def _of_gates(one: list[float], many: list[float]) -> float:
+    """Of an MoE layer's auxiliary losses and its experts' shares of the tokens, of which some may be zero."""
+    return max(abs(b - a) / max(1.0, abs(a)) for a, b in zip(one, many, strict=True))
 
 
 def _of_weights(

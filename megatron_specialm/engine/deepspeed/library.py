@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,22 +14,27 @@ from megatron_specialm.base.packages import import_package
 from megatron_specialm.engine.deepspeed.mpu import ModelParallelUnit
 
 
+def deepspeed_module(name: str) -> ModuleType:
+    """Import a module of DeepSpeed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns if it has to find out
+    module = import_package(name)
+    vars(import_package("deepspeed.ops"))[
+        "__compatible_ops__"
+    ] = {}  # otherwise a CPU's all-reduce is compiled, for a minute
+    return module
+
+
 def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: torch.device, settings: dict) -> Any:
     """DeepSpeed's engine of a model, in the process groups that are open. No kernel is built, and MPI is not asked.
 
     Args:
         settings: DeepSpeed's config.
     """
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns if it has to find out
-    deepspeed = import_package("deepspeed")
-    vars(import_package("deepspeed.ops"))[
-        "__compatible_ops__"
-    ] = {}  # otherwise a CPU's all-reduce is compiled, for a minute
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed"
     )  # it calls functions renamed in 2.13
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = deepspeed_module("deepspeed").initialize(
         SimpleNamespace(device_rank=device.index or 0),
         model=model,
         optimizer=adam,

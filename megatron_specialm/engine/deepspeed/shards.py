@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_specialm.engine.shards import OptimizerShard, whole_parameter
 from megatron_specialm.engine.state import MOMENTS
+from megatron_specialm.model.gpt import LocalParameter
 
 
 class Range(NamedTuple):
@@ -47,7 +48,7 @@ class DeepSpeedShards(ABC):
         """What this process holds of a trained parameter; None if nothing."""
 
     @abstractmethod
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor | None:
         """See `ShardedOptimizer.gradient`: a view, until the step is made."""
 
     @abstractmethod
@@ -58,17 +59,18 @@ class DeepSpeedShards(ABC):
     def publish(self) -> None:
         """Give all ranks the parameters that the main weights have become."""
 
-    def shard(self, parameter: torch.nn.Parameter) -> OptimizerShard:
+    def shard(self, weight: LocalParameter) -> OptimizerShard:
         """See `ShardedOptimizer.shard`."""
+        parameter = weight.parameter
         if not parameter.requires_grad:
             return whole_parameter(parameter)
         if (held := self.held(parameter)) is None:
             return OptimizerShard(None, slice(0, 0), self.is_split)
         return OptimizerShard(held.of(held.flat), slice(held.first, held.first + held.length), self.is_split)
 
-    def moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    def moments(self, weight: LocalParameter) -> dict[str, torch.Tensor]:
         """See `ShardedOptimizer.moments`."""
-        held = self.held(parameter)
+        held = self.held(weight.parameter)
         assert held is not None
         state = self._adam.state[held.flat]
         for moment in MOMENTS:
@@ -96,8 +98,9 @@ class WholeShards(DeepSpeedShards):
         """See `DeepSpeedShards.held`."""
         return Range(parameter, 0, 0, parameter.numel())
 
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor | None:
         """See `DeepSpeedShards.gradient`."""
+        parameter = weight.parameter
         return None if parameter.grad is None else parameter.grad.view(-1)
 
     def discard_gradients(self) -> None:
@@ -121,8 +124,9 @@ class FlatShards(DeepSpeedShards):
         flat = getattr(self._zero, self.flat_tensors)[held.param_group_index]
         return Range(flat, main.start, own.start, own.numel)
 
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor | None:
         """See `DeepSpeedShards.gradient`."""
+        parameter = weight.parameter
         if (held := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
             return None
         gradient = held.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)  # type: ignore[attr-defined]
@@ -163,8 +167,9 @@ class PartitionedShards(DeepSpeedShards):
         length = min(padded, parameter.ds_numel - first)  # type: ignore[attr-defined]
         return Range(self._zero.fp32_partitioned_groups_flat[group], start, first, length) if length > 0 else None
 
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor | None:
         """See `DeepSpeedShards.gradient`."""
+        parameter = weight.parameter
         if (held := self.held(parameter)) is None:
             return None
         gradient, _ = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)

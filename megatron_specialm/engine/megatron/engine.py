@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +21,7 @@ from megatron_specialm.engine.megatron.optimizer import build_optimizer
 from megatron_specialm.engine.megatron.shards import MegatronShards
 from megatron_specialm.engine.objective import DeviceBatch, Objective, cross_entropy
 from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.engine.shards import copies_group
 from megatron_specialm.model.gpt import Gpt
 
 
@@ -47,7 +49,7 @@ class MegatronEngine(GptEngine):
         no_sync = [chunk.no_sync for chunk in self._chunks]
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = build_optimizer(self._chunks, model, optimizer, parallel)
-        self._keep_state_of(MegatronShards(self._optimizer), self._optimizer.optimizer)
+        self._keep_state_of(MegatronShards(self._optimizer), self._optimizer.chained_optimizers[0].optimizer)
         self._forward_backward = get_forward_backward_func()
 
     def accumulate_gradients(self, batch: Batch) -> LossSum:
@@ -55,6 +57,7 @@ class MegatronEngine(GptEngine):
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
+        self._gates.begin_step()
         self._optimizer.zero_grad()
         sums = self._run(self._micro_batches([batch]), forward_only=False)
         return self._reduce(sums, int(batch.mask.sum()))
@@ -66,12 +69,14 @@ class MegatronEngine(GptEngine):
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
             return StepStats(loss, norm, skipped=True)
         if norm > self._clip_grad:
-            grads = [parameter.grad for parameter in self._optimizer.get_parameters() if parameter.grad is not None]
+            trained = [main for part in self._optimizer.chained_optimizers for main in part.get_parameters()]
+            grads = [main.grad for main in trained if main.grad is not None]
             torch._foreach_mul_(grads, self._clip_grad / (norm + 1e-6))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
         self._state.has_moments = True
+        self._gates.update_biases()
         return StepStats(loss, norm, skipped=False)
 
     @torch.no_grad()
@@ -84,7 +89,7 @@ class MegatronEngine(GptEngine):
         tokens = 0
         stages = self._parallel.pipeline_parallel
         waiting = iter(batches)
-        while group := list(islice(waiting, 4 * stages)):  # enough at a time to keep all stages busy
+        while group := self._with_others(list(islice(waiting, 4 * stages))):  # enough at a time to keep all stages busy
             tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
             empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
             group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
@@ -94,13 +99,17 @@ class MegatronEngine(GptEngine):
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
         reported."""
-        counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
+        counted = {
+            gradient.data_ptr()
+            for part in self._optimizer.chained_optimizers
+            for gradient in part.get_main_grads_for_grad_norm()
+        }
         squares: dict[str, float] = {}
         for weight, shard in self._state.shards():
             gradient = None if shard.main is None else shard.main.grad
-            another_norm = not shard.is_split and self._data_parallel_group.rank() > 0
+            another_norm = not shard.is_split and copies_group(weight.spec).rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
-                squares[weight.name] = float(gradient.double().square().sum())
+                squares[weight.name] = squares.get(weight.name, 0.0) + float(gradient.double().square().sum())
         return squares
 
     def _run(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> list[torch.Tensor]:
@@ -134,15 +143,27 @@ class MegatronEngine(GptEngine):
             self._model.derived.backward()
         finalize_model_grads(chunks, *args, **kwargs)
 
+    def _with_others(self, batches: list[Batch]) -> list[Batch]:
+        """Under expert parallelism, with windows that do not count, so that all copies make as many passes: each pass needs the
+        experts of all."""
+        if self._parallel.expert_parallel == 1:
+            return batches
+        own = sum(-(-len(batch.tokens) // self._micro_batch_size) for batch in batches)
+        positions = batches[0].tokens.shape[1] if batches else 0
+        largest = torch.tensor([own, positions], device=self._model.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self._data_parallel_group)
+        most, positions = largest.tolist()
+        empty = np.zeros(((most - own) * self._micro_batch_size, positions), np.int64)
+        return [*batches, Batch(empty, empty, empty.astype(np.float32))] if len(empty) else batches
+
     def _finish_gathering(self) -> None:
         """See `GptEngine`. With overlapped communication the copies gather a module's parameters only when its forward pass
         begins: too late for weights that are derived before any, and a deadlock with a copy that makes no forward pass."""
         if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
             for chunk in self._chunks:
-                for group in reversed(
-                    chunk.bucket_groups
-                ):  # in the order in which each starts the next one's gathering
-                    group.finish_param_sync()
+                for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):
+                    for group in reversed(groups):  # in the order in which each starts the next one's gathering
+                        group.finish_param_sync()
 
 
 def _data_parallel(chunk: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:

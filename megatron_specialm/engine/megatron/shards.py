@@ -1,22 +1,27 @@
 """Where Megatron-Core's optimizer keeps main weights, gradients and moments of a parameter."""
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_specialm.engine.shards import OptimizerShard, whole_parameter
 from megatron_specialm.engine.state import MOMENTS
+from megatron_specialm.model.gpt import LocalParameter
 
 
 class MegatronShards:
     """See `ShardedOptimizer`."""
 
-    def __init__(self, optimizer: MegatronOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: ChainedOptimizer) -> None:
+        self._optimizers = optimizers
 
-    def shard(self, parameter: torch.nn.Parameter) -> OptimizerShard:
+    def _optimizer(self, weight: LocalParameter) -> MegatronOptimizer:
+        """The optimizer of a trained weight: experts have one of their own, behind that of all other weights."""
+        return self._optimizers.chained_optimizers[-1 if weight.spec.is_expert else 0]
+
+    def shard(self, weight: LocalParameter) -> OptimizerShard:
         """See `ShardedOptimizer.shard`."""
-        optimizer = self._optimizer
+        parameter, optimizer = weight.parameter, self._optimizer(weight)
         if not parameter.requires_grad or not isinstance(optimizer, DistributedOptimizer):
             return whole_parameter(parameter)
         if parameter not in optimizer.model_param_group_index_map:
@@ -29,15 +34,15 @@ class MegatronShards:
         main = optimizer.optimizer.param_groups[group]["params"][index]
         return OptimizerShard(main, slice(elements.start, elements.end), is_split=True)
 
-    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def gradient(self, weight: LocalParameter) -> torch.Tensor:
         """See `ShardedOptimizer.gradient`. Megatron-Core sums each parameter's in a part of a buffer, in fp32."""
-        return parameter.main_grad.flatten()[self.shard(parameter).elements]  # type: ignore[attr-defined, no-any-return]
+        return weight.parameter.main_grad.flatten()[self.shard(weight).elements]  # type: ignore[attr-defined, no-any-return]
 
-    def moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    def moments(self, weight: LocalParameter) -> dict[str, torch.Tensor]:
         """See `ShardedOptimizer.moments`."""
-        main = self.shard(parameter).main
+        main = self.shard(weight).main
         assert main is not None
-        state = self._optimizer.optimizer.state[main]
+        state = self._optimizer(weight).optimizer.state[main]
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(main, requires_grad=False)
@@ -47,19 +52,20 @@ class MegatronShards:
     def steps(self) -> float:
         """See `ShardedOptimizer`."""
         if self._counts_by_group:  # but not for a group of which this process holds nothing
-            return float(max(group.get("step", 0) for group in self._optimizer.param_groups))
-        return float(next(iter(self._optimizer.optimizer.state.values()))["step"])
+            return float(max(group.get("step", 0) for group in self._optimizers.param_groups))
+        return float(next(iter(self._optimizers.chained_optimizers[0].optimizer.state.values()))["step"])
 
     @steps.setter
     def steps(self, steps: float) -> None:
         if self._counts_by_group:
-            for group in self._optimizer.param_groups:
+            for group in self._optimizers.param_groups:
                 group["step"] = int(steps)
         else:
-            for state in self._optimizer.optimizer.state.values():
-                state["step"] = torch.tensor(steps)
+            for part in self._optimizers.chained_optimizers:
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.tensor(steps)
 
     @property
     def _counts_by_group(self) -> bool:
         """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
-        return not isinstance(self._optimizer.optimizer, torch.optim.AdamW)
+        return not isinstance(self._optimizers.chained_optimizers[0].optimizer, torch.optim.AdamW)
