@@ -117,6 +117,7 @@ def test_so_does_the_optimizer(runs: Path, before: dict, after: dict) -> None:
         torch.testing.assert_close(other[name][:], one[name][:], rtol=0, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, zero_stage: int) -> None:
     settings = {**SETTINGS, "steps": KILLED_STEPS, "parallel": _deepspeed(zero_stage, **DP2)}

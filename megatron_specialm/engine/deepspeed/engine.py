@@ -184,8 +184,8 @@ class DeepSpeedEngine(GptEngine):
         return float(total)
 
     def _in_step_with_copies(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Batches of a micro-batch or less. A pass under ZeRO-3 gathers parameters of all copies, and one under expert
-        parallelism needs their experts. So all must make as many: one that has no window left gets some that do not count."""
+        """Batches of a micro-batch or less. Under ZeRO-3 copies gather parameters in each pass, and under expert parallelism
+        each needs the experts of others. So all must make as many: one that has no window left gets some that do not count."""
         size, positions = self._micro_batch_size, self._context_length
         own = (
             batch.rows(slice(start, start + size)) for batch in batches for start in range(0, len(batch.tokens), size)
