@@ -12,6 +12,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.packages import DEEPSPEED
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.estimate.capability import BOTH, Capability, Condition, Machine, Refusal
+from megatron_specialm.estimate.expert_capabilities import EXPERTS
 from megatron_specialm.estimate.machine_needs import (
     USE_BF16,
     fp8_of,
@@ -19,7 +20,6 @@ from megatron_specialm.estimate.machine_needs import (
     lacks_deepspeed,
     lacks_fp8,
 )
-from megatron_specialm.estimate.moe_capabilities import MOE
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
 REACH = 10_000  # values that are tried for a condition to hold, the nearest first
@@ -130,7 +130,7 @@ TABLE = (
             ),
         ),
     ),
-    *MOE,
+    *EXPERTS,
     Capability("distributed optimizer", lambda s: s.parallel.engine == "megatron" and _zero_stage(s) > 0, "none"),
     Capability("overlapped communication", lambda s: getattr(s.parallel, "overlap_communication", False), "none"),
     Capability(

@@ -1,4 +1,4 @@
-"""The rows of the capability table for mixtures of experts (`estimate/capabilities.py`)."""
+"""Rows of the table of capabilities that are about experts."""
 
 from collections.abc import Iterator
 
@@ -6,13 +6,13 @@ from megatron_specialm.estimate.capability import BOTH, Capability, Condition
 from megatron_specialm.estimate.setup import Setup
 
 
-def _feed_forward_sizes(setup: Setup) -> Iterator[int]:
+def _moe_sizes(setup: Setup) -> Iterator[int]:
     """The feed-forward sizes of MoE layers, of the model and its teacher."""
     layers = ((model, layer) for model in setup.moe_models for layer in range(model.layers) if model.experts_of(layer))
     return (part.ffn_hidden_size for model, layer in layers for part in model.feed_forward_parts(layer))
 
 
-MOE = (
+EXPERTS = (
     Capability(
         "mixture of experts", lambda s: s.model.moe is not None,
         "not fp8; engine megatron with tensor_parallel: sequence_parallel too; a capacity_factor: context_parallel 1",
@@ -30,13 +30,15 @@ MOE = (
                 remedy="leave out moe.capacity_factor, or set parallel.context_parallel: 1",
             ),
             Condition(
-                lambda s: s.parallel.engine != "megatron" or s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel,
+                lambda s: (
+                    s.parallel.engine != "megatron" or s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel
+                ),
                 "moe: tensor_parallel {p.tensor_parallel} without sequence_parallel would send each token to its experts "
                 "{p.tensor_parallel} times",
                 remedy="set parallel.sequence_parallel: true",
             ),
             Condition(
-                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _feed_forward_sizes(s)),
+                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _moe_sizes(s)),
                 "tensor_parallel {p.tensor_parallel} must divide the feed-forward sizes of the experts",
                 "parallel.tensor_parallel",
             ),
