@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.schema import ExportStage, Pipeline
-from megatron_specialm.graph.lineage import domain_of, method_of, model_keys, tokenizer_task
+from megatron_specialm.graph.lineage import domain_of, method_of, model_keys, model_of, tokenizer_task
 from megatron_specialm.graph.relations import check_model
 from megatron_specialm.graph.stage_kind import Placement, References, StageKind, register
 from megatron_specialm.graph.tasks import Task, TaskId
@@ -28,3 +29,8 @@ class ExportKind(StageKind[ExportStage]):
     def check(self, pipeline: Pipeline, name: str, stage: ExportStage) -> None:
         for model in stage.models:
             check_model(pipeline, name, "models", stage.tokens, model)
+            if (refusal := model_of(pipeline, model).export_refusal) is not None:
+                raise ConfigError(
+                    f"stages.{name}.models: {model!r} cannot be exported: {refusal}. Or leave it out: its canonical weights "
+                    f"are safetensors in {pipeline.root}/{model}/KEY/step_N"
+                )
