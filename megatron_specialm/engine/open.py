@@ -42,7 +42,9 @@ def open_engine(
     Raises:
         MachineError: not all processes come, or the layout is for another number of processes.
     """
-    with _package(setup).process_group(world, parallel=setup.parallel, threads=threads):
+    with _package(setup).process_group(
+        world, parallel=setup.parallel, expert_tensor_parallel=setup.expert_tensor_parallel, threads=threads
+    ):
         yield build_engine(
             setup, optimizer=optimizer, initialize=initialize, objective=objective, teacher_weights=teacher_weights
         )

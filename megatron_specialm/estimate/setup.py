@@ -70,7 +70,8 @@ class Setup:
     @property
     def expert_tensor_parallel(self) -> int:
         """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
-        return self.parallel.tensor_parallel if self.model.family == "llama" else 1
+        models = [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
+        return 1 if any(model.family == "neox" for model in models) else self.parallel.tensor_parallel
 
     @property
     def expert_ranks(self) -> int:

@@ -32,15 +32,15 @@ TIMEOUT_SECONDS = 300.0
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
         "loss": 1e-6, "validation_loss": 1e-6, "gradient_norm": 1e-5, "gradients": 1e-5, "norm_counts": 1e-5,
-        "weights": 1e-4,
+        "weights": 1e-4, "gates": 1e-4,
     },
     "bf16": {
         "loss": 1e-3, "validation_loss": 1e-3, "gradient_norm": 1e-2, "gradients": 1e-1, "norm_counts": 1e-3,
-        "weights": 1e-1,
+        "weights": 1e-1, "gates": 1e-1,
     },
     "fp8": {  # wider than bf16's by what FP8 has fewer bits; not measured, for want of a GPU
         "loss": 1e-2, "validation_loss": 1e-2, "gradient_norm": 1e-1, "gradients": 5e-1, "norm_counts": 1e-3,
-        "weights": 5e-1,
+        "weights": 5e-1, "gates": 5e-1,
     },
 }  # fmt: skip
 
@@ -89,6 +89,7 @@ class _Numbers:
     gradient_norm: list[float]
     validation_loss: float
     squares: dict[str, float]
+    gates: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -232,13 +233,19 @@ def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Differen
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
+        "gates": {layer: _of_gates(own, many.numbers.gates[layer]) for layer, own in one.numbers.gates.items()},
     }
     tolerances = TOLERANCES[case.precision]
-    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items()]
+    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items() if found]
 
 
 def _of_steps(one: list[float], many: list[float]) -> dict[str, float]:
     return {f"step {step + 1}": abs(b - a) / abs(a) for step, (a, b) in enumerate(zip(one, many, strict=True))}
+
+
+def _of_gates(one: list[float], many: list[float]) -> float:
+    """Of an MoE layer's auxiliary losses and its experts' shares of the tokens, of which some may be zero."""
+    return max(abs(b - a) / max(1.0, abs(a)) for a, b in zip(one, many, strict=True))
 
 
 def _of_weights(

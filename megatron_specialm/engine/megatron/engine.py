@@ -21,10 +21,11 @@ from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron import process_groups
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
-from megatron_specialm.engine.megatron.shards import data_parallel_group
+from megatron_specialm.engine.megatron.shards import copies_group, data_parallel_group
 from megatron_specialm.engine.megatron.state import EngineState
+from megatron_specialm.engine.gates import Gates
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
-from megatron_specialm.engine.protocol import LossSum, StepStats
+from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
@@ -69,6 +70,7 @@ class MegatronEngine:
         self._config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._optimizer = build_optimizer(self._chunks, model, optimizer, parallel)
         self._state = EngineState(model, self._optimizer)
+        self._gates = Gates(model)
         self._forward_backward = get_forward_backward_func()
         self.passes = Passes()
         self._mixture_count = 0  # of the last batch's micro-batches
@@ -82,6 +84,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
+        self._gates.begin_step()
         self._optimizer.zero_grad()
         sums = self._run(self._micro_batches([batch]), forward_only=False)
         return self._reduce(sums, int(batch.mask.sum()))
@@ -93,12 +96,14 @@ class MegatronEngine:
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
             return StepStats(loss, norm, skipped=True)
         if norm > self._clip_grad:
-            grads = [parameter.grad for parameter in self._optimizer.get_parameters() if parameter.grad is not None]
+            trained = [main for part in self._optimizer.chained_optimizers for main in part.get_parameters()]
+            grads = [main.grad for main in trained if main.grad is not None]
             torch._foreach_mul_(grads, self._clip_grad / (norm + 1e-6))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
         self._state.has_moments = True
+        self._gates.update_biases()
         return StepStats(loss, norm, skipped=False)
 
     @torch.no_grad()
@@ -111,7 +116,7 @@ class MegatronEngine:
         tokens = 0
         stages = self._parallel.pipeline_parallel
         waiting = iter(batches)
-        while group := list(islice(waiting, 4 * stages)):  # enough at a time to keep all stages busy
+        while group := self._with_others(list(islice(waiting, 4 * stages))):  # enough at a time to keep all stages busy
             tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
             empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
             group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
@@ -126,9 +131,13 @@ class MegatronEngine:
         """See `Engine.optimizer_state`."""
         return self._state.optimizer_state()
 
+    def gate_statistics(self) -> list[GateStatistics]:
+        """See `Engine.gate_statistics`."""
+        return self._gates.statistics()
+
     def kernels(self) -> str:
         """See `Engine.kernels`."""
-        return live_kernels(self._model, self._optimizer.optimizer)
+        return live_kernels(self._model, self._optimizer.chained_optimizers[0].optimizer)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See `Engine.gradients`."""
@@ -137,11 +146,15 @@ class MegatronEngine:
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
         reported."""
-        counted = {gradient.data_ptr() for gradient in self._optimizer.get_main_grads_for_grad_norm()}
+        counted = {
+            gradient.data_ptr()
+            for part in self._optimizer.chained_optimizers
+            for gradient in part.get_main_grads_for_grad_norm()
+        }
         squares: dict[str, float] = {}
         for weight, shard in self._state.shards():
             gradient = None if shard.main is None else shard.main.grad
-            another_norm = not shard.is_split and self._data_parallel_group.rank() > 0
+            another_norm = not shard.is_split and copies_group(weight.spec).rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
                 squares[weight.name] = float(gradient.double().square().sum())
         return squares
@@ -174,11 +187,11 @@ class MegatronEngine:
         if self._teacher is not None and chunk.training:
             batch = _with_teacher_logits(self._teacher, batch)
         if (derived := self._model.derived) is None:
-            output = forward(chunk, batch.tokens)
+            output = forward(chunk, batch.tokens, _padding(self._model, batch))
         else:
             bind = partial(derived.bind, self._chunks.index(chunk), batch.mixture)
             bind()
-            output = forward(chunk, batch.tokens)
+            output = forward(chunk, batch.tokens, _padding(self._model, batch))
             if output.requires_grad:  # activations that the backward pass recomputes need the same weights
                 output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
@@ -211,16 +224,28 @@ class MegatronEngine:
             self._model.derived.materialize(mixtures.table().to(self._model.device))
         return found
 
+    def _with_others(self, batches: list[Batch]) -> list[Batch]:
+        """Under expert parallelism, with windows that do not count, so that all copies make as many passes: each pass needs the
+        experts of all."""
+        if self._parallel.expert_parallel == 1:
+            return batches
+        own = sum(-(-len(batch.tokens) // self._micro_batch_size) for batch in batches)
+        positions = batches[0].tokens.shape[1] if batches else 0
+        largest = torch.tensor([own, positions], device=self._model.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self._data_parallel_group)
+        most, positions = largest.tolist()
+        empty = np.zeros(((most - own) * self._micro_batch_size, positions), np.int64)
+        return [*batches, Batch(empty, empty, empty.astype(np.float32))] if len(empty) else batches
+
     def _finish_gathering(self) -> None:
         """Wait until all parameters are as the last step left them. All copies call this at once. With overlapped communication
         the copies gather the parameters of a module only when its forward pass begins: too late for weights that are derived
         before any, and a deadlock with a copy that makes no forward pass."""
         if self._parallel.overlap_communication and self._parallel.distributed_optimizer:
             for chunk in self._chunks:
-                for group in reversed(
-                    chunk.bucket_groups
-                ):  # in the order in which each starts the next one's gathering
-                    group.finish_param_sync()
+                for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):
+                    for group in reversed(groups):  # in the order in which each starts the next one's gathering
+                        group.finish_param_sync()
 
     def _on_device(self, batch: Batch, mixture: int) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
@@ -296,8 +321,13 @@ def _checked(teacher: Gpt, model: Gpt, parallel: ParallelConfig) -> Gpt:
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
-    logits_BTV = forward(whole, batch.tokens).transpose(0, 1)
+    logits_BTV = forward(whole, batch.tokens, _padding(teacher, batch)).transpose(0, 1)
     return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
+
+
+def _padding(model: Gpt, batch: DeviceBatch) -> torch.Tensor | None:
+    """Of an MoE model, the tokens that no expert computes: those whose targets do not count, at the end of their windows."""
+    return None if model.config.moe is None else batch.mask == 0
 
 
 def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:

@@ -45,10 +45,14 @@ def process_group(
     world: World,
     *,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    expert_tensor_parallel: int | None = None,
     threads: int = 1,
     timeout_seconds: float = 600,
 ) -> Iterator[None]:
     """Join the other processes (gloo on CPU, NCCL on GPU), in the groups of a layout; leave on the way out.
+
+    Args:
+        expert_tensor_parallel: processes over which an expert's matrices are split; default: as other matrices.
 
     Raises:
         MachineError: not all processes come, the meeting point cannot be used, or the layout is for another number of
@@ -91,6 +95,8 @@ def process_group(
                 if parallel.virtual_pipeline > 1
                 else None,
                 context_parallel_size=parallel.context_parallel,
+                expert_model_parallel_size=parallel.expert_parallel,
+                expert_tensor_parallel_size=expert_tensor_parallel,
                 distributed_timeout_minutes=timeout_seconds / 60,
             )
         # Asked for by Transformer Engine and recomputation; nothing is drawn from it.

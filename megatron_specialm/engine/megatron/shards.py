@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_specialm.checkpoint.slices import slice_key
-from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces
-from megatron_specialm.model.weights import Sliceable
+from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces, tensor_parallel_group
+from megatron_specialm.model.weights import Sliceable, WeightSpec
 
 
 class OptimizerShard(NamedTuple):
@@ -28,11 +28,18 @@ class OptimizerShard(NamedTuple):
     is_split: bool
 
 
-def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> OptimizerShard:
+def optimizer_of(optimizers: ChainedOptimizer, spec: WeightSpec) -> MegatronOptimizer:
+    """The optimizer of a trained weight: experts have one of their own, behind that of all other weights."""
+    return optimizers.chained_optimizers[-1 if spec.is_expert else 0]
+
+
+def shard_of(optimizers: ChainedOptimizer, weight: LocalParameter) -> OptimizerShard:
     """This process's shard of a parameter. A frozen parameter has no optimizer: every copy holds all of it, as it was before
     it was rounded (`keep_original`)."""
+    parameter = weight.parameter
     if not parameter.requires_grad:
         return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), is_split=False)
+    optimizer = optimizer_of(optimizers, weight.spec)
     if not isinstance(optimizer, DistributedOptimizer):
         return OptimizerShard(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), is_split=False)
     if parameter not in optimizer.model_param_group_index_map:
@@ -76,11 +83,16 @@ def owned_slices(
 
 def _copy_number(weight: LocalParameter, shard: OptimizerShard) -> tuple[int, int]:
     """Which of the processes that hold the same elements this one is, and how many there are."""
-    tensor, data = parallel_state.get_tensor_model_parallel_group(), data_parallel_group()
+    tensor, data = tensor_parallel_group(weight.spec), copies_group(weight.spec)
     number, copies = (0, 1) if weight.spec.cut is not None else (tensor.rank(), tensor.size())
     return (number, copies) if shard.is_split else (number * data.size() + data.rank(), copies * data.size())
 
 
 def data_parallel_group() -> dist.ProcessGroup:
-    """The processes with the same weights, those of context parallelism included."""
+    """The processes with the same weights but for experts, those of context parallelism included."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def copies_group(spec: WeightSpec) -> dist.ProcessGroup:
+    """The processes with the same part of a weight's tensor-parallel shards: copies of the model or, of an expert, of its part."""
+    return parallel_state.get_expert_data_parallel_group() if spec.is_expert else data_parallel_group()

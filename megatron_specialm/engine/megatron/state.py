@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.engine.megatron.shards import OptimizerShard, keep_original, owned_slices, shard_of
+from megatron_specialm.engine.megatron.shards import OptimizerShard, keep_original, optimizer_of, owned_slices, shard_of
 from megatron_specialm.model.gpt import Gpt, LocalParameter, fill
 from megatron_specialm.model.weights import Sliceable
 
@@ -17,14 +17,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class EngineState:
     """A model's weights with the state of its optimizer. `has_moments` is False before the first update."""
 
-    def __init__(self, model: Gpt, optimizer: MegatronOptimizer) -> None:
+    def __init__(self, model: Gpt, optimizer: ChainedOptimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self.has_moments = False
 
     def shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
         """This process's parameters, each with what its optimizer holds of it."""
         for weight in self._model.weights():
-            yield weight, shard_of(self._optimizer, weight.parameter)
+            yield weight, shard_of(self._optimizer, weight)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
@@ -39,10 +39,11 @@ class EngineState:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
         if not self.has_moments:
             return {}
-        adam = self._optimizer.optimizer.state
         state: dict[str, torch.Tensor] = {}
         for moment in _MOMENTS:
-            own = self._owned(lambda _, shard: None if shard.main is None else adam[shard.main][moment])  # noqa: B023
+            own = self._owned(
+                lambda weight, shard: None if shard.main is None else self._adam(weight)[shard.main][moment]  # noqa: B023
+            )
             state.update({f"{moment}/{key}": tensor for key, tensor in own.items()})
         if dist.get_rank() == 0:
             state["step"] = torch.tensor(float(self._steps()))
@@ -80,7 +81,7 @@ class EngineState:
                 )
             own[moment] = torch.empty_like(main, requires_grad=False)
             fill(own[moment].view(-1), weight.spec, state[name], first=shard.elements.start)
-        self._optimizer.optimizer.state[main] = own
+        self._adam(weight)[main] = own
 
     def _owned(
         self, value: Callable[[LocalParameter, OptimizerShard], torch.Tensor | None], *, trained_only: bool = True
@@ -97,9 +98,13 @@ class EngineState:
         """How many updates the moments are of."""
         if self._counts_by_group:  # but not for a group of which this process holds nothing
             return float(max(group.get("step", 0) for group in self._optimizer.param_groups))
-        return float(next(iter(self._optimizer.optimizer.state.values()))["step"])
+        return float(next(iter(self._optimizer.chained_optimizers[0].optimizer.state.values()))["step"])
+
+    def _adam(self, weight: LocalParameter) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+        """Moments by main tensor, of the optimizer that has a weight."""
+        return optimizer_of(self._optimizer, weight.spec).optimizer.state
 
     @property
     def _counts_by_group(self) -> bool:
         """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
-        return not isinstance(self._optimizer.optimizer, torch.optim.AdamW)
+        return not isinstance(self._optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW)
