@@ -29,6 +29,7 @@ from megatron_specialm.model.weights import weight_specs
 
 Tensors = dict[str, torch.Tensor]
 
+EMPTY_SHARED_EXPERT = 16  # the size of a shared expert of zeros; tensor parallelism over up to so many processes divides it
 _ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -227,7 +228,7 @@ def _qwen2_moe(settings: dict[str, Any], config: ModelConfig) -> Qwen2MoeConfig:
         num_experts_per_tok=moe.top_k,
         norm_topk_prob=moe.top_k > 1,
         moe_intermediate_size=moe.ffn_hidden_size or config.ffn_hidden_size,
-        shared_expert_intermediate_size=moe.shared_expert or 0,
+        shared_expert_intermediate_size=moe.shared_expert or EMPTY_SHARED_EXPERT,
         router_aux_loss_coef=moe.aux_loss,
         qkv_bias=True,
         use_sliding_window=False,
@@ -247,20 +248,21 @@ def _rows(config: ModelConfig) -> list[_Row]:
 
 
 def _zeros(config: ModelConfig) -> Tensors:
-    """The weights of Qwen2-MoE that ours has not: biases of queries, keys and values (Transformers can leave them out, vLLM
-    cannot), and a shared expert, of size 0 where ours has none."""
+    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, and a shared expert. vLLM reads
+    no file without the biases, and none with a shared expert of size 0, which Transformers would report as missing."""
     found: Tensors = {}
     if config.moe is None:
         return found
-    hidden, heads = config.hidden_size, {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
+    heads = {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
+    hidden, size = config.hidden_size, EMPTY_SHARED_EXPERT
+    shared = {"gate_proj": (size, hidden), "up_proj": (size, hidden), "down_proj": (hidden, size)}
     for layer in range(config.layers):
         for part, count in heads.items():
             found[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = torch.zeros(count * config.head_size)
         if config.experts_of(layer) and config.moe.shared_expert is None:
-            shapes = {"gate_proj": (0, hidden), "up_proj": (0, hidden), "down_proj": (hidden, 0)}
-            for part, shape in shapes.items():
-                found[f"model.layers.{layer}.mlp.shared_expert.{part}.weight"] = torch.zeros(shape)
-            found[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] = torch.zeros(1, hidden)
+            place = f"model.layers.{layer}.mlp.shared_expert"
+            found |= {f"{place}.{part}.weight": torch.zeros(shape) for part, shape in shared.items()}
+            found[f"{place}_gate.weight"] = torch.zeros(1, hidden)
     return found
 
 
