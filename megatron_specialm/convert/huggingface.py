@@ -29,7 +29,9 @@ from megatron_specialm.model.weights import weight_specs
 
 Tensors = dict[str, torch.Tensor]
 
-EMPTY_SHARED_EXPERT = 16  # the size of a shared expert of zeros; tensor parallelism over up to so many processes divides it
+EMPTY_SHARED_EXPERT = (
+    16  # the size of a shared expert of zeros; tensor parallelism over up to so many processes divides it
+)
 _ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -248,8 +250,8 @@ def _rows(config: ModelConfig) -> list[_Row]:
 
 
 def _zeros(config: ModelConfig) -> Tensors:
-    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, and a shared expert. vLLM reads
-    no file without the biases, and none with a shared expert of size 0, which Transformers would report as missing."""
+    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, and a shared expert. vLLM
+    reads no file without the biases, and none with a shared expert of size 0, which Transformers would report as missing."""
     found: Tensors = {}
     if config.moe is None:
         return found

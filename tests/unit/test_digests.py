@@ -60,7 +60,7 @@ TRY: dict[str, list[Any]] = {
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
     "query_groups": [4, 1], "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
-    "moe": [{"experts": 2}],
+    "moe": [{"experts": 2}], "ffn_hidden_size": [128], "shared_expert": [64],
     "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
