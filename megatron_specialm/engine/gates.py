@@ -13,7 +13,9 @@ class Gates:
     """The routers of a model. Every process has those of its own layers, and counts the tokens that it routed itself."""
 
     def __init__(self, model: Gpt) -> None:
-        self._experts = {layer: count for layer in range(model.config.layers) if (count := model.config.experts_of(layer))}
+        self._experts = {
+            layer: count for layer in range(model.config.layers) if (count := model.config.experts_of(layer))
+        }
         self._routers = {layer: feed_forward.router for layer, feed_forward in moe_layers(model.chunks)}
         moe = model.config.moe
         self._has_biases = moe is not None and moe.bias_update_rate > 0

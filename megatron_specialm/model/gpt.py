@@ -13,17 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
 from megatron_specialm.base.errors import CheckpointError
@@ -31,11 +22,11 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
-from megatron_specialm.model.attention import FusedCoreAttention
 from megatron_specialm.model.derived import derived_weights
 from megatron_specialm.model.initial import first_weight
-from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
-from megatron_specialm.model.moe import FeedForwardSpec, MegatronExperts, MoeFeedForward, RoutedBuilder
+from megatron_specialm.model.layer_specs import layer_specs
+from megatron_specialm.model.layers import keep_in_bf16
+from megatron_specialm.model.moe import MegatronExperts, MoeFeedForward, RoutedBuilder
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -49,12 +40,6 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-
-
-def use_transformer_engine(settings: TransformerConfig) -> bool:
-    """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
-    compute in TF32 (a 10-bit mantissa)."""
-    return HAVE_TE and torch.cuda.is_available() and settings.bf16
 
 
 def has_kernels() -> bool:
@@ -96,9 +81,7 @@ class Gpt:
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [
-            _Chunk(
-                settings, config, stage, experts, vocabulary_size=vocabulary_size, context_length=context_length
-            )
+            _Chunk(settings, config, stage, experts, vocabulary_size=vocabulary_size, context_length=context_length)
             for stage in range(parallel.virtual_pipeline)
         ]
         self.derived = derived_weights(self.chunks, config, self.specs)
@@ -190,9 +173,7 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
         piece.copy_(whole[index])
 
 
-def forward(
-    chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:
     """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
     shard without padding; other chunks return hidden states.
 
@@ -229,7 +210,7 @@ class _Chunk(GPTModel):
         vp_stage = stage if settings.virtual_pipeline_model_parallel_size else None
         super().__init__(
             config=settings,
-            transformer_layer_spec=_block(settings, vp_stage, config, experts),
+            transformer_layer_spec=layer_specs(settings, vp_stage, config, experts),
             vocab_size=padded,
             max_sequence_length=context_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -260,8 +241,7 @@ class _Chunk(GPTModel):
         return False
 
     def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
-        """As Megatron-Core's, and with this process's part of the padding mask on every pipeline stage. Its own cuts the mask on
-        the first stage only."""
+        """As Megatron-Core's, but sequence parallelism cuts the padding mask on every pipeline stage, not on the first only."""
         *found, _ = super()._preprocess(*args, **kwargs)
         if padding_mask is not None and self.config.sequence_parallel:
             group = parallel_state.get_tensor_model_parallel_group()
@@ -374,40 +354,3 @@ _RECOMPUTE: dict[str, dict] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-def _block(
-    settings: TransformerConfig, vp_stage: int | None, config: ModelConfig, experts: RoutedBuilder
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer specs of a chunk."""
-    fused = use_transformer_engine(settings)
-    dense = _layer(settings)
-    if fused and config.moe is None:
-        return dense
-    first, count = get_transformer_layer_offset(settings, vp_stage), get_num_layers_to_build(settings, vp_stage)
-    layers = []
-    for number in range(first, first + count):
-        layer, size = dense, config.experts_of(number)
-        if config.moe is not None and size:
-            layer = _layer(settings, experts=size)
-            hidden = config.moe.ffn_hidden_size or config.ffn_hidden_size
-            params = {"moe": config.moe, "experts": size, "ffn_hidden_size": hidden, "build": experts}
-            layer.submodules.mlp = FeedForwardSpec(layer.submodules.mlp.submodules, params)
-        layers.append(layer)
-    norm = _layer(settings, experts=1).submodules.pre_mlp_layernorm  # Transformer Engine fuses a dense layer's
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
-
-
-def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpec:
-    """The spec of a layer. One with a number of experts has Megatron-Core's MoE layer."""
-    if use_transformer_engine(settings):
-        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=experts is not None)
-    else:
-        layer = get_gpt_layer_local_spec(num_experts=experts, normalization=settings.normalization)
-        layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
-        norm = layer.submodules.input_layernorm
-        if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
-    if settings.recompute_granularity == "selective" and experts is None:
-        layer.submodules.mlp.module = FeedForward
-    return layer

@@ -131,8 +131,8 @@ class MegatronExperts(MoELayer):
             parameter.tensor_model_parallel = True
         for module in self.experts.modules():
             if hasattr(module, "explicit_expert_comm"):
-                # The dispatcher alone communicates. With one process Megatron-Core's linear would still call its reduction, which
-                # returns a view that its bias cannot be added to.
+                # Only the dispatcher communicates. On one process a linear would still call its reduction, which returns a
+                # view that the bias cannot be added to.
                 module.explicit_expert_comm = True
 
     @staticmethod

@@ -103,8 +103,7 @@ class Router(nn.Module):
         return balance, z_loss
 
     def _within_capacity(self, choices_NK: torch.Tensor, kept_NK: torch.Tensor) -> torch.Tensor:
-        """Which choices are within the capacity of their experts: first choices before second ones, and earlier positions of the
-        micro-batch before later ones."""
+        """Which choices are within the capacity of their experts: first choices come first, and earlier positions."""
         moe = self._moe
         size, rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
         codes_NK = torch.where(kept_NK, choices_NK, self._experts)  # an expert of its own for padding
@@ -143,4 +142,4 @@ class Router(nn.Module):
             chosen_E: how often each expert was chosen in the step, over all processes.
         """
         assert self.expert_bias is not None
-        self.expert_bias += self._moe.bias_update_rate * (chosen_E.mean() - chosen_E).sign()
+        self.expert_bias.add_((chosen_E.mean() - chosen_E).sign(), alpha=self._moe.bias_update_rate)

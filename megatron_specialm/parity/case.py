@@ -100,7 +100,10 @@ def parity_case(setup: Setup) -> ParityCase:
 
 def _shrunk_experts(moe: MixtureOfExperts, parallel: Layout, *, scale: float) -> MixtureOfExperts:
     """At least two experts per process, and two numbers of them where the layers have several."""
-    tensor, fewest = parallel.tensor_parallel, parallel.expert_parallel * max(2, -(-moe.top_k // parallel.expert_parallel))
+    tensor, fewest = (
+        parallel.tensor_parallel,
+        parallel.expert_parallel * max(2, -(-moe.top_k // parallel.expert_parallel)),
+    )
     counts = [min(count, fewest if count == min(moe.counts) else 2 * fewest) for count in moe.counts]
     return moe.model_copy(
         update={

@@ -35,7 +35,9 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
                 squares = engine.norm_squares()
             losses.append(loss.mean)
             norms.append(stats.gradient_norm)
-        gates = {f"layer {layer.layer}": [layer.aux_loss, layer.z_loss, *layer.load] for layer in engine.gate_statistics()}
+        gates = {
+            f"layer {layer.layer}": [layer.aux_loss, layer.z_loss, *layer.load] for layer in engine.gate_statistics()
+        }
         held_out = engine.evaluate([_own_rows(engine, _batch(case, case.steps))]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
     save_tensors(tensors, folder / f"tensors-{world.rank}.safetensors")

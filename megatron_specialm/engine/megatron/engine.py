@@ -19,11 +19,11 @@ from megatron_specialm.base.errors import ConfigError, TrainingError
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import MIXTURE, Batch
+from megatron_specialm.engine.gates import Gates
 from megatron_specialm.engine.megatron import process_groups
 from megatron_specialm.engine.megatron.optimizer import build_optimizer
 from megatron_specialm.engine.megatron.shards import copies_group, data_parallel_group
 from megatron_specialm.engine.megatron.state import EngineState
-from megatron_specialm.engine.gates import Gates
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
 from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats
 from megatron_specialm.estimate.setup import Passes
@@ -156,7 +156,7 @@ class MegatronEngine:
             gradient = None if shard.main is None else shard.main.grad
             another_norm = not shard.is_split and copies_group(weight.spec).rank() > 0
             if gradient is not None and gradient.data_ptr() in counted and not another_norm:
-                squares[weight.name] = float(gradient.double().square().sum())
+                squares[weight.name] = squares.get(weight.name, 0.0) + float(gradient.double().square().sum())
         return squares
 
     def limit_collectives(self, seconds: float) -> None:

@@ -15,8 +15,8 @@ from megatron_specialm.model.weights import decays
 def build_optimizer(
     chunks: list[DistributedDataParallel], model: Gpt, settings: Adam, parallel: ParallelConfig
 ) -> ChainedOptimizer:
-    """Megatron-Core's optimizer of a model's chunks: one part for the experts of MoE layers, whose gradients are summed over other
-    processes, and one for all other weights.
+    """Megatron-Core's optimizer of a model's chunks: one for all weights but those of experts, and one for experts, whose
+    gradients are summed over other processes.
 
     Which weights decay goes by their canonical names (`model/weights.py`). Megatron-Core has a rule of its own, by the
     names that its modules have, and leaves it to its scheduler to apply, which is not used here.

@@ -94,5 +94,5 @@ def data_parallel_group() -> dist.ProcessGroup:
 
 
 def copies_group(spec: WeightSpec) -> dist.ProcessGroup:
-    """The processes with the same part of a weight's tensor-parallel shards: copies of the model or, of an expert, of its part."""
+    """The processes with the same tensor-parallel shard of a weight: copies of the model, or those with the same expert."""
     return parallel_state.get_expert_data_parallel_group() if spec.is_expert else data_parallel_group()
