@@ -124,7 +124,7 @@ def test_an_moe_is_made_of_one_model_or_of_all_of_a_mixture(tmp_path: Path) -> N
         ("moe", graph[TaskId("moe", "generic")]), ("moe-mix", graph[TaskId("moe-mix", "generic")]))}  # fmt: skip
     assert models == {"moe": ["generic"], "moe-mix": ["c0", "c1", "c2", "c3"]}
     assert graph[TaskId("moe-mix", "generic")].domain is None
-    assert list(_tasks(graph, "moe-tuned")) == ["law", "art"]
+    assert set(_tasks(graph, "moe-tuned")) == {"law", "art"}
     shape = model_of(pipeline, "moe-tuned")
     assert shape.moe is not None and shape.model_copy(update={"moe": None}) == model_of(pipeline, "mix")
     assert [method_of(pipeline, name) for name in ("moe", "moe-mix", "moe-tuned")] == ["moe", "moe-mix", "moe-mix"]
