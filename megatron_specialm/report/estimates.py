@@ -41,6 +41,7 @@ class TrainingEstimate:
     Attributes:
         runs: trainings of the stage; each learning rate that is tried is one.
         parameters: of the exported model, for the vocabulary size in the config; an existing tokenizer has its own.
+        active_parameters: those of them that compute a token: fewer for a mixture of experts.
         slots: token positions of a run, padding included.
         fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
         flops: of all runs, over slots; with validations if the held-out set has been tokenized.
@@ -50,6 +51,7 @@ class TrainingEstimate:
     stage: str
     runs: int
     parameters: int
+    active_parameters: int
     trained_parameters: int
     steps: int
     slots: int
@@ -82,6 +84,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
                 stage=name,
                 runs=len(keys) * len(stage.optimizer.rates),
                 parameters=count_parameters(setup.model.base_config, setup.vocabulary_size),
+                active_parameters=count_parameters(setup.model.base_config, setup.vocabulary_size, active=True),
                 trained_parameters=count_trained_parameters(setup.model, setup.vocabulary_size),
                 steps=steps,
                 slots=steps * setup.global_batch_size * setup.context_length,

@@ -24,7 +24,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     columns: list[Column[TrainingEstimate]] = [
         word("stage", lambda row: row.stage),
         number("runs", lambda row: str(row.runs)),
-        number("weights", lambda row: f"{row.parameters / 1e6:,.1f}M"),
+        number("weights", _weights),
         number("trained", lambda row: f"{row.trained_parameters / 1e6:,.1f}M"),
         number("steps", lambda row: f"{row.steps:,}"),
         number("slots/run", lambda row: f"{row.slots / 1e6:,.2f}M"),
@@ -35,6 +35,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     if any(row.gpu_hours is not None for row in rows):
         columns.append(number(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU", lambda row: f"{row.gpu_hours:,.2f}"))
     return Table.of(rows, columns)
+
+
+def _weights(row: TrainingEstimate) -> str:
+    active = "" if row.active_parameters == row.parameters else f" ({row.active_parameters / 1e6:,.1f}M active)"
+    return f"{row.parameters / 1e6:,.1f}M{active}"
 
 
 def _tokens(row: TrainingEstimate) -> str:

@@ -1,4 +1,4 @@
-"""A training step of a mixture of experts against the dense model with as many active parameters: tools/bench_moe.py."""
+"""A training step of a mixture of experts against the dense model with as many active parameters (tools/bench_moe.py)."""
 
 import statistics
 from collections.abc import Iterator
