@@ -30,6 +30,7 @@ from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.protocol import Engine, StepStats
 from megatron_specialm.graph.length import last_step, validates_after
+from megatron_specialm.train.gates import GateRecords
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.runtime import manual_garbage_collection, observed
@@ -112,6 +113,7 @@ class _Loop:
         self.progress = progress
         self._engine, self._training, self._settings = engine, training, training.settings
         self._metrics, self._record_work = metrics, record_work
+        self._gates = GateRecords()
         self._saved = progress.step
         self._clock = _Clock()
         self._stop_group = ControlGroup.open()  # of its own: others wait for long work of rank 0
@@ -239,6 +241,7 @@ class _Loop:
             logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
         elif progress.step % self._settings.log_every and progress.step < last:
             return
+        gates = self._engine.gate_statistics()  # of all processes
         if self._metrics is None:
             return
         per_step = self._clock.per_step()
@@ -263,6 +266,7 @@ class _Loop:
             eta_seconds=per_step * (last - progress.step),
             skipped_steps=progress.skipped_steps,
             spikes=progress.spikes,
+            **self._gates.record(gates, step=progress.step),
         )
 
     def _write(self, **record: Any) -> None:
