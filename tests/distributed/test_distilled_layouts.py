@@ -43,11 +43,11 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._context = worker_context(["megatron_specialm.parity.rank"], threads=1)
-        self._found: dict[str, parity.Run] = {}
+        self._found: dict[str, parity.Outcome] = {}
         with process_group(ALONE):
             prepare(_case({}), folder)
 
-    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Run:
+    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Outcome:
         name = f"{kind}-{layout}-{precision}"
         if name not in self._found:
             case, folder = _case(layout, precision), self._folder / str(len(self._found))
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Run, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
+def _failed(one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
     return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
 
 
