@@ -114,7 +114,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path, *, tea
         held_out = engine.evaluate([store.batch(np.arange(WINDOWS)[rank::copies])]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
     save_file(tensors, folder / f"tensors-{world.rank}.safetensors")
-    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
+    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "gates": {}, "squares": squares}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
 
 
