@@ -123,10 +123,9 @@ def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
 
 
 def _moe_sizes(setup: Setup) -> Iterator[int]:
-    """The feed-forward sizes of MoE layers."""
-    for model in setup.moe_models:
-        layers = (layer for layer in range(model.layers) if model.experts_of(layer))
-        yield from (part.ffn_hidden_size for layer in layers for part in model.feed_forward_parts(layer))
+    """The feed-forward sizes of a model's MoE layers."""
+    layers = (layer for layer in range(setup.model.layers) if setup.model.experts_of(layer))
+    return (part.ffn_hidden_size for layer in layers for part in setup.model.feed_forward_parts(layer))
 
 
 TABLE = (
@@ -215,7 +214,7 @@ TABLE = (
         ),
     ),
     Capability(
-        "mixture of experts", lambda s: bool(s.moe_models), "with tensor_parallel: sequence_parallel too",
+        "mixture of experts", lambda s: s.model.moe is not None, "with tensor_parallel: sequence_parallel too",
         conditions=(
             Condition(
                 lambda s: s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel,
@@ -232,16 +231,16 @@ TABLE = (
     ),
     Capability(
         "expert parallel", _size("expert_parallel"),
-        "an MoE model or teacher; divides the experts of each layer, and data_parallel x context_parallel",
+        "an MoE model; divides the experts of each layer, and data_parallel x context_parallel",
         conditions=(
             Condition(
-                lambda s: bool(s.moe_models),
+                lambda s: s.model.moe is not None,
                 "expert_parallel {p.expert_parallel} splits experts, and the model has no `moe`",
                 remedy="set parallel.expert_parallel: 1",
             ),
             Condition(
-                lambda s: all(count % s.parallel.expert_parallel == 0 for count in s.expert_counts),
-                "expert_parallel {p.expert_parallel} must divide moe.experts {s.expert_counts}",
+                lambda s: s.model.moe is not None and all(n % s.parallel.expert_parallel == 0 for n in s.model.moe.counts),
+                "expert_parallel {p.expert_parallel} must divide moe.experts {s.model.moe.experts}",
                 "parallel.expert_parallel",
             ),
             Condition(

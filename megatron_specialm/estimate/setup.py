@@ -68,19 +68,10 @@ class Setup:
         return self.global_batch_size // self.shard
 
     @property
-    def moe_models(self) -> list[ModelConfig]:
-        """Of the model and a teacher beside it, those that have MoE layers."""
-        return [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
-
-    @property
-    def expert_counts(self) -> list[int]:
-        """The different numbers of experts of their layers."""
-        return sorted({count for model in self.moe_models if model.moe is not None for count in model.moe.counts})
-
-    @property
     def expert_tensor_parallel(self) -> int:
         """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
-        return 1 if any(model.family == "neox" for model in self.moe_models) else self.parallel.tensor_parallel
+        models = [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
+        return 1 if any(model.family == "neox" for model in models) else self.parallel.tensor_parallel
 
     @property
     def expert_ranks(self) -> int:
