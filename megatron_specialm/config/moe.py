@@ -53,6 +53,11 @@ class MixtureOfExperts(Settings):
         return self
 
     @property
+    def depends_on_micro_batch(self) -> bool:
+        """Whether what is learned depends on which windows are in a micro-batch together."""
+        return self.aux_loss > 0 or self.capacity_factor is not None
+
+    @property
     def counts(self) -> list[int]:
         """The numbers of experts: of each MoE layer, or one for all."""
         return self.experts if isinstance(self.experts, list) else [self.experts]

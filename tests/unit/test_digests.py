@@ -37,7 +37,7 @@ DECIDES_NOTHING = {
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
     "CheckpointPolicy.*": "how often is saved",
-    "TrainStage.micro_batch_size": "portions",
+    "TrainStage.micro_batch_size": "portions, but for MoE models that balance or drop the tokens of a micro-batch",
     "TrainStage.log_every": "how talkative it is",
     "TrainStage.tensorboard": "how talkative it is",
     "TrainStage.wandb_project": "how talkative it is",
@@ -60,7 +60,7 @@ TRY: dict[str, list[Any]] = {
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
     "query_groups": [4, 1], "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
-    "moe": [{"experts": 2}], "ffn_hidden_size": [128], "shared_expert": [64],
+    "moe": [{"experts": 2}], "ffn_hidden_size": [32], "shared_expert": [16],
     "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
@@ -70,7 +70,6 @@ TRY: dict[str, list[Any]] = {
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
 NOT_ALONE = {
-    "ParallelConfig.expert_parallel",
     "TrainStage.model",
     "GenericTraining.projection",
     "TrainStage.fp8",

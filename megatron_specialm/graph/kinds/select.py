@@ -7,6 +7,7 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import Pipeline, SelectStage
 from megatron_specialm.graph.lineage import experts_of, model_keys, model_of, tokenizer_task, train_stage
+from megatron_specialm.graph.micro_batch import micro_batch
 from megatron_specialm.graph.relations import check_tokenizer
 from megatron_specialm.graph.stage_kind import ModelKind, Placement, References, register
 from megatron_specialm.graph.tasks import Task, TaskId
@@ -26,9 +27,12 @@ class SelectKind(ModelKind[SelectStage]):
         assignment = train_stage(pipeline, stage.experts).clustering
         assert assignment is not None
         models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
+        trial = stage.trial
+        elsewhere = micro_batch(self.shape(pipeline, stage), trial.micro_batch_size) if trial is not None else {}
         for domain in pipeline.text.domains:
             read = (TaskId(stage.tokens, domain), TaskId(assignment, domain), *models)
-            yield Task(TaskId(name, domain), (tokenizer_task(pipeline, stage.tokens), *read), {}, domain)
+            inputs = (tokenizer_task(pipeline, stage.tokens), *read)
+            yield Task(TaskId(name, domain), inputs, {}, domain, elsewhere=elsewhere)
 
     def check(self, pipeline: Pipeline, name: str, stage: SelectStage) -> None:
         check_tokenizer(pipeline, name, stage.tokens, stage.experts)

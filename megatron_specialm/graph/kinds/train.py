@@ -30,6 +30,7 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
+from megatron_specialm.graph.micro_batch import micro_batch
 from megatron_specialm.graph.rates import trial_key, trial_of
 from megatron_specialm.graph.relations import check_model, check_tokenizer
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
@@ -56,6 +57,7 @@ class TrainKind(ModelKind[TrainStage]):
 
     def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)
+        elsewhere = micro_batch(self.shape(pipeline, stage), stage.micro_batch_size)
         for key in model_keys(pipeline, name):
             inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
             if (assignment := stage.clustering) is not None:
@@ -71,7 +73,7 @@ class TrainKind(ModelKind[TrainStage]):
                 inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
                 if stage.distill.cache is not None:
                     inputs.append(TaskId(stage.distill.cache, key))
-            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key), elsewhere=elsewhere)
             rates = stage.optimizer.rates
             trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if rates[1:]]
             yield from trials
