@@ -31,7 +31,7 @@ def installed_version(package: str) -> str | None:
     """The version in a package's metadata, found without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: the name is empty
         return None
 
 

@@ -40,7 +40,8 @@ class StoredTensor:
             if shared == bounds:
                 return part
             if box is None:
-                box = _empty_like(part, [stop - start for start, stop in bounds])
+                shape = [stop - start for start, stop in bounds]
+                box = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
             box[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))] = part
         return box
 
@@ -51,10 +52,6 @@ class StoredTensor:
                 return file.get_tensor(stored.key)
             own = (slice(a - first, b - first) for (a, b), first in zip(bounds, stored.starts, strict=True))
             return file.get_slice(stored.key)[tuple(own)]
-
-
-def _empty_like(part: Any, shape: list[int]) -> Any:
-    return np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
 
 
 class _Stored(dict[str, StoredTensor]):

@@ -103,7 +103,7 @@ def describe(package: Package, load: Import = import_package) -> dict[str, Any] 
     for name in package.also:
         load(name)
     facts = package.facts(load) if package.facts else {}
-    return {"version": _version(package, module), **facts}
+    return {"version": installed_version(package.name) or str(getattr(module, "__version__", "")), **facts}
 
 
 def package_finding(package: Package, outcome: Outcome) -> Finding:
@@ -127,10 +127,6 @@ def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
     if megatron.state != "broken" or not broken:
         return megatron
     return replace(megatron, remedy=f"repair or uninstall {' and '.join(broken)}, which megatron-core imports")
-
-
-def _version(package: Package, module: Any) -> str:
-    return installed_version(package.name) or str(getattr(module, "__version__", ""))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
+def _failed(
+    one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32"
+) -> list[parity.Difference]:
     return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
 
 

@@ -16,7 +16,7 @@ from megatron_specialm.config.precision import Fp8Config, megatron_settings
 from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.report.summary import capabilities_table
+from megatron_specialm.report.estimates import capabilities_table
 from megatron_specialm.run.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)

@@ -18,8 +18,7 @@ from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pi
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.content import Introduced, content_of, introduced_default
-from megatron_specialm.graph.digests import digest
+from megatron_specialm.graph.digests import Introduced, content_of, digest, introduced_default
 from megatron_specialm.graph.tasks import TaskId
 from tests.settings import settings_in
 

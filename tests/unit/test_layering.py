@@ -17,7 +17,7 @@ ORDER = (
 LAYERS = {package: set(ORDER[: place + 1]) for place, package in enumerate(ORDER)} | {"doctor": {"doctor", "base"}}
 LAYERS["slurm"] |= {"doctor"}  # the look at a node computes as the doctor does
 LAYERS["cli"] |= {"doctor"}
-LIGHT = {"megatron_specialm.data.documents", "megatron_specialm.stages.context"}
+LIGHT = {"megatron_specialm.data.documents"}
 
 
 def _imports(path: Path) -> Iterator[str]:
