@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_specialm.base.packages import (
+    DEEPSPEED,
+    INSTALL_DEEPSPEED,
     INSTALL_TRANSFORMER_ENGINE,
     TRANSFORMER_ENGINE,
     import_package,
@@ -82,7 +84,7 @@ _TABLE = (
         also=("apex.normalization", "apex.optimizers"),
     ),
     Package("flash-attn", "flash_attn", "on a GPU machine: pip install --no-build-isolation flash-attn"),
-    Package("deepspeed", "deepspeed", "pip install 'deepspeed>=0.19'", ">=0.19"),
+    Package("deepspeed", "deepspeed", INSTALL_DEEPSPEED, DEEPSPEED),
     Package("mpi4py", "mpi4py", "pip install 'mpi4py>=4.0'", ">=4.0", facts=_mpi_facts),
 )
 PACKAGES = {package.name: package for package in _TABLE}

@@ -29,6 +29,7 @@ class Memory:
     """Bytes of one process.
 
     Attributes:
+        optimizer: its state, unless that is on the host (`offload_optimizer`).
         teacher: weights of a teacher beside the student.
         derived: weights that a step computes from others (`model/derived.py`), and the sums of their gradients.
         activations: kept from forward to backward passes.
@@ -92,9 +93,10 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     rounded = 0 if element == FP32 else element
     alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
-        weights=weights * element + (frozen + kept_fp32) * (FP32 - element),
-        gradients=trained * FP32,
-        optimizer=optimizer,
+        weights=(weights * element + (frozen + kept_fp32) * (FP32 - element))
+        // (copies if parallel.zero_stage >= 3 else 1),
+        gradients=trained * FP32 // (copies if parallel.zero_stage >= 2 else 1),
+        optimizer=0 if parallel.offload_optimizer else optimizer,
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
@@ -108,7 +110,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
 def _optimizer_shards(setup: Setup) -> tuple[int, int]:
     """The number of processes that the optimizer's state of a weight is split over, and that of an expert's."""
     parallel = setup.parallel
-    if not parallel.distributed_optimizer:
+    if not parallel.zero_stage:
         return 1, 1
     return parallel.data_parallel * parallel.context_parallel, setup.expert_ranks // parallel.expert_parallel
 
@@ -322,8 +324,8 @@ def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
     parallel = setup.parallel
-    if not parallel.distributed_optimizer and parallel.data_parallel > 1:
-        yield {"parallel.distributed_optimizer": True}
+    if parallel.data_parallel > 1 and (sharding := parallel.more_sharding()):
+        yield {f"parallel.{name}": value for name, value in sharding.items()}
     if not parallel.sequence_parallel and parallel.tensor_parallel > 1:
         yield {"parallel.sequence_parallel": True}
     size = setup.micro_batch_size

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig, padded_vocabulary, split_layers
+from megatron_specialm.config.parallel import Layout, ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
 from megatron_specialm.model.derived import derived_weights
@@ -72,7 +72,7 @@ class Gpt:
         context_length: int,
         precision: Precision = "fp32",
         fp8: Fp8Config | None = None,
-        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+        parallel: Layout = ParallelConfig(),  # noqa: B008 (frozen)
         experts: RoutedBuilder = MegatronExperts,
     ) -> None:
         cpu.install()
@@ -270,7 +270,7 @@ def transformer_config(
     vocabulary_size: int,
     *,
     precision: Precision,
-    parallel: ParallelConfig,
+    parallel: Layout,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's config for a model and a layout. Fused kernels are on only if there is a GPU and if they compute the same
@@ -326,7 +326,7 @@ def _activation(config: ModelConfig) -> dict:
     return {"activation_func": functional.gelu, "bias_activation_fusion": config.activation == "gelu_tanh"}
 
 
-def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
+def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: Layout) -> dict:
     """The layers of each pipeline stage. Megatron-Core expects the chunks in the order of the forward pass."""
     if parallel.pipeline_parallel == 1:
         return {}

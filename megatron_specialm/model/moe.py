@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -79,10 +80,10 @@ class MoeFeedForward(MegatronModule):
         setattr(self, ROUTED, build(RoutedSettings(moe, experts, ffn_hidden_size, config, submodules)))
         dense = submodules.shared_experts.submodules
         if moe.shared_expert is not None:
-            self.shared_expert = _dense(config, dense, moe.shared_expert)
+            self.shared_expert = feed_forward(config, dense, moe.shared_expert)
             self.shared_expert_gate = _replicated(config, 1, bias=False)
         if moe.residual:
-            self.residual = _dense(config, dense, ffn_hidden_size)
+            self.residual = feed_forward(config, dense, ffn_hidden_size)
             self.residual_mix = _replicated(config, 2, bias=True)
 
     def forward(
@@ -195,10 +196,17 @@ def _expert_config(settings: RoutedSettings) -> TransformerConfig:
     return config
 
 
-def _dense(config: TransformerConfig, submodules: MLPSubmodules, size: int) -> MLP:
+def feed_forward(
+    config: TransformerConfig, submodules: MLPSubmodules, size: int, *, group: dist.ProcessGroup | None = None
+) -> MLP:
+    """A dense network.
+
+    Args:
+        group: the processes over which its matrices are split; None for those of tensor parallelism.
+    """
     config = copy(config)
     config.ffn_hidden_size = size
-    return MLP(config, submodules)
+    return MLP(config, submodules, tp_group=group, ffn_hidden_size=size)
 
 
 def _whole(network: MLP, hidden_TBH: torch.Tensor) -> torch.Tensor:

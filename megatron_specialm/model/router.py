@@ -6,7 +6,9 @@ to no expert, and counts in no loss.
 Legend: T positions, B sequences, N = T * B tokens of this process, E experts, K experts per token, H hidden size.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -143,3 +145,14 @@ class Router(nn.Module):
         """
         assert self.expert_bias is not None
         self.expert_bias.add_((chosen_E.mean() - chosen_E).sign(), alpha=self._moe.bias_update_rate)
+
+
+@contextlib.contextmanager
+def auxiliary_losses_times(factor: float) -> Iterator[None]:
+    """Within, backward passes multiply the auxiliary losses' gradients by a factor, as the engine does the loss's. It is 1
+    otherwise."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(factor))
+    try:
+        yield
+    finally:
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))

@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
-from megatron_specialm.config.parallel import Layout, ParallelConfig
+from megatron_specialm.config.parallel import LAYOUTS, Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.setup import Setup
 
@@ -45,8 +45,23 @@ class ParityCase(Settings):
             self.micro_batch_size, self.fp8,
         )  # fmt: skip
 
+    def by_engine(self, engine: str) -> "ParityCase":
+        """The same training in a like layout of another engine. (Megatron's optimizer state is not split then: that is compared
+        with one process.) Of an MoE, Megatron-Core's tensor parallelism includes sequence parallelism."""
+        layout = LAYOUTS[engine].model_validate(
+            {
+                **self.parallel.for_engine(engine),
+                "sequence_parallel": engine == "megatron"
+                and (
+                    self.parallel.sequence_parallel
+                    or (self.model.moe is not None and self.parallel.tensor_parallel > 1)
+                ),
+            }
+        )
+        return self.model_copy(update={"parallel": layout})
+
     def on_one_process(self) -> "ParityCase":
-        """The same training without a layout."""
+        """The same training without a layout, by the Megatron engine."""
         return self.model_copy(
             update={
                 "parallel": ParallelConfig(),

@@ -27,6 +27,7 @@ from megatron_specialm.run.processes import Workers, end_workers, worker_context
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
 TIMEOUT_SECONDS = 300.0
+MODULES = ["megatron_specialm.parity.rank", "megatron_specialm.engine.megatron.open"]  # that processes need
 # Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
 # relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
 TOLERANCES: dict[str, dict[str, float]] = {
@@ -102,21 +103,27 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def compare(case: ParityCase, *, measure: str = "megatron_specialm.parity.rank:measure") -> list[Difference]:
-    """Outcome a case in its layout and on one process.
+def compare(
+    case: ParityCase,
+    *,
+    reference: ParityCase | None = None,
+    measure: str = "megatron_specialm.parity.rank:measure",
+) -> list[Difference]:
+    """Run a case in its layout and in another, and compare all quantities.
 
     Args:
+        reference: the case in the other layout; None for one process.
         measure: what each process of the layout runs, as `MODULE:FUNCTION`.
 
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
-    context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+    context = worker_context(MODULES, threads=1)
     with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
-        _run(context, case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
+        _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
         _run(context, case, many, measure)
-        return _differences(case, _read(one), _read(many))
+        return differences_of(case, read_outcome(one), read_outcome(many))
 
 
 def certificate_path(root: Path, stage: str) -> Path:
@@ -124,14 +131,17 @@ def certificate_path(root: Path, stage: str) -> Path:
     return root / "parity" / f"{stage}.json"
 
 
-def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str, Any]:
-    """The outcome for a file: layout, versions, pass or fail; of each quantity the largest difference, how many steps or
-    weights are over the tolerance, and the worst of all by name."""
+def certificate(
+    case: ParityCase, differences: Iterable[Difference], *, reference: ParityCase | None = None
+) -> dict[str, Any]:
+    """The outcome for a file: the two layouts, versions, pass or fail; of each quantity the largest difference, how many steps
+    or weights are over the tolerance, and the worst of all by name."""
     found = list(differences)
-    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine")
+    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine", "deepspeed")
     return {
         "format": CERTIFICATE_FORMAT,
         "layout": case.parallel.model_dump(mode="json"),
+        "reference": (reference or case.on_one_process()).parallel.model_dump(mode="json"),
         "precision": case.precision,
         "model": case.model.model_dump(mode="json"),
         "vocabulary_size": case.vocabulary_size,
@@ -210,7 +220,8 @@ def _measure(measure: str, case: ParityCase, world: World, folder: Path) -> None
     getattr(importlib.import_module(module), function)(case, world, folder)
 
 
-def _read(folder: Path) -> Outcome:
+def read_outcome(folder: Path) -> Outcome:
+    """What the processes of a run wrote into a folder (`parity/rank.py`)."""
     tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
     for path in sorted(folder.glob("numbers-*.json")):
@@ -224,7 +235,8 @@ def _read(folder: Path) -> Outcome:
     )
 
 
-def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+    """Every quantity of a case's run (`many`), compared with that of its reference."""
     way = case.learning_rate * case.steps
     by_quantity = {
         "loss": _of_steps(one.numbers.loss, many.numbers.loss),

@@ -15,7 +15,7 @@ from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate import capabilities
-from megatron_specialm.estimate.capabilities import Capability
+from megatron_specialm.estimate.capability import Capability
 from megatron_specialm.estimate.flops import TYPICAL_UTILISATION, device_hours
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters

@@ -11,7 +11,8 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.gpus import GIB
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.data.documents import HUB, Documents
-from megatron_specialm.estimate.capabilities import Refusal, lacking
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.capability import Refusal
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.build import build_graph

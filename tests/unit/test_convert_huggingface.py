@@ -337,7 +337,7 @@ def _export(context: Context):
 
 @pytest.fixture
 def inputs(pipeline: Pipeline, tokenizer: Path, request: pytest.FixtureRequest) -> None:
-    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.engine.process_groups import process_group
 
     with process_group(ALONE):
         _make_inputs(Path(pipeline.root), tokenizer, spoil=getattr(request, "param", False))

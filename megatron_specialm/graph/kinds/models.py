@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -33,7 +33,6 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
-from megatron_specialm.graph.micro_batch import micro_batch
 from megatron_specialm.graph.rates import trial_key, trial_of
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
 from megatron_specialm.graph.tasks import Task, TaskId
@@ -61,7 +60,7 @@ class TrainKind(ModelKind[TrainStage]):
 
     def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)
-        elsewhere = micro_batch(self.shape(pipeline, stage), stage.micro_batch_size)
+        elsewhere = _micro_batch(self.shape(pipeline, stage), stage.micro_batch_size)
         for key in model_keys(pipeline, name):
             inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
             if (assignment := stage.clustering) is not None:
@@ -218,7 +217,7 @@ class SelectKind(ModelKind[SelectStage]):
         assert assignment is not None
         models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
         trial = stage.trial
-        elsewhere = micro_batch(self.shape(pipeline, stage), trial.micro_batch_size) if trial is not None else {}
+        elsewhere = _micro_batch(self.shape(pipeline, stage), trial.micro_batch_size) if trial is not None else {}
         for domain in pipeline.text.domains:
             read = (TaskId(stage.tokens, domain), TaskId(assignment, domain), *models)
             inputs = (tokenizer_task(pipeline, stage.tokens), *read)
@@ -252,3 +251,9 @@ class SelectKind(ModelKind[SelectStage]):
 
     def origin(self, stage: SelectStage) -> str:
         return stage.by
+
+
+def _micro_batch(model: ModelConfig, size: int) -> dict[str, Any]:
+    """The size of a micro-batch as a setting that a task reads (`Task.elsewhere`), or nothing: it decides a result only where
+    an MoE balances or drops the tokens of a micro-batch together."""
+    return {"micro_batch_size": size} if model.moe is not None and model.moe.depends_on_micro_batch else {}

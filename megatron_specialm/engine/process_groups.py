@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_specialm.base.environment import World, choose_gloo_interface
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.rendezvous import rendezvous, rendezvous_address
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.model import cpu
 
 # Of a world's groups: all its ranks open the same ones in the same order, and the first one others of its own between.
@@ -44,7 +44,7 @@ def device_of(world: World) -> torch.device:
 def process_group(
     world: World,
     *,
-    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    parallel: Layout = ParallelConfig(),  # noqa: B008 (frozen)
     expert_tensor_parallel: int | None = None,
     threads: int = 1,
     timeout_seconds: float = 600,
