@@ -55,6 +55,25 @@ def test_an_moe_of_one_dense_model_starts_as_the_same_function(dense: ModelConfi
     assert (found - expected).abs().max() < 1e-5 * expected.std()
 
 
+@pytest.mark.parametrize("dense", [DENSE, LLAMA], ids=["neox", "llama"])
+@pytest.mark.usefixtures("alone")
+def test_a_shared_expert_alone_and_a_residual_part_reduce_to_the_dense_model(dense: ModelConfig) -> None:
+    """A gate of zeros halves the shared expert; a mix of zeros takes half of each part."""
+    weights = _drawn(dense, 0)
+    expected = _logits(dense, weights)
+    shared = dense.model_copy(update={"moe": MixtureOfExperts(experts=4, shared_expert=dense.ffn_hidden_size)})
+    residual = dense.model_copy(update={"moe": MixtureOfExperts(experts=4, residual=True)})
+    for shape, part, silent, factor in ((shared, "shared_expert", "experts", 2), (residual, "residual", None, 1)):
+        made = _made([weights], dense.model_copy(update={"moe": MixtureOfExperts(experts=4)}))
+        for name, spec in weight_specs(shape, vocabulary_size=VOCABULARY).items():
+            if f".mlp.{part}." in name:
+                output = factor if "linear_fc2" in name else 1
+                made[name] = weights[name.replace(f"mlp.{part}", "mlp")] * output
+            elif f".mlp.{part}" in name or (silent and f".mlp.{silent}." in name):
+                made[name] = torch.zeros(spec.shape)
+        assert (_logits(shape, made) - expected).abs().max() < 1e-5 * expected.std(), part
+
+
 @pytest.mark.usefixtures("alone")
 def test_an_moe_of_equal_models_is_any_of_them() -> None:
     """Branch-Train-MiX of copies of one model is sparse upcycling."""
