@@ -44,6 +44,9 @@ STAGES: dict[str, Any] = {
     "cached": {**TRAIN, "data": "domain", "init": "slm", "distill": {"teacher": "llm-tuned", "cache": "taught"}},
     "replay": {**TRAIN, "data": "domain", "init": "slm", "replay_fraction": 0.01},
     "early": {**TRAIN, "data": "generic", "model": MODEL, "domain_fraction": 0.1},
+    "moe": {**TRAIN, "data": "generic", "init": "slm", "upcycle": {"experts": 8}, "method": "moe"},
+    "moe-mix": {**TRAIN, "data": "generic", "init": "mix", "upcycle": {"experts": 4}, "method": "moe-mix"},
+    "moe-tuned": {**TRAIN, "data": "domain", "init": "moe-mix"},
     "perplexity": {"kind": "evaluate", "tokens": "tokens", "models": ["slm", "chosen", "tuned", "soup", "early"]},
 }  # fmt: skip
 
@@ -114,6 +117,22 @@ def test_a_model_says_how_it_has_read_the_domains_text(tmp_path: Path) -> None:
     assert {data for name in said for _, data in trainings(pipeline, name)} <= READS.keys()
 
 
+def test_an_moe_is_made_of_one_model_or_of_all_of_a_mixture(tmp_path: Path) -> None:
+    pipeline = _load(tmp_path)
+    graph = build_graph(pipeline)
+    models = {name: [one.key for one in task.inputs if one.stage in ("slm", "mix")] for name, task in (
+        ("moe", graph[TaskId("moe", "generic")]), ("moe-mix", graph[TaskId("moe-mix", "generic")]))}  # fmt: skip
+    assert models == {"moe": ["generic"], "moe-mix": ["c0", "c1", "c2", "c3"]}
+    assert graph[TaskId("moe-mix", "generic")].domain is None
+    assert set(_tasks(graph, "moe-tuned")) == {"law", "art"}
+    shape = model_of(pipeline, "moe-tuned")
+    assert shape.moe is not None and shape.model_copy(update={"moe": None}) == model_of(pipeline, "mix")
+    assert [method_of(pipeline, name) for name in ("moe", "moe-mix", "moe-tuned")] == ["moe", "moe-mix", "moe-mix"]
+    assert trainings(pipeline, "moe-tuned") == [("mix", "cluster"), ("moe-mix", "generic"), ("moe-tuned", "domain")]
+    some = build_graph(_load(tmp_path, mix={"clusters": [0, 3]}))  # two experts of each
+    assert [one.key for one in some[TaskId("moe-mix", "generic")].inputs if one.stage == "mix"] == ["c0", "c3"]
+
+
 def test_a_student_reads_its_teacher_and_a_cached_one_the_cache_too(tmp_path: Path) -> None:
     graph = build_graph(_load(tmp_path))
     assert TaskId("llm-tuned", "law") in _tasks(graph, "student")["law"].inputs
@@ -155,6 +174,18 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("slm", {"soup": {}}, "`soup` goes with `projection`"),
         ("slm", {"lora": {}}, "`lora` adapts weights that were trained before"),
         ("lora", {"lora": {"linears": ["gate"]}}, "Input should be 'qkv', 'proj', 'fc1' or 'fc2'"),
+        ("slm", {"upcycle": {"experts": 2}, "method": "x"}, "`upcycle` makes an MoE of trained models: give `init`"),
+        ("moe", {"method": None}, "give `method`, its name in tables"),
+        ("moe", {"lora": {}}, "`lora` trains adapters only"),
+        ("moe", {"upcycle": {"experts": 8, "top_k": 1}}, "upcycle.top_k 1 scales an expert's output by its probability"),
+        ("moe", {"upcycle": {"experts": 8, "residual": True}}, "upcycle.residual have no weights to start from"),
+        ("moe", {"upcycle": {"experts": 8, "ffn_hidden_size": 32}},
+         "upcycle.ffn_hidden_size: 32, and the feed-forward parts of 'slm' have 64: drop it"),
+        ("moe", {"upcycle": {"experts": 8, "every": 3}}, "moe.every 3 is more than layers 2"),
+        ("moe", {"init": "moe-mix"}, "upcycle: 'moe-mix' is an MoE already: drop `upcycle`"),
+        ("moe", {"init": "pn"}, "init: 'pn' is a projected network"),
+        ("moe-mix", {"upcycle": {"experts": 6}}, "upcycle.experts: 6, and 'mix' has 4 models"),
+        ("moe-tuned", {"lora": {}}, "lora.linears fc1, fc2: the feed-forward parts of this model are experts"),
         ("tuned", {"init": "mix"}, "init: 'mix' is a mixture of experts, not one model: choose one with a stage"),
         ("tuned", {"init": "pn"}, "'pn' is a projected network, not one model"),
         ("perplexity", {"models": ["pn"]}, "'pn' is a projected network"),
@@ -244,7 +275,7 @@ def test_more_experts_leave_those_that_are_there_as_they_are(tmp_path: Path) -> 
     """And how many windows go through at a time decides nothing."""
     digests = []
     for clusters in ([0, 1], [0, 1, 3]):
-        pipeline = _load(tmp_path, mix={"clusters": clusters})
+        pipeline = _load(tmp_path, mix={"clusters": clusters}, **{"moe-mix": {"upcycle": {"experts": 6}}})
         task = build_graph(pipeline)[TaskId("mix", "c0")]
         digests.append(digest(pipeline, task, inputs=dict.fromkeys(task.inputs, ""), file_hashes={}))
     assert digests[0] == digests[1]
