@@ -1,4 +1,4 @@
-"""An MoE that routes by cluster, through the command line: trained, killed and resumed, selected from, fine-tuned, evaluated and
+"""An MoE that routes by cluster, through the command line: trained, killed and resumed, selected from, fine-tuned, evaluated,
 exported."""
 
 import os
