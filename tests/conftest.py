@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and how pytest-xdist distributes the tests: `pytest -n WORKERS`."""
 
 import fcntl
+import gc
 import os
 import shutil
 import subprocess
@@ -31,6 +32,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     config.option.loadscopereorder = False  # as collected: the folders with the longest tests come first
     return Scheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports have made from garbage collection: each training collects, in a quarter of a second otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -139,6 +139,25 @@ class ModelConfig(Settings):
         return self.moe.counts[0] if self.moe is not None and self.moe.by_cluster else None
 
     @property
+    def export_refusal(self) -> str | None:
+        """Why no architecture of Hugging Face computes this model, and what would; None if one does."""
+        moe = self.moe
+        if moe is None:
+            return None
+        if self.family == "neox":
+            return "no Hugging Face architecture has experts with LayerNorm, GELU and biases: set family: llama"
+        if moe.residual:
+            return "no Hugging Face architecture has a dense part mixed with the experts by a softmax: use moe.shared_expert"
+        if len(set(moe.counts)) > 1:
+            return f"Qwen2-MoE has equally many experts in each MoE layer, and moe.experts is {moe.experts}: give one number"
+        if moe.bias_update_rate:
+            return (
+                f"Qwen2-MoE has softmax scores, and with moe.bias_update_rate {moe.bias_update_rate} they are sigmoids: "
+                "use moe.aux_loss"
+            )
+        return None
+
+    @property
     def activation_name(self) -> str:
         """The activation of the feed-forward part, in words."""
         if self.family == "llama":

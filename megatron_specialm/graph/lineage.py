@@ -137,6 +137,23 @@ def experts_of(pipeline: Pipeline, name: str) -> str | None:
     return "a projected network" if model.projection is not None else "an MoE that routes by cluster"
 
 
+def starts_from_mixture(pipeline: Pipeline, stage: TrainStage) -> bool:
+    """Whether a training makes an MoE of all models of a mixture."""
+    if stage.upcycle is None or stage.init is None:
+        return False
+    start = pipeline.stages[stage.init]
+    return isinstance(start, TrainStage) and start.data == "cluster"
+
+
+def first_models(pipeline: Pipeline, stage: TrainStage, key: str) -> list[TaskId]:
+    """The tasks whose weights the training of the model `key` starts from: one, for an MoE that is made of a mixture all of its
+    models, or none."""
+    if stage.init is None:
+        return []
+    keys = model_keys(pipeline, stage.init) if starts_from_mixture(pipeline, stage) else [key]
+    return [TaskId(stage.init, key_for(pipeline, stage.init, one)) for one in keys]
+
+
 def has_online_teacher(stage: TrainStage) -> bool:
     """Whether a teacher computes beside the student."""
     return stage.distill is not None and stage.distill.cache is None and stage.distill.alpha > 0

@@ -11,8 +11,8 @@ from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.run.processes import worker_context
 from tests.distillation import prepare
+from tests.processes import rank_context
 
 STUDENT = ModelConfig(layers=2, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 KINDS = ["online", "exact", "top_k", "sampled"]
@@ -21,6 +21,8 @@ TP4 = {"tensor_parallel": 4}  # of 131 columns: 64, 64, 3, none
 DP2 = {"data_parallel": 2, "distributed_optimizer": True}
 TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "recompute": "full"}
 PP2 = {"pipeline_parallel": 2}
+EP2 = {"data_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True}
+TP2_EP2 = {**TP2, "data_parallel": 2, "expert_parallel": 2}
 
 
 def _case(layout: dict, precision: str = "fp32") -> ParityCase:
@@ -40,7 +42,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+        self._context = rank_context()
         self._found: dict[str, parity.Outcome] = {}
         with process_group(ALONE):
             prepare(_case({}), folder)
@@ -50,7 +52,7 @@ class Runs:
         if name not in self._found:
             case, folder = _case(layout, precision), self._folder / str(len(self._found))
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
-            self._found[name] = parity._read(folder)
+            self._found[name] = parity.read_outcome(folder)
         return self._found[name]
 
 
@@ -59,8 +61,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Outcome, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
-    return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
+def _failed(
+    one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32"
+) -> list[parity.Difference]:
+    return [entry for entry in parity.differences_of(_case(layout, precision), one, other) if not entry.passed]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,11 @@ def _failed(one: parity.Outcome, other: parity.Run, layout: dict, precision: str
 )
 def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: dict) -> None:
     assert not _failed(runs.run(kind, {}), runs.run(kind, layout), layout)
+
+
+@pytest.mark.parametrize("layout", [EP2, TP2_EP2], ids=["EP2", "TP2-EP2"])
+def test_a_teacher_of_experts_is_split_by_expert_parallelism_beside_a_dense_student(runs: Runs, layout: dict) -> None:
+    assert not _failed(runs.run("online_of_experts", {}), runs.run("online_of_experts", layout), layout)
 
 
 def test_so_it_does_in_bf16(runs: Runs) -> None:

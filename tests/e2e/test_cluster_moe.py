@@ -1,5 +1,5 @@
-"""An MoE that routes by cluster, through the command line: trained, killed and resumed, selected from, fine-tuned, evaluated
-and exported."""
+"""An MoE that routes by cluster, through the command line: trained, killed and resumed, selected from, fine-tuned, evaluated,
+exported."""
 
 import os
 import shutil
@@ -90,8 +90,10 @@ def test_a_selected_expert_is_an_ordinary_model(finished: Path) -> None:
     assert {row["method"] for row in rows} == {"gated"}
     assert (run / "export/tuned.law/model/model.safetensors").is_file()
     _specialm(finished, "project", "run/gated/generic", "own", "--expert", str(expert))
-    own = read_merged(find_final(finished / "own")).weights
-    assert all(torch.equal(own[name], expected.weights[name]) for name in own)
+    assert all(
+        torch.equal(tensor, expected.weights[name])
+        for name, tensor in read_merged(find_final(finished / "own")).weights.items()
+    )
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(finished: Path) -> None:
