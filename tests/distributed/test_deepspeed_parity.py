@@ -13,6 +13,7 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import DeepSpeedConfig
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity.case import ParityCase, parity_case
@@ -23,6 +24,7 @@ from tests.jobs_in_ranks import Job, run_jobs
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
 PROJECTED = NEOX.model_copy(update={"projection": Projection(experts=16, capacity=8, code_size=16)})
+GATED = NEOX.model_copy(update={"moe": MixtureOfExperts(experts=4, route="cluster")})
 LORA = LLAMA.model_copy(update={"lora": LowRank(rank=8, alpha=16)})
 DP2, TP2, BOTH = {"data_parallel": 2}, {"tensor_parallel": 2}, {"data_parallel": 2, "tensor_parallel": 2}
 OFFLOAD = {"offload_optimizer": True}
@@ -43,7 +45,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         model = self.model
-        method = "-projected" * bool(model.projection) + "-lora" * bool(model.lora)
+        method = "-projected" * bool(model.projection) + "-lora" * bool(model.lora) + "-gated" * bool(model.moe)
         return f"{model.family}{method}-{self.parity.parallel.describe()}-{self.precision}".replace(" ", "-")
 
 
@@ -55,6 +57,7 @@ CASES = [
     *(Case(LLAMA, stage, TP2) for stage in (0, 1)),
     Case(PROJECTED, 0, DP2),
     Case(PROJECTED, 2, DP2),
+    Case(GATED, 1, {**DP2, "expert_parallel": 2}),
     Case(LORA, 1, DP2),
     Case(NEOX, 2, {**DP2, "recompute": "full"}),
     Case(NEOX, 3, {**DP2, "recompute": "selective"}),
