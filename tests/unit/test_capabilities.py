@@ -10,7 +10,6 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
-from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
 from megatron_specialm.estimate import machine_needs
@@ -57,37 +56,6 @@ def test_a_no_has_its_numbers_and_the_nearest_yes(setup: Setup, words: str, way_
         refuse("slm", setup)
     assert str(refusal.value).startswith("stages.slm: ")
     assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
-
-
-def _moe(layout: dict, family: str = "llama", fp8: Fp8Config | None = None, **moe) -> Setup:
-    model = MODEL.model_copy(update={"family": family, "moe": MixtureOfExperts(**{"experts": 8, **moe})})
-    return replace(_layout(**layout), model=model, precision="fp8" if fp8 else "fp32", fp8=fp8)
-
-
-@pytest.mark.parametrize(
-    ("setup", "words", "way_out"),
-    [
-        (_layout(data_parallel=2, expert_parallel=2), "the model has no `moe`", "set parallel.expert_parallel: 1"),
-        (_moe({"data_parallel": 4, "expert_parallel": 4}, experts=[8] * 5 + [6]), "must divide moe.experts [6, 8]", "is 2"),
-        (_moe({"data_parallel": 2, "expert_parallel": 4}), "must divide the 2 processes", "is 2"),
-        (_moe({"tensor_parallel": 2, "expert_parallel": 2, "sequence_parallel": True}), "must divide the 1 processes", "is 1"),
-        (_moe({"tensor_parallel": 2}), "without sequence_parallel", "set parallel.sequence_parallel: true"),
-        (_moe({"tensor_parallel": 3, "sequence_parallel": True}, ffn_hidden_size=64, top_k=1),
-         "tensor_parallel 3 must divide", "parallel.tensor_parallel that does is 2"),
-        (_moe({"context_parallel": 2}, capacity_factor=1.5), "takes positions out of order", "parallel.context_parallel: 1"),
-        (_moe({}, fp8=Fp8Config()), "has not been measured with experts", "set precision: bf16"),
-    ],
-)  # fmt: skip
-def test_experts_that_a_layout_does_not_fit_are_refused(setup: Setup, words: str, way_out: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        refuse("slm", replace(setup, context_length=48, global_batch_size=48))
-    assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
-
-
-def test_experts_with_biases_may_lie_on_tensor_parallel_processes() -> None:
-    refuse("slm", _moe({"tensor_parallel": 2, "expert_parallel": 2, "sequence_parallel": True}, family="neox"))
-    teacher = _moe({"data_parallel": 2, "expert_parallel": 2})
-    refuse("slm", replace(teacher, model=MODEL, teacher=teacher.model))
 
 
 def _deepspeed(**parallel) -> Setup:
