@@ -158,13 +158,19 @@ class Distillation(Settings):
     )
 
 
-class ProjectedNetwork(NamedTuple):
-    """SLM-pn: the settings of a training of one large model of many experts."""
+class ExpertNetwork(NamedTuple):
+    """The settings of a training of one large model with an expert per cluster: a projected network (SLM-pn), or an MoE that
+    routes by cluster.
+
+    experts: how many, by the setting `field`.
+    """
 
     assignment: str
-    projection: Projection
-    windows_per_expert: int
-    soup: Soup | None
+    experts: int
+    field: str
+    projection: Projection | None = None
+    windows_per_expert: int = 1
+    soup: Soup | None = None
 
 
 class TrainStage(Settings):
@@ -234,6 +240,13 @@ class TrainStage(Settings):
             "give either `model` (start from random weights) or `init` (start from another stage's), not both",
         )
         yield (
+            self.model is not None
+            and self.model.moe is not None
+            and self.model.moe.by_cluster
+            and self.network is None,
+            f"`moe.route: cluster` goes with `data: generic`, and this is `data: {self.data}`: change one of them",
+        )
+        yield (
             self.lora is not None and self.init is None,
             "`lora` adapts weights that were trained before: give `init` instead of `model`",
         )
@@ -290,8 +303,8 @@ class TrainStage(Settings):
         return None
 
     @property
-    def network(self) -> ProjectedNetwork | None:
-        """Its settings as a projected network; None for other models."""
+    def network(self) -> ExpertNetwork | None:
+        """Its settings as a model with an expert per cluster; None for other models."""
         return None
 
     @property

@@ -37,6 +37,10 @@ def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
     return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
 
 
+def _has_derived_weights(setup: Setup) -> bool:
+    return setup.model.projection is not None or setup.model.lora is not None
+
+
 TABLE = (
     Capability(
         "data parallel", lambda _: True, "global_batch_size is a multiple of micro_batch_size x data_parallel",
@@ -177,7 +181,7 @@ TABLE = (
     ),
     Capability("LoRA", lambda s: s.model.lora is not None, "none", engines=BOTH),
     Capability(
-        "projected network or LoRA with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model != s.model.base_config,
+        "projected network or LoRA with ZeRO", lambda s: s.parallel.engine == "deepspeed" and _has_derived_weights(s),
         "fp32; LoRA: zero_stage 0 or 1; projected network: 0 to 2",
         engines=("deepspeed",),
         conditions=(
@@ -242,7 +246,7 @@ TABLE = (
                 remedy=USE_BF16,
             ),
             Condition(
-                lambda s: s.model == s.model.base_config,
+                lambda s: not _has_derived_weights(s),
                 "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
                 "change",
                 remedy=USE_BF16,

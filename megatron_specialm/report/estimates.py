@@ -115,7 +115,7 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
         return Passes()
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
     if stage.network is not None:
-        batches += stage.network.projection.experts  # a batch has one expert: the last of each may not be full
+        batches += stage.network.experts  # a batch has one expert: the last of each may not be full
     times = 1 + -(-steps // stage.early_stopping.evaluate_every)
     # All data-parallel ranks make the same number of passes, a multiple of the pipeline stages: empty batches fill them up.
     together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel

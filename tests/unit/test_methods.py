@@ -16,6 +16,7 @@ from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of
 from megatron_specialm.graph.tasks import Task, TaskId
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
+GATED = {**MODEL, "moe": {"experts": 4, "route": "cluster"}}
 TRAIN: dict[str, Any] = {
     "kind": "train", "tokens": "tokens", "steps": 10, "global_batch_size": 16, "micro_batch_size": 8,
     "schedule": {"warmup_steps": 0},
@@ -33,6 +34,9 @@ STAGES: dict[str, Any] = {
         **TRAIN, "data": "generic", "assignment": "assignment", "model": MODEL,
         "projection": {"experts": 4, "capacity": 3, "code_size": 5}, "windows_per_expert": 8,
     },
+    "gated": {**TRAIN, "data": "generic", "assignment": "assignment", "model": GATED},
+    "gated-chosen": {"kind": "select", "experts": "gated", "tokens": "tokens"},
+    "gated-tuned": {**TRAIN, "data": "domain", "init": "gated-chosen"},
     "chosen": {"kind": "select", "experts": "mix", "tokens": "tokens"},
     "soup": {"kind": "select", "experts": "pn", "tokens": "tokens", "by": "histogram", "method": "pn-soup"},
     "tuned": {**TRAIN, "data": "domain", "init": "chosen"},
@@ -97,7 +101,10 @@ def test_what_is_selected_is_an_ordinary_model_of_its_method(tmp_path: Path) -> 
     assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").base_config == model_of(
         pipeline, "llm"
     )
-    assert [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned")] == ["mix", "mix", "pn-soup"]
+    assert model_of(pipeline, "gated").moe is not None
+    assert model_of(pipeline, "gated-chosen") == model_of(pipeline, "gated-tuned") == plain
+    methods = [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned", "gated-tuned")]
+    assert methods == ["mix", "mix", "pn-soup", "gated"]
     assert [is_finetuned(pipeline, name) for name in ("chosen", "tuned", "mix")] == [False, True, False]
 
 
@@ -163,6 +170,20 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("slm", {"clusters": [1]}, "`clusters` goes with `data: cluster`, and this is `data: generic`: drop it"),
         ("pn", {"projection": {"experts": 5, "capacity": 3, "code_size": 5}},
          "projection.experts: 5, and `assignment` has 4 clusters"),
+        ("gated", {"model": {**GATED, "moe": {"experts": 3, "route": "cluster"}}},
+         "model.moe.experts: 3, and `assignment` has 4 clusters"),
+        ("gated", {"model": {**GATED, "moe": {"experts": 4, "route": "cluster", "top_k": 2}}},
+         "top_k 2 means nothing with route"),
+        ("gated", {"assignment": None}, "need it: name an assign stage"),
+        ("gated", {"model": {**MODEL, "moe": {"experts": 4}}}, "need it: drop it"),
+        ("gated", {"data": "cluster"}, "`moe.route: cluster` goes with `data: generic`"),
+        ("slm", {"model": GATED, "data": "domain"}, "`moe.route: cluster` goes with `data: generic`"),
+        ("gated", {"domain_fraction": 0.1}, "`domain_fraction` does not go with `moe.route: cluster`"),
+        ("gated", {"distill": {"teacher": "slm"}}, "`distill` does not go with `moe.route: cluster`"),
+        ("gated", {"windows_per_expert": 8}, "`windows_per_expert` goes with `projection`"),
+        ("pn", {"model": {**MODEL, "moe": {"experts": 4}}}, "`projection` and `model.moe` both replace"),
+        ("tuned", {"init": "gated"}, "'gated' is an MoE that routes by cluster, not one model"),
+        ("gated-chosen", {"by": "histogram"}, "histogram mixes the codes of a projected network"),
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
         ("pn", {"windows_per_expert": 6}, "windows_per_expert 6 must be a multiple of micro_batch_size 8"),
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
@@ -240,7 +261,7 @@ def test_defaults_of_trainings_are_for_those_that_have_the_setting(tmp_path: Pat
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     defaults = {"replay_fraction": 0.25, "clusters": [0, 1], "domain_fraction": 0.5, "recipe": "paper"}
     config["defaults"] = {"train": defaults}
-    for name in ("pn", "cached"):  # with which some of these do not go
+    for name in ("pn", "cached", "gated", "gated-chosen", "gated-tuned"):  # with which some of these do not go
         del config["stages"][name]
     config["stages"]["soup"]["experts"] = "mix"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

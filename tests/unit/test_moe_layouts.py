@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.config.moe import MixtureOfExperts
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
 from megatron_specialm.estimate.capabilities import refuse
 from megatron_specialm.estimate.setup import Setup
@@ -48,3 +48,31 @@ def test_experts_with_biases_may_lie_on_tensor_parallel_processes() -> None:
     refuse("slm", _moe({"tensor_parallel": 2, "expert_parallel": 2, "sequence_parallel": True}, family="neox"))
     teacher = _moe({"data_parallel": 2, "expert_parallel": 2})
     refuse("slm", replace(teacher, model=MODEL, teacher=teacher.model))
+
+
+def _deepspeed(zero_stage: int, **layout) -> Setup:
+    return replace(_moe({}), parallel=DeepSpeedConfig(engine="deepspeed", zero_stage=zero_stage, **layout))
+
+
+@pytest.mark.parametrize(
+    ("setup", "words", "way_out"),
+    [
+        (_deepspeed(3), "DeepSpeed-MoE has no ZeRO-3", "nearest parallel.zero_stage that does is 2"),
+        (_deepspeed(0, data_parallel=2, expert_parallel=2), "expert_parallel 2 with zero_stage 0",
+         "nearest parallel.zero_stage that does is 1"),
+        (_deepspeed(1, data_parallel=2, expert_parallel=4), "must divide the 2 processes", "is 2"),
+        (_deepspeed(1, pipeline_parallel=2), "does not offer pipeline parallel", "or parallel.engine: megatron"),
+        (replace(_deepspeed(1), model=_moe({}).model.model_copy(update={"lora": LowRank(rank=4)})),
+         "LoRA on an MoE model trains no expert", "set parallel.engine: megatron"),
+    ],
+)  # fmt: skip
+def test_experts_that_deepspeed_does_not_train_are_refused(setup: Setup, words: str, way_out: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        refuse("slm", setup)
+    assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+def test_experts_that_deepspeed_trains() -> None:
+    refuse("slm", _deepspeed(0, data_parallel=2))
+    for stage in (1, 2):
+        refuse("slm", _deepspeed(stage, tensor_parallel=3, data_parallel=2, expert_parallel=2, offload_optimizer=True))

@@ -172,9 +172,9 @@ def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment
             f"`{vectors.tokens}`: set them equal, or name another assign stage"
         )
     k = cluster_count(pipeline, assignment)
-    if stage.network is not None and (experts := stage.network.projection.experts) != k:
+    if (network := stage.network) is not None and network.experts != k:
         raise ConfigError(
-            f"stages.{name}.projection.experts: {experts}, and `{assignment}` has {k} clusters: "
+            f"stages.{name}.{network.field}: {network.experts}, and `{assignment}` has {k} clusters: "
             "an expert is a cluster's, so set them equal"
         )
     for cluster in trained_clusters(pipeline, name) if stage.data == "cluster" else ():
@@ -228,8 +228,8 @@ class SelectKind(ModelKind[SelectStage]):
         experts = experts_of(pipeline, stage.experts)
         if experts is None:
             raise ConfigError(
-                f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster` or "
-                "`projection`"
+                f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster`, "
+                "`projection` or `moe.route: cluster`"
             )
         if stage.by == "histogram" and experts != "a projected network":
             raise ConfigError(
