@@ -250,8 +250,8 @@ def _rows(config: ModelConfig) -> list[_Row]:
 
 
 def _zeros(config: ModelConfig) -> Tensors:
-    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, and a shared expert. vLLM
-    reads no file without the biases, and none with a shared expert of size 0, which Transformers would report as missing."""
+    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, which vLLM's model always has,
+    and a shared expert, which vLLM refuses in size 0 and Transformers would report as missing."""
     found: Tensors = {}
     if config.moe is None:
         return found

@@ -27,9 +27,12 @@ from megatron_specialm.config.parallel import LAYOUTS, DeepSpeedConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model.initial import first_weight
+from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.parity.case import ParityCase, parity_case
 from megatron_specialm.parity.compare import Difference, differences_of, read_outcome
 from megatron_specialm.parity.rank import measure
+from megatron_specialm.train.distillation import Distillation
 from tests.jobs_in_ranks import Job, run_jobs
 from tests.training import (
     CONTEXT,
@@ -51,6 +54,7 @@ EP2, EP4 = {"expert_parallel": 2}, {"expert_parallel": 4}
 SHARED, RESIDUAL = {"shared_expert": 128}, {"residual": True}
 DROPS = {"capacity_factor": 0.7, "min_capacity": 1}
 BIASED = {"bias_update_rate": 0.01, "aux_loss": 0.0, "z_loss": 0.0}
+BY_CLUSTER = {"route": "cluster"}
 OFFLOAD = {"offload_optimizer": True}
 
 
@@ -67,7 +71,8 @@ class Case(NamedTuple):
     @property
     def parity(self) -> ParityCase:
         parallel = DeepSpeedConfig(engine="deepspeed", zero_stage=self.zero_stage, **self.layout)
-        moe = MixtureOfExperts(**{"experts": 8, "z_loss": 0.01, **self.moe})
+        losses = {} if self.moe == BY_CLUSTER else {"z_loss": 0.01}
+        moe = MixtureOfExperts(**{"experts": 8, **losses, **self.moe})
         model = self.model.model_copy(update={"moe": moe})
         return parity_case(Setup(model, parallel, self.precision, 1000, 1024, 64, 8))
 
@@ -112,6 +117,9 @@ MANY = [
     Case(LLAMA, {**SHARED, **DROPS}, 1, TP2, "fp32", "megatron"),
     Case(LLAMA, RESIDUAL, 1, {**DP2, **TP2, **EP2}, "fp32", "megatron"),
     Case(LLAMA, BIASED, 2, {**DP4, **EP4}, "fp32", "megatron"),
+    *(Case(LLAMA, BY_CLUSTER, number, {**DP2, **EP2}) for number in (1, 2)),
+    Case(NEOX, BY_CLUSTER, 1, {**DP2, **TP2, **EP2}),
+    Case(LLAMA, BY_CLUSTER, 2, {**DP2, **EP2}, "bf16"),
 ]
 
 
@@ -246,7 +254,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _all_equal(runs: Path, case: Case) -> None:
     differences = _compared(runs, str(case), case)
-    assert "gates" in {difference.quantity for difference in differences}
+    assert case.moe == BY_CLUSTER or "gates" in {difference.quantity for difference in differences}
     assert not [difference for difference in differences if not difference.passed]
 
 
@@ -395,14 +403,42 @@ def _check_groups(layout: dict[str, Any]) -> None:
         assert dist.get_process_group_ranks(own) == next(part for part in ranks if rank in part)
 
 
-def test_copies_evaluate_what_they_have(tmp_path: Path) -> None:
-    layout = _deepspeed(2, **DP2, **TP2, **EP2)
-    run_jobs(tmp_path, 1, [Job("one", _evaluate, ({"engine": "megatron"}, "bf16"))])
-    run_jobs(tmp_path, 4, [Job("four", _evaluate, (layout, "bf16"))])
-    one, *four = (
-        json.loads((tmp_path / name).read_text()) for name in ("one/0.json", *(f"four/{n}.json" for n in range(4)))
-    )
-    assert all(found == four[0] for found in four), "one loss for all processes"
-    for (total, tokens), (whole, counted) in zip(four[0], one, strict=True):
+def _learn(world: World, folder: Path, layout: dict[str, Any]) -> None:
+    """A dense student, with an MoE teacher beside it."""
+    setup = Setup(SHAPE, LAYOUTS[layout["engine"]](**layout), "fp32", VOCABULARY, CONTEXT, 8, 2, teacher=SMALL)
+    specs = weight_specs(SMALL, vocabulary_size=VOCABULARY)
+    with open_engine(
+        setup, world, optimizer=Optimizer(epsilon=EPSILON), initialize=lambda model: model.initialize(seed=0),
+        objective=Distillation(alpha=0.9, temperature=1.0, teacher="online"),
+        teacher_weights={name: 10 * first_weight(name, spec, SMALL, seed=1)[...] for name, spec in specs.items()},
+    ) as engine:  # fmt: skip
+        own = MemoryStore(8).batch(np.array_split(np.arange(8), engine.data_parallel)[engine.data_rank])
+        losses = [engine.train_step(own, learning_rate=1e-2).loss.mean for _ in range(4)]
+    (folder / f"{world.rank}.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process of the Megatron engine and four of DeepSpeed's give."""
+    folder = tmp_path_factory.mktemp("beside")
+    for size, layout in ((1, {"engine": "megatron"}), (4, _deepspeed(2, **DP2, **TP2, **EP2))):
+        jobs = [Job(f"evaluate-{size}", _evaluate, (layout, "bf16")), Job(f"learn-{size}", _learn, (layout,))]
+        run_jobs(folder, size, jobs)
+    return folder
+
+
+def _said(folder: Path) -> list[Any]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert all(one == found[0] for one in found), "the same by all processes"
+    return found[0]  # type: ignore[no-any-return]
+
+
+def test_copies_evaluate_what_they_have(beside: Path) -> None:
+    one, four = _said(beside / "evaluate-1"), _said(beside / "evaluate-4")
+    for (total, tokens), (whole, counted) in zip(four, one, strict=True):
         assert tokens == counted
         assert total == pytest.approx(whole, rel=1e-2)
+
+
+def test_an_moe_teaches_a_dense_student_beside_it(beside: Path) -> None:
+    assert _said(beside / "learn-4") == pytest.approx(_said(beside / "learn-1"), rel=1e-5)
