@@ -123,6 +123,7 @@ def _layer_weights(setup: Setup) -> int:
     linears = model.linear_parameters() // model.layers
     if model.family == "llama":
         plain = linears // tensor + 2 * model.hidden_size
+        plain += model.qkv_bias * model.qkv_size // tensor + model.qk_norm * 2 * model.head_size
     else:
         plain = (linears + model.qkv_size + model.ffn_hidden_size) // tensor + 6 * model.hidden_size
     if model.projection is not None:
@@ -210,11 +211,11 @@ def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
 
 
 def _layer_activations(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token: two norms; rotated queries and keys; projected queries, keys and values; the attention's result with
+    """Bytes per token: two norms; rotated queries and keys; with `qk_norm` normalized ones; projected queries, keys and values; the attention's result with
     its log-sum; the feed-forward part."""
     model, tensor = setup.model, setup.parallel.tensor_parallel
     queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
-    attention = element * (3 * queries + 3 * keys) + FP32 * model.attention_heads
+    attention = element * (3 + model.qk_norm) * (queries + keys) + FP32 * model.attention_heads
     return 2 * _norm(setup, element, fused=fused) + attention / tensor + _feed_forward(setup, element, fused=fused)
 
 

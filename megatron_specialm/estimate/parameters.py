@@ -10,7 +10,8 @@ def count_parameters(model: ModelConfig, vocabulary_size: int) -> int:
     hidden = model.hidden_size
     embeddings = vocabulary_size * hidden * (1 if model.tie_embeddings else 2)
     if model.family == "llama":
-        norms_and_biases = (2 * model.layers + 1) * hidden
+        attention = (model.qkv_size if model.qkv_bias else 0) + (2 * model.head_size if model.qk_norm else 0)
+        norms_and_biases = model.layers * (2 * hidden + attention) + hidden
     else:
         norms_and_biases = model.layers * (model.qkv_size + model.ffn_hidden_size + 6 * hidden) + 2 * hidden
     return model.linear_parameters() + embeddings + norms_and_biases

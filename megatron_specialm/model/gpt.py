@@ -207,6 +207,8 @@ class _Chunk(GPTModel):
             position_embedding_type="rope",
             rotary_percent=1.0,
             rotary_base=config.rotary_base,
+            rope_scaling=config.rotary_scaling is not None,
+            rope_scaling_factor=config.rotary_scaling or 1.0,
             vp_stage=vp_stage,
         )
 
@@ -259,11 +261,13 @@ def transformer_config(
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.attention_heads,
         num_query_groups=config.kv_heads,
+        kv_channels=config.head_size,
+        qk_layernorm=config.qk_norm,
         normalization="RMSNorm" if llama else "LayerNorm",
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=llama,
         add_bias_linear=not llama,
-        add_qkv_bias=not llama,
+        add_qkv_bias=config.qkv_bias or not llama,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -336,9 +340,9 @@ def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | Tr
     """The layer specs of a chunk."""
     fused = use_transformer_engine(settings)
     layer = (
-        get_gpt_layer_with_transformer_engine_spec()
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
         if fused
-        else get_gpt_layer_local_spec(normalization=settings.normalization)
+        else get_gpt_layer_local_spec(normalization=settings.normalization, qk_layernorm=settings.qk_layernorm)
     )
     if settings.recompute_granularity == "selective":
         layer.submodules.mlp.module = FeedForward
@@ -348,5 +352,8 @@ def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | Tr
     norm = layer.submodules.input_layernorm
     if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
         norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+        if settings.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = TorchNorm
     layers = [layer] * get_num_layers_to_build(settings, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -117,7 +117,7 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
     layer = {
         "input_layernorm.weight": WeightSpec((hidden,)),
         "self_attention.linear_qkv.weight": WeightSpec((qkv, hidden), cut=0),
-        "self_attention.linear_proj.weight": WeightSpec((hidden, hidden), cut=1),
+        "self_attention.linear_proj.weight": WeightSpec((hidden, model.attention_size), cut=1),
         "pre_mlp_layernorm.weight": WeightSpec((hidden,)),
         "mlp.linear_fc1.weight": WeightSpec((gates * feed_forward, hidden), cut=0, blocks=gates),
         "mlp.linear_fc2.weight": WeightSpec((hidden, feed_forward), cut=1),
@@ -133,6 +133,10 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
             "mlp.linear_fc2.bias": WeightSpec((hidden,)),
         }
         final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
+    if model.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = WeightSpec((qkv,), cut=0)
+    if model.qk_norm:
+        layer |= {f"self_attention.{part}_layernorm.weight": WeightSpec((model.head_size,)) for part in "qk"}
     layer = _derived(model, layer)
     layers = {f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()}
     output = {} if model.tie_embeddings else {OUTPUT_LAYER: embedding}

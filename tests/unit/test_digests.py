@@ -65,7 +65,7 @@ TRY: dict[str, list[Any]] = {
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
     "training_seed": [1], "data": ["domain", "generic"], "profile_steps": [[3]], "memory_snapshot_steps": [[3]],
-    "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
+    "bf16_first_layers": [1], "bf16_last_layers": [1], "kv_channels": [32], "rotary_scaling": [8.0], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
 NOT_ALONE = {"TrainStage.model", "GenericTraining.projection", "TrainStage.fp8", "Projection.experts"}
