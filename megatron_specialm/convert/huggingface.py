@@ -1,83 +1,21 @@
-"""Canonical weights to Hugging Face Transformers and back: GPT-NeoX for the family `neox`, Llama for `llama`.
+"""Canonical weights in memory to Hugging Face Transformers and back, by the tables of `families.py`, and the model's config."""
 
-One table per family says where each weight goes; `N` stands for the layer. A row is of one of three kinds:
-
-    copy      the same tensor under another name
-    qkv       linear_qkv packs, per query group, [query heads, key, value]: split into q_proj, k_proj and v_proj.
-              (GPT-NeoX packs per head [query, key, value], which for one head per group is the same: a copy.)
-    gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
-
-Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
-2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
-"""
-
-import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.model import Activation, ModelConfig
+from megatron_specialm.convert.architectures import architecture_of, rotary_scaling
+from megatron_specialm.convert.families import fitting, nothing_left, rows
 
 Tensors = dict[str, torch.Tensor]
 
 _ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-
-
-class _Row(NamedTuple):
-    ours: str
-    theirs: tuple[str, ...]
-    kind: str = "copy"
-
-
-def _copied(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
-    """Rows of kind `copy`, one for each pair and suffix."""
-    return [_Row(f"{ours}.{end}", (f"{theirs}.{end}",)) for ours, theirs in pairs.items() for end in suffixes]
-
-
-_NEOX = [
-    _Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-    *_copied(
-        {
-            "decoder.layers.N.input_layernorm": "gpt_neox.layers.N.input_layernorm",
-            "decoder.layers.N.self_attention.linear_qkv": "gpt_neox.layers.N.attention.query_key_value",
-            "decoder.layers.N.self_attention.linear_proj": "gpt_neox.layers.N.attention.dense",
-            "decoder.layers.N.pre_mlp_layernorm": "gpt_neox.layers.N.post_attention_layernorm",
-            "decoder.layers.N.mlp.linear_fc1": "gpt_neox.layers.N.mlp.dense_h_to_4h",
-            "decoder.layers.N.mlp.linear_fc2": "gpt_neox.layers.N.mlp.dense_4h_to_h",
-            "decoder.final_layernorm": "gpt_neox.final_layer_norm",
-        },
-        "weight",
-        "bias",
-    ),
-    _Row("output_layer.weight", ("embed_out.weight",)),
-]
-_LLAMA = [
-    _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    *_copied(
-        {
-            "decoder.layers.N.input_layernorm": "model.layers.N.input_layernorm",
-            "decoder.layers.N.self_attention.linear_proj": "model.layers.N.self_attn.o_proj",
-            "decoder.layers.N.pre_mlp_layernorm": "model.layers.N.post_attention_layernorm",
-            "decoder.layers.N.mlp.linear_fc2": "model.layers.N.mlp.down_proj",
-            "decoder.final_layernorm": "model.norm",
-        },
-        "weight",
-    ),
-    _Row(
-        "decoder.layers.N.self_attention.linear_qkv.weight",
-        tuple(f"model.layers.N.self_attn.{part}_proj.weight" for part in "qkv"),
-        "qkv",
-    ),
-    _Row(
-        "decoder.layers.N.mlp.linear_fc1.weight",
-        tuple(f"model.layers.N.mlp.{part}_proj.weight" for part in ("gate", "up")),
-        "gate_up",
-    ),
-    _Row("output_layer.weight", ("lm_head.weight",)),
-]
 
 
 def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
@@ -88,12 +26,12 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     """
     rest: Tensors = dict(tensors)
     result: Tensors = {}
-    for row in _rows(config):
+    for row in rows(config):
         if row.ours not in rest:
             raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
-        with _fitting(row.ours, config):
-            result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
-    _nothing_left(rest)
+        with fitting(row.ours, config):
+            result.update(zip(row.theirs, row.split(rest.pop(row.ours), config), strict=True))
+    nothing_left(rest)
     return result
 
 
@@ -105,12 +43,12 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     """
     rest: Tensors = dict(tensors)
     result: Tensors = {}
-    for row in _rows(config):
+    for row in rows(config):
         if missing := [name for name in row.theirs if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        with _fitting(row.theirs[0], config):
-            result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
-    _nothing_left(rest)
+        with fitting(row.theirs[0], config):
+            result[row.ours] = row.join([rest.pop(name) for name in row.theirs], config)
+    nothing_left(rest)
     return result
 
 
@@ -132,23 +70,20 @@ def huggingface_config(
         "bos_token_id": eod,
         "eos_token_id": eod,
         "pad_token_id": eod if pad is None else pad,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0},
+        "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": 1.0, **rotary_scaling(config)},
+        "architectures": [architecture_of(config)],
     }
     exported: PretrainedConfig
     if config.family == "llama":
         settings |= {
-            "architectures": ["LlamaForCausalLM"],
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_size,
             "rms_norm_eps": config.norm_epsilon,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
         }
-        exported, rotary_before_5 = LlamaConfig(**settings), {"rope_theta": theta}
+        exported, rotary_before_5 = _GATED[architecture_of(config)](settings), {"rope_theta": theta}
     else:
         settings |= {
-            "architectures": ["GPTNeoXForCausalLM"],
             "layer_norm_eps": config.norm_epsilon,
             "hidden_act": _ACTIVATIONS[config.activation],
             "use_parallel_residual": False,
@@ -162,56 +97,20 @@ def huggingface_config(
     return exported
 
 
-def _rows(config: ModelConfig) -> list[_Row]:
-    """The family's table with a row for each layer; tied embeddings have no output layer of their own."""
-    rows: list[_Row] = []
-    for row in _LLAMA if config.family == "llama" else _NEOX:
-        if row.ours == "output_layer.weight" and config.tie_embeddings:
-            continue
-        layers = range(config.layers) if ".N." in row.ours else [0]
-        rows += [
-            _Row(
-                row.ours.replace(".N.", f".{layer}."),
-                tuple(name.replace(".N.", f".{layer}.") for name in row.theirs),
-                row.kind,
-            )
-            for layer in layers
-        ]
-    return rows
+_GATED: dict[str, Callable[[dict[str, Any]], PretrainedConfig]] = {
+    "LlamaForCausalLM": lambda settings: LlamaConfig(**settings, attention_bias=False, mlp_bias=False),
+    "Qwen2ForCausalLM": lambda settings: Qwen2Config(**settings, use_sliding_window=False),
+    "Qwen3ForCausalLM": lambda settings: Qwen3Config(**settings, use_sliding_window=False, attention_bias=False),
+}
 
 
-def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
-    if kind == "copy":
-        return (tensor,)
-    if kind == "gate_up":
-        return tuple(part.contiguous() for part in tensor.chunk(2))
-    heads = config.attention_heads // config.kv_heads
-    grouped = tensor.unflatten(0, (config.kv_heads, heads + 2, config.head_size))
-    return tuple(part.flatten(0, 2).contiguous() for part in grouped.split([heads, 1, 1], dim=1))
+def save_config(exported: PretrainedConfig, folder: Path) -> None:
+    """Write config.json. Scaled rotary positions stand in it under Transformers 4's name too."""
+    exported.save_pretrained(folder)
+    written = read_json(folder / "config.json", dict[str, Any])
+    scaling = {name: value for name, value in written["rope_parameters"].items() if name not in _NOT_SCALING}
+    if scaling["rope_type"] != "default":
+        write_json(folder / "config.json", {**written, "rope_scaling": scaling})
 
 
-def _join(kind: str, tensors: list[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-    if kind == "copy":
-        return tensors[0]
-    if kind == "gate_up":
-        return torch.cat(tensors)
-    parts = [tensor.unflatten(0, (config.kv_heads, -1, config.head_size)) for tensor in tensors]
-    return torch.cat(parts, dim=1).flatten(0, 2)
-
-
-@contextlib.contextmanager
-def _fitting(name: str, config: ModelConfig) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{name}: its shape does not fit {config.attention_heads} heads in {config.kv_heads} groups of size "
-            f"{config.head_size} ({error}): the checkpoint is of another model"
-        ) from None
-
-
-def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
-    if rest:
-        raise CheckpointError(
-            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
-        )
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
