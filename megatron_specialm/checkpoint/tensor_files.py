@@ -23,6 +23,11 @@ class StoredTensor:
         self._files, self._slices = files, slices
         self.shape = slices[0].shape
 
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+        return self[tuple(slice(0, 0) for _ in self.shape)].dtype
+
     def __getitem__(self, index: tuple[slice, ...]) -> Any:
         index += (slice(None),) * (len(self.shape) - len(index))
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]

@@ -153,7 +153,7 @@ def from_huggingface_lazily(
         parts = [rest.pop(name) for name in row.theirs]
         found[row.ours] = Computed(specs[row.ours].shape, parts[0].dtype, _joining(row, parts, config))
     nothing_left(rest)
-    return found
+    return {name: found[name] for name in specs}
 
 
 def _joining(row: Row, parts: Sequence[LazyTensor], config: ModelConfig):  # type: ignore[no-untyped-def]

@@ -53,10 +53,10 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
 
 
 def huggingface_config(
-    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int, pad: int | None = None
+    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int | None, pad: int | None = None
 ) -> PretrainedConfig:
-    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token; `pad`
-    defaults to it too."""
+    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token,
+    if it is known; `pad` defaults to it too."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,

@@ -1,0 +1,164 @@
+"""Folders of Hugging Face Transformers: config.json, weights in one file or in shards with an index, and the tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.files import read_json, seal_folder, write_json
+from megatron_specialm.checkpoint.tensor_files import TensorFiles
+from megatron_specialm.convert.architectures import Model, read_config
+from megatron_specialm.convert.families import from_huggingface_lazily, huggingface_shapes, is_buffer, rows
+from megatron_specialm.convert.fingerprint import Fingerprint, read_fingerprint
+from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
+from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
+from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
+
+FORMAT = "huggingface"
+SHARD_BYTES = 5 * 10**9
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+
+
+def recognize(path: Path) -> bool:
+    """Whether a folder has a config.json and weights of Transformers."""
+    return (path / _CONFIG).is_file() and any(
+        path.glob(pattern) for pattern in ("*.safetensors*", "pytorch_model*.bin*")
+    )
+
+
+def open_folder(path: Path) -> Source:
+    """Open a folder of Transformers.
+
+    Raises:
+        CheckpointError: its architecture is none of ours; or a tensor is missing, has no place or does not fit the config.
+        ArtifactError: a file is missing or damaged.
+    """
+    model = read_config(path / _CONFIG)
+    files = _files(path)
+    stored = _stored(path, files)
+    used, dropped = _without_copies(path, stored, model)
+    found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
+    return Source(
+        path=path,
+        format=FORMAT,
+        model=model,
+        weights=found,
+        stored=stored,
+        layout="one file" if len(files) == 1 else f"{len(files)} files",
+        dropped=dropped,
+        tokenizer=find_tokenizer(path),
+        fingerprint=read_fingerprint(path),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if not (path / _INDEX).is_file():
+        raise CheckpointError(f"{path}: has neither {_WEIGHTS} nor {_INDEX}")
+    names = sorted(set(_index(path).values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{path / _INDEX}: names {outside[0]!r}, which is no file of its folder")
+    return [path / name for name in names]
+
+
+def _index(path: Path) -> dict[str, str]:
+    return read_json(path / _INDEX, dict[str, Any]).get("weight_map", {})
+
+
+def _stored(path: Path, files: list[Path]) -> Mapping[str, LazyTensor]:
+    stored = TensorFiles(files).stored
+    if files != [path / _WEIGHTS] and (missing := sorted(_index(path).keys() ^ stored.keys())):
+        raise CheckpointError(
+            f"{path / _INDEX}: {missing[0]} is {'in no file' if missing[0] not in stored else 'not listed'} "
+            f"({len(missing)} such): the folder is not complete"
+        )
+    return stored
+
+
+def _without_copies(
+    path: Path, stored: Mapping[str, LazyTensor], model: Model
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The weights, and what is left out on purpose: buffers, and the copy of a tied embedding."""
+    used, dropped = dict(stored), {name: "a buffer that follows from the config" for name in stored if is_buffer(name)}
+    if model.shape.tie_embeddings:
+        untied = model.shape.model_copy(update={"tie_embeddings": False})
+        names = {row.ours: row.theirs[0] for row in rows(untied) if row.ours in (WORD_EMBEDDINGS, OUTPUT_LAYER)}
+        own, copy = names[WORD_EMBEDDINGS], names[OUTPUT_LAYER]
+        if copy in stored and own in stored:
+            if not torch.equal(stored[own][()], stored[copy][()]):
+                raise CheckpointError(f"{path}: {copy} differs from {own}, and the config ties them")
+            dropped[copy] = f"equal to {own}, to which it is tied"
+    for name in dropped:
+        del used[name]
+    return used, dropped
+
+
+class HuggingFaceTarget:
+    """Writes a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
+
+    def __init__(self, order: Order) -> None:
+        self._order, shape = order, order.source.model.shape
+        self._rows = {row.ours: row for row in rows(shape)}
+        shards: list[dict[str, Any]] = [{}]
+        room = SHARD_BYTES
+        for row in self._rows.values():
+            for name, size in huggingface_shapes(
+                row, shape, vocabulary_size=order.source.model.vocabulary_size
+            ).items():
+                own = torch.Size(size).numel() * order.dtype.itemsize
+                if own > room and shards[-1]:
+                    shards.append({})
+                    room = SHARD_BYTES
+                shards[-1][name] = (order.dtype, size)
+                room -= own
+        self._files: dict[str, SafetensorsWriter] = {}
+        self._names: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._files[file] = SafetensorsWriter(order.folder / file, shard)
+            self._names |= dict.fromkeys(shard, file)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """See `Target`."""
+        row = self._rows[name]
+        parts = row.split(tensor, self._order.source.model.shape)
+        for theirs, part in zip(row.theirs, parts, strict=True):
+            self._files[self._names[theirs]].write(theirs, part)
+
+    def finish(self, fingerprint: Fingerprint) -> None:
+        """See `Target`."""
+        folder, source = self._order.folder, self._order.source
+        for file in self._files.values():
+            file.close()
+        if len(self._files) > 1:
+            size = sum((folder / file).stat().st_size for file in self._files)
+            write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": self._names})
+        write_config(source.model, folder, dtype=self._order.dtype)
+        if source.tokenizer is not None:
+            copy_tokenizer(source.tokenizer, folder)
+        fingerprint.save(folder)
+        seal_folder(folder)
+
+
+def write_config(model: Model, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write config.json, and generation_config.json where special ids are known."""
+    from transformers import GenerationConfig  # slow to import
+
+    from megatron_specialm.convert.huggingface import huggingface_config, save_config
+
+    ids = dict(model.special_ids)
+    config = huggingface_config(
+        model.shape, vocabulary_size=model.vocabulary_size, context_length=model.context_length, eod=None
+    )
+    for name, value in ids.items():
+        setattr(config, name, value)
+    config.dtype = dtype
+    save_config(config, folder)
+    if ids:
+        GenerationConfig(**ids).save_pretrained(folder)
