@@ -33,19 +33,13 @@ from megatron_specialm.model.derived import derived_weights
 from megatron_specialm.model.initial import first_value
 from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
 from megatron_specialm.model.weights import (
+    FUSED_NORMS,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     Sliceable,
     WeightSpec,
     weight_specs,
 )
-
-# Transformer Engine fuses a norm into the linear that follows it. Its names for that norm's parameters:
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-
 
 def use_transformer_engine(settings: TransformerConfig) -> bool:
     """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
@@ -232,7 +226,7 @@ class _Chunk(GPTModel):
 
     def canonical_name(self, name: str) -> str:
         """The canonical name of one of this chunk's parameters."""
-        for fused, plain in _FUSED_NORMS.items():
+        for fused, plain in FUSED_NORMS.items():
             name = name.replace(fused, plain)
         name = name.replace(".base_weight", ".weight")  # a linear with LoRA
         if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:

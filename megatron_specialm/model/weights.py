@@ -19,6 +19,11 @@ EXPERT_CODES = "expert_codes"
 PROJECTION = "mlp.projection"
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+# Transformer Engine fuses a norm into the linear that follows it. Its names for that norm's parameters:
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 Index = tuple[slice, ...]
