@@ -107,3 +107,18 @@ def alone() -> Iterator[None]:
 
     with process_group(ALONE):
         yield
+
+
+@pytest.fixture(scope="session")
+def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that megatron-core has written at TP2 x PP2 (`tests/peers/megatron.py`). Tests only read them."""
+    return made_once(tmp_path_factory, "megatron", lambda folder: run_peer("megatron", "save", folder))
+
+
+def run_peer(program: str, *arguments: Any) -> str:
+    """Run a program of tests/peers to its end; what it printed."""
+    command = [sys.executable, "-m", f"tests.peers.{program}", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,142 @@
+"""A megatron-core program: a dense model at TP2 x PP2 on four gloo processes, saved in every form that megatron-core and
+Megatron-LM have, or loaded from what the tests wrote. `python -m tests.peers.megatron save|load FOLDER`.
+
+`save` writes, below FOLDER:
+    stacked, singleton, per_layer    torch_dist, with the optimizer (`dist_checkpointing.save`), each in `iter_0000003`
+    legacy                           `torch` format of Megatron-LM's training
+    truth.safetensors                full tensors that megatron-core itself reads from `stacked`
+
+`load` has megatron-core read FOLDER/written/iter_0000003 and every rank load FOLDER/written-legacy; it writes the local
+shards that each rank ends up with to FOLDER/loaded-TP-PP.safetensors, legacy ones to `loaded-legacy-...`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+
+TENSOR, PIPELINE = 2, 2
+STEP = 3
+FORMS: dict[str, dict[str, Any]] = {
+    "stacked": {},
+    "singleton": {"singleton_local_shards": True},
+    "per_layer": {"non_homogeneous_layers": True},
+}
+
+
+def _rank(rank: int, action: str, folder: Path) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_specialm.model import cpu
+
+    cpu.install()
+    torch.cuda.synchronize = lambda *_: None  # dist_checkpointing calls these on any machine
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{action}", rank=rank, world_size=4)
+    parallel_state.initialize_model_parallel(TENSOR, PIPELINE)
+    model_parallel_cuda_manual_seed(0)
+    {"save": _save, "load": _load}[action](folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def build_model() -> torch.nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+        use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=PIPELINE, pipeline_dtype=torch.float32,
+    )  # fmt: skip
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=96,
+        max_sequence_length=16,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def _save(folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_specialm.model.cpu import cuda_type_names
+
+    torch.manual_seed(dist.get_rank())
+    model = build_model()
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    with cuda_type_names():
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01, clip_grad=0.0), [wrapped])
+    for parameter in model.parameters():
+        parameter.main_grad.normal_()
+    optimizer.step()
+    settings = argparse.Namespace(
+        num_layers=4, hidden_size=32, attention_backend=AttnBackend.unfused, params_dtype=torch.float32,
+        tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=PIPELINE, swiglu=True, save=Path("checkpoints"),
+    )  # fmt: skip
+    common = {"args": settings, "checkpoint_version": 3.0, "iteration": STEP}
+    for form, metadata in FORMS.items():
+        place = folder / form / f"iter_{STEP:07d}"
+        if dist.get_rank() == 0:
+            place.mkdir(parents=True)
+            (folder / form / "latest_checkpointed_iteration.txt").write_text(str(STEP))
+        dist.barrier()
+        weights = model.sharded_state_dict(metadata=metadata)
+        moments = optimizer.sharded_state_dict(weights, metadata=metadata)
+        dist_checkpointing.save({**common, "model": weights, "optimizer": moments}, str(place))
+        dist.barrier()
+    whole = dist_checkpointing.load_plain_tensors(str(folder / "stacked" / f"iter_{STEP:07d}"))
+    if dist.get_rank() == 0:
+        tensors = {name: tensor.contiguous() for name, tensor in whole.items() if isinstance(tensor, torch.Tensor)}
+        save_file(tensors, folder / "truth.safetensors")
+    _save_legacy(folder / "legacy", {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def _coordinates() -> tuple[int, int]:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+
+
+def _save_legacy(folder: Path, content: dict) -> None:
+    tensor, stage = _coordinates()
+    place = folder / f"iter_{STEP:07d}" / f"mp_rank_{tensor:02d}_{stage:03d}"
+    place.mkdir(parents=True)
+    torch.save(content, place / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(STEP))
+
+
+def _load(folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    model = build_model()
+    place = folder / "written" / f"iter_{STEP:07d}"
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(place))
+    model.load_state_dict(loaded["model"])
+    tensor, stage = _coordinates()
+    save_file(_tensors(model), folder / f"loaded-{tensor}-{stage}.safetensors")
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+if __name__ == "__main__":
+    mp.spawn(_rank, args=(sys.argv[1], Path(sys.argv[2]).resolve()), nprocs=4)
