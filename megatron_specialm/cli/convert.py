@@ -28,6 +28,10 @@ class _Dtype(StrEnum):
 SourceFolder = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A folder with a checkpoint of any format.", show_default=False)
 ]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="A config.json, for a source that does not say its model.", show_default=False),
+]
 Degree = typer.Option(help="Of a Megatron or DeepSpeed target.", min=1)
 
 
@@ -42,6 +46,7 @@ def convert(
     dtype: Annotated[
         _Dtype | None, typer.Option(help="Default: the source's; fp32 for canonical.", show_default=False)
     ] = None,
+    config: ModelConfig = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A folder with the tokenizer, instead of the source's.", show_default=False)
     ] = None,
@@ -60,7 +65,7 @@ def convert(
     types = {None: None, _Dtype.fp32: torch.float32, _Dtype.bf16: torch.bfloat16}
     watch = Stopwatch()
     layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel)
-    done = run(source, target, to=to, layout=layout, dtype=types[dtype], tokenizer=tokenizer)
+    done = run(source, target, to=to, layout=layout, dtype=types[dtype], config=config, tokenizer=tokenizer)
     opened = done.source
     say(f"{opened.path}: {_described(opened)}")
     for name, reason in opened.dropped.items():
@@ -80,6 +85,7 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all weights and compare them with the recorded fingerprint.")
     ] = False,
+    config: ModelConfig = None,
 ) -> None:
     """Print what a checkpoint is: format, model, layout, step and size, and with --tensors its tensors."""
     import math
@@ -88,7 +94,7 @@ def inspect(
     from megatron_specialm.convert.formats import open_source
     from megatron_specialm.convert.run import stream
 
-    opened = open_source(path)
+    opened = open_source(path, config=config)
     stored = opened.stored
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in stored.items()}
     say(f"{opened.path}: {_described(opened)}")

@@ -111,6 +111,16 @@ def rotary_scaling(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": float(config.rotary_scaling), **_LLAMA3}
 
 
+def refuse_given(path: Path, given: Model | None) -> None:
+    """Refuse a config that a user names for a checkpoint which has its own.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if given is not None:
+        raise CheckpointError(f"{path}: describes its model itself: leave out --config")
+
+
 def read_config(path: Path) -> Model:
     """The model that a config.json of Transformers describes.
 

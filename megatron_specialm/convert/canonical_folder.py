@@ -13,7 +13,7 @@ from megatron_specialm.base.shapes import Size
 from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.convert.architectures import Model, refuse_given
 from megatron_specialm.convert.fingerprint import Fingerprint, read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
@@ -41,13 +41,14 @@ def recognize(path: Path) -> bool:
     return (path / STATE).is_file() or (path / RESULT).is_file()
 
 
-def open_folder(path: Path) -> Source:
+def open_folder(path: Path, given: Model | None = None) -> Source:
     """Open a step, or the outcome of a training. Files are compared with the manifest; adapters are merged.
 
     Raises:
         ArtifactError: a file is missing, damaged or changed.
         CheckpointError: it is of a projected network, or tensors do not fit the model.
     """
+    refuse_given(path, given)
     step = path if (path / STATE).is_file() else find_final(path)
     checkpoint, state = read_checkpoint(step), read_json(step / STATE, _State)
     shape = state.model

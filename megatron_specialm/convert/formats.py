@@ -5,30 +5,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.convert import canonical_folder, huggingface_folder
+from megatron_specialm.convert import canonical_folder, huggingface_folder, megatron_folder, torch_dist
+from megatron_specialm.convert.architectures import Model, read_config
 from megatron_specialm.convert.source import Order, Source, Target
 
 
 class Format(NamedTuple):
-    """How a format is recognized, read and written."""
+    """How a format is recognized and read."""
 
+    name: str
     recognize: Callable[[Path], bool]
-    open: Callable[[Path], Source]
-    target: Callable[[Order], Target]
+    open: Callable[[Path, Model | None], Source]
 
 
-FORMATS = {
-    canonical_folder.FORMAT: Format(
-        canonical_folder.recognize, canonical_folder.open_folder, canonical_folder.CanonicalTarget
-    ),
-    huggingface_folder.FORMAT: Format(
-        huggingface_folder.recognize, huggingface_folder.open_folder, huggingface_folder.HuggingFaceTarget
-    ),
+FORMATS = (
+    Format(canonical_folder.FORMAT, canonical_folder.recognize, canonical_folder.open_folder),
+    Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
+    Format(megatron_folder.FORMAT, torch_dist.recognize, megatron_folder.open_torch_dist),
+)
+TARGETS: dict[str, Callable[[Order], Target]] = {
+    canonical_folder.FORMAT: canonical_folder.CanonicalTarget,
+    huggingface_folder.FORMAT: huggingface_folder.HuggingFaceTarget,
 }
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, *, config: Path | None = None) -> Source:
     """Open a checkpoint of any format, which is recognized by its content.
+
+    Args:
+        config: a config.json of Transformers, or its folder, for a checkpoint that does not say which model it is of.
 
     Raises:
         CheckpointError: it is of no known format, not complete, or of a model that we do not have.
@@ -36,11 +41,12 @@ def open_source(path: Path) -> Source:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder: name the folder of a checkpoint")
-    for known in FORMATS.values():
+    given = None if config is None else read_config(config / "config.json" if config.is_dir() else config)
+    for known in FORMATS:
         if known.recognize(path):
-            return known.open(path)
+            return known.open(path, given)
     files = ", ".join(sorted(found.name for found in path.iterdir())[:5]) or "nothing"
     raise CheckpointError(
-        f"{path}: a checkpoint of no known format ({', '.join(FORMATS)}). It has {files}. Name the folder in which the "
-        "checkpoint's own files are"
+        f"{path}: a checkpoint of no known format ({', '.join(dict.fromkeys(known.name for known in FORMATS))}). It has "
+        f"{files}. Name the folder in which the checkpoint's own files are"
     )

@@ -9,7 +9,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
-from megatron_specialm.convert.architectures import Model, read_config
+from megatron_specialm.convert.architectures import Model, read_config, refuse_given
 from megatron_specialm.convert.families import from_huggingface_lazily, huggingface_shapes, is_buffer, rows
 from megatron_specialm.convert.fingerprint import Fingerprint, read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
@@ -31,13 +31,14 @@ def recognize(path: Path) -> bool:
     )
 
 
-def open_folder(path: Path) -> Source:
+def open_folder(path: Path, given: Model | None = None) -> Source:
     """Open a folder of Transformers.
 
     Raises:
         CheckpointError: its architecture is none of ours; or a tensor is missing, has no place or does not fit the config.
         ArtifactError: a file is missing or damaged.
     """
+    refuse_given(path, given)
     model = read_config(path / _CONFIG)
     files = _files(path)
     stored = _stored(path, files)

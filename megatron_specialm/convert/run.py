@@ -19,7 +19,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError, MachineError
 from megatron_specialm.base.files import fsync_path
 from megatron_specialm.convert.fingerprint import Fingerprint, compare, hash_tensor, make_fingerprint
-from megatron_specialm.convert.formats import FORMATS, open_source
+from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.source import Layout, Order, Source
 from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer
@@ -46,6 +46,7 @@ def convert(
     to: str,
     layout: Layout = Layout(),
     dtype: torch.dtype | None = None,
+    config: Path | None = None,
     tokenizer: Path | None = None,
     threads: int = 2,
 ) -> Conversion:
@@ -54,8 +55,9 @@ def convert(
     Args:
         path: the checkpoint; see `open_source`.
         target: a folder to be made.
-        to: a key of `FORMATS`.
+        to: a key of `TARGETS`.
         dtype: of the weights; default: the source's, and fp32 for a canonical target.
+        config: see `open_source`.
         tokenizer: a folder with tokenizer files, instead of the source's.
 
     Raises:
@@ -65,7 +67,7 @@ def convert(
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already: name a folder to make")
-    source = open_source(path)
+    source = open_source(path, config=config)
     if tokenizer is not None:
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
@@ -76,7 +78,7 @@ def convert(
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
-        writer = FORMATS[to].target(Order(temporary, source, layout, dtype))
+        writer = TARGETS[to](Order(temporary, source, layout, dtype))
         written = stream(source, dtype=dtype, write=writer.write, threads=threads)
         writer.finish(written)
         compare(written, stream(open_source(temporary), threads=threads), where=target)
