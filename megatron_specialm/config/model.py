@@ -73,7 +73,7 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
-        if self.kv_channels is None and self.hidden_size % self.attention_heads or self.head_size % 2:
+        if (self.kv_channels is None and self.hidden_size % self.attention_heads) or self.head_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} over attention_heads {self.attention_heads} (or kv_channels) must give an "
                 "even whole head size (rotary positions turn pairs)"

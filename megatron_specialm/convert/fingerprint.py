@@ -16,6 +16,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.probe import Probe
+from megatron_specialm.convert.safetensors_writer import elements
 
 FINGERPRINT = "fingerprint.json"
 TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in another order
@@ -44,8 +45,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's elements in fp32, C order."""
-    flat = tensor.float().contiguous().view(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"").hexdigest()
+    return hashlib.sha256(elements(tensor.float())).hexdigest()
 
 
 def make_fingerprint(model: Model, hashes: Mapping[str, str], probe: Probe) -> Fingerprint:

@@ -1,6 +1,7 @@
 """Folders of Hugging Face Transformers: config.json, weights in one file or in shards with an index, and the tokenizer."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,18 @@ from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Order, Source
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
+from megatron_specialm.convert.torch_zip import read_torch_zip
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
 
 FORMAT = "huggingface"
 SHARD_BYTES = 5 * 10**9
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_CONFIG, _WEIGHTS, _PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 _INDEX = f"{_WEIGHTS}.index.json"
 
 
 def recognize(path: Path) -> bool:
-    """Whether a folder has a config.json and weights of Transformers."""
-    return (path / _CONFIG).is_file() and any(
-        path.glob(pattern) for pattern in ("*.safetensors*", "pytorch_model*.bin*")
-    )
+    """Whether a folder has a config.json."""
+    return (path / _CONFIG).is_file()
 
 
 def open_folder(path: Path, given: Model | None = None) -> Source:
@@ -40,8 +40,8 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     """
     refuse_given(path, given)
     model = read_config(path / _CONFIG)
-    files = _files(path)
-    stored = _stored(path, files)
+    files, places = _files(path)
+    stored = _stored(path, files, places)
     used, dropped = _without_copies(path, stored, model)
     found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     return Source(
@@ -57,26 +57,38 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     )
 
 
-def _files(path: Path) -> list[Path]:
-    if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
-    if not (path / _INDEX).is_file():
-        raise CheckpointError(f"{path}: has neither {_WEIGHTS} nor {_INDEX}")
-    names = sorted(set(_index(path).values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{path / _INDEX}: names {outside[0]!r}, which is no file of its folder")
-    return [path / name for name in names]
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with weights; and of each tensor its file's name, where an index says so."""
+    for whole in (_WEIGHTS, _PICKLED):
+        if (path / whole).is_file():
+            return [path / whole], {}
+        index = path / f"{whole}.index.json"
+        if index.is_file():
+            places = read_json(index, _Index).weight_map
+            names = sorted(set(places.values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file of its folder")
+            return [path / name for name in names], places
+    raise CheckpointError(
+        f"{path}: has neither {_WEIGHTS} nor {_INDEX}, nor {_PICKLED} nor its index: it is not complete"
+    )
 
 
-def _index(path: Path) -> dict[str, str]:
-    return read_json(path / _INDEX, dict[str, Any]).get("weight_map", {})
+@dataclass(frozen=True)
+class _Index:
+    """What is read here of an index."""
+
+    weight_map: dict[str, str]
 
 
-def _stored(path: Path, files: list[Path]) -> Mapping[str, LazyTensor]:
-    stored = TensorFiles(files).stored
-    if files != [path / _WEIGHTS] and (missing := sorted(_index(path).keys() ^ stored.keys())):
+def _stored(path: Path, files: list[Path], places: Mapping[str, str]) -> Mapping[str, LazyTensor]:
+    if files[0].suffix == ".bin":
+        stored = {name: tensor for file in files for name, tensor in read_torch_zip(file).items()}
+    else:
+        stored = TensorFiles(files).stored
+    if places and (missing := sorted(places.keys() ^ stored.keys())):
         raise CheckpointError(
-            f"{path / _INDEX}: {missing[0]} is {'in no file' if missing[0] not in stored else 'not listed'} "
+            f"{path}: of its index {missing[0]} is {'in no file' if missing[0] not in stored else 'not listed'} "
             f"({len(missing)} such): the folder is not complete"
         )
     return stored

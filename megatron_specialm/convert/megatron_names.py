@@ -136,9 +136,7 @@ def _apart(stored: Mapping[str, LazyTensor], shape: ModelConfig, where: Path) ->
     return found
 
 
-def _layers(
-    name: str, tensor: LazyTensor, shape: ModelConfig, where: Path
-) -> Iterator[tuple[str, LazyTensor]]:
+def _layers(name: str, tensor: LazyTensor, shape: ModelConfig, where: Path) -> Iterator[tuple[str, LazyTensor]]:
     match = _STACKED.fullmatch(name)
     if match is None:
         yield name, tensor
@@ -215,7 +213,9 @@ def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Mod
             "qkv_bias": gated and bool(settings.get("add_qkv_bias")),
             "qk_norm": bool(settings.get("qk_layernorm")),
             "rotary_base": int(settings.get("rotary_base", 10_000)),
-            "rotary_scaling": float(settings.get("rope_scaling_factor", 8.0)) if settings.get("use_rope_scaling") else None,
+            "rotary_scaling": float(settings.get("rope_scaling_factor", 8.0))
+            if settings.get("use_rope_scaling")
+            else None,
             "norm_epsilon": float(settings.get("norm_epsilon", 1e-5)),
             "init_std": float(settings.get("init_method_std") or 0.02),
         }

@@ -1,7 +1,8 @@
 """The driver: streams a checkpoint's canonical tensors from its format into another, and proves that they arrived.
 
-Tensors are read, hashed and written by a few threads; at most one layer is in memory, and a few tensors of the next. The target is
-written to a temporary folder, read back and compared by its fingerprint, and then renamed: it is complete or it is not there.
+Tensors are read, hashed and written by a few threads; at most one layer is in memory, and a few tensors of the next. The
+target is written to a temporary folder, read back and compared by its fingerprint, and then renamed: it is complete or it is
+not there.
 """
 
 import os
@@ -44,7 +45,7 @@ def convert(
     target: Path,
     *,
     to: str,
-    layout: Layout = Layout(),
+    layout: Layout = Layout(),  # noqa: B008 (immutable)
     dtype: torch.dtype | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
@@ -129,9 +130,7 @@ def stream(
     return make_fingerprint(model, hashes_written, written)
 
 
-def _in_order(
-    work: Callable[[str], Result], names: list[str], threads: int
-) -> Iterator[tuple[str, Result]]:
+def _in_order(work: Callable[[str], Result], names: list[str], threads: int) -> Iterator[tuple[str, Result]]:
     """The results of work in threads, in the order of the names; few are begun before they are asked for."""
     with ThreadPoolExecutor(threads) as pool:
         begun: deque[tuple[str, Future[Result]]] = deque()

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,15 @@ class SafetensorsWriter:
 
 def write_at(file: int, tensor: torch.Tensor, offset: int) -> None:
     """Write a tensor's elements, row by row, to a file at a byte offset."""
-    rest = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    rest = elements(tensor)
     while rest:
         written = os.pwrite(file, rest, offset)
         rest, offset = rest[written:], offset + written
+
+
+def elements(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements, row by row."""
+    if not tensor.numel():
+        return memoryview(b"")
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

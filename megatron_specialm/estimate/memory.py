@@ -211,8 +211,8 @@ def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
 
 
 def _layer_activations(setup: Setup, element: int, *, fused: bool) -> float:
-    """Bytes per token: two norms; rotated queries and keys; with `qk_norm` normalized ones; projected queries, keys and values; the attention's result with
-    its log-sum; the feed-forward part."""
+    """Bytes per token: two norms; rotated queries and keys, and with `qk_norm` normalized ones; projected queries, keys and
+    values; the attention's result with its log-sum; the feed-forward part."""
     model, tensor = setup.model, setup.parallel.tensor_parallel
     queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
     attention = element * (3 + model.qk_norm) * (queries + keys) + FP32 * model.attention_heads

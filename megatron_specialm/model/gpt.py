@@ -41,6 +41,7 @@ from megatron_specialm.model.weights import (
     weight_specs,
 )
 
+
 def use_transformer_engine(settings: TransformerConfig) -> bool:
     """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
     compute in TF32 (a 10-bit mantissa)."""

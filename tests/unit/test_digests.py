@@ -58,14 +58,15 @@ TRY: dict[str, list[Any]] = {
     "path": ["tokenizer.model"], "early_stopping": [{"evaluate_every": 5}], "lora": [{}], "soup": [{}], "fp8": [{}],
     "trial": [{"steps": 4, "global_batch_size": 8}], "recipe": ["paper"], "wandb_project": ["x"], "method": ["x"],
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
-    "query_groups": [4, 1], "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
+    "query_groups": [4, 1], "kv_channels": [32], "rotary_scaling": [8.0],
+    "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
     "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
     "training_seed": [1], "data": ["domain", "generic"], "profile_steps": [[3]], "memory_snapshot_steps": [[3]],
-    "bf16_first_layers": [1], "bf16_last_layers": [1], "kv_channels": [32], "rotary_scaling": [8.0], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
+    "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
 NOT_ALONE = {"TrainStage.model", "GenericTraining.projection", "TrainStage.fp8", "Projection.experts"}
