@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class _To(StrEnum):
     huggingface = "huggingface"
     megatron = "megatron"
+    megatron_legacy = "megatron-legacy"
     deepspeed = "deepspeed"
     canonical = "canonical"
 

@@ -14,7 +14,7 @@ from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.architectures import Model, refuse_given
-from megatron_specialm.convert.fingerprint import Fingerprint, read_fingerprint
+from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Order, Source
@@ -97,38 +97,28 @@ def _merged(name: str, stored: Mapping[str, LazyTensor], shape: ModelConfig) -> 
     return Computed(tuple(base.shape), torch.float32, compute)
 
 
-class CanonicalTarget:
-    """Writes the folder of a training that ended at step 0: its only step, with one file of tensors.
+def write_folder(order: Order) -> None:
+    """Write the folder of a training that ended at step 0: its only step, with one file of tensors.
 
     `tokenizer/` beside the step has the tokenizer's files.
     """
-
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._step = order.folder / ".step"
-        self._step.mkdir()
-        weights = {name: (order.dtype, tensor.shape) for name, tensor in order.source.weights.items()}
-        self._file = SafetensorsWriter(self._step / "model-00000.safetensors", weights)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """See `Target`."""
-        self._file.write(name, tensor)
-
-    def finish(self, fingerprint: Fingerprint) -> None:
-        """See `Target`."""
-        source = self._order.source
-        self._file.close()
-        fingerprint.save(self._step)
-        state = {
-            "model": source.model.shape.model_dump(mode="json"),
-            "vocabulary_size": source.model.vocabulary_size,
-            "context_length": source.model.context_length,
-            "tokenizer": source.tokenizer_fingerprint,
-            "special_ids": dict(source.model.special_ids),
-            "converted_from": {"format": source.format, "path": str(source.path), "step": source.step},
-        }
-        write_json(self._step / STATE, state)
-        publish_folder(self._step, step_folder(self._order.folder, 0))
-        declare_final(self._order.folder, step=0)
-        if source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, self._order.folder / TOKENIZER)
+    source, step = order.source, order.folder / ".step"
+    step.mkdir()
+    places = {name: (order.dtype, tensor.shape) for name, tensor in source.weights.items()}
+    file = SafetensorsWriter(step / "model-00000.safetensors", places)
+    order.write_rows(lambda name, tensor: file.write(name, tensor[()]))
+    file.close()
+    order.fingerprint.save(step)
+    state = {
+        "model": source.model.shape.model_dump(mode="json"),
+        "vocabulary_size": source.model.vocabulary_size,
+        "context_length": source.model.context_length,
+        "tokenizer": source.tokenizer_fingerprint,
+        "special_ids": dict(source.model.special_ids),
+        "converted_from": {"format": source.format, "path": str(source.path), "step": source.step},
+    }
+    write_json(step / STATE, state)
+    publish_folder(step, step_folder(order.folder, 0))
+    declare_final(order.folder, step=0)
+    if source.tokenizer is not None:
+        copy_tokenizer(source.tokenizer, order.folder / TOKENIZER)

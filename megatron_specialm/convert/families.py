@@ -151,13 +151,13 @@ def from_huggingface_lazily(
                     "another model than its config"
                 )
         parts = [rest.pop(name) for name in row.theirs]
-        found[row.ours] = Computed(specs[row.ours].shape, parts[0].dtype, _joining(row, parts, config))
+        found[row.ours] = parts[0] if row.kind == "copy" else _joined(row, parts, config, specs[row.ours].shape)
     nothing_left(rest)
     return {name: found[name] for name in specs}
 
 
-def _joining(row: Row, parts: Sequence[LazyTensor], config: ModelConfig):  # type: ignore[no-untyped-def]
-    return lambda: row.join([part[()] for part in parts], config)
+def _joined(row: Row, parts: Sequence[LazyTensor], config: ModelConfig, shape: tuple[int, ...]) -> LazyTensor:
+    return Computed(shape, parts[0].dtype, lambda: row.join([part[()] for part in parts], config))
 
 
 @contextlib.contextmanager

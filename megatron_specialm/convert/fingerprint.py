@@ -5,11 +5,13 @@ computed. A tensor that was swapped, transposed or changed on the way is named.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
@@ -24,13 +26,14 @@ TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in an
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`."""
+    """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`; None where they
+    are not finite."""
 
     model: dict[str, Any]
     weights: dict[str, str]
     tokens: list[int]
     places: list[int]
-    logits: list[list[float]]
+    logits: list[list[float | None]]
 
     def save(self, folder: Path) -> None:
         """Write `fingerprint.json`."""
@@ -50,7 +53,8 @@ def hash_tensor(tensor: torch.Tensor) -> str:
 
 def make_fingerprint(model: Model, hashes: Mapping[str, str], probe: Probe) -> Fingerprint:
     """Of all weights' hashes, and a probe that has taken all weights."""
-    return Fingerprint(model.computes, dict(hashes), probe.tokens, probe.places, probe.finish().tolist())
+    logits = [[value if math.isfinite(value) else None for value in row] for row in probe.finish().tolist()]
+    return Fingerprint(model.computes, dict(hashes), probe.tokens, probe.places, logits)
 
 
 def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
@@ -66,10 +70,10 @@ def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
                 "or lost on the way"
             )
     compare_hashes(recorded.weights, found.weights, where=where)
-    difference = (torch.tensor(recorded.logits) - torch.tensor(found.logits)).abs().max()
-    if not difference <= TOLERANCE * max(1.0, torch.tensor(recorded.logits).abs().max().item()):
+    ours, theirs = (np.array(one.logits, float) for one in (recorded, found))  # None becomes NaN
+    if not np.allclose(theirs, ours, rtol=0, atol=TOLERANCE * max(1.0, np.nanmax(np.abs(ours))), equal_nan=True):
         raise CheckpointError(
-            f"{where}: logits differ from those of its fingerprint by up to {difference:.1e}, though all weights are equal: "
+            f"{where}: logits differ from those of its fingerprint by up to {np.nanmax(np.abs(ours - theirs)):.1e}, though all weights are equal: "
             "this version of megatron_specialm computes otherwise than the one that wrote it"
         )
 

@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.convert import canonical_folder, huggingface_folder, megatron_folder, torch_dist
+from megatron_specialm.convert import (
+    canonical_folder,
+    huggingface_folder,
+    megatron_folder,
+    megatron_legacy,
+    torch_dist,
+)
 from megatron_specialm.convert.architectures import Model, read_config
-from megatron_specialm.convert.source import Order, Source, Target
+from megatron_specialm.convert.source import Source, Target
 
 
 class Format(NamedTuple):
@@ -22,10 +28,13 @@ FORMATS = (
     Format(canonical_folder.FORMAT, canonical_folder.recognize, canonical_folder.open_folder),
     Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
     Format(megatron_folder.FORMAT, torch_dist.recognize, megatron_folder.open_torch_dist),
+    Format(megatron_folder.FORMAT, megatron_legacy.recognize, megatron_folder.open_legacy),
 )
-TARGETS: dict[str, Callable[[Order], Target]] = {
-    canonical_folder.FORMAT: canonical_folder.CanonicalTarget,
-    huggingface_folder.FORMAT: huggingface_folder.HuggingFaceTarget,
+TARGETS: dict[str, Target] = {
+    canonical_folder.FORMAT: canonical_folder.write_folder,
+    huggingface_folder.FORMAT: huggingface_folder.write_folder,
+    megatron_folder.FORMAT: megatron_folder.write_torch_dist,
+    megatron_folder.LEGACY: megatron_folder.write_legacy,
 }
 
 

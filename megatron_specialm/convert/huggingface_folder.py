@@ -1,9 +1,9 @@
 """Folders of Hugging Face Transformers: config.json, weights in one file or in shards with an index, and the tokenizer."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,8 +11,8 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.convert.architectures import Model, read_config, refuse_given
-from megatron_specialm.convert.families import from_huggingface_lazily, huggingface_shapes, is_buffer, rows
-from megatron_specialm.convert.fingerprint import Fingerprint, read_fingerprint
+from megatron_specialm.convert.families import Row, from_huggingface_lazily, huggingface_shapes, is_buffer, rows
+from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Order, Source
@@ -112,51 +112,48 @@ def _without_copies(
     return used, dropped
 
 
-class HuggingFaceTarget:
-    """Writes a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
+def write_folder(order: Order) -> None:
+    """Write a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
+    folder, source = order.folder, order.source
+    table = {row.ours: row for row in rows(source.model.shape)}
+    files, places = _planned(order, table.values())
 
-    def __init__(self, order: Order) -> None:
-        self._order, shape = order, order.source.model.shape
-        self._rows = {row.ours: row for row in rows(shape)}
-        shards: list[dict[str, Any]] = [{}]
-        room = SHARD_BYTES
-        for row in self._rows.values():
-            for name, size in huggingface_shapes(
-                row, shape, vocabulary_size=order.source.model.vocabulary_size
-            ).items():
-                own = torch.Size(size).numel() * order.dtype.itemsize
-                if own > room and shards[-1]:
-                    shards.append({})
-                    room = SHARD_BYTES
-                shards[-1][name] = (order.dtype, size)
-                room -= own
-        self._files: dict[str, SafetensorsWriter] = {}
-        self._names: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._files[file] = SafetensorsWriter(order.folder / file, shard)
-            self._names |= dict.fromkeys(shard, file)
+    def write(name: str, tensor: LazyTensor) -> None:
+        row = table[name]
+        for theirs, part in zip(row.theirs, row.split(tensor[()], source.model.shape), strict=True):
+            files[places[theirs]].write(theirs, part)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """See `Target`."""
-        row = self._rows[name]
-        parts = row.split(tensor, self._order.source.model.shape)
-        for theirs, part in zip(row.theirs, parts, strict=True):
-            self._files[self._names[theirs]].write(theirs, part)
+    order.write_rows(write)
+    for file in files.values():
+        file.close()
+    if len(files) > 1:
+        size = sum((folder / file).stat().st_size for file in files)
+        write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    write_config(source.model, folder, dtype=order.dtype)
+    if source.tokenizer is not None:
+        copy_tokenizer(source.tokenizer, folder)
+    order.fingerprint.save(folder)
+    seal_folder(folder)
 
-    def finish(self, fingerprint: Fingerprint) -> None:
-        """See `Target`."""
-        folder, source = self._order.folder, self._order.source
-        for file in self._files.values():
-            file.close()
-        if len(self._files) > 1:
-            size = sum((folder / file).stat().st_size for file in self._files)
-            write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": self._names})
-        write_config(source.model, folder, dtype=self._order.dtype)
-        if source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, folder)
-        fingerprint.save(folder)
-        seal_folder(folder)
+
+def _planned(order: Order, table: Iterable[Row]) -> tuple[dict[str, SafetensorsWriter], dict[str, str]]:
+    """The files to write by name, and of each tensor its file's name."""
+    model = order.source.model
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    room = SHARD_BYTES
+    for row in table:
+        for name, shape in huggingface_shapes(row, model.shape, vocabulary_size=model.vocabulary_size).items():
+            size = math.prod(shape) * order.dtype.itemsize
+            if size > room and shards[-1]:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][name] = order.dtype, shape
+            room -= size
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [_WEIGHTS]
+    files = {name: SafetensorsWriter(order.folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    return files, {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
 
 
 def write_config(model: Model, folder: Path, *, dtype: torch.dtype) -> None:

@@ -1,19 +1,36 @@
-"""Checkpoints of Megatron-LM and Megatron-Core in the format `torch_dist`, as canonical weights."""
+"""Checkpoints of Megatron-LM and Megatron-Core, in the formats `torch_dist` and `torch` (legacy), as canonical weights and back."""
 
+import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.convert import torch_dist
+from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
 from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.fingerprint import read_fingerprint
-from megatron_specialm.convert.lazy import LazyTensor
-from megatron_specialm.convert.megatron_names import EXTRA_STATE, from_megatron, read_settings
-from megatron_specialm.convert.source import Source
-from megatron_specialm.convert.tokenizer_files import TOKENIZER
-from megatron_specialm.model.weights import WORD_EMBEDDINGS
+from megatron_specialm.convert.lazy import LazyTensor, stacked, with_rows
+from megatron_specialm.convert.megatron_names import (
+    EXTRA_STATE,
+    canonical_names,
+    from_megatron,
+    joined_ranks,
+    megatron_name,
+    padded_rows,
+    rank_part,
+    read_settings,
+    settings_of,
+)
+from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
+from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
-FORMAT = "megatron"
+FORMAT, LEGACY = "megatron", "megatron-legacy"
+_GROUPED_VERSION = 3.0  # of checkpoints whose rows of queries, keys and values are in groups
+_LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
 OPTIMIZER = "the optimizer's state: weights are converted, trainings start anew from them"
 
 
@@ -49,6 +66,128 @@ def open_torch_dist(path: Path, given: Model | None) -> Source:
         tokenizer=folder if folder.is_dir() else None,
         fingerprint=read_fingerprint(opened.folder),
     )  # fmt: skip
+
+
+def open_legacy(path: Path, given: Model | None) -> Source:
+    """Open a checkpoint of a file per rank; see `open_torch_dist`."""
+    opened = megatron_legacy.open_megatron_legacy(path)
+    ranks = [canonical_names(shard, opened.folder) for shard in opened.shards]
+    if opened.version < _GROUPED_VERSION:
+        raise CheckpointError(
+            f"{opened.folder}: checkpoint_version {opened.version}: before {_GROUPED_VERSION} queries, keys and values were in "
+            "another order: load and save it with Megatron-LM"
+        )
+    rows = sum(embedding_rows(rank, opened.folder) for rank in ranks)
+    model = given or read_settings(opened.settings, where=opened.folder, rows=rows)
+    specs = weight_specs(model.shape, vocabulary_size=model.vocabulary_size)
+    dropped = {}
+    if model.shape.tie_embeddings and OUTPUT_LAYER in ranks[0]:
+        dropped[OUTPUT_LAYER] = f"the last pipeline stage's copy of {WORD_EMBEDDINGS}"
+        for rank in ranks:
+            if not torch.equal(rank[WORD_EMBEDDINGS][()], rank.pop(OUTPUT_LAYER)[()]):
+                raise CheckpointError(f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied")
+    whole = {
+        name: joined_ranks([rank[name] for rank in ranks], specs[name]) if name in specs else ranks[0][name]
+        for name in ranks[0]
+    }
+    folder = opened.folder.parent / TOKENIZER
+    return Source(
+        path=opened.folder,
+        format=FORMAT,
+        model=model,
+        weights=from_megatron(whole, model, where=opened.folder),
+        stored=whole,
+        layout=f"legacy, tensor_parallel {len(ranks)}, pipeline_parallel "
+        f"{opened.settings.get('pipeline_model_parallel_size', 1)}",
+        step=opened.step or 0,
+        dropped=dropped,
+        tokenizer=folder if folder.is_dir() else None,
+        fingerprint=read_fingerprint(opened.folder),
+    )
+
+
+def write_torch_dist(order: Order) -> None:
+    """Write an iteration `release` in the form that Megatron-Core gives to models of equal layers. Any layout loads it; the
+    order's decides the embedding's padding and the settings."""
+    weights = _padded(order)
+    stacks: dict[str, list[LazyTensor]] = {}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in weights.items():
+        if layer := _LAYER.fullmatch(name):
+            stacks.setdefault(layer["rest"], []).append(tensor)
+        else:
+            tensors[megatron_name(name)] = tensor
+    tensors |= {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
+    shape = order.source.model.shape
+    objects = [
+        f"decoder.layers.{place}.{EXTRA_STATE}/shard_{layer}_{shape.layers}"
+        for place in LINEAR_PLACES.values()
+        for layer in range(shape.layers)
+    ]
+    common = {"args": argparse.Namespace(**_settings(order)), "checkpoint_version": _GROUPED_VERSION, "iteration": 0}
+    folder = torch_dist_writing.write_torch_dist(
+        order.folder, tensors, step=None, common=common, objects=objects, files=order.threads
+    )
+    _finish(order, folder)
+
+
+def write_legacy(order: Order) -> None:
+    """Write an iteration `release` with a file per rank."""
+    weights, model, layout = _padded(order), order.source.model, order.layout
+    if model.shape.tie_embeddings and layout.pipeline_parallel > 1:
+        weights[OUTPUT_LAYER] = weights[WORD_EMBEDDINGS]
+    specs = weight_specs(model.shape, vocabulary_size=weights[WORD_EMBEDDINGS].shape[0])
+    specs.setdefault(OUTPUT_LAYER, specs[WORD_EMBEDDINGS])
+    shards = [
+        {
+            megatron_name(name): rank_part(tensor, specs[name], rank=rank, size=layout.tensor_parallel)
+            for name, tensor in weights.items()
+        }
+        for rank in range(layout.tensor_parallel)
+    ]
+    stages = layout.pipeline_parallel
+    folder = megatron_legacy_writing.write_megatron_legacy(
+        order.folder, shards, settings=_settings(order), step=None, stage_layers=[model.shape.layers // stages] * stages
+    )
+    _finish(order, folder)
+
+
+def _padded(order: Order) -> dict[str, LazyTensor]:
+    """The weights, with Megatron-LM's padding of the vocabulary.
+
+    Raises:
+        CheckpointError: the layout does not divide the model.
+    """
+    model, layout, weights = order.source.model, order.layout, order.weights
+    shape = model.shape
+    for what, number in (
+        ("attention heads", shape.attention_heads), ("query groups", shape.kv_heads), ("ffn_hidden_size", shape.ffn_hidden_size),
+    ):  # fmt: skip
+        if number % layout.tensor_parallel:
+            raise CheckpointError(f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}")
+    if shape.layers % layout.pipeline_parallel:
+        raise CheckpointError(f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers")
+    if layout.expert_parallel != 1:
+        raise CheckpointError(f"expert_parallel {layout.expert_parallel}: the model has no experts")
+    rows = padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel)
+    return {
+        name: with_rows(tensor, rows) if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _settings(order: Order) -> dict[str, Any]:
+    layout = order.layout
+    settings = settings_of(
+        order.source.model, tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+    )
+    return {**settings, "params_dtype": order.dtype, "bf16": order.dtype == torch.bfloat16, "fp16": False}
+
+
+def _finish(order: Order, folder: Path) -> None:
+    order.fingerprint.save(folder)
+    if order.source.tokenizer is not None:
+        copy_tokenizer(order.source.tokenizer, order.folder / TOKENIZER)
 
 
 def counted(found: Mapping[str, tuple[int, str]]) -> dict[str, str]:

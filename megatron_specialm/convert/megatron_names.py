@@ -11,7 +11,6 @@ Canonical names are those of Megatron-Core's own layers. A checkpoint differs fr
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +21,13 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.families import nothing_left
-from megatron_specialm.convert.lazy import Computed, LazyTensor
+from megatron_specialm.convert.lazy import Computed, LazyTensor, part, with_rows
 from megatron_specialm.model.weights import FUSED_NORMS, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default, for each tensor-parallel rank
 EXTRA_STATE = "_extra_state"
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _GATES = re.compile(r"(.+\.linear_fc1\.weight)_([wv])")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One layer of a tensor of all layers."""
-
-    whole: LazyTensor
-    layer: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Without the dimension over layers."""
-        return tuple(self.whole.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its elements."""
-        return self.whole.dtype
-
-    def __getitem__(self, index: Any, /) -> torch.Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        return self.whole[(slice(self.layer, self.layer + 1), *index)][0]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The first rows of a tensor: without its padding."""
-
-    padded: LazyTensor
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Without the padding."""
-        return (self.rows, *self.padded.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of its elements."""
-        return self.padded.dtype
-
-    def __getitem__(self, index: Any, /) -> torch.Tensor:
-        return self.padded[(slice(0, self.rows),)][index]
 
 
 def padded_rows(vocabulary_size: int, *, tensor_parallel: int) -> int:
@@ -104,7 +60,7 @@ def from_megatron(stored: Mapping[str, LazyTensor], model: Model, *, where: Path
             )
         tensor = rest.pop(name)
         if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) and tensor.shape[0] > spec.shape[0]:
-            tensor = _Rows(tensor, spec.shape[0])
+            tensor = with_rows(tensor, spec.shape[0])
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, and the settings make it {spec.shape}: they are of another "
@@ -115,24 +71,39 @@ def from_megatron(stored: Mapping[str, LazyTensor], model: Model, *, where: Path
     return found
 
 
+def canonical_names(stored: Mapping[str, LazyTensor], where: Path) -> dict[str, LazyTensor]:
+    """Tensors under canonical names of norms; other names stay.
+
+    Raises:
+        CheckpointError: two have the same.
+    """
+    found: dict[str, LazyTensor] = {}
+    for theirs, tensor in stored.items():
+        name = theirs
+        for fused, plain in FUSED_NORMS.items():
+            name = name.replace(fused, plain)
+        if name in found:
+            raise CheckpointError(f"{where}: {name} is there twice: under names of two kinds")
+        found[name] = tensor
+    return found
+
+
 def _apart(stored: Mapping[str, LazyTensor], shape: ModelConfig, where: Path) -> dict[str, LazyTensor]:
     """A tensor per weight and layer, under canonical names."""
     found: dict[str, LazyTensor] = {}
     halves: dict[str, dict[str, LazyTensor]] = {}
-    for theirs, tensor in stored.items():
-        for name, part in _layers(theirs, tensor, shape, where):
-            for fused, plain in FUSED_NORMS.items():
-                name = name.replace(fused, plain)
+    for theirs, tensor in canonical_names(stored, where).items():
+        for name, one in _layers(theirs, tensor, shape, where):
             if gate := _GATES.fullmatch(name):
-                halves.setdefault(gate[1], {})[gate[2]] = part
+                halves.setdefault(gate[1], {})[gate[2]] = one
             elif name in found:
                 raise CheckpointError(f"{where}: {name} is there twice: under names of two kinds")
             else:
-                found[name] = part
+                found[name] = one
     for name, pair in halves.items():
         if pair.keys() != {"w", "v"} or name in found:
             raise CheckpointError(f"{where}: {name}_w and {name}_v are not both there, or it is there whole too")
-        found[name] = _stacked(pair["w"], pair["v"])
+        found[name] = _gate_up(pair["w"], pair["v"])
     return found
 
 
@@ -144,10 +115,10 @@ def _layers(name: str, tensor: LazyTensor, shape: ModelConfig, where: Path) -> I
     if tensor.shape[0] != shape.layers:
         raise CheckpointError(f"{where}: {name} has {tensor.shape[0]} layers, and the settings say {shape.layers}")
     for layer in range(shape.layers):
-        yield f"decoder.layers.{layer}.{match[1]}", Part(tensor, layer)
+        yield f"decoder.layers.{layer}.{match[1]}", part(tensor, layer)
 
 
-def _stacked(gate: LazyTensor, up: LazyTensor) -> LazyTensor:
+def _gate_up(gate: LazyTensor, up: LazyTensor) -> LazyTensor:
     rows = gate.shape[0] + up.shape[0]
     return Computed((rows, *gate.shape[1:]), gate.dtype, lambda: torch.cat([gate[()], up[()]]))
 
@@ -166,6 +137,23 @@ def joined_ranks(parts: list[LazyTensor], spec: WeightSpec) -> LazyTensor:
         return torch.cat([rank[block] for block in range(blocks) for rank in chunks], dim=cut)
 
     return Computed(tuple(shape), parts[0].dtype, compute)
+
+
+def rank_part(tensor: LazyTensor, spec: WeightSpec, *, rank: int, size: int) -> LazyTensor:
+    """What a tensor-parallel rank holds: the inverse of `joined_ranks`."""
+    if spec.cut is None or size == 1:
+        return tensor
+    cut, blocks = spec.cut, spec.blocks
+    shape = list(tensor.shape)
+    width = shape[cut] // (blocks * size)
+    shape[cut] //= size
+
+    def compute() -> torch.Tensor:
+        starts = [(block * size + rank) * width for block in range(blocks)]
+        before = (slice(None),) * cut
+        return torch.cat([tensor[(*before, slice(start, start + width))] for start in starts], dim=cut)
+
+    return Computed(tuple(shape), tensor.dtype, compute)
 
 
 def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Model:

@@ -100,8 +100,8 @@ ids = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=8)[0]))
 ```
 
-The tokenizer begins a text with the end-of-document token, as in training. The context is {facts.context_length} tokens,
-that one included.
+The tokenizer begins a text with the end-of-document token, as in training. The context is
+{facts.context_length} tokens, that one included.
 
 ## Training
 

@@ -1,8 +1,8 @@
-"""The driver: streams a checkpoint's canonical tensors from its format into another, and proves that they arrived.
+"""The driver: writes a checkpoint's canonical tensors in another format, and proves that they arrived.
 
-Tensors are read, hashed and written by a few threads; at most one layer is in memory, and a few tensors of the next. The
-target is written to a temporary folder, read back and compared by its fingerprint, and then renamed: it is complete or it is
-not there.
+The source is read for its fingerprint; the target is written to a temporary folder, read back, compared by its fingerprint, and
+then renamed: it is complete or it is not there. A few threads read tensors, or slices of them; at most one layer is in memory,
+and a few tensors of the next.
 """
 
 import os
@@ -79,55 +79,47 @@ def convert(
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
-        writer = TARGETS[to](Order(temporary, source, layout, dtype))
-        written = stream(source, dtype=dtype, write=writer.write, threads=threads)
-        writer.finish(written)
-        compare(written, stream(open_source(temporary), threads=threads), where=target)
+        expected = stream(source, dtype=dtype, threads=threads)
+        TARGETS[to](Order(temporary, source, layout, dtype, expected, threads))
+        compare(expected, stream(open_source(temporary), threads=threads), where=target)
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         os.replace(temporary, target)
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Conversion(source, target, dtype, written, size)
+    return Conversion(source, target, dtype, expected, size)
 
 
-def stream(
-    source: Source,
-    *,
-    dtype: torch.dtype = torch.float32,
-    write: Callable[[str, torch.Tensor], None] | None = None,
-    threads: int = 2,
-) -> Fingerprint:
-    """Read all tensors of a source once, and write them.
+def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int = 2) -> Fingerprint:
+    """Read all weights of a source once.
+
+    Args:
+        dtype: to which they are rounded.
 
     Returns:
-        The fingerprint of what is written.
+        The fingerprint of the rounded weights.
 
     Raises:
         CheckpointError: the source is not what its own fingerprint says.
     """
     model = source.model
-    read, written = (Probe(model.shape, model.vocabulary_size) for _ in range(2))
-    hashes_read: dict[str, str] = {}
-    hashes_written: dict[str, str] = {}
+    probes = [Probe(model.shape, model.vocabulary_size) for _ in range(2)]
+    hashes: list[dict[str, str]] = [{}, {}]
 
-    def take(name: str) -> tuple[torch.Tensor, torch.Tensor, str, str]:
-        tensor = source.weights[name][()]
-        rounded = tensor.to(dtype)
-        if write is not None:
-            write(name, rounded)
-        exact = rounded.dtype.itemsize >= tensor.dtype.itemsize and rounded.dtype != torch.float16
-        own = hash_tensor(tensor)
-        return tensor.float(), rounded.float(), own, own if exact else hash_tensor(rounded)
+    def read(name: str) -> list[tuple[torch.Tensor, str]]:
+        own = source.weights[name][()]
+        rounded = own if own.dtype.itemsize < dtype.itemsize else own.to(dtype)
+        first = own.float(), hash_tensor(own)
+        return [first, first if rounded is own else (rounded.float(), hash_tensor(rounded))]
 
-    for name, (tensor, rounded, own, kept) in _in_order(take, list(source.weights), threads):
-        hashes_read[name], hashes_written[name] = own, kept
-        written.take(name, rounded)
-        if source.fingerprint is not None:
-            read.take(name, tensor)
+    for name, forms in _in_order(read, list(source.weights), threads):
+        for number, (tensor, digest) in enumerate(forms):
+            hashes[number][name] = digest
+            probes[number].take(name, tensor)
+    own, rounded = (make_fingerprint(model, *of) for of in zip(hashes, probes, strict=True))
     if source.fingerprint is not None:
-        compare(source.fingerprint, make_fingerprint(model, hashes_read, read), where=source.path)
-    return make_fingerprint(model, hashes_written, written)
+        compare(source.fingerprint, own, where=source.path)
+    return rounded
 
 
 def _in_order(work: Callable[[str], Result], names: list[str], threads: int) -> Iterator[tuple[str, Result]]:

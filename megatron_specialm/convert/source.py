@@ -1,15 +1,16 @@
-"""What a checkpoint of any format is to the driver: a source of canonical tensors, or a target that takes them."""
+"""What a checkpoint of any format is to the driver: a source of canonical tensors, or an order to write them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.fingerprint import Fingerprint
-from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.lazy import LazyTensor, cast
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,27 @@ class Order:
         folder: a new one.
         source: what is converted: its model, step and tokenizer.
         dtype: the type of the weights in the files.
+        fingerprint: of what is to be written.
+        threads: that write.
     """
 
     folder: Path
     source: Source
     layout: Layout
     dtype: torch.dtype
+    fingerprint: Fingerprint
+    threads: int = 2
+
+    @property
+    def weights(self) -> dict[str, LazyTensor]:
+        """The canonical weights, in the type that is written."""
+        return {name: cast(tensor, self.dtype) for name, tensor in self.source.weights.items()}
+
+    def write_rows(self, write: Callable[[str, LazyTensor], None]) -> None:
+        """Call `write` for each canonical weight, in threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(write, *zip(*self.weights.items(), strict=True)):
+                pass
 
 
-class Target(Protocol):
-    """Writes canonical tensors into a folder. `write` is called once for each, from several threads, in any order."""
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole canonical tensor."""
-
-    def finish(self, fingerprint: Fingerprint) -> None:
-        """Write all else. All tensors have been written, else an AssertionError is raised."""
+Target = Callable[[Order], None]  # writes all files of a format into the order's folder

@@ -17,8 +17,7 @@ from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.convert import canonical_folder
-from megatron_specialm.convert.huggingface_folder import HuggingFaceTarget
+from megatron_specialm.convert import canonical_folder, huggingface_folder
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.run import stream
 from megatron_specialm.convert.source import Layout, Order
@@ -90,8 +89,7 @@ def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *,
     source = canonical_folder.open_folder(step)
     ids = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     source = replace(source, model=replace(source.model, context_length=store.context_length, special_ids=ids))
-    target = HuggingFaceTarget(Order(folder, source, Layout(), dtype))
-    target.finish(stream(source, dtype=dtype, write=target.write))
+    huggingface_folder.write_folder(Order(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
     save_tokenizer(tokenizer, folder, context_length=store.context_length)
 
 

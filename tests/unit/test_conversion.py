@@ -25,6 +25,7 @@ from megatron_specialm.convert.architectures import read_config
 from megatron_specialm.convert.fingerprint import FINGERPRINT, read_fingerprint
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.run import convert, stream
+from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.model.gpt import Gpt
 from tests.checkpoints import CONFIGS, VOCABULARY, random_model, save_random_model
 
@@ -171,12 +172,12 @@ def test_a_setting_that_was_lost_is_named(sources: dict[str, Path], tmp_path: Pa
 def test_a_writer_that_swaps_tensors_leaves_nothing(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = huggingface_folder.HuggingFaceTarget.write
+    write = SafetensorsWriter.write
 
-    def swapped(self: huggingface_folder.HuggingFaceTarget, name: str, tensor: torch.Tensor) -> None:
+    def swapped(self: SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
         write(self, re.sub(r"layers\.[01]", lambda place: place[0][:-1] + "10"[int(place[0][-1])], name), tensor)
 
-    monkeypatch.setattr(huggingface_folder.HuggingFaceTarget, "write", swapped)
+    monkeypatch.setattr(SafetensorsWriter, "write", swapped)
     with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.input_layernorm\.weight \(has the content"):
         convert(sources["llama"], tmp_path / "theirs", to="huggingface")
     assert not list(tmp_path.iterdir())
