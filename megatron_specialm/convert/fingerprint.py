@@ -26,8 +26,8 @@ TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in an
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`; None where they
-    are not finite."""
+    """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`; None where
+    they are not finite."""
 
     model: dict[str, Any]
     weights: dict[str, str]
@@ -71,9 +71,10 @@ def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
             )
     compare_hashes(recorded.weights, found.weights, where=where)
     ours, theirs = (np.array(one.logits, float) for one in (recorded, found))  # None becomes NaN
-    if not np.allclose(theirs, ours, rtol=0, atol=TOLERANCE * max(1.0, np.nanmax(np.abs(ours))), equal_nan=True):
+    tolerance, difference = TOLERANCE * max(1.0, np.nanmax(np.abs(ours))), np.nanmax(np.abs(ours - theirs))
+    if not np.allclose(theirs, ours, rtol=0, atol=tolerance, equal_nan=True):
         raise CheckpointError(
-            f"{where}: logits differ from those of its fingerprint by up to {np.nanmax(np.abs(ours - theirs)):.1e}, though all weights are equal: "
+            f"{where}: logits differ from those of its fingerprint by up to {difference:.1e}, though all weights are equal: "
             "this version of megatron_specialm computes otherwise than the one that wrote it"
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM and Megatron-Core, in the formats `torch_dist` and `torch` (legacy), as canonical weights and back."""
+"""Checkpoints of Megatron-LM and Megatron-Core, in the formats `torch_dist` and `torch` (legacy), read and written."""
 
 import argparse
 import re
@@ -85,7 +85,9 @@ def open_legacy(path: Path, given: Model | None) -> Source:
         dropped[OUTPUT_LAYER] = f"the last pipeline stage's copy of {WORD_EMBEDDINGS}"
         for rank in ranks:
             if not torch.equal(rank[WORD_EMBEDDINGS][()], rank.pop(OUTPUT_LAYER)[()]):
-                raise CheckpointError(f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied")
+                raise CheckpointError(
+                    f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied"
+                )
     whole = {
         name: joined_ranks([rank[name] for rank in ranks], specs[name]) if name in specs else ranks[0][name]
         for name in ranks[0]
@@ -160,13 +162,16 @@ def _padded(order: Order) -> dict[str, LazyTensor]:
     """
     model, layout, weights = order.source.model, order.layout, order.weights
     shape = model.shape
-    for what, number in (
-        ("attention heads", shape.attention_heads), ("query groups", shape.kv_heads), ("ffn_hidden_size", shape.ffn_hidden_size),
-    ):  # fmt: skip
+    divided = {"heads": shape.attention_heads, "query groups": shape.kv_heads, "ffn_hidden_size": shape.ffn_hidden_size}
+    for what, number in divided.items():
         if number % layout.tensor_parallel:
-            raise CheckpointError(f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}")
+            raise CheckpointError(
+                f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}"
+            )
     if shape.layers % layout.pipeline_parallel:
-        raise CheckpointError(f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers")
+        raise CheckpointError(
+            f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers"
+        )
     if layout.expert_parallel != 1:
         raise CheckpointError(f"expert_parallel {layout.expert_parallel}: the model has no experts")
     rows = padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel)
