@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and how pytest-xdist distributes the tests: `pytest -n WORKERS`."""
 
 import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -113,6 +114,14 @@ def alone() -> Iterator[None]:
 def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that megatron-core has written at TP2 x PP2 (`tests/peers/megatron.py`). Tests only read them."""
     return made_once(tmp_path_factory, "megatron", lambda folder: run_peer("megatron", "save", folder))
+
+
+@pytest.fixture(scope="session")
+def deepspeed_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that DeepSpeed has written on two processes (`tests/peers/deepspeed.py`). Tests only read them."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return made_once(tmp_path_factory, "deepspeed", lambda folder: run_peer("deepspeed", "save", folder))
 
 
 def run_peer(program: str, *arguments: Any) -> str:

@@ -28,8 +28,8 @@ from megatron_specialm.convert.safe_pickle import COPY_AGAIN, decoding, inert, r
 from megatron_specialm.convert.stored import BoxedTensor, FileTensor
 from megatron_specialm.convert.torch_zip import TORCH, read_torch_zip, settings_of
 
-_FORMAT, _METADATA, _COMMON = "metadata.json", ".metadata", "common.pt"
-_MOMENTS = {f"optimizer.state.{theirs}.": f"{ours}/" for theirs, ours in
+FORMAT, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
+MOMENTS = {f"optimizer.state.{theirs}.": f"{ours}/" for theirs, ours in
             {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "param": "fp32", "fp32_param": "fp32"}.items()}  # fmt: skip
 _ALLOWED = {
     **TORCH,
@@ -79,7 +79,7 @@ class TorchDist:
 def recognize(path: Path) -> bool:
     """Whether a folder, or the last iteration in it, is of this format."""
     folder = iteration_folder(path)
-    return (folder / _METADATA).is_file() and (folder / _FORMAT).is_file()
+    return (folder / METADATA).is_file() and (folder / FORMAT).is_file()
 
 
 def open_torch_dist(path: Path) -> TorchDist:
@@ -92,14 +92,14 @@ def open_torch_dist(path: Path) -> TorchDist:
         CheckpointError: it is damaged or incomplete, of another format, or its pickles ask for code.
     """
     folder = iteration_folder(path)
-    with decoding(folder / _FORMAT, "valid JSON"):
-        backend = read_json(folder / _FORMAT, dict[str, Any]).get("sharded_backend")
+    with decoding(folder / FORMAT, "valid JSON"):
+        backend = read_json(folder / FORMAT, dict[str, Any]).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(
-            f"{folder / _FORMAT}: the format is {backend!r}, and only 'torch_dist' is known: save it so"
+            f"{folder / FORMAT}: the format is {backend!r}, and only 'torch_dist' is known: save it so"
         )
-    with decoding(folder / _METADATA, "the metadata of torch's distributed checkpoints"):
-        fields = read_pickle(folder / _METADATA, _ALLOWED).fields
+    with decoding(folder / METADATA, "the metadata of torch's distributed checkpoints"):
+        fields = read_pickle(folder / METADATA, _ALLOWED).fields
         described, stored = fields["state_dict_metadata"], fields["storage_data"]
         places: dict[str, dict[tuple[int, ...], _Place]] = {}
         for index, info in stored.items():
@@ -110,14 +110,14 @@ def open_torch_dist(path: Path) -> TorchDist:
             for name, entry in described.items()
             if entry.name.endswith(".TensorStorageMetadata")
         }
-    common = read_torch_zip(folder / _COMMON, inert("megatron.*")) if (folder / _COMMON).is_file() else {}
+    common = read_torch_zip(folder / COMMON, inert("megatron.*")) if (folder / COMMON).is_file() else {}
     moments = {
         ours + name.removeprefix(theirs): tensor
         for name, tensor in tensors.items()
-        for theirs, ours in _MOMENTS.items()
+        for theirs, ours in MOMENTS.items()
         if name.startswith(theirs)
     }
-    others = [name for name in tensors if name.startswith("optimizer.") and not name.startswith(tuple(_MOMENTS))]
+    others = [name for name in tensors if name.startswith("optimizer.") and not name.startswith(tuple(MOMENTS))]
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
     return TorchDist(folder, weights, moments, others, [name for name in described if name not in tensors], common)
 
@@ -133,16 +133,16 @@ class _Place(NamedTuple):
 def _place(folder: Path, relative_path: str, offset: int, length: int, transform_descriptors: Any = None) -> _Place:
     if PurePosixPath(relative_path).name != relative_path:
         raise CheckpointError(
-            f"{folder / _METADATA}: names the file {relative_path!r}, outside of its folder: do not trust it"
+            f"{folder / METADATA}: names the file {relative_path!r}, outside of its folder: do not trust it"
         )
     path = folder / relative_path
     if transform_descriptors:
-        raise CheckpointError(f"{folder / _METADATA}: says that {path.name} is compressed: save it without")
+        raise CheckpointError(f"{folder / METADATA}: says that {path.name} is compressed: save it without")
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing, though {_METADATA} names it: {COPY_AGAIN}")
+        raise CheckpointError(f"{path}: is missing, though {METADATA} names it: {COPY_AGAIN}")
     if offset < 0 or length < 0 or offset + length > (size := path.stat().st_size):
         raise CheckpointError(
-            f"{path}: has {size} bytes, and {_METADATA} names {offset} to {offset + length}: {COPY_AGAIN}"
+            f"{path}: has {size} bytes, and {METADATA} names {offset} to {offset + length}: {COPY_AGAIN}"
         )
     return _Place(path, offset, length)
 
@@ -161,7 +161,7 @@ class _Chunk:
         content = read_torch_zip(path, start=start, length=length)
         if not isinstance(content, FileTensor) or (content.shape, content.dtype) != (self.shape, self.dtype):
             raise CheckpointError(
-                f"{path}: at byte {start} {_METADATA} says a tensor of shape {self.shape} and type {self.dtype}, and there is "
+                f"{path}: at byte {start} {METADATA} says a tensor of shape {self.shape} and type {self.dtype}, and there is "
                 f"{content}: {COPY_AGAIN}"
             )
         return content
@@ -180,8 +180,8 @@ def _tensor(name: str, folder: Path, described: dict[str, Any], places: Mapping[
         if any(
             first < 0 or stop < first or stop > size for first, stop, size in zip(starts, stops, shape, strict=True)
         ):
-            raise CheckpointError(f"{folder / _METADATA}: {name}: a chunk leaves the shape {shape}: {COPY_AGAIN}")
+            raise CheckpointError(f"{folder / METADATA}: {name}: a chunk leaves the shape {shape}: {COPY_AGAIN}")
         if starts not in places:
-            raise CheckpointError(f"{folder / _METADATA}: {name}: its chunk at {starts} is in no file: {COPY_AGAIN}")
+            raise CheckpointError(f"{folder / METADATA}: {name}: its chunk at {starts} is in no file: {COPY_AGAIN}")
         boxes[StoredSlice(places[starts].path, name, starts, stops, shape)] = _Chunk(places[starts], sizes, dtype)
     return BoxedTensor(name, boxes)

@@ -24,7 +24,7 @@ _DTYPES = {
         "float8_e5m2",
     )
 }  # fmt: skip
-_STORAGES = {
+STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
 }  # fmt: skip
@@ -146,7 +146,7 @@ def _tensor(
 
 TORCH: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
-    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()},
     "torch.storage.UntypedStorage": None,
     "torch.Size": Maker(tuple),
     "torch.device": Maker(lambda *_: None),
@@ -157,6 +157,11 @@ TORCH: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v3": Maker(
         lambda data, offset, shape, stride, _, __, dtype, *___: _tensor(data, offset, shape, stride, dtype)
     ),
+    "torch._tensor._rebuild_from_type_v2": Maker(
+        lambda made, _, arguments, __: made.make(*arguments)
+    ),  # with attributes
+    "torch.Tensor": None,
+    "torch.nn.parameter.Parameter": None,
     "torch._utils._rebuild_parameter": Maker(lambda data, *_: data),
     "torch._utils._rebuild_parameter_with_state": Maker(lambda data, *_: data),
 }

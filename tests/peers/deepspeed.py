@@ -2,7 +2,7 @@
 
 `save` trains a small model for three steps and saves it, below FOLDER:
     zero1, zero2, zero3, zero1-bf16     a dense model, by ZeRO stage
-    moe                                 a model with four experts on two ranks (EP 2), ZeRO-1
+    moe, moe-ep1                        a model with four experts, two on each rank (EP 2) or all on both, ZeRO-1
     universal                           `zero1`, by DeepSpeed's ds_to_universal
     KIND.json                           the loss of the step after
     KIND.safetensors                    what DeepSpeed's zero_to_fp32 makes of it
@@ -46,7 +46,7 @@ class Dense(nn.Module):
 class Experts(nn.Module):
     """Two layers of experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, expert_parallel: int) -> None:
         from deepspeed.moe.layer import MoE
 
         super().__init__()
@@ -64,7 +64,7 @@ class Experts(nn.Module):
         )
         for number, layer in enumerate(self.layers):
             for local, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
-                torch.manual_seed(100 * number + 2 * int(os.environ["RANK"]) + local)
+                torch.manual_seed(100 * number + 2 * int(os.environ["RANK"]) * (expert_parallel - 1) + local)
                 for parameter in expert.parameters():
                     nn.init.normal_(parameter, std=0.3)
         torch.manual_seed(1)
@@ -82,12 +82,12 @@ def _engine(kind: str) -> Any:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     torch.manual_seed(0)
-    model: nn.Module = Experts() if kind == "moe" else Dense()
+    model: nn.Module = Experts(1 if kind == "moe-ep1" else 2) if kind.startswith("moe") else Dense()
     groups: Any = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1, "name": "decayed"},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, "name": "others"},
     ]
-    if kind == "moe":
+    if kind.startswith("moe"):
         groups = split_params_into_different_moe_groups_for_optimizer(
             {"params": list(model.parameters()), "name": "all"}
         )
@@ -114,7 +114,7 @@ def _step(engine: Any, number: int) -> float:
 
 
 def _save(folder: Path) -> None:
-    for kind in ("zero1", "zero2", "zero3", "zero1-bf16", "moe"):
+    for kind in ("zero1", "zero2", "zero3", "zero1-bf16", "moe", "moe-ep1"):
         engine = _engine(kind)
         for number in range(STEPS):
             _step(engine, number)

@@ -6,8 +6,9 @@ Megatron-LM have, or loaded from what the tests wrote. `python -m tests.peers.me
     legacy                           `torch` format of Megatron-LM's training
     truth.safetensors                full tensors that megatron-core itself reads from `stacked`
 
-`load` has megatron-core read FOLDER/written/iter_0000003 and every rank load FOLDER/written-legacy; it writes the local
-shards that each rank ends up with to FOLDER/loaded-TP-PP.safetensors, legacy ones to `loaded-legacy-...`.
+`load` has megatron-core read FOLDER/written and every rank its file of FOLDER/written-legacy. It writes what each rank's
+modules then hold to FOLDER/loaded-TP-PP.safetensors and loaded-legacy-TP-PP.safetensors, and whole tensors to
+plain.safetensors.
 """
 
 import argparse
@@ -85,7 +86,9 @@ def _save(folder: Path) -> None:
     with cuda_type_names():
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01, clip_grad=0.0), [wrapped])
     for parameter in model.parameters():
-        parameter.main_grad.normal_()
+        parameter.main_grad.copy_(
+            torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+        )  # of norms, equal on all ranks
     optimizer.step()
     settings = argparse.Namespace(
         num_layers=4, hidden_size=32, attention_backend=AttnBackend.unfused, params_dtype=torch.float32,
@@ -126,12 +129,21 @@ def _save_legacy(folder: Path, content: dict) -> None:
 def _load(folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    model = build_model()
-    place = folder / "written" / f"iter_{STEP:07d}"
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(place))
-    model.load_state_dict(loaded["model"])
     tensor, stage = _coordinates()
+    place = str(folder / "written" / f"iter_{STEP:07d}")
+    model = build_model()
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, place)
+    model.load_state_dict(loaded["model"])
     save_file(_tensors(model), folder / f"loaded-{tensor}-{stage}.safetensors")
+    whole = dist_checkpointing.load_plain_tensors(place)
+    if dist.get_rank() == 0:
+        save_file(
+            {name: one for name, one in whole.items() if isinstance(one, torch.Tensor)}, folder / "plain.safetensors"
+        )
+    legacy = build_model()
+    rank = folder / "written-legacy" / f"iter_{STEP:07d}" / f"mp_rank_{tensor:02d}_{stage:03d}" / "model_optim_rng.pt"
+    legacy.load_state_dict(torch.load(rank, weights_only=False)["model"])
+    save_file(_tensors(legacy), folder / f"loaded-legacy-{tensor}-{stage}.safetensors")
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
