@@ -104,7 +104,7 @@ def _run_smoke(folder: Path) -> None:
 def alone() -> Iterator[None]:
     """A process group of this process alone."""
     from megatron_specialm.base.environment import ALONE
-    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.engine.process_groups import process_group
 
     with process_group(ALONE):
         yield

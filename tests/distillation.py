@@ -17,7 +17,7 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import OUTPUT_LAYER
 from megatron_specialm.parity.case import ParityCase

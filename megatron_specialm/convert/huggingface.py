@@ -1,11 +1,15 @@
-"""Canonical weights in memory to Hugging Face Transformers and back, by the tables of `families.py`, and the model's config."""
+"""Canonical weights in memory to Hugging Face Transformers and back, by the tables of `families.py`, and the model's config.
+
+Legend: B windows, T positions, V vocabulary.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
@@ -24,30 +28,25 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    rest: Tensors = dict(tensors)
-    result: Tensors = {}
-    for row in rows(config):
-        if row.ours not in rest:
-            raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
-        with fitting(row.ours, config):
-            result.update(zip(row.theirs, row.split(rest.pop(row.ours), config), strict=True))
-    nothing_left(rest)
-    return result
+    return _converted(tensors, config, to_theirs=True)
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`.
+    """The inverse of `to_huggingface`; the same errors."""
+    return _converted(tensors, config, to_theirs=False)
 
-    Raises:
-        CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
-    """
+
+def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in rows(config):
-        if missing := [name for name in row.theirs if name not in rest]:
+        names, others = ((row.ours,), row.theirs) if to_theirs else (row.theirs, (row.ours,))
+        if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        with fitting(row.theirs[0], config):
-            result[row.ours] = row.join([rest.pop(name) for name in row.theirs], config)
+        parts = [rest.pop(name) for name in names]
+        with fitting(names[0], config):
+            made = row.split(parts[0], config) if to_theirs else (row.join(parts, config),)
+        result.update(zip(others, made, strict=True))
     nothing_left(rest)
     return result
 
@@ -114,3 +113,13 @@ def save_config(exported: PretrainedConfig, folder: Path) -> None:
 
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+
+
+@torch.no_grad()
+def largest_logit_difference(folder: Path, tokens_BT: np.ndarray, logits_BTV: torch.Tensor) -> float:
+    """The largest absolute difference, in fp32, between our logits and those of the folder, loaded as a user of Transformers
+    loads it. NaN where either side's logits are: compare it with `not difference <= tolerance`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
+    theirs_BTV = model(torch.from_numpy(tokens_BT)).logits
+    return float((theirs_BTV - logits_BTV.float().cpu()).abs().max())

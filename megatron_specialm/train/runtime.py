@@ -1,4 +1,4 @@
-"""Profiles, memory snapshots, and control of Python's garbage collection (`config/runtime.py`)."""
+"""Profiles, memory snapshots, and control of Python's garbage collection (`Runtime` of `config/training.py`)."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_specialm.base.integrity import PROFILES
-from megatron_specialm.config.runtime import Runtime
+from megatron_specialm.config.training import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.parity.case import ParityCase, parity_case
@@ -41,11 +41,11 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._context = worker_context(["megatron_specialm.parity.rank"], threads=1)
-        self._found: dict[str, parity.Run] = {}
+        self._found: dict[str, parity.Outcome] = {}
         with process_group(ALONE):
             prepare(_case({}), folder)
 
-    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Run:
+    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Outcome:
         name = f"{kind}-{layout}-{precision}"
         if name not in self._found:
             case, folder = _case(layout, precision), self._folder / str(len(self._found))
@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Run, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
+def _failed(one: parity.Outcome, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
     return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
 
 

@@ -11,16 +11,18 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import LowRank
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.run.processes import limit_threads
 from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ranks
 
 PLAIN = SHAPE.model_copy(update={"layers": 4})
 LORA = PLAIN.model_copy(update={"lora": LowRank(rank=4)})
+MOE = PLAIN.model_copy(update={"moe": MixtureOfExperts(experts=4)})
 WINDOWS = (1, 0, 3, 21)  # of a set, after a step each: on two copies 1 and 0, none, 2 and 1, 11 and 10
 DP2, SHARED = {"data_parallel": 2}, {"distributed_optimizer": True, "overlap_communication": True}
 LAYOUTS = [
@@ -30,6 +32,7 @@ LAYOUTS = [
     (PLAIN, {**DP2, "pipeline_parallel": 2, **SHARED}),
     (LORA, {**DP2, "pipeline_parallel": 2, "virtual_pipeline": 2, **SHARED}),
     (PLAIN, {**DP2, "tensor_parallel": 2, "sequence_parallel": True, **SHARED}),
+    (MOE, {**DP2, "expert_parallel": 2, **SHARED}),
 ]
 
 

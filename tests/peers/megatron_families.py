@@ -46,7 +46,9 @@ def _rank(rank: int, action: str, folder: Path, settings: dict[str, dict[str, An
         with torch.no_grad():
             logits = model(tokens(values["vocab_size"]), torch.arange(LENGTH).expand(2, -1), None)
         if rank == 0:
-            save_file({"logits": logits[..., : values["vocab_size"]].contiguous()}, folder / name / "logits.safetensors")
+            save_file(
+                {"logits": logits[..., : values["vocab_size"]].contiguous()}, folder / name / "logits.safetensors"
+            )
         dist.barrier()
     dist.destroy_process_group()
 
