@@ -15,6 +15,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.config.model import Activation, ModelConfig
 
+CONFIG = "config.json"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Llama 3's rotary scaling. Megatron-Core has all of it built in but the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -7,12 +7,14 @@ from typing import NamedTuple
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.convert import (
     canonical_folder,
+    deepspeed_folder,
+    deepspeed_source,
     huggingface_folder,
     megatron_folder,
     megatron_legacy,
     torch_dist,
 )
-from megatron_specialm.convert.architectures import Model, read_config
+from megatron_specialm.convert.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.source import Source, Target
 
 
@@ -24,11 +26,13 @@ class Format(NamedTuple):
     open: Callable[[Path, Model | None], Source]
 
 
+# Transformers' is the last: others keep a config.json beside their files.
 FORMATS = (
     Format(canonical_folder.FORMAT, canonical_folder.recognize, canonical_folder.open_folder),
-    Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
     Format(megatron_folder.FORMAT, torch_dist.recognize, megatron_folder.open_torch_dist),
+    Format(deepspeed_source.FORMAT, deepspeed_folder.recognize, deepspeed_source.open_folder),
     Format(megatron_folder.FORMAT, megatron_legacy.recognize, megatron_folder.open_legacy),
+    Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
 )
 TARGETS: dict[str, Target] = {
     canonical_folder.FORMAT: canonical_folder.write_folder,
@@ -50,7 +54,7 @@ def open_source(path: Path, *, config: Path | None = None) -> Source:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder: name the folder of a checkpoint")
-    given = None if config is None else read_config(config / "config.json" if config.is_dir() else config)
+    given = None if config is None else read_config(config / CONFIG if config.is_dir() else config)
     for known in FORMATS:
         if known.recognize(path):
             return known.open(path, given)

@@ -10,7 +10,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
-from megatron_specialm.convert.architectures import Model, read_config, refuse_given
+from megatron_specialm.convert.architectures import CONFIG, Model, read_config, refuse_given
 from megatron_specialm.convert.families import Row, from_huggingface_lazily, huggingface_shapes, is_buffer, rows
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
@@ -22,13 +22,13 @@ from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
 
 FORMAT = "huggingface"
 SHARD_BYTES = 5 * 10**9
-_CONFIG, _WEIGHTS, _PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+_WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _INDEX = f"{_WEIGHTS}.index.json"
 
 
 def recognize(path: Path) -> bool:
     """Whether a folder has a config.json."""
-    return (path / _CONFIG).is_file()
+    return (path / CONFIG).is_file()
 
 
 def open_folder(path: Path, given: Model | None = None) -> Source:
@@ -39,10 +39,10 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         ArtifactError: a file is missing or damaged.
     """
     refuse_given(path, given)
-    model = read_config(path / _CONFIG)
+    model = read_config(path / CONFIG)
     files, places = _files(path)
     stored = _stored(path, files, places)
-    used, dropped = _without_copies(path, stored, model)
+    used, dropped = without_copies(path, stored, model)
     found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     return Source(
         path=path,
@@ -94,7 +94,7 @@ def _stored(path: Path, files: list[Path], places: Mapping[str, str]) -> Mapping
     return stored
 
 
-def _without_copies(
+def without_copies(
     path: Path, stored: Mapping[str, LazyTensor], model: Model
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The weights, and what is left out on purpose: buffers, and the copy of a tied embedding."""
