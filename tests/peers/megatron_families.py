@@ -6,6 +6,7 @@ random weights; `load` reads NAME/torch_dist. Both write logits on fixed tokens,
 """
 
 import argparse
+import importlib
 import json
 import sys
 from functools import partial
@@ -34,6 +35,8 @@ def _rank(rank: int, action: str, folder: Path, settings: dict[str, dict[str, An
     from megatron_specialm.model import cpu
 
     cpu.install()
+    masks = importlib.import_module("megatron.core.transformer.utils")
+    masks.torch = cpu._TorchOnCpu()  # type: ignore[attr-defined]  # it makes its causal mask on "cuda"
     torch.cuda.synchronize = lambda *_: None  # dist_checkpointing calls these on any machine
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.set_num_threads(1)
