@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.shapes import Size
@@ -18,7 +19,7 @@ from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Order, Source
-from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
+from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer, is_ours
 from megatron_specialm.model.merge import adapted
 from megatron_specialm.model.weights import weight_specs
 
@@ -69,7 +70,6 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     adapters = {name for name in stored if ".lora_" in name}
     if left := sorted(stored.keys() - weights.keys() - adapters):
         raise CheckpointError(f"{step}: {left[0]} has no place in the model ({len(left)} left over)")
-    folder = step.parent / TOKENIZER
     return Source(
         path=step,
         format=FORMAT,
@@ -78,10 +78,23 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         stored=stored,
         layout="adapters merged" if adapters else "whole tensors",
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
-        tokenizer=folder if folder.is_dir() else None,
+        tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,
         fingerprint=read_fingerprint(step),
     )
+
+
+def _tokenizer_of(training: Path) -> Path | None:
+    """The folder beside a converted step; or of the `tokenizer` task that a training of a run has used."""
+    if (training / TOKENIZER).is_dir():
+        return training / TOKENIZER
+    artifact = training.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
+    if not (artifact / LABEL).is_file():
+        return None
+    inputs = read_label(artifact)["made_from"].get("inputs", {})
+    root, tasks = artifact.parents[3], (name.partition("/") for name in inputs)
+    folders = [artifact_folder(root, stage, key, inputs[f"{stage}/{key}"]) for stage, _, key in tasks]
+    return next((folder for folder in folders if is_ours(folder)), None)
 
 
 def _merged(name: str, stored: Mapping[str, LazyTensor], shape: ModelConfig) -> LazyTensor:
@@ -123,4 +136,4 @@ def write_folder(order: Order) -> None:
     publish_folder(step, step_folder(order.folder, 0))
     declare_final(order.folder, step=0)
     if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, order.folder / TOKENIZER)
+        copy_tokenizer(source.tokenizer, order.folder / TOKENIZER, context_length=source.model.context_length)

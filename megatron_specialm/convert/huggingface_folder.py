@@ -131,7 +131,7 @@ def write_folder(order: Order) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     write_config(source.model, folder, dtype=order.dtype)
     if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, folder)
+        copy_tokenizer(source.tokenizer, folder, context_length=source.model.context_length)
     order.fingerprint.save(folder)
     seal_folder(folder)
 

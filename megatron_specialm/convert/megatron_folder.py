@@ -192,7 +192,9 @@ def _settings(order: Order) -> dict[str, Any]:
 def _finish(order: Order, folder: Path) -> None:
     order.fingerprint.save(folder)
     if order.source.tokenizer is not None:
-        copy_tokenizer(order.source.tokenizer, order.folder / TOKENIZER)
+        copy_tokenizer(
+            order.source.tokenizer, order.folder / TOKENIZER, context_length=order.source.model.context_length
+        )
 
 
 def counted(found: Mapping[str, tuple[int, str]]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from megatron_specialm.convert.fingerprint import Fingerprint, compare, hash_ten
 from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.source import Layout, Order, Source
-from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer
+from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer, special_ids
 
 Result = TypeVar("Result")
 AHEAD = 2  # tensors that are read while another waits for its layer
@@ -73,6 +73,8 @@ def convert(
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
         check_tokenizer(source.tokenizer, vocabulary_size=source.model.vocabulary_size)
+        ids = source.model.special_ids or special_ids(source.tokenizer)
+        source = replace(source, model=replace(source.model, special_ids=ids))
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_room(source, target, dtype)

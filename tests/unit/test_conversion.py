@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, MachineError, SpecialmError
@@ -293,6 +295,43 @@ def test_a_tied_copy_and_buffers_are_left_out_and_listed(sources: dict[str, Path
         "lm_head.weight": "equal to model.embed_tokens.weight, to which it is tied",
         "model.layers.0.self_attn.rotary_emb.inv_freq": "a buffer that follows from the config",
     }
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(folder: Path, size: int) -> Path:
+    """A word-level tokenizer of so many ids."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w5", "eos_token": {"content": "w7"}}
+    write_json(folder / "tokenizer_config.json", settings)
+    return folder
+
+
+def test_a_tokenizer_goes_along_through_every_format(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = _tokenizer(shutil.copytree(sources["llama"], tmp_path / "source"), VOCABULARY)
+    before = source
+    for to in ("canonical", "megatron", "megatron-legacy", "huggingface"):
+        convert(before, tmp_path / to, to=to)
+        before = tmp_path / to
+    loaded = AutoTokenizer.from_pretrained(before)
+    assert loaded("w3 w4").input_ids == [3, 4]
+    model = AutoModelForCausalLM.from_pretrained(before)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (5, 7), (
+        "Megatron keeps none: the tokenizer says them"
+    )
+
+
+def test_the_tokenizer_of_another_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    other = _tokenizer(tmp_path / "other", VOCABULARY + 1)
+    with pytest.raises(CheckpointError, match="has ids up to 99, and the model 99 rows"):
+        convert(sources["llama"], tmp_path / "ours", to="canonical", tokenizer=other)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        convert(sources["llama"], tmp_path / "ours", to="canonical", tokenizer=sources["llama"])
+    assert not (tmp_path / "ours").exists()
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
