@@ -306,7 +306,7 @@ def _tokenizer(folder: Path, size: int) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w5", "eos_token": {"content": "w7"}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w5", "eos_token": "w7"}
     write_json(folder / "tokenizer_config.json", settings)
     return folder
 
