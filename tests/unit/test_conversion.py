@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, MachineError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, write_json
+from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.cli.app import app
+from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert import huggingface_folder
 from megatron_specialm.convert import run as driver
 from megatron_specialm.convert.architectures import read_config
@@ -29,7 +31,10 @@ from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.run import convert, stream
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.merge import merge_lora
+from megatron_specialm.model.weights import weight_specs
 from tests.checkpoints import CONFIGS, VOCABULARY, random_model, save_random_model
+from tests.conftest import ROOT
 
 Damage = Callable[[Path], None]
 
@@ -183,6 +188,28 @@ def test_a_writer_that_swaps_tensors_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.input_layernorm\.weight \(has the content"):
         convert(sources["llama"], tmp_path / "theirs", to="huggingface")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_merged_and_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    shape = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, lora=LowRank(rank=4, alpha=8))
+    generator = torch.Generator().manual_seed(0)
+    specs = weight_specs(shape, vocabulary_size=VOCABULARY)
+    weights = {name: torch.randn(spec.shape, generator=generator) for name, spec in specs.items()}
+    state = {
+        "model": shape.model_dump(mode="json"),
+        "vocabulary_size": VOCABULARY,
+        "context_length": 16,
+        "tokenizer": "t",
+    }
+    save_checkpoint(tmp_path, step=3, weights=weights, optimizer_state={}, state=state)
+    opened, merged = open_source(tmp_path / "step_0000003"), merge_lora(weights, shape)
+    assert opened.model.shape == shape.base_config and opened.step == 3 and opened.tokenizer_fingerprint == "t"
+    assert opened.weights.keys() == merged.keys()
+    assert all(torch.equal(opened.weights[name][()], weight) for name, weight in merged.items())
+
+    earlier = open_source(ROOT / "tests" / "distributed" / "earlier_checkpoint" / "step_0000002")
+    convert(earlier.path, tmp_path / "theirs", to="huggingface")
+    assert stream(earlier) == read_fingerprint(tmp_path / "theirs")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
