@@ -9,10 +9,10 @@ TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt      of a universal checkpoint: whole
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_regular
@@ -30,13 +30,21 @@ _ALLOWED = inert("deepspeed.*")
 _MERGE = "make a universal checkpoint of it (`python -m deepspeed.checkpoint.ds_to_universal`), and convert that"
 
 
+class ParameterGroup(NamedTuple):
+    """A parameter group of the optimizer: learning rate, weight decay and the like, and the weights in it, in order. Under
+    expert parallelism the names of experts are those of rank 0."""
+
+    settings: Mapping[str, Any]
+    names: Sequence[str]
+
+
 @dataclass(frozen=True)
 class DeepSpeedFolder:
     """A checkpoint of DeepSpeed.
 
     `tensors` are the weights and buffers by their names in the module, in fp32 where the optimizer has that, `optimizer` has
     `exp_avg/NAME` and `exp_avg_sq/NAME`. `shared` names, for a tied weight that is left out, the one that it equals.
-    `groups` are the optimizer's settings per parameter group; `settings` is DeepSpeed's config.
+    `settings` is DeepSpeed's config.
     """
 
     folder: Path
@@ -44,10 +52,10 @@ class DeepSpeedFolder:
     tensors: Mapping[str, LazyTensor]
     optimizer: Mapping[str, LazyTensor]
     optimizer_step: int | None
-    shared: Mapping[str, str] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    step: int | None = None
+    shared: Mapping[str, str]
+    groups: Sequence[ParameterGroup]
+    settings: Mapping[str, Any]
+    step: int | None
 
 
 def recognize(path: Path) -> bool:
@@ -126,10 +134,8 @@ def _open_zero(folder: Path, models: list[Path], state: dict[str, Any]) -> DeepS
             raise CheckpointError(
                 f"{folder}: {lost[0]} is in no optimizer file ({len(lost)} are missing): {COPY_AGAIN}"
             )
-    return DeepSpeedFolder(
-        folder, False, weights, optimizer, None if partitions is None else partitions.step, shared,
-        [] if partitions is None else partitions.groups, state.get("ds_config") or {}, state.get("global_steps"),
-    )  # fmt: skip
+    settings, step = ([], None) if partitions is None else (partitions.groups, partitions.step)
+    return _found(folder, state, weights, optimizer, settings, step, universal=False)
 
 
 def _experts(folder: Path, state: dict[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, int]]:
@@ -211,6 +217,28 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     groups = read_torch_zip(common, _ALLOWED)["param_groups"] if common.is_file() else []
     step = next(iter(sorted((folder / "zero").glob("*/step.pt"))), None)
     count = None if step is None else int(read_torch_zip(step, _ALLOWED)[()])
+    return _found(folder, state, weights, moments, groups, count, universal=True)
+
+
+def _found(
+    folder: Path,
+    state: Mapping[str, Any],
+    weights: Mapping[str, LazyTensor],
+    optimizer: Mapping[str, LazyTensor],
+    settings: Sequence[Mapping[str, Any]],
+    optimizer_step: int | None,
+    *,
+    universal: bool,
+) -> DeepSpeedFolder:
+    names = state.get("param_shapes") or []
     return DeepSpeedFolder(
-        folder, True, weights, moments, count, shared, groups, state.get("ds_config") or {}, state.get("global_steps")
+        folder=folder,
+        universal=universal,
+        tensors=weights,
+        optimizer=optimizer,
+        optimizer_step=optimizer_step,
+        shared=state.get("shared_params") or {},
+        groups=[ParameterGroup(own, list(shapes)) for own, shapes in zip(settings, names, strict=False)],
+        settings=state.get("ds_config") or {},
+        step=state.get("global_steps"),
     )

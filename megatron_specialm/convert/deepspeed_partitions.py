@@ -45,7 +45,7 @@ class Partitions:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's settings per parameter group."""
+        """The optimizer's settings of each parameter group."""
         return self._adam[0]["param_groups"]
 
     @property

@@ -31,7 +31,8 @@ class Inert:
     """An object of a class that is not imported: the class's name, the constructor's arguments, and the state."""
 
     def __init__(self, name: str, *arguments: Any) -> None:
-        self.name, self.arguments, self.state = name, arguments, None
+        self.name, self.arguments = name, arguments
+        self.state: Any = None
 
     def __repr__(self) -> str:
         return f"{self.name}{self.arguments}"

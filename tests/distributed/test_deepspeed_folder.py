@@ -35,7 +35,8 @@ def test_weights_are_those_of_zero_to_fp32(deepspeed_saved: Path, kind: str) -> 
     assert torch.equal(tensors["layers.1.weight"][box], expected["layers.1.weight"][box])
     assert (found.step, found.optimizer_step, found.settings["zero_optimization"]["stage"]) == (3, 3, int(kind[4]))
     assert found.shared == {"output.weight": "embedding.weight"}
-    assert [group["weight_decay"] for group in found.groups] == [0.1, 0.0]
+    assert [group.settings["weight_decay"] for group in found.groups] == [0.1, 0.0]
+    assert found.groups[0].names[0] == "embedding.weight" and len(found.groups[1].names) == 5
 
 
 def test_universal_checkpoints_are_the_zero_checkpoint_that_they_were_made_of(deepspeed_saved: Path) -> None:

@@ -1,4 +1,4 @@
-"""A DeepSpeed program on two gloo processes: `python -m tests.peers.deepspeed ACTION FOLDER [SOURCE]`.
+"""A DeepSpeed program on two gloo processes: `python -m tests.peers.deepspeed save|resume FOLDER`.
 
 `save` trains a small model for three steps and saves it, below FOLDER:
     zero1, zero2, zero3, zero1-bf16     a dense model, by ZeRO stage
@@ -6,7 +6,7 @@
     universal                           `zero1`, by DeepSpeed's ds_to_universal
     KIND.json                           the loss of the step after
     KIND.safetensors                    what DeepSpeed's zero_to_fp32 makes of it
-`resume` and `resume-universal` load SOURCE into a new ZeRO-1 engine and print the loss of the next step.
+`resume` loads each of FOLDER/zero1-* and FOLDER/universal-* into a new ZeRO-1 engine and prints the losses of the next step.
 """
 
 import json
@@ -139,16 +139,18 @@ def _consolidate(folder: Path) -> None:
     (folder / "universal" / "latest_universal").write_text(TAG)
 
 
-def _resume(kind: str, source: Path) -> None:
-    engine = _engine(kind)
-    engine.load_checkpoint(str(source), tag=TAG)
-    loss = _step(engine, STEPS)
+def _resume(folder: Path) -> None:
+    losses = {}
+    for source in sorted(folder.glob("*-*/latest")):
+        engine = _engine(source.parent.name.split("-")[0])
+        engine.load_checkpoint(str(source.parent), tag=TAG)
+        losses[source.parent.name] = _step(engine, STEPS)
+        engine.destroy()
     if os.environ["RANK"] == "0":
-        print(json.dumps({"loss": loss}))
-    engine.destroy()
+        print(json.dumps(losses))
 
 
-def _rank(rank: int, action: str, folder: Path, source: Path) -> None:
+def _rank(rank: int, action: str, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     import deepspeed
@@ -157,17 +159,13 @@ def _rank(rank: int, action: str, folder: Path, source: Path) -> None:
     deepspeed.init_distributed(
         "gloo", init_method=f"file://{folder}/meeting-{os.getppid()}", rank=rank, world_size=WORLD
     )
-    {
-        "save": lambda: _save(folder),
-        "resume": lambda: _resume("zero1", source),
-        "resume-universal": lambda: _resume("universal", source),
-    }[action]()
+    {"save": _save, "resume": _resume}[action](folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     action, folder = sys.argv[1], Path(sys.argv[2]).resolve()
-    mp.spawn(_rank, args=(action, folder, Path(sys.argv[-1]).resolve()), nprocs=WORLD)
+    mp.spawn(_rank, args=(action, folder), nprocs=WORLD)
     if action == "save":
         _consolidate(folder)

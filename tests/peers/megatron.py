@@ -1,10 +1,13 @@
-"""A megatron-core program: a dense model at TP2 x PP2 on four gloo processes, saved in every form that megatron-core and
-Megatron-LM have, or loaded from what the tests wrote. `python -m tests.peers.megatron save|load FOLDER`.
+"""A megatron-core program: a dense model at TP2 x PP2 and one of experts at PP2 x EP2, on four gloo processes, saved in every
+form that megatron-core and Megatron-LM have, or loaded from what the tests wrote.
+
+`python -m tests.peers.megatron save|load FOLDER`
 
 `save` writes, below FOLDER:
     stacked, singleton, per_layer    torch_dist, with the optimizer (`dist_checkpointing.save`), each in `iter_0000003`
     legacy                           `torch` format of Megatron-LM's training
-    truth.safetensors                full tensors that megatron-core itself reads from `stacked`
+    moe-stacked, moe-singleton, moe-legacy      the same of the model of experts, without an optimizer
+    truth.safetensors, truth-moe.safetensors    full tensors that megatron-core itself reads from the stacked form
 
 `load` has megatron-core read FOLDER/written and every rank its file of FOLDER/written-legacy. It writes what each rank's
 modules then hold to FOLDER/loaded-TP-PP.safetensors and loaded-legacy-TP-PP.safetensors, and whole tensors to
@@ -48,7 +51,7 @@ def _rank(rank: int, action: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def build_model() -> torch.nn.Module:
+def build_model(**experts: Any) -> torch.nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -58,11 +61,12 @@ def build_model() -> torch.nn.Module:
         num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=PIPELINE, pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=PIPELINE, pipeline_dtype=torch.float32, **experts,
     )  # fmt: skip
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(experts.get("num_moe_experts"), normalization="RMSNorm"),
         vocab_size=96,
         max_sequence_length=16,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -73,7 +77,6 @@ def build_model() -> torch.nn.Module:
 
 
 def _save(folder: Path) -> None:
-    from megatron.core import dist_checkpointing
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.enums import AttnBackend
@@ -96,20 +99,51 @@ def _save(folder: Path) -> None:
     )  # fmt: skip
     common = {"args": settings, "checkpoint_version": 3.0, "iteration": STEP}
     for form, metadata in FORMS.items():
-        place = folder / form / f"iter_{STEP:07d}"
-        if dist.get_rank() == 0:
-            place.mkdir(parents=True)
-            (folder / form / "latest_checkpointed_iteration.txt").write_text(str(STEP))
-        dist.barrier()
         weights = model.sharded_state_dict(metadata=metadata)
         moments = optimizer.sharded_state_dict(weights, metadata=metadata)
-        dist_checkpointing.save({**common, "model": weights, "optimizer": moments}, str(place))
-        dist.barrier()
-    whole = dist_checkpointing.load_plain_tensors(str(folder / "stacked" / f"iter_{STEP:07d}"))
-    if dist.get_rank() == 0:
-        tensors = {name: tensor.contiguous() for name, tensor in whole.items() if isinstance(tensor, torch.Tensor)}
-        save_file(tensors, folder / "truth.safetensors")
+        _save_distributed(folder / form, {**common, "model": weights, "optimizer": moments})
+    _save_truth(folder / "stacked", folder / "truth.safetensors")
     _save_legacy(folder / "legacy", {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    _save_experts(folder, common)
+
+
+def _save_experts(folder: Path, common: dict) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(1, PIPELINE, expert_model_parallel_size=2)
+    torch.manual_seed(10 + _coordinates()[1])
+    model = build_model(num_moe_experts=4, expert_model_parallel_size=2, moe_router_topk=2, moe_ffn_hidden_size=48)
+    torch.manual_seed(20 + dist.get_rank())
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data.normal_()
+    for form in ("stacked", "singleton"):
+        weights = model.sharded_state_dict(metadata=dict(FORMS[form]))  # megatron-core adds groups to it
+        _save_distributed(folder / f"moe-{form}", {**common, "model": weights})
+    _save_truth(folder / "moe-stacked", folder / "truth-moe.safetensors")
+    settings = argparse.Namespace(pipeline_model_parallel_size=PIPELINE, expert_model_parallel_size=2)
+    _save_legacy(folder / "moe-legacy", {**common, "args": settings, "model": model.state_dict()})
+
+
+def _save_distributed(folder: Path, content: dict) -> None:
+    from megatron.core import dist_checkpointing
+
+    place = folder / f"iter_{STEP:07d}"
+    if dist.get_rank() == 0:
+        place.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(STEP))
+    dist.barrier()
+    dist_checkpointing.save(content, str(place))
+    dist.barrier()
+
+
+def _save_truth(folder: Path, file: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    whole = dist_checkpointing.load_plain_tensors(str(folder / f"iter_{STEP:07d}"))
+    if dist.get_rank() == 0:
+        save_file({name: one.contiguous() for name, one in whole.items() if isinstance(one, torch.Tensor)}, file)
 
 
 def _coordinates() -> tuple[int, int]:
@@ -119,8 +153,14 @@ def _coordinates() -> tuple[int, int]:
 
 
 def _save_legacy(folder: Path, content: dict) -> None:
+    from megatron.core import parallel_state
+
     tensor, stage = _coordinates()
-    place = folder / f"iter_{STEP:07d}" / f"mp_rank_{tensor:02d}_{stage:03d}"
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    name = f"mp_rank_{tensor:02d}_{stage:03d}"
+    if experts > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+    place = folder / f"iter_{STEP:07d}" / name
     place.mkdir(parents=True)
     torch.save(content, place / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text(str(STEP))

@@ -1,0 +1,73 @@
+"""What is written for DeepSpeed: DeepSpeed goes on from it with the same loss, and its tools read it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_specialm.convert.deepspeed_folder import DeepSpeedFolder, open_deepspeed
+from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal, write_zero1
+from tests.conftest import run_peer
+
+pytestmark = pytest.mark.slow  # DeepSpeed trains and saves first
+
+
+def _state(source: DeepSpeedFolder, **changes: Any) -> DeepSpeedState:
+    content: dict[str, Any] = {
+        "tensors": source.tensors, "groups": source.groups, "optimizer": source.optimizer, "settings": source.settings,
+        "optimizer_step": source.optimizer_step, "step": source.step, "shared": source.shared,
+    }  # fmt: skip
+    return DeepSpeedState(**{**content, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_specialm.convert.torch_zip_writing.SLICE_BYTES", 500)
+
+
+def test_deepspeed_goes_on_with_the_same_loss(deepspeed_saved: Path, tmp_path: Path) -> None:
+    """From a ZeRO-1 folder and from a universal checkpoint, whatever ZeRO stage the source is of."""
+    for source in ("zero1", "zero3", "universal"):
+        write_zero1(tmp_path / f"zero1-{source}", _state(open_deepspeed(deepspeed_saved / source)), data_parallel=2)
+    for source in ("zero1", "zero2"):
+        write_universal(tmp_path / f"universal-{source}", _state(open_deepspeed(deepspeed_saved / source)))
+    losses = json.loads(run_peer("deepspeed", "resume", tmp_path).splitlines()[-1])
+    assert len(losses) == 5
+    for name, loss in losses.items():
+        straight = name.partition("-")[2].replace("universal", "zero1")
+        assert loss == json.loads((deepspeed_saved / f"{straight}.json").read_text())["loss"], name
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_read_again(
+    deepspeed_saved: Path, tmp_path: Path, data_parallel: int, dtype: torch.dtype
+) -> None:
+    source = open_deepspeed(deepspeed_saved / "zero2")
+    folder = write_zero1(tmp_path, _state(source, dtype=dtype), data_parallel=data_parallel)
+    found = open_deepspeed(tmp_path)
+    assert found.folder == folder and found.shared == source.shared and found.optimizer_step == 3
+    for one, other in ((found.tensors, source.tensors), (found.optimizer, source.optimizer)):
+        assert set(one) == set(other) and all(torch.equal(one[name][()], other[name][()]) for name in one)
+
+
+def test_zero_to_fp32_reads_what_is_written(deepspeed_saved: Path, tmp_path: Path) -> None:
+    write_zero1(tmp_path / "written", _state(open_deepspeed(deepspeed_saved / "zero3")), data_parallel=3)
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", tmp_path / "written", tmp_path / "fp32"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = torch.load(tmp_path / "fp32" / "pytorch_model.bin")
+    expected = load_file(deepspeed_saved / "zero3.safetensors")
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_without_moments_they_are_zero(deepspeed_saved: Path, tmp_path: Path) -> None:
+    source = open_deepspeed(deepspeed_saved / "zero1")
+    write_zero1(tmp_path, _state(source, optimizer={}, optimizer_step=0), data_parallel=2)
+    found = open_deepspeed(tmp_path)
+    assert set(found.optimizer) == set(source.optimizer)
+    assert not any(tensor[()].any() for tensor in found.optimizer.values())
