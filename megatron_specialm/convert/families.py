@@ -156,6 +156,24 @@ def from_huggingface_lazily(
     return {name: found[name] for name in specs}
 
 
+def to_huggingface_lazily(
+    weights: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+) -> dict[str, LazyTensor]:
+    """The inverse of `from_huggingface_lazily`."""
+    found: dict[str, LazyTensor] = {}
+    for row in rows(config):
+        whole = weights[row.ours]
+        for number, (name, shape) in enumerate(
+            huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items()
+        ):
+            found[name] = whole if row.kind == "copy" else _piece(row, whole, config, number, shape)
+    return found
+
+
+def _piece(row: Row, whole: LazyTensor, config: ModelConfig, number: int, shape: tuple[int, ...]) -> LazyTensor:
+    return Computed(shape, whole.dtype, lambda: row.split(whole[()], config)[number])
+
+
 def _joined(row: Row, parts: Sequence[LazyTensor], config: ModelConfig, shape: tuple[int, ...]) -> LazyTensor:
     return Computed(shape, parts[0].dtype, lambda: row.join([part[()] for part in parts], config))
 

@@ -8,7 +8,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.convert import (
     canonical_folder,
     deepspeed_folder,
-    deepspeed_source,
+    deepspeed_models,
     huggingface_folder,
     megatron_folder,
     megatron_legacy,
@@ -30,7 +30,7 @@ class Format(NamedTuple):
 FORMATS = (
     Format(canonical_folder.FORMAT, canonical_folder.recognize, canonical_folder.open_folder),
     Format(megatron_folder.FORMAT, torch_dist.recognize, megatron_folder.open_torch_dist),
-    Format(deepspeed_source.FORMAT, deepspeed_folder.recognize, deepspeed_source.open_folder),
+    Format(deepspeed_models.FORMAT, deepspeed_folder.recognize, deepspeed_models.open_folder),
     Format(megatron_folder.FORMAT, megatron_legacy.recognize, megatron_folder.open_legacy),
     Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
 )
@@ -39,6 +39,7 @@ TARGETS: dict[str, Target] = {
     huggingface_folder.FORMAT: huggingface_folder.write_folder,
     megatron_folder.FORMAT: megatron_folder.write_torch_dist,
     megatron_folder.LEGACY: megatron_folder.write_legacy,
+    deepspeed_models.FORMAT: deepspeed_models.write_folder,
 }
 
 

@@ -113,7 +113,8 @@ def _load(model: torch.nn.Module, folder: Path, _: dict[str, Any]) -> None:
 
     weights = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "torch_dist" / "release"))
     weights.pop("common", None)
-    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert all(name.endswith("_extra_state") for name in missing), missing
 
 
 if __name__ == "__main__":
