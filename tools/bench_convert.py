@@ -9,11 +9,13 @@ FOLDER needs room for three times the model. The source is made first, once; eve
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,8 +65,7 @@ def main() -> None:
         *layout,
     ]
     converting = _measured(command, target)
-    print(json.dumps({"cp_seconds": copying[0], "convert_seconds": converting[0], "ratio": converting[0] / copying[0],
-                      "peak_gib": converting[1]}))  # fmt: skip
+    print(json.dumps({"cp": copying._asdict(), "convert": converting._asdict()}, indent=1))
 
 
 def _make(model: Model, folder: Path, dtype: torch.dtype) -> None:
@@ -81,10 +82,17 @@ def _make(model: Model, folder: Path, dtype: torch.dtype) -> None:
     write_config(model, folder, dtype=dtype)
 
 
-def _measured(command: list[str], target: Path) -> tuple[float, float]:
-    """Seconds, and the peak of memory of the process in GiB, without pages of files that are only mapped."""
+class _Figures(NamedTuple):
+    """`peak_gib` is without pages of files that are only mapped."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gib: float
+
+
+def _measured(command: list[str], target: Path) -> _Figures:
     shutil.rmtree(target, ignore_errors=True)
-    started = time.monotonic()
+    started, used = time.monotonic(), _used()
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:
@@ -95,10 +103,16 @@ def _measured(command: list[str], target: Path) -> tuple[float, float]:
         peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.02)
     process.wait()
-    seconds = time.monotonic() - started
+    figures = _Figures(time.monotonic() - started, _used() - used, peak / 2**20)
     assert process.returncode == 0, command
     shutil.rmtree(target, ignore_errors=True)
-    return seconds, peak / 2**20
+    return figures
+
+
+def _used() -> float:
+    """CPU seconds of all processes that have ended."""
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime
 
 
 if __name__ == "__main__":

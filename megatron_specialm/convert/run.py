@@ -104,24 +104,24 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
     Raises:
         CheckpointError: the source is not what its own fingerprint says.
     """
-    model = source.model
-    probes = [Probe(model.shape, model.vocabulary_size) for _ in range(2)]
-    hashes: list[dict[str, str]] = [{}, {}]
+    model, types = source.model, {tensor.dtype for tensor in source.weights.values()}
+    is_exact = all(own == dtype or own.itemsize < dtype.itemsize for own in types)
+    forms = [torch.float32] if is_exact else [torch.float32, dtype]  # as they are, and rounded
+    probes = [Probe(model.shape, model.vocabulary_size) for _ in forms]
+    hashes: list[dict[str, str]] = [{} for _ in forms]
 
     def read(name: str) -> list[tuple[torch.Tensor, str]]:
         own = source.weights[name][()]
-        rounded = own if own.dtype.itemsize < dtype.itemsize else own.to(dtype)
-        first = own.float(), hash_tensor(own)
-        return [first, first if rounded is own else (rounded.float(), hash_tensor(rounded))]
+        return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form).float() for form in forms)]
 
-    for name, forms in _in_order(read, list(source.weights), threads):
-        for number, (tensor, digest) in enumerate(forms):
+    for name, found in _in_order(read, list(source.weights), threads):
+        for number, (tensor, digest) in enumerate(found):
             hashes[number][name] = digest
             probes[number].take(name, tensor)
-    own, rounded = (make_fingerprint(model, *of) for of in zip(hashes, probes, strict=True))
+    fingerprints = [make_fingerprint(model, *of) for of in zip(hashes, probes, strict=True)]
     if source.fingerprint is not None:
-        compare(source.fingerprint, own, where=source.path)
-    return rounded
+        compare(source.fingerprint, fingerprints[0], where=source.path)
+    return fingerprints[-1]
 
 
 def _in_order(work: Callable[[str], Result], names: list[str], threads: int) -> Iterator[tuple[str, Result]]:

@@ -91,11 +91,17 @@ def _write_file(path: Path, contents: Mapping[str, LazyTensor | None]) -> Stored
             row = 0
             for part in [None] if tensor is None else slices(tensor):
                 start = file.tell()
-                torch.save([None] if part is None else part.contiguous(), file)
+                torch.save([None] if part is None else _own(part), file)
                 offset = None if part is None else (row, *(0 for _ in part.shape[1:])) if part.shape else ()
                 stored[MetadataIndex(name, offset)] = _StorageInfo(path.name, start, file.tell() - start)
                 row += 0 if part is None or not part.shape else len(part)
     return stored
+
+
+def _own(part: torch.Tensor) -> torch.Tensor:
+    """A part with a storage of its own: torch.save writes the whole storage of a view."""
+    part = part.contiguous()
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def _described(tensor: LazyTensor, offsets: list[Any]) -> TensorStorageMetadata:
