@@ -121,7 +121,7 @@ def write_folder(order: Order) -> None:
     step.mkdir()
     places = {name: (order.dtype, tensor.shape) for name, tensor in source.weights.items()}
     file = SafetensorsWriter(step / "model-00000.safetensors", places)
-    order.write_rows(lambda name, tensor: file.write(name, tensor[()]))
+    order.for_each_weight(lambda name, tensor: file.write(name, tensor[()]))
     file.close()
     order.fingerprint.save(step)
     state = {

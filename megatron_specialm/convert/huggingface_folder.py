@@ -123,7 +123,7 @@ def write_folder(order: Order) -> None:
         for theirs, part in zip(row.theirs, row.split(tensor[()], source.model.shape), strict=True):
             files[places[theirs]].write(theirs, part)
 
-    order.write_rows(write)
+    order.for_each_weight(write)
     for file in files.values():
         file.close()
     if len(files) > 1:

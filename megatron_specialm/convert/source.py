@@ -77,7 +77,7 @@ class Order:
         """The canonical weights, in the type that is written."""
         return {name: cast(tensor, self.dtype) for name, tensor in self.source.weights.items()}
 
-    def write_rows(self, write: Callable[[str, LazyTensor], None]) -> None:
+    def for_each_weight(self, write: Callable[[str, LazyTensor], None]) -> None:
         """Call `write` for each canonical weight, in threads."""
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in pool.map(write, *zip(*self.weights.items(), strict=True)):
