@@ -63,13 +63,7 @@ def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
     Raises:
         CheckpointError: naming the setting, or the tensors that differ.
     """
-    for name, value in recorded.model.items():
-        if found.model.get(name) != value:
-            raise CheckpointError(
-                f"{where}: {name} is {found.model.get(name)!r}, and its fingerprint says {value!r}: the config was changed "
-                "or lost on the way"
-            )
-    compare_hashes(recorded.weights, found.weights, where=where)
+    compare_weights(recorded, found.model, found.weights, where=where)
     ours, theirs = (np.array(one.logits, float) for one in (recorded, found))  # None becomes NaN
     tolerance, difference = TOLERANCE * max(1.0, np.nanmax(np.abs(ours))), np.nanmax(np.abs(ours - theirs))
     if not np.allclose(theirs, ours, rtol=0, atol=tolerance, equal_nan=True):
@@ -79,12 +73,21 @@ def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
         )
 
 
-def compare_hashes(recorded: Mapping[str, str], found: Mapping[str, str], *, where: Path) -> None:
-    """Compare the hashes of canonical tensors.
+def compare_weights(
+    fingerprint: Fingerprint, settings: Mapping[str, Any], found: Mapping[str, str], *, where: Path
+) -> None:
+    """Compare a fingerprint with settings (`Model.computes`) and hashes of canonical tensors: where these are equal, logits are.
 
     Raises:
-        CheckpointError: naming those that differ, and of a swapped tensor whose content it has.
+        CheckpointError: naming a setting, or the tensors that differ, and of a swapped one whose content it has.
     """
+    for name, value in fingerprint.model.items():
+        if settings.get(name) != value:
+            raise CheckpointError(
+                f"{where}: {name} is {settings.get(name)!r}, and its fingerprint says {value!r}: the config was changed or "
+                "lost on the way"
+            )
+    recorded = fingerprint.weights
     if recorded.keys() != found.keys():
         name = min(recorded.keys() ^ found.keys())
         raise CheckpointError(f"{where}: {name} is {'missing' if name in recorded else 'not in its fingerprint'}")

@@ -15,7 +15,7 @@ from megatron_specialm.convert import (
     torch_dist,
 )
 from megatron_specialm.convert.architectures import CONFIG, Model, read_config
-from megatron_specialm.convert.source import Source, Target
+from megatron_specialm.convert.source import Order, Source
 
 
 class Format(NamedTuple):
@@ -34,12 +34,21 @@ FORMATS = (
     Format(megatron_folder.FORMAT, megatron_legacy.recognize, megatron_folder.open_legacy),
     Format(huggingface_folder.FORMAT, huggingface_folder.recognize, huggingface_folder.open_folder),
 )
-TARGETS: dict[str, Target] = {
-    canonical_folder.FORMAT: canonical_folder.write_folder,
-    huggingface_folder.FORMAT: huggingface_folder.write_folder,
-    megatron_folder.FORMAT: megatron_folder.write_torch_dist,
-    megatron_folder.LEGACY: megatron_folder.write_legacy,
-    deepspeed_models.FORMAT: deepspeed_models.write_folder,
+
+
+class Target(NamedTuple):
+    """How a format is written: all its files, into the order's folder. `more_bytes` of each element are written beside it."""
+
+    write: Callable[[Order], None]
+    more_bytes: int = 0
+
+
+TARGETS = {
+    canonical_folder.FORMAT: Target(canonical_folder.write_folder),
+    huggingface_folder.FORMAT: Target(huggingface_folder.write_folder),
+    megatron_folder.FORMAT: Target(megatron_folder.write_torch_dist),
+    megatron_folder.LEGACY: Target(megatron_folder.write_legacy),
+    deepspeed_models.FORMAT: Target(deepspeed_models.write_folder, more_bytes=12),
 }
 
 

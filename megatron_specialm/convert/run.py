@@ -19,7 +19,7 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError, MachineError
 from megatron_specialm.base.files import fsync_path
-from megatron_specialm.convert.fingerprint import Fingerprint, compare, hash_tensor, make_fingerprint
+from megatron_specialm.convert.fingerprint import Fingerprint, compare, compare_weights, hash_tensor, make_fingerprint
 from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.source import Layout, Order, Source
@@ -77,14 +77,19 @@ def convert(
         source = replace(source, model=replace(source.model, special_ids=ids))
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(source, target, dtype)
+    _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
         expected = stream(source, dtype=dtype, threads=threads)
-        TARGETS[to](Order(temporary, source, layout, dtype, expected, threads))
-        compare(expected, stream(open_source(temporary), threads=threads), where=target)
-        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        TARGETS[to].write(Order(temporary, source, layout, dtype, expected, threads))
+        back = open_source(temporary)
+        hashes = dict(_in_threads(lambda name: hash_tensor(back.weights[name][()]), back, threads))
+        compare_weights(expected, back.model.computes, hashes, where=target)
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            fsync_path(file)
         os.replace(temporary, target)
         fsync_path(target.parent)
     finally:
@@ -114,7 +119,7 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
         own = source.weights[name][()]
         return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form).float() for form in forms)]
 
-    for name, found in _in_order(read, list(source.weights), threads):
+    for name, found in _in_threads(read, source, threads):
         for number, (tensor, digest) in enumerate(found):
             hashes[number][name] = digest
             probes[number].take(name, tensor)
@@ -124,12 +129,12 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
     return fingerprints[-1]
 
 
-def _in_order(work: Callable[[str], Result], names: list[str], threads: int) -> Iterator[tuple[str, Result]]:
-    """The results of work in threads, in the order of the names; few are begun before they are asked for."""
+def _in_threads(work: Callable[[str], Result], source: Source, threads: int) -> Iterator[tuple[str, Result]]:
+    """The results of work on each weight, in the order of the forward pass; few are begun before they are asked for."""
     with ThreadPoolExecutor(threads) as pool:
         begun: deque[tuple[str, Future[Result]]] = deque()
         try:
-            for name in names:
+            for name in source.weights:
                 begun.append((name, pool.submit(work, name)))
                 if len(begun) > threads + AHEAD:
                     first, future = begun.popleft()
@@ -148,9 +153,9 @@ def _given(folder: Path) -> Path:
     return found
 
 
-def _check_room(source: Source, target: Path, dtype: torch.dtype) -> None:
+def _check_room(source: Source, target: Path, bytes_per_element: int) -> None:
     """Ask for room before anything is written: a disk that fills up would stop others too."""
-    need = sum(torch.Size(tensor.shape).numel() for tensor in source.weights.values()) * dtype.itemsize
+    need = sum(torch.Size(tensor.shape).numel() for tensor in source.weights.values()) * bytes_per_element
     free = shutil.disk_usage(target.parent).free
     if need > free:
         raise MachineError(f"{target}: needs {need / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB free")

@@ -82,6 +82,3 @@ class Order:
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in pool.map(write, *zip(*self.weights.items(), strict=True)):
                 pass
-
-
-Target = Callable[[Order], None]  # writes all files of a format into the order's folder
