@@ -76,7 +76,8 @@ def compare(recorded: Fingerprint, found: Fingerprint, *, where: Path) -> None:
 def compare_weights(
     fingerprint: Fingerprint, settings: Mapping[str, Any], found: Mapping[str, str], *, where: Path
 ) -> None:
-    """Compare a fingerprint with settings (`Model.computes`) and hashes of canonical tensors: where these are equal, logits are.
+    """Compare a fingerprint with settings (`Model.computes`) and hashes of canonical tensors: where they are equal, so
+    are the logits.
 
     Raises:
         CheckpointError: naming a setting, or the tensors that differ, and of a swapped one whose content it has.

@@ -34,7 +34,6 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora
 from megatron_specialm.model.weights import weight_specs
 from tests.checkpoints import CONFIGS, VOCABULARY, random_model, save_random_model
-from tests.conftest import ROOT
 
 Damage = Callable[[Path], None]
 
@@ -190,7 +189,7 @@ def test_a_writer_that_swaps_tensors_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_adapters_are_merged_and_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+def test_adapters_are_merged(tmp_path: Path) -> None:
     shape = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, lora=LowRank(rank=4, alpha=8))
     generator = torch.Generator().manual_seed(0)
     specs = weight_specs(shape, vocabulary_size=VOCABULARY)
@@ -206,10 +205,6 @@ def test_adapters_are_merged_and_a_checkpoint_of_an_earlier_version_is_read(tmp_
     assert opened.model.shape == shape.base_config and opened.step == 3 and opened.tokenizer_fingerprint == "t"
     assert opened.weights.keys() == merged.keys()
     assert all(torch.equal(opened.weights[name][()], weight) for name, weight in merged.items())
-
-    earlier = open_source(ROOT / "tests" / "distributed" / "earlier_checkpoint" / "step_0000002")
-    convert(earlier.path, tmp_path / "theirs", to="huggingface")
-    assert stream(earlier) == read_fingerprint(tmp_path / "theirs")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
