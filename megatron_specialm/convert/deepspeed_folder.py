@@ -155,7 +155,7 @@ def _experts(folder: Path, state: dict[str, Any]) -> tuple[dict[str, LazyTensor]
                     raise CheckpointError(
                         f"{path}: has {name}, which is not of expert {expert} or is there twice: {COPY_AGAIN}"
                     )
-                found[name] = tensor
+                found[name] = _tensor(tensor, path)
     if extra := [
         file.name
         for file in folder.iterdir()
@@ -206,8 +206,7 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     for path in sorted((folder / "zero").glob("*/*.pt")):
         name, kind = path.parent.name, path.stem
         if name not in shared and kind != "step":
-            content = read_torch_zip(path, _ALLOWED)
-            found[f"{kind}/{name}"] = content["param"] if isinstance(content, dict) else content
+            found[f"{kind}/{name}"] = _tensor(read_torch_zip(path, _ALLOWED), path)
     weights = {name.removeprefix("fp32/"): tensor for name, tensor in found.items() if name.startswith("fp32/")}
     moments = {name: tensor for name, tensor in found.items() if not name.startswith("fp32/")}
     common = folder / "zero" / "optimizer_state.pt"
@@ -218,6 +217,14 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     step = next(iter(sorted((folder / "zero").glob("*/step.pt"))), None)
     count = None if step is None else int(read_torch_zip(step, _ALLOWED)[()])
     return _found(folder, state, weights, moments, groups, count, universal=True)
+
+
+def _tensor(content: Any, path: Path) -> LazyTensor:
+    """A tensor, alone or as `param` of a universal checkpoint's file."""
+    tensor = content.get("param") if isinstance(content, dict) else content
+    if not isinstance(tensor, FileTensor):
+        raise CheckpointError(f"{path}: has no tensor where one should be: {COPY_AGAIN}")
+    return tensor
 
 
 def _found(

@@ -96,6 +96,7 @@ DAMAGES = {
     "a part cut off": ("zero1", "zero_pp_rank_0_mp_rank_00_optim_states.pt", _keep_less, "missing or damaged"),
     "tensor parallelism": ("zero1", "mp_rank_00_model_states.pt", {"mp_world_size": 2}, "parallelism 2.*ds_to_universal"),
     "no model": ("zero1", "mp_rank_00_model_states.pt", lambda content: content.clear(), "not a checkpoint of DeepSpeed"),
+    "no tensor": ("universal", "zero/norm.weight/fp32.pt", {"param": "text"}, "norm.weight/fp32.pt: has no tensor"),
     "a universal weight missing": ("universal", "zero/norm.weight/fp32.pt", None, "norm.weight/fp32.pt: is missing"),
 }  # fmt: skip
 
