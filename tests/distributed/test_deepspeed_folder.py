@@ -66,6 +66,8 @@ def test_experts_have_the_numbers_of_all_ranks(deepspeed_saved: Path, kind: str)
                 assert torch.equal(found.tensors[name][()], tensor), name
                 assert found.optimizer[f"exp_avg/{name}"].shape == tensor.shape
     assert len(found.tensors) == 5 + 2 * 4 * 4 and len(found.optimizer) == 2 * len(found.tensors)
+    assert sorted(name for group in found.groups for name in group.names) == sorted(found.tensors)
+    assert found.groups[1].settings["name"] == ("ep_size_2" if kind == "moe" else "ep_size_1")
     moments = {name: tensor[()] for name, tensor in found.optimizer.items() if ".0.weight" in name}
     assert len({tensor.sum().item() for tensor in moments.values()}) > len(moments) // 2  # each expert its own
 
