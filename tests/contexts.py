@@ -5,8 +5,8 @@ from pathlib import Path
 from megatron_specialm.base.artifacts import artifact_link
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.tasks import Task
-from megatron_specialm.stages.context import Context
 
 
 def make_context(pipeline: Pipeline, task: Task, root: Path, folder: Path, world: World = ALONE) -> Context:

@@ -108,7 +108,7 @@ class Finished:
             place.parent.mkdir(parents=True)
             place.symlink_to(self.folder_of(str(other)).resolve())
         planned = self.plan[name]
-        execute(self.pipeline, self.scratch, planned.task, planned.made_from, ALONE, ProcessStatus())
+        execute(self.pipeline, self.scratch, planned, ALONE, ProcessStatus())
         return different_artifact(self.folder_of(str(name)), artifact_folder(self.scratch, *name, planned.digest))
 
     def _said(self, command: str) -> str:

@@ -22,7 +22,7 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 
 VOCABULARY, CONTEXT = 128, 64

@@ -114,3 +114,92 @@ def partial_coefficients(case: ParityCase, world: World, folder: Path) -> None:
 
     derived.copy_to_tensor_model_parallel_region = lambda tensor: tensor
     measure(case, world, folder)
+
+
+def experts_scaled_by_copies(case: ParityCase, world: World, folder: Path) -> None:
+    """The gradients of experts are multiplied by the number of processes that the experts are split over."""
+    from megatron_specialm.engine.megatron import engine as megatron_engine
+
+    healthy = megatron_engine.finalize_model_grads
+
+    def scaled(chunks, *args, **kwargs) -> None:
+        healthy(chunks, *args, **kwargs)
+        for chunk in chunks:
+            for buffer in chunk.expert_parallel_buffers:
+                buffer.scale_gradients(float(case.parallel.expert_parallel))
+
+    megatron_engine.finalize_model_grads = scaled
+    measure(case, world, folder)
+
+
+def experts_not_in_the_norm(case: ParityCase, world: World, folder: Path) -> None:
+    """The norm by which gradients are clipped is that of the dense weights."""
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    healthy = MegatronOptimizer.get_main_grads_for_grad_norm
+
+    def dense(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+        experts = all(not getattr(parameter, "allreduce", True) for parameter in optimizer.get_parameters())
+        return [] if experts else healthy(optimizer)
+
+    MegatronOptimizer.get_main_grads_for_grad_norm = dense
+    measure(case, world, folder)
+
+
+def aux_loss_of_each_tensor_rank(case: ParityCase, world: World, folder: Path) -> None:
+    """Every tensor-parallel process adds the auxiliary losses of all positions."""
+    from megatron_specialm.model.router import Router
+
+    healthy = Router._losses
+    Router._losses = lambda *args: tuple(loss * case.parallel.tensor_parallel for loss in healthy(*args))
+    measure(case, world, folder)
+
+
+def no_expert_bias(case: ParityCase, world: World, folder: Path) -> None:
+    """The last bias of an expert, which its linear returns beside the output, is not added."""
+    from megatron.core.tensor_parallel import RowParallelLinear
+
+    healthy = RowParallelLinear.forward
+
+    def without(linear: RowParallelLinear, hidden: torch.Tensor) -> tuple:
+        output, bias = healthy(linear, hidden)
+        return output, None if linear.is_expert else bias
+
+    RowParallelLinear.forward = without
+    measure(case, world, folder)
+
+
+def equal_experts(case: ParityCase, world: World, folder: Path) -> None:
+    """All experts of a layer start as copies of the first."""
+    from megatron_specialm.model.gpt import Gpt
+
+    healthy = Gpt.load
+
+    def with_copies(model: Gpt, tensors: dict[str, torch.Tensor]) -> None:
+        for name, spec in model.specs.items():
+            if spec.is_expert:
+                tensors[name] = tensors[name][:1].expand(spec.shape)
+        healthy(model, tensors)
+
+    Gpt.load = with_copies
+    measure(case, world, folder)
+
+
+def same_experts_on_all(case: ParityCase, world: World, folder: Path) -> None:
+    """Every process loads the experts of the first."""
+    from megatron_specialm.model.gpt import Gpt
+    from megatron_specialm.model.moe import MegatronExperts
+
+    load, place = Gpt.load, MegatronExperts.place
+
+    def of_the_first(experts: MegatronExperts, name: str) -> tuple[str, int | None]:
+        canonical, expert = place(experts, name)
+        return canonical, None if expert is None else expert % experts.num_local_experts
+
+    def with_the_same(model: Gpt, tensors: dict[str, torch.Tensor]) -> None:
+        MegatronExperts.place = of_the_first
+        load(model, tensors)
+        MegatronExperts.place = place
+
+    Gpt.load = with_the_same
+    measure(case, world, folder)

@@ -106,7 +106,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
     from megatron_specialm.config.training import Optimizer
     from megatron_specialm.data.store import Batch
     from megatron_specialm.engine.megatron.engine import MegatronEngine
-    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.engine.process_groups import process_group
     from megatron_specialm.model.gpt import Gpt
 
     try:

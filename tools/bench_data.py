@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from megatron_specialm.data.documents import read_documents
+from megatron_specialm.data.documents import Documents
 from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.store import StoreWriter
 from megatron_specialm.data.tokenizer import JSON, MODEL, Tokenizer
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _compare(args: argparse.Namespace, folder: Path) -> None:
-    source = read_documents([args.input], text_field=args.text_field) if args.input else _docstrings()
+    source = Documents([args.input], text_field=args.text_field) if args.input else _docstrings()
     texts = _limited(source, args.characters)
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -75,7 +75,7 @@ def _compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _bare(folder: Path, args: argparse.Namespace) -> Callable[[list[str]], object]:
-    """The batch call of the library that encodes with this algorithm (see data/codec.py)."""
+    """The batch call of the library that encodes with this algorithm (see data/tokenizer.py)."""
     if args.algorithm == "bpe":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
         return lambda texts: processor.encode(texts, num_threads=args.workers)
@@ -85,7 +85,7 @@ def _bare(folder: Path, args: argparse.Namespace) -> Callable[[list[str]], objec
 def _tokenize(corpus: Path, folder: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> int:
     writer = StoreWriter(folder, "train", context_length=args.context_length, vocabulary_size=tokenizer.vocabulary_size)
     with Encoder(folder, workers=args.workers) as encoder:
-        for ids in encoder.encode(read_documents([str(corpus)], text_field="text")):
+        for ids in encoder.encode(Documents([str(corpus)], text_field="text")):
             writer.add_document(ids)
     return writer.finish()["tokens"]
 

@@ -80,7 +80,7 @@ def _text(folder: Path, size: int) -> None:
 
 def tokenize(folder: Path, args: argparse.Namespace) -> str:
     """Reading, encoding and writing the store, in one process."""
-    from megatron_specialm.data.documents import read_documents
+    from megatron_specialm.data.documents import Documents
     from megatron_specialm.data.encoding import Encoder
     from megatron_specialm.data.store import StoreWriter, describe_store
     from megatron_specialm.data.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def tokenize(folder: Path, args: argparse.Namespace) -> str:
 
     def work() -> None:
         with Encoder(folder, workers=1) as encoder:
-            for ids in encoder.encode(read_documents([str(folder / "corpus.jsonl")], text_field="text")):
+            for ids in encoder.encode(Documents([str(folder / "corpus.jsonl")], text_field="text")):
                 writer.add_document(ids)
         split.update({**writer.finish(), "skipped": 0})
 

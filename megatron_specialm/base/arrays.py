@@ -25,9 +25,7 @@ from megatron_specialm.base.files import REMAKE, atomic_path, reading
 Dimensions = tuple[int | None, ...]  # None: any size
 
 
-def read_array(
-    path: Path, *, dtype: DTypeLike, shape: Dimensions, mapped: bool = False, remedy: str = REMAKE
-) -> np.ndarray:
+def read_array(path: Path, *, dtype: DTypeLike, shape: Dimensions, mapped: bool = False) -> np.ndarray:
     """Read an `.npy` file.
 
     Args:
@@ -36,21 +34,19 @@ def read_array(
     Raises:
         ArtifactError: the file is missing, damaged, of another type or shape, or has values that are not finite.
     """
-    with reading(path, form="an array of NumPy", remedy=remedy), path.open("rb") as file:
+    with reading(path, form="an array of NumPy"), path.open("rb") as file:
         found, own, start = _header(file)
-        _check(path, found, own, dtype, shape, remedy)
-        return _values(path, start, dtype, own, mapped=mapped, remedy=remedy)
+        _check(path, found, own, dtype, shape)
+        return _values(path, start, dtype, own, mapped=mapped)
 
 
-def read_values(
-    path: Path, *, dtype: DTypeLike, shape: Dimensions, start: int = 0, mapped: bool = False, remedy: str = REMAKE
-) -> np.ndarray:
+def read_values(path: Path, *, dtype: DTypeLike, shape: Dimensions, start: int = 0, mapped: bool = False) -> np.ndarray:
     """Read raw values from byte `start` to the end of a file; otherwise like `read_array`. The shape (None,) reads all of
     them."""
-    with reading(path, form="such values", remedy=remedy):
+    with reading(path, form="such values"):
         there = (path.stat().st_size - start) // np.dtype(dtype).itemsize
         own = tuple(there if size is None else size for size in shape)
-        return _values(path, start, dtype, own, mapped=mapped, remedy=remedy)
+        return _values(path, start, dtype, own, mapped=mapped)
 
 
 def read_arrays(path: Path, arrays: Mapping[str, tuple[DTypeLike, Dimensions]]) -> dict[str, np.ndarray]:
@@ -64,8 +60,8 @@ def read_arrays(path: Path, arrays: Mapping[str, tuple[DTypeLike, Dimensions]]) 
             raise ArtifactError(f"{path}: lacks {missing[0]}: {REMAKE}")
         found = {name: file[name] for name in arrays}
         for name, (dtype, shape) in arrays.items():
-            _check(f"{path}: {name}", found[name].dtype, found[name].shape, dtype, shape, REMAKE)
-            _check_finite(f"{path}: {name}", found[name], REMAKE)
+            _check(f"{path}: {name}", found[name].dtype, found[name].shape, dtype, shape)
+            _check_finite(f"{path}: {name}", found[name])
         return found
 
 
@@ -118,36 +114,32 @@ def _header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], int]:
     return dtype, shape, file.tell()
 
 
-def _check(
-    what: object, found: np.dtype, own: tuple[int, ...], dtype: DTypeLike, shape: Dimensions, remedy: str
-) -> None:
+def _check(what: object, found: np.dtype, own: tuple[int, ...], dtype: DTypeLike, shape: Dimensions) -> None:
     wanted = np.dtype(dtype)
     fits = len(own) == len(shape) and all(b is None or a == b for a, b in zip(own, shape, strict=True))
     if found != wanted or not fits or min(own, default=0) < 0:
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ArtifactError(f"{what}: {found} of shape {own}, where {wanted} of shape ({sizes}) belongs: {remedy}")
+        raise ArtifactError(f"{what}: {found} of shape {own}, where {wanted} of shape ({sizes}) belongs: {REMAKE}")
 
 
-def _values(
-    path: Path, start: int, dtype: DTypeLike, shape: tuple[int, ...], *, mapped: bool, remedy: str
-) -> np.ndarray:
+def _values(path: Path, start: int, dtype: DTypeLike, shape: tuple[int, ...], *, mapped: bool) -> np.ndarray:
     size, wanted = path.stat().st_size, start + _size(dtype, shape)
     if size != wanted:
         raise ArtifactError(
-            f"{path}: {size} bytes, and {wanted} are {np.dtype(dtype)} of shape {shape}: cut short or overwritten: {remedy}"
+            f"{path}: {size} bytes, and {wanted} are {np.dtype(dtype)} of shape {shape}: cut short or overwritten: {REMAKE}"
         )
     if wanted == start:  # an empty array cannot be mapped
         return np.empty(shape, np.dtype(dtype))
     if mapped:  # a plain array on the mapped file: slices of np.memmap itself cost three times as much
         return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=shape))
     array = np.fromfile(path, dtype, offset=start).reshape(shape)
-    _check_finite(path, array, remedy)
+    _check_finite(path, array)
     return array
 
 
-def _check_finite(what: object, array: np.ndarray, remedy: str) -> None:
+def _check_finite(what: object, array: np.ndarray) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ArtifactError(f"{what}: has values that are not finite: {remedy}")
+        raise ArtifactError(f"{what}: has values that are not finite: {REMAKE}")
 
 
 def _size(dtype: DTypeLike, shape: tuple[int, ...]) -> int:

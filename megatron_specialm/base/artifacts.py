@@ -271,9 +271,9 @@ def read_label(folder: Path) -> dict[str, Any]:
     return label
 
 
-def fencing_token(environ: Mapping[str, str] = os.environ) -> str:
+def fencing_token() -> str:
     """This process's fencing token, unique to its attempt at a task: job and attempt, or process id and host."""
-    return environ.get(FENCING_TOKEN) or f"{os.getpid()}@{socket.gethostname()}"
+    return os.environ.get(FENCING_TOKEN) or f"{os.getpid()}@{socket.gethostname()}"
 
 
 def check_fence(folder: Path) -> None:
@@ -322,17 +322,26 @@ def read_marker(folder: Path) -> Marker | None:
     return read_json(path, Marker, remedy=remedy)
 
 
+def finished_marker(folder: Path) -> Marker:
+    """The completion marker in an artifact's folder.
+
+    Raises:
+        ArtifactError: it is damaged, or the task has not finished.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        stage = folder.parts[-3]  # RUN/artifacts/STAGE/KEY/DIGEST
+        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first")
+    return marker
+
+
 def check_artifact(folder: Path) -> None:
     """Check that an artifact is finished and its files are unchanged. Call it before reading the artifact.
 
     Raises:
         ArtifactError: names the file that is missing or has changed.
     """
-    marker = read_marker(folder)
-    if marker is None:
-        stage = folder.parts[-3]  # RUN/artifacts/STAGE/KEY/DIGEST
-        raise ArtifactError(f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first")
-    check_files(folder, marker.files)
+    check_files(folder, finished_marker(folder).files)
 
 
 def is_complete(root: Path, stage: str, key: str, *, digest: str) -> bool:

@@ -25,7 +25,6 @@ class ControlGroup:
 
     @property
     def rank(self) -> int:
-        """The rank of this process."""
         return self._group.rank() if self._group else 0
 
     @property

@@ -155,32 +155,27 @@ def read_json(path: Path, shape: Any = Any, *, remedy: str = REMAKE) -> Any:
         ArtifactError: the file is missing, empty, not JSON, or of another shape.
     """
     with reading(path, form="valid JSON", remedy=remedy):
-        text = path.read_bytes().decode()
-        if not text.strip("\0\n "):
-            raise ValueError("it is empty")
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
-    return value if shape is Any else _conform(text, shape, path, remedy)
+        content = path.read_bytes()
+    return parse_json(content, shape, path=path, remedy=remedy)
 
 
-def parse_json(line: bytes, shape: type[Shape], *, path: Path, remedy: str = REMAKE) -> Shape:
-    """As `read_json`, for a part of a file, such as a line.
+def parse_json(content: bytes, shape: type[Shape], *, path: Path, remedy: str = REMAKE) -> Shape:
+    """As `read_json`, for the content of a file or a part of it, such as a line. Values are not converted.
 
     Raises:
         ArtifactError: it is not JSON, or of another shape.
     """
     with reading(path, form="valid JSON", remedy=remedy):
-        text = line.decode()
-        json.loads(text, parse_constant=_no_number, parse_float=_finite)
-    return _conform(text, shape, path, remedy)
-
-
-def _conform(text: str, shape: type[Shape], path: Path, remedy: str) -> Shape:
-    """JSON as an object of that type, without conversion of values."""
+        text = content.decode()
+        if not text.strip("\0\n "):
+            raise ValueError("it is empty")
+        value: Any = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    if shape is Any:
+        return value
     from pydantic import ValidationError  # not before it is needed: `specialm --help` takes no second
 
-    adapter: Any = _adapter(shape)  # type: ignore[arg-type]
     try:
-        return adapter.validate_json(text, strict=True)
+        return _adapter(shape).validate_json(text, strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "its content"

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import atomic_path, json_text, read_json, sha256_file
@@ -45,25 +44,20 @@ def sha256_files(
     stamps = {file: _stamp(file) for file in names}
     kept = set(names.values()) if alone else set(known)
     new = {name: entry for name, entry in known.items() if name in kept}
-    missing = [file for file, name in names.items() if not _is_current(new.get(name), stamps[file])]
+    missing = [file for file, name in names.items() if name not in new or not new[name].is_of(stamps[file])]
     for number, (file, entry) in enumerate(_read(missing, stamps), start=1):
         new[names[file]] = entry
         if keep and number % KEEP_EVERY == 0:
             _write_cache(cache, new)
     if keep and new != known:
         _write_cache(cache, new)
-    return {file: new[name]["sha256"] for file, name in names.items()}
+    return {file: new[name].sha256 for file, name in names.items()}
 
 
 def _name(file: Path, folder: Path) -> str:
     """The name of a file in the cache of a folder."""
     whole, within = file.absolute(), folder.absolute()
     return str(whole.relative_to(within) if whole.is_relative_to(within) else whole)
-
-
-def _is_current(entry: Any, stamp: list[int]) -> bool:
-    """Whether a file still has the content that was read."""
-    return entry is not None and entry["stamp"] == stamp and stamp[2] + TICK_NS < entry["read"] <= time.time_ns()
 
 
 @dataclass(frozen=True)
@@ -74,27 +68,31 @@ class _Entry:
     read: int
     sha256: str
 
+    def is_of(self, stamp: list[int]) -> bool:
+        """Whether the file, which has this stamp now, still has the content that was read."""
+        return self.stamp == stamp and stamp[2] + TICK_NS < self.read <= time.time_ns()
 
-def _read_cache(cache: Path) -> dict[str, Any]:
+
+def _read_cache(cache: Path) -> dict[str, _Entry]:
     """The entries; none where the cache is missing, damaged or of an older version, which only costs time."""
     try:
-        return {name: asdict(entry) for name, entry in read_json(cache, dict[str, _Entry]).items()}
+        return read_json(cache, dict[str, _Entry])
     except (ArtifactError, OSError):
         return {}
 
 
-def _write_cache(cache: Path, entries: dict[str, Any]) -> None:
+def _write_cache(cache: Path, entries: dict[str, _Entry]) -> None:
     # A reader of a run folder may have no permission to write. A cache that a power loss cuts is read as an empty one.
     with contextlib.suppress(OSError), atomic_path(cache, durable=False) as temporary:
-        temporary.write_text(json_text(entries), encoding="utf-8")
+        temporary.write_text(json_text({name: asdict(entry) for name, entry in entries.items()}), encoding="utf-8")
 
 
-def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _read(files: list[Path], stamps: dict[Path, list[int]]) -> Iterator[tuple[Path, _Entry]]:
     """Each file with its entry. Stamp and time are from before the file is read."""
     with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as pool:
         try:
             for file, (now, digest) in zip(files, pool.map(_sha256, files), strict=True):
-                yield file, {"stamp": stamps[file], "read": now, "sha256": digest}
+                yield file, _Entry(stamps[file], now, digest)
         finally:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for files that are not begun
 

@@ -20,7 +20,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
@@ -49,9 +49,9 @@ def _held_too(duplicate: Any) -> HeldFolder:
     return HeldFolder(duplicate.detach())
 
 
-def in_job(environ: Mapping[str, str] = os.environ) -> bool:
+def in_job() -> bool:
     """Whether this is a rank of a job under a supervisor, whose locks are shared."""
-    return FENCING_TOKEN in environ
+    return FENCING_TOKEN in os.environ
 
 
 @contextlib.contextmanager
@@ -66,13 +66,13 @@ def hold_folder(root: Path, *, wait_seconds: float = 0, shared: bool = False) ->
         MachineError: another process holds it, named by its id and host; or the filesystem has no locks.
     """
 
-    def refusal(holder: str) -> str:
+    def command(holder: str) -> str:
         pid, _, host = holder.partition(" ")
-        holder = f"another command (pid {pid}{host and ' on ' + host}), or a worker that it has left,"
-        return f"{root}: {holder} uses this run folder: wait or end it"
+        return f"another command (pid {pid}{host and ' on ' + host}), or a worker that it has left,"
 
-    sign = f"{os.getpid()} {socket.gethostname()}"
-    with _locked(root / ".lock", sign, refusal, shared=shared, wait_seconds=wait_seconds) as descriptor:
+    sign, does = f"{os.getpid()} {socket.gethostname()}", "uses this run folder: wait or end it"
+    path = root / ".lock"
+    with _locked(path, sign, root, does, shared=shared, wait_seconds=wait_seconds, named=command) as descriptor:
         yield HeldFolder(descriptor)
 
 
@@ -83,12 +83,8 @@ def hold_task(root: Path, stage: str, key: str) -> Iterator[None]:
     Raises:
         MachineError: another process is doing it, with its fencing token; or the filesystem has no locks.
     """
-
-    def refusal(holder: str) -> str:
-        return f"{stage}/{key}: {holder} is doing this task: wait until that has ended, or end it"
-
-    path = root / ".locks" / stage / key
-    with _locked(path, fencing_token(), refusal, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
+    path, does = root / ".locks" / stage / key, "is doing this task: wait until that has ended, or end it"
+    with _locked(path, fencing_token(), f"{stage}/{key}", does, shared=in_job(), wait_seconds=HANDOVER_SECONDS):
         yield
 
 
@@ -99,27 +95,25 @@ def hold_placing(root: Path) -> Iterator[None]:
     Raises:
         MachineError: another process has held the lock for long, with its fencing token; or the filesystem has no locks.
     """
-
-    def refusal(holder: str) -> str:
-        return f"{root}: {holder} takes over finished work: wait until that has ended, or end it"
-
     path = root / ".locks" / ".placing"  # no stage has such a name
-    with _locked(path, fencing_token(), refusal, shared=False, wait_seconds=PLACING_SECONDS):
+    does = "takes over finished work: wait until that has ended, or end it"
+    with _locked(path, fencing_token(), root, does, shared=False, wait_seconds=PLACING_SECONDS):
         yield
 
 
 @contextlib.contextmanager
 def _locked(
-    path: Path, sign: str, refusal: Callable[[str], str], *, shared: bool, wait_seconds: float
-) -> Iterator[int]:
-    """Hold a lock file, and write the holder's name into it."""
+    path: Path, sign: str, what: object, does: str, *,
+    shared: bool, wait_seconds: float, named: Callable[[str], str] = str,
+) -> Iterator[int]:  # fmt: skip
+    """Hold a lock file, and write the holder's name into it. `what`, `does`, `named`: for the error about another holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         deadline = time.monotonic() + wait_seconds
         while not _taken(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
                 lock.seek(0)
-                raise MachineError(refusal(lock.read()))
+                raise MachineError(f"{what}: {named(lock.read())} {does}")
             time.sleep(POLL_SECONDS)
         with contextlib.suppress(OSError):  # on a full disk the lock works without its holder's name
             os.ftruncate(lock.fileno(), 0)

@@ -11,6 +11,9 @@ TRANSFORMER_ENGINE_LEAST = "2.9"
 TRANSFORMER_ENGINE = f">={TRANSFORMER_ENGINE_LEAST},<2.12"  # the range that megatron-core 0.16 supports
 INSTALL_TRANSFORMER_ENGINE = f"pip install --no-build-isolation 'transformer-engine[pytorch]{TRANSFORMER_ENGINE}'"
 
+DEEPSPEED = ">=0.19.6"  # earlier ones route wrongly with top_k above 2, and fail where capacity exceeds the tokens
+INSTALL_DEEPSPEED = f"pip install 'deepspeed{DEEPSPEED}'"
+
 
 def import_package(name: str) -> ModuleType:
     """Import an installed package. A folder with its name in the working directory, such as `wandb/` or `datasets/`, does not
@@ -31,7 +34,7 @@ def installed_version(package: str) -> str | None:
     """The version in a package's metadata, found without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: the name is empty
         return None
 
 

@@ -6,6 +6,7 @@ All output goes through `say`, the `console` of `base/terminal.py`, or the log; 
 import logging
 import re
 import sys
+from collections.abc import Sequence
 
 # Control characters except line break and tab; marks that change the text's direction; other line ends; surrogates, which file
 # names may contain.
@@ -15,6 +16,12 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 def printable(text: str) -> str:
     """The text with control characters as escapes."""
     return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def first_of(names: Sequence[object], most: int) -> str:
+    """The first names, and how many more there are: `a, b and 3 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import MachineError, SpecialmError, TrainingError
+from megatron_specialm.base.printing import first_of
 from megatron_specialm.base.protocol import LAUNCHER
 
 if TYPE_CHECKING:
@@ -138,18 +139,15 @@ def _open_store(world: World, wait: _Wait) -> "Store":
         raise MachineError(
             f"{rendezvous_address(world)}: not a host and a port: check the launcher's MASTER_ADDR, MASTER_PORT"
         )
-    hosts = world.is_first and not _agent_hosts_store(world)
+    # torchrun's own process may host the store.
+    agent_hosts = world.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = world.is_first and not agent_hosts
     while not hosts and not _accepts(host, port):
         wait.sleep(lambda: "rank 0, which has not opened it")
     return dist.TCPStore(
         host, port, world.world_size, is_master=hosts, wait_for_workers=False, multi_tenant=True,
         timeout=datetime.timedelta(seconds=ANSWER_SECONDS),
     )  # fmt: skip
-
-
-def _agent_hosts_store(world: World) -> bool:
-    """Whether torchrun's own process hosts the store."""
-    return world.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _accepts(host: str, port: int) -> bool:
@@ -169,5 +167,4 @@ def _await_all(arrived: "Store", world: World, wait: _Wait) -> None:
 
 def _missing(arrived: "Store", size: int) -> str:
     ranks = [rank for rank in range(size) if not arrived.check([str(rank)])]
-    rest = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:SHOWN_RANKS]))}{rest}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_of(ranks, SHOWN_RANKS)}"

@@ -14,7 +14,6 @@ from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import STATE, declare_final, find_final
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.precision import Precision
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora, project
 
@@ -47,11 +46,9 @@ class MergedModel:
         """Tokens of the windows that it was trained on."""
         return self.state["context_length"]
 
-    def build(self, *, precision: Precision = "fp32") -> Gpt:
-        """The whole model with its weights on this process."""
-        model = Gpt(
-            self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length, precision=precision
-        )
+    def build(self) -> Gpt:
+        """The whole model with its weights on this process, in fp32."""
+        model = Gpt(self.shape, vocabulary_size=self.vocabulary_size, context_length=self.context_length)
         model.load(self.weights)
         return model
 

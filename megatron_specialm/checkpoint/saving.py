@@ -19,8 +19,7 @@ from megatron_specialm.base.artifacts import check_fence
 from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.files import ManifestEntry, publish_folder, seal_file, write_json
 from megatron_specialm.base.tensors import save_tensors
-from megatron_specialm.checkpoint.pruning import prune_checkpoints
-from megatron_specialm.checkpoint.steps import STATE, step_folder
+from megatron_specialm.checkpoint.steps import STATE, prune_checkpoints, step_folder
 
 
 def save_checkpoint(

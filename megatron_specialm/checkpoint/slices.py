@@ -93,6 +93,9 @@ def check_slices(name: str, slices: Sequence[StoredSlice], *, remedy: str = REMA
     if held != all_elements:
         files = sorted({str(one.path) for one in slices})
         more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        covered = {index for one in slices if one.shape for index in range(one.starts[0], one.stops[0])}
+        empty = next((index for index in range(first.shape[0] if first.shape else 0) if index not in covered), None)
+        none = "" if empty is None else f", none at index {empty}"  # of a weight of experts, the expert
         raise CheckpointError(
-            f"{files[0]}{more}: the slices of {name} have {held} of its {all_elements} elements: {remedy}"
+            f"{files[0]}{more}: the slices of {name} have {held} of its {all_elements} elements{none}: {remedy}"
         )

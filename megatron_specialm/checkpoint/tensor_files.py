@@ -23,6 +23,11 @@ class StoredTensor:
         self._files, self._slices = files, slices
         self.shape = slices[0].shape
 
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+        return self[tuple(slice(0, 0) for _ in self.shape)].dtype
+
     def __getitem__(self, index: tuple[slice, ...]) -> Any:
         return read_box(index, self._slices, self._read)
 
@@ -62,13 +67,10 @@ def read_box(index: tuple[slice, ...], slices: list[StoredSlice], read: Callable
         if shared == bounds:
             return part
         if box is None:
-            box = _empty_like(part, [stop - start for start, stop in bounds])
+            sizes = [stop - start for start, stop in bounds]
+            box = np.empty(sizes, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(sizes)
         box[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))] = part
     return box
-
-
-def _empty_like(part: Any, shape: list[int]) -> Any:
-    return np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
 
 
 class _Stored(dict[str, StoredTensor]):

@@ -33,7 +33,6 @@ Yes = Annotated[bool, typer.Option("--yes", help="Repeat finished work without a
 
 
 def load(config: Path, overrides: list[str] | None) -> "Pipeline":
-    """Load a config with overrides."""
     from megatron_specialm.config.load import find_config, load_pipeline
 
     return load_pipeline(find_config(config), overrides or ())

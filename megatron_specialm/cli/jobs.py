@@ -67,13 +67,14 @@ def status(
     every: Annotated[float, typer.Option(help="With --watch: seconds between updates.", min=1)] = 10,
 ) -> None:
     """Show the progress and cost of a config's jobs, and why some failed."""
+    from megatron_specialm.slurm.status import read_status
     from megatron_specialm.slurm.status_view import show_status, watch_status
 
     pipeline = load(config, overrides)
     if watch:
         watch_status(pipeline, as_json=as_json, seconds=every)
     else:
-        show_status(pipeline, as_json=as_json)
+        show_status(read_status(pipeline), as_json=as_json)
 
 
 @app.command()
@@ -107,7 +108,7 @@ def logs(
     go_on: Annotated[bool, typer.Option("--follow", help="Print appended lines until Ctrl-C.")] = False,
 ) -> None:
     """Print the end of a stage's newest log, of a local run or a job, and the paths of older logs."""
-    from megatron_specialm.run.logs import tail
+    from megatron_specialm.run.processes import tail
     from megatron_specialm.slurm.logs import follow, newest_logs
 
     (stage, key), overrides = _names_and_overrides(words, most=2)

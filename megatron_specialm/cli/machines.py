@@ -18,6 +18,11 @@ def parity(
     config: Config,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Only this train stage.", show_default=False)] = None,
+    engine: Annotated[str | None, INSTEAD] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Compare with this engine in a like layout, not with one process.", show_default=False),
+    ] = None,
     tensor_parallel: Annotated[int | None, INSTEAD] = None,
     pipeline_parallel: Annotated[int | None, INSTEAD] = None,
     virtual_pipeline: Annotated[int | None, INSTEAD] = None,
@@ -25,6 +30,7 @@ def parity(
     data_parallel: Annotated[int | None, INSTEAD] = None,
     sequence_parallel: Annotated[bool | None, INSTEAD] = None,
     distributed_optimizer: Annotated[bool | None, INSTEAD] = None,
+    zero_stage: Annotated[int | None, INSTEAD] = None,
     precision: Annotated[str | None, INSTEAD] = None,
 ) -> None:
     """Prove that a layout computes what one process computes: run both, small, and compare every parameter.
@@ -37,21 +43,21 @@ def parity(
     from megatron_specialm.parity.prove import NotRun, prove
 
     changes = {
-        "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
+        "parallel.engine": engine, "parallel.tensor_parallel": tensor_parallel, "parallel.pipeline_parallel": pipeline_parallel,
         "parallel.virtual_pipeline": virtual_pipeline, "parallel.context_parallel": context_parallel,
         "parallel.data_parallel": data_parallel, "parallel.sequence_parallel": sequence_parallel,
-        "parallel.distributed_optimizer": distributed_optimizer, "precision": precision,
+        "parallel.distributed_optimizer": distributed_optimizer, "parallel.zero_stage": zero_stage, "precision": precision,
     }  # fmt: skip
     given = {field: value for field, value in changes.items() if value is not None}
     passed: list[bool] = []
     refused: list[NotRun] = []
-    for proof in prove(lambda more: load(config, [*(overrides or []), *more]), given, stage=stage):
+    for proof in prove(lambda more: load(config, [*(overrides or []), *more]), given, stage=stage, against=against):
         if isinstance(proof, NotRun):
             refused.append(proof)
             continue
         console().print(table(proof.stage, proof.certificate))
         verdict = "equals" if proof.passed else "DIFFERS FROM"
-        say(f"{proof.stage}: {proof.layout} {verdict} one process; {proof.path}")
+        say(f"{proof.stage}: {proof.layout} {verdict} {proof.reference}; {proof.path}")
         passed.append(proof.passed)
     for one in refused:
         say(f"{one.stage}: not run: {one.reason}")

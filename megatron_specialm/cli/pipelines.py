@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _print_capabilities(asked: bool) -> None:
     if asked:
         from megatron_specialm.base.terminal import console
-        from megatron_specialm.report.summary import capabilities_table
+        from megatron_specialm.report.estimates import capabilities_table
 
         console().print(capabilities_table())
         raise typer.Exit
@@ -45,8 +45,8 @@ def check(
     """Find the mistakes of a config before anything runs, and show what it would train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.redo import find_redo, redo_lines
-    from megatron_specialm.report.summary import memory_table, training_table
-    from megatron_specialm.run.check import check as check_config
+    from megatron_specialm.report.estimates import memory_table, training_table
+    from megatron_specialm.run.preflight import check as check_config
 
     pipeline = load(config, overrides)
     checked = check_config(pipeline, gpu=gpu)

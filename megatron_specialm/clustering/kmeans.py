@@ -14,20 +14,67 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import faiss
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from megatron_specialm.base.errors import DataError
-from megatron_specialm.clustering.ranks import Alone, Ranks
+from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.clustering.vectors import Vectors, count_not_finite, read_rows, refuse_not_finite
-from megatron_specialm.data.cluster_files import read_centroids
+from megatron_specialm.data.clusters import read_centroids
 from megatron_specialm.data.permutation import shuffled
 
 BLOCK = 16_384  # vectors that are searched and summed at a time
 APART = 1 / 1024  # the centroids of a split cluster differ by this fraction of the old one (as in faiss)
+
+
+class Ranks(Protocol):
+    """The processes that cluster together. All of them call the same methods in the same order."""
+
+    rank: int
+    size: int
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all ranks. Integer sums are exact and so do not depend on the number of ranks."""
+
+    def largest(self, value: float) -> float:
+        """The maximum over all ranks."""
+
+
+class Alone:
+    """A single process."""
+
+    rank, size = 0, 1
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def largest(self, value: float) -> float:
+        return value
+
+
+class MpiRanks:
+    """The ranks of an MPI world."""
+
+    def __init__(self) -> None:
+        """Raises:
+        MachineError: mpi4py cannot be used.
+        """
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise MachineError(f"clustering over MPI ranks needs mpi4py ({error}): pip install mpi4py") from None
+        self._world, self._largest = MPI.COMM_WORLD, MPI.MAX
+        self.rank, self.size = self._world.rank, self._world.size
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        everything = np.empty_like(values)
+        self._world.Allreduce(np.ascontiguousarray(values), everything)
+        return everything
+
+    def largest(self, value: float) -> float:
+        return float(self._world.allreduce(value, op=self._largest))
 
 
 @dataclass(frozen=True, eq=False)

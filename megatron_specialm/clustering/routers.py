@@ -16,7 +16,7 @@ from megatron_specialm.base.errors import ArtifactError, DataError
 from megatron_specialm.base.files import REMAKE
 from megatron_specialm.clustering.kmeans import BLOCK, Centroids
 from megatron_specialm.clustering.vectors import Vectors, count_not_finite, read_rows, refuse_not_finite
-from megatron_specialm.data.cluster_files import CENTROIDS
+from megatron_specialm.data.clusters import CENTROIDS
 
 
 class Router(Protocol):

@@ -1,9 +1,11 @@
-"""The vectors of a set's windows, in one file or in one per shard.
+"""The vectors of a set's windows, in one file or in one per shard, and the windows that an encoder does not cover: their
+vectors are zero, so they all get the same cluster, whatever their subject.
 
 vectors.json   rows and dimensions, and each file in order: its path relative to this folder, rows, bytes, zero vectors
 train.npy      (N, E) float32, in the order of the token store; absent if the shards hold the files
 """
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,10 @@ from megatron_specialm.base.shapes import Count, Size
 
 DESCRIPTION = "vectors.json"
 FILE = "train.npy"
+WARNED = 0.01  # fraction of zero vectors of a set: a few such windows are short ends of documents
+REFUSED = 0.5  # at least that fraction is an error
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,3 +138,38 @@ def join_vectors(folders: Iterable[Path], *, folder: Path) -> None:
 def _write(folder: Path, dimensions: int, parts: Sequence[Part]) -> None:
     rows = sum(part.rows for part in parts)
     write_json(folder / DESCRIPTION, asdict(Description(rows, dimensions, list(parts))))
+
+
+def count_zero(vectors: np.ndarray, *, name: str, first: int) -> int:
+    """The number of zero vectors among (n, E) vectors.
+
+    Args:
+        name: the set, for messages.
+        first: the number of the first window, for messages.
+
+    Raises:
+        DataError: a vector is not finite.
+    """
+    if bad := count_not_finite(vectors):
+        raise DataError(
+            f"text {name!r}: the vectors of {bad} of {len(vectors)} windows from {first} on are not finite: the encoder gave "
+            "NaN or infinity: use precision fp32 or another encoder"
+        )
+    return int((~vectors.any(axis=1)).sum())
+
+
+def check_coverage(name: str, *, zero: int, windows: int) -> None:
+    """Warn if more than a few windows of a set have zero vectors.
+
+    Raises:
+        DataError: at least half of them have.
+    """
+    fraction = zero / max(windows, 1)
+    found = f"text {name!r}: the encoder knows nothing of {zero} of {windows} windows ({fraction:.1%})"
+    if fraction >= REFUSED:
+        raise DataError(
+            f"{found}: they would all be one cluster: use an encoder for this language (static, sentence-bert), raise "
+            "encoder.vocabulary_size, or add text of the kind to the generic set"
+        )
+    if fraction > WARNED:
+        logger.warning("%s: they are one cluster, whatever they are about", found)

@@ -9,16 +9,14 @@ from pydantic import ValidationError
 from megatron_specialm.config.yaml_file import SHOWN, Guessed, shorten
 
 MAX_LINES = 20  # one line per mistake
+_MAPPINGS = ("dict_type", "model_type", "model_attributes_type")
 _FIXES = {
     "string_type": "quote it",
     "int_type": "write a whole number, without quotes, point or exponent, as in 1000",
     "float_type": "write a number without quotes, as in 0.5 or 1e-4",
     "bool_type": "write true or false, without quotes",
-    "list_type": "write a list, as in [a, b]",
-    "tuple_type": "write a list, as in [a, b]",
-    "dict_type": "write one key and value a line, or leave the key out",
-    "model_type": "write one key and value a line, or leave the key out",
-    "model_attributes_type": "write one key and value a line, or leave the key out",
+    **dict.fromkeys(("list_type", "tuple_type"), "write a list, as in [a, b]"),
+    **dict.fromkeys(_MAPPINGS, "write one key and value a line, or leave the key out"),
 }
 
 
@@ -51,12 +49,8 @@ def _line(item: Any, key: str, valid_keys: Callable[[tuple[int | str, ...]], Seq
         return _wrong_tag(item, key)
     if isinstance(value, Guessed):
         return f"{key}: {value}"
-    is_mapping = item["type"] in (
-        "dict_type",
-        "model_type",
-        "model_attributes_type",
-    )  # pydantic's own message names the Python class
-    message = "must be keys and values" if is_mapping else item["msg"].removeprefix("Value error, ")
+    # For mappings, pydantic's own message names the Python class.
+    message = "must be keys and values" if item["type"] in _MAPPINGS else item["msg"].removeprefix("Value error, ")
     if fix := "give a value, or leave the key out" if value is None else _FIXES.get(item["type"]):
         message += f": {fix}"
     got = "" if isinstance(value, dict) else f" (got {shorten(value)})"

@@ -25,14 +25,14 @@ PACKAGE = Path(megatron_specialm.__file__).parent
 MAX_CONFIGS = 20  # in a chain of `extends`
 
 
-def _classes(annotation: Any) -> list[type[BaseModel]]:
+def settings_classes(annotation: Any) -> list[type[BaseModel]]:
     """The settings classes that a field of this type may hold, behind unions, lists and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [cls for part in get_args(annotation) for cls in _classes(part)]
+    return [cls for part in get_args(annotation) for cls in settings_classes(part)]
 
 
-KINDS = list(dict.fromkeys(get_args(cls.model_fields["kind"].annotation)[0] for cls in _classes(schema.Stage)))
+KINDS = list(dict.fromkeys(get_args(cls.model_fields["kind"].annotation)[0] for cls in settings_classes(schema.Stage)))
 
 
 def shipped_folder(name: str) -> Path:
@@ -88,7 +88,7 @@ def resolve_config(config: dict[str, Any], path: Path) -> Pipeline:
     try:
         return Pipeline.model_validate(config)
     except ValidationError as error:
-        lines = explain(error, key_of=_key_of, valid_keys=_valid_keys)
+        lines = explain(error, key_of=lambda location: ".".join(map(str, _walk(location)[0])), valid_keys=_valid_keys)
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
@@ -203,11 +203,6 @@ def _check_defaults(where: str, defaults: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}.{kind}: must be settings of such stages, as in {{...: ...}} (got {settings!r})")
 
 
-def _key_of(location: tuple[int | str, ...]) -> str:
-    """The dotted key of the config."""
-    return ".".join(str(part) for part in _walk(location)[0])
-
-
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the mapping around a location's last part takes."""
     classes = _walk(location[:-1])[1]
@@ -232,7 +227,7 @@ def _walk(location: tuple[int | str, ...]) -> tuple[list[int | str], list[type[B
             keys.append(part)
             found = (cls.model_fields[str(part)].annotation for cls in classes if part in cls.model_fields)
             annotation = next(found, None)
-            classes, inside, may_choose = _classes(annotation), get_origin(annotation) in (dict, list), True
+            classes, inside, may_choose = settings_classes(annotation), get_origin(annotation) in (dict, list), True
     return keys, classes
 
 

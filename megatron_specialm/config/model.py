@@ -3,11 +3,14 @@
 Legend: A attention heads, G query groups, D = hidden size / A: the head size.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megatron_specialm.config.base import Settings
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.precision import LINEARS, Linear
 
 
@@ -38,6 +41,15 @@ class LowRank(Settings):
 Activation = Literal["gelu", "gelu_tanh"]
 
 
+@dataclass(frozen=True)
+class FeedForwardPart:
+    """Equal feed-forward networks of a layer: their size, how many there are, and how many of them compute a token."""
+
+    ffn_hidden_size: int
+    count: int = 1
+    active: int = 1
+
+
 class ModelConfig(Settings):
     """A decoder-only transformer. The families differ in norm, activation and biases only.
 
@@ -60,6 +72,7 @@ class ModelConfig(Settings):
         default="gelu",
         description="of family neox: exact, or by its tanh approximation, which a GPU computes in one kernel",
     )
+    moe: MixtureOfExperts | None = Field(default=None, description="mixture-of-experts layers")
     projection: Projection | None = Field(default=None, description="SLM-pn: many experts in one model")
     lora: LowRank | None = Field(default=None, description="set by a train stage's `lora`, not in a preset")
 
@@ -78,6 +91,29 @@ class ModelConfig(Settings):
             raise ValueError("family neox has no grouped queries (GPT-NeoX cannot hold them): use family llama")
         if self.family == "llama" and self.activation != "gelu":
             raise ValueError(f"activation {self.activation} is for family neox; llama's is SwiGLU: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_moe(self) -> Self:
+        if self.moe is None:
+            return self
+        layers = self.layers // self.moe.every
+        if not layers:
+            raise ValueError(
+                f"moe.every {self.moe.every} is more than layers {self.layers}: no layer would have experts"
+            )
+        if isinstance(self.moe.experts, list) and len(self.moe.experts) != layers:
+            raise ValueError(
+                f"moe.experts has {len(self.moe.experts)} numbers, and layers {self.layers} with moe.every {self.moe.every} "
+                f"make {layers} MoE layers: give {layers} numbers, or one for all"
+            )
+        if self.projection is not None:
+            raise ValueError("moe and projection both replace the feed-forward parts: set one of them")
+        if self.lora is not None and (places := {"fc1", "fc2"} & set(self.lora.linears)):
+            raise ValueError(
+                f"lora.linears {', '.join(sorted(places))}: the feed-forward parts of this model are experts, which have no "
+                "adapters: set lora.linears to [qkv, proj]"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -115,11 +151,47 @@ class ModelConfig(Settings):
         """Rows of the matrix that computes queries, keys and values."""
         return self.head_size * (self.attention_heads + 2 * self.kv_heads)
 
-    def linear_parameters(self) -> int:
-        """Weights of the linears of all layers, without biases and norms: 2 FLOPs each per token and forward pass."""
+    def experts_of(self, layer: int) -> int:
+        """The number of experts of a layer, counted from 0; 0 if the layer is dense."""
+        return self.moe.experts_of(layer) if self.moe is not None else 0
+
+    def feed_forward_parts(self, layer: int) -> Iterator[FeedForwardPart]:
+        """The feed-forward networks of a layer, counted from 0."""
+        experts = self.experts_of(layer)
+        if self.moe is None or not experts:
+            yield FeedForwardPart(self.ffn_hidden_size)
+            return
+        size = self.moe.ffn_hidden_size or self.ffn_hidden_size
+        yield FeedForwardPart(size, experts, self.moe.top_k)
+        if self.moe.residual:
+            yield FeedForwardPart(size)
+        if self.moe.shared_expert is not None:
+            yield FeedForwardPart(self.moe.shared_expert)
+
+    def router_parameters(self, layer: int) -> int:
+        """Weights by which a layer chooses and mixes its feed-forward networks."""
+        if self.moe is None or not self.experts_of(layer):
+            return 0
+        gates = (2 if self.moe.residual else 0) + (1 if self.moe.shared_expert else 0)
+        return self.hidden_size * (self.experts_of(layer) + gates)
+
+    def linear_parameters(self, *, active: bool = False) -> int:
+        """Weights of the linears of all layers, without biases and norms.
+
+        Args:
+            active: only those that compute a token: 2 FLOPs each per token and forward pass.
+        """
         attention = self.hidden_size * self.head_size * (2 * self.attention_heads + 2 * self.kv_heads)
-        feed_forward = self.hidden_size * self.ffn_hidden_size * (3 if self.family == "llama" else 2)
-        return self.layers * (attention + feed_forward)
+        matrices = self.hidden_size * (3 if self.family == "llama" else 2)
+        return sum(
+            attention
+            + self.router_parameters(layer)
+            + sum(
+                matrices * part.ffn_hidden_size * (part.active if active else part.count)
+                for part in self.feed_forward_parts(layer)
+            )
+            for layer in range(self.layers)
+        )
 
     def linear_sizes(self) -> dict[Linear, tuple[int, int]]:
         """(out, in) of each linear of a layer. The llama family's first feed-forward linear is gate and up in one."""

@@ -6,14 +6,14 @@ script is rendered. A type has one pattern only: of two nested ones pydantic kee
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.explain import did_you_mean, explain
-from megatron_specialm.config.load import KINDS, read_config, shipped_folder
+from megatron_specialm.config.load import KINDS, read_config, settings_classes, shipped_folder
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.yaml_file import dump_yaml
 
@@ -200,8 +200,5 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys that are valid beside the last part of a location: of the profile, of one of its fields, or of `jobs.NAME`."""
     if len(location) == 1:
         return list(Site.model_fields)
-    annotation = Site.model_fields[str(location[0])].annotation
-    inside = next(
-        one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, Settings)
-    )
+    (inside,) = settings_classes(Site.model_fields[str(location[0])].annotation)
     return list(inside.model_fields)

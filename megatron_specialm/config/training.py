@@ -19,19 +19,38 @@ from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
-from megatron_specialm.config.runtime import Runtime
 from megatron_specialm.config.text import GENERIC
+
+
+class Runtime(Settings):
+    """What the training loop does beside its steps. It changes nothing that is computed, so it is in no digest."""
+
+    profile_steps: list[PositiveInt] = Field(
+        default=[],
+        description="steps, counted from 1, of which each rank writes a `torch.profiler` trace, profile/step_N-rank_R.json.gz "
+        "in the task's folder, for ui.perfetto.dev",
+    )
+    memory_snapshot_steps: list[PositiveInt] = Field(
+        default=[],
+        description="steps, counted from 1, of which each rank writes its GPU's allocations, profile/step_N-rank_R.pickle, for "
+        "pytorch.org/memory_viz",
+    )
+    collect_garbage_every: PositiveInt = Field(
+        default=100,
+        description="steps between two runs of Python's garbage collector, which does not run by itself in between",
+    )
+    collective_timeout_seconds: PositiveFloat = Field(
+        default=300, description="how long a collective may take after the first step; up to then it is 600"
+    )
+
 
 # pydantic's tags for the two forms of a learning rate: parts of an error's location that are not keys of the config.
 ONE_RATE, SEVERAL_RATES = "one rate", "several rates"
 
 
-def _form(value: Any) -> str:
-    return SEVERAL_RATES if isinstance(value, list) else ONE_RATE
-
-
 Rates = Annotated[
-    Annotated[PositiveFloat, Tag(ONE_RATE)] | Annotated[list[PositiveFloat], Tag(SEVERAL_RATES)], Discriminator(_form)
+    Annotated[PositiveFloat, Tag(ONE_RATE)] | Annotated[list[PositiveFloat], Tag(SEVERAL_RATES)],
+    Discriminator(lambda value: SEVERAL_RATES if isinstance(value, list) else ONE_RATE),
 ]
 
 

@@ -9,14 +9,18 @@ One table per family says where each weight goes; `N` stands for the layer. A ro
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
+
+Legend: B windows, T positions, V vocabulary.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import Activation, ModelConfig
@@ -86,31 +90,29 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    rest: Tensors = dict(tensors)
-    result: Tensors = {}
-    for row in _rows(config):
-        if row.ours not in rest:
-            raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
-        with _fitting(row.ours, config):
-            result.update(zip(row.theirs, _split(row.kind, rest.pop(row.ours), config), strict=True))
-    _nothing_left(rest)
-    return result
+    return _converted(tensors, config, to_theirs=True)
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`.
+    """The inverse of `to_huggingface`; the same errors."""
+    return _converted(tensors, config, to_theirs=False)
 
-    Raises:
-        CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
-    """
+
+def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in _rows(config):
-        if missing := [name for name in row.theirs if name not in rest]:
+        names, others = ((row.ours,), row.theirs) if to_theirs else (row.theirs, (row.ours,))
+        if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        with _fitting(row.theirs[0], config):
-            result[row.ours] = _join(row.kind, [rest.pop(name) for name in row.theirs], config)
-    _nothing_left(rest)
+        parts = [rest.pop(name) for name in names]
+        with _fitting(names[0], config):
+            made = _split(row.kind, parts[0], config) if to_theirs else (_join(row.kind, parts, config),)
+        result.update(zip(others, made, strict=True))
+    if rest:
+        raise CheckpointError(
+            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
+        )
     return result
 
 
@@ -210,8 +212,11 @@ def _fitting(name: str, config: ModelConfig) -> Iterator[None]:
         ) from None
 
 
-def _nothing_left(rest: Mapping[str, torch.Tensor]) -> None:
-    if rest:
-        raise CheckpointError(
-            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
-        )
+@torch.no_grad()
+def largest_logit_difference(folder: Path, tokens_BT: np.ndarray, logits_BTV: torch.Tensor) -> float:
+    """The largest absolute difference, in fp32, between our logits and those of the folder, loaded as a user of Transformers
+    loads it. NaN where either side's logits are: compare it with `not difference <= tolerance`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
+    theirs_BTV = model(torch.from_numpy(tokens_BT)).logits
+    return float((theirs_BTV - logits_BTV.float().cpu()).abs().max())

@@ -71,6 +71,7 @@ def model_card(facts: ModelFacts) -> str:
     trainings = "\n".join(
         f"{n}. `{name}`: {READS.get(data, data)}" for n, (name, data) in enumerate(facts.trainings, 1)
     )
+    tried = ", with the learning rates that were tried" if facts.learning_rates else ""
     cost = (
         f"`{facts.trainings[-1][0]}`",
         facts.phase,
@@ -126,7 +127,7 @@ A text begins with the end-of-document token, as in training; the tokenizer does
 |---|---|---:|---:|---:|---:|---|
 | {" | ".join(cost)} |
 
-This is the last training alone{_tried(facts)}. What it rests on (earlier training, clustering) costs as well:
+This is the last training alone{tried}. What it rests on (earlier training, clustering) costs as well:
 `results.json` and `ledger.json` of the run have the whole, split into generic and specialization cost.
 
 ## Licence
@@ -161,10 +162,6 @@ def _rate(facts: ModelFacts) -> str:
         return ""
     chosen = f", by validation loss of {', '.join(facts.learning_rates)}" if facts.learning_rates else ""
     return f"| learning rate | {facts.learning_rate!r}{chosen} |\n"
-
-
-def _tried(facts: ModelFacts) -> str:
-    return ", with the learning rates that were tried" if facts.learning_rates else ""
 
 
 def _files(files: tuple[str, ...]) -> str:

@@ -1,16 +1,30 @@
-"""The clusters of a set's windows: the windows of each, their frequencies, and importance weights.
+"""The clusters of a set's windows: the windows of each, their frequencies, importance weights, and the files that stages
+exchange.
 
-Shapes: N windows, K clusters.
+centroids.npy            (K, E) float32, of all clusters
+centroid.npy             (E,) float32, of an expert's cluster
+clusters.npy             (N,) int32, the cluster of each window
+histogram.npy            (K,) float64, the clusters' frequencies
+order.npy, offsets.npy   (N,) of `order_type` and (K + 1,) int64: a `ClusterIndex`
+
+A missing, damaged or unfitting file is an `ArtifactError` that names it.
+
+Shapes: N windows, K clusters, E dimensions of a vector.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from megatron_specialm.base.errors import DataError
+from megatron_specialm.base.arrays import read_array
+from megatron_specialm.base.errors import ArtifactError, DataError
+from megatron_specialm.base.files import REMAKE
 
+CENTROIDS, CENTROID, CLUSTERS = "centroids.npy", "centroid.npy", "clusters.npy"
+HISTOGRAM, ORDER, OFFSETS = "histogram.npy", "order.npy", "offsets.npy"
 BLOCK = 1 << 20  # windows sorted at a time, at about 40 bytes each
 
 
@@ -80,7 +94,7 @@ class ClusterIndex:
         else:
             first, second = (np.arange(part.offsets[-1]) if part.order is None else part.order for part in parts)
             total = int(self.offsets[-1] + other.offsets[-1])
-            dtype = np.int32 if total < 1 << 31 else np.int64
+            dtype = order_type(total)
             order = np.concatenate(
                 [first.astype(dtype), (np.asarray(second, np.int64) + self.offsets[-1]).astype(dtype)]
             )
@@ -115,14 +129,11 @@ def sort_by_cluster(parts: Sequence[np.ndarray], order: np.ndarray, *, k: int) -
     """
     sizes = np.sum([_count(block, k) for block in blocks(parts)], axis=0)
     offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    free, start = (
-        offsets[:-1].copy(),
-        0,
-    )  # where each cluster's next window goes; the number of the block's first window
+    free = offsets[:-1].copy()  # where each cluster's next window goes
+    start = 0  # the number of the block's first window
     for block in blocks(parts):
-        by_cluster = np.argsort(
-            block.astype(np.uint16 if k <= 1 << 16 else np.int64), kind="stable"
-        )  # 16 bits: radix sort
+        ids = block.astype(np.uint16 if k <= 1 << 16 else np.int64)  # 16 bits: radix sort
+        by_cluster = np.argsort(ids, kind="stable")
         counts = np.bincount(block, minlength=k)
         places = np.arange(len(block)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
         order[places] = start + by_cluster
@@ -167,3 +178,60 @@ def frequencies(values: np.ndarray, *, k: int, name: str) -> np.ndarray:
         raise DataError(f"{name}: all {k} values are zero: at least one must be positive")
     values = values / values.max()
     return values / math.fsum(values)
+
+
+def read_centroids(folder: Path, *, k: int, dimensions: int | None = None) -> np.ndarray:
+    """The centroids (K, E), finite."""
+    return read_array(folder / CENTROIDS, dtype=np.float32, shape=(k, dimensions))
+
+
+def read_clusters(folder: Path, *, k: int) -> np.ndarray:
+    """The cluster of each window (N,), in [0, K), as a memory map."""
+    clusters = read_array(folder / CLUSTERS, dtype=np.int32, shape=(None,), mapped=True)
+    _check_range(folder / CLUSTERS, clusters, k)
+    return clusters
+
+
+def read_histogram(folder: Path, *, k: int) -> np.ndarray:
+    """Frequencies (K,), not negative, summing to one."""
+    histogram = read_array(folder / HISTOGRAM, dtype=np.float64, shape=(k,))
+    if (histogram < 0).any() or not abs(histogram.sum() - 1) < 1e-6:
+        raise ArtifactError(f"{folder / HISTOGRAM}: not the frequencies of {k} clusters, which sum to one: {REMAKE}")
+    return histogram
+
+
+def read_index(folder: Path, *, windows: int, k: int) -> ClusterIndex:
+    """The index of `windows` windows in K clusters; its order is a memory map."""
+    order = read_array(folder / ORDER, dtype=order_type(windows), shape=(windows,), mapped=True)
+    _check_range(folder / ORDER, order, windows)
+    offsets = read_array(folder / OFFSETS, dtype=np.int64, shape=(k + 1,))
+    if offsets[0] != 0 or offsets[-1] != windows or (np.diff(offsets) < 0).any():
+        raise ArtifactError(f"{folder / OFFSETS}: does not rise from 0 to the {windows} windows of the order: {REMAKE}")
+    return ClusterIndex(order, offsets)
+
+
+def _check_range(path: Path, numbers: np.ndarray, limit: int) -> None:
+    for block in blocks([numbers]):
+        if block.size and not 0 <= block.min() <= block.max() < limit:
+            raise ArtifactError(
+                f"{path}: has numbers from {block.min()} to {block.max()}, which are not in [0, {limit}): {REMAKE}"
+            )
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """top_share: the frequency of the most frequent cluster, in (0, 1].
+    entropy: in nats, from 0 to log K.
+    effective_clusters: exp(entropy), the number of equally frequent clusters with that entropy.
+    """
+
+    top_share: float
+    entropy: float
+    effective_clusters: float
+
+
+def concentration(histogram: np.ndarray) -> Concentration:
+    """The concentration of a histogram (K,) of frequencies that sum to 1."""
+    present = histogram[histogram > 0]
+    entropy = float(present @ -np.log(present))
+    return Concentration(float(histogram.max()), entropy, float(np.exp(entropy)))

@@ -6,9 +6,10 @@ refused. Zero bytes between and after members are padding.
 """
 
 import bz2
+import itertools
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,15 +69,12 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     if named is not None and not first:
         raise DataError(f"{path}: holds no byte, and the smallest {named.name} file has more: cut short: copy it again")
     if named is not None and found is not named:
-        what = (
-            f"is compressed with {found.name}"
-            if found
-            else f"begins with {first[:8]!r}, as no format does that is read here"
-        )
+        begins = f"begins with {first[:8]!r}, as no format does that is read here"
+        what = f"is compressed with {found.name}" if found else begins
         raise DataError(
             f"{path}: is not {named.name}, as its name says, but {what}: correct its name or compress it so"
         )
-    content = _chain(first, blocks)
+    content = itertools.chain([first], blocks)
     yield from content if named is None else _members(path, named, content)
 
 
@@ -89,12 +87,7 @@ def _raw_blocks(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}: correct its permissions or path") from None
 
 
-def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from blocks
-
-
-def _members(path: Path, kind: _Format, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _members(path: Path, kind: _Format, blocks: Iterable[bytes]) -> Iterator[bytes]:
     member = None  # between members
     for block in blocks:
         while block := block if member else block.lstrip(b"\0"):

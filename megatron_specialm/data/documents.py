@@ -36,14 +36,14 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 class Documents(Iterator[str]):
-    """The documents of some entries, without empty and all-whitespace ones; `skipped` counts those so far.
+    """The documents of paths, globs and `hf:` names, without empty and all-whitespace ones; `skipped` counts those so far.
 
     Raises:
         DataError: while iterating, naming the file, line or row, key and fix; at the end, if there was no document.
         MachineError: an `hf:` entry on a machine that cannot read it.
     """
 
-    def __init__(self, entries: Sequence[str], text_field: str) -> None:
+    def __init__(self, entries: Sequence[str], *, text_field: str) -> None:
         self.skipped = 0
         self._entries = entries
         self._text_field = text_field
@@ -64,11 +64,6 @@ class Documents(Iterator[str]):
                     yield document
         if empty:
             raise DataError(f"{', '.join(self._entries)}: no text: {self.skipped} documents, all empty; add documents")
-
-
-def read_documents(entries: Sequence[str], *, text_field: str) -> Documents:
-    """Stream the documents of paths, globs and `hf:` names; see `Documents` for errors."""
-    return Documents(entries, text_field)
 
 
 def resolve_files(entries: Iterable[str]) -> list[Path | str]:

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_specialm.base.arrays import read_values
 from megatron_specialm.base.errors import ArtifactError
@@ -28,9 +27,8 @@ from megatron_specialm.base.shapes import Count, Size
 from megatron_specialm.data.index import read_index
 
 DESCRIPTION = "store.json"
-MIXTURE = (
-    "mixture"  # the extra input (B, K) float32: which mixture of a projected network's experts computes each window
-)
+# The extra input (B, K) float32: which mixture of a projected network's experts computes each window.
+MIXTURE = "mixture"
 SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")
 
@@ -246,6 +244,8 @@ class StoreWriter:
     """Writes the windows of one split. The store cannot be opened before `describe_store` has written `store.json`."""
 
     def __init__(self, folder: Path, split: str, *, context_length: int, vocabulary_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # takes seconds; readers do without
+
         self._folder, self._split = folder, split
         self._context_length = context_length
         self._builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=token_type(vocabulary_size))
@@ -314,3 +314,39 @@ def describe_store(
         "splits": splits,
     }
     write_json(folder / DESCRIPTION, description)
+
+
+class JoinedStore:
+    """The windows of `first`, followed by those of `second`."""
+
+    def __init__(self, first: TokenStore, second: TokenStore) -> None:
+        """Raises:
+        ArtifactError: their windows are of different lengths.
+        """
+        if first.context_length != second.context_length:
+            raise ArtifactError(
+                f"{first.folder} has windows of {first.context_length} tokens and {second.folder} of "
+                f"{second.context_length}: tokenize both with one context_length"
+            )
+        self._first, self._second = first, second
+        self.context_length, self.vocabulary_size = first.context_length, first.vocabulary_size
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the first store."""
+        return self._first.folder
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """The windows of `ids` (B,), in their order; see `TokenStore.batch`."""
+        size = len(self._first)
+        parts = ((self._first, ids < size, 0), (self._second, ids >= size, size))
+        found = [(here, store.batch(ids[here] - shift)) for store, here, shift in parts if here.any()]
+        order = np.argsort(np.concatenate([np.flatnonzero(here) for here, _ in found]))
+        tokens, targets, mask = (
+            np.concatenate([getattr(batch, field) for _, batch in found])[order]
+            for field in ("tokens", "targets", "mask")
+        )
+        return Batch(tokens, targets, mask)

@@ -111,9 +111,8 @@ class TeacherCache:
         lengths = _path(folder, LENGTHS)
         self._lengths = read_values(lengths, dtype=np.int32, shape=(description.windows,))
         self._ends = np.cumsum(self._lengths, dtype=np.int64)
-        if ((self._lengths < 0) | (self._lengths > self.context_length)).any() or self._lengths.sum(
-            dtype=np.int64
-        ) != description.tokens:
+        tokens = self._lengths.sum(dtype=np.int64)
+        if ((self._lengths < 0) | (self._lengths > self.context_length)).any() or tokens != description.tokens:
             raise ArtifactError(f"{lengths}: not the lengths of windows with {description.tokens} tokens: {REMAKE}")
         self._arrays = {
             name: read_values(_path(folder, name), dtype=dtype, shape=(description.tokens, *shape), mapped=True)
@@ -162,12 +161,8 @@ class TeacherCache:
             extra_inputs[name] = np.zeros((len(ids), self.context_length, *array.shape[1:]), dtype)
             for row, end, length in zip(extra_inputs[name], ends, lengths, strict=True):
                 row[:length] = array[end - length : end]
-        ids_BTK = extra_inputs.get(IDS)
-        if (
-            ids_BTK is not None
-            and ids_BTK.size
-            and not 0 <= ids_BTK.min() <= ids_BTK.max() < self.format.vocabulary_size
-        ):
+        ids_BTK = extra_inputs.get(IDS, np.empty(0))
+        if ids_BTK.size and not 0 <= ids_BTK.min() <= ids_BTK.max() < self.format.vocabulary_size:
             raise ArtifactError(
                 f"{_path(self.folder, IDS)}: has token ids from {ids_BTK.min()} to {ids_BTK.max()} for a vocabulary of "
                 f"{self.format.vocabulary_size}: {REMAKE}"

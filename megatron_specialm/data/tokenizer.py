@@ -8,12 +8,16 @@
 Trained models neither normalize nor add anything, and spell unknown characters in bytes, so decode(encode(x)) == x; the
 one exception is U+2581, SentencePiece's sign for a space, which becomes one. Text never encodes to the end-of-document
 token, not even the token's own name: an imported tokenizer in which it would is refused.
+
+A SentencePiece BPE model encodes with SentencePiece, which is faster, and converts exactly. A unigram model encodes with
+`tokenizers`: SentencePiece adds log-probabilities in 32 bits, so in long documents rounding decides between nearly equal
+segmentations, which no other library reproduces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import sentencepiece
@@ -21,9 +25,46 @@ import tokenizers
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, reading, sha256_file, sha256_json
-from megatron_specialm.data.codec import PROBES, Codec, added_tokens, sentencepiece_codec, tokenizers_codec
 from megatron_specialm.data.huggingface_tokenizer import JSON
 from megatron_specialm.data.tokenizer_checks import refusing
+
+# Texts of many scripts, which a tokenizer, its conversion and its export must encode alike.
+PROBES = (
+    "The  quick\tbrown fox,\n\n  jumps over 1234567 lazy dogs!?  ",
+    "for i in range(10):\r\n        x[i] += 0.5  # naïve café, Ångström ½ ﬁ",
+    "Ελληνικά русский 日本語 العربية हिन्दी 👩‍👩‍👧 e\u0301 \u2003\u00a0\u200b",
+    "</s> <s> <unk> <0x0A> <|endoftext|> \0 \u2581",
+)
+
+
+class Codec(NamedTuple):
+    """encode: a text to token ids, in one thread, without special tokens. decode: ids to the text."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+
+def sentencepiece_codec(processor: sentencepiece.SentencePieceProcessor) -> Codec:
+    """The codec of a SentencePiece model."""
+    return Codec(processor.encode, processor.decode)
+
+
+def tokenizers_codec(tokenizer: tokenizers.Tokenizer) -> Codec:
+    """The codec of a tokenizer of the library `tokenizers`. From here on it encodes the names of special tokens as ordinary
+    text."""
+    tokenizer.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        # A batch of one: unlike `encode`, it skips character offsets. It stays in one thread.
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    return Codec(encode, tokenizer.decode)
+
+
+def added_tokens(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """The tokens beside the model's vocabulary, special or not."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+
 
 MODEL, SETTINGS = "sentencepiece.model", "settings.json"
 
@@ -83,11 +124,9 @@ class Tokenizer:
             with reading(folder / JSON, form="a tokenizer"):
                 exported = tokenizers.Tokenizer.from_file(str(folder / JSON))
                 codec = tokenizers_codec(exported)
-            match settings:
-                case _Settings(library="sentencepiece"):
-                    with reading(folder / MODEL, form="a SentencePiece model"):
-                        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
-                        codec = sentencepiece_codec(processor)
+            if settings.library == "sentencepiece":
+                with reading(folder / MODEL, form="a SentencePiece model"):
+                    codec = sentencepiece_codec(sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL)))
             with reading(folder / JSON, form="a tokenizer"):
                 return cls(folder, codec, exported, settings)
 

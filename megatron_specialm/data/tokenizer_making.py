@@ -15,11 +15,19 @@ from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import atomic_path, write_json, write_text
-from megatron_specialm.data.codec import PROBES, Codec, added_tokens, sentencepiece_codec, tokenizers_codec
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
 from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
-from megatron_specialm.data.tokenizer import MODEL, SETTINGS, Tokenizer
+from megatron_specialm.data.tokenizer import (
+    MODEL,
+    PROBES,
+    SETTINGS,
+    Codec,
+    Tokenizer,
+    added_tokens,
+    sentencepiece_codec,
+    tokenizers_codec,
+)
 from megatron_specialm.data.tokenizer_checks import check_pieces, read_file, refusing
 
 EOD = "</s>"
@@ -66,9 +74,11 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        # The explanation of SentencePiece follows the failed C++ condition; there may be none.
+        reason = str(error).rpartition("] ")[2].strip() or ("too small" if sample else "no text")
         raise DataError(
             f"vocabulary_size {vocabulary_size} does not suit {sum(map(len, sample)):,} characters of training text "
-            f"({_reason(error) or ('too small' if sample else 'no text')}): change vocabulary_size or give more text"
+            f"({reason}): change vocabulary_size or give more text"
         ) from None
     return _save_sentencepiece(model.getvalue(), folder)
 
@@ -111,11 +121,6 @@ def _spread(texts: Iterable[str], budget: int) -> list[str]:
             sample = sample[::2]
             total = sum(map(len, sample))
     return sample
-
-
-def _reason(error: RuntimeError) -> str:
-    """The explanation in an error of SentencePiece, which follows the failed C++ condition, or an empty text."""
-    return str(error).rpartition("] ")[2].strip()
 
 
 def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:

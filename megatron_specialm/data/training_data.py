@@ -6,28 +6,24 @@ Methods differ in the clusters and their weights (`_clusters`) and in the held-o
 import functools
 import logging
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_specialm.base.artifacts import Marker
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
-from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import ProjectedNetwork, TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
-from megatron_specialm.data.cluster_files import read_histogram, read_index
-from megatron_specialm.data.clusters import ClusterIndex, importance_weights
+from megatron_specialm.data.clusters import ClusterIndex, importance_weights, read_histogram, read_index
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps
-from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import TokenStore, read_counts
+from megatron_specialm.data.store import JoinedStore, TokenStore, read_counts
 from megatron_specialm.data.teacher import TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.validation import HeldOut, all_windows, by_expert, like, of_cluster
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import (
     HELD_OUT,
     cluster_count,
@@ -37,30 +33,9 @@ from megatron_specialm.graph.lineage import (
     trained_clusters,
     validates_by_cluster,
 )
-from megatron_specialm.graph.tasks import Task
 from megatron_specialm.graph.validation import refuse_too_little
 
 logger = logging.getLogger(__name__)
-
-
-class TaskContext(Protocol):
-    """The task that reads data, and the folders of its inputs. `stages/context.py` is the implementation."""
-
-    @property
-    def pipeline(self) -> Pipeline: ...
-
-    @property
-    def task(self) -> Task: ...
-
-    @property
-    def model_key(self) -> str:
-        """The key of the model: `generic`, a domain, or an expert's cluster."""
-
-    def artifact(self, stage: str, key: str) -> Path:
-        """The folder of an input."""
-
-    def marker(self, stage: str, key: str) -> Marker:
-        """The completion marker of an input."""
 
 
 class TrainingData(NamedTuple):
@@ -89,7 +64,7 @@ class TrainingData(NamedTuple):
         return self.settings.global_batch_size * self.store.context_length
 
 
-def open_training_data(stage: TrainStage, context: TaskContext) -> TrainingData:
+def open_training_data(stage: TrainStage, context: Context) -> TrainingData:
     """Open the data of a train task.
 
     Raises:
@@ -118,7 +93,7 @@ def open_training_data(stage: TrainStage, context: TaskContext) -> TrainingData:
     return data
 
 
-def open_store(tokens: str, context: TaskContext, source: str, split: str = "train") -> TokenStore:
+def open_store(tokens: str, context: Context, source: str, split: str = "train") -> TokenStore:
     """Open a split of a set.
 
     Raises:
@@ -128,7 +103,7 @@ def open_store(tokens: str, context: TaskContext, source: str, split: str = "tra
     return TokenStore.open(context.artifact(tokens, source), split, tokenizer=tokenizer.fingerprint)
 
 
-def open_held_out(tokens: str, context: TaskContext, source: str) -> TokenStore:
+def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
     """Open the validation split of a set, on which this stage validates.
 
     Raises:
@@ -140,7 +115,7 @@ def open_held_out(tokens: str, context: TaskContext, source: str) -> TokenStore:
 
 
 def _expert_stream(
-    stage: TrainStage, network: ProjectedNetwork, context: TaskContext, index: ClusterIndex, *, seed: int
+    stage: TrainStage, network: ProjectedNetwork, context: Context, index: ClusterIndex, *, seed: int
 ) -> ExpertStream:
     """SLM-pn: each window with the expert of its cluster, or with a mixture of experts.
 
@@ -161,7 +136,7 @@ def _expert_stream(
     )
 
 
-def _extra_inputs(stage: TrainStage, context: TaskContext) -> ExtraInputs:
+def _extra_inputs(stage: TrainStage, context: Context) -> ExtraInputs:
     """The cached outputs of the teacher, with `distill.cache`."""
     if stage.distill is None or stage.distill.cache is None:
         return lambda _: {}
@@ -174,7 +149,7 @@ def _extra_inputs(stage: TrainStage, context: TaskContext) -> ExtraInputs:
     return cache.extra_inputs
 
 
-def _clusters(stage: TrainStage, context: TaskContext, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
+def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
     """The clusters, and the weight (K,) of each in the global batches. Without clusters all windows weigh the same; SLM-mix:
     one cluster; SLM-is: the domain's histogram; SLM-pn: each cluster by its size. A second set is one more cluster, which
     weighs `replay_fraction` or `domain_fraction`."""
@@ -194,7 +169,7 @@ def _clusters(stage: TrainStage, context: TaskContext, stores: list[TokenStore])
     return index, weights
 
 
-def _held_out(stage: TrainStage, context: TaskContext, weights: np.ndarray) -> HeldOut | None:
+def _held_out(stage: TrainStage, context: Context, weights: np.ndarray) -> HeldOut | None:
     """The windows of early stopping. `weights` (K,) are those of the clusters in training."""
     if stage.early_stopping is None:
         return None
@@ -226,7 +201,7 @@ _MORE_HELD_OUT = (
 )
 
 
-def _check_floor(held_out: HeldOut, context: TaskContext, *, whose: str, otherwise: str = "") -> None:
+def _check_floor(held_out: HeldOut, context: Context, *, whose: str, otherwise: str = "") -> None:
     """Refuse a part of the generic set's held-out windows that is below the set's floor."""
     wanted, found = context.pipeline.text.generic.validation_floor.tokens, held_out.effective_tokens
     if found < wanted:
@@ -237,12 +212,12 @@ def _check_floor(held_out: HeldOut, context: TaskContext, *, whose: str, otherwi
         )
 
 
-def _generic_index(stage: TrainStage, context: TaskContext, key: str = GENERIC, *, windows: int) -> ClusterIndex:
+def _generic_index(stage: TrainStage, context: Context, key: str = GENERIC, *, windows: int) -> ClusterIndex:
     assignment = stage.clustering or ""
     return read_index(context.artifact(assignment, key), windows=windows, k=cluster_count(context.pipeline, assignment))
 
 
-def _like_domain(stage: TrainStage, context: TaskContext, index: ClusterIndex) -> np.ndarray:
+def _like_domain(stage: TrainStage, context: Context, index: ClusterIndex) -> np.ndarray:
     folder = context.artifact(stage.clustering or "", context.model_key)
     weights, lost = importance_weights(read_histogram(folder, k=len(index.sizes)), index.sizes)
     if lost:
@@ -252,7 +227,7 @@ def _like_domain(stage: TrainStage, context: TaskContext, index: ClusterIndex) -
     return weights
 
 
-def _resolve_steps(stage: TrainStage, *, context: TaskContext, store: TokenStore, index: ClusterIndex) -> TrainStage:
+def _resolve_steps(stage: TrainStage, *, context: Context, store: TokenStore, index: ClusterIndex) -> TrainStage:
     """The settings with the number of steps for this set or cluster."""
     if isinstance(stage, ClusterTraining):
         cluster = cluster_of(context.model_key)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.base.gpus import dense_peak
+from megatron_specialm.base.gpus import GIB, dense_peak
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.doctor.finding import Finding, guarded, one_line
-from megatron_specialm.doctor.machine import DRIVER_REMEDY, GIB
+from megatron_specialm.doctor.machine import DRIVER_REMEDY
 from megatron_specialm.doctor.packages import PACKAGES
 from megatron_specialm.doctor.process import Outcome, start_module, wait_all
 

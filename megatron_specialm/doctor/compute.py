@@ -100,7 +100,6 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main(check: str, *arguments: str) -> dict[str, Any]:
-    """Run one check."""
     if check == "gpus":
         return gpus()
     device = torch.device(arguments[0])

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_specialm.base.environment import usable_cores
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.gpus import GIB
 from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.process import Outcome
 
-GIB = 2**30
 PYTHONS = ((3, 11), (3, 12))
 DRIVER_REMEDY = (
     "on a machine with an NVIDIA GPU: apt install nvidia-driver; in a container: start it with the GPUs (--gpus all)"
@@ -30,8 +31,7 @@ def python_finding(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
 
 def cores_finding() -> Finding:
     """Cores that this process may use."""
-    present = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
+    present, usable = os.cpu_count() or 1, usable_cores()
     return Finding("cores", "ok", str(usable), "" if usable == present else f"of {present} in the machine")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_specialm.base.packages import (
+    DEEPSPEED,
+    INSTALL_DEEPSPEED,
     INSTALL_TRANSFORMER_ENGINE,
     TRANSFORMER_ENGINE,
     import_package,
@@ -82,7 +84,7 @@ _TABLE = (
         also=("apex.normalization", "apex.optimizers"),
     ),
     Package("flash-attn", "flash_attn", "on a GPU machine: pip install --no-build-isolation flash-attn"),
-    Package("deepspeed", "deepspeed", "pip install 'deepspeed>=0.19'", ">=0.19"),
+    Package("deepspeed", "deepspeed", INSTALL_DEEPSPEED, DEEPSPEED),
     Package("mpi4py", "mpi4py", "pip install 'mpi4py>=4.0'", ">=4.0", facts=_mpi_facts),
 )
 PACKAGES = {package.name: package for package in _TABLE}
@@ -103,7 +105,7 @@ def describe(package: Package, load: Import = import_package) -> dict[str, Any] 
     for name in package.also:
         load(name)
     facts = package.facts(load) if package.facts else {}
-    return {"version": _version(package, module), **facts}
+    return {"version": installed_version(package.name) or str(getattr(module, "__version__", "")), **facts}
 
 
 def package_finding(package: Package, outcome: Outcome) -> Finding:
@@ -127,10 +129,6 @@ def blame(megatron: Finding, accelerators: Iterable[Finding]) -> Finding:
     if megatron.state != "broken" or not broken:
         return megatron
     return replace(megatron, remedy=f"repair or uninstall {' and '.join(broken)}, which megatron-core imports")
-
-
-def _version(package: Package, module: Any) -> str:
-    return installed_version(package.name) or str(getattr(module, "__version__", ""))
 
 
 if __name__ == "__main__":

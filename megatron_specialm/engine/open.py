@@ -1,7 +1,7 @@
 """How trainings, trials, parity and tools get an engine: from the package beside this file that the layout's `engine` names.
 
 A package `engine/NAME/` has a module `open` with two functions: `process_group`, a context manager, with the arguments of
-`engine/megatron/process_groups.py`, and `build_engine`, with those of the one here.
+`engine/process_groups.py`, and `build_engine`, with those of the one here.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch
 
 from megatron_specialm.base.environment import ALONE, World
 from megatron_specialm.config.training import Adam
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.objective import Objective, cross_entropy
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
@@ -42,7 +42,9 @@ def open_engine(
     Raises:
         MachineError: not all processes come, or the layout is for another number of processes.
     """
-    with _package(setup).process_group(world, parallel=setup.parallel, threads=threads):
+    with _package(setup).process_group(
+        world, parallel=setup.parallel, expert_tensor_parallel=setup.expert_tensor_parallel, threads=threads
+    ):
         yield build_engine(
             setup, optimizer=optimizer, initialize=initialize, objective=objective, teacher_weights=teacher_weights
         )

@@ -30,6 +30,24 @@ class StepStats(NamedTuple):
     skipped: bool
 
 
+class GateStatistics(NamedTuple):
+    """What the router of an MoE layer did with the training tokens of some steps, over all processes. Padding does not count.
+
+    layer: its number in the model, from 0.
+    load: by expert, its share of all choices, before any was dropped. Even: 1 over the number of experts.
+    dropped: the share of choices that the experts' capacity did not allow.
+    aux_loss, z_loss: without their coefficients, means over tokens. An aux_loss of 1 is an even load.
+    entropy: mean entropy of a token's probabilities of the experts, in nats.
+    """
+
+    layer: int
+    load: list[float]
+    dropped: float
+    aux_loss: float
+    z_loss: float
+    entropy: float
+
+
 class Engine(Protocol):
     """A model with its optimizer, spread over the processes of a layout (`open_engine`).
 
@@ -62,6 +80,10 @@ class Engine(Protocol):
     def norm_squares(self) -> dict[str, float]:
         """By weight, the sum of squares with which this process's gradients entered the norm of the last step, as clipped.
         Summed over all processes it is the canonical gradient's: nothing is left out or counted twice."""
+
+    def gate_statistics(self) -> list[GateStatistics]:
+        """The statistics of each MoE layer over the steps since the last call; empty for a dense model. All processes call this
+        at once."""
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """The loss over all copies' batches. Each copy passes its own, of which there may be none."""

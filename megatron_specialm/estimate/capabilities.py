@@ -5,113 +5,30 @@ with all its numbers and the nearest value that does. Nothing else in the projec
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.base.packages import INSTALL_TRANSFORMER_ENGINE, TRANSFORMER_ENGINE, satisfies
+from megatron_specialm.base.packages import DEEPSPEED
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.precision import Fp8Config
+from megatron_specialm.estimate.capability import Capability, Condition, Machine, Refusal
+from megatron_specialm.estimate.machine_needs import (
+    USE_BF16,
+    fp8_of,
+    lacks_context_parallel,
+    lacks_deepspeed,
+    lacks_fp8,
+)
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
-# The least compute capability per recipe: 8.9 is Ada, 9.0 is Hopper.
-FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 REACH = 10_000  # values that are tried for a condition to hold, the nearest first
-USE_BF16 = "use `precision: bf16`"
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a setup cannot be trained, and a change with which it can."""
-
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.remedy}"
+BOTH = ("megatron", "deepspeed")
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What must hold of a setup.
-
-    Attributes:
-        reason: why it is refused otherwise: a template over the setup `s`, its parallel settings `p` and its `fp8`.
-        field: a setting with which it holds at another value; the nearest is proposed.
-        remedy: a proposal, if another value of a single setting does not help.
-    """
-
-    holds: Callable[[Setup], bool]
-    reason: str
-    field: str = ""
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a feature needs of the machine, in words, and why a given machine does not have it."""
-
-    needs: str
-    lacks: Callable[[Setup, Accelerator], Refusal | None]
-
-
-ANY = Machine("any", lambda _, __: None)
-
-
-@dataclass(frozen=True)
-class Capability:
-    """A feature of the engines named: when a setup asks for it, and its conditions, also in words (`terms`)."""
-
-    feature: str
-    asked: Callable[[Setup], bool]
-    terms: str
-    machine: Machine = ANY
-    conditions: tuple[Condition, ...] = ()
-    engines: tuple[str, ...] = ("megatron",)
-    models: str = "neox, llama"
-
-    def applies(self, setup: Setup) -> bool:
-        """Whether a setup asks its engine for this."""
-        return setup.parallel.engine in self.engines and self.asked(setup)
-
-
-def _fp8(setup: Setup) -> Fp8Config:
-    assert setup.fp8 is not None
-    return setup.fp8
-
-
-def _lacks_fp8(setup: Setup, machine: Accelerator) -> Refusal | None:
-    recipe = _fp8(setup).recipe
-    needed, asked = FP8_CAPABILITY[recipe], f"fp8 with recipe {recipe}"
-    if machine.capability is not None and machine.capability >= needed:
-        return _lacks_transformer_engine(asked, machine, USE_BF16)
-    other = "recipe: tensorwise, or " if (machine.capability or (0, 0)) >= FP8_CAPABILITY["tensorwise"] else ""
-    return Refusal(
-        f"{asked} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and this machine has "
-        f"{machine.describe()}",
-        f"{other}{USE_BF16}",
-    )
-
-
-def _lacks_context_parallel(setup: Setup, machine: Accelerator) -> Refusal | None:
-    asked = f"context_parallel {setup.parallel.context_parallel}"
-    otherwise = "set it to 1 and share the sequence with sequence_parallel"
-    if machine.capability is None:
-        return Refusal(f"{asked} needs GPUs with Transformer Engine, and this machine has no GPU", otherwise)
-    if setup.precision == "fp32":
-        reason = f"{asked} needs Transformer Engine's attention, which takes no fp32"
-        return Refusal(reason, f"set precision: bf16, or {otherwise}")
-    return _lacks_transformer_engine(asked, machine, otherwise)
-
-
-def _lacks_transformer_engine(asked: str, machine: Accelerator, otherwise: str) -> Refusal | None:
-    version = machine.transformer_engine
-    if version is not None and satisfies(version, TRANSFORMER_ENGINE):
-        return None
-    found = f"version {version} is installed" if version else "it is not installed"
-    reason = f"{asked} needs Transformer Engine {TRANSFORMER_ENGINE}, and {found}"
-    return Refusal(reason, f"{INSTALL_TRANSFORMER_ENGINE}, or {otherwise}")
+def _zero_stage(setup: Setup) -> int:
+    return setup.parallel.zero_stage
 
 
 def _size(name: str) -> Callable[[Setup], bool]:
@@ -122,9 +39,16 @@ def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
     return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
 
 
+def _moe_sizes(setup: Setup) -> Iterator[int]:
+    """The feed-forward sizes of a model's MoE layers."""
+    layers = (layer for layer in range(setup.model.layers) if setup.model.experts_of(layer))
+    return (part.ffn_hidden_size for layer in layers for part in setup.model.feed_forward_parts(layer))
+
+
 TABLE = (
     Capability(
         "data parallel", lambda _: True, "global_batch_size is a multiple of micro_batch_size x data_parallel",
+        engines=BOTH,
         conditions=(
             Condition(
                 lambda s: s.global_batch_size % s.shard == 0,
@@ -137,6 +61,7 @@ TABLE = (
     Capability(
         "tensor parallel", _size("tensor_parallel"),
         "divides attention heads, query groups and ffn_hidden_size; any vocabulary",
+        engines=BOTH,
         conditions=(
             Condition(
                 lambda s: s.model.attention_heads % s.parallel.tensor_parallel == 0,
@@ -157,6 +82,8 @@ TABLE = (
     ),
     Capability(
         "sequence parallel", lambda s: s.parallel.sequence_parallel, "tensor_parallel divides context_length",
+        without="parallel.sequence_parallel: false",
+        why_not="ZeRO does not sum the norms' gradients over the tensor-parallel ranks",
         conditions=(
             Condition(
                 lambda s: s.context_length % s.parallel.tensor_parallel == 0,
@@ -168,6 +95,8 @@ TABLE = (
     Capability(
         "pipeline parallel", _size("pipeline_parallel"),
         "a layer or more per stage (any number in all); as many micro-batches as stages or more",
+        without="parallel.pipeline_parallel: 1",
+        why_not="its pipeline takes another kind of model, a list of layers, and goes with ZeRO-1 at most",
         conditions=(
             Condition(
                 lambda s: s.model.layers >= s.parallel.chunks,
@@ -186,6 +115,7 @@ TABLE = (
     ),
     Capability(
         "interleaved pipeline", _size("virtual_pipeline"), "the number of micro-batches is a multiple of the stages",
+        without="parallel.virtual_pipeline: 1", why_not="it has no pipeline",
         conditions=(
             Condition(
                 lambda s: s.micro_batches % s.parallel.pipeline_parallel == 0,
@@ -197,7 +127,8 @@ TABLE = (
     ),
     Capability(
         "context parallel", _size("context_parallel"), "not fp32; context_length is a multiple of 2 x context_parallel",
-        machine=Machine("GPU with Transformer Engine", _lacks_context_parallel),
+        without="parallel.context_parallel: 1", why_not="its data-parallel ranks hold whole windows",
+        machine=Machine("GPU with Transformer Engine", lacks_context_parallel),
         conditions=(
             Condition(
                 lambda s: s.context_length % (2 * s.parallel.context_parallel) == 0,
@@ -207,12 +138,103 @@ TABLE = (
             ),
         ),
     ),
-    Capability("distributed optimizer", lambda s: s.parallel.distributed_optimizer, "none"),
-    Capability("overlapped communication", lambda s: s.parallel.overlap_communication, "none"),
-    Capability("recomputation", lambda s: s.parallel.recompute != "none", "none"),
+    Capability(
+        "mixture of experts", lambda s: s.model.moe is not None,
+        "engine megatron with tensor_parallel: sequence_parallel too",
+        engines=BOTH,
+        conditions=(
+            Condition(
+                lambda s: (
+                    s.parallel.engine != "megatron" or s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel
+                ),
+                "moe: tensor_parallel {p.tensor_parallel} without sequence_parallel would send each token to its experts "
+                "{p.tensor_parallel} times",
+                remedy="set parallel.sequence_parallel: true",
+            ),
+            Condition(
+                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _moe_sizes(s)),
+                "tensor_parallel {p.tensor_parallel} must divide the feed-forward sizes of the experts",
+                "parallel.tensor_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "expert parallel", _size("expert_parallel"),
+        "an MoE model; divides the experts of each layer, and data_parallel x context_parallel",
+        engines=BOTH,
+        conditions=(
+            Condition(
+                lambda s: s.model.moe is not None,
+                "expert_parallel {p.expert_parallel} splits experts, and the model has no `moe`",
+                remedy="set parallel.expert_parallel: 1",
+            ),
+            Condition(
+                lambda s: s.model.moe is not None and all(n % s.parallel.expert_parallel == 0 for n in s.model.moe.counts),
+                "expert_parallel {p.expert_parallel} must divide moe.experts {s.model.moe.experts}",
+                "parallel.expert_parallel",
+            ),
+            Condition(
+                lambda s: s.expert_ranks % s.parallel.expert_parallel == 0,
+                "expert_parallel {p.expert_parallel} must divide the {s.expert_ranks} processes that have the same experts "
+                "otherwise (data_parallel {p.data_parallel} x context_parallel {p.context_parallel}; with biases, x "
+                "tensor_parallel)",
+                "parallel.expert_parallel",
+            ),
+        ),
+    ),
+    Capability(
+        "mixture of experts with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model.moe is not None,
+        "zero_stage 1 or 2; without expert_parallel 0 too; no LoRA",
+        engines=("deepspeed",),
+        conditions=(
+            Condition(
+                lambda s: _zero_stage(s) <= 2,
+                "moe with zero_stage {p.zero_stage}: DeepSpeed-MoE has no ZeRO-3",
+                "parallel.zero_stage",
+            ),
+            Condition(
+                lambda s: s.parallel.expert_parallel == 1 or _zero_stage(s) > 0,
+                "expert_parallel {p.expert_parallel} with zero_stage {p.zero_stage}: without ZeRO each process takes the norm "
+                "of its own experts",
+                "parallel.zero_stage",
+            ),
+            Condition(
+                lambda s: s.model.lora is None,
+                "LoRA on an MoE model trains no expert, and DeepSpeed's optimizer asks for some",
+                remedy="set parallel.engine: megatron",
+            ),
+        ),
+    ),
+    Capability("distributed optimizer", lambda s: s.parallel.engine == "megatron" and _zero_stage(s) > 0, "none"),
+    Capability("overlapped communication", lambda s: getattr(s.parallel, "overlap_communication", False), "none"),
+    Capability(
+        "ZeRO", lambda s: s.parallel.engine == "deepspeed", "stages 0 to 3 in fp32, 1 to 3 in bf16",
+        engines=("deepspeed",),
+        machine=Machine(f"deepspeed {DEEPSPEED}", lacks_deepspeed),
+        conditions=(
+            Condition(
+                lambda s: s.precision != "bf16" or _zero_stage(s) > 0,
+                "bf16 with zero_stage {p.zero_stage}: DeepSpeed then has no fp32 main weights, and small updates are lost",
+                "parallel.zero_stage",
+            ),
+        ),
+    ),
+    Capability(
+        "optimizer on the host", lambda s: s.parallel.offload_optimizer, "zero_stage 1 to 3",
+        engines=("deepspeed",),
+        conditions=(
+            Condition(
+                lambda s: _zero_stage(s) > 0,
+                "offload_optimizer with zero_stage {p.zero_stage}: it is the state that ZeRO splits that goes to the host",
+                "parallel.zero_stage",
+            ),
+        ),
+    ),
+    Capability("recomputation", lambda s: s.parallel.recompute != "none", "none", engines=BOTH),
     Capability(
         "projected network", lambda s: s.model.projection is not None,
         "windows_per_expert is a multiple of micro_batch_size, global_batch_size of windows_per_expert",
+        engines=BOTH,
         conditions=(
             Condition(
                 lambda s: s.windows_per_expert % s.micro_batch_size == 0,
@@ -227,10 +249,36 @@ TABLE = (
             ),
         ),
     ),
-    Capability("LoRA", lambda s: s.model.lora is not None, "none"),
+    Capability("LoRA", lambda s: s.model.lora is not None, "none", engines=BOTH),
+    Capability(
+        "projected network or LoRA with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model != s.model.base_config,
+        "fp32; LoRA: zero_stage 0 or 1; projected network: 0 to 2",
+        engines=("deepspeed",),
+        conditions=(
+            Condition(
+                lambda s: s.precision == "fp32",
+                "{s.precision} under engine deepspeed rounds the weights from which a projected network's or LoRA's are "
+                "computed, which stay in fp32 otherwise",
+                remedy="set precision: fp32, or parallel.engine: megatron",
+            ),
+            Condition(
+                lambda s: s.model.lora is None or _zero_stage(s) <= 1,
+                "LoRA with zero_stage {p.zero_stage}: ZeRO-2 and 3 reduce gradients after each micro-batch, whose backward "
+                "pass reaches no trained weight",
+                "parallel.zero_stage",
+            ),
+            Condition(
+                lambda s: _zero_stage(s) <= 2,
+                "projected network with zero_stage {p.zero_stage}: weights are computed before the forward pass, when ZeRO-3 "
+                "has gathered no parameter",
+                "parallel.zero_stage",
+            ),
+        ),
+    ),
     Capability(
         "teacher beside the student", lambda s: s.teacher is not None,
         "pipeline_parallel 1; tensor_parallel fits the teacher too",
+        engines=BOTH,
         conditions=(
             Condition(
                 lambda s: s.parallel.pipeline_parallel == 1,
@@ -253,12 +301,13 @@ TABLE = (
             ),
         ),
     ),
-    Capability("fp32", lambda s: s.precision == "fp32", "none"),
-    Capability("bf16", lambda s: s.precision == "bf16", "none"),
+    Capability("fp32", lambda s: s.precision == "fp32", "none", engines=BOTH),
+    Capability("bf16", lambda s: s.precision == "bf16", "none", engines=BOTH),
     Capability(
         "fp8", lambda s: s.precision == "fp8",
         f"every process's matrix sizes are multiples of {FP8_MULTIPLE}; recipe blockwise: Hopper or later",
-        machine=Machine("GPU from Ada on, with Transformer Engine", _lacks_fp8),
+        without="precision: bf16", why_not="it has not been run so",
+        machine=Machine("GPU from Ada on, with Transformer Engine", lacks_fp8),
         conditions=(
             Condition(
                 lambda s: s.misaligned_for_fp8 is None,
@@ -274,7 +323,7 @@ TABLE = (
             ),
             Condition(
                 lambda s: (
-                    max(_fp8(s).bf16_first_layers, _fp8(s).bf16_last_layers)
+                    max(fp8_of(s).bf16_first_layers, fp8_of(s).bf16_last_layers)
                     <= s.model.layers // s.parallel.pipeline_parallel
                 ),
                 "fp8.bf16_first_layers {fp8.bf16_first_layers} and fp8.bf16_last_layers {fp8.bf16_last_layers} must each be at "
@@ -282,7 +331,7 @@ TABLE = (
                 remedy="lower them",
             ),
             Condition(
-                lambda s: _fp8(s).bf16_layers < s.model.layers,
+                lambda s: fp8_of(s).bf16_layers < s.model.layers,
                 "fp8.bf16_first_layers {fp8.bf16_first_layers} and fp8.bf16_last_layers {fp8.bf16_last_layers} leave none of "
                 "the {s.model.layers} layers in fp8",
                 remedy=USE_BF16,
@@ -293,13 +342,27 @@ TABLE = (
 
 
 def violation(setup: Setup) -> Refusal | None:
-    """The first condition of a setup's features that does not hold, with the nearest value that does; None if all hold."""
-    for capability in TABLE:
-        for condition in capability.conditions if capability.asked(setup) else ():
+    """The first of a setup's features that its engine does not offer, or else the first condition that does not hold, with the
+    nearest value that does; None if all hold."""
+    asked = [capability for capability in TABLE if capability.asked(setup)]
+    for capability in asked:
+        if setup.parallel.engine not in capability.engines:
+            return _not_offered(capability, setup)
+    for capability in asked:
+        for condition in capability.conditions:
             if not condition.holds(setup):
                 reason = condition.reason.format(s=setup, p=setup.parallel, fp8=setup.fp8)
                 return Refusal(reason, condition.remedy or _nearest_value(condition, setup))
     return None
+
+
+def _not_offered(capability: Capability, setup: Setup) -> Refusal:
+    why = f": {capability.why_not}" if capability.why_not else ""
+    without = f"set {capability.without}, or " if capability.without else "set "
+    return Refusal(
+        f"engine {setup.parallel.engine} does not offer {capability.feature}{why}",
+        f"{without}parallel.engine: {capability.engines[0]}",
+    )
 
 
 def refuse(name: str, setup: Setup) -> None:

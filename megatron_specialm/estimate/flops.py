@@ -12,11 +12,11 @@ TYPICAL_UTILISATION = 0.4  # MFU that others publish for models of this size; ev
 def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:
     """FLOPs of one token's forward pass.
 
-    Linears and the output layer 2 per weight; attention 2 * L * H * T: scores and weighted sum over the T / 2 keys
-    that a causal mask leaves on average. Norms, activations, softmax and recomputation are not counted. (So MFU is lower
-    here than where the masked half of attention is counted too.)
+    Linears and the output layer 2 per weight, of an MoE those of the experts that a token is routed to; attention
+    2 * L * H * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average. Norms, activations,
+    softmax and recomputation are not counted. (So MFU is lower here than where the masked half of attention is counted too.)
     """
-    linears = 2 * (model.linear_parameters() + vocabulary_size * model.hidden_size)
+    linears = 2 * (model.linear_parameters(active=True) + vocabulary_size * model.hidden_size)
     return linears + 2 * model.layers * model.hidden_size * context_length
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import padded_vocabulary, split_layers
 from megatron_specialm.estimate.capabilities import violation
 from megatron_specialm.estimate.setup import Setup
@@ -28,6 +29,7 @@ class Memory:
     """Bytes of one process.
 
     Attributes:
+        optimizer: its state, unless that is on the host (`offload_optimizer`).
         teacher: weights of a teacher beside the student.
         derived: weights that a step computes from others (`model/derived.py`), and the sums of their gradients.
         activations: kept from forward to backward passes.
@@ -64,18 +66,24 @@ def memory_of(setup: Setup, *, fused: bool) -> Memory:
 
 def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     parallel, last = setup.parallel, stage == setup.parallel.pipeline_parallel - 1
-    layers = sum(_layers(setup, stage))
+    numbers = [layer for chunk in _chunks(setup, stage) for layer in chunk]
+    layers, experts = len(numbers), sum(_expert_weights(setup, layer) for layer in numbers)
     weights = _stage_weights(setup, stage, last=last)
     trained = weights if setup.model.lora is None else layers * _adapter_weights(setup)
     derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
     frozen, kept_fp32 = _kept_in_fp32(setup, layers)
     # The optimizer has an fp32 copy of half-precision weights.
-    state = trained * MOMENTS + (0 if element == FP32 else (trained - kept_fp32) * FP32)
-    copies = parallel.data_parallel * parallel.context_parallel if parallel.distributed_optimizer else 1
+    state = MOMENTS if element == FP32 else MOMENTS + FP32
+    copies, expert_copies = _optimizer_shards(setup)
+    optimizer = (
+        (trained - experts) * state - kept_fp32 * (state - MOMENTS)
+    ) // copies + experts * state // expert_copies
     tokens = setup.micro_batch_size * setup.context_length // parallel.context_parallel
     passes = min(setup.micro_batches * parallel.virtual_pipeline, _passes_under_way(setup, stage))
-    kept = passes * max(_layers(setup, stage)) * _kept(setup, element, fused=fused)
+    kept = passes * max(
+        sum(_kept(setup, layer, element, fused=fused) for layer in chunk) for chunk in _chunks(setup, stage)
+    )
     kept += last * _norm(setup, element, fused=fused)  # the final one
     activations = round(tokens * kept)
     loss = last * (DISTILLATION if setup.teacher else LOSS) * _vocabulary(setup)
@@ -85,27 +93,47 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     rounded = 0 if element == FP32 else element
     alone = max(derived * rounded + _largest_basis(setup) * element, _largest_basis(setup) * FP32 if rounded else 0)
     return Memory(
-        weights=weights * element + (frozen + kept_fp32) * (FP32 - element),
-        gradients=trained * FP32,
-        optimizer=state // copies,
+        weights=(weights * element + (frozen + kept_fp32) * (FP32 - element))
+        // (copies if parallel.zero_stage >= 3 else 1),
+        gradients=trained * FP32 // (copies if parallel.zero_stage >= 2 else 1),
+        optimizer=0 if parallel.offload_optimizer else optimizer,
         teacher=teacher * element,
         derived=derived * (element + FP32),
         activations=activations,
-        working=max(round(tokens * max(loss, _layer_backward(setup, element, fused=fused))), alone - activations),
+        working=max(
+            round(tokens * max(loss, *(_layer_backward(setup, layer, element, fused=fused) for layer in numbers))),
+            alone - activations,
+        ),
     )
 
 
-def _layers(setup: Setup, stage: int) -> list[int]:
-    """Layers of each of a stage's chunks."""
+def _optimizer_shards(setup: Setup) -> tuple[int, int]:
+    """The number of processes that the optimizer's state of a weight is split over, and that of an expert's."""
     parallel = setup.parallel
-    return split_layers(setup.model, setup.vocabulary_size, parallel.chunks)[stage :: parallel.pipeline_parallel]
+    if not parallel.zero_stage:
+        return 1, 1
+    return parallel.data_parallel * parallel.context_parallel, setup.expert_ranks // parallel.expert_parallel
+
+
+def _chunks(setup: Setup, stage: int) -> list[range]:
+    """The layers of each of a stage's chunks, counted from 0 over the whole model."""
+    parallel = setup.parallel
+    counts = split_layers(setup.model, setup.vocabulary_size, parallel.chunks)
+    ends = list(accumulate(counts))
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)][
+        stage :: parallel.pipeline_parallel
+    ]
 
 
 def _stage_weights(setup: Setup, stage: int, *, last: bool) -> int:
     model = setup.model
     tables = (stage == 0) + (last and (stage > 0 or not model.tie_embeddings))  # embedding, output layer
     final_norm = last * model.hidden_size * (1 if model.family == "llama" else 2)
-    layers = sum(_layers(setup, stage)) * _layer_weights(setup)
+    layers = sum(
+        _layer_weights(setup, layer) + _expert_weights(setup, layer)
+        for chunk in _chunks(setup, stage)
+        for layer in chunk
+    )
     codes = model.projection.experts * model.projection.code_size if model.projection else 0  # on every stage
     return layers + tables * _vocabulary(setup) * model.hidden_size + final_norm + codes
 
@@ -116,19 +144,38 @@ def _vocabulary(setup: Setup) -> int:
     return padded_vocabulary(setup.vocabulary_size, tensor_parallel=tensor) // tensor
 
 
-def _layer_weights(setup: Setup) -> int:
-    """Weights of one layer on one process: linears with the biases that are split like them; norms and biases that are not
-    split; the weights that derived weights are computed from."""
+def _layer_weights(setup: Setup, layer: int) -> int:
+    """Weights of a layer on one process, without its experts: linears with the biases that are split like them; norms and
+    biases that are not split; the router; the weights that derived weights are computed from."""
     model, tensor = setup.model, setup.parallel.tensor_parallel
-    linears = model.linear_parameters() // model.layers
-    if model.family == "llama":
-        plain = linears // tensor + 2 * model.hidden_size
-    else:
-        plain = (linears + model.qkv_size + model.ffn_hidden_size) // tensor + 6 * model.hidden_size
+    parts = [part.ffn_hidden_size for part in model.feed_forward_parts(layer)]
+    parts = parts[1:] if model.experts_of(layer) else parts
+    attention = math.prod(model.linear_sizes()["qkv"]) + math.prod(model.linear_sizes()["proj"])
+    plain = (attention + _matrices(model) * sum(parts)) // tensor + 2 * model.hidden_size
+    if model.family == "neox":
+        plain += (model.qkv_size + sum(parts)) // tensor + (3 + len(parts)) * model.hidden_size
+    plain += model.router_parameters(layer)
     if model.projection is not None:
         capacity = model.projection.capacity
         plain += (capacity - 1) * _projected_weights(setup) + capacity * model.projection.code_size
     return plain + _adapter_weights(setup)
+
+
+def _expert_weights(setup: Setup, layer: int) -> int:
+    """Weights of a layer's experts on one process."""
+    model = setup.model
+    if not model.experts_of(layer):
+        return 0
+    experts = next(model.feed_forward_parts(layer))
+    one = _matrices(model) * experts.ffn_hidden_size // setup.expert_tensor_parallel
+    if model.family == "neox":
+        one += experts.ffn_hidden_size + model.hidden_size
+    return experts.count // setup.parallel.expert_parallel * one
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Weights of a feed-forward network, per unit of its size."""
+    return model.hidden_size * (3 if model.family == "llama" else 2)
 
 
 def _projected_weights(setup: Setup) -> int:
@@ -192,37 +239,50 @@ def _passes_under_way(setup: Setup, stage: int) -> int:
     return 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
 
 
-def _kept(setup: Setup, element: int, *, fused: bool) -> float:
+def _kept(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Bytes per token that a layer keeps for its backward pass."""
     if setup.parallel.recompute == "full":
         return element * setup.model.hidden_size / _sequence_shards(setup)
-    whole = _layer_activations(setup, element, fused=fused)
-    return whole - (_feed_forward(setup, element, fused=fused) if setup.parallel.recompute == "selective" else 0)
+    whole = _layer_activations(setup, layer, element, fused=fused)
+    return whole - (_feed_forward(setup, layer, element, fused=fused) if setup.parallel.recompute == "selective" else 0)
 
 
-def _layer_backward(setup: Setup, element: int, *, fused: bool) -> float:
+def _layer_backward(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Peak bytes per token of a layer's backward pass: recomputed activations, and the gradients of the feed-forward part."""
     model, recompute = setup.model, setup.parallel.recompute
-    wide, hidden = model.ffn_hidden_size / setup.parallel.tensor_parallel, model.hidden_size
+    wide, hidden = _active_size(setup, layer), model.hidden_size
     gradients = 2 * wide if model.family == "llama" else wide + 2 * hidden
     again = {"none": lambda *_, **__: 0, "selective": _feed_forward, "full": _layer_activations}[recompute]
-    return again(setup, element, fused=fused) + element * gradients
+    return again(setup, layer, element, fused=fused) + element * gradients
 
 
-def _layer_activations(setup: Setup, element: int, *, fused: bool) -> float:
+def _layer_activations(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Bytes per token: two norms; rotated queries and keys; projected queries, keys and values; the attention's result with
     its log-sum; the feed-forward part."""
     model, tensor = setup.model, setup.parallel.tensor_parallel
     queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
     attention = element * (3 * queries + 3 * keys) + FP32 * model.attention_heads
-    return 2 * _norm(setup, element, fused=fused) + attention / tensor + _feed_forward(setup, element, fused=fused)
+    return (
+        2 * _norm(setup, element, fused=fused) + attention / tensor + _feed_forward(setup, layer, element, fused=fused)
+    )
 
 
-def _feed_forward(setup: Setup, element: int, *, fused: bool) -> float:
+def _feed_forward(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Bytes per token in the feed-forward part: before and after the activation. PyTorch's gated activation also keeps the gate
-    and its activation."""
-    parts = 2 if setup.model.family == "neox" else 3 if fused else 5
-    return element * parts * setup.model.ffn_hidden_size / setup.parallel.tensor_parallel
+    and its activation. An MoE layer also keeps the input and output of each expert that a token is routed to, and the router's
+    logits and scores; experts are taken to be loaded equally."""
+    model = setup.model
+    parts = 2 if model.family == "neox" else 3 if fused else 5
+    dispatch = 0
+    if model.moe is not None and (experts := model.experts_of(layer)):
+        dispatch = 2 * model.moe.top_k * element * model.hidden_size + 3 * FP32 * experts
+    return element * parts * _active_size(setup, layer) + dispatch / _sequence_shards(setup)
+
+
+def _active_size(setup: Setup, layer: int) -> float:
+    """The feed-forward size that computes a token, on one process."""
+    parts = setup.model.feed_forward_parts(layer)
+    return sum(part.ffn_hidden_size * part.active for part in parts) / setup.parallel.tensor_parallel
 
 
 def _norm(setup: Setup, element: int, *, fused: bool) -> float:
@@ -264,8 +324,8 @@ def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
     parallel = setup.parallel
-    if not parallel.distributed_optimizer and parallel.data_parallel > 1:
-        yield {"parallel.distributed_optimizer": True}
+    if parallel.data_parallel > 1 and (sharding := parallel.more_sharding()):
+        yield {f"parallel.{name}": value for name, value in sharding.items()}
     if not parallel.sequence_parallel and parallel.tensor_parallel > 1:
         yield {"parallel.sequence_parallel": True}
     size = setup.micro_batch_size

@@ -5,15 +5,28 @@ import math
 from megatron_specialm.config.model import ModelConfig
 
 
-def count_parameters(model: ModelConfig, vocabulary_size: int) -> int:
-    """All parameters, as exported: one expert, no vocabulary padding, tied embeddings counted once."""
+def count_parameters(model: ModelConfig, vocabulary_size: int, *, active: bool = False) -> int:
+    """All parameters, as exported: no vocabulary padding, tied embeddings counted once; of a projected network, one expert.
+
+    Args:
+        active: of an MoE's experts, only as many as compute a token.
+    """
     hidden = model.hidden_size
     embeddings = vocabulary_size * hidden * (1 if model.tie_embeddings else 2)
+    norms_and_biases = sum(layer_norms_and_biases(model, layer, active=active) for layer in range(model.layers))
+    final_norm = hidden * (1 if model.family == "llama" else 2)
+    return model.linear_parameters(active=active) + embeddings + norms_and_biases + final_norm
+
+
+def layer_norms_and_biases(model: ModelConfig, layer: int, *, active: bool = False) -> int:
+    """Parameters of a layer, counted from 0, beside the weights of its linears."""
+    hidden = model.hidden_size
+    mixing = 2 if model.moe is not None and model.experts_of(layer) and model.moe.residual else 0  # its bias
     if model.family == "llama":
-        norms_and_biases = (2 * model.layers + 1) * hidden
-    else:
-        norms_and_biases = model.layers * (model.qkv_size + model.ffn_hidden_size + 6 * hidden) + 2 * hidden
-    return model.linear_parameters() + embeddings + norms_and_biases
+        return 2 * hidden + mixing
+    parts = model.feed_forward_parts(layer)
+    biases = sum((part.ffn_hidden_size + hidden) * (part.active if active else part.count) for part in parts)
+    return model.qkv_size + 5 * hidden + biases + mixing
 
 
 def count_trained_parameters(model: ModelConfig, vocabulary_size: int) -> int:

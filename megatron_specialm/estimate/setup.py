@@ -68,6 +68,20 @@ class Setup:
         return self.global_batch_size // self.shard
 
     @property
+    def expert_tensor_parallel(self) -> int:
+        """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
+        models = [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
+        return 1 if any(model.family == "neox" for model in models) else self.parallel.tensor_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """Processes of a pipeline stage that have the same part of the same experts without expert parallelism."""
+        parallel = self.parallel
+        return (
+            parallel.data_parallel * parallel.context_parallel * parallel.tensor_parallel // self.expert_tensor_parallel
+        )
+
+    @property
     def step_flops(self) -> int:
         """An upper bound of the FLOPs of an optimizer step: with fewer experts than groups of windows, fewer are projected."""
         return self.flops(Passes(trained=self.global_batch_size * self.context_length, trained_variants=self.variants))

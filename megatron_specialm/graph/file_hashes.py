@@ -9,7 +9,6 @@ its version.
 """
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from megatron_specialm.base.errors import ConfigError, MissingTextError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.hash_cache import sha256_files
+from megatron_specialm.base.packages import installed_version
 from megatron_specialm.config.text import Text
 from megatron_specialm.data.documents import HUB, cut_in_shards, resolve_files, text_format
 from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER, Task, TaskId
@@ -106,19 +106,13 @@ def _text_parts(file: Path | str) -> list[Part]:
 
 def _model_parts(entry: str, role: str) -> list[Part]:
     if entry.startswith(PACKAGE):
-        return [Part(f"{entry} {_installed_version(entry.removeprefix(PACKAGE))}", None)]
+        version = installed_version(entry.removeprefix(PACKAGE)) or ""  # where it is missing, the task reports that
+        return [Part(f"{entry} {version}", None)]
     if files := _files_in(Path(entry)):
         return files
     if role == TOKENIZER:
         return [Part("", Path(file)) for file in resolve_files([entry])]
     return [Part(entry, None)]
-
-
-def _installed_version(package: str) -> str:
-    """Empty where it is missing: the task reports that."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
-        return importlib.metadata.version(package)
-    return ""
 
 
 def _files_in(folder: Path) -> list[Part]:

@@ -63,17 +63,14 @@ def train_stages(pipeline: Pipeline) -> dict[str, TrainStage]:
 
 
 def train_stage(pipeline: Pipeline, name: str) -> TrainStage:
-    """The train stage of that name."""
     return stage_of(pipeline, name, TrainStage)
 
 
 def tokenize_stage(pipeline: Pipeline, name: str) -> TokenizeStage:
-    """The tokenize stage of that name."""
     return stage_of(pipeline, name, TokenizeStage)
 
 
 def assign_stage(pipeline: Pipeline, name: str) -> AssignStage:
-    """The assign stage of that name."""
     return stage_of(pipeline, name, AssignStage)
 
 
@@ -88,7 +85,6 @@ def cluster_count(pipeline: Pipeline, assignment: str) -> int:
 
 
 def expert_key(cluster: int) -> str:
-    """The key of the expert of a cluster."""
     return f"c{cluster}"
 
 

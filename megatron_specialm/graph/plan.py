@@ -1,6 +1,6 @@
 """The plan: the digest of each task of a pipeline, and whether its artifact is there."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.digests import digest_content
 from megatron_specialm.graph.earlier_layout import refuse_earlier_layout
 from megatron_specialm.graph.file_hashes import CACHE, hash_files, with_made_by_hint
-from megatron_specialm.graph.tasks import Task, TaskId
+from megatron_specialm.graph.tasks import Task, TaskId, ancestors
 
 RESOLVED = "pipeline.yaml"  # the resolved config in a run folder
 # Entries that may be in a new run folder before the config is written there.
@@ -94,40 +94,25 @@ def select_tasks(
             raise ConfigError(f"no stage {stage!r}; there are {', '.join(dict.fromkeys(name.stage for name in plan))}")
     if keys is not None and only is None:
         raise ConfigError(f"--keys {','.join(keys)}: they are of one stage's tasks: name it with --only")
+    graph = {name: planned.task for name, planned in plan.items()}
     if only is not None:
         chosen = {name: planned for name, planned in plan.items() if name.stage == only}
         chosen = _of_keys(chosen, only, keys) if keys is not None else chosen
         if check_inputs:
             _check_inputs(plan, chosen)
-        return _with_what_is_elsewhere(plan, chosen)
+        needed = ancestors(graph, *chosen)
+        return {name: plan[name] for name in needed if name in chosen or plan[name].elsewhere is not None}
     if until is None:
         return dict(plan)
-    wanted = _with_inputs(plan, {name for name in plan if name.stage == until})
-    return {name: planned for name, planned in plan.items() if name in wanted}
-
-
-def _with_inputs(plan: Mapping[TaskId, PlannedTask], tasks: Collection[TaskId]) -> set[TaskId]:
-    wanted = set(tasks)
-    for name in reversed(list(plan)):
-        if name in wanted:
-            wanted.update(plan[name].task.inputs)
-    return wanted
-
-
-def _with_what_is_elsewhere(
-    plan: Mapping[TaskId, PlannedTask], chosen: Mapping[TaskId, PlannedTask]
-) -> dict[TaskId, PlannedTask]:
-    elsewhere = {name for name in _with_inputs(plan, chosen) if plan[name].elsewhere is not None}
-    return {name: planned for name, planned in plan.items() if name in chosen or name in elsewhere}
+    return {name: plan[name] for name in ancestors(graph, *(name for name in plan if name.stage == until))}
 
 
 def _of_keys(tasks: Mapping[TaskId, PlannedTask], stage: str, keys: Sequence[str]) -> dict[TaskId, PlannedTask]:
     for key in keys:
         if TaskId(stage, key) not in tasks:
             raise ConfigError(f"--keys: {stage} has no task {key!r}; it has {', '.join(name.key for name in tasks)}")
-    parts = {
-        part for key in keys for part in tasks[TaskId(stage, key)].task.inputs
-    }  # shards of a set, trials of a training
+    # Shards of a set, trials of a training.
+    parts = {part for key in keys for part in tasks[TaskId(stage, key)].task.inputs}
     return {name: planned for name, planned in tasks.items() if name.key in keys or name in parts}
 
 

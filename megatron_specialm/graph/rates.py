@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.tasks import Task
 
 
 def trial_key(key: str, rate: float) -> str:
     """The key of the task that tries a rate for a model. Keys of models have no dot."""
     return f"{key}.rate-{rate!r}"
+
+
+def trial_names(task: Task, stage: TrainStage) -> set[str]:
+    """The trials of a training's rates, as `stage/key`; none where the task is itself a trial."""
+    rates = stage.optimizer.rates if task.rate is None else []
+    return {f"{task.id.stage}/{trial_key(task.id.key, rate)}" for rate in rates}
 
 
 def at_rate(stage: TrainStage, rate: float) -> TrainStage:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from json import dumps
 from typing import Any
 
+from megatron_specialm.base.printing import first_of
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.text import TextSet
-from megatron_specialm.graph.content import introduced_default
+from megatron_specialm.graph.digests import introduced_default
 from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
 
 SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # names of inputs and characters of a value that a message shows
@@ -29,7 +30,11 @@ class Reasons:
 
     def __str__(self) -> str:
         """All changes, for one task."""
-        return "; ".join([*self.own, *(_of_inputs(names, how) for how, names in self.inputs.items())])
+        inputs = (
+            f"{first_of(names, SHOWN_NAMES)} {'is' if len(names) == 1 else 'are'} {how}"
+            for how, names in self.inputs.items()
+        )
+        return "; ".join([*self.own, *inputs])
 
     def by_stage(self) -> str:
         """All changes, with inputs named by their stages: equal for tasks of a stage that are stale for the same reason."""
@@ -116,9 +121,3 @@ def _inputs(old: Mapping[str, str], new: Mapping[str, str], redone: Collection[s
     for name in old:
         if name not in new:
             yield name, "read no longer"
-
-
-def _of_inputs(names: Sequence[str], how: str) -> str:
-    shown = ", ".join(names[:SHOWN_NAMES])
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{shown}{more} {'is' if len(names) == 1 else 'are'} {how}"

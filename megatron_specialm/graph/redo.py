@@ -9,12 +9,24 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import LABEL, artifact_folder, artifact_link, read_label, read_marker
-from megatron_specialm.base.errors import UnconfirmedError
+from megatron_specialm.base.artifacts import (
+    LABEL,
+    artifact_folder,
+    artifact_folders,
+    artifact_link,
+    read_label,
+    read_marker,
+)
+from megatron_specialm.base.errors import ArtifactError, UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
+from megatron_specialm.base.printing import first_of
+from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.continuation import fraction_to_do
+from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.rates import at_rate, trial_names, trial_of
 from megatron_specialm.graph.reasons import Reasons, find_reasons, redo_seconds
 from megatron_specialm.graph.tasks import TaskId
 
@@ -81,9 +93,8 @@ def redo_lines(redo: Mapping[TaskId, Redo]) -> Iterator[str]:
     for name, one in redo.items():
         groups.setdefault((name.stage, one.reasons.by_stage()), []).append(name)
     for (stage, because), names in groups.items():
-        keys = ", ".join(name.key for name in names[:SHOWN_KEYS])
-        more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-        what = f"{stage} ({keys}{more}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
+        keys = first_of([name.key for name in names], SHOWN_KEYS)
+        what = f"{stage} ({keys}): {because}" if names[1:] else f"{names[0]}: {redo[names[0]].reasons}"
         yield f"  {what}; about {device_time(sum(redo[name].seconds for name in names))}"
 
 
@@ -115,3 +126,37 @@ def device_time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
+def fraction_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> float:
+    """The fraction of a training's steps that it cannot take over from a finished training of another length. It is 1 for other
+    tasks, and where the number of steps depends on the data."""
+    stage = train_stages(pipeline).get(planned.task.id.stage)
+    if stage is None or stage.steps_follow_data:
+        return 1.0
+    rate = planned.task.rate
+    ours = at_rate(stage, stage.optimizer.rates[0]) if rate is None else trial_of(stage, rate)
+    last = last_step(ours)
+    shared = (
+        step
+        for steps, theirs in _finished(ours, stage, planned, root)
+        for step in (steps, step_to_keep(theirs) or 0)
+        if step <= last and why_another_step(step, ours, theirs) is None
+    )
+    return 1 - max(shared, default=0) / last
+
+
+def _finished(
+    ours: TrainStage, stage: TrainStage, planned: PlannedTask, root: Path
+) -> Iterator[tuple[int, TrainStage]]:
+    """The finished trainings that differ in their length only: the steps that each made, and its settings."""
+    trials = trial_names(planned.task, stage)
+    for folder in artifact_folders(root, *planned.task.id):
+        try:
+            made_from, marker = read_label(folder)["made_from"], read_marker(folder)
+        except ArtifactError:  # `stages/continuing.py` does not use it either
+            continue
+        if not made_from or marker is None or marker.digest == planned.digest:
+            continue
+        if but_for_length(made_from, trials) == but_for_length(planned.made_from, trials):
+            yield marker.values.get("steps", 0), at_length(ours, made_from["settings"])

@@ -1,6 +1,6 @@
 """The interface of a stage kind: what the graph, the plan, the runners, Slurm and the report ask about a stage.
 
-`graph/kinds/KIND.py` has the class of each kind, `stages/KIND.py` the function that does its tasks.
+`graph/kinds/` has the class of each kind, `stages/KIND.py` the function that does its tasks.
 """
 
 from abc import ABC, abstractmethod
@@ -125,5 +125,4 @@ def register(cls: type[K]) -> type[K]:
 
 
 def kind_of(stage: Any) -> StageKind[Any]:
-    """The kind of a stage of a pipeline."""
     return KINDS[stage.kind]

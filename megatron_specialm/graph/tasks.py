@@ -61,9 +61,9 @@ def evaluated_set(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def ancestors(graph: Mapping[TaskId, Task], task: TaskId) -> list[TaskId]:
-    """The task and everything its result rests on, in the graph's order."""
-    wanted = {task}
+def ancestors(graph: Mapping[TaskId, Task], *tasks: TaskId) -> list[TaskId]:
+    """Tasks and everything their results rest on, in the graph's order."""
+    wanted = set(tasks)
     for candidate in reversed(list(graph)):
         if candidate in wanted:
             wanted.update(graph[candidate].inputs)

@@ -78,10 +78,19 @@ class DerivedWeights:
         for number, place in enumerate(self._places[chunk], start=first):
             setattr(place.linear, place.attribute, self._leaves[number][mixture])
 
-    def backward(self) -> None:
-        """Propagate the summed gradients of the weights to the parameters that they were computed from."""
+    def backward(self, propagate: Callable[[torch.Tensor], object] | None = None) -> None:
+        """Propagate the summed gradients of the weights to the parameters that they were computed from.
+
+        Args:
+            propagate: the engine's backward pass from a scalar, if not PyTorch's.
+        """
         gradients = [gradient.to(value.dtype) for gradient, value in zip(self._gradients, self._values, strict=True)]
-        torch.autograd.backward(self._values, gradients)
+        if propagate is None:
+            torch.autograd.backward(self._values, gradients)
+        else:
+            propagate(
+                torch.stack([torch.sum(value * own) for value, own in zip(self._values, gradients, strict=True)]).sum()
+            )
         self._release()
 
     def _release(self) -> None:

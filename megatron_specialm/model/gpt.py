@@ -6,32 +6,27 @@ weights (`model/weights.py`) a process holds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig, padded_vocabulary, split_layers
+from megatron_specialm.config.parallel import Layout, ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
-from megatron_specialm.model.attention import FusedCoreAttention
 from megatron_specialm.model.derived import derived_weights
-from megatron_specialm.model.initial import first_value
-from megatron_specialm.model.layers import FeedForward, TorchNorm, keep_in_bf16
+from megatron_specialm.model.initial import first_weight
+from megatron_specialm.model.layer_specs import layer_specs
+from megatron_specialm.model.layers import keep_in_bf16
+from megatron_specialm.model.moe import MegatronExperts, MoeFeedForward, RoutedBuilder
 from megatron_specialm.model.weights import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -45,12 +40,6 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-
-
-def use_transformer_engine(settings: TransformerConfig) -> bool:
-    """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
-    compute in TF32 (a 10-bit mantissa)."""
-    return HAVE_TE and torch.cuda.is_available() and settings.bf16
 
 
 def has_kernels() -> bool:
@@ -70,6 +59,9 @@ class Gpt:
     """The layers of a model on this process: one chunk, or several under an interleaved pipeline schedule.
 
     Weights are undefined before `initialize` or `load`.
+
+    Args:
+        experts: builds the routed experts of each MoE layer.
     """
 
     def __init__(
@@ -80,7 +72,8 @@ class Gpt:
         context_length: int,
         precision: Precision = "fp32",
         fp8: Fp8Config | None = None,
-        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+        parallel: Layout = ParallelConfig(),  # noqa: B008 (frozen)
+        experts: RoutedBuilder = MegatronExperts,
     ) -> None:
         cpu.install()
         self.config = config
@@ -88,7 +81,7 @@ class Gpt:
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [
-            _Chunk(settings, config, stage, vocabulary_size=vocabulary_size, context_length=context_length)
+            _Chunk(settings, config, stage, experts, vocabulary_size=vocabulary_size, context_length=context_length)
             for stage in range(parallel.virtual_pipeline)
         ]
         self.derived = derived_weights(self.chunks, config, self.specs)
@@ -102,12 +95,13 @@ class Gpt:
         """This process's parameters. A tied output layer on another pipeline stage than the embedding is listed as a copy."""
         for chunk in self.chunks:
             for name, parameter in chunk.named_parameters():
-                canonical = chunk.canonical_name(name)
-                yield LocalParameter(canonical, parameter, self.specs[canonical])
+                canonical, expert = chunk.place(name)
+                spec = self.specs[canonical]
+                yield LocalParameter(canonical, parameter, spec if expert is None else replace(spec, expert=expert))
 
     def initialize(self, *, seed: int) -> None:
         """Draw the first weights (`model/initial.py`). They do not depend on the layout."""
-        self._fill(lambda name: first_value(name, self.specs[name].shape, self.config, seed=seed))
+        self._fill(lambda name: first_weight(name, self.specs[name], self.config, seed=seed))
 
     def load(self, tensors: Mapping[str, Sliceable]) -> None:
         """Load canonical weights. From files, each process reads only its part.
@@ -158,8 +152,15 @@ def local_pieces(
     flat: torch.Tensor, spec: WeightSpec, *, first: int = 0
 ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
     """`WeightSpec.pieces` for this process."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    return spec.pieces(flat, rank=rank, size=parallel_state.get_tensor_model_parallel_world_size(), first=first)
+    group = tensor_parallel_group(spec)
+    return spec.pieces(flat, rank=group.rank(), size=group.size(), first=first)
+
+
+def tensor_parallel_group(spec: WeightSpec) -> dist.ProcessGroup:
+    """The processes over which a weight is sharded by tensor parallelism."""
+    if spec.is_expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 @torch.no_grad()
@@ -172,11 +173,15 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
         piece.copy_(whole[index])
 
 
-def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:
     """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
-    shard without padding; other chunks return hidden states."""
+    shard without padding; other chunks return hidden states.
+
+    Args:
+        padding_BT: for an MoE model, True for tokens that no expert computes. They must not precede others in a window.
+    """
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT)
+    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=padding_BT)
 
 
 class _Chunk(GPTModel):
@@ -187,7 +192,14 @@ class _Chunk(GPTModel):
     """
 
     def __init__(
-        self, settings: TransformerConfig, config: ModelConfig, stage: int, *, vocabulary_size: int, context_length: int
+        self,
+        settings: TransformerConfig,
+        config: ModelConfig,
+        stage: int,
+        experts: RoutedBuilder,
+        *,
+        vocabulary_size: int,
+        context_length: int,
     ) -> None:
         size = parallel_state.get_tensor_model_parallel_world_size()
         padded = padded_vocabulary(vocabulary_size, tensor_parallel=size)
@@ -198,7 +210,7 @@ class _Chunk(GPTModel):
         vp_stage = stage if settings.virtual_pipeline_model_parallel_size else None
         super().__init__(
             config=settings,
-            transformer_layer_spec=_block(settings, vp_stage),
+            transformer_layer_spec=layer_specs(settings, vp_stage, config, experts),
             vocab_size=padded,
             max_sequence_length=context_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -228,17 +240,29 @@ class _Chunk(GPTModel):
         load the same canonical weight."""
         return False
 
-    def canonical_name(self, name: str) -> str:
-        """The canonical name of one of this chunk's parameters."""
+    def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
+        """As Megatron-Core's, but sequence parallelism cuts the padding mask on every pipeline stage, not on the first only."""
+        *found, _ = super()._preprocess(*args, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()].contiguous()
+        return (*found, padding_mask)
+
+    def place(self, name: str) -> tuple[str, int | None]:
+        """The canonical name of one of this chunk's parameters, and the index of the expert that it is of, if of one."""
         for fused, plain in _FUSED_NORMS.items():
             name = name.replace(fused, plain)
         name = name.replace(".base_weight", ".weight")  # a linear with LoRA
         if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:
-            return WORD_EMBEDDINGS
-        if name.startswith("decoder.layers."):
-            own, _, rest = name.removeprefix("decoder.layers.").partition(".")
-            return f"decoder.layers.{self.decoder.layers[int(own)].layer_number - 1}.{rest}"
-        return name
+            return WORD_EMBEDDINGS, None
+        if not name.startswith("decoder.layers."):
+            return name, None
+        own, _, rest = name.removeprefix("decoder.layers.").partition(".")
+        layer, expert = self.decoder.layers[int(own)], None
+        if isinstance(layer.mlp, MoeFeedForward) and rest.startswith("mlp."):
+            place, expert = layer.mlp.place(rest.removeprefix("mlp."))
+            rest = f"mlp.{place}"
+        return f"decoder.layers.{layer.layer_number - 1}.{rest}", expert
 
 
 def transformer_config(
@@ -246,7 +270,7 @@ def transformer_config(
     vocabulary_size: int,
     *,
     precision: Precision,
-    parallel: ParallelConfig,
+    parallel: Layout,
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """Megatron-Core's config for a model and a layout. Fused kernels are on only if there is a GPU and if they compute the same
@@ -302,7 +326,7 @@ def _activation(config: ModelConfig) -> dict:
     return {"activation_func": functional.gelu, "bias_activation_fusion": config.activation == "gelu_tanh"}
 
 
-def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: ParallelConfig) -> dict:
+def _pipeline(config: ModelConfig, vocabulary_size: int, parallel: Layout) -> dict:
     """The layers of each pipeline stage. Megatron-Core expects the chunks in the order of the forward pass."""
     if parallel.pipeline_parallel == 1:
         return {}
@@ -330,23 +354,3 @@ _RECOMPUTE: dict[str, dict] = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-
-
-def _block(settings: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer specs of a chunk."""
-    fused = use_transformer_engine(settings)
-    layer = (
-        get_gpt_layer_with_transformer_engine_spec()
-        if fused
-        else get_gpt_layer_local_spec(normalization=settings.normalization)
-    )
-    if settings.recompute_granularity == "selective":
-        layer.submodules.mlp.module = FeedForward
-    if fused:
-        return layer
-    layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
-    norm = layer.submodules.input_layernorm
-    if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
-        norm = layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
-    layers = [layer] * get_num_layers_to_build(settings, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -3,18 +3,46 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.model.weights import EXPERT_CODES, weight_specs
+from megatron_specialm.model.weights import EXPERT_CODES, Sliceable, WeightSpec, weight_specs
 
 # The initial coefficient of each matrix in which experts differ, relative to 1 for the matrix that all experts share. Adam
 # moves all matrices at the same rate and these updates add up. With large coefficients the expert's weights change too fast.
 EXPERT_SPREAD = 0.3
 
 
-def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: int) -> torch.Tensor:
+def first_weight(name: str, spec: WeightSpec, config: ModelConfig, *, seed: int) -> Sliceable:
+    """The first value of a canonical weight. Experts are drawn one by one, when their slices are read: a process that holds few
+    of them draws few."""
+    if not spec.is_expert:
+        return first_value(name, spec.shape, config, seed=seed)
+    return _Experts(name, spec.shape, config, seed)
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The first values of a weight of all experts of a layer, (E, ...): each from a generator of its own."""
+
+    name: str
+    shape: tuple[int, ...]
+    config: ModelConfig
+    seed: int
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        experts, *rest = index if isinstance(index, tuple) else (slice(None),)
+        found = [
+            first_value(self.name, self.shape[1:], self.config, seed=f"{self.seed}/expert {expert}")
+            for expert in range(*experts.indices(self.shape[0]))
+        ]
+        return torch.stack(found)[(slice(None), *rest)]
+
+
+def first_value(name: str, shape: Sequence[int], config: ModelConfig, *, seed: int | str) -> torch.Tensor:
     """N(0, init_std); N(0, init_std / sqrt(2 L)) for the linears that write to the residual stream; biases 0, norms 1.
 
     Every expert of a projected network starts with these variances. Its coefficients are 1 for the first matrix, which all

@@ -41,15 +41,16 @@ class WeightSpec:
 
     `cut` is the sharded dimension, None if the weight is replicated. `blocks` is the number of equal parts along it that are
     sharded separately: SwiGLU concatenates the gate and up projections. `padded` is the size of the first dimension in memory
-    if it is larger than the weight's own. `expert_axis` is the dimension over a layer's experts, which expert parallelism
-    shards; None for a weight that all tokens use.
+    if it is larger than the weight's own. `is_expert`: the first dimension is over a layer's experts, which expert parallelism
+    shards. `expert`: the parameter is that of this expert alone, without the first dimension; pieces lie in the full weight.
     """
 
     shape: tuple[int, ...]
     cut: int | None = None
     blocks: int = 1
     padded: int = 0
-    expert_axis: int | None = None
+    is_expert: bool = False
+    expert: int | None = None
 
     def pieces(
         self, flat: torch.Tensor, *, rank: int, size: int, first: int = 0
@@ -62,6 +63,11 @@ class WeightSpec:
         Yields:
             A box's index in the canonical tensor, and a view of the box's elements in `flat`.
         """
+        if self.expert is not None:
+            one = WeightSpec(self.shape[1:], None if self.cut is None else self.cut - 1, self.blocks)
+            for box, piece in one.pieces(flat, rank=rank, size=size, first=first):
+                yield (slice(self.expert, self.expert + 1), *box), piece.unsqueeze(0)
+            return
         if self.cut is None or size == 1:  # one block on one process
             cut, blocks, rank, size = 0, 1, 0, 1
         else:
@@ -109,9 +115,7 @@ def decays(name: str) -> bool:
 
 def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: int = 1) -> dict[str, WeightSpec]:
     """All canonical weights of a model by name, in the order of the forward pass."""
-    hidden, feed_forward = model.hidden_size, model.ffn_hidden_size
-    qkv = model.qkv_size
-    gates = 2 if model.family == "llama" else 1
+    hidden, qkv = model.hidden_size, model.qkv_size
     padded = padded_vocabulary(vocabulary_size, tensor_parallel=tensor_parallel)
     embedding = WeightSpec((vocabulary_size, hidden), cut=0, padded=padded)
     layer = {
@@ -119,8 +123,7 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
         "self_attention.linear_qkv.weight": WeightSpec((qkv, hidden), cut=0),
         "self_attention.linear_proj.weight": WeightSpec((hidden, hidden), cut=1),
         "pre_mlp_layernorm.weight": WeightSpec((hidden,)),
-        "mlp.linear_fc1.weight": WeightSpec((gates * feed_forward, hidden), cut=0, blocks=gates),
-        "mlp.linear_fc2.weight": WeightSpec((hidden, feed_forward), cut=1),
+        **{f"mlp.{name}": spec for name, spec in _feed_forward(model, model.ffn_hidden_size).items()},
     }
     final = {"decoder.final_layernorm.weight": WeightSpec((hidden,))}
     if model.family == "neox":
@@ -129,17 +132,64 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
             "self_attention.linear_qkv.bias": WeightSpec((qkv,), cut=0),
             "self_attention.linear_proj.bias": WeightSpec((hidden,)),
             "pre_mlp_layernorm.bias": WeightSpec((hidden,)),
-            "mlp.linear_fc1.bias": WeightSpec((feed_forward,), cut=0),
-            "mlp.linear_fc2.bias": WeightSpec((hidden,)),
         }
         final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
     layer = _derived(model, layer)
-    layers = {f"decoder.layers.{number}.{name}": spec for number in range(model.layers) for name, spec in layer.items()}
+    layers = {
+        f"decoder.layers.{number}.{name}": spec
+        for number in range(model.layers)
+        for name, spec in _with_experts(model, layer, model.experts_of(number)).items()
+    }
     output = {} if model.tie_embeddings else {OUTPUT_LAYER: embedding}
     codes = {}
     if model.projection is not None:
         codes[EXPERT_CODES] = WeightSpec((model.projection.experts, model.projection.code_size))
     return {**codes, WORD_EMBEDDINGS: embedding, **layers, **final, **output}
+
+
+ROUTER = "mlp.router.weight"
+EXPERT_BIAS = "mlp.router.expert_bias"  # by which experts are chosen; set after each step, not trained
+EXPERTS = "mlp.experts"
+SHARED_EXPERT = "mlp.shared_expert"
+SHARED_EXPERT_GATE = "mlp.shared_expert_gate.weight"
+RESIDUAL = "mlp.residual"
+RESIDUAL_MIX = "mlp.residual_mix"  # a linear to two logits: whose softmax weights the experts' sum and the dense part
+
+
+def _with_experts(model: ModelConfig, layer: dict[str, WeightSpec], experts: int) -> dict[str, WeightSpec]:
+    """Replace the specs of a feed-forward part by those of an MoE layer. Of a weight of all experts the first dimension is over
+    them."""
+    if model.moe is None or not experts:
+        return layer
+    moe, hidden = model.moe, model.hidden_size
+    found = {name: spec for name, spec in layer.items() if not name.startswith("mlp.")}
+    size = moe.ffn_hidden_size or model.ffn_hidden_size
+    found[ROUTER] = WeightSpec((experts, hidden))
+    if moe.bias_update_rate:
+        found[EXPERT_BIAS] = WeightSpec((experts,))
+    for name, spec in _feed_forward(model, size).items():
+        # Megatron-Core splits experts with biases over no tensor-parallel ranks.
+        cut = None if spec.cut is None or model.family == "neox" else spec.cut + 1
+        found[f"{EXPERTS}.{name}"] = replace(spec, shape=(experts, *spec.shape), cut=cut, is_expert=True)
+    if moe.residual:
+        found |= {f"{RESIDUAL}.{name}": spec for name, spec in _feed_forward(model, size).items()}
+        found |= {f"{RESIDUAL_MIX}.weight": WeightSpec((2, hidden)), f"{RESIDUAL_MIX}.bias": WeightSpec((2,))}
+    if moe.shared_expert is not None:
+        found |= {f"{SHARED_EXPERT}.{name}": spec for name, spec in _feed_forward(model, moe.shared_expert).items()}
+        found[SHARED_EXPERT_GATE] = WeightSpec((1, hidden))
+    return found
+
+
+def _feed_forward(model: ModelConfig, size: int) -> dict[str, WeightSpec]:
+    """The specs of one feed-forward network."""
+    hidden, gates = model.hidden_size, 2 if model.family == "llama" else 1
+    found = {
+        "linear_fc1.weight": WeightSpec((gates * size, hidden), cut=0, blocks=gates),
+        "linear_fc2.weight": WeightSpec((hidden, size), cut=1),
+    }
+    if model.family == "neox":
+        found |= {"linear_fc1.bias": WeightSpec((size,), cut=0), "linear_fc2.bias": WeightSpec((hidden,))}
+    return found
 
 
 # The modules of a layer's linears, by the names that configs use.

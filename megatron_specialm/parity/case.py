@@ -6,7 +6,8 @@ from pydantic import PositiveFloat, PositiveInt
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig, Projection
-from megatron_specialm.config.parallel import Layout, ParallelConfig
+from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.parallel import LAYOUTS, Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.setup import Setup
 
@@ -44,8 +45,23 @@ class ParityCase(Settings):
             self.micro_batch_size, self.fp8,
         )  # fmt: skip
 
+    def by_engine(self, engine: str) -> "ParityCase":
+        """The same training in a like layout of another engine. (Megatron's optimizer state is not split then: that is compared
+        with one process.) Of an MoE, Megatron-Core's tensor parallelism includes sequence parallelism."""
+        layout = LAYOUTS[engine].model_validate(
+            {
+                **self.parallel.for_engine(engine),
+                "sequence_parallel": engine == "megatron"
+                and (
+                    self.parallel.sequence_parallel
+                    or (self.model.moe is not None and self.parallel.tensor_parallel > 1)
+                ),
+            }
+        )
+        return self.model_copy(update={"parallel": layout})
+
     def on_one_process(self) -> "ParityCase":
-        """The same training without a layout."""
+        """The same training without a layout, by the Megatron engine."""
         return self.model_copy(
             update={
                 "parallel": ParallelConfig(),
@@ -68,16 +84,23 @@ def parity_case(setup: Setup) -> ParityCase:
     if lora is not None:
         rank = min(lora.rank, 3)
         lora = lora.model_copy(update={"rank": rank, "alpha": lora.factor * rank})
+    layers = min(model.layers, parallel.chunks + 1)
+    moe = None if model.moe is None else _shrunk_experts(model.moe, parallel, scale=hidden / model.hidden_size)
+    if moe is not None:  # one MoE layer on each chunk, and all numbers of a list
+        layers = min(model.layers, max(layers, moe.every * max(parallel.chunks, len(set(moe.counts)))))
+        if isinstance(moe.experts, list):
+            moe = moe.model_copy(update={"experts": moe.experts[-(layers // moe.every) :]})
     shrunk = model.model_copy(
         update={
             "name": f"{model.name}, shrunk",
-            "layers": min(model.layers, parallel.chunks + 1),
+            "layers": layers,
             "hidden_size": hidden,
             "ffn_hidden_size": feed_forward * parallel.tensor_parallel,
             "attention_heads": heads,
             "query_groups": None if model.query_groups is None else groups,
             "projection": projection,
             "lora": lora,
+            "moe": moe,
         }
     )
     return ParityCase(
@@ -87,4 +110,23 @@ def parity_case(setup: Setup) -> ParityCase:
         fp8=setup.fp8,
         context_length=math.lcm(16, parallel.tensor_parallel, 2 * parallel.context_parallel),
         micro_batches=2 * parallel.pipeline_parallel,
+    )
+
+
+def _shrunk_experts(moe: MixtureOfExperts, parallel: Layout, *, scale: float) -> MixtureOfExperts:
+    """At least two experts per process, and two numbers of them where the layers have several."""
+    tensor, fewest = (
+        parallel.tensor_parallel,
+        parallel.expert_parallel * max(2, -(-moe.top_k // parallel.expert_parallel)),
+    )
+    counts = [min(count, fewest if count == min(moe.counts) else 2 * fewest) for count in moe.counts]
+    return moe.model_copy(
+        update={
+            "experts": counts if isinstance(moe.experts, list) else counts[0],
+            **{
+                name: tensor * max(1, round(size * scale / tensor))
+                for name in ("ffn_hidden_size", "shared_expert")
+                if (size := getattr(moe, name)) is not None
+            },
+        }
     )

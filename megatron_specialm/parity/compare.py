@@ -27,20 +27,21 @@ from megatron_specialm.run.processes import Workers, end_workers, worker_context
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
 TIMEOUT_SECONDS = 300.0
+MODULES = ["megatron_specialm.parity.rank", "megatron_specialm.engine.megatron.open"]  # that processes need
 # Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
 # relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
         "loss": 1e-6, "validation_loss": 1e-6, "gradient_norm": 1e-5, "gradients": 1e-5, "norm_counts": 1e-5,
-        "weights": 1e-4,
+        "weights": 1e-4, "gates": 1e-4,
     },
     "bf16": {
         "loss": 1e-3, "validation_loss": 1e-3, "gradient_norm": 1e-2, "gradients": 1e-1, "norm_counts": 1e-3,
-        "weights": 1e-1,
+        "weights": 1e-1, "gates": 1e-1,
     },
     "fp8": {  # wider than bf16's by what FP8 has fewer bits; not measured, for want of a GPU
         "loss": 1e-2, "validation_loss": 1e-2, "gradient_norm": 1e-1, "gradients": 5e-1, "norm_counts": 1e-3,
-        "weights": 5e-1,
+        "weights": 5e-1, "gates": 5e-1,
     },
 }  # fmt: skip
 
@@ -89,6 +90,7 @@ class _Numbers:
     gradient_norm: list[float]
     validation_loss: float
     squares: dict[str, float]
+    gates: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,27 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def compare(case: ParityCase, *, measure: str = "megatron_specialm.parity.rank:measure") -> list[Difference]:
-    """Outcome a case in its layout and on one process.
+def compare(
+    case: ParityCase,
+    *,
+    reference: ParityCase | None = None,
+    measure: str = "megatron_specialm.parity.rank:measure",
+) -> list[Difference]:
+    """Run a case in its layout and in another, and compare all quantities.
 
     Args:
+        reference: the case in the other layout; None for one process.
         measure: what each process of the layout runs, as `MODULE:FUNCTION`.
 
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
-    context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+    context = worker_context(MODULES, threads=1)
     with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
-        _run(context, case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
+        _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
         _run(context, case, many, measure)
-        return _differences(case, _read(one), _read(many))
+        return differences_of(case, read_outcome(one), read_outcome(many))
 
 
 def certificate_path(root: Path, stage: str) -> Path:
@@ -123,14 +131,17 @@ def certificate_path(root: Path, stage: str) -> Path:
     return root / "parity" / f"{stage}.json"
 
 
-def certificate(case: ParityCase, differences: Iterable[Difference]) -> dict[str, Any]:
-    """The outcome for a file: layout, versions, pass or fail; of each quantity the largest difference, how many steps or
-    weights are over the tolerance, and the worst of all by name."""
+def certificate(
+    case: ParityCase, differences: Iterable[Difference], *, reference: ParityCase | None = None
+) -> dict[str, Any]:
+    """The outcome for a file: the two layouts, versions, pass or fail; of each quantity the largest difference, how many steps
+    or weights are over the tolerance, and the worst of all by name."""
     found = list(differences)
-    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine")
+    packages = ("megatron_specialm", "torch", "megatron-core", "transformer-engine", "deepspeed")
     return {
         "format": CERTIFICATE_FORMAT,
         "layout": case.parallel.model_dump(mode="json"),
+        "reference": (reference or case.on_one_process()).parallel.model_dump(mode="json"),
         "precision": case.precision,
         "model": case.model.model_dump(mode="json"),
         "vocabulary_size": case.vocabulary_size,
@@ -209,7 +220,8 @@ def _measure(measure: str, case: ParityCase, world: World, folder: Path) -> None
     getattr(importlib.import_module(module), function)(case, world, folder)
 
 
-def _read(folder: Path) -> Outcome:
+def read_outcome(folder: Path) -> Outcome:
+    """What the processes of a run wrote into a folder (`parity/rank.py`)."""
     tensors = TensorFiles(sorted(folder.glob("tensors-*.safetensors")), framework="np")
     squares: dict[str, float] = {}
     for path in sorted(folder.glob("numbers-*.json")):
@@ -223,7 +235,8 @@ def _read(folder: Path) -> Outcome:
     )
 
 
-def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
+    """Every quantity of a case's run (`many`), compared with that of its reference."""
     way = case.learning_rate * case.steps
     by_quantity = {
         "loss": _of_steps(one.numbers.loss, many.numbers.loss),
@@ -232,13 +245,19 @@ def _differences(case: ParityCase, one: Outcome, many: Outcome) -> list[Differen
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
+        "gates": {layer: _of_gates(own, many.numbers.gates[layer]) for layer, own in one.numbers.gates.items()},
     }
     tolerances = TOLERANCES[case.precision]
-    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items()]
+    return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items() if found]
 
 
 def _of_steps(one: list[float], many: list[float]) -> dict[str, float]:
     return {f"step {step + 1}": abs(b - a) / abs(a) for step, (a, b) in enumerate(zip(one, many, strict=True))}
+
+
+def _of_gates(one: list[float], many: list[float]) -> float:
+    """Of an MoE layer's auxiliary losses and its experts' shares of the tokens, of which some may be zero."""
+    return max(abs(b - a) / max(1.0, abs(a)) for a, b in zip(one, many, strict=True))
 
 
 def _of_weights(

@@ -17,7 +17,7 @@ from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.model.initial import first_value
+from megatron_specialm.model.initial import first_weight
 from megatron_specialm.parity.case import ParityCase
 
 
@@ -35,10 +35,13 @@ def measure(case: ParityCase, world: World, folder: Path) -> None:
                 squares = engine.norm_squares()
             losses.append(loss.mean)
             norms.append(stats.gradient_norm)
+        gates = {
+            f"layer {layer.layer}": [layer.aux_loss, layer.z_loss, *layer.load] for layer in engine.gate_statistics()
+        }
         held_out = engine.evaluate([_own_rows(engine, _batch(case, case.steps))]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
     save_tensors(tensors, folder / f"tensors-{world.rank}.safetensors")
-    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
+    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares, "gates": gates}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
 
 
@@ -48,7 +51,7 @@ def _initialize(model: Gpt) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, spec in model.specs.items():
-        first = first_value(name, spec.shape, model.config, seed=0)
+        first = first_weight(name, spec, model.config, seed=0)[...]
         weights[name] = first if first.any() else 0.02 * torch.randn(spec.shape, generator=generator)
     model.load(weights)
 

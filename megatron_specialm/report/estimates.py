@@ -1,4 +1,5 @@
-"""What a config would train, as typed rows: by the arithmetic of `estimate/`, and by the tokenized text in the run folder."""
+"""The tables of `specialm check`: what a config would train, the memory of its layouts, and what can be trained how. They
+follow from the arithmetic of `estimate/` and the tokenized text in the run folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,15 @@ from typing import Any
 
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
-from megatron_specialm.base.gpus import dense_peak
+from megatron_specialm.base.gpus import GIB, dense_peak
+from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.config.finetuning import finetuning_recipe
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.estimate.flops import device_hours
-from megatron_specialm.estimate.memory import Memory, memory_of
+from megatron_specialm.estimate import capabilities
+from megatron_specialm.estimate.capability import Capability
+from megatron_specialm.estimate.flops import TYPICAL_UTILISATION, device_hours
+from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
 from megatron_specialm.estimate.setup import Passes, Setup
 from megatron_specialm.graph.lineage import (
@@ -31,7 +35,6 @@ from megatron_specialm.graph.tasks import TaskId
 
 Plan = Mapping[TaskId, PlannedTask]
 NO_PLAN: Plan = MappingProxyType({})
-RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,6 @@ class TrainingEstimate:
     gpu_hours: float | None
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """The memory of the process that needs most, for a setup of a config: as set, and with each recomputation policy."""
-
-    stage: str
-    layout: str
-    memory: Memory
-    by_recompute: Mapping[str, Memory]
-
-
 def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLAN) -> list[TrainingEstimate]:
     """One per train stage."""
     estimates = []
@@ -92,22 +85,6 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
             )
         )
     return estimates
-
-
-def memory_estimates(pipeline: Pipeline, machine: Accelerator) -> list[MemoryEstimate]:
-    """One per distinct setup of the config."""
-    fused = machine.has_fused_layers
-    return [
-        MemoryEstimate(
-            stage=name,
-            layout=setup.parallel.describe(),
-            memory=memory_of(setup, fused=fused),
-            by_recompute={
-                policy: memory_of(setup.changed({"parallel.recompute": policy}), fused=fused) for policy in RECOMPUTE
-            },
-        )
-        for name, setup in distinct_setups(pipeline, None).items()
-    ]
 
 
 def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
@@ -167,3 +144,57 @@ def _steps(pipeline: Pipeline, stage: TrainStage, key: str) -> int:
     """An upper bound of the steps of a run: a recipe depends on the size of the domain's set, if the config has it."""
     size = text_set(pipeline, key).train_tokens if stage.size_recipe else None
     return stage.steps if size is None else finetuning_recipe(stage, set_tokens=size).steps
+
+
+def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLAN) -> Table:
+    """A line per train stage; GPU hours where the machine's peak is known."""
+    rows = training_estimates(pipeline, machine, plan)
+    columns: list[Column[TrainingEstimate]] = [
+        word("stage", lambda row: row.stage),
+        number("runs", lambda row: str(row.runs)),
+        number("weights", lambda row: f"{row.parameters / 1e6:,.1f}M"),
+        number("trained", lambda row: f"{row.trained_parameters / 1e6:,.1f}M"),
+        number("steps", lambda row: f"{row.steps:,}"),
+        number("slots/run", lambda row: f"{row.slots / 1e6:,.2f}M"),
+        number("tokens/run", _tokens),
+        number("FLOPs/step", lambda row: f"{row.step_flops:.2e}"),
+        number("FLOPs", lambda row: f"{row.flops:.2e}"),
+    ]
+    if any(row.gpu_hours is not None for row in rows):
+        columns.append(number(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU", lambda row: f"{row.gpu_hours:,.2f}"))
+    return Table.of(rows, columns)
+
+
+def _tokens(row: TrainingEstimate) -> str:
+    return "" if row.fill is None else f"{row.slots * row.fill / 1e6:,.2f}M ({row.fill:.0%})"
+
+
+def memory_table(pipeline: Pipeline, machine: Accelerator) -> Table:
+    """A column per distinct setup of the config, a line per part of the memory of the process that needs most."""
+    setups, fused = distinct_setups(pipeline, None), machine.has_fused_layers
+    memories = [memory_of(setup, fused=fused) for setup in setups.values()]
+    lines = [["layout", *(setup.parallel.describe() for setup in setups.values())]]
+    for part in ("weights", "gradients", "optimizer", "teacher", "derived"):
+        lines.append([part, *(_gib(getattr(memory, part)) for memory in memories)])
+    for policy in ("none", "selective", "full"):
+        changed = (setup.changed({"parallel.recompute": policy}) for setup in setups.values())
+        others = [memory_of(setup, fused=fused) for setup in changed]
+        lines.append([f"activations, recompute {policy}", *(_gib(one.activations + one.working) for one in others)])
+    lines.append(["in all, as set", *(_gib(memory.total) for memory in memories)])
+    return Table("", ["GiB per process", *setups], lines, 1)
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.3g}"
+
+
+def capabilities_table() -> Table:
+    """What can be trained in which layout."""
+    columns: list[Column[Capability]] = [
+        word("engine", lambda row: ", ".join(row.engines)),
+        word("models", lambda row: row.models),
+        word("feature", lambda row: row.feature),
+        word("machine", lambda row: row.machine.needs),
+        word("terms", lambda row: row.terms),
+    ]
+    return Table.of(capabilities.TABLE, columns)

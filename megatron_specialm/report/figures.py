@@ -108,7 +108,9 @@ def _against_cost(
     for size, (title, cost) in itertools.product(_sizes(entries), costs.items()):
         own = _by_method(entry for entry in entries if entry.size == size)
         name = ", ".join(filter(None, (title, "" if size is None else f"{size_name(size)} tokens")))
-        panels[name] = [_curve(method, _paid(points, cost), cost) for method, points in own.items()]
+        # A cost of zero cannot be on a logarithmic axis; where all are zero, the curve is a horizontal line.
+        paid = {method: [point for point in points if cost(point) > 0] or points for method, points in own.items()}
+        panels[name] = [_curve(method, points, cost) for method, points in paid.items()]
     figure = _panels(panels, looks, x=unit, y="macro perplexity", same_y=len(costs) > 1)
     for axes, curves in zip(figure.axes, panels.values(), strict=False):
         drawing.log_axis(axes, "x", [x for curve in curves for x in curve.x], margin=0.12)
@@ -119,11 +121,6 @@ def _against_cost(
     else:
         _legend(figure, panels, looks)
     return figure
-
-
-def _paid(points: Sequence[Entry], cost: Cost) -> Sequence[Entry]:
-    """The points that can be on a logarithmic axis; all of them if none can."""
-    return [point for point in points if cost(point) > 0] or points
 
 
 def _panels(

@@ -90,11 +90,8 @@ def _scores(results: Results) -> Scores:
     scores: dict[tuple[str, str, bool], dict[Seeds, float]] = {}
     rows = largest_budget([row for row in results.rows if row.domain != GENERIC])
     named: list[tuple[str, Row | Average]] = [(row.domain, row) for row in rows]
-    named += [(_macro_name(average), average) for average in largest_budget(results.macro)]
+    for average in largest_budget(results.macro):
+        named.append(("macro" if average.size is None else f"macro {size_name(average.size)}", average))
     for name, entry in named:
         scores.setdefault((name, entry.method, is_tuned(entry)), {})[entry.seeds] = entry.perplexity
     return scores
-
-
-def _macro_name(average: Average) -> str:
-    return "macro" if average.size is None else f"macro {size_name(average.size)}"

@@ -37,7 +37,6 @@ Number = int | float
 
 
 def mean(values: Sequence[Number]) -> float:
-    """The arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -187,12 +186,16 @@ class Costs(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model(Entry):
+class _OfModel(Entry):
     method: str
     stage: str
     domain: str
     base_domain: str
     size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model(_OfModel):
     finetuned: bool
     domain_text: str
     capped: Flag = None
@@ -244,14 +247,9 @@ class Concentration(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection(Entry):
+class Selection(_OfModel):
     """A criterion's choice of an expert (`criterion_choice`), and by it the rank of the expert taken (`choice`)."""
 
-    method: str
-    stage: str
-    domain: str
-    base_domain: str
-    size: int | None
     choice: str
     by: str
     criterion: str
@@ -266,14 +264,9 @@ class Selection(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningRate(Entry):
+class LearningRate(_OfModel):
     """A rate that a training tried. `choice` is the rate taken; `untried`: on which side of it no rate was tried."""
 
-    method: str
-    stage: str
-    domain: str
-    base_domain: str
-    size: int | None
     choice: float
     untried: str | None
     learning_rate: float

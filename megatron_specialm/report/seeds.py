@@ -45,14 +45,8 @@ def read_runs(paths: Sequence[Path]) -> Results:
                     "each run another `training_seed` or `seed`"
                 )
             seeds[own] = path
-    return Results(
-        runs[0].pipeline,
-        rows=[entry for run in runs for entry in run.rows],
-        macro=[entry for run in runs for entry in run.macro],
-        concentration=[entry for run in runs for entry in run.concentration],
-        selection=[entry for run in runs for entry in run.selection],
-        learning_rates=[entry for run in runs for entry in run.learning_rates],
-    )
+    parts = [part for part in vars(runs[0]) if part != "pipeline"]
+    return Results(runs[0].pipeline, **{part: [entry for run in runs for entry in vars(run)[part]] for part in parts})
 
 
 def merge_seeds(results: Results) -> Results:

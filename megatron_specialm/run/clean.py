@@ -47,7 +47,8 @@ def find_unwanted(plan: Mapping[TaskId, PlannedTask], root: Path, *, live: Colle
         live: digests of what live jobs make and read; these and their inputs are kept.
     """
     wanted = {*_with_inputs(root, live), *(planned.digest for planned in plan.values())}
-    found = [_describe(folder) for folder in _all_artifacts(root) if not _is_of(folder, wanted)]
+    names = {digest[:SHOWN_DIGITS] for digest in wanted}
+    found = [_describe(folder) for folder in _all_artifacts(root) if folder.name not in names]
     return sorted(found, key=lambda unwanted: -unwanted.bytes)
 
 
@@ -68,22 +69,14 @@ def _with_inputs(root: Path, digests: Iterable[str]) -> set[str]:
     return found
 
 
-def _is_of(folder: Path, digests: Iterable[str]) -> bool:
-    return any(digest.startswith(folder.name) for digest in digests)
-
-
 def _describe(folder: Path) -> Unwanted:
+    stats = (path.lstat() for path in folder.rglob("*") if not path.is_dir())
+    freed, age, cost = sum(status.st_size for status in stats if status.st_nlink == 1), 0.0, None
     with contextlib.suppress(ArtifactError):  # of a damaged marker: without the cost
         marker = read_marker(folder)
         cost = marker.whole_cost.device_seconds if marker else None
-        when = (folder / (MARKER if marker else LABEL)).stat().st_mtime
-        return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), max(0.0, time.time() - when), cost)
-    return Unwanted(TaskId(*folder.parts[-3:-1]), folder, _bytes(folder), 0.0, None)
-
-
-def _bytes(folder: Path) -> int:
-    stats = (path.lstat() for path in folder.rglob("*") if not path.is_dir())
-    return sum(status.st_size for status in stats if status.st_nlink == 1)
+        age = max(0.0, time.time() - (folder / (MARKER if marker else LABEL)).stat().st_mtime)
+    return Unwanted(TaskId(*folder.parts[-3:-1]), folder, freed, age, cost)
 
 
 def unwanted_table(unwanted: Iterable[Unwanted]) -> Table:

@@ -19,7 +19,6 @@ from typing import Any
 from megatron_specialm.base.artifacts import SHOWN_DIGITS, is_complete
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError, SpecialmError, Stopped, TrainingError, machine_errors
-from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.printing import log_to_stderr, say
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.protocol import ATTEMPT
@@ -30,11 +29,11 @@ from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask, State, link_artifacts, make_plan
 from megatron_specialm.graph.stage_kind import kind_of
-from megatron_specialm.graph.tasks import Task, TaskId
+from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
 from megatron_specialm.run.processes import ignore_expected_warnings, limit_threads
 from megatron_specialm.run.reuse import take_over
-from megatron_specialm.run.worker import begun, execute
+from megatron_specialm.run.worker import execute
 
 PLANNED = "planned"  # a key of the ranks' store
 POLL_SECONDS = 0.2
@@ -171,22 +170,15 @@ def run_inline(
         if planned.state == "done":
             continue
         if planned.state != "done elsewhere":
-            run_task(pipeline, root, planned.task, planned.made_from, world, process_status)
+            run_task(pipeline, root, planned, world, process_status)
         else:
             process_status.begin(f"taking over {planned.task.id}")
             if world.is_first:
                 take_over({planned.task.id: planned}, root)
-            _await_marker(root, planned.task.id, planned.digest, world, process_status)
+            _await_marker(root, planned, world, process_status)
 
 
-def run_task(
-    pipeline: Pipeline,
-    root: Path,
-    task: Task,
-    made_from: Mapping[str, Any],
-    world: World,
-    process_status: ProcessStatus,
-) -> None:
+def run_task(pipeline: Pipeline, root: Path, planned: PlannedTask, world: World, process_status: ProcessStatus) -> None:
     """Do one task. Every rank calls this, and none returns before the task is done.
 
     Raises:
@@ -196,17 +188,17 @@ def run_task(
     """
     process_status.stop_if_asked()
     rendezvous(world)
-    if world.is_first or kind_of(pipeline.stages[task.id.stage]).works_together(mpi=world.is_mpi):
-        with begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext():
-            execute(pipeline, root, task, made_from, world, process_status)
-    _await_marker(root, task.id, sha256_json(made_from), world, process_status)
+    if world.is_first or kind_of(pipeline.stages[planned.task.id.stage]).works_together(mpi=world.is_mpi):
+        execute(pipeline, root, planned, world, process_status)
+    _await_marker(root, planned, world, process_status)
 
 
-def _await_marker(root: Path, name: TaskId, digest: str, world: World, process_status: ProcessStatus) -> None:
+def _await_marker(root: Path, planned: PlannedTask, world: World, process_status: ProcessStatus) -> None:
     """Wait for the marker of a task."""
+    name = planned.task.id
     process_status.begin(f"waiting for {name}")
     last_alive = time.monotonic()
-    while not is_complete(root, *name, digest=digest):
+    while not is_complete(root, *name, digest=planned.digest):
         if is_alive(world):
             last_alive = time.monotonic()
         elif time.monotonic() - last_alive > GRACE_SECONDS:

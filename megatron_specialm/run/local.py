@@ -27,8 +27,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, link_artifacts
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run.logs import log_path
-from megatron_specialm.run.processes import Workers, end_workers, worker_context
+from megatron_specialm.run.processes import Workers, end_workers, log_path, worker_context
 from megatron_specialm.run.progress import TaskProgress
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import work
@@ -78,14 +77,12 @@ def run_local(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP; the workers have been ended.
     """
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    slots = jobs or pipeline.local.parallel_tasks or max(1, usable_cores() // pipeline.local.threads)
+    gpus = visible_gpus()  # by default a task on each: two trainings would rarely fit on one
+    slots = jobs or pipeline.local.parallel_tasks or len(gpus) or max(1, usable_cores() // pipeline.local.threads)
     waiting = {name: planned for name, planned in plan.items() if planned.is_to_do}
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    gpus = visible_gpus()
-    if gpus and not (jobs or pipeline.local.parallel_tasks):
-        slots = len(gpus)  # two trainings would rarely fit on one
     with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         try:
             take_over(plan, root)
@@ -161,7 +158,7 @@ def _start(
     rendezvous.unlink(missing_ok=True)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     worlds = [World(rank, ranks, rank, f"file://{rendezvous}", "specialm") for rank in range(ranks)]
-    arguments = [(pipeline, root, name, planned.made_from, world, visible, held) for world in worlds]
+    arguments = [(pipeline, root, planned, world, visible, held) for world in worlds]
     workers = Workers(context, work, arguments, logs=[log_path(root, name)] * ranks, name=str(name))
     return _Running(planned, workers, gpus)
 

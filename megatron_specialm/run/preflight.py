@@ -1,19 +1,24 @@
 """Checks before anything runs: the text that a config names, and whether the machine can do its stages."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from megatron_specialm.base.accelerator import Accelerator, find_accelerator, host_memory_bytes, planned_machine
-from megatron_specialm.base.artifacts import artifact_folder, read_marker
+from megatron_specialm.base.artifacts import ARTIFACTS, artifact_folder, read_marker
 from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.gpus import GIB
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.documents import HUB, read_documents
-from megatron_specialm.estimate.capabilities import Refusal, lacking
+from megatron_specialm.data.documents import HUB, Documents
+from megatron_specialm.estimate.capabilities import lacking
+from megatron_specialm.estimate.capability import Refusal
 from megatron_specialm.estimate.memory import memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.file_hashes import find_parts, with_made_by_hint
 from megatron_specialm.graph.lineage import setup_of, sources, text_set, train_stages
-from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.graph.validation import (
@@ -22,8 +27,8 @@ from megatron_specialm.graph.validation import (
     too_little,
     validating_stages,
 )
+from megatron_specialm.run.reuse import refuse_other_folders
 
-GIB = 2**30
 USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
 
 
@@ -38,7 +43,7 @@ def read_first_documents(pipeline: Pipeline) -> None:
         for entries in (files.train, files.validation, files.test):
             local = [entry for entry in entries if not entry.startswith(HUB)]
             if local:
-                next(read_documents(local, text_field=files.text_field))
+                next(Documents(local, text_field=files.text_field))
 
 
 def refuse_too_few_documents(pipeline: Pipeline) -> None:
@@ -54,7 +59,7 @@ def refuse_too_few_documents(pipeline: Pipeline) -> None:
             entries = files.validation or files.train
             if any(entry.startswith(HUB) for entry in entries):
                 continue
-            found = sum(1 for _ in islice(read_documents(entries, text_field=files.text_field), needed))
+            found = sum(1 for _ in islice(Documents(entries, text_field=files.text_field), needed))
             if found < needed:
                 raise too_little(pipeline, tokens, source, f"{found} document{'s' if found != 1 else ''}")
 
@@ -130,3 +135,43 @@ def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> Refusal | 
     change = smallest_change(setup, limit, fused=machine.has_fused_layers)
     remedy = change.describe() if change else "use a smaller model, or GPUs with more memory"
     return Refusal(f"a process needs {needed / GIB:.1f} GiB, and {whose} {limit / GIB:.1f} GiB for each", remedy)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config without mistakes.
+
+    Attributes:
+        machine: that it was checked for.
+        tasks: how many it has.
+        plan: of the run folder; empty where nothing is finished.
+        lacking: why each stage that the machine cannot run cannot run there.
+    """
+
+    machine: Accelerator
+    tasks: int
+    plan: Mapping[TaskId, PlannedTask]
+    lacking: list[str]
+
+
+def check(pipeline: Pipeline, *, gpu: str | None) -> Checked:
+    """Check the graph, the text and the machine.
+
+    Args:
+        gpu: check for a machine with such GPUs, not for this one.
+
+    Raises:
+        ConfigError: the config contradicts itself, or there is no such GPU in the table.
+        DataError: text cannot be read, or is too little.
+    """
+    root = Path(pipeline.root)
+    graph = build_graph(pipeline)
+    refuse_other_folders(pipeline)
+    with with_made_by_hint(pipeline.text):
+        find_parts(graph.values(), root)
+    read_first_documents(pipeline)
+    refuse_too_few_documents(pipeline)
+    machine = planned_machine(gpu) if gpu else find_accelerator()
+    # Where nothing is finished, no text need be read.
+    plan = make_plan(pipeline, root, keep_hashes=False) if (root / ARTIFACTS).is_dir() else {}
+    return Checked(machine, len(graph), plan, [reason for _, reason in lacks(pipeline, machine)])

@@ -1,4 +1,4 @@
-"""Worker processes on this machine: started together, one per rank, and ended together.
+"""Worker processes on this machine: started together, one per rank, and ended together; and their logs.
 
 `run` starts the ranks of a task with it, `parity` those of a case. No worker outlives its launcher: each holds one end of a
 pipe whose other end is the launcher's. When the launcher ends, even by SIGKILL, the kernel closes that end, and kills the
@@ -26,9 +26,10 @@ from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.temporary import place_sockets
-from megatron_specialm.run.logs import last_line
+from megatron_specialm.graph.tasks import TaskId
 
 TERMINATION_SECONDS = 20.0
+BYTES_PER_LINE = 400  # of a log: longer ones may cost a tail some of its lines, never the last
 # Warnings of Megatron-Core at import on every machine without a GPU's libraries, by their first words.
 EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed",
@@ -178,3 +179,22 @@ def _end_with(launcher: Connection) -> None:
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if launcher.poll(0):  # closed before
         os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def log_path(root: Path, name: TaskId) -> Path:
+    """The log of a task that was run on this machine."""
+    return root / "jobs" / f"{name.stage}.{name.key}.log"
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, which may be large; fewer where lines are long, none where there is no log."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - max(65536, lines * BYTES_PER_LINE)))
+        return file.read().decode("utf-8", errors="replace").rstrip().split("\n")[-lines:]
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that is not empty."""
+    return next((line.strip() for line in reversed(tail(path, 100)) if line.strip()), "the log is empty")

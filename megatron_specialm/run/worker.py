@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm import __version__
 from megatron_specialm.base.accelerator import name_of_device
@@ -29,18 +28,16 @@ from megatron_specialm.base.artifacts import (
 )
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ArtifactError, machine_errors
-from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.lock import HeldFolder, hold_task
 from megatron_specialm.base.packages import installed_version
 from megatron_specialm.base.printing import log_to_stderr
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.rendezvous import rendezvous, wait_for_key
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.plan import refuse_other_work
+from megatron_specialm.graph.context import Context
+from megatron_specialm.graph.plan import PlannedTask, refuse_other_work
 from megatron_specialm.graph.stage_kind import kind_of
-from megatron_specialm.graph.tasks import Task, TaskId
-from megatron_specialm.stages.context import Context
+from megatron_specialm.graph.tasks import TaskId
 
 POLL_SECONDS = 0.1
 SHARED_SECONDS = 60  # for what another node has written to be seen
@@ -49,8 +46,7 @@ SHARED_SECONDS = 60  # for what another node has written to be seen
 def work(
     pipeline: Pipeline,
     root: Path,
-    name: TaskId,
-    made_from: Mapping[str, Any],
+    planned: PlannedTask,
     world: World,
     environment: Mapping[str, str],
     _held: HeldFolder,
@@ -64,54 +60,33 @@ def work(
     """
     os.environ.update(environment)
     log_to_stderr("%(asctime)s %(levelname)s %(message)s", level=logging.INFO, force=True)
-    process_status, task = ProcessStatus(), build_graph(pipeline)[name]
-    saves_steps = kind_of(pipeline.stages[name.stage]).saves_steps
-    with (
-        process_status.stop_on_signals() if saves_steps else contextlib.nullcontext(),
-        begun(pipeline, root, task, made_from) if world.is_first else contextlib.nullcontext(),
-    ):
-        execute(pipeline, root, task, made_from, world, process_status)
+    process_status = ProcessStatus()
+    saves_steps = kind_of(pipeline.stages[planned.task.id.stage]).saves_steps
+    with process_status.stop_on_signals() if saves_steps else contextlib.nullcontext():
+        execute(pipeline, root, planned, world, process_status)
 
 
-@contextlib.contextmanager
-def begun(pipeline: Pipeline, root: Path, task: Task, made_from: Mapping[str, Any]) -> Iterator[None]:
-    """Around `execute`, on rank 0: hold the task's lock, and check that its digest is the planned one.
+def execute(pipeline: Pipeline, root: Path, planned: PlannedTask, world: World, process_status: ProcessStatus) -> None:
+    """Do one task and write its marker. Every rank that takes part calls this; rank 0 holds the task's lock and writes.
 
     Raises:
+        ArtifactError: settings or files have changed since it was planned, or an input is missing or damaged.
         MachineError: another process works at it.
-        ArtifactError: settings or files have changed since it was planned.
-    """
-    with hold_task(root, *task.id):
-        refuse_other_work(pipeline, root, task, made_from)
-        yield
-
-
-def execute(
-    pipeline: Pipeline,
-    root: Path,
-    task: Task,
-    made_from: Mapping[str, Any],
-    world: World,
-    process_status: ProcessStatus,
-) -> None:
-    """Do one task and write its marker. Every rank that takes part calls this; rank 0 writes.
-
-    Args:
-        made_from: what its digest is of, with the inputs' digests.
-
-    Raises:
-        ArtifactError: an input is missing or damaged.
         SpecialmError: the stage's input or the machine is wrong, or not all ranks have arrived.
         Stopped: this process was asked to stop.
     """
-    process_status.begin(f"working on {task.id}")
-    stage = pipeline.stages[task.id.stage]
+    task, stage = planned.task, pipeline.stages[planned.task.id.stage]
     together = kind_of(stage).works_together(mpi=world.is_mpi)
-    with machine_errors():
+    with contextlib.ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(hold_task(root, *task.id))
+            refuse_other_work(pipeline, root, task, planned.made_from)
+        process_status.begin(f"working on {task.id}")
+        stack.enter_context(machine_errors())
         if together:
             rendezvous(world)  # a signal interrupts this wait, but not one in a collective
-        inputs = {name: artifact_folder(root, *name, made_from["inputs"][str(name)]) for name in task.inputs}
-        folder = _begin(root, task, made_from, inputs, world)
+        inputs = {name: artifact_folder(root, *name, planned.made_from["inputs"][str(name)]) for name in task.inputs}
+        folder = _begin(root, planned, inputs, world)
         context = Context(pipeline, task, inputs, root, folder, world, pipeline.local.threads, process_status)
         report: Report = importlib.import_module(f"megatron_specialm.stages.{stage.kind}").run(stage, context)
         if world.is_first:
@@ -119,9 +94,7 @@ def execute(
             seconds = report.lost_seconds + context.watch.seconds - report.apart.seconds
             own = _cost(Spent(report.tokens, report.slots, report.flops, seconds), processes)
             apart = _cost(report.apart, processes) if report.apart != Spent() else None
-            marker = Marker(
-                sha256_json(made_from), own, report.values, _versions(), apart=apart, earlier=report.earlier
-            )
+            marker = Marker(planned.digest, own, report.values, _versions(), apart=apart, earlier=report.earlier)
             finish_artifact(root, *task.id, marker)
 
 
@@ -130,21 +103,21 @@ def _cost(spent: Spent, processes: int) -> Cost:
     return Cost(spent.tokens, spent.flops, seconds, seconds * processes, name_of_device(), processes, spent.slots)
 
 
-def _begin(root: Path, task: Task, made_from: Mapping[str, Any], inputs: Mapping[TaskId, Path], world: World) -> Path:
+def _begin(root: Path, planned: PlannedTask, inputs: Mapping[TaskId, Path], world: World) -> Path:
     """On rank 0, check the inputs and make the folder; on others wait for it, which may take long."""
-    digest = sha256_json(made_from)
-    key = f"begun {task.id} {digest}"
+    name, digest = planned.task.id, planned.digest
+    key = f"begun {name} {digest}"
     if world.is_first:
-        for name, folder in inputs.items():
+        for other, folder in inputs.items():
             check_artifact(folder)
-            for part in _parts(root, name, folder):
+            for part in _parts(root, other, folder):
                 check_artifact(part)
-        folder = begin_artifact(root, *task.id, digest=digest, made_from=made_from)
+        folder = begin_artifact(root, *name, digest=digest, made_from=planned.made_from)
         if world.world_size > 1:
             rendezvous(world).set(key, "")
         return folder
     wait_for_key(world, key)
-    folder = artifact_folder(root, *task.id, digest)
+    folder = artifact_folder(root, *name, digest)
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:
         if (folder / LABEL).exists() and read_label(folder)["digest"] == digest:

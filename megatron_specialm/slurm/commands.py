@@ -69,9 +69,8 @@ def slurm(*command: str) -> str:
         if outcome.returncode == 0:
             return outcome.stdout
         message = " ".join(outcome.stderr.split())
-        if outcome.returncode >= 0 and not any(
-            words in message for words in NO_ANSWER
-        ):  # else the command itself has crashed
+        # A negative code: the command itself has crashed.
+        if outcome.returncode >= 0 and not any(words in message for words in NO_ANSWER):
             raise MachineError(f"{' '.join(command)}: {message or f'exit code {outcome.returncode}'}")
         if time.monotonic() >= deadline:
             raise MachineError(f"{command[0]}: {message}: try later; jobs run on meanwhile")

@@ -11,7 +11,7 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run import logs as local
+from megatron_specialm.run.processes import log_path as local_log_path
 from megatron_specialm.slurm.records import log_path, read_registry
 
 POLL_SECONDS = 0.5
@@ -27,7 +27,7 @@ def newest_logs(pipeline: Pipeline, stage: str, only: str | None) -> list[Path]:
     """
     root = Path(pipeline.root)
     keys = _keys(pipeline, stage, only)
-    candidates = {key: [local.log_path(root, TaskId(stage, key))] for key in keys}
+    candidates = {key: [local_log_path(root, TaskId(stage, key))] for key in keys}
     for job in read_registry(root):
         for number, element in enumerate(job.elements if job.stage == stage else ()):
             for task in element:

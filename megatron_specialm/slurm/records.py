@@ -147,17 +147,14 @@ def read_job_file(path: Path) -> JobFile:
 
 
 def jobs_folder(root: Path) -> Path:
-    """The folder of all that concerns jobs."""
     return root / "jobs"
 
 
 def registry_path(root: Path) -> Path:
-    """The file of the registry."""
     return jobs_folder(root) / "jobs.json"
 
 
 def submission_folder(root: Path, submission: str) -> Path:
-    """The folder of one submission."""
     return jobs_folder(root) / submission
 
 

@@ -52,7 +52,8 @@ class ElementState:
         """Of all its attempts, as their supervisors have measured them, because clocks of nodes differ and are set. Records of
         earlier versions lack that: there by clocks, where a lost attempt lasted until the next began, or until the log was
         last written."""
-        last_sign = now if self.state in RUNNING else _last_written(self.log(root))
+        log = self.log(root)
+        last_sign = now if self.state in RUNNING else log.stat().st_mtime if log.exists() else 0.0
         limits = [*(attempt.begin.time for attempt in self.attempts[1:]), last_sign]
         ends = [
             attempt.end.time if attempt.end else limit for attempt, limit in zip(self.attempts, limits, strict=False)
@@ -126,10 +127,6 @@ def judge(element: Element | None, attempts: Sequence[Attempt]) -> tuple[str, st
     if end is None or end.requeued:
         return "lost", ""
     return "failed", "" if end.outcome == "failed" else end.outcome
-
-
-def _last_written(log: Path) -> float:
-    return log.stat().st_mtime if log.exists() else 0.0
 
 
 @dataclass(frozen=True)
@@ -232,11 +229,7 @@ def cancel(root: Path, stage: str | None) -> list[tuple[JobRecord, int]]:
                 alive[str(state.job.slurm_id)] = state.job, count + 1
         if alive:
             cancel_jobs(reversed(alive))
-            _wait_for_end(list(alive))
+            deadline = time.monotonic() + CANCEL_SECONDS
+            while live_elements(list(alive)) and time.monotonic() < deadline:
+                time.sleep(0.5)
     return list(reversed(alive.values()))
-
-
-def _wait_for_end(slurm_ids: Sequence[str]) -> None:
-    deadline = time.monotonic() + CANCEL_SECONDS
-    while live_elements(slurm_ids) and time.monotonic() < deadline:
-        time.sleep(0.5)

@@ -17,7 +17,7 @@ from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.report.estimates import stage_flops
 from megatron_specialm.report.results import capped_warnings
-from megatron_specialm.run.logs import last_line
+from megatron_specialm.run.processes import last_line
 from megatron_specialm.run.progress import last_record
 from megatron_specialm.slurm.records import submission_folder
 from megatron_specialm.slurm.state import RUNNING, ElementState, element_states, newest
@@ -84,15 +84,14 @@ class Status:
         return any(element.live for stage in self.stages for element in stage.elements)
 
 
-def read_status(pipeline: Pipeline, *, now: float | None = None) -> Status:
+def read_status(pipeline: Pipeline) -> Status:
     """Read a config's run folder and Slurm's queue. Slurm is not asked where nothing was submitted.
 
     Raises:
         ArtifactError: a record in the run folder is damaged.
         MachineError: Slurm does not answer.
     """
-    root = Path(pipeline.root)
-    now = time.time() if now is None else now
+    root, now = Path(pipeline.root), time.time()
     plan = make_plan(pipeline, root)
     states = element_states(root)
     peak = _peak(root, states)

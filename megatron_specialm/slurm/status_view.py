@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.output import nobody_reads
-from megatron_specialm.base.printing import say
+from megatron_specialm.base.printing import first_of, say
 from megatron_specialm.base.process_status import total
 from megatron_specialm.base.terminal import console, plain
 from megatron_specialm.config.schema import Pipeline
@@ -117,11 +116,10 @@ def _order(element: ElementState) -> tuple[int, str, int]:
 
 def _nodes(elements: Sequence[ElementState]) -> str:
     """The nodes of live elements; those of failures are below the table."""
-    nodes = Counter(element.nodes for element in elements if element.live and element.nodes)
+    nodes = dict.fromkeys(element.nodes for element in elements if element.live and element.nodes)
     if not nodes:
         return ""
-    more = f" and {len(nodes) - SHOWN_NODES} more" if len(nodes) > SHOWN_NODES else ""
-    return f" on {', '.join(list(nodes)[:SHOWN_NODES])}{more}"
+    return f" on {first_of(list(nodes), SHOWN_NODES)}"
 
 
 def _colour(stage: StageStatus) -> str:
@@ -166,16 +164,6 @@ def _element(element: ElementState) -> Mapping[str, Any]:
     }
 
 
-def show_status(pipeline: Pipeline, *, as_json: bool) -> None:
-    """Print it once.
-
-    Raises:
-        ArtifactError: a record in the run folder is damaged.
-        MachineError: Slurm does not answer.
-    """
-    _show(read_status(pipeline), as_json=as_json)
-
-
 def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
     """Print it every so many seconds until no job is queued or running, or Ctrl-C. A terminal shows the newest table only.
     A controller that does not answer is asked again.
@@ -192,13 +180,14 @@ def watch_status(pipeline: Pipeline, *, as_json: bool, seconds: float) -> None:
             else:
                 if not as_json and sys.stdout.isatty():
                     console().clear()
-                _show(status, as_json=as_json)
+                show_status(status, as_json=as_json)
                 if not status.is_live or nobody_reads():
                     return
             time.sleep(seconds)
 
 
-def _show(status: Status, *, as_json: bool) -> None:
+def show_status(status: Status, *, as_json: bool) -> None:
+    """Print it once."""
     if as_json:
         say(json.dumps(status_json(status)))
     else:

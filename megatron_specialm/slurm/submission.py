@@ -17,7 +17,7 @@ import megatron_specialm
 from megatron_specialm.base.environment import user_name
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.files import write_json, write_text
-from megatron_specialm.config.load import dump_pipeline
+from megatron_specialm.config.load import PACKAGE, dump_pipeline
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, dump_site
 from megatron_specialm.slurm import records
@@ -26,7 +26,6 @@ from megatron_specialm.slurm.nodes import excluded_nodes
 from megatron_specialm.slurm.records import JobRecord
 from megatron_specialm.slurm.sbatch import directives, render
 
-PACKAGE = Path(megatron_specialm.__file__).parent
 GIT_SECONDS = 10
 
 
@@ -132,7 +131,6 @@ class Submission:
         write_json(home / "submission.json", {**origin, "code": code})
 
     def script(self, job: Job, *, after: Sequence[str], comment: str) -> str:
-        """The script of a job."""
         options = directives(
             self.site, job.resources, name=f"{self.pipeline.name}.{job.name}", job=job.name, elements=len(job.elements),
             size=job.size, after=after, comment=comment, exclude=excluded_nodes(records.excluded_folder(self.root)),

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
@@ -23,7 +22,7 @@ from megatron_specialm.slurm import records
 from megatron_specialm.slurm.commands import find_by_comment, slurm
 from megatron_specialm.slurm.jobs import Job
 from megatron_specialm.slurm.records import JobRecord
-from megatron_specialm.slurm.state import Live
+from megatron_specialm.slurm.state import Live, submitted_jobs
 from megatron_specialm.slurm.submission import Submission
 
 SBATCH_SECONDS = 60
@@ -52,12 +51,9 @@ class NotQueued(MachineError):
 def recover(root: Path) -> list[JobRecord]:
     """The registry, repaired: a record without an id is of a submit that died during sbatch. It gets the id of the job that
     sbatch made, or is dropped where there is none."""
-    jobs = records.read_registry(root)
-    if all(job.slurm_id is not None for job in jobs):
-        return jobs
-    found = [job if job.slurm_id is not None else replace(job, slurm_id=find_by_comment(job.comment)) for job in jobs]
-    repaired = [job for job in found if job.slurm_id is not None]
-    records.write_registry(root, repaired)
+    repaired = submitted_jobs(root)
+    if repaired != records.read_registry(root):
+        records.write_registry(root, repaired)
     return repaired
 
 
@@ -80,7 +76,10 @@ def submit(
         for job in jobs:
             record = _record(submission, job, after=dependencies(job, zip(jobs, queued, strict=False), live))
             place = submission.root, submission.number, job.name
-            write_json(records.job_path(*place), {"stage": job.stage, "elements": _elements(job)})
+            elements = [
+                [{**asdict(task), "made_from": job.made_from[task.key]} for task in element] for element in job.elements
+            ]
+            write_json(records.job_path(*place), {"stage": job.stage, "elements": elements})
             script = records.script_path(*place)
             write_text(script, submission.script(job, after=record.after, comment=record.comment), private=True)
             records.write_registry(submission.root, [*known, *queued, record])
@@ -127,11 +126,6 @@ def _record(submission: Submission, job: Job, *, after: Sequence[str]) -> JobRec
         submission=submission.number, name=job.name, stage=job.stage, slurm_id=None, comment=f"specialm-{uuid.uuid4().hex}",
         elements=job.elements, after=tuple(after), submitted=time.time(), ranks=job.size.ranks,
     )  # fmt: skip
-
-
-def _elements(job: Job) -> list[list[dict[str, Any]]]:
-    """The tasks of each element, as the job file has them."""
-    return [[{**asdict(task), "made_from": job.made_from[task.key]} for task in element] for element in job.elements]
 
 
 def dependencies(job: Job, queued: Iterable[tuple[Job, JobRecord]], live: Mapping[TaskId, Live]) -> list[str]:

@@ -193,7 +193,9 @@ def _attempt(attempt: JobAttempt, stop: _StopRequest) -> Ending:
             if stop.by is not None and stopped_at is None:
                 logger.info("%s: the ranks are asked to save and stop", stop.by.name)
                 listener.stop, stopped_at = True, now
-                _record_early(attempt, stop.by, listener.step)
+                if stop.by is signal.SIGTERM:  # Slurm may kill this process now; without an end it would count as lost
+                    end = _end(attempt, "preempted", listener.step, "ended by Slurm", requeued=False)
+                    record_end(attempt.state, end)
                 # Slurm may have noticed a lost node first, and does not say so here.
                 if silent := silent_ranks(states, MISSED_BEATS * limits.heartbeat_seconds, now=now):
                     logger.warning("no heartbeat lately of %s", format_ranks(silent))
@@ -283,12 +285,6 @@ def _stopped(attempt: JobAttempt, stopped_by: signal.Signals | None, step: int |
     if stopped_by is signal.SIGUSR1:
         return Ending("timeout", f"the time limit is near: {what}", step)
     return Ending("preempted", f"ended by Slurm: {what}", step)
-
-
-def _record_early(attempt: JobAttempt, stopped_by: signal.Signals, step: int | None) -> None:
-    """After SIGTERM, Slurm may kill this process at any moment, and an attempt without an end counts as a lost one."""
-    if stopped_by is signal.SIGTERM:
-        record_end(attempt.state, _end(attempt, "preempted", step, "ended by Slurm", requeued=False))
 
 
 def _end(attempt: JobAttempt, outcome: Outcome, step: int | None, reason: str, *, requeued: bool) -> AttemptEnd:

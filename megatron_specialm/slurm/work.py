@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_specialm.base.artifacts import is_complete
 from megatron_specialm.base.environment import discover_world
@@ -11,6 +10,7 @@ from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.run.inline import rank_lifecycle, run_task
 from megatron_specialm.run.preflight import refuse_what_the_machine_lacks
@@ -31,28 +31,23 @@ def work(job_file: Path, *, element: int | None = None, environ: Mapping[str, st
     world = discover_world()
     with rank_lifecycle(world) as process_status:
         root = job_file.resolve().parents[2]
-        stage, tasks = _tasks(job_file, _element(environ) if element is None else element)
+        number, job = _element(environ) if element is None else element, read_job_file(job_file)
+        if not 0 <= number < len(job.elements):
+            raise ArtifactError(f"{job_file}: has no element {number}: submit again")
         pipeline = load_pipeline(job_file.parent / "pipeline.yaml")
         threads = _threads(environ) or pipeline.local.threads
         limit_threads(threads)
         ignore_expected_warnings()
         pipeline = pipeline.model_copy(update={"local": pipeline.local.model_copy(update={"threads": threads})})
-        refuse_what_the_machine_lacks(pipeline, stages=[stage], alone=False)
+        refuse_what_the_machine_lacks(pipeline, stages=[job.stage], alone=False)
         graph = build_graph(pipeline)
-        for key, made_from in tasks:
-            name = TaskId(stage, key)
+        for task in job.elements[number]:
+            name, digest = TaskId(job.stage, task.key), sha256_json(task.made_from)
             if name not in graph:
                 raise ArtifactError(f"{job_file}: {name} is no task of the config beside it: submit again")
-            if not is_complete(root, *name, digest=sha256_json(made_from)):
-                run_task(pipeline, root, graph[name], made_from, world, process_status)
-
-
-def _tasks(job_file: Path, element: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The stage, and the key of each task with what its digest is of."""
-    job = read_job_file(job_file)
-    if not 0 <= element < len(job.elements):
-        raise ArtifactError(f"{job_file}: has no element {element}: submit again")
-    return job.stage, [(task.key, task.made_from) for task in job.elements[element]]
+            if not is_complete(root, *name, digest=digest):
+                planned = PlannedTask(graph[name], digest, "to do", task.made_from)
+                run_task(pipeline, root, planned, world, process_status)
 
 
 def _element(environ: Mapping[str, str]) -> int:

@@ -4,7 +4,7 @@ held-out windows of the generic set.
 clusters.npy             (N,) int32, the cluster of each window; for a set in shards, each shard has its own
 histogram.npy            (K,) float64, frequencies of the clusters
 order.npy, offsets.npy   windows by cluster: cluster c has the windows order[offsets[c]:offsets[c + 1]]
-assign.json              k, windows, and the concentration of the set (clustering/concentration.py)
+assign.json              k, windows, and the concentration of the set (data/clusters.py)
 """
 
 from dataclasses import asdict
@@ -16,21 +16,22 @@ import numpy as np
 from megatron_specialm.base.arrays import new_array, write_array
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.files import write_json
-from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.routers import assign, load_router
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import AssignStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.cluster_files import (
+from megatron_specialm.data.clusters import (
     CLUSTERS,
     HISTOGRAM,
     OFFSETS,
     ORDER,
+    concentration,
+    order_type,
     read_clusters,
+    sort_by_cluster,
 )
-from megatron_specialm.data.clusters import order_type, sort_by_cluster
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import HELD_OUT, cluster_count, shard_keys
-from megatron_specialm.stages.context import Context
 
 
 def run(stage: AssignStage, context: Context) -> Report:

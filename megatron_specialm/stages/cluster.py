@@ -15,12 +15,12 @@ from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.clustering import kmeans
-from megatron_specialm.clustering.ranks import Alone, MpiRanks
+from megatron_specialm.clustering.kmeans import Alone, MpiRanks
 from megatron_specialm.clustering.vectors import Vectors
 from megatron_specialm.config.schema import ClusterStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.cluster_files import CENTROIDS
-from megatron_specialm.stages.context import Context
+from megatron_specialm.data.clusters import CENTROIDS
+from megatron_specialm.graph.context import Context
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint
 from megatron_specialm.checkpoint.steps import STATE, saved_steps, step_folder
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.training_data import TrainingData
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
 from megatron_specialm.graph.lineage import train_stage
-from megatron_specialm.graph.rates import trial_key
-from megatron_specialm.stages.context import Context
+from megatron_specialm.graph.rates import trial_names
 from megatron_specialm.train.progress import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, contex
     others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
     if not others:
         return
-    trials = {f"{name.stage}/{trial_key(name.key, rate)}" for rate in _rates(context)}
+    trials = trial_names(context.task, train_stage(context.pipeline, name.stage))
     ours = but_for_length(_made_from(context.folder), trials)
     for folder in others:
         try:
@@ -155,12 +155,6 @@ def _made_from(folder: Path) -> dict[str, Any]:
     if not made_from:
         raise ArtifactError(f"{folder / LABEL}: of an earlier version, which did not say what it was made from")
     return made_from
-
-
-def _rates(context: Context) -> list[float]:
-    """The config's learning rates; empty if the task is itself a trial."""
-    stage = train_stage(context.pipeline, context.task.id.stage)
-    return stage.optimizer.rates if context.task.rate is None else []
 
 
 def _candidate(step: int, other: _Training, stage: TrainStage, reading: TrainingData) -> tuple[Earlier, list[int]]:

@@ -14,15 +14,21 @@ from threadpoolctl import threadpool_limits
 from megatron_specialm.base.arrays import new_array
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.clustering.coverage import check_coverage, count_zero
 from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, save_encoder
-from megatron_specialm.clustering.vectors import FILE, Vectors, describe_vectors, join_vectors
+from megatron_specialm.clustering.vectors import (
+    FILE,
+    Vectors,
+    check_coverage,
+    count_zero,
+    describe_vectors,
+    join_vectors,
+)
 from megatron_specialm.config.schema import EmbedStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import ENCODER, HELD_OUT, shard_keys, tokenize_stage
-from megatron_specialm.stages.context import Context
 
 BATCH = 500  # windows whose text is in memory, and between progress reports; a slow encoder takes seconds for them
 

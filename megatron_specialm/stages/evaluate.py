@@ -10,8 +10,8 @@ from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.tasks import evaluated_set, model_task
-from megatron_specialm.stages.context import Context
 from megatron_specialm.train.evaluation import score
 
 

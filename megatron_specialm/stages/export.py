@@ -19,19 +19,18 @@ from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
+from megatron_specialm.convert.huggingface import huggingface_config, largest_logit_difference, to_huggingface
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
-from megatron_specialm.convert.verify import largest_logit_difference
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops
 from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import is_finetuned, method_of, text_set, tokenizer_task, trainings
 from megatron_specialm.graph.tasks import model_task
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.stages.context import Context
 
 WINDOWS_COMPARED = 4
 

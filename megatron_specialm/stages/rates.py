@@ -8,8 +8,8 @@ from typing import Any
 from megatron_specialm.base.artifacts import Marker, Spent
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.config.training import TrainStage
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.rates import beyond, trial_key
-from megatron_specialm.stages.context import Context
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
-from megatron_specialm.data.cluster_files import read_histogram
+from megatron_specialm.data.clusters import read_histogram
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import open_held_out, open_store
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
 from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
-from megatron_specialm.stages.context import Context
 from megatron_specialm.train.selection import (
     Order,
     by_finetuning,

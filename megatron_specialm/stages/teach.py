@@ -13,8 +13,8 @@ from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCach
 from megatron_specialm.data.training_data import open_store
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import key_for
-from megatron_specialm.stages.context import Context
 from megatron_specialm.train.teaching import teach
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.config.schema import TokenizeStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.documents import Documents, cut_in_shards, read_documents
+from megatron_specialm.data.documents import Documents, cut_in_shards
 from megatron_specialm.data.encoding import Encoder, characters
 from megatron_specialm.data.splits import cut_training_set, hold_out
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store, join_shards, read_counts
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import shard_keys, source_of, text_set
 from megatron_specialm.graph.validation import refuse_too_little
-from megatron_specialm.stages.context import Context
 
 
 def run(stage: TokenizeStage, context: Context) -> Report:
@@ -32,7 +32,9 @@ def run(stage: TokenizeStage, context: Context) -> Report:
     tokenizer = Tokenizer.load(tokenizer_folder)
     size = tokenizer.vocabulary_size
     readers = _readers(context)
-    written = {*readers, "validation"} if "train" in readers and not _has_validation(context) else {*readers}
+    # Without validation files, training documents are held out.
+    has_validation = bool(text_set(context.pipeline, source_of(context.key)).validation)
+    written = {*readers, "validation"} if "train" in readers and not has_validation else {*readers}
     writers = {
         split: StoreWriter(context.folder, split, context_length=stage.context_length, vocabulary_size=size)
         for split in SPLITS
@@ -70,26 +72,22 @@ def _readers(context: Context) -> dict[str, Documents]:
         entries = {"train": [str(file) for file in cut_in_shards(files.train, shard.shards)[shard.number]]}
     elif files.shards > 1:
         del entries["train"]
-    return {split: read_documents(names, text_field=files.text_field) for split, names in entries.items() if names}
-
-
-def _has_validation(context: Context) -> bool:
-    """Whether the set has validation files. If not, training documents are held out."""
-    return bool(text_set(context.pipeline, source_of(context.key)).validation)
+    return {split: Documents(names, text_field=files.text_field) for split, names in entries.items() if names}
 
 
 def _assigned(
     stage: TokenizeStage, context: Context, readers: Mapping[str, Documents], encoder: Encoder
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The documents of the set, each with its split's name."""
-    shard, floor = context.task.shard, text_set(context.pipeline, source_of(context.key)).validation_floor
+    files, shard = text_set(context.pipeline, source_of(context.key)), context.task.shard
+    floor = files.validation_floor
     number = "" if shard is None else f"/{shard.number}"
     for split, documents in readers.items():
         encoded = encoder.encode(
             documents, counted=lambda chunks: context.counted(chunks, unit="characters", size=characters)
         )
         assigned: Iterator[tuple[str, np.ndarray]] = ((split, ids) for ids in encoded)
-        holds_out = split == "train" and not _has_validation(context)
+        holds_out = split == "train" and not files.validation
         if holds_out:
             assigned = hold_out(
                 encoded,
@@ -98,11 +96,10 @@ def _assigned(
                 seed=f"{context.pipeline.seed}{number}",
                 context_length=stage.context_length,
             )
-        wanted = text_set(context.pipeline, source_of(context.key)).train_tokens
-        if split == "train" and wanted is not None:
+        if split == "train" and files.train_tokens is not None:
             assigned = cut_training_set(
                 assigned,
-                wanted,
+                files.train_tokens,
                 context_length=stage.context_length,
                 name=context.key,
                 floor=floor if holds_out else None,

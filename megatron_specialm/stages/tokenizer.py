@@ -10,11 +10,11 @@ from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.schema import TokenizerStage
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
-from megatron_specialm.data.documents import read_documents, resolve_files
+from megatron_specialm.data.documents import Documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_checks import refusing
 from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
-from megatron_specialm.stages.context import Context
+from megatron_specialm.graph.context import Context
 
 
 def run(stage: TokenizerStage, context: Context) -> Report:
@@ -34,7 +34,7 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
     if generic.shards > 1:
         texts = beginnings(resolve_files(generic.train), stage.sample_characters, text_field=generic.text_field)
     else:
-        texts = read_documents(generic.train, text_field=generic.text_field)
+        texts = Documents(generic.train, text_field=generic.text_field)
     return train_sentencepiece(
         texts,
         context.folder,
@@ -61,7 +61,7 @@ def beginnings(files: Sequence[Path | str], characters: int, *, text_field: str)
     completely."""
     for file in files:
         found = 0
-        for text in read_documents([str(file)], text_field=text_field):
+        for text in Documents([str(file)], text_field=text_field):
             yield text
             found += len(text)
             if found * len(files) >= characters:

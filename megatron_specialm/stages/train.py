@@ -18,21 +18,21 @@ from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.adopting import adopt_checkpoints
 from megatron_specialm.checkpoint.merged import read_merged
-from megatron_specialm.checkpoint.pruning import remove_unusable
 from megatron_specialm.checkpoint.saving import Saver
-from megatron_specialm.checkpoint.steps import find_final, saved_steps
+from megatron_specialm.checkpoint.steps import find_final, remove_unusable, saved_steps
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
-from megatron_specialm.data.cluster_files import CENTROID, read_centroids
+from megatron_specialm.data.clusters import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
@@ -44,7 +44,6 @@ from megatron_specialm.graph.lineage import (
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.model.initial import first_adapters
-from megatron_specialm.stages.context import Context
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.distillation import Distillation, Teacher
@@ -97,6 +96,10 @@ def run(stage: TrainStage, context: Context) -> Report:
         earlier = control.broadcast(lambda: go_on_from_earlier(stage, reading, context))
         before = earlier.counted if earlier else choice.counted if choice else Spent()
 
+        def validation() -> Iterator[Batch]:
+            assert reading.held_out is not None, "only early stopping validates"
+            return reading.held_out.batches(batch_size=stage.micro_batch_size, rank=rank, processes=copies)
+
         def account(progress: TrainingState, work: Work) -> dict[str, Any]:
             own, processes = _own(progress, before, reading), world.world_size
             cost = Cost(
@@ -112,7 +115,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             batches=TrainingBatches(
                 reading.windows, reading.stream, rank=rank, processes=copies, extra_inputs=reading.extra_inputs
             ),
-            validation=lambda: _validation(reading, batch_size=stage.micro_batch_size, rank=rank, processes=copies),
+            validation=validation,
             description=_description(stage, context, shape, store),
             flops_per_step=setup.step_flops,
             processes=world.world_size,
@@ -169,11 +172,6 @@ def _own(progress: TrainingState, before: Spent, reading: TrainingData) -> Spent
     earlier training includes."""
     slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
     return Spent(progress.tokens - before.tokens, slots - before.slots)
-
-
-def _validation(reading: TrainingData, *, batch_size: int, rank: int, processes: int) -> Iterator[Batch]:
-    assert reading.held_out is not None, "only early stopping validates"
-    return reading.held_out.batches(batch_size=batch_size, rank=rank, processes=processes)
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:

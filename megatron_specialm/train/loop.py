@@ -21,15 +21,15 @@ from megatron_specialm.base.gpus import utilisation
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.checkpoint.opening import REMEDY, newest_checkpoint, open_checkpoint
-from megatron_specialm.checkpoint.pruning import remove_unusable
 from megatron_specialm.checkpoint.saving import Saver
-from megatron_specialm.checkpoint.steps import STATE, declare_final, saved_steps, step_folder
+from megatron_specialm.checkpoint.steps import STATE, declare_final, remove_unusable, saved_steps, step_folder
 from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.protocol import Engine, StepStats
 from megatron_specialm.graph.length import last_step, validates_after
+from megatron_specialm.train.gates import GateRecords
 from megatron_specialm.train.metrics import Metrics
 from megatron_specialm.train.progress import TrainingState
 from megatron_specialm.train.runtime import manual_garbage_collection, observed
@@ -112,8 +112,9 @@ class _Loop:
         self.progress = progress
         self._engine, self._training, self._settings = engine, training, training.settings
         self._metrics, self._record_work = metrics, record_work
+        self._gates = GateRecords()
         self._saved = progress.step
-        self._clock = _Clock()
+        self._watch, self._recorded = Stopwatch(), progress.step  # since the last record, and its step
         self._stop_group = ControlGroup.open()  # of its own: others wait for long work of rank 0
         self._stop_flag = StopFlag(self._stop_group)
 
@@ -232,16 +233,17 @@ class _Loop:
     def _record_step(self, stats: StepStats, rate: float, *, slots: int, spike: bool) -> None:
         """Write a record every `log_every` steps, and whenever a step was skipped or spiked. `slots` are the token positions of
         a step, padding included."""
-        self._clock.count()
         progress, training, last = self.progress, self._training, last_step(self._settings)
         if stats.skipped or spike:
             what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
             logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
         elif progress.step % self._settings.log_every and progress.step < last:
             return
+        gates = self._engine.gate_statistics()  # of all processes
         if self._metrics is None:
             return
-        per_step = self._clock.per_step()
+        per_step = max(self._watch.lap(), 1e-6) / (progress.step - self._recorded)  # a lap may be 0
+        self._recorded = progress.step
         slots_so_far = (progress.step - progress.skipped_steps) * slots
         self._write(
             step=progress.step,
@@ -263,26 +265,12 @@ class _Loop:
             eta_seconds=per_step * (last - progress.step),
             skipped_steps=progress.skipped_steps,
             spikes=progress.spikes,
+            **self._gates.record(gates, step=progress.step),
         )
 
     def _write(self, **record: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(**record)
-
-
-class _Clock:
-    """Seconds per step since the last record."""
-
-    def __init__(self) -> None:
-        self._watch, self._steps = Stopwatch(), 0
-
-    def count(self) -> None:
-        """One more step."""
-        self._steps += 1
-
-    def per_step(self) -> float:
-        steps, self._steps = self._steps, 0
-        return max(self._watch.lap(), 1e-6) / steps  # a lap may be 0
 
 
 def _finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Profiles, memory snapshots, and control of Python's garbage collection (`config/runtime.py`)."""
+"""Profiles, memory snapshots, and control of Python's garbage collection (`Runtime` of `config/training.py`)."""
 
 import contextlib
 import gc
@@ -9,22 +9,24 @@ from pathlib import Path
 import torch
 
 from megatron_specialm.base.integrity import PROFILES
-from megatron_specialm.config.runtime import Runtime
+from megatron_specialm.config.training import Runtime
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def manual_garbage_collection() -> Iterator[None]:
-    """Run Python's garbage collector only on `gc.collect()`, and exempt all objects that exist now. So no rank pauses at a
-    moment of its own while the others wait, and a collection is short."""
-    was_enabled = gc.isenabled()
+    """Run Python's garbage collector only on `gc.collect()`, and exempt all objects that exist now, unless the process has
+    exempted its imports. So no rank pauses at a moment of its own while the others wait, and a collection is short."""
+    was_enabled, has_exempted = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
-    gc.freeze()
+    if not has_exempted:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not has_exempted:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

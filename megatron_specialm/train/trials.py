@@ -1,6 +1,7 @@
 """Trial fine-tunings of experts on a domain, to compare the experts. Each trial has its own folder, from which it resumes after
 an interruption and when it gets more steps."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -52,10 +53,7 @@ class Trials:
     @property
     def spent(self) -> Spent:
         """The cost of all trials, over all attempts."""
-        total = Spent()
-        for spent in self._spent.values():
-            total = total.plus(spent)
-        return total
+        return functools.reduce(Spent.plus, self._spent.values(), Spent())
 
     def tune(self, key: str, steps: int) -> float:
         """Fine-tune an expert up to `steps` steps in all. Returns its best validation loss in nats per token, NaN if none was

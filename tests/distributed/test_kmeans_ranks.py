@@ -19,7 +19,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 from megatron_specialm.clustering import kmeans
-from megatron_specialm.clustering.ranks import MpiRanks
+from megatron_specialm.clustering.kmeans import MpiRanks
 from megatron_specialm.clustering.vectors import Vectors
 
 faiss.omp_set_num_threads(1)

@@ -100,13 +100,15 @@ from pathlib import Path
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.process_status import ProcessStatus
 from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.run import inline
 inline.GRACE_SECONDS = 0.5
 pipeline = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml")
 task = build_graph(pipeline)[TaskId("tokenizer", "generic")]
-inline.run_task(pipeline, Path(sys.argv[1]), task, "0" * 64, World(1, 2, 1, sys.argv[2], "test"), ProcessStatus())
+planned = PlannedTask(task, "0" * 64, "to do", {})
+inline.run_task(pipeline, Path(sys.argv[1]), planned, World(1, 2, 1, sys.argv[2], "test"), ProcessStatus())
 """
 
 

@@ -1,7 +1,6 @@
 """Copies with unequal numbers of validation windows, none among them: nobody waits for a pass that another does not make."""
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -11,16 +10,18 @@ import pytest
 
 from megatron_specialm.base.environment import World
 from megatron_specialm.config.model import LowRank
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.run.processes import limit_threads
+from tests.processes import rank_context
 from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ranks
 
 PLAIN = SHAPE.model_copy(update={"layers": 4})
 LORA = PLAIN.model_copy(update={"lora": LowRank(rank=4)})
+MOE = PLAIN.model_copy(update={"moe": MixtureOfExperts(experts=4)})
 WINDOWS = (1, 0, 3, 21)  # of a set, after a step each: on two copies 1 and 0, none, 2 and 1, 11 and 10
 DP2, SHARED = {"data_parallel": 2}, {"distributed_optimizer": True, "overlap_communication": True}
 LAYOUTS = [
@@ -30,6 +31,7 @@ LAYOUTS = [
     (PLAIN, {**DP2, "pipeline_parallel": 2, **SHARED}),
     (LORA, {**DP2, "pipeline_parallel": 2, "virtual_pipeline": 2, **SHARED}),
     (PLAIN, {**DP2, "tensor_parallel": 2, "sequence_parallel": True, **SHARED}),
+    (MOE, {**DP2, "expert_parallel": 2, **SHARED}),
 ]
 
 
@@ -57,9 +59,7 @@ def _losses(case: int | None, world: World, file: Path) -> None:
 
 
 def _run(case: int | None, folder: Path, size: int) -> list[list]:
-    limit_threads(1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    context = rank_context()
     worlds = [World(rank, size, rank, f"file://{folder}/meeting-{size}", "test") for rank in range(size)]
     files = [folder / f"{size}-{world.rank}.json" for world in worlds]
     processes = [context.Process(target=_losses, args=(case, *of)) for of in zip(worlds, files, strict=True)]

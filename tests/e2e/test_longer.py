@@ -62,7 +62,7 @@ def _run(folder: Path, *overrides: str) -> str:
         logger.addHandler(handler)
         for planned in make_plan(pipeline, root).values():
             if planned.is_to_do:
-                execute(pipeline, root, planned.task, planned.made_from, ALONE, ProcessStatus())
+                execute(pipeline, root, planned, ALONE, ProcessStatus())
         logger.removeHandler(handler)
         write_results(pipeline, root)
     return "\n".join(said)

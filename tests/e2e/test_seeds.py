@@ -128,9 +128,9 @@ def test_long_stages_say_how_far_they_are(
     pipeline = load_pipeline(Path("config.yaml"), ["stages.perplexity.batch_size=4", "stages.taught.batch_size=4"])
     task = next(task for name, task in build_graph(pipeline).items() if name.stage == stage)
     root = Path(pipeline.root)
-    made_from = make_plan(pipeline, root)[task.id].made_from
+    planned = make_plan(pipeline, root)[task.id]
     (artifact_link(root, *task.id) / MARKER).unlink()
-    execute(pipeline, root, task, made_from, ALONE, ProcessStatus())
+    execute(pipeline, root, planned, ALONE, ProcessStatus())
     windows = TokenStore.open(root / "tokens/law", {"perplexity": "test", "taught": "train"}[stage])
     assert f"working on {task.id}: 4 of {len(windows)} windows, " in caplog.text
     assert f"working on {task.id}: {len(windows):,} of {len(windows):,} windows, " in caplog.text

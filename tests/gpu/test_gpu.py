@@ -16,7 +16,7 @@ from megatron_specialm.config.precision import LINEARS, Fp8Config
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.setup import Setup

@@ -28,7 +28,7 @@ from megatron_specialm.base.files import publish_folder, read_json, sha256_file,
 from megatron_specialm.base.integrity import CHECKED, check_files
 from megatron_specialm.cli import app
 from megatron_specialm.graph.earlier_layout import adopt_earlier_layout, has_earlier_layout, refuse_earlier_layout
-from megatron_specialm.graph.plan import link_artifacts, make_plan, write_resolved
+from megatron_specialm.graph.plan import PlannedTask, link_artifacts, make_plan, write_resolved
 from megatron_specialm.graph.tasks import Task, TaskId
 from megatron_specialm.run.verify import verify
 from megatron_specialm.run.worker import _begin
@@ -371,10 +371,11 @@ def test_shards_are_checked_with_the_set_that_they_are_of(tmp_path: Path) -> Non
     folder = _finished(tmp_path, "tokens", "generic", whole)
     tokens = TaskId("tokens", "generic")
     task, wanted = Task(TaskId(*NAME), (tokens,), {}, None), {"inputs": {"tokens/generic": sha256_json(whole)}}
-    _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+    planned = PlannedTask(task, sha256_json(wanted), "to do", wanted)
+    _begin(tmp_path, planned, {tokens: folder}, ALONE)
     (shard / "train.bin").write_bytes(b"other")
     with pytest.raises(ArtifactError, match=r"generic\.00000/.*/train\.bin: SHA-256 is not what it was"):
-        _begin(tmp_path, task, wanted, {tokens: folder}, ALONE)
+        _begin(tmp_path, planned, {tokens: folder}, ALONE)
 
 
 def _finished(root: Path, stage: str, key: str, made_from: dict) -> Path:

@@ -9,16 +9,19 @@ from megatron_specialm.base.accelerator import MIB, Accelerator, parse_gpus
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig, split_layers
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
+from megatron_specialm.estimate import machine_needs
 from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.report.summary import capabilities_table
+from megatron_specialm.report.estimates import capabilities_table
 from megatron_specialm.run.inline import fit_to_world
 
 MODEL = ModelConfig(layers=6, hidden_size=96, ffn_hidden_size=384, attention_heads=6)
+LORA = MODEL.model_copy(update={"lora": LowRank(rank=2)})
+PROJECTED = MODEL.model_copy(update={"projection": Projection(experts=2, capacity=2, code_size=2)})
 PLAIN = Setup(
     MODEL, ParallelConfig(), "fp32", vocabulary_size=1000, context_length=64, global_batch_size=32, micro_batch_size=4
 )
@@ -53,6 +56,68 @@ def test_a_no_has_its_numbers_and_the_nearest_yes(setup: Setup, words: str, way_
         refuse("slm", setup)
     assert str(refusal.value).startswith("stages.slm: ")
     assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+def _deepspeed(**parallel) -> Setup:
+    return replace(PLAIN, parallel=DeepSpeedConfig(engine="deepspeed", **parallel))
+
+
+@pytest.mark.parametrize(
+    ("setup", "words", "way_out"),
+    [
+        (_deepspeed(pipeline_parallel=2), "engine deepspeed does not offer pipeline parallel: its pipeline takes another kind",
+         "set parallel.pipeline_parallel: 1, or parallel.engine: megatron"),
+        (_deepspeed(context_parallel=2), "engine deepspeed does not offer context parallel",
+         "set parallel.context_parallel: 1, or parallel.engine: megatron"),
+        (_deepspeed(tensor_parallel=2, sequence_parallel=True), "engine deepspeed does not offer sequence parallel",
+         "set parallel.sequence_parallel: false, or parallel.engine: megatron"),
+        (replace(_deepspeed(), precision="fp8", fp8=Fp8Config()), "engine deepspeed does not offer fp8",
+         "set precision: bf16, or parallel.engine: megatron"),
+        (replace(_deepspeed(zero_stage=0), precision="bf16"), "bf16 with zero_stage 0",
+         "nearest parallel.zero_stage that does is 1"),
+        (_deepspeed(zero_stage=0, offload_optimizer=True), "offload_optimizer with zero_stage 0",
+         "nearest parallel.zero_stage that does is 1"),
+        (replace(_deepspeed(zero_stage=3), model=LORA), "LoRA with zero_stage 3",
+         "nearest parallel.zero_stage that does is 1"),
+        (replace(_deepspeed(zero_stage=3), model=PROJECTED, windows_per_expert=4),
+         "projected network with zero_stage 3", "nearest parallel.zero_stage that does is 2"),
+        (replace(_deepspeed(), precision="bf16", model=LORA),
+         "bf16 under engine deepspeed rounds the weights", "set precision: fp32, or parallel.engine: megatron"),
+        (_deepspeed(tensor_parallel=4), "tensor_parallel 4 must divide the model's attention_heads 6", "is 3"),
+    ],
+)  # fmt: skip
+def test_deepspeed_refuses_with_the_reason_and_the_nearest_setting(setup: Setup, words: str, way_out: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        refuse("slm", setup)
+    assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_of_zero_is_accepted(stage: int) -> None:
+    refuse("slm", _deepspeed(zero_stage=stage, tensor_parallel=3, data_parallel=2, recompute="full"))
+
+
+@pytest.mark.parametrize(("found", "words"), [(None, "it is not installed"), ("0.19.5", "version 0.19.5 is installed")])
+def test_deepspeed_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, found: str | None, words: str) -> None:
+    assert lacking(_deepspeed(), NO_GPU) is None
+    monkeypatch.setattr(machine_needs, "installed_version", lambda _: found)
+    refusal = lacking(_deepspeed(), NO_GPU)
+    assert refusal is not None and refusal.reason == f"engine deepspeed needs deepspeed >=0.19.6, and {words}"
+    assert refusal.remedy == "pip install 'deepspeed>=0.19.6', or set parallel.engine: megatron"
+    assert lacking(PLAIN, NO_GPU) is None
+
+
+def test_settings_of_another_engine() -> None:
+    with pytest.raises(
+        ValidationError, match="distributed_optimizer is a setting of engine megatron: set zero_stage: 1"
+    ):
+        DeepSpeedConfig(engine="deepspeed", distributed_optimizer=True)
+    with pytest.raises(ValidationError, match="zero_stage is a setting of engine deepspeed"):
+        ParallelConfig(zero_stage=2)
+    settings = ParallelConfig(data_parallel=2, distributed_optimizer=True).for_engine("deepspeed")
+    assert DeepSpeedConfig(**settings) == DeepSpeedConfig(engine="deepspeed", data_parallel=2)
+    with pytest.raises(ConfigError, match="engine jax is unknown: it is one of megatron, deepspeed"):
+        ParallelConfig().for_engine("jax")
 
 
 def test_the_way_out_is_one() -> None:

@@ -7,9 +7,8 @@ from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.integrity import list_files
 from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_model
-from megatron_specialm.checkpoint.pruning import prune_checkpoints
 from megatron_specialm.checkpoint.saving import save_checkpoint
-from megatron_specialm.checkpoint.steps import declare_final, find_final, saved_steps, step_folder
+from megatron_specialm.checkpoint.steps import declare_final, find_final, prune_checkpoints, saved_steps, step_folder
 
 
 def _save(folder: Path, step: int) -> None:

@@ -15,8 +15,7 @@ from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import distinct_setups, setup_of
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.report.estimates import stage_flops
-from megatron_specialm.report.summary import memory_table, training_table
+from megatron_specialm.report.estimates import memory_table, stage_flops, training_table
 from megatron_specialm.run.preflight import lacks
 
 CONFIGS = sorted((configs_folder() / "pipelines").glob("*.yaml"))

@@ -20,17 +20,21 @@ from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage, Pipeline
-from megatron_specialm.convert.huggingface import from_huggingface, huggingface_config, to_huggingface
-from megatron_specialm.convert.verify import largest_logit_difference
+from megatron_specialm.convert.huggingface import (
+    from_huggingface,
+    huggingface_config,
+    largest_logit_difference,
+    to_huggingface,
+)
 from megatron_specialm.data.store import SPLITS, StoreWriter, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.stages import export
-from megatron_specialm.stages.context import Context
 from tests.contexts import make_context
 
 VOCABULARY, CONTEXT = 100, 16
@@ -238,7 +242,7 @@ def _export(context: Context):
 
 @pytest.fixture
 def inputs(pipeline: Pipeline, tokenizer: Path, request: pytest.FixtureRequest) -> None:
-    from megatron_specialm.engine.megatron.process_groups import process_group
+    from megatron_specialm.engine.process_groups import process_group
 
     with process_group(ALONE):
         _make_inputs(Path(pipeline.root), tokenizer, spoil=getattr(request, "param", False))

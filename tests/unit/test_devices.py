@@ -9,7 +9,7 @@ import torch
 from megatron_specialm.base.accelerator import visible_gpus
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import MachineError
-from megatron_specialm.engine.megatron.process_groups import device_of
+from megatron_specialm.engine.process_groups import device_of
 from megatron_specialm.run.local import least_used
 
 

@@ -18,8 +18,7 @@ from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pi
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.content import Introduced, content_of, introduced_default
-from megatron_specialm.graph.digests import digest
+from megatron_specialm.graph.digests import Introduced, content_of, digest, introduced_default
 from megatron_specialm.graph.tasks import TaskId
 from tests.settings import settings_in
 
@@ -37,7 +36,7 @@ DECIDES_NOTHING = {
     "Local.*": "how this machine is used",
     "ParallelConfig.*": "a layout computes what one process computes",
     "CheckpointPolicy.*": "how often is saved",
-    "TrainStage.micro_batch_size": "portions",
+    "TrainStage.micro_batch_size": "portions, but for MoE models that balance or drop the tokens of a micro-batch",
     "TrainStage.log_every": "how talkative it is",
     "TrainStage.tensorboard": "how talkative it is",
     "TrainStage.wandb_project": "how talkative it is",
@@ -60,6 +59,7 @@ TRY: dict[str, list[Any]] = {
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
     "query_groups": [4, 1], "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
+    "moe": [{"experts": 2}], "ffn_hidden_size": [32], "shared_expert": [16],
     "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
@@ -68,7 +68,12 @@ TRY: dict[str, list[Any]] = {
     "bf16_first_layers": [1], "bf16_last_layers": [1], "warmup_steps": [0, 1], "keep": ["exact", "top-k", "sampled"],
 }  # fmt: skip
 # Not to be changed alone: they go with others, or give the same either way. The fields inside them are flipped.
-NOT_ALONE = {"TrainStage.model", "GenericTraining.projection", "TrainStage.fp8", "Projection.experts"}
+NOT_ALONE = {
+    "TrainStage.model",
+    "GenericTraining.projection",
+    "TrainStage.fp8",
+    "Projection.experts",
+}
 EVERY_KIND = GOLDEN.parent / "all-kinds.yaml"
 ALL_KINDS = EVERY_KIND.read_text()
 

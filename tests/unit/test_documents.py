@@ -18,7 +18,7 @@ import zstandard
 from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.base.packages import import_package
 from megatron_specialm.data import documents
-from megatron_specialm.data.documents import read_documents, resolve_files
+from megatron_specialm.data.documents import Documents, resolve_files
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 TEXTS = ["one", "two"]
@@ -27,7 +27,7 @@ TEXTS = ["one", "two"]
 def read(path: Path, content: bytes | None = None) -> list[str]:
     if content is not None:
         path.write_bytes(content)
-    return list(read_documents([str(path)], text_field="text"))
+    return list(Documents([str(path)], text_field="text"))
 
 
 def refused(path: Path, content: bytes | None, *words: str) -> None:
@@ -205,4 +205,4 @@ def test_the_hub_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     with pytest.raises(MachineError, match=r"only the folder .*: pip install 'megatron_specialm\[hub\]'"):
-        list(read_documents(["hf:some/set"], text_field="text"))
+        list(Documents(["hf:some/set"], text_field="text"))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, DataError, MachineError
-from megatron_specialm.clustering.coverage import check_coverage, count_zero
 from megatron_specialm.clustering.encoders import Encoder, fit_encoder, load_encoder, save_encoder
 from megatron_specialm.clustering.sentence_bert import cut_to_fit, sentence_bert_folder, split_words
-from megatron_specialm.clustering.vectors import unit_rows
-from megatron_specialm.clustering.words import words
+from megatron_specialm.clustering.tfidf import words
+from megatron_specialm.clustering.vectors import check_coverage, count_zero, unit_rows
 from megatron_specialm.config.schema import Encoder as EncoderSettings
 from megatron_specialm.config.schema import SentenceBertEncoder, StaticEncoder, TfidfEncoder
 

@@ -12,9 +12,8 @@ from megatron_specialm.config.training import Soup
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps, soups_before
-from megatron_specialm.data.joined import JoinedStore
 from megatron_specialm.data.sampling import ImportanceStream
-from megatron_specialm.data.store import MIXTURE, StoreWriter, TokenStore, describe_store
+from megatron_specialm.data.store import MIXTURE, JoinedStore, StoreWriter, TokenStore, describe_store
 
 SIZES = [40, 100, 12, 248]
 CLUSTERS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))

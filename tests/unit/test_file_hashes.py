@@ -223,7 +223,7 @@ def test_a_model_is_its_files_and_one_in_a_package_its_version(text: Path, monke
         _encoder(config, "package:numpy", text / "run"),
         _encoder(config, "package:nothing", text / "run"),
     )
-    monkeypatch.setattr(hashes.importlib.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
     assert installed != _encoder(config, "package:numpy", text / "run") and missing != installed
 
 

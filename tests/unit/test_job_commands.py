@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from megatron_specialm.cli import app, main
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run.logs import log_path as local_log
+from megatron_specialm.run.processes import log_path as local_log
 from megatron_specialm.slurm.logs import newest_logs
 from megatron_specialm.slurm.records import log_path, write_registry
 from tests.run_folder import Run, make_run

@@ -8,12 +8,12 @@ import pytest
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.clustering import kmeans
-from megatron_specialm.clustering.concentration import concentration
 from megatron_specialm.clustering.encoders import fit_encoder
 from megatron_specialm.clustering.kmeans import Centroids, KMeansResult, fit
 from megatron_specialm.clustering.routers import assign
 from megatron_specialm.clustering.vectors import unit_rows
 from megatron_specialm.config.schema import TfidfEncoder
+from megatron_specialm.data.clusters import concentration
 
 
 def unit_vectors(windows: int, dimensions: int, *, seed: int = 0) -> np.ndarray:

@@ -13,8 +13,8 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.objective import cross_entropy
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.memory import Change, memory_of, smallest_change
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt

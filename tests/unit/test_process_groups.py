@@ -11,7 +11,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
 
 

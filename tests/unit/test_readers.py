@@ -26,7 +26,7 @@ from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, sav
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import TfidfEncoder
-from megatron_specialm.data import cluster_files
+from megatron_specialm.data import clusters
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
@@ -36,8 +36,7 @@ from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.report.rows import read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
-from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_registry, write_registry
-from megatron_specialm.slurm.work import _tasks
+from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_job_file, read_registry, write_registry
 from megatron_specialm.stages.generation import open_model
 from megatron_specialm.train.work import Work
 from tests.training import SHAPE
@@ -114,7 +113,7 @@ def _make_clusters(folder: Path) -> None:
 
 
 def _read_index(folder: Path) -> None:
-    cluster_files.read_index(folder, windows=WINDOWS, k=K)
+    clusters.read_index(folder, windows=WINDOWS, k=K)
 
 
 def _make_training(folder: Path) -> None:
@@ -183,9 +182,9 @@ KINDS = [
         Kind(name, _make_cache, _read_cache_of_teacher)
         for name in ("cache.json", "lengths.bin", "ids.bin", "log_probabilities.bin", "tail.bin")
     ),
-    Kind("clusters.npy", _make_clusters, lambda f: cluster_files.read_clusters(f, k=K)),
-    Kind("histogram.npy", _make_clusters, lambda f: cluster_files.read_histogram(f, k=K)),
-    Kind("centroids.npy", _make_clusters, lambda f: cluster_files.read_centroids(f, k=K, dimensions=E)),
+    Kind("clusters.npy", _make_clusters, lambda f: clusters.read_clusters(f, k=K)),
+    Kind("histogram.npy", _make_clusters, lambda f: clusters.read_histogram(f, k=K)),
+    Kind("centroids.npy", _make_clusters, lambda f: clusters.read_centroids(f, k=K, dimensions=E)),
     *(Kind(name, _make_clusters, _read_index) for name in ("order.npy", "offsets.npy")),
     Kind("result.json", _make_training, _read_training),
     *(
@@ -198,7 +197,7 @@ KINDS = [
         for name in ("tokenizer.json", "settings.json", "sentencepiece.model")
     ),
     Kind("jobs/jobs.json", _make_registry, read_registry),
-    Kind("jobs/slm.json", _make_registry, lambda f: _tasks(f / "jobs" / "slm.json", 0)),
+    Kind("jobs/slm.json", _make_registry, lambda f: read_job_file(f / "jobs" / "slm.json")),
     Kind("done.json", _make_artifact, read_marker, sealed=True),
     Kind("task.json", _make_artifact, read_label),
     Kind("nodes.json", lambda f: exclude_node(f, "node1", reason="r"), excluded_nodes),

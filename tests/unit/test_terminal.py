@@ -27,7 +27,7 @@ from megatron_specialm.doctor.finding import Finding
 from megatron_specialm.doctor.report import render as doctor_report
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.parity import compare as parity
-from megatron_specialm.report.summary import capabilities_table, memory_table, training_table
+from megatron_specialm.report.estimates import capabilities_table, memory_table, training_table
 from megatron_specialm.report.tables import concentration_table, rates_table, results_in_two, selection_table
 from megatron_specialm.run.progress import TaskProgress
 from tests.unit.test_figures import invented, typed

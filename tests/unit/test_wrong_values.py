@@ -16,7 +16,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.site import Site, load_site
 from megatron_specialm.config.yaml_file import dump_yaml, read_yaml
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.report.summary import memory_table, training_table
+from megatron_specialm.report.estimates import memory_table, training_table
 from tests.settings import settings_in
 
 ROOT = Path(__file__).parents[2]

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
+from megatron_specialm.engine.gpt_engine import build_models
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.megatron.process_groups import process_group
 from megatron_specialm.engine.objective import Objective
+from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 
@@ -24,12 +25,8 @@ def build_engine(
     teacher_weights: Mapping[str, torch.Tensor] | None,
 ) -> MegatronEngine:
     """See `engine/open.py`."""
-    model, teacher = _build(setup, setup.model), None
-    initialize(model)
-    if setup.teacher is not None:
-        assert teacher_weights is not None
-        teacher = _build(setup, setup.teacher)
-        teacher.load(teacher_weights)
+    assert isinstance(setup.parallel, ParallelConfig)
+    model, teacher = build_models(setup, initialize, teacher_weights)
     return MegatronEngine(
         model,
         parallel=setup.parallel,
@@ -37,15 +34,4 @@ def build_engine(
         micro_batch_size=setup.micro_batch_size,
         objective=objective,
         teacher=teacher,
-    )
-
-
-def _build(setup: Setup, shape: ModelConfig) -> Gpt:
-    return Gpt(
-        shape,
-        vocabulary_size=setup.vocabulary_size,
-        context_length=setup.context_length,
-        precision=setup.precision,
-        fp8=setup.fp8,
-        parallel=setup.parallel,
     )

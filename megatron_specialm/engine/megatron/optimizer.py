@@ -2,7 +2,7 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from megatron_specialm.config.parallel import ParallelConfig
@@ -14,8 +14,9 @@ from megatron_specialm.model.weights import decays
 
 def build_optimizer(
     chunks: list[DistributedDataParallel], model: Gpt, settings: Adam, parallel: ParallelConfig
-) -> MegatronOptimizer:
-    """Megatron-Core's optimizer of a model's chunks.
+) -> ChainedOptimizer:
+    """Megatron-Core's optimizer of a model's chunks: one for all weights but those of experts, and one for experts, whose
+    gradients are summed over other processes.
 
     Which weights decay goes by their canonical names (`model/weights.py`). Megatron-Core has a rule of its own, by the
     names that its modules have, and leaves it to its scheduler to apply, which is not used here.
@@ -37,8 +38,8 @@ def build_optimizer(
     constant = {weight.parameter for weight in model.weights() if not decays(weight.name)}
     undecayed = ParamKey(predicate=ParamPredicate("undecayed", constant.__contains__))
     with cuda_type_names():
-        (single,) = get_megatron_optimizer(config, chunks, {undecayed: {"weight_decay": 0.0}}).chained_optimizers
+        optimizer = get_megatron_optimizer(config, chunks, {undecayed: {"weight_decay": 0.0}})
     if not torch.cuda.is_available():  # otherwise it is Transformer Engine's or apex's, where there is one
-        for group in single.param_groups:
+        for group in optimizer.param_groups:
             group["fused"] = True  # torch's own loops over the weights once, not once per operation
-    return single
+    return optimizer

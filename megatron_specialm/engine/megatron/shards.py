@@ -1,86 +1,71 @@
-"""Which elements of a canonical tensor a process holds.
-
-Tensor parallelism cuts a weight (`model/weights.py`); the distributed optimizer then deals out the elements of each
-part, flattened, over the data-parallel copies.
-"""
-
-from collections.abc import Iterator
-from typing import NamedTuple
+"""Where Megatron-Core's optimizer keeps main weights, gradients and moments of a parameter."""
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_specialm.checkpoint.slices import slice_key
-from megatron_specialm.model.gpt import LocalParameter, fill, local_pieces
-from megatron_specialm.model.weights import Sliceable
+from megatron_specialm.engine.shards import OptimizerShard, whole_parameter
+from megatron_specialm.engine.state import MOMENTS
+from megatron_specialm.model.gpt import LocalParameter
 
 
-class OptimizerShard(NamedTuple):
-    """What the optimizer of this process holds of a parameter: its fp32 main tensor, None where it holds nothing; which
-    elements of the flattened parameter these are; and whether data-parallel copies hold the others (`is_split`), as under the
-    distributed optimizer, or every copy holds all."""
+class MegatronShards:
+    """See `ShardedOptimizer`."""
 
-    main: torch.Tensor | None
-    elements: slice
-    is_split: bool
+    def __init__(self, optimizers: ChainedOptimizer) -> None:
+        self._optimizers = optimizers
 
+    def _optimizer(self, weight: LocalParameter) -> MegatronOptimizer:
+        """The optimizer of a trained weight: experts have one of their own, behind that of all other weights."""
+        return self._optimizers.chained_optimizers[-1 if weight.spec.is_expert else 0]
 
-def shard_of(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> OptimizerShard:
-    """This process's shard of a parameter. A frozen parameter has no optimizer: every copy holds all of it, as it was before
-    it was rounded (`keep_original`)."""
-    if not parameter.requires_grad:
-        return OptimizerShard(getattr(parameter, "original", parameter), slice(0, parameter.numel()), is_split=False)
-    if not isinstance(optimizer, DistributedOptimizer):
-        return OptimizerShard(getattr(parameter, "main_param", parameter), slice(0, parameter.numel()), is_split=False)
-    if parameter not in optimizer.model_param_group_index_map:
-        return OptimizerShard(None, slice(0, 0), is_split=True)
-    group, _ = optimizer.model_param_group_index_map[parameter]
-    # Its index there does not hold for a group of both precisions: the optimizer's list has those in fp32 first.
-    trained = [*optimizer.model_fp32_groups[group], *optimizer.model_float16_groups[group]]
-    index = next(index for index, other in enumerate(trained) if other is parameter)
-    elements = optimizer._get_model_param_range_map(parameter)["param"]
-    main = optimizer.optimizer.param_groups[group]["params"][index]
-    return OptimizerShard(main, slice(elements.start, elements.end), is_split=True)
+    def shard(self, weight: LocalParameter) -> OptimizerShard:
+        """See `ShardedOptimizer.shard`."""
+        parameter, optimizer = weight.parameter, self._optimizer(weight)
+        if not parameter.requires_grad or not isinstance(optimizer, DistributedOptimizer):
+            return whole_parameter(parameter)
+        if parameter not in optimizer.model_param_group_index_map:
+            return OptimizerShard(None, slice(0, 0), is_split=True)
+        group, _ = optimizer.model_param_group_index_map[parameter]
+        # Its index there does not hold for a group of both precisions: the optimizer's list has those in fp32 first.
+        trained = [*optimizer.model_fp32_groups[group], *optimizer.model_float16_groups[group]]
+        index = next(index for index, other in enumerate(trained) if other is parameter)
+        elements = optimizer._get_model_param_range_map(parameter)["param"]
+        main = optimizer.optimizer.param_groups[group]["params"][index]
+        return OptimizerShard(main, slice(elements.start, elements.end), is_split=True)
 
+    def gradient(self, weight: LocalParameter) -> torch.Tensor:
+        """See `ShardedOptimizer.gradient`. Megatron-Core sums each parameter's in a part of a buffer, in fp32."""
+        return weight.parameter.main_grad.flatten()[self.shard(weight).elements]  # type: ignore[attr-defined, no-any-return]
 
-def keep_original(weight: LocalParameter, whole: Sliceable) -> None:
-    """Keep a frozen parameter's fp32 value on the host, where training rounds it: what is saved, and what adapters are
-    merged with, is the model that training started from."""
-    parameter = weight.parameter
-    if parameter.dtype != torch.float32:
-        parameter.original = torch.empty(parameter.shape)  # type: ignore[attr-defined]
-        fill(parameter.original.view(-1), weight.spec, whole)  # type: ignore[attr-defined]
+    def moments(self, weight: LocalParameter) -> dict[str, torch.Tensor]:
+        """See `ShardedOptimizer.moments`."""
+        main = self.shard(weight).main
+        assert main is not None
+        state = self._optimizer(weight).optimizer.state[main]
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(main, requires_grad=False)
+        return {moment: state[moment] for moment in MOMENTS}
 
+    @property
+    def steps(self) -> float:
+        """See `ShardedOptimizer`."""
+        if self._counts_by_group:  # but not for a group of which this process holds nothing
+            return float(max(group.get("step", 0) for group in self._optimizers.param_groups))
+        return float(next(iter(self._optimizers.chained_optimizers[0].optimizer.state.values()))["step"])
 
-def owned_slices(
-    weight: LocalParameter, shard: OptimizerShard, values: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The slices of a canonical tensor that this process writes, in fp32 on the CPU, by their keys (`checkpoint/slices.py`).
-    Where several processes hold the same elements, each writes an equal part of them; over all processes, every element is
-    written once, and nothing is sent.
+    @steps.setter
+    def steps(self, steps: float) -> None:
+        if self._counts_by_group:
+            for group in self._optimizers.param_groups:
+                group["step"] = int(steps)
+        else:
+            for part in self._optimizers.chained_optimizers:
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.tensor(steps)
 
-    Args:
-        values: this process's shard of anything of the parameter's shape: its main weight, a moment, a gradient.
-    """
-    if getattr(weight.parameter, "shared", False):  # an embedding's copy, on the last pipeline stage
-        return
-    flat, (number, copies) = values.detach().reshape(-1), _copy_number(weight, shard)
-    start, stop = (flat.numel() * part // copies for part in (number, number + 1))
-    for index, piece in local_pieces(flat[start:stop], weight.spec, first=shard.elements.start + start):
-        value = piece.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
-        yield slice_key(weight.name, index, weight.spec.shape), value
-
-
-def _copy_number(weight: LocalParameter, shard: OptimizerShard) -> tuple[int, int]:
-    """Which of the processes that hold the same elements this one is, and how many there are."""
-    tensor, data = parallel_state.get_tensor_model_parallel_group(), data_parallel_group()
-    number, copies = (0, 1) if weight.spec.cut is not None else (tensor.rank(), tensor.size())
-    return (number, copies) if shard.is_split else (number * data.size() + data.rank(), copies * data.size())
-
-
-def data_parallel_group() -> dist.ProcessGroup:
-    """The processes with the same weights, those of context parallelism included."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    @property
+    def _counts_by_group(self) -> bool:
+        """Whether Adam counts its updates per group, as Transformer Engine's and apex's do; PyTorch's does per parameter."""
+        return not isinstance(self._optimizers.chained_optimizers[0].optimizer, torch.optim.AdamW)

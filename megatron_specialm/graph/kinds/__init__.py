@@ -1,18 +1,7 @@
 """One class per stage kind, registered when its module is imported.
 
-To add a kind: its settings in `config/schema.py` (a class, and a line in the union `Stage`), its class in a module here, a line
-below, its work in a module of `stages/` with the same name.
+To add a kind: its settings in `config/schema.py` (a class, and a line in the union `Stage`), its class in a module here, which
+is imported below, its work in a module of `stages/` with the kind's name.
 """
 
-from megatron_specialm.graph.kinds import (  # noqa: F401
-    assign,
-    cluster,
-    embed,
-    evaluate,
-    export,
-    select,
-    teach,
-    tokenize,
-    tokenizer,
-    train,
-)
+from megatron_specialm.graph.kinds import models, outputs, text  # noqa: F401

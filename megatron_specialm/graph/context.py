@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import MARKER, Marker, read_marker
+from megatron_specialm.base.artifacts import Marker, finished_marker
 from megatron_specialm.base.environment import World
-from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.process_status import Item, ProcessStatus, counted
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.schema import Pipeline
@@ -47,20 +46,12 @@ class Context:
 
     def marker(self, stage: str, key: str) -> Marker:
         """An input's completion marker: its report values and cost."""
-        folder = self.artifact(stage, key)
-        marker = read_marker(folder)
-        if marker is None:
-            raise ArtifactError(
-                f"{folder / MARKER}: not there, so the task is not finished: run the stage {stage!r} first"
-            )
-        return marker
+        return finished_marker(self.artifact(stage, key))
 
     def counted(
         self, items: Iterable[Item], *, unit: str, of: int | None = None, size: Callable[[Item], int] = lambda _: 1
     ) -> Iterable[Item]:
         """The same items, counted: long work logs its progress on rank 0 (`base/process_status.py`)."""
-        return (
-            counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)
-            if self.world.is_first
-            else items
-        )
+        if not self.world.is_first:
+            return items
+        return counted(items, self.folder, self.process_status, unit=unit, of=of, size=size)

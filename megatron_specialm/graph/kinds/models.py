@@ -1,38 +1,42 @@
-"""The kind `train`: a task for each model, and one more for each learning rate where several are tried."""
+"""The kinds that make models: `train` and `select`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import EmbedStage, Pipeline, TeachStage
+from megatron_specialm.config.schema import EmbedStage, Pipeline, SelectStage, TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate.capabilities import refuse
+from megatron_specialm.graph.build import check_model, check_tokenizer
 from megatron_specialm.graph.lineage import (
     HELD_OUT,
     assign_stage,
     cluster_count,
     domain_of,
     expert_key,
+    experts_of,
     key_for,
     model_keys,
     model_of,
     setup_of,
     stage_of,
     tokenizer_task,
+    train_stage,
     trained_clusters,
     validates_by_cluster,
 )
 from megatron_specialm.graph.rates import trial_key, trial_of
-from megatron_specialm.graph.relations import check_model
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
 from megatron_specialm.graph.tasks import Task, TaskId
 
 
 @register
 class TrainKind(ModelKind[TrainStage]):
+    """A task for each model, and one more for each learning rate where several are tried."""
+
     kind = "train"
     references: ClassVar[References] = {
         "tokens": "tokens", "assignment": "assignment", "init": "model", "distill.teacher": "model",
@@ -51,6 +55,7 @@ class TrainKind(ModelKind[TrainStage]):
 
     def tasks(self, pipeline: Pipeline, name: str, stage: TrainStage) -> Iterator[Task]:
         tokenizer = tokenizer_task(pipeline, stage.tokens)
+        elsewhere = _micro_batch(self.shape(pipeline, stage), stage.micro_batch_size)
         for key in model_keys(pipeline, name):
             inputs = [tokenizer, *(TaskId(stage.tokens, source) for source in stage.text_read(key))]
             if (assignment := stage.clustering) is not None:
@@ -67,7 +72,7 @@ class TrainKind(ModelKind[TrainStage]):
                 inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
                 if stage.distill.cache is not None:
                     inputs.append(TaskId(stage.distill.cache, key))
-            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key))
+            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key), elsewhere=elsewhere)
             rates = stage.optimizer.rates
             trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if rates[1:]]
             yield from trials
@@ -156,3 +161,62 @@ def _check_cache(pipeline: Pipeline, name: str, stage: TrainStage) -> None:
                 f"stages.{name}.{field}: {own}, and the cache `{distill.cache}` was made with {theirs}: set them equal, or "
                 "name another cache"
             )
+
+
+@register
+class SelectKind(ModelKind[SelectStage]):
+    """A task for each domain, which takes one of the experts of another stage."""
+
+    kind = "select"
+    references: ClassVar[References] = {"tokens": "tokens", "experts": "model"}
+    placement: ClassVar[Placement] = {
+        "batch_size": True, "trial": {"micro_batch_size": True},
+        "method": True,  # a name in tables and on model cards: it is in the export's digest
+    }  # fmt: skip
+    uses_training_seed = True
+
+    def tasks(self, pipeline: Pipeline, name: str, stage: SelectStage) -> Iterator[Task]:
+        assignment = train_stage(pipeline, stage.experts).clustering
+        assert assignment is not None
+        models = [TaskId(stage.experts, key) for key in model_keys(pipeline, stage.experts)]
+        trial = stage.trial
+        elsewhere = _micro_batch(self.shape(pipeline, stage), trial.micro_batch_size) if trial is not None else {}
+        for domain in pipeline.text.domains:
+            read = (TaskId(stage.tokens, domain), TaskId(assignment, domain), *models)
+            inputs = (tokenizer_task(pipeline, stage.tokens), *read)
+            yield Task(TaskId(name, domain), inputs, {}, domain, elsewhere=elsewhere)
+
+    def check(self, pipeline: Pipeline, name: str, stage: SelectStage) -> None:
+        check_tokenizer(pipeline, name, stage.tokens, stage.experts)
+        experts = experts_of(pipeline, stage.experts)
+        if experts is None:
+            raise ConfigError(
+                f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster` or "
+                "`projection`"
+            )
+        if stage.by == "histogram" and experts != "a projected network":
+            raise ConfigError(
+                f"stages.{name}.by: histogram mixes the codes of a projected network, and {stage.experts!r} is {experts}: "
+                "choose another criterion"
+            )
+
+    def validated_sets(self, pipeline: Pipeline, name: str, stage: SelectStage) -> set[str]:
+        return set(pipeline.text.domains) if stage.tries_experts else set()
+
+    def keys(self, pipeline: Pipeline, name: str, stage: SelectStage) -> list[str]:
+        return list(pipeline.text.domains)
+
+    def shape(self, pipeline: Pipeline, stage: SelectStage) -> ModelConfig:
+        return model_of(pipeline, stage.experts).base_config
+
+    def start(self, stage: SelectStage) -> str:
+        return stage.experts
+
+    def origin(self, stage: SelectStage) -> str:
+        return stage.by
+
+
+def _micro_batch(model: ModelConfig, size: int) -> dict[str, Any]:
+    """The size of a micro-batch as a setting that a task reads (`Task.elsewhere`), or nothing: it decides a result only where
+    an MoE balances or drops the tokens of a micro-batch together."""
+    return {"micro_batch_size": size} if model.moe is not None and model.moe.depends_on_micro_batch else {}

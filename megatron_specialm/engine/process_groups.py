@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_specialm.base.environment import World, choose_gloo_interface
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.rendezvous import rendezvous, rendezvous_address
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.model import cpu
 
 # Of a world's groups: all its ranks open the same ones in the same order, and the first one others of its own between.
@@ -44,11 +44,15 @@ def device_of(world: World) -> torch.device:
 def process_group(
     world: World,
     *,
-    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    parallel: Layout = ParallelConfig(),  # noqa: B008 (frozen)
+    expert_tensor_parallel: int | None = None,
     threads: int = 1,
     timeout_seconds: float = 600,
 ) -> Iterator[None]:
     """Join the other processes (gloo on CPU, NCCL on GPU), in the groups of a layout; leave on the way out.
+
+    Args:
+        expert_tensor_parallel: processes over which an expert's matrices are split; default: as other matrices.
 
     Raises:
         MachineError: not all processes come, the meeting point cannot be used, or the layout is for another number of
@@ -91,6 +95,8 @@ def process_group(
                 if parallel.virtual_pipeline > 1
                 else None,
                 context_parallel_size=parallel.context_parallel,
+                expert_model_parallel_size=parallel.expert_parallel,
+                expert_tensor_parallel_size=expert_tensor_parallel,
                 distributed_timeout_minutes=timeout_seconds / 60,
             )
         # Asked for by Transformer Engine and recomputation; nothing is drawn from it.

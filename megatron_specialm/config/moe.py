@@ -1,0 +1,70 @@
+"""Mixture-of-experts layers of a model. Nothing here depends on the engine that trains it (docs/moe.md)."""
+
+from typing import Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from megatron_specialm.config.base import Settings
+
+
+class MixtureOfExperts(Settings):
+    """Feed-forward parts that are sets of experts: a router sends each token to `top_k` of them, and sums their outputs,
+    weighted by its scores.
+
+    With top_k 1 the weight is the softmax probability of the chosen expert (Switch Transformer, arXiv 2101.03961); with more,
+    the probabilities of the chosen experts are normalized to a sum of 1 (GShard, arXiv 2006.16668).
+    """
+
+    experts: PositiveInt | list[PositiveInt] = Field(
+        description="experts of each MoE layer; as a list, of each in turn: a pyramid as in PR-MoE (arXiv 2201.05596)"
+    )
+    every: PositiveInt = Field(
+        default=1, description="the last of every so many layers is an MoE layer; others are dense"
+    )
+    top_k: PositiveInt = Field(default=2, description="experts per token")
+    ffn_hidden_size: PositiveInt | None = Field(default=None, description="of each expert; default: the model's")
+    capacity_factor: PositiveFloat | None = Field(
+        default=None,
+        description="an expert takes at most this times tokens x top_k / experts of a micro-batch, and further tokens are "
+        "dropped; default: none is dropped",
+    )
+    min_capacity: PositiveInt = Field(default=4, description="with a capacity_factor: the least capacity of an expert")
+    aux_loss: NonNegativeFloat = Field(default=0.01, description="coefficient of the load-balancing loss")
+    z_loss: NonNegativeFloat = Field(default=0.0, description="coefficient of the router z-loss (arXiv 2202.08906)")
+    bias_update_rate: NonNegativeFloat = Field(
+        default=0.0,
+        description="above 0: balancing without a loss (arXiv 2408.15664): scores are sigmoids, and after each step the bias "
+        "by which an expert is chosen moves by this; set aux_loss to 0 with it",
+    )
+    shared_expert: PositiveInt | None = Field(
+        default=None, description="feed-forward size of an expert that all tokens use, scaled by a sigmoid gate"
+    )
+    residual: bool = Field(
+        default=False, description="a dense feed-forward part beside the experts, mixed by a learned softmax (PR-MoE)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        fewest = min(self.counts)
+        if self.top_k > fewest:
+            raise ValueError(f"top_k {self.top_k} is more than experts {fewest}: set top_k to at most {fewest}")
+        if self.shared_expert and self.residual:
+            raise ValueError("shared_expert and residual both add a dense part: set one of them")
+        return self
+
+    @property
+    def depends_on_micro_batch(self) -> bool:
+        """Whether what is learned depends on which windows are in a micro-batch together."""
+        return self.aux_loss > 0 or self.capacity_factor is not None
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of experts: of each MoE layer, or one for all."""
+        return self.experts if isinstance(self.experts, list) else [self.experts]
+
+    def experts_of(self, layer: int) -> int:
+        """The number of experts of a layer, counted from 0; 0 if the layer is dense."""
+        number, rest = divmod(layer + 1, self.every)
+        if rest:
+            return 0
+        return self.counts[number - 1] if isinstance(self.experts, list) else self.experts

@@ -1,0 +1,61 @@
+"""Megatron-Core's layer specs of a model: which module stands where."""
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.model.attention import FusedCoreAttention
+from megatron_specialm.model.layers import FeedForward, TorchNorm
+from megatron_specialm.model.moe import FeedForwardSpec, RoutedBuilder
+
+
+def use_transformer_engine(settings: TransformerConfig) -> bool:
+    """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
+    compute in TF32 (a 10-bit mantissa)."""
+    return HAVE_TE and torch.cuda.is_available() and settings.bf16
+
+
+def layer_specs(
+    settings: TransformerConfig, vp_stage: int | None, config: ModelConfig, experts: RoutedBuilder
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layer specs of a chunk."""
+    fused = use_transformer_engine(settings)
+    dense = _layer(settings)
+    if fused and config.moe is None:
+        return dense
+    first, count = get_transformer_layer_offset(settings, vp_stage), get_num_layers_to_build(settings, vp_stage)
+    layers = []
+    for number in range(first, first + count):
+        layer, size = dense, config.experts_of(number)
+        if config.moe is not None and size:
+            layer = _layer(settings, experts=size)
+            hidden = config.moe.ffn_hidden_size or config.ffn_hidden_size
+            params = {"moe": config.moe, "experts": size, "ffn_hidden_size": hidden, "build": experts}
+            layer.submodules.mlp = FeedForwardSpec(layer.submodules.mlp.submodules, params)
+        layers.append(layer)
+    norm = _layer(settings, experts=1).submodules.pre_mlp_layernorm  # Transformer Engine fuses a dense layer's
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpec:
+    """The spec of a layer. One with a number of experts has Megatron-Core's MoE layer."""
+    if use_transformer_engine(settings):
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=experts is not None)
+    else:
+        layer = get_gpt_layer_local_spec(num_experts=experts, normalization=settings.normalization)
+        layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
+        norm = layer.submodules.input_layernorm
+        if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+    if settings.recompute_granularity == "selective" and experts is None:
+        layer.submodules.mlp.module = FeedForward
+    return layer
