@@ -25,7 +25,7 @@ from megatron_specialm.train import distillation
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.teaching import teach
 
-TEMPERATURE, COUNT, WINDOWS = 2.0, 6, 40
+TEMPERATURE, COUNT, WINDOWS, HELD_OUT = 2.0, 6, 40, 16
 # Another family, size and number of layers than the student's. Tied embeddings would say again what was read.
 TEACHER = ModelConfig(
     family="llama",
@@ -109,10 +109,10 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
                 squares = engine.norm_squares()
             losses.append(loss.mean)
             norms.append(stats.gradient_norm)
-        held_out = engine.evaluate([store.batch(np.arange(WINDOWS)[rank::copies])]).mean
+        held_out = engine.evaluate([store.batch(np.arange(HELD_OUT)[rank::copies])]).mean
         tensors |= {f"weights/{name}": tensor for name, tensor in engine.weights().items()}
     save_file(tensors, folder / f"tensors-{world.rank}.safetensors")
-    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares}
+    numbers = {"loss": losses, "gradient_norm": norms, "validation_loss": held_out, "squares": squares, "gates": {}}
     write_json(folder / f"numbers-{world.rank}.json", numbers)
 
 

@@ -5,6 +5,10 @@ import multiprocessing
 import random
 import socket
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
+
+from megatron_specialm.parity.compare import MODULES
+from megatron_specialm.run.processes import worker_context
 
 
 def together(act: Callable[[], None], *, processes: int = 4) -> None:
@@ -22,6 +26,11 @@ def together(act: Callable[[], None], *, processes: int = 4) -> None:
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * processes
+
+
+def rank_context() -> BaseContext:
+    """How tests start ranks: forked from one server per test process, which has imported what any of them needs."""
+    return worker_context([*MODULES, "megatron_specialm.stages.train", "tests.training"], threads=1)
 
 
 def free_port() -> int:

@@ -1,7 +1,6 @@
 """A small training that tests share: random windows in memory, the real stream, engine and loop."""
 
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -28,9 +27,9 @@ from megatron_specialm.data.validation import all_windows
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
-from megatron_specialm.run.processes import limit_threads
 from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import TrainingState
+from tests.processes import rank_context
 
 VOCABULARY, CONTEXT = 100, 16
 # Of Adam, where two ways of adding up are compared: with the usual 1e-8, weights whose gradient is all rounding would be
@@ -93,9 +92,7 @@ class Ranks:
 
 def start_ranks(folder: Path, **settings: Any) -> Ranks:
     """Start them; what they say goes to `log-RANK` in the folder."""
-    limit_threads(1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    context = rank_context()
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / "meeting"
     meeting.unlink(missing_ok=True)

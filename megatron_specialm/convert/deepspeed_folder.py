@@ -7,16 +7,23 @@ TAG/[bf16_]zero_pp_rank_D_mp_rank_00_optim_states.pt    what rank D owns of fp32
 TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt      of a universal checkpoint: whole tensors
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_regular
-from megatron_specialm.convert.deepspeed_partitions import EXPERT, Partitions, experts_of, partitioned_tensors
+from megatron_specialm.convert.deepspeed_partitions import (
+    EXPERT,
+    Partitions,
+    experts_of,
+    partitioned_tensors,
+    renumbered,
+)
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safe_pickle import COPY_AGAIN, decoding, inert
 from megatron_specialm.convert.stored import FileTensor, FlatTensor, Run
@@ -31,8 +38,8 @@ _MERGE = "make a universal checkpoint of it (`python -m deepspeed.checkpoint.ds_
 
 
 class ParameterGroup(NamedTuple):
-    """A parameter group of the optimizer: learning rate, weight decay and the like, and the weights in it, in order. Under
-    expert parallelism the names of experts are those of rank 0."""
+    """A parameter group of the optimizer: learning rate, weight decay and the like, and the weights in it, in the module's
+    order."""
 
     settings: Mapping[str, Any]
     names: Sequence[str]
@@ -108,6 +115,10 @@ def _open_zero(folder: Path, models: list[Path], state: dict[str, Any]) -> DeepS
     shared = state.get("shared_params") or {}
     experts, per_layer = _experts(folder, state)
     frozen = dict(_frozen(models, state))
+    if experts and (state.get("ds_config") or {}).get("use_data_before_expert_parallelism"):
+        raise CheckpointError(
+            f"{folder}: use_data_before_expert_parallelism deals experts out in an order that is not read"
+        )
     module = {
         name: tensor
         for name, tensor in state["module"].items()
@@ -155,7 +166,7 @@ def _experts(folder: Path, state: dict[str, Any]) -> tuple[dict[str, LazyTensor]
                     raise CheckpointError(
                         f"{path}: has {name}, which is not of expert {expert} or is there twice: {COPY_AGAIN}"
                     )
-                found[name] = tensor
+                found[name] = _tensor(tensor, path)
     if extra := [
         file.name
         for file in folder.iterdir()
@@ -206,8 +217,7 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     for path in sorted((folder / "zero").glob("*/*.pt")):
         name, kind = path.parent.name, path.stem
         if name not in shared and kind != "step":
-            content = read_torch_zip(path, _ALLOWED)
-            found[f"{kind}/{name}"] = content["param"] if isinstance(content, dict) else content
+            found[f"{kind}/{name}"] = _tensor(read_torch_zip(path, _ALLOWED), path)
     weights = {name.removeprefix("fp32/"): tensor for name, tensor in found.items() if name.startswith("fp32/")}
     moments = {name: tensor for name, tensor in found.items() if not name.startswith("fp32/")}
     common = folder / "zero" / "optimizer_state.pt"
@@ -218,6 +228,14 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     step = next(iter(sorted((folder / "zero").glob("*/step.pt"))), None)
     count = None if step is None else int(read_torch_zip(step, _ALLOWED)[()])
     return _found(folder, state, weights, moments, groups, count, universal=True)
+
+
+def _tensor(content: Any, path: Path) -> LazyTensor:
+    """A tensor, alone or as `param` of a universal checkpoint's file."""
+    tensor = content.get("param") if isinstance(content, dict) else content
+    if not isinstance(tensor, FileTensor):
+        raise CheckpointError(f"{path}: has no tensor where one should be: {COPY_AGAIN}")
+    return tensor
 
 
 def _found(
@@ -238,7 +256,19 @@ def _found(
         optimizer=optimizer,
         optimizer_step=optimizer_step,
         shared=state.get("shared_params") or {},
-        groups=[ParameterGroup(own, list(shapes)) for own, shapes in zip(settings, names, strict=False)],
+        groups=[
+            ParameterGroup(own, list(_all_experts(shapes, weights)))
+            for own, shapes in zip(settings, names, strict=False)
+        ],
         settings=state.get("ds_config") or {},
         step=state.get("global_steps"),
     )
+
+
+def _all_experts(names: Iterable[str], weights: Mapping[str, LazyTensor]) -> Iterator[str]:
+    """The names of a group with the experts of all ranks: the checkpoint lists those of rank 0."""
+    counts = experts_of(weights)
+    for layer, own in itertools.groupby(names, lambda name: (match := EXPERT.fullmatch(name)) and match["layer"]):
+        local = list(own)
+        for first in range(0, counts[layer], experts_of(dict.fromkeys(local))[layer]) if layer else [0]:
+            yield from (renumbered(name, first) for name in local)

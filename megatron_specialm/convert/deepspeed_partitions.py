@@ -130,7 +130,11 @@ def partitioned_tensors(
 
 def _global_name(piece: _Piece, experts: Mapping[str, int]) -> str:
     match = EXPERT.fullmatch(piece.name)
-    if match is None:
-        return piece.name
-    number = int(match["expert"]) + piece.expert_rank * (experts[match["layer"]] // piece.expert_parallel)
-    return f"{match['layer']}{number}.{match['rest']}"
+    local = 0 if match is None else experts[match["layer"]] // piece.expert_parallel
+    return renumbered(piece.name, piece.expert_rank * local)
+
+
+def renumbered(name: str, first: int) -> str:
+    """The name of an expert that is counted from `first`; any other name as it is."""
+    match = EXPERT.fullmatch(name)
+    return name if match is None else f"{match['layer']}{int(match['expert']) + first}.{match['rest']}"

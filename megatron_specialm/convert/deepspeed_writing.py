@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import write_text
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup
+from megatron_specialm.convert.deepspeed_partitions import EXPERT, experts_of
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safe_pickle import Inert
 from megatron_specialm.convert.torch_zip_writing import write_torch_zip
@@ -30,7 +32,8 @@ class DeepSpeedState:
 
     Args:
         tensors: weights and buffers by their names in the module.
-        groups: the optimizer's parameter groups; what is in none is a buffer. DeepSpeed finds weights by their order here.
+        groups: the optimizer's parameter groups, in the module's order, by which DeepSpeed finds weights; what is in none is a
+            buffer. Experts are in groups of their own, counted over all ranks.
         optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME`; zeros where they are missing.
         optimizer_step: how many updates Adam has made.
         step: of the training.
@@ -55,21 +58,31 @@ class DeepSpeedState:
         return _Cast(found, torch.float32)
 
 
-def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int) -> Path:
+def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int, expert_parallel: int = 1) -> Path:
     """Write a ZeRO-1 checkpoint and `latest`.
 
     Args:
         path: a new or empty folder.
+        expert_parallel: over how many of the data-parallel ranks a layer's experts are dealt out.
 
     Returns:
         The step's folder.
+
+    Raises:
+        CheckpointError: expert parallelism does not divide the ranks or a layer's experts.
     """
+    experts = experts_of(state.tensors)
+    if odd := next((size for size in (data_parallel, *experts.values()) if size % expert_parallel), None):
+        raise CheckpointError(f"{path}: expert parallelism {expert_parallel} does not divide {odd} ranks or experts")
     folder = path / f"global_step{state.step}"
     folder.mkdir(parents=True)
-    _write_module(folder, state, data_parallel)
+    _write_module(folder, state, data_parallel, expert_parallel)
     prefix = "bf16_" if state.dtype == torch.bfloat16 else ""
     for rank in range(data_parallel):
-        content = {"optimizer_state_dict": _partition(state, rank, data_parallel), "ds_version": FORMAT_VERSION}
+        content = {
+            "optimizer_state_dict": _partition(state, rank, data_parallel, expert_parallel),
+            "ds_version": FORMAT_VERSION,
+        }
         write_torch_zip(
             folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
             {**content, "ds_config": dict(state.settings)},
@@ -79,10 +92,16 @@ def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int) -> Pat
 
 
 def write_universal(path: Path, state: DeepSpeedState) -> Path:
-    """Write a universal checkpoint, `latest` and `latest_universal`; see `write_zero1`."""
+    """Write a universal checkpoint, `latest` and `latest_universal`; see `write_zero1`.
+
+    Raises:
+        CheckpointError: the model has experts.
+    """
+    if experts_of(state.tensors):
+        raise CheckpointError(f"{path}: DeepSpeed has no universal checkpoints of models with experts: write ZeRO-1")
     folder = path / f"global_step{state.step}"
     (folder / "zero").mkdir(parents=True)
-    _write_module(folder, state, 1)
+    _write_module(folder, state, 1, 1)
     for name in (name for group in state.groups for name in group.names):
         (folder / "zero" / name).mkdir()
         for kind in ("fp32", *_MOMENTS):
@@ -95,16 +114,27 @@ def write_universal(path: Path, state: DeepSpeedState) -> Path:
     return folder
 
 
-def _write_module(folder: Path, state: DeepSpeedState, data_parallel: int) -> None:
+def _write_module(folder: Path, state: DeepSpeedState, data_parallel: int, expert_parallel: int) -> None:
+    """Write the module's weights, and each expert's to a file of its own."""
     trained = {name for group in state.groups for name in group.names}
-    module = {name: _Cast(one, state.dtype) if name in trained else one for name, one in state.tensors.items()}
-    module |= {name: module[other] for name, other in state.shared.items()}
+    weights = {name: _Cast(one, state.dtype) if name in trained else one for name, one in state.tensors.items()}
+    files: dict[tuple[str, int], dict[str, LazyTensor]] = {}
+    for name in [name for group in state.groups for name in group.names]:
+        if match := EXPERT.fullmatch(name):
+            files.setdefault((match["layer"], int(match["expert"])), {})[name] = weights.pop(name)
+    layers = list(dict.fromkeys(layer for layer, _ in files))
+    for (layer, expert), own in files.items():
+        write_torch_zip(folder / f"layer_{layers.index(layer)}_expert_{expert}_mp_rank_00_model_states.pt", own)
     content = {
-        "module": module,
-        "buffer_names": [name for name in state.tensors if name not in trained],
+        "module": weights | {name: weights[other] for name, other in state.shared.items()},
+        "buffer_names": [name for name in weights if name not in trained],
         "optimizer": None,
         "param_shapes": [
-            OrderedDict((name, torch.Size(state.tensors[name].shape)) for name in group.names) for group in state.groups
+            OrderedDict(
+                (local, torch.Size(state.tensors[name].shape))
+                for name, local in _of_rank(state, group, 0, expert_parallel)
+            )
+            for group in state.groups
         ],
         "frozen_param_shapes": None,
         "frozen_param_fragments": None,
@@ -116,38 +146,58 @@ def _write_module(folder: Path, state: DeepSpeedState, data_parallel: int) -> No
         "mp_world_size": 1,
         "ds_config": dict(state.settings),
         "ds_version": FORMAT_VERSION,
+        **({"num_experts": list(experts_of(state.tensors).values())} if layers else {}),
     }
     write_torch_zip(folder / "mp_rank_00_model_states.pt", content)
 
 
-def _partition(state: DeepSpeedState, rank: int, data_parallel: int) -> dict[str, Any]:
+def _of_rank(
+    state: DeepSpeedState, group: ParameterGroup, expert_rank: int, expert_parallel: int
+) -> list[tuple[str, str]]:
+    """The weights of a group that an expert-parallel rank has: their names, and the names that it gives them."""
+    counts = experts_of(state.tensors)
+    found = []
+    for name in group.names:
+        if (match := EXPERT.fullmatch(name)) is None:
+            found.append((name, name))
+        else:
+            rank, local = divmod(int(match["expert"]), counts[match["layer"]] // expert_parallel)
+            if rank == expert_rank:
+                found.append((name, f"{match['layer']}{local}.{match['rest']}"))
+    return found
+
+
+def _partition(state: DeepSpeedState, rank: int, data_parallel: int, expert_parallel: int) -> dict[str, Any]:
     """A rank's `optimizer_state_dict`."""
-    weights, mappings, paddings = [], [], []
+    weights, mappings, paddings, counts = [], [], [], []
     moments: dict[int, dict[str, Any]] = {}
     for number, group in enumerate(state.groups):
-        sizes = [math.prod(state.tensors[name].shape) for name in group.names]
-        multiple = 2 * data_parallel
-        part = -(-sum(sizes) // multiple) * multiple // data_parallel
-        flat = {kind: _Flat([state.fp32(kind, name) for name in group.names]) for kind in ("fp32", *_MOMENTS)}
-        start, stop = rank * part, (rank + 1) * part
+        names = _of_rank(state, group, rank % expert_parallel, expert_parallel)
+        own_parallel = expert_parallel if any(map(EXPERT.fullmatch, group.names)) else 1
+        ranks, place = data_parallel // own_parallel, rank // own_parallel  # that share these weights
+        sizes = [math.prod(state.tensors[name].shape) for name, _ in names]
+        part = -(-sum(sizes) // (2 * ranks)) * 2
+        flat = {kind: _Flat([state.fp32(kind, name) for name, _ in names]) for kind in ("fp32", *_MOMENTS)}
+        start, stop = place * part, (place + 1) * part
         weights.append(_Part(flat["fp32"], start, min(stop, sum(sizes))))
         moments[number] = {kind: _Part(flat[kind], start, stop) for kind in _MOMENTS}
         moments[number]["step"] = torch.tensor(float(state.optimizer_step))
         paddings.append(max(0, min(part, stop - sum(sizes))))
         own: OrderedDict[str, Inert] = OrderedDict()
-        for name, size, end in zip(group.names, sizes, accumulate(sizes), strict=True):
+        for (_, local), size, end in zip(names, sizes, accumulate(sizes), strict=True):
             first, last = max(start, end - size), min(stop, end)
             if first < last:
-                own[name] = Inert("deepspeed.utils.tensor_fragment.fragment_address", last - first, first - start)
-                own[name].state = {"numel": last - first, "start": first - start}
+                own[local] = Inert("deepspeed.utils.tensor_fragment.fragment_address", last - first, first - start)
+                own[local].state = {"numel": last - first, "start": first - start}
         mappings.append(own)
+        counts.append(ranks)
     return {
         "base_optimizer_state": {"state": moments, "param_groups": _settings(state)},
         "single_partition_of_fp32_groups": weights,
         "zero_stage": _stage(),
         "group_paddings": paddings,
-        "param_alignment_paddings": [[0] * len(group.names) for group in state.groups],
-        "partition_count": [data_parallel] * len(state.groups),
+        "param_alignment_paddings": [[0] * len(_of_rank(state, group, 0, expert_parallel)) for group in state.groups],
+        "partition_count": counts,
         "param_slice_mappings": mappings,
         "ds_version": FORMAT_VERSION,
     }

@@ -16,6 +16,7 @@ from megatron_specialm.base.files import read_regular, reading
 
 MOST_BYTES = 2**30
 COPY_AGAIN = "copy the checkpoint again from where it was written"
+_MOST_STEPS = 2**25  # opcodes; each may make an object
 _MOST_DEPTH = 100
 _MOST_VALUES = 2**26  # counted as often as a reader that follows all references would meet them
 
@@ -61,9 +62,11 @@ def inert(*names: str) -> dict[str, Maker]:
 # Classes of the standard library and NumPy that settings and random states contain.
 PLAIN: dict[str, Any] = {
     "builtins.set": Maker(lambda items=(): list(items)),
-    "collections.OrderedDict": Maker(dict),
+    "collections.OrderedDict": Maker(lambda: {}),  # pickle adds the items afterwards, where keys are checked
     "collections.defaultdict": Maker(lambda *_: {}),
     **inert(
+        "builtins.bytearray", "builtins.complex", "builtins.dict", "builtins.frozenset", "builtins.int", "builtins.list",
+        "builtins.slice", "datetime.timedelta", "signal.Signals",
         "_codecs.encode", "argparse.Namespace", "pathlib.PosixPath", "types.SimpleNamespace", "numpy.dtype", "numpy.ndarray",
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     ),
@@ -119,7 +122,9 @@ class _Machine:
 
     def run(self, data: bytes) -> Any:
         steps = {name[4:].upper(): getattr(self, name) for name in dir(self) if name.startswith("_do_")}
-        for opcode, argument, _ in pickletools.genops(data):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number == _MOST_STEPS:
+                raise ValueError(f"it has more than {_MOST_STEPS} steps, more than any checkpoint")
             if opcode.name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[opcode.name]())
             elif opcode.name in _LITERALS:

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_specialm.base.arrays import read_values
 from megatron_specialm.base.errors import ArtifactError
@@ -245,6 +244,8 @@ class StoreWriter:
     """Writes the windows of one split. The store cannot be opened before `describe_store` has written `store.json`."""
 
     def __init__(self, folder: Path, split: str, *, context_length: int, vocabulary_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # takes seconds; readers do without
+
         self._folder, self._split = folder, split
         self._context_length = context_length
         self._builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=token_type(vocabulary_size))

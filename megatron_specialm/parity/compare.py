@@ -27,6 +27,7 @@ from megatron_specialm.run.processes import Workers, end_workers, worker_context
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
 TIMEOUT_SECONDS = 300.0
+MODULES = ["megatron_specialm.parity.rank", "megatron_specialm.engine.megatron.open"]  # that processes need
 # Largest differences: of losses, norms and each weight's gradients relative to the value on one process; of weights
 # relative to the way that Adam can go in the steps made; of norm counts, from one. Rounding alone reaches a tenth of it.
 TOLERANCES: dict[str, dict[str, float]] = {
@@ -117,7 +118,7 @@ def compare(
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
-    context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+    context = worker_context(MODULES, threads=1)
     with tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")

@@ -16,15 +16,17 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def manual_garbage_collection() -> Iterator[None]:
-    """Run Python's garbage collector only on `gc.collect()`, and exempt all objects that exist now. So no rank pauses at a
-    moment of its own while the others wait, and a collection is short."""
-    was_enabled = gc.isenabled()
+    """Run Python's garbage collector only on `gc.collect()`, and exempt all objects that exist now, unless the process has
+    exempted its imports. So no rank pauses at a moment of its own while the others wait, and a collection is short."""
+    was_enabled, has_exempted = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
-    gc.freeze()
+    if not has_exempted:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not has_exempted:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -12,11 +12,13 @@ from tests.cluster.runs import CONFIG, ROOT, Run, assert_same_bits, prepared, we
 from tests.cluster.testbed import Cluster
 
 TEXT = ("tokenizer", "tokens")
+SHORT = {"tasks_per_job": 4}  # starting Python takes longer than a task of this config
 
 
 @pytest.mark.timeout(600)
 def test_the_whole_pipeline_makes_what_one_machine_makes(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
-    run = Run(cluster, prepared(smoke_run, tmp_path))
+    jobs = {kind: SHORT for kind in ("tokenize", "assign", "train", "select", "evaluate", "export")}
+    run = Run(cluster, prepared(smoke_run, tmp_path), site={"jobs": jobs})
     said = run.submit()
     assert "132 tasks submitted, 0 on their way, 0 done" in said
     assert "0 tasks submitted" in run.submit()  # all of them are on their way

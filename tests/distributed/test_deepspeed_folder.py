@@ -66,6 +66,8 @@ def test_experts_have_the_numbers_of_all_ranks(deepspeed_saved: Path, kind: str)
                 assert torch.equal(found.tensors[name][()], tensor), name
                 assert found.optimizer[f"exp_avg/{name}"].shape == tensor.shape
     assert len(found.tensors) == 5 + 2 * 4 * 4 and len(found.optimizer) == 2 * len(found.tensors)
+    assert sorted(name for group in found.groups for name in group.names) == sorted(found.tensors)
+    assert found.groups[1].settings["name"] == ("ep_size_2" if kind == "moe" else "ep_size_1")
     moments = {name: tensor[()] for name, tensor in found.optimizer.items() if ".0.weight" in name}
     assert len({tensor.sum().item() for tensor in moments.values()}) > len(moments) // 2  # each expert its own
 
@@ -96,6 +98,7 @@ DAMAGES = {
     "a part cut off": ("zero1", "zero_pp_rank_0_mp_rank_00_optim_states.pt", _keep_less, "missing or damaged"),
     "tensor parallelism": ("zero1", "mp_rank_00_model_states.pt", {"mp_world_size": 2}, "parallelism 2.*ds_to_universal"),
     "no model": ("zero1", "mp_rank_00_model_states.pt", lambda content: content.clear(), "not a checkpoint of DeepSpeed"),
+    "no tensor": ("universal", "zero/norm.weight/fp32.pt", {"param": "text"}, "norm.weight/fp32.pt: has no tensor"),
     "a universal weight missing": ("universal", "zero/norm.weight/fp32.pt", None, "norm.weight/fp32.pt: is missing"),
 }  # fmt: skip
 

@@ -11,8 +11,8 @@ from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity import compare as parity
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.run.processes import worker_context
 from tests.distillation import prepare
+from tests.processes import rank_context
 
 STUDENT = ModelConfig(layers=2, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 KINDS = ["online", "exact", "top_k", "sampled"]
@@ -40,7 +40,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._context = worker_context(["megatron_specialm.parity.rank"], threads=1)
+        self._context = rank_context()
         self._found: dict[str, parity.Outcome] = {}
         with process_group(ALONE):
             prepare(_case({}), folder)
@@ -50,7 +50,7 @@ class Runs:
         if name not in self._found:
             case, folder = _case(layout, precision), self._folder / str(len(self._found))
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
-            self._found[name] = parity._read(folder)
+            self._found[name] = parity.read_outcome(folder)
         return self._found[name]
 
 
@@ -59,8 +59,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("distillation"))
 
 
-def _failed(one: parity.Outcome, other: parity.Run, layout: dict, precision: str = "fp32") -> list[parity.Difference]:
-    return [entry for entry in parity._differences(_case(layout, precision), one, other) if not entry.passed]
+def _failed(
+    one: parity.Outcome, other: parity.Outcome, layout: dict, precision: str = "fp32"
+) -> list[parity.Difference]:
+    return [entry for entry in parity.differences_of(_case(layout, precision), one, other) if not entry.passed]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from megatron_specialm.checkpoint.opening import newest_checkpoint
 from tests.training import Ranks, run_layout, start_ranks
 
-SETTINGS = {"steps": 100_000, "micro_batch_size": 1, "checkpoint": {"every": 20}}
+SETTINGS = {"steps": 100_000, "micro_batch_size": 1, "checkpoint": {"every": 5}}
 
 
 def _wait_for(folder: Path, pattern: str) -> None:

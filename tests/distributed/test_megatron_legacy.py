@@ -145,3 +145,17 @@ def test_damage_is_refused_and_nothing_executed(
     with pytest.raises(CheckpointError, match=message):
         open_megatron_legacy(folder)
     assert not Path("executed").exists()
+
+
+@slow
+def test_real_experts_of_pp2_ep2_are_counted_over_ranks(megatron_saved: Path) -> None:
+    whole = load_file(megatron_saved / "truth-moe.safetensors")
+    (shard,) = open_megatron_legacy(megatron_saved / "moe-legacy").shards
+    for layer in range(4):
+        assert torch.equal(
+            shard[f"decoder.layers.{layer}.mlp.router.weight"][()], whole["decoder.layers.mlp.router.weight"][layer]
+        )
+        for expert in range(4):
+            for linear in ("linear_fc1.weight", "linear_fc2.weight"):
+                own = shard[f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.{linear}"]
+                assert torch.equal(own[()], whole[f"decoder.layers.mlp.experts.experts.{linear}"][layer, expert])

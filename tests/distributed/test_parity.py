@@ -83,15 +83,30 @@ def _label(value: ModelConfig | dict | str) -> str:
     return value
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS + SPECIAL, ids=_name)
-def test_a_layout_equals_one_process(layout: dict, precision: str) -> None:
+def _slow_on_four(*cells: tuple) -> list:
+    """Cells that end with a layout: `--quick` leaves out those of four processes."""
+    return [
+        pytest.param(*cell, marks=[pytest.mark.slow] * (ParallelConfig(**cell[-1]).world_size == 4)) for cell in cells
+    ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [*product(["fp32"], LAYOUTS + SPECIAL), *_slow_on_four(*product(["bf16"], LAYOUTS + SPECIAL))],
+    ids=_label,
+)
+def test_a_layout_equals_one_process(precision: str, layout: dict) -> None:
     failed = [difference for difference in _compare(layout, NEOX, precision) if not difference.passed]
     assert not failed
 
 
 @pytest.mark.parametrize(
-    "layout", [entry for entry in LAYOUTS if entry["tensor_parallel"] <= 2] + SPECIAL[:3], ids=_name
+    ("layout",),
+    [
+        *_slow_on_four(*((entry,) for entry in LAYOUTS + SPECIAL[:2] if entry.get("tensor_parallel", 1) <= 2)),
+        SPECIAL[2:3],
+    ],
+    ids=_name,
 )
 def test_so_it_does_with_gates_grouped_queries_and_untied_embeddings(layout: dict) -> None:
     failed = [difference for difference in _compare(layout, LLAMA) if not difference.passed]
@@ -110,9 +125,11 @@ def test_so_it_does_with_norms_of_heads_and_biases_of_attention(layout: dict) ->
     ("family", "method", "precision", "layout"),
     [
         *product([NEOX], [PROJECTION], ["fp32"], DERIVED),
-        *product([LLAMA], [LORA], ["fp32"], DERIVED),
-        *product([LLAMA], [PROJECTION], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
-        *product([NEOX], [LORA], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
+        *_slow_on_four(
+            *product([LLAMA], [LORA], ["fp32"], DERIVED),
+            *product([LLAMA], [PROJECTION], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
+            *product([NEOX], [LORA], ["fp32", "bf16"], SPECIAL[2:3] + SPECIAL[5:6]),
+        ),
     ],
     ids=_label,
 )

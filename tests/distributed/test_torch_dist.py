@@ -179,3 +179,19 @@ def test_an_iteration_that_is_not_there_is_refused(tmp_path: Path, megatron_save
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc")
     with pytest.raises(CheckpointError, match="not the number of an iteration"):
         open_torch_dist(tmp_path)
+
+
+def test_experts_are_read_stacked_and_apart(megatron_saved: Path) -> None:
+    """Of an expert-parallel model: a tensor over layers and experts, or one for each, which have the same numbers."""
+    whole = load_file(megatron_saved / "truth-moe.safetensors")
+    stacked = open_torch_dist(megatron_saved / "moe-stacked").tensors
+    assert set(stacked) == set(whole) and all(torch.equal(stacked[name][()], whole[name]) for name in whole)
+    assert stacked["decoder.layers.mlp.experts.experts.linear_fc1.weight"].shape == (4, 4, 96, 32)  # of 2 x 2 ranks
+    apart = open_torch_dist(megatron_saved / "moe-singleton").tensors
+    for layer in range(4):
+        for expert in range(4):
+            own = f"decoder.layers.{layer}.mlp.experts.experts.{expert}"
+            gate_up = torch.cat([apart[f"{own}.linear_fc1.weight_w"][()], apart[f"{own}.linear_fc1.weight_v"][()]])
+            assert torch.equal(gate_up, whole["decoder.layers.mlp.experts.experts.linear_fc1.weight"][layer, expert])
+            down = whole["decoder.layers.mlp.experts.experts.linear_fc2.weight"][layer, expert]
+            assert torch.equal(apart[f"{own}.linear_fc2.weight"][()], down)

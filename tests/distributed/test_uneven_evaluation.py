@@ -1,7 +1,6 @@
 """Copies with unequal numbers of validation windows, none among them: nobody waits for a pass that another does not make."""
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.run.processes import limit_threads
+from tests.processes import rank_context
 from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ranks
 
 PLAIN = SHAPE.model_copy(update={"layers": 4})
@@ -60,9 +59,7 @@ def _losses(case: int | None, world: World, file: Path) -> None:
 
 
 def _run(case: int | None, folder: Path, size: int) -> list[list]:
-    limit_threads(1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_specialm.stages.train"])
+    context = rank_context()
     worlds = [World(rank, size, rank, f"file://{folder}/meeting-{size}", "test") for rank in range(size)]
     files = [folder / f"{size}-{world.rank}.json" for world in worlds]
     processes = [context.Process(target=_losses, args=(case, *of)) for of in zip(worlds, files, strict=True)]

@@ -77,6 +77,7 @@ def _stop(supervisor: socket.socket, *, rank: int) -> None:
             return
 
 
+@pytest.mark.slow
 def test_stopped_by_the_answer_to_one_ranks_heartbeat_the_second_attempt_goes_on(submission: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for stage in ("tokenizer", "tokens"):

@@ -6,7 +6,7 @@
     universal                           `zero1`, by DeepSpeed's ds_to_universal
     KIND.json                           the loss of the step after
     KIND.safetensors                    what DeepSpeed's zero_to_fp32 makes of it
-`resume` loads each of FOLDER/zero1-* and FOLDER/universal-* into a new ZeRO-1 engine and prints the losses of the next step.
+`resume` loads each FOLDER/KIND+... into a new engine and prints the losses of the next step.
 """
 
 import json
@@ -56,8 +56,7 @@ class Experts(nn.Module):
                 16,
                 nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)),
                 EXPERTS,
-                ep_size=2,
-                k=1,
+                expert_parallel,
                 use_rts=False,
             )
             for _ in range(2)
@@ -141,8 +140,8 @@ def _consolidate(folder: Path) -> None:
 
 def _resume(folder: Path) -> None:
     losses = {}
-    for source in sorted(folder.glob("*-*/latest")):
-        engine = _engine(source.parent.name.split("-")[0])
+    for source in sorted(folder.glob("*+*/latest")):
+        engine = _engine(source.parent.name.split("+")[0])
         engine.load_checkpoint(str(source.parent), tag=TAG)
         losses[source.parent.name] = _step(engine, STEPS)
         engine.destroy()

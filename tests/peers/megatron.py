@@ -98,7 +98,8 @@ def _save(folder: Path) -> None:
         tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=PIPELINE, swiglu=True, save=Path("checkpoints"),
     )  # fmt: skip
     common = {"args": settings, "checkpoint_version": 3.0, "iteration": STEP}
-    for form, metadata in FORMS.items():
+    for form in FORMS:
+        metadata = dict(FORMS[form])  # megatron-core adds groups to it
         weights = model.sharded_state_dict(metadata=metadata)
         moments = optimizer.sharded_state_dict(weights, metadata=metadata)
         _save_distributed(folder / form, {**common, "model": weights, "optimizer": moments})
@@ -119,7 +120,7 @@ def _save_experts(folder: Path, common: dict) -> None:
         if ".experts." in name:
             parameter.data.normal_()
     for form in ("stacked", "singleton"):
-        weights = model.sharded_state_dict(metadata=dict(FORMS[form]))  # megatron-core adds groups to it
+        weights = model.sharded_state_dict(metadata=dict(FORMS[form]))
         _save_distributed(folder / f"moe-{form}", {**common, "model": weights})
     _save_truth(folder / "moe-stacked", folder / "truth-moe.safetensors")
     settings = argparse.Namespace(pipeline_model_parallel_size=PIPELINE, expert_model_parallel_size=2)

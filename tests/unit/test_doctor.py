@@ -61,6 +61,7 @@ def _answer(value: Any) -> Outcome:
 # The command
 
 
+@pytest.mark.slow
 def test_it_computes_and_this_machine_can_train() -> None:
     outcome = _doctor("--json")
     findings = _findings(outcome)

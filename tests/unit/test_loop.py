@@ -2,6 +2,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -309,6 +310,8 @@ def test_every_pass_is_counted_also_those_that_an_interruption_repeats(
     def interrupted(logits: torch.Tensor, batch: DeviceBatch, **shard: Any) -> torch.Tensor:
         if next(calls) == 2 * 7 and not (tmp_path / "interrupted").exists():  # two micro-batches a step
             (tmp_path / "interrupted").touch()
+            while not step_folder(tmp_path, 4).exists():  # a thread saves it, and may be behind
+                time.sleep(0.01)
             raise KeyboardInterrupt
         return cross_entropy(logits, batch, **shard)
 

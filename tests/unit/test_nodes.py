@@ -81,6 +81,7 @@ def _starting(tmp_path: Path) -> list[str]:
     return [sys.executable, "-c", program, str(tmp_path / "nodes")]
 
 
+@pytest.mark.slow
 def test_two_nodes_compute_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     settings = Preflight(seconds=300, free_disk=1, slower_than=1000, clock_seconds=300)

@@ -1,5 +1,6 @@
 """Worker processes: they say why they failed, end together, and do not outlive their launcher."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -148,6 +149,17 @@ def test_workers_that_end_well_have_no_failure(tmp_path: Path) -> None:
     _wait(workers)
     assert workers.failure() is None
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["from rank 1", "from rank 2"]
+
+
+def _count_exempted() -> None:
+    print(gc.get_freeze_count())
+
+
+def test_what_the_server_has_imported_is_exempt_from_garbage_collection(tmp_path: Path) -> None:
+    """A collection would touch, and so copy, every page that a worker shares with the server."""
+    workers = Workers(worker_context([], threads=1), _count_exempted, [()], logs=[tmp_path / "log"], name="worker")
+    _wait(workers)
+    assert int((tmp_path / "log").read_text()) > 1000
 
 
 def test_workers_that_do_not_end_when_asked_are_killed(tmp_path: Path) -> None:

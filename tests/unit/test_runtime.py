@@ -89,6 +89,7 @@ def test_the_garbage_collector_runs_between_steps_only(tmp_path: Path, fails: bo
         if seen and phase == "start":
             collections.append(f"after {len(seen)} micro-batches")
 
+    gc.unfreeze()  # as in a process that has exempted nothing
     gc.callbacks.append(collected)
     settings = stage(steps=5, runtime={"collect_garbage_every": 2})  # of two micro-batches each
     try:
@@ -99,7 +100,9 @@ def test_the_garbage_collector_runs_between_steps_only(tmp_path: Path, fails: bo
             run_training(tmp_path, ALONE, settings, objective=objective)
     finally:
         gc.callbacks.remove(collected)
-    assert not any(seen) and gc.isenabled() and not gc.get_freeze_count()
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+    assert not any(seen) and gc.isenabled() and not frozen
     assert collections[:2] == ["after 4 micro-batches", "after 8 micro-batches"]
 
 

@@ -113,6 +113,7 @@ def _nested_key() -> bytes:
         (_deep(), "more than any checkpoint"),
         (pickle.dumps(_own_element()), "contains itself"),
         (_nested_key(), "key of a dictionary is nested"),
+        (pickle.dumps(Calls(collections.OrderedDict, [((1, 2), 3)])), "takes 0 positional arguments"),
         (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", "expected 1152921504606846976 bytes"),
         (b"\x80\x02}r\xff\xff\xff\x7fj\xff\xff\xff\x7e.", "not a pickle"),
         (b"\x80\x02(.", "not a pickle"),
@@ -127,6 +128,12 @@ def test_bombs_and_damage_are_refused(file: Path, data: bytes, message: str) -> 
     with pytest.raises(CheckpointError, match=message) as caught:
         read_pickle(_raw(data, file), PLAIN)
     assert str(file) in str(caught.value)
+
+
+def test_more_objects_than_any_checkpoint_has_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_specialm.convert.safe_pickle._MOST_STEPS", 1000)
+    with pytest.raises(CheckpointError, match="more than 1000 steps"):
+        read_pickle(_raw(b"\x80\x02" + b"]" * 1000 + b".", file), PLAIN)
 
 
 def test_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
