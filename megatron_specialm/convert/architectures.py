@@ -100,8 +100,12 @@ def architecture_of(config: ModelConfig) -> str:
     """
     if config.family == "neox":
         return "GPTNeoXForCausalLM"
-    if config.qkv_bias and config.qk_norm:
-        raise CheckpointError("a model with qkv_bias and qk_norm is none of Transformers': it cannot be exported")
+    if config.moe is not None and not (config.qkv_bias or config.qk_norm):
+        return "Qwen2MoeForCausalLM"
+    if config.moe is not None or (config.qkv_bias and config.qk_norm):
+        raise CheckpointError(
+            "a model with qkv_bias and qk_norm, or with one of them and experts, is none of Transformers' that is known here"
+        )
     return "Qwen2ForCausalLM" if config.qkv_bias else "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
 
 

@@ -58,8 +58,6 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
             f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
             "`specialm project`, and convert that"
         )
-    if shape.moe is not None:
-        raise CheckpointError(f"{step}: a mixture of experts, which is not converted yet")
     stored: Mapping[str, LazyTensor] = checkpoint.weights.stored
     for name, spec in weight_specs(shape, vocabulary_size=state.vocabulary_size).items():
         if tuple(stored[name].shape) != spec.shape:

@@ -1,11 +1,14 @@
 """Where each canonical weight stands in Hugging Face Transformers: one table per family.
 
-`N` stands for the layer. A row is of one of three kinds:
+`N` stands for the layer and `E` for the expert. A row is of one of three kinds:
 
     copy      the same tensor under another name
     qkv       linear_qkv packs, per query group, [query heads, key, value]: split into q_proj, k_proj and v_proj.
               (GPT-NeoX packs per head [query, key, value], which for one head per group is the same: a copy.)
     gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
+
+A weight of all experts of a layer is (E, ...): each expert's part is split as its row says, under names with its number.
+What the other architecture has and a model of ours has not is written as zeros, with which it computes the same.
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
@@ -25,30 +28,51 @@ from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS, weigh
 
 
 class Row(NamedTuple):
-    """Where a weight goes."""
+    """Where a weight goes. `experts`: of a weight of all experts of a layer their number, and each has names of its own."""
 
     ours: str
     theirs: tuple[str, ...]
     kind: str = "copy"
+    experts: int = 0
 
-    def split(self, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
-        """Our weight as tensors under their names."""
-        if self.kind == "copy":
-            return (tensor,)
-        if self.kind == "gate_up":
-            return tuple(part.contiguous() for part in tensor.chunk(2))
-        heads = config.attention_heads // config.kv_heads
-        grouped = tensor.unflatten(0, (config.kv_heads, heads + 2, config.head_size))
-        return tuple(part.flatten(0, 2).contiguous() for part in grouped.split([heads, 1, 1], dim=1))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all experts, in their order."""
+        if not self.experts:
+            return self.theirs
+        return tuple(name.replace(".E.", f".{expert}.") for expert in range(self.experts) for name in self.theirs)
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """Our weight as tensors under `names`."""
+        parts = tensor.unbind() if self.experts else (tensor,)
+        return [one for part in parts for one in _split(self.kind, part, config)]
 
     def join(self, tensors: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
         """The inverse of `split`."""
-        if self.kind == "copy":
-            return tensors[0]
-        if self.kind == "gate_up":
-            return torch.cat(list(tensors))
-        parts = [tensor.unflatten(0, (config.kv_heads, -1, config.head_size)) for tensor in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 2)
+        if not self.experts:
+            return _join(self.kind, tensors, config)
+        width = len(self.theirs)
+        firsts = range(0, len(tensors), width)
+        return torch.stack([_join(self.kind, tensors[first : first + width], config) for first in firsts])
+
+
+def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
+    if kind == "copy":
+        return (tensor,)
+    if kind == "gate_up":
+        return tuple(part.contiguous() for part in tensor.chunk(2))
+    heads = config.attention_heads // config.kv_heads
+    grouped = tensor.unflatten(0, (config.kv_heads, heads + 2, config.head_size))
+    return tuple(part.flatten(0, 2).contiguous() for part in grouped.split([heads, 1, 1], dim=1))
+
+
+def _join(kind: str, tensors: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    if kind == "copy":
+        return tensors[0]
+    if kind == "gate_up":
+        return torch.cat(list(tensors))
+    parts = [tensor.unflatten(0, (config.kv_heads, -1, config.head_size)) for tensor in tensors]
+    return torch.cat(parts, dim=1).flatten(0, 2)
 
 
 def _copied(pairs: Mapping[str, str], *suffixes: str) -> list[Row]:
@@ -100,9 +124,22 @@ _LLAMA = [
         tuple(f"model.layers.N.mlp.{part}_proj.weight" for part in ("gate", "up")),
         "gate_up",
     ),
+    Row("decoder.layers.N.mlp.router.weight", ("model.layers.N.mlp.gate.weight",)),
+    *(
+        Row(
+            f"decoder.layers.N.mlp.{ours}.linear_{end}.weight",
+            tuple(f"model.layers.N.mlp.{theirs}.{part}_proj.weight" for part in parts),
+            kind,
+        )
+        for ours, theirs in (("experts", "experts.E"), ("shared_expert", "shared_expert"))
+        for end, parts, kind in (("fc1", ("gate", "up"), "gate_up"), ("fc2", ("down",), "copy"))
+    ),
+    Row("decoder.layers.N.mlp.shared_expert_gate.weight", ("model.layers.N.mlp.shared_expert_gate.weight",)),
     Row(OUTPUT_LAYER, ("lm_head.weight",)),
 ]
 
+# The size of a shared expert of zeros; tensor parallelism over up to so many processes divides it.
+EMPTY_SHARED_EXPERT = 16
 # Buffers that earlier versions of Transformers saved: they follow from the config.
 _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
@@ -114,8 +151,28 @@ def rows(config: ModelConfig) -> list[Row]:
     for row in _LLAMA if config.family == "llama" else _NEOX:
         for layer in range(config.layers) if ".N." in row.ours else [0]:
             ours, *theirs = (name.replace(".N.", f".{layer}.") for name in (row.ours, *row.theirs))
-            if ours in specs:
-                found.append(Row(ours, tuple(theirs), row.kind))
+            if (spec := specs.get(ours)) is not None:
+                found.append(Row(ours, tuple(theirs), row.kind, spec.shape[0] if spec.is_expert else 0))
+    return found
+
+
+def zero_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values, and
+    a shared expert. vLLM reads no file without the biases, and none with a shared expert of size 0, which Transformers would
+    report as missing."""
+    found: dict[str, tuple[int, ...]] = {}
+    if config.moe is None:
+        return found
+    heads = {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
+    hidden, size = config.hidden_size, EMPTY_SHARED_EXPERT
+    shared = {"gate_proj": (size, hidden), "up_proj": (size, hidden), "down_proj": (hidden, size)}
+    for layer in range(config.layers):
+        for part, count in heads.items():
+            found[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = (count * config.head_size,)
+        if config.experts_of(layer) and config.moe.shared_expert is None:
+            place = f"model.layers.{layer}.mlp.shared_expert"
+            found |= {f"{place}.{part}.weight": shape for part, shape in shared.items()}
+            found[f"{place}_gate.weight"] = (1, hidden)
     return found
 
 
@@ -128,7 +185,7 @@ def huggingface_shapes(row: Row, config: ModelConfig, *, vocabulary_size: int) -
     """The shape of each of a row's tensors in Transformers."""
     shape = weight_specs(config, vocabulary_size=vocabulary_size)[row.ours].shape
     parts = row.split(torch.empty(shape, device="meta"), config)
-    return {name: tuple(part.shape) for name, part in zip(row.theirs, parts, strict=True)}
+    return {name: tuple(part.shape) for name, part in zip(row.names, parts, strict=True)}
 
 
 def from_huggingface_lazily(
@@ -150,8 +207,10 @@ def from_huggingface_lazily(
                     f"{name} has shape {tuple(rest[name].shape)}, and the config makes it {shape}: the checkpoint is of "
                     "another model than its config"
                 )
-        parts = [rest.pop(name) for name in row.theirs]
-        found[row.ours] = parts[0] if row.kind == "copy" else _joined(row, parts, config, specs[row.ours].shape)
+        parts = [rest.pop(name) for name in row.names]
+        found[row.ours] = (
+            parts[0] if len(parts) == 1 and not row.experts else _joined(row, parts, config, specs[row.ours].shape)
+        )
     nothing_left(rest)
     return {name: found[name] for name in specs}
 
@@ -166,7 +225,9 @@ def to_huggingface_lazily(
         for number, (name, shape) in enumerate(
             huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items()
         ):
-            found[name] = whole if row.kind == "copy" else _piece(row, whole, config, number, shape)
+            found[name] = (
+                whole if row.names == row.theirs and row.kind == "copy" else _piece(row, whole, config, number, shape)
+            )
     return found
 
 
@@ -183,10 +244,11 @@ def fitting(name: str, config: ModelConfig) -> Iterator[None]:
     """Raise an error of splitting or joining as one that names the weight."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        experts = f", or {config.moe.counts} experts" if config.moe is not None else ""
         raise CheckpointError(
             f"{name}: its shape does not fit {config.attention_heads} heads in {config.kv_heads} groups of size "
-            f"{config.head_size} ({error}): the checkpoint is of another model"
+            f"{config.head_size}{experts} ({error}): the checkpoint is of another model"
         ) from None
 
 

@@ -9,13 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.model import Activation, ModelConfig
 from megatron_specialm.convert.architectures import architecture_of, rotary_scaling
-from megatron_specialm.convert.families import fitting, nothing_left, rows
+from megatron_specialm.convert.families import EMPTY_SHARED_EXPERT, fitting, nothing_left, rows, zero_shapes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,25 +36,29 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    return _converted(tensors, config, to_theirs=True)
+    zeros = {name: torch.zeros(shape) for name, shape in zero_shapes(config).items()}
+    return {**_converted(tensors, config, to_theirs=True), **zeros}
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`; the same errors."""
-    return _converted(tensors, config, to_theirs=False)
+    """The inverse of `to_huggingface`; the same errors, and one that names a weight that is not zero and that ours has not."""
+    zeros = zero_shapes(config)
+    if used := [name for name in zeros if name in tensors and tensors[name].any()]:
+        raise CheckpointError(f"{used[0]} is not zero, and a model of ours has no such weight: it cannot be read")
+    return _converted({name: tensors[name] for name in tensors if name not in zeros}, config, to_theirs=False)
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in rows(config):
-        names, others = ((row.ours,), row.theirs) if to_theirs else (row.theirs, (row.ours,))
+        names, others = ((row.ours,), row.names) if to_theirs else (row.names, (row.ours,))
         if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
         parts = [rest.pop(name) for name in names]
         with fitting(names[0], config):
-            made = row.split(parts[0], config) if to_theirs else (row.join(parts, config),)
-        result.update(zip(others, made, strict=True))
+            made = row.split(parts[0], config) if to_theirs else [row.join(parts, config)]
+            result.update(zip(others, made, strict=True))
     nothing_left(rest)
     return result
 
@@ -80,7 +92,7 @@ def huggingface_config(
             "rms_norm_eps": config.norm_epsilon,
             "hidden_act": "silu",
         }
-        exported, rotary_before_5 = _GATED[architecture_of(config)](settings), {"rope_theta": theta}
+        exported, rotary_before_5 = _GATED[architecture_of(config)](settings, config), {"rope_theta": theta}
     else:
         settings |= {
             "layer_norm_eps": config.norm_epsilon,
@@ -96,10 +108,29 @@ def huggingface_config(
     return exported
 
 
-_GATED: dict[str, Callable[[dict[str, Any]], PretrainedConfig]] = {
-    "LlamaForCausalLM": lambda settings: LlamaConfig(**settings, attention_bias=False, mlp_bias=False),
-    "Qwen2ForCausalLM": lambda settings: Qwen2Config(**settings, use_sliding_window=False),
-    "Qwen3ForCausalLM": lambda settings: Qwen3Config(**settings, use_sliding_window=False, attention_bias=False),
+def _qwen2_moe(settings: dict[str, Any], config: ModelConfig) -> Qwen2MoeConfig:
+    moe = config.moe
+    assert moe is not None and config.export_refusal is None
+    return Qwen2MoeConfig(
+        **settings,
+        decoder_sparse_step=moe.every,
+        mlp_only_layers=[],
+        num_experts=moe.counts[0],
+        num_experts_per_tok=moe.top_k,
+        norm_topk_prob=moe.top_k > 1,
+        moe_intermediate_size=moe.ffn_hidden_size or config.ffn_hidden_size,
+        shared_expert_intermediate_size=moe.shared_expert or EMPTY_SHARED_EXPERT,
+        router_aux_loss_coef=moe.aux_loss,
+        qkv_bias=True,
+        use_sliding_window=False,
+    )
+
+
+_GATED: dict[str, Callable[[dict[str, Any], ModelConfig], PretrainedConfig]] = {
+    "LlamaForCausalLM": lambda settings, _: LlamaConfig(**settings, attention_bias=False, mlp_bias=False),
+    "Qwen2ForCausalLM": lambda settings, _: Qwen2Config(**settings, use_sliding_window=False),
+    "Qwen3ForCausalLM": lambda settings, _: Qwen3Config(**settings, use_sliding_window=False, attention_bias=False),
+    "Qwen2MoeForCausalLM": _qwen2_moe,
 }
 
 

@@ -11,7 +11,14 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.convert.architectures import CONFIG, Model, read_config, refuse_given
-from megatron_specialm.convert.families import Row, from_huggingface_lazily, huggingface_shapes, is_buffer, rows
+from megatron_specialm.convert.families import (
+    Row,
+    from_huggingface_lazily,
+    huggingface_shapes,
+    is_buffer,
+    rows,
+    zero_shapes,
+)
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
@@ -120,10 +127,12 @@ def write_folder(order: Order) -> None:
 
     def write(name: str, tensor: LazyTensor) -> None:
         row = table[name]
-        for theirs, part in zip(row.theirs, row.split(tensor[()], source.model.shape), strict=True):
+        for theirs, part in zip(row.names, row.split(tensor[()], source.model.shape), strict=True):
             files[places[theirs]].write(theirs, part)
 
     order.for_each_weight(write)
+    for name, shape in zero_shapes(source.model.shape).items():
+        files[places[name]].write(name, torch.zeros(shape))
     for file in files.values():
         file.close()
     if len(files) > 1:
@@ -141,14 +150,16 @@ def _planned(order: Order, table: Iterable[Row]) -> tuple[dict[str, SafetensorsW
     model = order.source.model
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     room = SHARD_BYTES
+    shapes = zero_shapes(model.shape)
     for row in table:
-        for name, shape in huggingface_shapes(row, model.shape, vocabulary_size=model.vocabulary_size).items():
-            size = math.prod(shape) * order.dtype.itemsize
-            if size > room and shards[-1]:
-                shards.append({})
-                room = SHARD_BYTES
-            shards[-1][name] = order.dtype, shape
-            room -= size
+        shapes |= huggingface_shapes(row, model.shape, vocabulary_size=model.vocabulary_size)
+    for name, shape in shapes.items():
+        size = math.prod(shape) * order.dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = order.dtype, shape
+        room -= size
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [_WEIGHTS]

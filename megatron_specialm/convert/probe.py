@@ -38,7 +38,9 @@ class Probe:
 
     @torch.no_grad()
     def take(self, name: str, weight: torch.Tensor) -> None:
-        """A weight in fp32. A layer is computed when the first weight after it comes."""
+        """A weight in fp32. A layer is computed when the first weight after it comes. Mixtures of experts are not."""
+        if self._config.moe is not None:
+            return
         if name == WORD_EMBEDDINGS:
             self._x_TH = weight[self.tokens].clone()
             self._output_PH = weight[self.places].clone()
@@ -54,7 +56,9 @@ class Probe:
 
     @torch.no_grad()
     def finish(self) -> torch.Tensor:
-        """(T, P) logits. All weights have been taken."""
+        """(T, P) logits, none of a mixture of experts. All weights have been taken."""
+        if self._config.moe is not None:
+            return torch.empty(0, PLACES)
         final = self._norm(self._x_TH, "final_layernorm")
         self.logits_TP = final @ self._output_PH.t()
         return self.logits_TP
