@@ -157,8 +157,8 @@ def rows(config: ModelConfig) -> list[Row]:
 
 
 def zero_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values, and
-    a shared expert. vLLM reads no file without the biases, and none with a shared expert of size 0, which Transformers would
+    """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values,
+    and a shared expert. vLLM reads no file without the biases, and none with a shared expert of size 0, which Transformers would
     report as missing."""
     found: dict[str, tuple[int, ...]] = {}
     if config.moe is None:
@@ -208,9 +208,8 @@ def from_huggingface_lazily(
                     "another model than its config"
                 )
         parts = [rest.pop(name) for name in row.names]
-        found[row.ours] = (
-            parts[0] if len(parts) == 1 and not row.experts else _joined(row, parts, config, specs[row.ours].shape)
-        )
+        is_copy = row.kind == "copy" and not row.experts
+        found[row.ours] = parts[0] if is_copy else _joined(row, parts, config, specs[row.ours].shape)
     nothing_left(rest)
     return {name: found[name] for name in specs}
 
@@ -225,9 +224,7 @@ def to_huggingface_lazily(
         for number, (name, shape) in enumerate(
             huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items()
         ):
-            found[name] = (
-                whole if row.names == row.theirs and row.kind == "copy" else _piece(row, whole, config, number, shape)
-            )
+            found[name] = whole if row.kind == "copy" and not row.experts else _piece(row, whole, config, number, shape)
     return found
 
 
