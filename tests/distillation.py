@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.files import write_json
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
@@ -36,6 +37,7 @@ TEACHER = ModelConfig(
     query_groups=4,
     tie_embeddings=False,
 )
+TEACHER_OF_EXPERTS = TEACHER.model_copy(update={"moe": MixtureOfExperts(experts=4, every=2)})
 
 
 def _model(shape: ModelConfig, case: ParityCase, *, seed: int, parallel: ParallelConfig) -> Gpt:
@@ -50,9 +52,9 @@ def _model(shape: ModelConfig, case: ParityCase, *, seed: int, parallel: Paralle
     return model
 
 
-def _teacher(case: ParityCase, parallel: ParallelConfig) -> Gpt:
+def _teacher(case: ParityCase, parallel: ParallelConfig, shape: ModelConfig = TEACHER) -> Gpt:
     """First weights make distributions nearly uniform: these are sharper, with logits that differ by 4 or so."""
-    model = _model(TEACHER, case, seed=1, parallel=parallel)
+    model = _model(shape, case, seed=1, parallel=parallel)
     for weight in model.weights():
         if weight.name == OUTPUT_LAYER:
             weight.parameter.data *= 20
@@ -81,7 +83,7 @@ def prepare(case: ParityCase, folder: Path) -> None:
         teach(teacher, store, cache, batch_size=7)
 
 
-def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> None:
+def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path, *, teacher: ModelConfig = TEACHER) -> None:
     store = TokenStore.open(folder.parent / "tokens", "train")
     with process_group(world, parallel=case.parallel):
         engine = MegatronEngine(
@@ -90,7 +92,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
             optimizer=Optimizer(learning_rate=case.learning_rate, clip_grad=case.clip_grad, epsilon=case.epsilon),
             micro_batch_size=case.micro_batch_size,
             objective=Distillation(alpha=0.6, temperature=TEMPERATURE, teacher=kind),
-            teacher=_teacher(case, case.parallel) if kind == "online" else None,
+            teacher=_teacher(case, case.parallel, teacher) if kind == "online" else None,
         )
         rank, copies = engine.data_rank, engine.data_parallel
         losses, norms, tensors, squares = [], [], {}, {}
@@ -117,6 +119,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path) -> Non
 
 
 online = partial(_measure, "online")
+online_of_experts = partial(_measure, "online", teacher=TEACHER_OF_EXPERTS)
 exact = partial(_measure, "exact")
 top_k = partial(_measure, "top-k")
 sampled = partial(_measure, "sampled")

@@ -30,7 +30,7 @@ def run_jobs(folder: Path, size: int, jobs: Sequence[Job]) -> None:
     processes = [context.Process(target=_rank, args=(folder, rank, size, jobs)) for rank in range(size)]
     for process in processes:
         process.start()
-    codes = Ranks(processes).join(200)
+    codes = Ranks(processes).join(100 + 20 * len(jobs))
     assert codes == [0] * size, "\n".join((folder / f"log-{size}-{rank}").read_text() for rank in range(size))
 
 

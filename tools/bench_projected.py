@@ -9,13 +9,11 @@ over rounds.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from gpu_check.training import drawn_on_device, engine_of, preset, random_batch, synchronize
+from gpu_check.training import drawn_on_device, engine_of, milliseconds_in_turns, preset, random_batch
 from rich.table import Table
 
 from megatron_specialm.base.terminal import console
@@ -79,22 +77,9 @@ def compare(size: Size, windows: Sequence[int], *, rounds: int, steps: int) -> I
     for count in windows:
         batch = random_batch(setup.changed({"global_batch_size": count}))
         calls = [lambda engine=engine: engine.train_step(batch, learning_rate=1e-4) for engine in engines]  # type: ignore[misc]  # noqa: B023
-        for call in calls:  # warm up
-            call()
-        taken = [[_milliseconds(call, steps) for call in calls] for _ in range(rounds)]
+        taken = list(milliseconds_in_turns(calls, rounds=rounds, steps=steps))
         plain, projected = (statistics.median(values) for values in zip(*taken, strict=True))
         yield Comparison(count, plain, projected, [with_experts / without for without, with_experts in taken])
-
-
-def _milliseconds(call: Callable[[], object], count: int) -> float:
-    # On a CPU: this process's CPU time, because others may use the cores.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    synchronize()
-    start = clock()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (clock() - start) / count * 1e3
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ordinary model of a checkpoint: one expert of a projected network, or a base with its adapters merged."""
+"""The ordinary model of a checkpoint: one of the experts that it has for clusters, or a base with its adapters merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import STATE, declare_final, find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.model.gpt import Gpt
-from megatron_specialm.model.merge import merge_lora, project
+from megatron_specialm.model.merge import merge_lora, project, take_expert
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MergedModel:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model of a checkpoint as it was trained: ordinary, with adapters, or a projected network of many experts."""
+    """The model of a checkpoint as it was trained: ordinary, with adapters, or with an expert per cluster."""
 
     step: Path
     shape: ModelConfig
@@ -66,19 +66,20 @@ class TrainedModel:
         """The ordinary model.
 
         Args:
-            mixture_K: (K,) coefficients of a projected network's experts: one-hot for a single one.
+            mixture_K: (K,) coefficients of a projected network's experts: one-hot for a single one. One-hot for an MoE that
+                routes by cluster.
 
         Raises:
-            CheckpointError: a projected network, and no mixture or one of another number of experts.
+            CheckpointError: a model with an expert per cluster, and no mixture or one of another number of experts.
         """
         weights, shape = self.weights, self.shape
-        if shape.projection is not None:
-            if mixture_K is None or len(mixture_K) != shape.projection.experts:
+        if (experts := shape.window_experts) is not None:
+            if mixture_K is None or len(mixture_K) != experts:
                 asked = "none was named" if mixture_K is None else f"a mixture of {len(mixture_K)} was asked for"
                 raise CheckpointError(
-                    f"{self.step}: a projected network of {shape.projection.experts} experts, and {asked}: say which expert"
+                    f"{self.step}: a model of {experts} experts, one per cluster, and {asked}: say which expert"
                 )
-            weights = project(weights, shape, mixture_K)
+            weights = (take_expert if shape.projection is None else project)(weights, shape, mixture_K)
         if shape.lora is not None:
             weights = merge_lora(weights, shape)
         # Progress and cost belong to the training, not to the model: a training that starts from it begins anew.
@@ -101,7 +102,7 @@ def read_merged(step: Path) -> MergedModel:
 
     Raises:
         ArtifactError: a file is missing, cut short or changed.
-        CheckpointError: it is of a projected network, which is many models.
+        CheckpointError: it has an expert per cluster, and so is many models.
     """
     return read_trained(step).merged()
 
@@ -131,7 +132,7 @@ def write_merged(model: MergedModel, folder: Path) -> Path:
 
 
 def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
-    """Write an expert of a projected network as an ordinary model; returns its step's folder.
+    """Write an expert of a model that has one per cluster as an ordinary model; returns its step's folder.
 
     Args:
         folder: of a train task that has ended.
@@ -144,10 +145,10 @@ def project_expert(folder: Path, output: Path, *, expert: int) -> Path:
     if not (folder / "result.json").is_file():
         raise CheckpointError(f"{folder}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY")
     network = read_trained(find_final(folder))
-    if network.shape.projection is None:
+    if (experts := network.shape.window_experts) is None:
         raise CheckpointError(
-            f"{network.step}: an ordinary model, not a projected network: it has no experts to project"
+            f"{network.step}: an ordinary model, without an expert per cluster: there is none to write"
         )
     if output.exists():
         raise CheckpointError(f"{output}: is there already: name a folder to make")
-    return write_merged(network.merged(one_hot(expert, experts=network.shape.projection.experts)), output)
+    return write_merged(network.merged(one_hot(expert, experts=experts)), output)

@@ -148,11 +148,13 @@ def samples(
 
 @app.command()
 def project(
-    folder: Annotated[Path, typer.Argument(help="A trained projected network: RUN/STAGE/generic.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="A trained SLM-pn or MoE by cluster: RUN/STAGE/generic.", show_default=False)
+    ],
     output: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
     expert: Annotated[int, typer.Option(help="The expert's number, from 0: that of its cluster.", show_default=False)],
 ) -> None:
-    """Write one expert of a projected network as an ordinary checkpoint."""
+    """Write one expert of a projected network, or of an MoE that routes by cluster, as an ordinary checkpoint."""
     from megatron_specialm.run.processes import ignore_expected_warnings
 
     ignore_expected_warnings()

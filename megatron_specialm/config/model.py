@@ -127,7 +127,35 @@ class ModelConfig(Settings):
     @property
     def base_config(self) -> "ModelConfig":
         """The shape of one ordinary model: one expert, adapters merged."""
-        return self.model_copy(update={"projection": None, "lora": None})
+        by_cluster = self.moe is not None and self.moe.by_cluster
+        return self.model_copy(update={"projection": None, "lora": None, "moe": None if by_cluster else self.moe})
+
+    @property
+    def window_experts(self) -> int | None:
+        """K, of a model with an expert per cluster: one expert, or a mixture of them, computes a whole window. None for
+        others."""
+        if self.projection is not None:
+            return self.projection.experts
+        return self.moe.counts[0] if self.moe is not None and self.moe.by_cluster else None
+
+    @property
+    def export_refusal(self) -> str | None:
+        """Why no architecture of Hugging Face computes this model, and what would; None if one does."""
+        moe = self.moe
+        if moe is None:
+            return None
+        if self.family == "neox":
+            return "no Hugging Face architecture has experts with LayerNorm, GELU and biases: set family: llama"
+        if moe.residual:
+            return "no Hugging Face architecture has a dense part mixed with the experts by a softmax: use moe.shared_expert"
+        if len(set(moe.counts)) > 1:
+            return f"Qwen2-MoE has equally many experts in each MoE layer, and moe.experts is {moe.experts}: give one number"
+        if moe.bias_update_rate:
+            return (
+                f"Qwen2-MoE has softmax scores, and with moe.bias_update_rate {moe.bias_update_rate} they are sigmoids: "
+                "use moe.aux_loss"
+            )
+        return None
 
     @property
     def activation_name(self) -> str:
@@ -170,7 +198,7 @@ class ModelConfig(Settings):
 
     def router_parameters(self, layer: int) -> int:
         """Weights by which a layer chooses and mixes its feed-forward networks."""
-        if self.moe is None or not self.experts_of(layer):
+        if self.moe is None or self.moe.by_cluster or not self.experts_of(layer):
             return 0
         gates = (2 if self.moe.residual else 0) + (1 if self.moe.shared_expert else 0)
         return self.hidden_size * (self.experts_of(layer) + gates)

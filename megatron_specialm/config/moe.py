@@ -1,10 +1,17 @@
 """Mixture-of-experts layers of a model. Nothing here depends on the engine that trains it (docs/moe.md)."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from megatron_specialm.config.base import Settings
+
+# What each setting is with `route: cluster`, which leaves nothing to choose or to balance. Selecting an expert must give an
+# ordinary model, so nothing stands beside the experts and they have the model's size.
+_BY_CLUSTER: dict[str, Any] = {
+    "top_k": 1, "ffn_hidden_size": None, "capacity_factor": None, "min_capacity": 4, "aux_loss": 0.0, "z_loss": 0.0,
+    "bias_update_rate": 0.0, "shared_expert": None, "residual": False,
+}  # fmt: skip
 
 
 class MixtureOfExperts(Settings):
@@ -13,6 +20,8 @@ class MixtureOfExperts(Settings):
 
     With top_k 1 the weight is the softmax probability of the chosen expert (Switch Transformer, arXiv 2101.03961); with more,
     the probabilities of the chosen experts are normalized to a sum of 1 (GShard, arXiv 2006.16668).
+
+    With `route: cluster` there is no router: an expert per cluster computes all tokens of the cluster's windows, with weight 1.
     """
 
     experts: PositiveInt | list[PositiveInt] = Field(
@@ -20,6 +29,11 @@ class MixtureOfExperts(Settings):
     )
     every: PositiveInt = Field(
         default=1, description="the last of every so many layers is an MoE layer; others are dense"
+    )
+    route: Literal["token", "cluster"] = Field(
+        default="token",
+        description="what a token's experts are chosen by: a router, or the cluster of its window, as in `data: cluster`, but "
+        "in one model that shares all other weights",
     )
     top_k: PositiveInt = Field(default=2, description="experts per token")
     ffn_hidden_size: PositiveInt | None = Field(default=None, description="of each expert; default: the model's")
@@ -43,6 +57,23 @@ class MixtureOfExperts(Settings):
         default=False, description="a dense feed-forward part beside the experts, mixed by a learned softmax (PR-MoE)"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_by_cluster(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("route") != "cluster":
+            return value
+        for name, only in _BY_CLUSTER.items():
+            if value.get(name, only) != only:
+                raise ValueError(
+                    f"{name} {value[name]} means nothing with route: cluster, which sends each window to its cluster's expert: "
+                    "drop it, or set route: token"
+                )
+        if isinstance(value.get("experts"), list):
+            raise ValueError(
+                f"experts {value['experts']}: with route: cluster an expert is a cluster's: give one number"
+            )
+        return {**value, **_BY_CLUSTER}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         fewest = min(self.counts)
@@ -56,6 +87,11 @@ class MixtureOfExperts(Settings):
     def depends_on_micro_batch(self) -> bool:
         """Whether what is learned depends on which windows are in a micro-batch together."""
         return self.aux_loss > 0 or self.capacity_factor is not None
+
+    @property
+    def by_cluster(self) -> bool:
+        """Whether the cluster of a window decides which expert computes it."""
+        return self.route == "cluster"
 
     @property
     def counts(self) -> list[int]:

@@ -131,7 +131,7 @@ class Trial(Settings):
 
 
 class SelectStage(Settings):
-    """For each domain one expert of a mixture or of a projected network, as an ordinary model.
+    """For each domain one expert of a mixture, or of a model with an expert per cluster, as an ordinary model.
 
     `by`: `frequency`, the domain's most frequent cluster; `loss`, the lowest loss on a sample of its training windows;
     `finetuned`, the lowest validation loss after all were fine-tuned; `halving`, fine-tune all briefly, keep the better
@@ -140,7 +140,7 @@ class SelectStage(Settings):
     """
 
     kind: Literal["select"]
-    experts: str = Field(description="a train stage with `data: cluster` or `projection`")
+    experts: str = Field(description="a train stage with `data: cluster`, `projection` or `moe.route: cluster`")
     tokens: str
     by: Literal["frequency", "loss", "finetuned", "halving", "histogram"] = "loss"
     sample_windows: PositiveInt = Field(default=64, description="of the domain's training set, for `loss`")

@@ -17,6 +17,7 @@ from pydantic import (
 
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.text import GENERIC
@@ -157,13 +158,19 @@ class Distillation(Settings):
     )
 
 
-class ProjectedNetwork(NamedTuple):
-    """SLM-pn: the settings of a training of one large model of many experts."""
+class ExpertNetwork(NamedTuple):
+    """The settings of a training of one large model with an expert per cluster: a projected network (SLM-pn), or an MoE that
+    routes by cluster.
+
+    experts: how many, by the setting `field`.
+    """
 
     assignment: str
-    projection: Projection
-    windows_per_expert: int
-    soup: Soup | None
+    experts: int
+    field: str
+    projection: Projection | None = None
+    windows_per_expert: int = 1
+    soup: Soup | None = None
 
 
 class TrainStage(Settings):
@@ -175,6 +182,12 @@ class TrainStage(Settings):
     data: Literal["generic", "cluster", "importance", "domain"]
     model: ModelConfig | None = Field(default=None, description="a preset's name (configs/models) or a shape")
     init: str | None = Field(default=None, description="the stage whose final weights are the first ones here")
+    upcycle: MixtureOfExperts | None = Field(
+        default=None,
+        description="with `init`: make an MoE of its dense model, each expert a copy of the feed-forward part (arXiv "
+        "2212.05055); or of the models of a mixture (`data: cluster`), whose feed-forward parts become the experts and whose "
+        "other weights are averaged (arXiv 2403.07816)",
+    )
     method: str | None = Field(default=None, description="the name in tables; default: that of `init`, or the stage's")
     steps: PositiveInt
     lora: LowRank | None = Field(default=None, description="train adapters of the linears only; merged for export")
@@ -227,9 +240,17 @@ class TrainStage(Settings):
             "give either `model` (start from random weights) or `init` (start from another stage's), not both",
         )
         yield (
+            self.model is not None
+            and self.model.moe is not None
+            and self.model.moe.by_cluster
+            and self.network is None,
+            f"`moe.route: cluster` goes with `data: generic`, and this is `data: {self.data}`: change one of them",
+        )
+        yield (
             self.lora is not None and self.init is None,
             "`lora` adapts weights that were trained before: give `init` instead of `model`",
         )
+        yield from self._contradictions_of_upcycling()
         rates = self.optimizer.rates
         yield (
             len(rates) > 1 and self.early_stopping is None,
@@ -256,14 +277,35 @@ class TrainStage(Settings):
             f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}",
         )
 
+    def _contradictions_of_upcycling(self) -> Iterator[tuple[bool, str]]:
+        moe = self.upcycle
+        if moe is None:
+            return
+        yield self.init is None, "`upcycle` makes an MoE of trained models: give `init`, or a `model` with `moe`"
+        yield self.lora is not None, "`lora` trains adapters only, and routers start at random: drop it, or `upcycle`"
+        yield (
+            self.method is None,
+            "`upcycle` makes another model than that of `init`: give `method`, its name in tables",
+        )
+        yield moe.by_cluster, "upcycle.route: cluster has no router to train: drop it, or give a `model` with `moe`"
+        yield (
+            moe.top_k == 1 and max(moe.counts) > 1,
+            "upcycle.top_k 1 scales an expert's output by its probability, so the MoE would not start as the model that it is "
+            "made of: set top_k to 2 or more",
+        )
+        yield (
+            moe.shared_expert is not None or moe.residual,
+            "upcycle.shared_expert and upcycle.residual have no weights to start from: drop them",
+        )
+
     @property
     def clustering(self) -> str | None:
         """The assign stage whose clusters it reads."""
         return None
 
     @property
-    def network(self) -> ProjectedNetwork | None:
-        """Its settings as a projected network; None for other models."""
+    def network(self) -> ExpertNetwork | None:
+        """Its settings as a model with an expert per cluster; None for other models."""
         return None
 
     @property

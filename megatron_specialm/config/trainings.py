@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from megatron_specialm.config.model import Projection
-from megatron_specialm.config.training import ProjectedNetwork, Soup, TrainStage
+from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.training import ExpertNetwork, Soup, TrainStage
 
 
 class _OfOneData(TrainStage):
@@ -64,11 +65,13 @@ class _Clustered(_OfOneData):
 
 
 class GenericTraining(_WithDomainText):
-    """On the generic set: one model for all domains, or with `domain_fraction` one per domain. With a `projection` it is an
-    SLM-pn: each window trains the expert of its cluster."""
+    """On the generic set: one model for all domains, or with `domain_fraction` one per domain. With a `projection` (SLM-pn), or
+    with an MoE that routes by cluster, each window trains the expert of its cluster."""
 
     data: Literal["generic"]
-    assignment: str | None = Field(default=None, description="SLM-pn: the assign stage that has the clusters")
+    assignment: str | None = Field(
+        default=None, description="SLM-pn, `moe.route: cluster`: the assign stage that has the clusters"
+    )
     projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
     windows_per_expert: PositiveInt | None = Field(
         default=None,
@@ -82,18 +85,40 @@ class GenericTraining(_WithDomainText):
         return self.assignment
 
     @property
-    def network(self) -> ProjectedNetwork | None:
-        if self.projection is None:
+    def network(self) -> ExpertNetwork | None:
+        if self.assignment is None:
             return None
-        assert self.assignment is not None and self.windows_per_expert is not None
-        return ProjectedNetwork(self.assignment, self.projection, self.windows_per_expert, self.soup)
+        if self._moe_by_cluster is not None:
+            return ExpertNetwork(self.assignment, self._moe_by_cluster.counts[0], "model.moe.experts")
+        assert self.projection is not None and self.windows_per_expert is not None
+        return ExpertNetwork(
+            self.assignment, self.projection.experts, "projection.experts", self.projection, self.windows_per_expert,
+            self.soup,
+        )  # fmt: skip
+
+    @property
+    def _moe_by_cluster(self) -> MixtureOfExperts | None:
+        moe = None if self.model is None else self.model.moe
+        return moe if moe is not None and moe.by_cluster else None
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        projected = self.projection is not None
+        projected, routed = self.projection is not None, self._moe_by_cluster is not None
         yield (
-            projected != (self.assignment is not None),
-            "`assignment` goes with `data: importance`, `data: cluster` and `projection`, which need it: "
-            + ("name an assign stage" if projected else "drop it"),
+            projected and self.model is not None and self.model.moe is not None,
+            "`projection` and `model.moe` both replace the feed-forward parts: drop one of them",
+        )
+        yield (
+            (projected or routed) != (self.assignment is not None),
+            "`assignment` goes with `data: importance`, `data: cluster`, `projection` and `moe.route: cluster`, which need it: "
+            + ("name an assign stage" if projected or routed else "drop it"),
+        )
+        yield (
+            routed and self.domain_fraction > 0,
+            "`domain_fraction` does not go with `moe.route: cluster`: drop one of them",
+        )
+        yield (
+            routed and self.distill is not None,
+            "`distill` does not go with `moe.route: cluster`: distill into an expert after it was selected",
         )
         yield (
             projected and self.model is None,

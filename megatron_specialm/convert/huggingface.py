@@ -1,11 +1,16 @@
-"""Canonical weights to Hugging Face Transformers and back: GPT-NeoX for the family `neox`, Llama for `llama`.
+"""Canonical weights to Hugging Face Transformers and back: GPT-NeoX for the family `neox`, Llama for `llama`, Qwen2-MoE for a
+`llama` with MoE layers.
 
-One table per family says where each weight goes; `N` stands for the layer. A row is of one of three kinds:
+One table per family says where each weight goes; `N` stands for the layer and `E` for the expert. A row is of one of these
+kinds:
 
     copy      the same tensor under another name
     qkv       linear_qkv packs, per query group, [query heads, key, value]: split into q_proj, k_proj and v_proj.
               (GPT-NeoX packs per head [query, key, value], which for one head per group is the same: a copy.)
     gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
+
+A weight of all experts of a layer is (E, ...): each expert's part is split as its row says, under names with its number.
+What the other architecture has and a model of ours has not is written as zeros, with which it computes the same.
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
@@ -20,20 +25,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, Qwen2MoeConfig
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import Activation, ModelConfig
+from megatron_specialm.model.weights import weight_specs
 
 Tensors = dict[str, torch.Tensor]
 
+EMPTY_SHARED_EXPERT = (
+    16  # the size of a shared expert of zeros; tensor parallelism over up to so many processes divides it
+)
 _ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class _Row(NamedTuple):
+    """Where a weight goes. `experts`: of a weight of all experts of a layer their number, and each has names of its own."""
+
     ours: str
     theirs: tuple[str, ...]
     kind: str = "copy"
+    experts: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all experts, in their order."""
+        if not self.experts:
+            return self.theirs
+        return tuple(name.replace(".E.", f".{expert}.") for expert in range(self.experts) for name in self.theirs)
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """Our weight as tensors under `names`."""
+        parts = tensor.unbind() if self.experts else (tensor,)
+        return [one for part in parts for one in _split(self.kind, part, config)]
+
+    def join(self, tensors: list[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """The inverse of `split`."""
+        if not self.experts:
+            return _join(self.kind, tensors, config)
+        width = len(self.theirs)
+        firsts = range(0, len(tensors), width)
+        return torch.stack([_join(self.kind, tensors[first : first + width], config) for first in firsts])
 
 
 def _copied(pairs: Mapping[str, str], *suffixes: str) -> list[_Row]:
@@ -80,6 +112,23 @@ _LLAMA = [
         tuple(f"model.layers.N.mlp.{part}_proj.weight" for part in ("gate", "up")),
         "gate_up",
     ),
+    _Row("decoder.layers.N.mlp.router.weight", ("model.layers.N.mlp.gate.weight",)),
+    _Row(
+        "decoder.layers.N.mlp.experts.linear_fc1.weight",
+        tuple(f"model.layers.N.mlp.experts.E.{part}_proj.weight" for part in ("gate", "up")),
+        "gate_up",
+    ),
+    _Row("decoder.layers.N.mlp.experts.linear_fc2.weight", ("model.layers.N.mlp.experts.E.down_proj.weight",)),
+    _Row(
+        "decoder.layers.N.mlp.shared_expert.linear_fc1.weight",
+        tuple(f"model.layers.N.mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")),
+        "gate_up",
+    ),
+    _Row(
+        "decoder.layers.N.mlp.shared_expert.linear_fc2.weight",
+        ("model.layers.N.mlp.shared_expert.down_proj.weight",),
+    ),
+    _Row("decoder.layers.N.mlp.shared_expert_gate.weight", ("model.layers.N.mlp.shared_expert_gate.weight",)),
     _Row("output_layer.weight", ("lm_head.weight",)),
 ]
 
@@ -90,25 +139,28 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    return _converted(tensors, config, to_theirs=True)
+    return {**_converted(tensors, config, to_theirs=True), **_zeros(config)}
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`; the same errors."""
-    return _converted(tensors, config, to_theirs=False)
+    """The inverse of `to_huggingface`; the same errors, and one that names a weight that is not zero and that ours has not."""
+    zeros = _zeros(config)
+    if used := [name for name in zeros if name in tensors and tensors[name].any()]:
+        raise CheckpointError(f"{used[0]} is not zero, and a model of ours has no such weight: it cannot be read")
+    return _converted({name: tensors[name] for name in tensors if name not in zeros}, config, to_theirs=False)
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
     for row in _rows(config):
-        names, others = ((row.ours,), row.theirs) if to_theirs else (row.theirs, (row.ours,))
+        names, others = ((row.ours,), row.names) if to_theirs else (row.names, (row.ours,))
         if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
         parts = [rest.pop(name) for name in names]
         with _fitting(names[0], config):
-            made = _split(row.kind, parts[0], config) if to_theirs else (_join(row.kind, parts, config),)
-        result.update(zip(others, made, strict=True))
+            made = row.split(parts[0], config) if to_theirs else [row.join(parts, config)]
+            result.update(zip(others, made, strict=True))
     if rest:
         raise CheckpointError(
             f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
@@ -139,15 +191,13 @@ def huggingface_config(
     exported: PretrainedConfig
     if config.family == "llama":
         settings |= {
-            "architectures": ["LlamaForCausalLM"],
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_size,
             "rms_norm_eps": config.norm_epsilon,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
         }
-        exported, rotary_before_5 = LlamaConfig(**settings), {"rope_theta": theta}
+        exported = _qwen2_moe(settings, config) if config.moe is not None else _llama(settings)
+        rotary_before_5 = {"rope_theta": theta}
     else:
         settings |= {
             "architectures": ["GPTNeoXForCausalLM"],
@@ -164,22 +214,58 @@ def huggingface_config(
     return exported
 
 
+def _llama(settings: dict[str, Any]) -> LlamaConfig:
+    return LlamaConfig(**settings, architectures=["LlamaForCausalLM"], attention_bias=False, mlp_bias=False)
+
+
+def _qwen2_moe(settings: dict[str, Any], config: ModelConfig) -> Qwen2MoeConfig:
+    moe = config.moe
+    assert moe is not None and config.export_refusal is None
+    return Qwen2MoeConfig(
+        **settings,
+        architectures=["Qwen2MoeForCausalLM"],
+        decoder_sparse_step=moe.every,
+        mlp_only_layers=[],
+        num_experts=moe.counts[0],
+        num_experts_per_tok=moe.top_k,
+        norm_topk_prob=moe.top_k > 1,
+        moe_intermediate_size=moe.ffn_hidden_size or config.ffn_hidden_size,
+        shared_expert_intermediate_size=moe.shared_expert or EMPTY_SHARED_EXPERT,
+        router_aux_loss_coef=moe.aux_loss,
+        qkv_bias=True,
+        use_sliding_window=False,
+    )
+
+
 def _rows(config: ModelConfig) -> list[_Row]:
-    """The family's table with a row for each layer; tied embeddings have no output layer of their own."""
+    """The rows of the family's table for the weights that the model has, for each layer."""
+    specs = weight_specs(config, vocabulary_size=1)
     rows: list[_Row] = []
     for row in _LLAMA if config.family == "llama" else _NEOX:
-        if row.ours == "output_layer.weight" and config.tie_embeddings:
-            continue
-        layers = range(config.layers) if ".N." in row.ours else [0]
-        rows += [
-            _Row(
-                row.ours.replace(".N.", f".{layer}."),
-                tuple(name.replace(".N.", f".{layer}.") for name in row.theirs),
-                row.kind,
-            )
-            for layer in layers
-        ]
+        for layer in range(config.layers) if ".N." in row.ours else [0]:
+            ours, *theirs = (name.replace(".N.", f".{layer}.") for name in (row.ours, *row.theirs))
+            if (spec := specs.get(ours)) is not None:
+                rows.append(_Row(ours, tuple(theirs), row.kind, spec.shape[0] if spec.is_expert else 0))
     return rows
+
+
+def _zeros(config: ModelConfig) -> Tensors:
+    """The weights of Qwen2-MoE that a model of ours has not: biases of queries, keys and values, which vLLM's model always has,
+    and a shared expert, which vLLM refuses in size 0 and Transformers would report as missing."""
+    found: Tensors = {}
+    if config.moe is None:
+        return found
+    heads = {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
+    hidden, size = config.hidden_size, EMPTY_SHARED_EXPERT
+    shared = {"gate_proj": (size, hidden), "up_proj": (size, hidden), "down_proj": (hidden, size)}
+    for layer in range(config.layers):
+        for part, count in heads.items():
+            found[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = torch.zeros(count * config.head_size)
+        if config.experts_of(layer) and config.moe.shared_expert is None:
+            place = f"model.layers.{layer}.mlp.shared_expert"
+            found |= {f"{place}.{part}.weight": torch.zeros(shape) for part, shape in shared.items()}
+            found[f"{place}_gate.weight"] = torch.zeros(1, hidden)
+    return found
 
 
 def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
@@ -205,10 +291,11 @@ def _join(kind: str, tensors: list[torch.Tensor], config: ModelConfig) -> torch.
 def _fitting(name: str, config: ModelConfig) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        experts = f", or {config.moe.counts} experts" if config.moe is not None else ""
         raise CheckpointError(
             f"{name}: its shape does not fit {config.attention_heads} heads in {config.kv_heads} groups of size "
-            f"{config.head_size} ({error}): the checkpoint is of another model"
+            f"{config.head_size}{experts} ({error}): the checkpoint is of another model"
         ) from None
 
 

@@ -31,7 +31,8 @@ class ModelFacts:
     each with what it read, a key of `READS` or words. `cost` is that of the last one alone, with the trials of its learning
     rates and with that of an earlier, shorter one that it went on from; `learning_rate` is None where nothing was trained,
     `learning_rates` are those tried. `set_tokens` counts the domain's training set once (the generic set's, for a model of
-    no domain); `cost.tokens` counts repeats. `validation_loss` is in nats per token.
+    no domain); `cost.tokens` counts repeats. `validation_loss` is in nats per token. Of a mixture of experts
+    `active_parameters` compute a token; of other models that is all.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelFacts:
     family: str
     activation: str
     parameters: int
+    active_parameters: int
     context_length: int
     vocabulary_size: int
     tokenizer: str
@@ -86,7 +88,7 @@ def model_card(facts: ModelFacts) -> str:
 
 # {facts.name}
 
-A small specialized language model of {facts.parameters / 1e6:.1f}M parameters (family `{facts.family}`, {facts.activation}),
+A small specialized language model of {_parameters(facts)} (family `{facts.family}`, {facts.activation}),
 made by the method `{facts.method}` of Grangier et al.,
 [Need a Small Specialized Language Model? Plan Early!](https://arxiv.org/abs/2402.01093), {_specialized(facts)}.
 
@@ -146,6 +148,11 @@ for whoever shares the model to state.
 }}
 ```
 """
+
+
+def _parameters(facts: ModelFacts) -> str:
+    of_experts = f", of which {facts.active_parameters / 1e6:.1f}M compute a token (a mixture of experts)"
+    return f"{facts.parameters / 1e6:.1f}M parameters{of_experts if facts.active_parameters < facts.parameters else ''}"
 
 
 def _specialized(facts: ModelFacts) -> str:

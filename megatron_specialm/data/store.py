@@ -27,7 +27,7 @@ from megatron_specialm.base.shapes import Count, Size
 from megatron_specialm.data.index import read_index
 
 DESCRIPTION = "store.json"
-# The extra input (B, K) float32: which mixture of a projected network's experts computes each window.
+# The extra input (B, K) float32, of a model with an expert per cluster: which expert or mixture of them computes each window.
 MIXTURE = "mixture"
 SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "windows", "tokens", "skipped")

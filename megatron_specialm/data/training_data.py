@@ -13,7 +13,7 @@ import numpy as np
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.finetuning import finetuning_recipe, with_steps
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.config.training import ProjectedNetwork, TrainStage
+from megatron_specialm.config.training import ExpertNetwork, TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
 from megatron_specialm.data.batches import ExtraInputs, Stream, Windows
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights, read_histogram, read_index
@@ -115,9 +115,9 @@ def open_held_out(tokens: str, context: Context, source: str) -> TokenStore:
 
 
 def _expert_stream(
-    stage: TrainStage, network: ProjectedNetwork, context: Context, index: ClusterIndex, *, seed: int
+    stage: TrainStage, network: ExpertNetwork, context: Context, index: ClusterIndex, *, seed: int
 ) -> ExpertStream:
-    """SLM-pn: each window with the expert of its cluster, or with a mixture of experts.
+    """Each window with the expert of its cluster, or with a mixture of experts.
 
     Raises:
         DataError: a cluster has fewer windows than an expert reads at a time.
@@ -151,8 +151,8 @@ def _extra_inputs(stage: TrainStage, context: Context) -> ExtraInputs:
 
 def _clusters(stage: TrainStage, context: Context, stores: list[TokenStore]) -> tuple[ClusterIndex, np.ndarray]:
     """The clusters, and the weight (K,) of each in the global batches. Without clusters all windows weigh the same; SLM-mix:
-    one cluster; SLM-is: the domain's histogram; SLM-pn: each cluster by its size. A second set is one more cluster, which
-    weighs `replay_fraction` or `domain_fraction`."""
+    one cluster; SLM-is: the domain's histogram; a model with an expert per cluster: each cluster by its size. A second set is
+    one more cluster, which weighs `replay_fraction` or `domain_fraction`."""
     index, weights = ClusterIndex.single(len(stores[0])), np.ones(1)
     if stage.clustering is not None:
         index = _generic_index(stage, context, windows=len(stores[0]))

@@ -6,7 +6,7 @@
 | `cluster`                     | those of them in the cluster                                                      |
 | `importance`                  | all of them, weighted so that their clusters have the frequencies of the training |
 | `domain`, `domain_fraction`   | the domain's held-out windows                                                     |
-| a projected network           | all of the generic set's, each with the expert of its cluster                     |
+| an expert per cluster         | all of the generic set's, each with the expert of its cluster                     |
 
 Shapes: V held-out windows, K clusters.
 """

@@ -6,18 +6,21 @@ import torch.distributed as dist
 from megatron_specialm.engine.protocol import GateStatistics
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.moe import moe_layers
-from megatron_specialm.model.router import SUMS
+from megatron_specialm.model.router import SUMS, Router
 
 
 class Gates:
-    """The routers of a model. Every process has those of its own layers, and counts the tokens that it routed itself."""
+    """The routers of a model, if it has some that learn. Every process has those of its own layers, and counts the tokens that
+    it routed itself."""
 
     def __init__(self, model: Gpt) -> None:
-        self._experts = {
-            layer: count for layer in range(model.config.layers) if (count := model.config.experts_of(layer))
-        }
-        self._routers = {layer: feed_forward.router for layer, feed_forward in moe_layers(model.chunks)}
         moe = model.config.moe
+        self._experts: dict[int, int] = {}
+        self._routers: dict[int, Router] = {}
+        if moe is not None and not moe.by_cluster:
+            layers = range(model.config.layers)
+            self._experts = {layer: count for layer in layers if (count := model.config.experts_of(layer))}
+            self._routers = {layer: part.router for layer, part in moe_layers(model.chunks)}  # type: ignore[misc]
         self._has_biases = moe is not None and moe.bias_update_rate > 0
 
     def begin_step(self) -> None:

@@ -109,11 +109,11 @@ class GptEngine:
         if self._teacher is not None and chunk.training:
             batch = _with_teacher_logits(self._teacher, batch)
         if (derived := self._model.derived) is None:
-            output = forward(chunk, batch.tokens, _padding(self._model, batch))
+            output = forward(chunk, batch.tokens, _routing(self._model, batch))
         else:
             bind = partial(derived.bind, number, batch.mixture)
             bind()
-            output = forward(chunk, batch.tokens, _padding(self._model, batch))
+            output = forward(chunk, batch.tokens, _routing(self._model, batch))
             if output.requires_grad:  # activations that the backward pass recomputes need the same weights
                 output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
@@ -127,8 +127,12 @@ class GptEngine:
             batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
             for start in range(0, len(batch.tokens), self._micro_batch_size):
                 part = batch.rows(slice(start, start + self._micro_batch_size))
-                mixture = mixtures.number(part.extra_inputs.get(MIXTURE))
-                found.append(self._on_device(part, mixture))
+                if self._model.derived is None:
+                    found.append(self._on_device(part))
+                else:
+                    found.append(
+                        self._on_device(part)._replace(mixture=mixtures.number(part.extra_inputs.get(MIXTURE)))
+                    )
         if self._model.derived is not None:
             self._finish_gathering()
             self._mixture_count = len(mixtures.table())
@@ -138,7 +142,7 @@ class GptEngine:
     def _finish_gathering(self) -> None:
         """Wait until all parameters are as the last step left them. All copies call this at once."""
 
-    def _on_device(self, batch: Batch, mixture: int) -> DeviceBatch:
+    def _on_device(self, batch: Batch) -> DeviceBatch:
         parts = {"tokens": batch.tokens, "targets": batch.targets, "mask": batch.mask}
         parts |= {name: value for name, value in batch.extra_inputs.items() if name != MIXTURE}
         tensors = {
@@ -147,7 +151,21 @@ class GptEngine:
         }
         tensors = get_batch_on_this_cp_rank(tensors)
         tokens, targets, mask = (tensors.pop(name) for name in ("tokens", "targets", "mask"))
-        return DeviceBatch(tokens, targets, mask, mixture, tensors)
+        return DeviceBatch(tokens, targets, mask, experts=self._experts_of(batch), extra_inputs=tensors)
+
+    def _experts_of(self, batch: Batch) -> torch.Tensor | None:
+        """The experts of a batch's windows; None for a model that does not route by cluster.
+
+        Raises:
+            TrainingError: a window that counts has no expert or several.
+        """
+        moe = self._model.config.moe
+        if moe is None or not moe.by_cluster:
+            return None
+        mixture_BE = batch.extra_inputs.get(MIXTURE, np.zeros((len(batch.mask), moe.counts[0]), np.float32))
+        if (mixture_BE[batch.mask.any(1)] == 1).sum(1).min(initial=1) < 1:
+            raise TrainingError("a window comes without its expert: an MoE that routes by cluster takes one for each")
+        return torch.from_numpy(mixture_BE == 1).to(self._model.device, non_blocking=True)
 
     def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
         """Over the copies; then from the last stage, which alone has the loss, to the others."""
@@ -245,13 +263,18 @@ def _checked(teacher: Gpt, model: Gpt, parallel: Layout) -> Gpt:
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
-    logits_BTV = forward(whole, batch.tokens, _padding(teacher, batch)).transpose(0, 1)
+    logits_BTV = forward(whole, batch.tokens, _routing(teacher, batch)).transpose(0, 1)
     return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
 
 
-def _padding(model: Gpt, batch: DeviceBatch) -> torch.Tensor | None:
-    """Of an MoE model, the tokens that no expert computes: those whose targets do not count, at the end of their windows."""
-    return None if model.config.moe is None else batch.mask == 0
+def _routing(model: Gpt, batch: DeviceBatch) -> torch.Tensor | None:
+    """What the routers of an MoE model get (`model/gpt.py`, `forward`). No expert computes the tokens whose targets do not
+    count, at the end of their windows."""
+    if model.config.moe is None:
+        return None
+    if batch.experts is None:
+        return batch.mask == 0
+    return (batch.mask != 0)[:, :, None] & batch.experts[:, None]
 
 
 def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:

@@ -20,6 +20,7 @@ class DeviceBatch(NamedTuple):
     tokens, targets: (B, T) token ids.
     mask: (B, T), 1 where a target counts.
     mixture: the number of the mixture of experts that computes it, among those of its step (`model/derived.py`).
+    experts: (B, E), of an MoE that routes by cluster: True for the expert that computes the window.
     extra_inputs: further tensors (B, T, ...) by name, as a teacher's outputs.
     """
 
@@ -27,6 +28,7 @@ class DeviceBatch(NamedTuple):
     targets: torch.Tensor
     mask: torch.Tensor
     mixture: int = 0
+    experts: torch.Tensor | None = None
     extra_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 

@@ -11,7 +11,8 @@ from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.base.packages import DEEPSPEED
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.estimate.capability import Capability, Condition, Machine, Refusal
+from megatron_specialm.estimate.capability import BOTH, Capability, Condition, Machine, Refusal
+from megatron_specialm.estimate.expert_capabilities import EXPERTS
 from megatron_specialm.estimate.machine_needs import (
     USE_BF16,
     fp8_of,
@@ -22,9 +23,6 @@ from megatron_specialm.estimate.machine_needs import (
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
 REACH = 10_000  # values that are tried for a condition to hold, the nearest first
-
-
-BOTH = ("megatron", "deepspeed")
 
 
 def _zero_stage(setup: Setup) -> int:
@@ -39,10 +37,8 @@ def _fits_tensor_parallel(model: ModelConfig | None, size: int) -> bool:
     return model is None or not (model.attention_heads % size or model.kv_heads % size or model.ffn_hidden_size % size)
 
 
-def _moe_sizes(setup: Setup) -> Iterator[int]:
-    """The feed-forward sizes of a model's MoE layers."""
-    layers = (layer for layer in range(setup.model.layers) if setup.model.experts_of(layer))
-    return (part.ffn_hidden_size for layer in layers for part in setup.model.feed_forward_parts(layer))
+def _has_derived_weights(setup: Setup) -> bool:
+    return setup.model.projection is not None or setup.model.lora is not None
 
 
 TABLE = (
@@ -138,73 +134,7 @@ TABLE = (
             ),
         ),
     ),
-    Capability(
-        "mixture of experts", lambda s: s.model.moe is not None,
-        "engine megatron with tensor_parallel: sequence_parallel too",
-        engines=BOTH,
-        conditions=(
-            Condition(
-                lambda s: (
-                    s.parallel.engine != "megatron" or s.parallel.tensor_parallel == 1 or s.parallel.sequence_parallel
-                ),
-                "moe: tensor_parallel {p.tensor_parallel} without sequence_parallel would send each token to its experts "
-                "{p.tensor_parallel} times",
-                remedy="set parallel.sequence_parallel: true",
-            ),
-            Condition(
-                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _moe_sizes(s)),
-                "tensor_parallel {p.tensor_parallel} must divide the feed-forward sizes of the experts",
-                "parallel.tensor_parallel",
-            ),
-        ),
-    ),
-    Capability(
-        "expert parallel", _size("expert_parallel"),
-        "an MoE model; divides the experts of each layer, and data_parallel x context_parallel",
-        engines=BOTH,
-        conditions=(
-            Condition(
-                lambda s: s.model.moe is not None,
-                "expert_parallel {p.expert_parallel} splits experts, and the model has no `moe`",
-                remedy="set parallel.expert_parallel: 1",
-            ),
-            Condition(
-                lambda s: s.model.moe is not None and all(n % s.parallel.expert_parallel == 0 for n in s.model.moe.counts),
-                "expert_parallel {p.expert_parallel} must divide moe.experts {s.model.moe.experts}",
-                "parallel.expert_parallel",
-            ),
-            Condition(
-                lambda s: s.expert_ranks % s.parallel.expert_parallel == 0,
-                "expert_parallel {p.expert_parallel} must divide the {s.expert_ranks} processes that have the same experts "
-                "otherwise (data_parallel {p.data_parallel} x context_parallel {p.context_parallel}; with biases, x "
-                "tensor_parallel)",
-                "parallel.expert_parallel",
-            ),
-        ),
-    ),
-    Capability(
-        "mixture of experts with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model.moe is not None,
-        "zero_stage 1 or 2; without expert_parallel 0 too; no LoRA",
-        engines=("deepspeed",),
-        conditions=(
-            Condition(
-                lambda s: _zero_stage(s) <= 2,
-                "moe with zero_stage {p.zero_stage}: DeepSpeed-MoE has no ZeRO-3",
-                "parallel.zero_stage",
-            ),
-            Condition(
-                lambda s: s.parallel.expert_parallel == 1 or _zero_stage(s) > 0,
-                "expert_parallel {p.expert_parallel} with zero_stage {p.zero_stage}: without ZeRO each process takes the norm "
-                "of its own experts",
-                "parallel.zero_stage",
-            ),
-            Condition(
-                lambda s: s.model.lora is None,
-                "LoRA on an MoE model trains no expert, and DeepSpeed's optimizer asks for some",
-                remedy="set parallel.engine: megatron",
-            ),
-        ),
-    ),
+    *EXPERTS,
     Capability("distributed optimizer", lambda s: s.parallel.engine == "megatron" and _zero_stage(s) > 0, "none"),
     Capability("overlapped communication", lambda s: getattr(s.parallel, "overlap_communication", False), "none"),
     Capability(
@@ -251,7 +181,7 @@ TABLE = (
     ),
     Capability("LoRA", lambda s: s.model.lora is not None, "none", engines=BOTH),
     Capability(
-        "projected network or LoRA with ZeRO", lambda s: s.parallel.engine == "deepspeed" and s.model != s.model.base_config,
+        "projected network or LoRA with ZeRO", lambda s: s.parallel.engine == "deepspeed" and _has_derived_weights(s),
         "fp32; LoRA: zero_stage 0 or 1; projected network: 0 to 2",
         engines=("deepspeed",),
         conditions=(
@@ -316,7 +246,7 @@ TABLE = (
                 remedy=USE_BF16,
             ),
             Condition(
-                lambda s: s.model == s.model.base_config,
+                lambda s: not _has_derived_weights(s),
                 "fp8 keeps a linear's rounded weight from micro-batch to micro-batch, and a projected network's or LoRA's "
                 "change",
                 remedy=USE_BF16,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from megatron_specialm.base.accelerator import Accelerator
 from megatron_specialm.estimate.setup import Setup
 
+BOTH = ("megatron", "deepspeed")
+
 
 @dataclass(frozen=True)
 class Refusal:

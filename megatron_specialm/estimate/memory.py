@@ -67,9 +67,11 @@ def memory_of(setup: Setup, *, fused: bool) -> Memory:
 def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     parallel, last = setup.parallel, stage == setup.parallel.pipeline_parallel - 1
     numbers = [layer for chunk in _chunks(setup, stage) for layer in chunk]
-    layers, experts = len(numbers), sum(_expert_weights(setup, layer) for layer in numbers)
+    layers = len(numbers)
     weights = _stage_weights(setup, stage, last=last)
-    trained = weights if setup.model.lora is None else layers * _adapter_weights(setup)
+    trained, experts = weights, sum(_expert_weights(setup, layer) for layer in numbers)
+    if setup.model.lora is not None:
+        trained, experts = layers * _adapter_weights(setup), 0
     derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
     frozen, kept_fp32 = _kept_in_fp32(setup, layers)
@@ -95,7 +97,8 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     return Memory(
         weights=(weights * element + (frozen + kept_fp32) * (FP32 - element))
         // (copies if parallel.zero_stage >= 3 else 1),
-        gradients=trained * FP32 // (copies if parallel.zero_stage >= 2 else 1),
+        gradients=FP32
+        * ((trained - experts) // copies + experts // expert_copies if parallel.zero_stage >= 2 else trained),
         optimizer=0 if parallel.offload_optimizer else optimizer,
         teacher=teacher * element,
         derived=derived * (element + FP32),

@@ -70,8 +70,17 @@ class Setup:
     @property
     def expert_tensor_parallel(self) -> int:
         """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
-        models = [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
-        return 1 if any(model.family == "neox" for model in models) else self.parallel.tensor_parallel
+        return 1 if any(model.family == "neox" for model in self.moe_models) else self.parallel.tensor_parallel
+
+    @property
+    def moe_models(self) -> list[ModelConfig]:
+        """Which of the model and its teacher have experts."""
+        return [model for model in (self.model, self.teacher) if model is not None and model.moe is not None]
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """The numbers of experts that their layers have."""
+        return sorted({count for model in self.moe_models if model.moe is not None for count in model.moe.counts})
 
     @property
     def expert_ranks(self) -> int:

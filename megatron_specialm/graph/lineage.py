@@ -114,7 +114,7 @@ def key_for(pipeline: Pipeline, name: str, key: str) -> str:
 
 
 def trained_clusters(pipeline: Pipeline, name: str) -> list[int]:
-    """The clusters for which a mixture or a projected network has experts."""
+    """The clusters for which a mixture, or one model with an expert per cluster, has experts."""
     stage = train_stage(pipeline, name)
     assert stage.clustering is not None
     chosen = stage.clusters if isinstance(stage, ClusterTraining) else None
@@ -131,7 +131,27 @@ def experts_of(pipeline: Pipeline, name: str) -> str | None:
     """What a stage with many experts makes, in words; None where it makes ordinary models."""
     if name in (trainings := train_stages(pipeline)) and trainings[name].data == "cluster":
         return "a mixture of experts"
-    return "a projected network" if model_of(pipeline, name).projection is not None else None
+    model = model_of(pipeline, name)
+    if model.window_experts is None:
+        return None
+    return "a projected network" if model.projection is not None else "an MoE that routes by cluster"
+
+
+def starts_from_mixture(pipeline: Pipeline, stage: TrainStage) -> bool:
+    """Whether a training makes an MoE of all models of a mixture."""
+    if stage.upcycle is None or stage.init is None:
+        return False
+    start = pipeline.stages[stage.init]
+    return isinstance(start, TrainStage) and start.data == "cluster"
+
+
+def first_models(pipeline: Pipeline, stage: TrainStage, key: str) -> list[TaskId]:
+    """The tasks whose weights the training of the model `key` starts from: one, for an MoE that is made of a mixture all of its
+    models, or none."""
+    if stage.init is None:
+        return []
+    keys = model_keys(pipeline, stage.init) if starts_from_mixture(pipeline, stage) else [key]
+    return [TaskId(stage.init, key_for(pipeline, stage.init, one)) for one in keys]
 
 
 def has_online_teacher(stage: TrainStage) -> bool:
@@ -172,10 +192,10 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
 
 def _variants(stage: TrainStage) -> int:
     """The number of mixtures of experts in a step: one per group of windows; without soups, one per cluster at most."""
-    if (network := stage.network) is None:
+    if (network := stage.network) is None or network.projection is None:
         return 0
     groups = stage.global_batch_size // network.windows_per_expert
-    return groups if network.soup else min(groups, network.projection.experts)
+    return groups if network.soup else min(groups, network.experts)
 
 
 def distinct_setups(pipeline: Pipeline, name: str | None) -> dict[str, Setup]:

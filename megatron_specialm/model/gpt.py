@@ -173,15 +173,16 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
         piece.copy_(whole[index])
 
 
-def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:
+def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
     """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
     shard without padding; other chunks return hidden states.
 
     Args:
-        padding_BT: for an MoE model, True for tokens that no expert computes. They must not precede others in a window.
+        routing: for an MoE model (B, T), True for tokens that no expert computes; they must not precede others in a window. For
+            one that routes by cluster (B, T, E), True for the expert of each token.
     """
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=padding_BT)
+    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing)
 
 
 class _Chunk(GPTModel):

@@ -1,4 +1,4 @@
-"""Ordinary weights from derived ones: an expert of a projected network, or a base merged with its adapters.
+"""Ordinary weights: an expert of a projected network or of an MoE that routes by cluster, or a base merged with its adapters.
 
 All tensors are canonical and unsharded, so this needs neither a process group nor the model.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
+from megatron_specialm.model.weights import EXPERT_CODES, EXPERTS, LINEAR_PLACES
 
 
 def project(
@@ -31,6 +31,22 @@ def project(
         elif name != EXPERT_CODES and not name.endswith("mlp.projection"):
             plain[name] = tensor
     return plain
+
+
+def take_expert(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, mixture_K: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The ordinary model of one expert of an MoE that routes by cluster.
+
+    Args:
+        weights: of the MoE.
+        mixture_K: (K,) one-hot.
+    """
+    assert config.moe is not None and config.moe.by_cluster
+    expert = int(mixture_K.argmax())
+    return {
+        name.replace(EXPERTS, "mlp"): tensor[expert] if EXPERTS in name else tensor for name, tensor in weights.items()
+    }
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:

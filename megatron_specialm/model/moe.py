@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_specialm.config.moe import MixtureOfExperts
-from megatron_specialm.model.router import Router
+from megatron_specialm.model.router import ClusterRouter, Router, router_of
 
 ROUTED = "routed"  # the attribute of `MoeFeedForward`; canonical names do not have it
 _EXPERT = re.compile(r"experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.(?:weight|bias))(\d*)")
@@ -49,10 +49,10 @@ class RoutedSettings:
 class RoutedExperts(Protocol):
     """The routed experts of a layer, a torch module. Some of the experts may lie on other processes."""
 
-    router: Router
+    router: Router | ClusterRouter
 
-    def __call__(self, hidden_TBH: torch.Tensor, padding_BT: torch.Tensor | None) -> torch.Tensor:
-        """(T, B, H) -> the weighted sum of each token's experts, (T, B, H). `padding_BT` is True for padding."""
+    def __call__(self, hidden_TBH: torch.Tensor, routing: torch.Tensor | None) -> torch.Tensor:
+        """(T, B, H) -> the weighted sum of each token's experts, (T, B, H). For `routing` see `model/gpt.py`, `forward`."""
 
     def place(self, name: str) -> tuple[str, int | None]:
         """The canonical name below `mlp.` of one of the module's parameters, and the index among all experts of the layer
@@ -89,7 +89,8 @@ class MoeFeedForward(MegatronModule):
     def forward(
         self, hidden_TBH: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, None]:
-        """(T, B, H) -> (T, B, H), and no bias that is still to be added. `padding_mask` (B, T) is True for padding."""
+        """(T, B, H) -> (T, B, H), and no bias that is still to be added. `padding_mask`, by Megatron-Core's name, is the
+        `routing` of `model/gpt.py`."""
         output = getattr(self, ROUTED)(hidden_TBH, padding_mask)
         if self._moe.shared_expert is not None:
             gate = _in_fp32(self.shared_expert_gate, hidden_TBH).sigmoid()
@@ -100,7 +101,7 @@ class MoeFeedForward(MegatronModule):
         return output.to(hidden_TBH.dtype), None
 
     @property
-    def router(self) -> Router:
+    def router(self) -> Router | ClusterRouter:
         """The router of the routed experts."""
         routed: RoutedExperts = getattr(self, ROUTED)
         return routed.router
@@ -137,8 +138,8 @@ class MegatronExperts(MoELayer):
                 module.explicit_expert_comm = True
 
     @staticmethod
-    def _router(settings: RoutedSettings, *, config: TransformerConfig, pg_collection: Any) -> Router:
-        return Router(
+    def _router(settings: RoutedSettings, *, config: TransformerConfig, pg_collection: Any) -> Router | ClusterRouter:
+        return router_of(
             settings.moe,
             experts=settings.experts,
             hidden_size=config.hidden_size,
@@ -147,9 +148,9 @@ class MegatronExperts(MoELayer):
             group=pg_collection.tp_cp,
         )
 
-    def forward(self, hidden_TBH: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_TBH: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         """See `RoutedExperts`."""
-        output, _ = super().forward(hidden_TBH, padding_mask=padding_BT)
+        output, _ = super().forward(hidden_TBH, padding_mask=routing)
         return output
 
     def place(self, name: str) -> tuple[str, int | None]:

@@ -1,7 +1,7 @@
 """The router of an MoE layer: which experts compute a token, with which weights, and the losses that balance them.
 
 The mathematics does not depend on the engine (docs/moe.md). Logits and all that follows from them are in fp32. Padding is sent
-to no expert, and counts in no loss.
+to no expert, and counts in no loss. An MoE that routes by cluster has `ClusterRouter`, which learns nothing.
 
 Legend: T positions, B sequences, N = T * B tokens of this process, E experts, K experts per token, H hidden size.
 """
@@ -9,6 +9,7 @@ Legend: T positions, B sequences, N = T * B tokens of this process, E experts, K
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -145,6 +146,25 @@ class Router(nn.Module):
         """
         assert self.expert_bias is not None
         self.expert_bias.add_((chosen_E.mean() - chosen_E).sign(), alpha=self._moe.bias_update_rate)
+
+
+class ClusterRouter(nn.Module):
+    """Sends all tokens of a window to the expert that the window comes with."""
+
+    def forward(self, _: torch.Tensor, experts_TBE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, B, E), True for a token's expert -> the weights (N, E) in fp32 of each token's experts, which are 1, and which
+        ones they are (N, E)."""
+        map_NE = experts_TBE.flatten(0, 1)
+        return map_NE.float(), map_NE
+
+
+def router_of(moe: MixtureOfExperts, **learned: Any) -> Router | ClusterRouter:
+    """The router of a layer.
+
+    Args:
+        learned: what `Router` is made with.
+    """
+    return ClusterRouter() if moe.by_cluster else Router(moe, **learned)
 
 
 @contextlib.contextmanager

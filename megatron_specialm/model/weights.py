@@ -164,7 +164,8 @@ def _with_experts(model: ModelConfig, layer: dict[str, WeightSpec], experts: int
     moe, hidden = model.moe, model.hidden_size
     found = {name: spec for name, spec in layer.items() if not name.startswith("mlp.")}
     size = moe.ffn_hidden_size or model.ffn_hidden_size
-    found[ROUTER] = WeightSpec((experts, hidden))
+    if not moe.by_cluster:
+        found[ROUTER] = WeightSpec((experts, hidden))
     if moe.bias_update_rate:
         found[EXPERT_BIAS] = WeightSpec((experts,))
     for name, spec in _feed_forward(model, size).items():

@@ -63,14 +63,18 @@ def _batch(case: ParityCase, step: int) -> Batch:
     windows = generator.integers(0, case.vocabulary_size, (rows, positions + 1))
     lengths = generator.integers(1, positions + 1, rows)
     mask = (np.arange(positions) < lengths[:, None]).astype(np.float32)
-    extra_inputs = {} if case.model.projection is None else {MIXTURE: _mixtures(case, generator)}
+    extra_inputs = {} if case.model.window_experts is None else {MIXTURE: _mixtures(case, generator)}
     return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), mask, extra_inputs)
 
 
 def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
-    """Micro-batches of single experts and of mixtures in turns, some of them used twice."""
-    assert case.model.projection is not None
-    micro_batches, experts = case.global_batch_size // case.micro_batch_size, case.model.projection.experts
+    """Micro-batches of single experts and of mixtures in turns, some of them used twice. For an MoE that routes by cluster,
+    windows of single experts."""
+    experts = case.model.window_experts
+    assert experts is not None
+    if case.model.projection is None:
+        return np.eye(experts, dtype=np.float32)[generator.integers(0, experts, case.global_batch_size)]
+    micro_batches = case.global_batch_size // case.micro_batch_size
     one_hot = np.eye(experts)[generator.integers(0, experts, micro_batches)]
     mixed = generator.dirichlet(np.ones(experts), micro_batches)
     chosen = np.where(np.arange(micro_batches)[:, None] % 2, mixed, one_hot)

@@ -44,6 +44,7 @@ class TrainingEstimate:
     Attributes:
         runs: trainings of the stage; each learning rate that is tried is one.
         parameters: of the exported model, for the vocabulary size in the config; an existing tokenizer has its own.
+        active_parameters: those of them that compute a token: fewer for a mixture of experts.
         slots: token positions of a run, padding included.
         fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
         flops: of all runs, over slots; with validations if the held-out set has been tokenized.
@@ -53,6 +54,7 @@ class TrainingEstimate:
     stage: str
     runs: int
     parameters: int
+    active_parameters: int
     trained_parameters: int
     steps: int
     slots: int
@@ -75,6 +77,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
                 stage=name,
                 runs=len(keys) * len(stage.optimizer.rates),
                 parameters=count_parameters(setup.model.base_config, setup.vocabulary_size),
+                active_parameters=count_parameters(setup.model.base_config, setup.vocabulary_size, active=True),
                 trained_parameters=count_trained_parameters(setup.model, setup.vocabulary_size),
                 steps=steps,
                 slots=steps * setup.global_batch_size * setup.context_length,
@@ -112,7 +115,7 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
         return Passes()
     batches = -(-counts["windows"]["validation"] // stage.micro_batch_size)
     if stage.network is not None:
-        batches += stage.network.projection.experts  # a batch has one expert: the last of each may not be full
+        batches += stage.network.experts  # a batch has one expert: the last of each may not be full
     times = 1 + -(-steps // stage.early_stopping.evaluate_every)
     # All data-parallel ranks make the same number of passes, a multiple of the pipeline stages: empty batches fill them up.
     together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel
@@ -152,7 +155,7 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     columns: list[Column[TrainingEstimate]] = [
         word("stage", lambda row: row.stage),
         number("runs", lambda row: str(row.runs)),
-        number("weights", lambda row: f"{row.parameters / 1e6:,.1f}M"),
+        number("weights", _weights),
         number("trained", lambda row: f"{row.trained_parameters / 1e6:,.1f}M"),
         number("steps", lambda row: f"{row.steps:,}"),
         number("slots/run", lambda row: f"{row.slots / 1e6:,.2f}M"),
@@ -163,6 +166,11 @@ def training_table(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO_PLA
     if any(row.gpu_hours is not None for row in rows):
         columns.append(number(f"GPU hours at {TYPICAL_UTILISATION:.0%} MFU", lambda row: f"{row.gpu_hours:,.2f}"))
     return Table.of(rows, columns)
+
+
+def _weights(row: TrainingEstimate) -> str:
+    active = "" if row.active_parameters == row.parameters else f" ({row.active_parameters / 1e6:,.1f}M active)"
+    return f"{row.parameters / 1e6:,.1f}M{active}"
 
 
 def _tokens(row: TrainingEstimate) -> str:

@@ -132,6 +132,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         family=shape.family,
         activation=shape.activation_name,
         parameters=count_parameters(shape, store.vocabulary_size),
+        active_parameters=count_parameters(shape, store.vocabulary_size, active=True),
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,
         tokenizer=tokenizer,

@@ -74,7 +74,7 @@ def open_model(folder: Path) -> Writer:
     Raises:
         ConfigError: the folder is neither.
         ArtifactError: a file is missing or damaged, or the tokenizer is not the model's.
-        CheckpointError: it is a projected network, which holds many models.
+        CheckpointError: it has an expert per cluster, and so holds many models.
     """
     for exported in (folder, folder / "model"):
         if _is_export(exported):

@@ -1,4 +1,4 @@
-"""Select one expert of a mixture or a projected network for a domain, as an ordinary model.
+"""Select one expert of a mixture, or of a model with an expert per cluster, for a domain, as an ordinary model.
 
 step_0000000/    result.json     the model, in the layout of a training's result
 selection.json   the choice; for each criterion its own choice, the rank of the chosen expert in its order, and its cost
@@ -108,14 +108,14 @@ _TRIED = {"finetuned": by_finetuning, "halving": by_halving}
 
 
 class _Experts:
-    """Experts as ordinary models, by key: checkpoints of a mixture, or projections of a network, which is opened once. For a
-    network, the key `histogram` is all experts mixed by the domain's histogram. `flops`: of the projections so far."""
+    """Experts as ordinary models, by key: checkpoints of a mixture, or parts of one model, which is opened once. For a
+    projected network, the key `histogram` is all experts mixed by the domain's histogram. `flops`: of projections so far."""
 
     def __init__(self, stage: SelectStage, context: Context, histogram_K: torch.Tensor) -> None:
         model = model_of(context.pipeline, stage.experts)
         self.shape, self.flops = model.base_config, 0
         self._folder = lambda key: find_final(context.artifact(stage.experts, key))
-        self._network = None if model.projection is None else read_trained(self._folder(GENERIC))
+        self._network = None if model.window_experts is None else read_trained(self._folder(GENERIC))
         self._price = 0 if model.projection is None else projection_flops(model, 1, forward_only=True)
         count = len(histogram_K)
         self._mixtures = {expert_key(cluster): one_hot(cluster, experts=count) for cluster in range(count)}

@@ -37,6 +37,7 @@ from megatron_specialm.graph.lineage import (
     assign_stage,
     cluster_count,
     cluster_of,
+    first_models,
     key_for,
     model_of,
     setup_of,
@@ -44,6 +45,8 @@ from megatron_specialm.graph.lineage import (
 )
 from megatron_specialm.graph.rates import at_rate, trial_key, trial_of
 from megatron_specialm.model.initial import first_adapters
+from megatron_specialm.model.upcycling import upcycled
+from megatron_specialm.model.weights import Sliceable
 from megatron_specialm.stages.continuing import go_on_from_earlier
 from megatron_specialm.stages.rates import choose_rate
 from megatron_specialm.train.distillation import Distillation, Teacher
@@ -85,9 +88,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     )
     with context.process_status.at_step_boundaries(), opened as engine:
         if stage.init is not None:
-            start = read_merged(find_final(_model_folder(stage.init, context)))
-            adapters = first_adapters(shape, vocabulary_size=store.vocabulary_size, seed=seed)
-            engine.load({**adapters, **start.weights}, None)
+            engine.load(_first_weights(stage, context, shape, vocabulary_size=store.vocabulary_size), None)
         rank, copies = engine.data_rank, engine.data_parallel
         control = ControlGroup.open()
         if choice is not None:
@@ -230,6 +231,18 @@ def _objective(stage: TrainStage, context: Context) -> Objective:
     if distill.cache is not None:
         kind = stage_of(context.pipeline, distill.cache, TeachStage).keep
     return Distillation(alpha=distill.alpha, temperature=distill.temperature, teacher=kind)
+
+
+def _first_weights(
+    stage: TrainStage, context: Context, shape: ModelConfig, *, vocabulary_size: int
+) -> Mapping[str, Sliceable]:
+    """The weights of the model of `init`, with first values of what it lacks; or those of an MoE made of its models."""
+    models = first_models(context.pipeline, stage, context.model_key)
+    start = [read_merged(find_final(context.artifact(*model))).weights for model in models]
+    seed = context.pipeline.seed_of_training
+    if stage.upcycle is not None:
+        return upcycled(start, shape, vocabulary_size=vocabulary_size, seed=seed)
+    return {**first_adapters(shape, vocabulary_size=vocabulary_size, seed=seed), **start[0]}
 
 
 def _teacher_weights(stage: TrainStage, context: Context) -> Mapping[str, torch.Tensor]:

@@ -76,6 +76,27 @@ def test_four_ranks_on_two_nodes_by_any_launcher(cluster: Cluster, smoke_run: Pa
 
 
 @pytest.mark.timeout(240)
+def test_experts_on_two_nodes(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> None:
+    """An MoE with EP 2 on 2 nodes x 2 ranks: both engines end with the same weights, but for rounding."""
+    model = "stages.slm.model=nano-moe"
+    layout = ["stages.slm.parallel.data_parallel=4", "stages.slm.parallel.expert_parallel=2", "stages.slm.steps=20"]
+    engines = {"megatron": [], "deepspeed": ["stages.slm.parallel.engine=deepspeed"]}
+    runs = {}
+    for engine, settings in engines.items():
+        overrides = [model, *settings, *layout, "stages.slm.micro_batch_size=4"]
+        runs[engine] = run = Run(cluster, prepared(smoke_run, tmp_path / engine, *TEXT), overrides)
+        run.submit("--only", "slm")
+    for run in runs.values():
+        assert run.wait("slm", 200) == ["COMPLETED"], run.log("slm")
+        (attempt,) = run.attempts("slm")
+        assert len(attempt.begin.nodes) == 2 and attempt.begin.ranks == 4
+    one, other = (weights(run.root / "slm/generic") for run in runs.values())
+    assert any(".experts." in name for name in one) and one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert float((tensor - other[name]).norm() / tensor.norm()) < 1e-2, name
+
+
+@pytest.mark.timeout(240)
 def test_learning_rates_are_tried_in_a_job_before_that_of_the_models(
     cluster: Cluster, smoke_run: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,9 @@ from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.objective import DeviceBatch, VocabularyShard, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model.initial import first_value
+from megatron_specialm.model.weights import weight_specs
+from megatron_specialm.train.distillation import Distillation
 from tests.jobs_in_ranks import Job, run_jobs
 from tests.training import (
     CONTEXT,
@@ -114,6 +117,7 @@ def test_so_does_the_optimizer(runs: Path, before: dict, after: dict) -> None:
         torch.testing.assert_close(other[name][:], one[name][:], rtol=0, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path, zero_stage: int) -> None:
     settings = {**SETTINGS, "steps": KILLED_STEPS, "parallel": _deepspeed(zero_stage, **DP2)}
@@ -176,6 +180,24 @@ def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], preci
     (folder / f"{world.rank}.json").write_text(json.dumps({"losses": losses, "trained": trained}))
 
 
+TEACHER = SHAPE.model_copy(update={"family": "llama", "layers": 3})
+
+
+def _distill(world: World, folder: Path, layout: dict[str, Any]) -> None:
+    """A teacher of another family beside the student."""
+    setup = Setup(SHAPE, LAYOUTS[layout["engine"]](**layout), "fp32", VOCABULARY, CONTEXT, 8, 2, teacher=TEACHER)
+    specs = weight_specs(TEACHER, vocabulary_size=VOCABULARY)
+    teacher = {name: 5 * first_value(name, spec.shape, TEACHER, seed=1) for name, spec in specs.items()}
+    with open_engine(
+        setup, world, optimizer=Optimizer(epsilon=EPSILON), initialize=lambda model: model.initialize(seed=0),
+        objective=Distillation(alpha=0.6, temperature=2.0, teacher="online"), teacher_weights=teacher,
+    ) as engine:  # fmt: skip
+        batch = MemoryStore(8).batch(np.array_split(np.arange(8), engine.data_parallel)[engine.data_rank])
+        losses = [engine.train_step(batch, learning_rate=1e-2).loss for _ in range(4)]
+    (folder / f"{world.rank}.json").write_text(json.dumps(losses))
+
+
+TAUGHT = [_deepspeed(1, **DP2), _deepspeed(3, **DP2), _deepspeed(2, **TP2)]
 ENGINES = [
     *((_deepspeed(number, **DP2), "fp32") for number in (0, 1, 2, 3)),
     *((_deepspeed(number, **DP2), "bf16") for number in (1, 3)),
@@ -189,8 +211,11 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Job(f"one-{precision}", _evaluate_and_skip, ({"engine": "megatron"}, precision))
         for precision in ("fp32", "bf16")
     ]
-    run_jobs(folder, 1, one)
-    run_jobs(folder, 2, [Job(f"{_name(of)}-{number}", _evaluate_and_skip, (of, number)) for of, number in ENGINES])
+    taught = [Job(f"taught-{_name(of)}", _distill, (of,)) for of in TAUGHT]
+    run_jobs(folder, 1, [*one, Job("taught-one", _distill, ({"engine": "megatron"},))])
+    run_jobs(
+        folder, 2, [*(Job(f"{_name(of)}-{kind}", _evaluate_and_skip, (of, kind)) for of, kind in ENGINES), *taught]
+    )
     return folder
 
 
@@ -205,3 +230,14 @@ def test_copies_evaluate_what_they_have_and_skip_together(evaluations: Path, lay
         assert tokens == counted
         assert total == pytest.approx(whole, rel=1e-5 if precision == "fp32" else 3e-3)
     assert 2 * found[0]["trained"] == expected["trained"]
+
+
+@pytest.mark.parametrize("layout", TAUGHT, ids=_name)
+def test_a_teacher_runs_beside_the_student(evaluations: Path, layout: dict) -> None:
+    expected, *found = (
+        json.loads((evaluations / name).read_text())
+        for name in ("taught-one/0.json", f"taught-{_name(layout)}/0.json", f"taught-{_name(layout)}/1.json")
+    )
+    for losses in found:
+        assert [tokens for _, tokens in losses] == [tokens for _, tokens in expected]
+        assert [total for total, _ in losses] == pytest.approx([total for total, _ in expected], rel=1e-5)

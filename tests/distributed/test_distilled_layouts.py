@@ -21,6 +21,8 @@ TP4 = {"tensor_parallel": 4}  # of 131 columns: 64, 64, 3, none
 DP2 = {"data_parallel": 2, "distributed_optimizer": True}
 TP2_DP2 = {"tensor_parallel": 2, "data_parallel": 2, "recompute": "full"}
 PP2 = {"pipeline_parallel": 2}
+EP2 = {"data_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True}
+TP2_EP2 = {**TP2, "data_parallel": 2, "expert_parallel": 2}
 
 
 def _case(layout: dict, precision: str = "fp32") -> ParityCase:
@@ -72,6 +74,11 @@ def _failed(
 )
 def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: dict) -> None:
     assert not _failed(runs.run(kind, {}), runs.run(kind, layout), layout)
+
+
+@pytest.mark.parametrize("layout", [EP2, TP2_EP2], ids=["EP2", "TP2-EP2"])
+def test_a_teacher_of_experts_is_split_by_expert_parallelism_beside_a_dense_student(runs: Runs, layout: dict) -> None:
+    assert not _failed(runs.run("online_of_experts", {}), runs.run("online_of_experts", layout), layout)
 
 
 def test_so_it_does_in_bf16(runs: Runs) -> None:

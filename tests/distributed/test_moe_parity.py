@@ -64,6 +64,16 @@ def test_an_moe_in_a_layout_equals_one_process(model: ModelConfig, moe: dict, la
     assert not [difference for difference in differences if not difference.passed]
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [(LLAMA, EP2), (NEOX, {**TP2, **EP2, "recompute": "full"}), (LLAMA, {"pipeline_parallel": 2, **EP2, **ZERO})],
+    ids=_name,
+)
+def test_an_moe_that_routes_by_cluster_equals_one_process(model: ModelConfig, layout: dict) -> None:
+    differences = compare(_case(model, {"route": "cluster", "z_loss": 0.0}, layout))
+    assert not [difference for difference in differences if not difference.passed]
+
+
 EXPERTS = r"mlp\.experts\."
 BEFORE_THE_LAST_ROUTER = r"^(?!decoder\.layers\.1\.mlp\.experts|decoder\.final_layernorm)"
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
-PARTS = ["machine", "gemm", "logits", "tests", "mfu", "fp8", "projected", "memory", "text"]
+PARTS = ["machine", "gemm", "logits", "tests", "mfu", "fp8", "projected", "moe", "memory", "text"]
 FOR_FP8 = {"gemm", "fp8", "memory", "text"}
 
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.base.environment import ALONE, World
-from megatron_specialm.base.errors import ArtifactError, CheckpointError
+from megatron_specialm.base.errors import ArtifactError, CheckpointError, ConfigError
 from megatron_specialm.base.files import verify_folder
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.schema import ExportStage, Pipeline
 from megatron_specialm.convert.huggingface import (
     from_huggingface,
@@ -48,6 +49,18 @@ SHAPES = {
     "llama": NEOX.model_copy(update={"family": "llama"}),
     "llama, grouped": NEOX.model_copy(update={"family": "llama", "query_groups": 2}),
     "llama, one group, untied": NEOX.model_copy(update={"family": "llama", "query_groups": 1, "tie_embeddings": False}),
+}
+LLAMA = SHAPES["llama, grouped"]
+EXPERTS = {
+    "top-1": MixtureOfExperts(experts=4, top_k=1),
+    "top-2, every second layer, shared expert": MixtureOfExperts(
+        experts=4, every=2, ffn_hidden_size=24, shared_expert=40, capacity_factor=1.0, aux_loss=0.02
+    ),
+    "top-3 of 6, untied": MixtureOfExperts(experts=[6, 6], top_k=3, z_loss=0.1),
+}
+SHAPES |= {
+    f"experts, {name}": LLAMA.model_copy(update={"moe": moe, "tie_embeddings": "untied" not in name})
+    for name, moe in EXPERTS.items()
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
@@ -131,6 +144,45 @@ def _one_layer(shape: ModelConfig) -> Weights:
     return {name: torch.zeros(size) for name, size in sizes.items()}
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES.values() if shape.moe], ids=EXPERTS.keys())
+def test_transformers_reads_every_weight_of_experts_and_draws_none(shape: ModelConfig, tmp_path: Path) -> None:
+    """Its report of loading is empty: what is missing from a file it would draw at random, and only say so."""
+    _, report = AutoModelForCausalLM.from_pretrained(
+        _write(tmp_path, shape, _random_weights(shape)), output_loading_info=True
+    )
+    assert not any(report.values()), report
+
+
+def test_each_expert_has_its_own_part_under_its_own_name() -> None:
+    shape = SHAPES["experts, top-1"]
+    weights = _random_weights(shape)
+    theirs = to_huggingface(weights, shape)
+    experts = "decoder.layers.1.mlp.experts"
+    gate_EFH, up_EFH = weights[f"{experts}.linear_fc1.weight"].chunk(2, dim=1)
+    for expert in range(4):
+        prefix = f"model.layers.1.mlp.experts.{expert}"
+        assert torch.equal(theirs[f"{prefix}.gate_proj.weight"], gate_EFH[expert])
+        assert torch.equal(theirs[f"{prefix}.up_proj.weight"], up_EFH[expert])
+        assert torch.equal(theirs[f"{prefix}.down_proj.weight"], weights[f"{experts}.linear_fc2.weight"][expert])
+
+
+def test_an_expert_too_few_or_too_many_and_a_bias_that_is_not_zero_are_refused() -> None:
+    shape = SHAPES["experts, top-1"]
+    weights = _random_weights(shape)
+    experts = "decoder.layers.0.mlp.experts.linear_fc2.weight"
+    with pytest.raises(CheckpointError, match=rf"{experts}: its shape does not fit .* or \[4\] experts"):
+        to_huggingface({**weights, experts: weights[experts][:3]}, shape)
+    theirs = to_huggingface(weights, shape)
+    second, fifth = (f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in (1, 4))
+    with pytest.raises(CheckpointError, match=f"{second} is missing"):
+        from_huggingface({name: tensor for name, tensor in theirs.items() if name != second}, shape)
+    with pytest.raises(CheckpointError, match=f"{fifth} has no place"):
+        from_huggingface({**theirs, fifth: theirs[second]}, shape)
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    with pytest.raises(CheckpointError, match=f"{bias} is not zero"):
+        from_huggingface({**theirs, bias: theirs[bias] + 1}, shape)
+
+
 def test_a_weight_too_few_or_too_many_is_named() -> None:
     shape = SHAPES["llama, grouped"].model_copy(update={"layers": 1})
     ours = _one_layer(shape)
@@ -160,6 +212,21 @@ def test_weights_of_other_heads_are_named() -> None:
     [
         (SHAPES["neox"], {"rotary_pct": 1.0, "rotary_emb_base": 500.0, "use_parallel_residual": False}),
         (SHAPES["llama, grouped"], {"rope_theta": 500.0, "num_key_value_heads": 2, "rms_norm_eps": 1e-2}),
+        (
+            SHAPES["experts, top-2, every second layer, shared expert"],
+            {
+                "rope_theta": 500.0,
+                "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-2,
+                "decoder_sparse_step": 2,
+                "norm_topk_prob": True,
+                "num_experts_per_tok": 2,
+                "num_experts": 4,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 40,
+                "router_aux_loss_coef": 0.02,
+            },
+        ),
     ],
 )
 def test_config_json_speaks_to_transformers_4_and_5(shape: ModelConfig, expected: dict, tmp_path: Path) -> None:
@@ -167,6 +234,34 @@ def test_config_json_speaks_to_transformers_4_and_5(shape: ModelConfig, expected
     written = json.loads((tmp_path / "config.json").read_text())
     assert {key: written[key] for key in expected} == expected
     assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"family": "neox", "query_groups": None}, "LayerNorm, GELU and biases: set family: llama"),
+        (
+            {"moe": MixtureOfExperts(experts=4, residual=True)},
+            "mixed with the experts by a softmax: use moe.shared_expert",
+        ),
+        ({"moe": MixtureOfExperts(experts=[4, 8])}, r"moe.experts is \[4, 8\]: give one number"),
+        (
+            {"moe": MixtureOfExperts(experts=4, bias_update_rate=0.01, aux_loss=0)},
+            "0.01 they are sigmoids: use moe.aux_loss",
+        ),
+    ],
+    ids=["neox", "residual", "pyramid", "sigmoid"],
+)
+def test_what_no_architecture_computes_is_refused_before_anything_trains(
+    changed: dict, reason: str, pipeline: Pipeline
+) -> None:
+    shape = LLAMA.model_copy(update={"moe": MixtureOfExperts(experts=4), **changed})
+    stages = {**pipeline.stages, "nopt": pipeline.stages["nopt"].model_copy(update={"model": shape})}
+    unfit = pipeline.model_copy(update={"stages": stages})
+    where = r"Or leave it out: its canonical weights are safetensors in .*/nopt/KEY/step_N"
+    with pytest.raises(ConfigError, match=f"stages.export.models: 'nopt' cannot be exported: .*{reason}.*{where}"):
+        build_graph(unfit)
+    assert build_graph(unfit.model_copy(update={"stages": {n: s for n, s in stages.items() if n != "export"}}))
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
@@ -127,6 +128,21 @@ def test_every_share_is_smaller() -> None:
     assert staged.weights < whole.weights / 2 and staged.activations > 0.8 * whole.activations, "1F1B keeps four"
     shared = memory_of(replace(LARGE, parallel=ParallelConfig(data_parallel=4, distributed_optimizer=True)), fused=True)
     assert shared.optimizer == whole.optimizer // 4
+
+
+def test_experts_are_split_over_the_processes_that_have_them() -> None:
+    model = LLAMA.model_copy(update={"moe": MixtureOfExperts(experts=8)})
+    split = {"data_parallel": 4, "expert_parallel": 4}
+    whole, one = (
+        memory_of(replace(LARGE, model=model, parallel=parallel), fused=True)
+        for parallel in (ParallelConfig(), DeepSpeedConfig(engine="deepspeed", zero_stage=2, **split))
+    )
+    experts = 8 * LLAMA.layers * 3 * LLAMA.hidden_size * LLAMA.ffn_hidden_size
+    assert one.weights == pytest.approx(whole.weights - 0.75 * experts * 2, rel=1e-6)
+    assert one.gradients == pytest.approx(whole.gradients / 4, rel=1e-6), "a quarter of the experts, whole"
+    assert one.optimizer == pytest.approx(whole.optimizer / 4, rel=1e-6)
+    adapted = memory_of(replace(LARGE, model=model.model_copy(update=LORA)), fused=True)
+    assert adapted.optimizer == memory_of(replace(LARGE, model=LLAMA.model_copy(update=LORA)), fused=True).optimizer
 
 
 def test_fp32_is_never_computed_by_transformer_engine() -> None:

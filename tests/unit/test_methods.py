@@ -16,6 +16,7 @@ from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of
 from megatron_specialm.graph.tasks import Task, TaskId
 
 MODEL = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4}
+GATED = {**MODEL, "moe": {"experts": 4, "route": "cluster"}}
 TRAIN: dict[str, Any] = {
     "kind": "train", "tokens": "tokens", "steps": 10, "global_batch_size": 16, "micro_batch_size": 8,
     "schedule": {"warmup_steps": 0},
@@ -33,6 +34,9 @@ STAGES: dict[str, Any] = {
         **TRAIN, "data": "generic", "assignment": "assignment", "model": MODEL,
         "projection": {"experts": 4, "capacity": 3, "code_size": 5}, "windows_per_expert": 8,
     },
+    "gated": {**TRAIN, "data": "generic", "assignment": "assignment", "model": GATED},
+    "gated-chosen": {"kind": "select", "experts": "gated", "tokens": "tokens"},
+    "gated-tuned": {**TRAIN, "data": "domain", "init": "gated-chosen"},
     "chosen": {"kind": "select", "experts": "mix", "tokens": "tokens"},
     "soup": {"kind": "select", "experts": "pn", "tokens": "tokens", "by": "histogram", "method": "pn-soup"},
     "tuned": {**TRAIN, "data": "domain", "init": "chosen"},
@@ -44,6 +48,9 @@ STAGES: dict[str, Any] = {
     "cached": {**TRAIN, "data": "domain", "init": "slm", "distill": {"teacher": "llm-tuned", "cache": "taught"}},
     "replay": {**TRAIN, "data": "domain", "init": "slm", "replay_fraction": 0.01},
     "early": {**TRAIN, "data": "generic", "model": MODEL, "domain_fraction": 0.1},
+    "moe": {**TRAIN, "data": "generic", "init": "slm", "upcycle": {"experts": 8}, "method": "moe"},
+    "moe-mix": {**TRAIN, "data": "generic", "init": "mix", "upcycle": {"experts": 4}, "method": "moe-mix"},
+    "moe-tuned": {**TRAIN, "data": "domain", "init": "moe-mix"},
     "perplexity": {"kind": "evaluate", "tokens": "tokens", "models": ["slm", "chosen", "tuned", "soup", "early"]},
 }  # fmt: skip
 
@@ -94,7 +101,10 @@ def test_what_is_selected_is_an_ordinary_model_of_its_method(tmp_path: Path) -> 
     assert model_of(pipeline, "lora").lora is not None and model_of(pipeline, "lora").base_config == model_of(
         pipeline, "llm"
     )
-    assert [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned")] == ["mix", "mix", "pn-soup"]
+    assert model_of(pipeline, "gated").moe is not None
+    assert model_of(pipeline, "gated-chosen") == model_of(pipeline, "gated-tuned") == plain
+    methods = [method_of(pipeline, name) for name in ("chosen", "tuned", "soup-tuned", "gated-tuned")]
+    assert methods == ["mix", "mix", "pn-soup", "gated"]
     assert [is_finetuned(pipeline, name) for name in ("chosen", "tuned", "mix")] == [False, True, False]
 
 
@@ -112,6 +122,22 @@ def test_a_model_says_how_it_has_read_the_domains_text(tmp_path: Path) -> None:
     assert trainings(pipeline, "early-tuned") == read and trainings(pipeline, "is-early")[0][1] == "importance+domain"
     assert trainings(pipeline, "replay")[-1] == ("replay", "domain+generic")
     assert {data for name in said for _, data in trainings(pipeline, name)} <= READS.keys()
+
+
+def test_an_moe_is_made_of_one_model_or_of_all_of_a_mixture(tmp_path: Path) -> None:
+    pipeline = _load(tmp_path)
+    graph = build_graph(pipeline)
+    models = {name: [one.key for one in task.inputs if one.stage in ("slm", "mix")] for name, task in (
+        ("moe", graph[TaskId("moe", "generic")]), ("moe-mix", graph[TaskId("moe-mix", "generic")]))}  # fmt: skip
+    assert models == {"moe": ["generic"], "moe-mix": ["c0", "c1", "c2", "c3"]}
+    assert graph[TaskId("moe-mix", "generic")].domain is None
+    assert set(_tasks(graph, "moe-tuned")) == {"law", "art"}
+    shape = model_of(pipeline, "moe-tuned")
+    assert shape.moe is not None and shape.model_copy(update={"moe": None}) == model_of(pipeline, "mix")
+    assert [method_of(pipeline, name) for name in ("moe", "moe-mix", "moe-tuned")] == ["moe", "moe-mix", "moe-mix"]
+    assert trainings(pipeline, "moe-tuned") == [("mix", "cluster"), ("moe-mix", "generic"), ("moe-tuned", "domain")]
+    some = build_graph(_load(tmp_path, mix={"clusters": [0, 3]}))  # two experts of each
+    assert [one.key for one in some[TaskId("moe-mix", "generic")].inputs if one.stage == "mix"] == ["c0", "c3"]
 
 
 def test_a_student_reads_its_teacher_and_a_cached_one_the_cache_too(tmp_path: Path) -> None:
@@ -144,6 +170,20 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("slm", {"clusters": [1]}, "`clusters` goes with `data: cluster`, and this is `data: generic`: drop it"),
         ("pn", {"projection": {"experts": 5, "capacity": 3, "code_size": 5}},
          "projection.experts: 5, and `assignment` has 4 clusters"),
+        ("gated", {"model": {**GATED, "moe": {"experts": 3, "route": "cluster"}}},
+         "model.moe.experts: 3, and `assignment` has 4 clusters"),
+        ("gated", {"model": {**GATED, "moe": {"experts": 4, "route": "cluster", "top_k": 2}}},
+         "top_k 2 means nothing with route"),
+        ("gated", {"assignment": None}, "need it: name an assign stage"),
+        ("gated", {"model": {**MODEL, "moe": {"experts": 4}}}, "need it: drop it"),
+        ("gated", {"data": "cluster"}, "`moe.route: cluster` goes with `data: generic`"),
+        ("slm", {"model": GATED, "data": "domain"}, "`moe.route: cluster` goes with `data: generic`"),
+        ("gated", {"domain_fraction": 0.1}, "`domain_fraction` does not go with `moe.route: cluster`"),
+        ("gated", {"distill": {"teacher": "slm"}}, "`distill` does not go with `moe.route: cluster`"),
+        ("gated", {"windows_per_expert": 8}, "`windows_per_expert` goes with `projection`"),
+        ("pn", {"model": {**MODEL, "moe": {"experts": 4}}}, "`projection` and `model.moe` both replace"),
+        ("tuned", {"init": "gated"}, "'gated' is an MoE that routes by cluster, not one model"),
+        ("gated-chosen", {"by": "histogram"}, "histogram mixes the codes of a projected network"),
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
         ("pn", {"windows_per_expert": 6}, "windows_per_expert 6 must be a multiple of micro_batch_size 8"),
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
@@ -155,6 +195,19 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("slm", {"soup": {}}, "`soup` goes with `projection`"),
         ("slm", {"lora": {}}, "`lora` adapts weights that were trained before"),
         ("lora", {"lora": {"linears": ["gate"]}}, "Input should be 'qkv', 'proj', 'fc1' or 'fc2'"),
+        ("slm", {"upcycle": {"experts": 2}, "method": "x"}, "`upcycle` makes an MoE of trained models: give `init`"),
+        ("moe", {"method": None}, "give `method`, its name in tables"),
+        ("moe", {"lora": {}}, "`lora` trains adapters only"),
+        ("moe", {"upcycle": {"experts": 8, "top_k": 1}}, "upcycle.top_k 1 scales an expert's output by its probability"),
+        ("moe", {"upcycle": {"experts": 4, "route": "cluster"}}, "upcycle.route: cluster has no router to train: drop it"),
+        ("moe", {"upcycle": {"experts": 8, "residual": True}}, "upcycle.residual have no weights to start from"),
+        ("moe", {"upcycle": {"experts": 8, "ffn_hidden_size": 32}},
+         "upcycle.ffn_hidden_size: 32, and the feed-forward parts of 'slm' have 64: drop it"),
+        ("moe", {"upcycle": {"experts": 8, "every": 3}}, "moe.every 3 is more than layers 2"),
+        ("moe", {"init": "moe-mix"}, "upcycle: 'moe-mix' is an MoE already: drop `upcycle`"),
+        ("moe", {"init": "pn"}, "init: 'pn' is a projected network"),
+        ("moe-mix", {"upcycle": {"experts": 6}}, "upcycle.experts: 6, and 'mix' has 4 models"),
+        ("moe-tuned", {"lora": {}}, "lora.linears fc1, fc2: the feed-forward parts of this model are experts"),
         ("tuned", {"init": "mix"}, "init: 'mix' is a mixture of experts, not one model: choose one with a stage"),
         ("tuned", {"init": "pn"}, "'pn' is a projected network, not one model"),
         ("perplexity", {"models": ["pn"]}, "'pn' is a projected network"),
@@ -209,7 +262,7 @@ def test_defaults_of_trainings_are_for_those_that_have_the_setting(tmp_path: Pat
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     defaults = {"replay_fraction": 0.25, "clusters": [0, 1], "domain_fraction": 0.5, "recipe": "paper"}
     config["defaults"] = {"train": defaults}
-    for name in ("pn", "cached"):  # with which some of these do not go
+    for name in ("pn", "cached", "gated", "gated-chosen", "gated-tuned"):  # with which some of these do not go
         del config["stages"][name]
     config["stages"]["soup"]["experts"] = "mix"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -244,7 +297,7 @@ def test_more_experts_leave_those_that_are_there_as_they_are(tmp_path: Path) -> 
     """And how many windows go through at a time decides nothing."""
     digests = []
     for clusters in ([0, 1], [0, 1, 3]):
-        pipeline = _load(tmp_path, mix={"clusters": clusters})
+        pipeline = _load(tmp_path, mix={"clusters": clusters}, **{"moe-mix": {"upcycle": {"experts": 6}}})
         task = build_graph(pipeline)[TaskId("mix", "c0")]
         digests.append(digest(pipeline, task, inputs=dict.fromkeys(task.inputs, ""), file_hashes={}))
     assert digests[0] == digests[1]

@@ -14,6 +14,7 @@ FACTS = ModelFacts(
     family="neox",
     activation="exact GELU",
     parameters=1_234_567,
+    active_parameters=1_234_567,
     context_length=128,
     vocabulary_size=4096,
     tokenizer="0123456789abcdef",
@@ -30,6 +31,12 @@ FACTS = ModelFacts(
     training_seed=8,
     digest="feed",
 )
+
+
+def test_of_a_mixture_of_experts_it_says_how_many_parameters_compute_a_token() -> None:
+    assert "of 1.2M parameters (family" in model_card(FACTS)
+    said = "of 1.2M parameters, of which 0.3M compute a token (a mixture of experts) (family"
+    assert said in model_card(replace(FACTS, active_parameters=345_678))
 
 
 def _front_matter(card: str) -> dict:

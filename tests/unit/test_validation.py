@@ -171,6 +171,9 @@ STAGES: dict[str, Any] = {
         **TRAIN, **BY_CLUSTER, "data": "generic", "projection": {"experts": 3, "capacity": 2, "code_size": 2},
         "windows_per_expert": 2,
     },
+    "moe": {
+        **TRAIN, **BY_CLUSTER, "data": "generic", "model": {**MODEL, "moe": {"experts": 3, "route": "cluster"}},
+    },
     "chosen": {
         "kind": "select", "experts": "mix", "tokens": "tokens", "by": "loss", "compare": ["finetuned"], "sample_windows": 8,
         "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
@@ -259,7 +262,9 @@ def test_each_kind_of_training_is_validated_on_its_own_text(prepared: tuple[Pipe
         assert len(held_out.ids) == len(held_out.store)
 
 
-@pytest.mark.parametrize(("stage", "key"), [("mix", "c1"), ("is", "law"), ("pn", "generic"), ("early", "law")])
+@pytest.mark.parametrize(
+    ("stage", "key"), [("mix", "c1"), ("is", "law"), ("pn", "generic"), ("moe", "generic"), ("early", "law")]
+)
 def test_the_training_validates_on_them_and_pays_for_it(prepared: tuple[Pipeline, Path], stage: str, key: str) -> None:
     config, root = prepared
     held_out, task = _held_out(prepared, stage, key), build_graph(config)[TaskId(stage, key)]
@@ -373,7 +378,7 @@ def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(pre
     held_out = TaskId("vectors", HELD_OUT), TaskId("assignment", HELD_OUT)
     assert all(graph[name].domain is None for name in held_out)
     readers = {name.stage for name, task in graph.items() if held_out[1] in task.inputs}
-    assert readers == {"mix", "is", "pn"}
+    assert readers == {"mix", "is", "pn", "moe"}
     silent = {name: {**stage, "early_stopping": None} if "steps" in stage else stage for name, stage in STAGES.items()}
     plain = Pipeline.model_validate({**config.model_dump(mode="json"), "stages": silent})
     assert not set(held_out) & set(build_graph(plain))

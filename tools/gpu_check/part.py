@@ -36,6 +36,7 @@ PARTS = {
     "mfu": Part("training steps beside Transformers with torch.compile", "speed.beside_transformers", 25, 120),
     "fp8": Part("FP8 beside bf16 on llm-771m", "speed.fp8_beside_bf16", 20, 75),
     "projected": Part("a projected network's step beside the SLM's", "projected.beside_slm", 20, 75),
+    "moe": Part("a mixture of experts' step beside the dense model's", "moe.beside_dense", 20, 75),
     "memory": Part("peak memory against the estimate", "memory.against_estimate", 15, 60),
     "text": Part("300 steps on text: fp32, bf16, FP8", "text.loss_curves", 20, 75),
 }

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -73,6 +73,28 @@ def seconds_per_call(call: Callable[[], object], *, warmup: int, repeats: int, c
         synchronize()
         seconds.append((time.perf_counter() - start) / calls)
     return statistics.median(seconds)
+
+
+def milliseconds_in_turns(
+    calls: Sequence[Callable[[], object]], *, rounds: int, steps: int
+) -> Iterator[tuple[float, ...]]:
+    """Of each round, the milliseconds of each call, the mean of several; the calls take turns. One of each is made before, to
+    warm up."""
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        yield tuple(_milliseconds(call, steps) for call in calls)
+
+
+def _milliseconds(call: Callable[[], object], count: int) -> float:
+    # On a CPU: this process's CPU time, because others may use the cores.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    synchronize()
+    start = clock()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (clock() - start) / count * 1e3
 
 
 def synchronize() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_specialm.engine.deepspeed.library import deepspeed_module
 from megatron_specialm.model.moe import RoutedSettings, feed_forward
-from megatron_specialm.model.router import Router
+from megatron_specialm.model.router import ClusterRouter, Router, router_of
 
 _EXPERT = re.compile(r"moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.network\.(.*)")
 _GATE = "moe.deepspeed_moe.gate."
@@ -39,14 +39,14 @@ class DeepSpeedExperts(nn.Module):
         self._in_fp32 = {parameter: parameter.data for parameter in self.router.parameters()}
 
     @property
-    def router(self) -> Router:
+    def router(self) -> Router | ClusterRouter:
         """See `RoutedExperts`."""
-        router: Router = self.moe.deepspeed_moe.gate.router
+        router: Router | ClusterRouter = self.moe.deepspeed_moe.gate.router
         return router
 
-    def forward(self, hidden_TBH: torch.Tensor, padding_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_TBH: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
         """See `RoutedExperts`."""
-        output_TBH, *_ = self.moe(hidden_TBH, None if padding_BT is None else padding_BT.t())
+        output_TBH, *_ = self.moe(hidden_TBH, None if routing is None else routing.transpose(0, 1))
         return output_TBH  # type: ignore[no-any-return]
 
     def set_deepspeed_parallelism(self, *_: Any) -> None:
@@ -67,7 +67,7 @@ class _Gate(nn.Module):
 
     def __init__(self, settings: RoutedSettings) -> None:
         super().__init__()
-        self.router = Router(
+        self.router = router_of(
             settings.moe,
             experts=settings.experts,
             hidden_size=settings.config.hidden_size,
@@ -80,10 +80,10 @@ class _Gate(nn.Module):
         """Called by DeepSpeed's layer."""
         self._group = group
 
-    def forward(self, hidden_NH: torch.Tensor, padding_TB: torch.Tensor | None, *_: Any) -> tuple:
+    def forward(self, hidden_NH: torch.Tensor, routing: torch.Tensor | None, *_: Any) -> tuple:
         """The auxiliary loss (none: the router has added it), slots per expert, number of experts, (K, N) expert of each choice
         (-1: none), place among the expert's tokens, weight; and tokens by expert."""
-        weights_NE, map_NE = self.router(hidden_NH[:, None], padding_TB)
+        weights_NE, map_NE = self.router(hidden_NH[:, None], routing)
         kept_NK, experts_NK = map_NE.int().topk(self._top_k)
         places_NE = map_NE.cumsum(0) - 1
         counts_E = map_NE.sum(0)

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from pydantic import ValidationError
+
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.schema import EmbedStage, Pipeline, SelectStage, TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -18,11 +21,13 @@ from megatron_specialm.graph.lineage import (
     domain_of,
     expert_key,
     experts_of,
+    first_models,
     key_for,
     model_keys,
     model_of,
     setup_of,
     stage_of,
+    starts_from_mixture,
     tokenizer_task,
     train_stage,
     trained_clusters,
@@ -66,8 +71,7 @@ class TrainKind(ModelKind[TrainStage]):
                     inputs.append(TaskId(assignment, HELD_OUT))
                 if stage.data == "cluster":
                     inputs.append(TaskId(assign_stage(pipeline, assignment).clusters, GENERIC))
-            if stage.init is not None:
-                inputs.append(TaskId(stage.init, key_for(pipeline, stage.init, key)))
+            inputs += first_models(pipeline, stage, key)
             if stage.distill is not None:
                 inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
                 if stage.distill.cache is not None:
@@ -80,8 +84,11 @@ class TrainKind(ModelKind[TrainStage]):
 
     def check(self, pipeline: Pipeline, name: str, stage: TrainStage) -> None:
         for field, other in self.named_stages(stage):
-            if self.references[field] == "model":
+            if self.references[field] == "model" and not (field == "init" and starts_from_mixture(pipeline, stage)):
                 check_model(pipeline, name, field, stage.tokens, other, keys=model_keys(pipeline, name))
+        _check_shape(name, model_of(pipeline, name))
+        if stage.upcycle is not None:
+            _check_upcycling(pipeline, name, stage, stage.upcycle)
         if stage.clustering is not None:
             _check_clusters(pipeline, name, stage, stage.clustering)
         if stage.distill is not None and stage.distill.cache is not None:
@@ -105,8 +112,8 @@ class TrainKind(ModelKind[TrainStage]):
         if stage.data == "cluster":
             return [expert_key(cluster) for cluster in trained_clusters(pipeline, name)]
         per_domain = stage.data != "generic" or stage.mixes_in_domain
-        if stage.init is not None and model_keys(pipeline, stage.init) != [GENERIC]:
-            per_domain = True
+        if stage.init is not None and not starts_from_mixture(pipeline, stage):
+            per_domain |= model_keys(pipeline, stage.init) != [GENERIC]
         return list(pipeline.text.domains) if per_domain else [GENERIC]
 
     def shape(self, pipeline: Pipeline, stage: TrainStage) -> ModelConfig:
@@ -114,7 +121,8 @@ class TrainKind(ModelKind[TrainStage]):
         if stage.model is not None:
             return stage.model.model_copy(update={"projection": stage.network and stage.network.projection})
         assert stage.init is not None
-        return model_of(pipeline, stage.init).base_config.model_copy(update={"lora": stage.lora})
+        base = model_of(pipeline, stage.init).base_config
+        return base.model_copy(update={"lora": stage.lora, "moe": stage.upcycle or base.moe})
 
     def start(self, stage: TrainStage) -> str | None:
         return stage.init
@@ -127,6 +135,35 @@ class TrainKind(ModelKind[TrainStage]):
         return f"{stage.data}+{mixed}" if stage.mixed_fraction else stage.data
 
 
+def _check_shape(name: str, shape: ModelConfig) -> None:
+    """Check the shape that follows from that of `init`, with `lora` or `upcycle`, as one that is given."""
+    try:
+        ModelConfig.model_validate(shape.model_dump())
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"stages.{name}: {reason}") from None
+
+
+def _check_upcycling(pipeline: Pipeline, name: str, stage: TrainStage, moe: MixtureOfExperts) -> None:
+    assert stage.init is not None
+    dense, where = model_of(pipeline, stage.init), f"stages.{name}.upcycle"
+    if dense.moe is not None:
+        raise ConfigError(f"{where}: {stage.init!r} is an MoE already: drop `upcycle`")
+    if moe.ffn_hidden_size not in (None, dense.ffn_hidden_size):
+        raise ConfigError(
+            f"{where}.ffn_hidden_size: {moe.ffn_hidden_size}, and the feed-forward parts of {stage.init!r} have "
+            f"{dense.ffn_hidden_size}: drop it"
+        )
+    if starts_from_mixture(pipeline, stage):
+        check_tokenizer(pipeline, name, stage.tokens, stage.init)
+        models = len(model_keys(pipeline, stage.init))
+        if wrong := [count for count in moe.counts if count % models]:
+            raise ConfigError(
+                f"{where}.experts: {wrong[0]}, and {stage.init!r} has {models} models, each of which becomes equally many "
+                f"experts: give a multiple of {models}"
+            )
+
+
 def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment: str) -> None:
     vectors = stage_of(pipeline, assign_stage(pipeline, assignment).vectors, EmbedStage)
     if vectors.tokens != stage.tokens:
@@ -135,9 +172,9 @@ def _check_clusters(pipeline: Pipeline, name: str, stage: TrainStage, assignment
             f"`{vectors.tokens}`: set them equal, or name another assign stage"
         )
     k = cluster_count(pipeline, assignment)
-    if stage.network is not None and (experts := stage.network.projection.experts) != k:
+    if (network := stage.network) is not None and network.experts != k:
         raise ConfigError(
-            f"stages.{name}.projection.experts: {experts}, and `{assignment}` has {k} clusters: "
+            f"stages.{name}.{network.field}: {network.experts}, and `{assignment}` has {k} clusters: "
             "an expert is a cluster's, so set them equal"
         )
     for cluster in trained_clusters(pipeline, name) if stage.data == "cluster" else ():
@@ -191,8 +228,8 @@ class SelectKind(ModelKind[SelectStage]):
         experts = experts_of(pipeline, stage.experts)
         if experts is None:
             raise ConfigError(
-                f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster` or "
-                "`projection`"
+                f"stages.{name}.experts: {stage.experts!r} makes one model: name a train stage with `data: cluster`, "
+                "`projection` or `moe.route: cluster`"
             )
         if stage.by == "histogram" and experts != "a projected network":
             raise ConfigError(

@@ -7,7 +7,16 @@ from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.schema import EvaluateStage, ExportStage, Pipeline, TeachStage, TokenizerStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.graph.build import check_model
-from megatron_specialm.graph.lineage import domain_of, key_for, method_of, model_keys, sources, stage_of, tokenizer_task
+from megatron_specialm.graph.lineage import (
+    domain_of,
+    key_for,
+    method_of,
+    model_keys,
+    model_of,
+    sources,
+    stage_of,
+    tokenizer_task,
+)
 from megatron_specialm.graph.stage_kind import Placement, References, StageKind, register
 from megatron_specialm.graph.tasks import Task, TaskId
 
@@ -82,3 +91,8 @@ class ExportKind(StageKind[ExportStage]):
     def check(self, pipeline: Pipeline, name: str, stage: ExportStage) -> None:
         for model in stage.models:
             check_model(pipeline, name, "models", stage.tokens, model)
+            if (refusal := model_of(pipeline, model).export_refusal) is not None:
+                raise ConfigError(
+                    f"stages.{name}.models: {model!r} cannot be exported: {refusal}. Or leave it out: its canonical weights "
+                    f"are safetensors in {pipeline.root}/{model}/KEY/step_N"
+                )
