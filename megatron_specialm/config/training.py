@@ -287,6 +287,7 @@ class TrainStage(Settings):
             self.method is None,
             "`upcycle` makes another model than that of `init`: give `method`, its name in tables",
         )
+        yield moe.by_cluster, "upcycle.route: cluster has no router to train: drop it, or give a `model` with `moe`"
         yield (
             moe.top_k == 1 and max(moe.counts) > 1,
             "upcycle.top_k 1 scales an expert's output by its probability, so the MoE would not start as the model that it is "

@@ -18,7 +18,7 @@ from megatron_specialm.convert.architectures import Model, refuse_given
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
-from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer, is_ours
 from megatron_specialm.model.merge import adapted
 from megatron_specialm.model.weights import weight_specs
@@ -110,18 +110,18 @@ def _merged(name: str, stored: Mapping[str, LazyTensor], shape: ModelConfig) -> 
     return Computed(tuple(base.shape), torch.float32, compute)
 
 
-def write_folder(order: Order) -> None:
+def write_folder(target: TargetSpec) -> None:
     """Write the folder of a training that ended at step 0: its only step, with one file of tensors.
 
     `tokenizer/` beside the step has the tokenizer's files.
     """
-    source, step = order.source, order.folder / ".step"
+    source, step = target.source, target.folder / ".step"
     step.mkdir()
-    places = {name: (order.dtype, tensor.shape) for name, tensor in source.weights.items()}
+    places = {name: (target.dtype, tensor.shape) for name, tensor in source.weights.items()}
     file = SafetensorsWriter(step / "model-00000.safetensors", places)
-    order.for_each_weight(lambda name, tensor: file.write(name, tensor[()]))
+    target.for_each_weight(lambda name, tensor: file.write(name, tensor[()]))
     file.close()
-    order.fingerprint.save(step)
+    target.fingerprint.save(step)
     state = {
         "model": source.model.shape.model_dump(mode="json"),
         "vocabulary_size": source.model.vocabulary_size,
@@ -131,7 +131,7 @@ def write_folder(order: Order) -> None:
         "converted_from": {"format": source.format, "path": str(source.path), "step": source.step},
     }
     write_json(step / STATE, state)
-    publish_folder(step, step_folder(order.folder, 0))
-    declare_final(order.folder, step=0)
+    publish_folder(step, step_folder(target.folder, 0))
+    declare_final(target.folder, step=0)
     if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, order.folder / TOKENIZER, context_length=source.model.context_length)
+        copy_tokenizer(source.tokenizer, target.folder / TOKENIZER, context_length=source.model.context_length)

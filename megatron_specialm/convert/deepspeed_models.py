@@ -12,7 +12,7 @@ from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.huggingface_folder import without_copies, write_config
 from megatron_specialm.convert.megatron_folder import OPTIMIZER, counted
 from megatron_specialm.convert.megatron_names import canonical_names, from_megatron
-from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
 
@@ -58,13 +58,13 @@ def open_folder(path: Path, given: Model | None) -> Source:
     )
 
 
-def write_folder(order: Order) -> None:
+def write_folder(target: TargetSpec) -> None:
     """Write a universal checkpoint of a Transformers model, which any ZeRO stage and number of ranks loads, with its
     config.json. Adam's moments are zeros, and all weights are in one parameter group."""
-    model, layout = order.source.model, order.layout
+    model, layout = target.source.model, target.layout
     if (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel) != (1, 1, 1):
         raise CheckpointError(f"a DeepSpeed target has no {layout}: it is loaded by any number of data-parallel ranks")
-    names = to_huggingface_lazily(order.weights, model.shape, vocabulary_size=model.vocabulary_size)
+    names = to_huggingface_lazily(target.weights, model.shape, vocabulary_size=model.vocabulary_size)
     shared = {}
     if model.shape.tie_embeddings:
         untied = {row.ours: row.theirs[0] for row in rows(model.shape.model_copy(update={"tie_embeddings": False}))}
@@ -75,14 +75,14 @@ def write_folder(order: Order) -> None:
         optimizer={},
         optimizer_step=0,
         step=0,
-        dtype=order.dtype,
+        dtype=target.dtype,
         shared=shared,
     )
-    folder = write_universal(order.folder, state)
-    write_config(model, order.folder, dtype=order.dtype)
-    if order.source.tokenizer is not None:
-        copy_tokenizer(order.source.tokenizer, order.folder, context_length=model.context_length)
-    order.fingerprint.save(folder)
+    folder = write_universal(target.folder, state)
+    write_config(model, target.folder, dtype=target.dtype)
+    if target.source.tokenizer is not None:
+        copy_tokenizer(target.source.tokenizer, target.folder, context_length=model.context_length)
+    target.fingerprint.save(folder)
 
 
 # Of torch.optim.AdamW. DeepSpeed takes a group's settings from the checkpoint.

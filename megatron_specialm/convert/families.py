@@ -158,8 +158,8 @@ def rows(config: ModelConfig) -> list[Row]:
 
 def zero_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values,
-    and a shared expert. vLLM reads no file without the biases, and none with a shared expert of size 0, which Transformers
-    would report as missing."""
+    which vLLM's model always has, and a shared expert, which vLLM refuses in size 0 and Transformers would report as
+    missing."""
     found: dict[str, tuple[int, ...]] = {}
     if config.moe is None:
         return found

@@ -15,7 +15,7 @@ from megatron_specialm.convert import (
     torch_dist,
 )
 from megatron_specialm.convert.architectures import CONFIG, Model, read_config
-from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.source import Source, TargetSpec
 
 
 class Format(NamedTuple):
@@ -37,9 +37,9 @@ FORMATS = (
 
 
 class Target(NamedTuple):
-    """How a format is written: all its files, into the order's folder. `more_bytes` of each element are written beside it."""
+    """How a format is written: all its files, into the target's folder. `more_bytes` of each element are written beside it."""
 
-    write: Callable[[Order], None]
+    write: Callable[[TargetSpec], None]
     more_bytes: int = 0
 
 

@@ -22,7 +22,7 @@ from megatron_specialm.convert.families import (
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
-from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from megatron_specialm.convert.torch_zip import read_torch_zip
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
@@ -119,18 +119,18 @@ def without_copies(
     return used, dropped
 
 
-def write_folder(order: Order) -> None:
+def write_folder(target: TargetSpec) -> None:
     """Write a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
-    folder, source = order.folder, order.source
+    folder, source = target.folder, target.source
     table = {row.ours: row for row in rows(source.model.shape)}
-    files, places = _planned(order, table.values())
+    files, places = _planned(target, table.values())
 
     def write(name: str, tensor: LazyTensor) -> None:
         row = table[name]
         for theirs, part in zip(row.names, row.split(tensor[()], source.model.shape), strict=True):
             files[places[theirs]].write(theirs, part)
 
-    order.for_each_weight(write)
+    target.for_each_weight(write)
     for name, shape in zero_shapes(source.model.shape).items():
         files[places[name]].write(name, torch.zeros(shape))
     for file in files.values():
@@ -138,32 +138,32 @@ def write_folder(order: Order) -> None:
     if len(files) > 1:
         size = sum((folder / file).stat().st_size for file in files)
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-    write_config(source.model, folder, dtype=order.dtype)
+    write_config(source.model, folder, dtype=target.dtype)
     if source.tokenizer is not None:
         copy_tokenizer(source.tokenizer, folder, context_length=source.model.context_length)
-    order.fingerprint.save(folder)
+    target.fingerprint.save(folder)
     seal_folder(folder)
 
 
-def _planned(order: Order, table: Iterable[Row]) -> tuple[dict[str, SafetensorsWriter], dict[str, str]]:
+def _planned(target: TargetSpec, table: Iterable[Row]) -> tuple[dict[str, SafetensorsWriter], dict[str, str]]:
     """The files to write by name, and of each tensor its file's name."""
-    model = order.source.model
+    model = target.source.model
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     room = SHARD_BYTES
     shapes = zero_shapes(model.shape)
     for row in table:
         shapes |= huggingface_shapes(row, model.shape, vocabulary_size=model.vocabulary_size)
     for name, shape in shapes.items():
-        size = math.prod(shape) * order.dtype.itemsize
+        size = math.prod(shape) * target.dtype.itemsize
         if size > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
-        shards[-1][name] = order.dtype, shape
+        shards[-1][name] = target.dtype, shape
         room -= size
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [_WEIGHTS]
-    files = {name: SafetensorsWriter(order.folder / name, shard) for name, shard in zip(names, shards, strict=True)}
+    files = {name: SafetensorsWriter(target.folder / name, shard) for name, shard in zip(names, shards, strict=True)}
     return files, {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
 
 

@@ -24,7 +24,7 @@ from megatron_specialm.convert.megatron_names import (
     read_settings,
     settings_of,
 )
-from megatron_specialm.convert.source import Order, Source
+from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
 from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
@@ -108,10 +108,10 @@ def open_legacy(path: Path, given: Model | None) -> Source:
     )
 
 
-def write_torch_dist(order: Order) -> None:
+def write_torch_dist(target: TargetSpec) -> None:
     """Write an iteration `release` in the form that Megatron-Core gives to models of equal layers. Any layout loads it; the
-    order's decides the embedding's padding and the settings."""
-    weights = _padded(order)
+    target's decides the embedding's padding and the settings."""
+    weights = _padded(target)
     stacks: dict[str, list[LazyTensor]] = {}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in weights.items():
@@ -120,22 +120,22 @@ def write_torch_dist(order: Order) -> None:
         else:
             tensors[megatron_name(name)] = tensor
     tensors |= {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
-    shape = order.source.model.shape
+    shape = target.source.model.shape
     objects = [
         f"decoder.layers.{place}.{EXTRA_STATE}/shard_{layer}_{shape.layers}"
         for place in LINEAR_PLACES.values()
         for layer in range(shape.layers)
     ]
-    common = {"args": argparse.Namespace(**_settings(order)), "checkpoint_version": _GROUPED_VERSION, "iteration": 0}
+    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION, "iteration": 0}
     folder = torch_dist_writing.write_torch_dist(
-        order.folder, tensors, step=None, common=common, objects=objects, files=order.threads
+        target.folder, tensors, step=None, common=common, objects=objects, files=target.threads
     )
-    _finish(order, folder)
+    _finish(target, folder)
 
 
-def write_legacy(order: Order) -> None:
+def write_legacy(target: TargetSpec) -> None:
     """Write an iteration `release` with a file per rank."""
-    weights, model, layout = _padded(order), order.source.model, order.layout
+    weights, model, layout = _padded(target), target.source.model, target.layout
     if model.shape.tie_embeddings and layout.pipeline_parallel > 1:
         weights[OUTPUT_LAYER] = weights[WORD_EMBEDDINGS]
     specs = weight_specs(model.shape, vocabulary_size=weights[WORD_EMBEDDINGS].shape[0])
@@ -149,18 +149,22 @@ def write_legacy(order: Order) -> None:
     ]
     stages = layout.pipeline_parallel
     folder = megatron_legacy_writing.write_megatron_legacy(
-        order.folder, shards, settings=_settings(order), step=None, stage_layers=[model.shape.layers // stages] * stages
+        target.folder,
+        shards,
+        settings=_settings(target),
+        step=None,
+        stage_layers=[model.shape.layers // stages] * stages,
     )
-    _finish(order, folder)
+    _finish(target, folder)
 
 
-def _padded(order: Order) -> dict[str, LazyTensor]:
+def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
     """The weights, with Megatron-LM's padding of the vocabulary.
 
     Raises:
         CheckpointError: the layout does not divide the model.
     """
-    model, layout, weights = order.source.model, order.layout, order.weights
+    model, layout, weights = target.source.model, target.layout, target.weights
     shape = model.shape
     divided = {"heads": shape.attention_heads, "query groups": shape.kv_heads, "ffn_hidden_size": shape.ffn_hidden_size}
     for what, number in divided.items():
@@ -181,19 +185,19 @@ def _padded(order: Order) -> dict[str, LazyTensor]:
     }
 
 
-def _settings(order: Order) -> dict[str, Any]:
-    layout = order.layout
+def _settings(target: TargetSpec) -> dict[str, Any]:
+    layout = target.layout
     settings = settings_of(
-        order.source.model, tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+        target.source.model, tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
     )
-    return {**settings, "params_dtype": order.dtype, "bf16": order.dtype == torch.bfloat16, "fp16": False}
+    return {**settings, "params_dtype": target.dtype, "bf16": target.dtype == torch.bfloat16, "fp16": False}
 
 
-def _finish(order: Order, folder: Path) -> None:
-    order.fingerprint.save(folder)
-    if order.source.tokenizer is not None:
+def _finish(target: TargetSpec, folder: Path) -> None:
+    target.fingerprint.save(folder)
+    if target.source.tokenizer is not None:
         copy_tokenizer(
-            order.source.tokenizer, order.folder / TOKENIZER, context_length=order.source.model.context_length
+            target.source.tokenizer, target.folder / TOKENIZER, context_length=target.source.model.context_length
         )
 
 

@@ -22,7 +22,7 @@ from megatron_specialm.base.files import fsync_path
 from megatron_specialm.convert.fingerprint import Fingerprint, compare, compare_weights, hash_tensor, make_fingerprint
 from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.probe import Probe
-from megatron_specialm.convert.source import Layout, Order, Source
+from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer, special_ids
 
 Result = TypeVar("Result")
@@ -86,7 +86,7 @@ def convert(
     temporary.mkdir()
     try:
         expected = stream(source, dtype=dtype, threads=threads)
-        TARGETS[to].write(Order(temporary, source, layout, dtype, expected, threads))
+        TARGETS[to].write(TargetSpec(temporary, source, layout, dtype, expected, threads))
         back = open_source(temporary)
         hashes = dict(_in_threads(lambda name: hash_tensor(back.weights[name][()]), back, threads))
         compare_weights(expected, back.model.computes, hashes, where=target)

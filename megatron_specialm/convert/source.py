@@ -1,4 +1,4 @@
-"""What a checkpoint of any format is to the driver: a source of canonical tensors, or an order to write them."""
+"""What a checkpoint of any format is to the driver: a source of canonical tensors, or a target."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
+class TargetSpec:
     """What a target is to write, and where.
 
     Attributes:

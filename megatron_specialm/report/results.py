@@ -113,6 +113,7 @@ def _rows(
             learning_rate=markers[model].values.get("learning_rate"),  # None of a selection, which trains nothing
             **model_cost(pipeline, graph, markers, model),
             inference_parameters=markers[name].values["parameters"],
+            inference_active_parameters=markers[name].values.get("active_parameters"),
             **_seeds(pipeline),
             model=str(model),
         )

@@ -142,7 +142,8 @@ class Costs(Entry):
     """A model's cost (`report/costs.py`), and its seeds.
 
     `total_WHAT_N` is the cost for N domains, computed if it is not given. `fill` is the fraction of real tokens in the slots of
-    all trainings; None without slots.
+    all trainings; None without slots. Of a mixture of experts `inference_active_parameters` compute a token; of other models
+    that is all, and None where an earlier version evaluated it.
     """
 
     generic_tokens: Cost
@@ -162,6 +163,7 @@ class Costs(Entry):
     fill: float | None = field(init=False)
     devices: str
     inference_parameters: int
+    inference_active_parameters: int | None = None
     seed: int
     training_seed: int | None = None
 

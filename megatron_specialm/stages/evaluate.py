@@ -35,5 +35,9 @@ def run(stage: EvaluateStage, context: Context) -> Report:
         tokens=loss.tokens,
         slots=slots,
         flops=slots * forward_flops(merged.shape, merged.vocabulary_size, merged.context_length),
-        values={"sets": results, "parameters": count_parameters(merged.shape, merged.vocabulary_size)},
+        values={
+            "sets": results,
+            "parameters": count_parameters(merged.shape, merged.vocabulary_size),
+            "active_parameters": count_parameters(merged.shape, merged.vocabulary_size, active=True),
+        },
     )

@@ -21,7 +21,7 @@ from megatron_specialm.convert import canonical_folder, huggingface_folder
 from megatron_specialm.convert.huggingface import largest_logit_difference
 from megatron_specialm.convert.model_card import ModelFacts, model_card
 from megatron_specialm.convert.run import stream
-from megatron_specialm.convert.source import Layout, Order
+from megatron_specialm.convert.source import Layout, TargetSpec
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *,
     source = canonical_folder.open_folder(step)
     ids = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     source = replace(source, model=replace(source.model, context_length=store.context_length, special_ids=ids))
-    huggingface_folder.write_folder(Order(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
+    huggingface_folder.write_folder(TargetSpec(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
     save_tokenizer(tokenizer, folder, context_length=store.context_length)
 
 

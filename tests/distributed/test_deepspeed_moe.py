@@ -27,9 +27,12 @@ from megatron_specialm.config.parallel import LAYOUTS, DeepSpeedConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model.initial import first_weight
+from megatron_specialm.model.weights import weight_specs
 from megatron_specialm.parity.case import ParityCase, parity_case
 from megatron_specialm.parity.compare import Difference, differences_of, read_outcome
 from megatron_specialm.parity.rank import measure
+from megatron_specialm.train.distillation import Distillation
 from tests.jobs_in_ranks import Job, run_jobs
 from tests.training import (
     CONTEXT,
@@ -395,14 +398,42 @@ def _check_groups(layout: dict[str, Any]) -> None:
         assert dist.get_process_group_ranks(own) == next(part for part in ranks if rank in part)
 
 
-def test_copies_evaluate_what_they_have(tmp_path: Path) -> None:
-    layout = _deepspeed(2, **DP2, **TP2, **EP2)
-    run_jobs(tmp_path, 1, [Job("one", _evaluate, ({"engine": "megatron"}, "bf16"))])
-    run_jobs(tmp_path, 4, [Job("four", _evaluate, (layout, "bf16"))])
-    one, *four = (
-        json.loads((tmp_path / name).read_text()) for name in ("one/0.json", *(f"four/{n}.json" for n in range(4)))
-    )
-    assert all(found == four[0] for found in four), "one loss for all processes"
-    for (total, tokens), (whole, counted) in zip(four[0], one, strict=True):
+def _learn(world: World, folder: Path, layout: dict[str, Any]) -> None:
+    """A dense student, with an MoE teacher beside it."""
+    setup = Setup(SHAPE, LAYOUTS[layout["engine"]](**layout), "fp32", VOCABULARY, CONTEXT, 8, 2, teacher=SMALL)
+    specs = weight_specs(SMALL, vocabulary_size=VOCABULARY)
+    with open_engine(
+        setup, world, optimizer=Optimizer(epsilon=EPSILON), initialize=lambda model: model.initialize(seed=0),
+        objective=Distillation(alpha=0.9, temperature=1.0, teacher="online"),
+        teacher_weights={name: 10 * first_weight(name, spec, SMALL, seed=1)[...] for name, spec in specs.items()},
+    ) as engine:  # fmt: skip
+        own = MemoryStore(8).batch(np.array_split(np.arange(8), engine.data_parallel)[engine.data_rank])
+        losses = [engine.train_step(own, learning_rate=1e-2).loss.mean for _ in range(4)]
+    (folder / f"{world.rank}.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process of the Megatron engine and four of DeepSpeed's give."""
+    folder = tmp_path_factory.mktemp("beside")
+    for size, layout in ((1, {"engine": "megatron"}), (4, _deepspeed(2, **DP2, **TP2, **EP2))):
+        jobs = [Job(f"evaluate-{size}", _evaluate, (layout, "bf16")), Job(f"learn-{size}", _learn, (layout,))]
+        run_jobs(folder, size, jobs)
+    return folder
+
+
+def _said(folder: Path) -> list[Any]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert all(one == found[0] for one in found), "the same by all processes"
+    return found[0]  # type: ignore[no-any-return]
+
+
+def test_copies_evaluate_what_they_have(beside: Path) -> None:
+    one, four = _said(beside / "evaluate-1"), _said(beside / "evaluate-4")
+    for (total, tokens), (whole, counted) in zip(four, one, strict=True):
         assert tokens == counted
         assert total == pytest.approx(whole, rel=1e-2)
+
+
+def test_an_moe_teaches_a_dense_student_beside_it(beside: Path) -> None:
+    assert _said(beside / "learn-4") == pytest.approx(_said(beside / "learn-1"), rel=1e-5)

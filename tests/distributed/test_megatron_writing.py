@@ -23,7 +23,7 @@ def test_megatron_core_loads_what_was_written(
     """In files of parts that no rank has, every rank finds its own."""
     monkeypatch.setattr("megatron_specialm.convert.torch_zip_writing.SLICE_BYTES", 5000)
     source = open_torch_dist(megatron_saved / "stacked")
-    common = {"args": argparse.Namespace(**source.settings), "iteration": STEP, "checkpoint_version": 3.0}
+    common = {**source.common, "args": argparse.Namespace(**source.settings)}
     write_torch_dist(
         tmp_path / "written",
         source.tensors,
@@ -48,6 +48,13 @@ def test_megatron_core_loads_what_was_written(
         for stage in range(2):
             rank = megatron_saved / "legacy" / f"iter_{STEP:07d}" / f"mp_rank_{tensor:02d}_{stage:03d}"
             own = torch.load(rank / "model_optim_rng.pt", weights_only=False)["model"]
+            moments = torch.load(tmp_path / f"optimizer-{tensor}-{stage}.pt", weights_only=False)["state"]
+            expected = torch.load(rank / "model_optim_rng.pt", weights_only=False)["optimizer"]["state"]
+            assert set(moments) == set(expected) and len(moments) > 10
+            for parameter, state in expected.items():
+                assert all(
+                    torch.equal(moments[parameter][name], state[name]) for name in ("exp_avg", "exp_avg_sq", "step")
+                )
             for form in ("loaded", "loaded-legacy"):
                 loaded = load_file(tmp_path / f"{form}-{tensor}-{stage}.safetensors")
                 assert {name for name, one in own.items() if one is not None} == set(loaded)

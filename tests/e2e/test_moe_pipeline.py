@@ -95,6 +95,8 @@ def test_what_an_moe_was_made_of_is_in_the_ledger_and_on_its_card(folder: Path) 
     assert "`branches`: the generic text of one cluster" in card and "`mixed`: the generic text" in card
     rows = read_json(folder / "run" / "results.json", dict[str, Any])
     assert {"moe", "upcycled", "mixed", "student", "pupil"} <= {row["method"] for row in rows["rows"]}
+    sizes = {row["method"]: (row["inference_parameters"], row["inference_active_parameters"]) for row in rows["rows"]}
+    assert sizes["dense"][0] == sizes["dense"][1] < sizes["moe"][1] < sizes["moe"][0]  # active: also its routers
 
 
 VLLM = """

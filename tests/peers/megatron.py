@@ -10,8 +10,8 @@ form that megatron-core and Megatron-LM have, or loaded from what the tests wrot
     truth.safetensors, truth-moe.safetensors    full tensors that megatron-core itself reads from the stacked form
 
 `load` has megatron-core read FOLDER/written and every rank its file of FOLDER/written-legacy. It writes what each rank's
-modules then hold to FOLDER/loaded-TP-PP.safetensors and loaded-legacy-TP-PP.safetensors, and whole tensors to
-plain.safetensors.
+modules then hold to FOLDER/loaded-TP-PP.safetensors and loaded-legacy-TP-PP.safetensors, its optimizer's state to
+optimizer-TP-PP.pt, and whole tensors to plain.safetensors.
 """
 
 import argparse
@@ -76,18 +76,24 @@ def build_model(**experts: Any) -> torch.nn.Module:
     )
 
 
-def _save(folder: Path) -> None:
+def _optimizer(model: torch.nn.Module) -> Any:
+    """Adam, as Megatron-LM's training has it without the distributed optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.enums import AttnBackend
 
     from megatron_specialm.model.cpu import cuda_type_names
 
-    torch.manual_seed(dist.get_rank())
-    model = build_model()
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01, clip_grad=0.0), [wrapped])
+        return get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01, clip_grad=0.0), [wrapped])
+
+
+def _save(folder: Path) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    torch.manual_seed(dist.get_rank())
+    model = build_model()
+    optimizer = _optimizer(model)
     for parameter in model.parameters():
         parameter.main_grad.copy_(
             torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
@@ -173,8 +179,13 @@ def _load(folder: Path) -> None:
     tensor, stage = _coordinates()
     place = str(folder / "written" / f"iter_{STEP:07d}")
     model = build_model()
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, place)
+    optimizer = _optimizer(model)
+    weights = model.sharded_state_dict()
+    moments = optimizer.sharded_state_dict(weights, is_loading=True)
+    loaded = dist_checkpointing.load({"model": weights, "optimizer": moments}, place)
     model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    torch.save(optimizer.state_dict(), folder / f"optimizer-{tensor}-{stage}.pt")
     save_file(_tensors(model), folder / f"loaded-{tensor}-{stage}.safetensors")
     whole = dist_checkpointing.load_plain_tensors(place)
     if dist.get_rank() == 0:

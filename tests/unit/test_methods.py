@@ -199,6 +199,7 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("moe", {"method": None}, "give `method`, its name in tables"),
         ("moe", {"lora": {}}, "`lora` trains adapters only"),
         ("moe", {"upcycle": {"experts": 8, "top_k": 1}}, "upcycle.top_k 1 scales an expert's output by its probability"),
+        ("moe", {"upcycle": {"experts": 4, "route": "cluster"}}, "upcycle.route: cluster has no router to train: drop it"),
         ("moe", {"upcycle": {"experts": 8, "residual": True}}, "upcycle.residual have no weights to start from"),
         ("moe", {"upcycle": {"experts": 8, "ffn_hidden_size": 32}},
          "upcycle.ffn_hidden_size: 32, and the feed-forward parts of 'slm' have 64: drop it"),

@@ -244,6 +244,7 @@ STILL_GOOD = {
         ("ids.bin", "zeros"),
         ("nodes.json", "an empty mapping"),
         ("rows.csv", "its last byte cut"),
+        ("pipeline.yaml", "cut"),  # where it ends between two settings
     ),
     *((name, damage) for name in ("log_probabilities.bin", "tail.bin") for damage in ("zeros", "noise")),
 }

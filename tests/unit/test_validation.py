@@ -378,7 +378,7 @@ def test_held_out_windows_have_tasks_of_their_own_only_where_a_training_asks(pre
     held_out = TaskId("vectors", HELD_OUT), TaskId("assignment", HELD_OUT)
     assert all(graph[name].domain is None for name in held_out)
     readers = {name.stage for name, task in graph.items() if held_out[1] in task.inputs}
-    assert readers == {"mix", "is", "pn"}
+    assert readers == {"mix", "is", "pn", "moe"}
     silent = {name: {**stage, "early_stopping": None} if "steps" in stage else stage for name, stage in STAGES.items()}
     plain = Pipeline.model_validate({**config.model_dump(mode="json"), "stages": silent})
     assert not set(held_out) & set(build_graph(plain))
