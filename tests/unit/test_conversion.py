@@ -15,12 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, MachineError, SpecialmError
-from megatron_specialm.base.files import MANIFEST, write_json
+from megatron_specialm.base.files import MANIFEST, sha256_json, write_json
 from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.cli.app import app
 from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert import huggingface_folder
@@ -30,6 +32,7 @@ from megatron_specialm.convert.fingerprint import FINGERPRINT, read_fingerprint
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.run import convert, stream
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora
 from megatron_specialm.model.weights import weight_specs
@@ -345,6 +348,26 @@ def test_a_tokenizer_goes_along_through_every_format(sources: dict[str, Path], t
     assert (model.config.bos_token_id, model.config.eos_token_id) == (5, 7), (
         "Megatron keeps none: the tokenizer says them"
     )
+
+
+def test_a_run_knows_the_tokenizer_of_its_training(tmp_path: Path) -> None:
+    """It is exported as an `export` stage does: Transformers begins a text with the end-of-document token."""
+    root = tmp_path / "run"
+    made = begin_artifact(root, "tokenizer", "generic", digest="t" * 64)
+    texts = [f"Once upon a time there was a model, number {number}." for number in range(200)]
+    ours = train_sentencepiece(texts, made, vocabulary_size=300, algorithm="bpe", sample_characters=100_000)
+    shape = ModelConfig(family="llama", layers=1, hidden_size=32, ffn_hidden_size=48, attention_heads=4)
+    size = ours.vocabulary_size
+    made_from = {"inputs": {"tokens/generic": "s" * 64, "tokenizer/generic": "t" * 64}}
+    training = begin_artifact(root, "slm", "generic", digest=sha256_json(made_from), made_from=made_from)
+    weights = {name: torch.randn(spec.shape) for name, spec in weight_specs(shape, vocabulary_size=size).items()}
+    state = {"model": shape.model_dump(mode="json"), "vocabulary_size": size, "context_length": 16, "tokenizer": "t"}
+    save_checkpoint(training, step=3, weights=weights, optimizer_state={}, state=state)
+    declare_final(training, step=3)
+    convert(training, tmp_path / "theirs", to="huggingface")
+    loaded, config = (kind.from_pretrained(tmp_path / "theirs") for kind in (AutoTokenizer, AutoConfig))
+    assert loaded("Once").input_ids == [ours.eod, *ours.encode(["Once"])[0].tolist()]
+    assert config.bos_token_id == config.eos_token_id == ours.eod and loaded.model_max_length == 16
 
 
 def test_the_tokenizer_of_another_model_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
