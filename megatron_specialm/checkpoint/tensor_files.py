@@ -26,7 +26,8 @@ class StoredTensor:
     @property
     def dtype(self) -> Any:
         """The type of its elements."""
-        return self[tuple(slice(0, 0) for _ in self.shape)].dtype
+        first = self._slices[0]
+        return self._read(first, [(start, start) for start in first.starts]).dtype
 
     def __getitem__(self, index: tuple[slice, ...]) -> Any:
         return read_box(index, self._slices, self._read)

@@ -22,6 +22,7 @@ from megatron_specialm.base.artifacts import begin_artifact
 from megatron_specialm.base.errors import ArtifactError, CheckpointError, MachineError, SpecialmError
 from megatron_specialm.base.files import MANIFEST, sha256_json, write_json
 from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.checkpoint.slices import slice_key
 from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.cli.app import app
 from megatron_specialm.config.model import LowRank, ModelConfig
@@ -192,7 +193,7 @@ def test_a_writer_that_swaps_tensors_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_adapters_are_merged(tmp_path: Path) -> None:
+def test_adapters_are_merged_and_slices_of_ranks_joined(tmp_path: Path) -> None:
     shape = ModelConfig(layers=2, hidden_size=32, ffn_hidden_size=48, attention_heads=4, lora=LowRank(rank=4, alpha=8))
     generator = torch.Generator().manual_seed(0)
     specs = weight_specs(shape, vocabulary_size=VOCABULARY)
@@ -203,11 +204,19 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
         "context_length": 16,
         "tokenizer": "t",
     }
-    save_checkpoint(tmp_path, step=3, weights=weights, optimizer_state={}, state=state)
+    whole = weights["decoder.final_layernorm.weight"]  # in two slices, as two ranks would write it
+    slices = {slice_key("decoder.final_layernorm.weight", (slice(start, start + 16),), (32,)): whole[start : start + 16]
+              for start in (0, 16)}  # fmt: skip
+    stored = {name: tensor for name, tensor in weights.items() if tensor is not whole} | slices
+    save_checkpoint(tmp_path, step=3, weights=stored, optimizer_state={}, state=state)
     opened, merged = open_source(tmp_path / "step_0000003"), merge_lora(weights, shape)
     assert opened.model.shape == shape.base_config and opened.step == 3 and opened.tokenizer_fingerprint == "t"
     assert opened.weights.keys() == merged.keys()
     assert all(torch.equal(opened.weights[name][()], weight) for name, weight in merged.items())
+    assert (
+        opened.dtype == torch.float32
+        and stream(opened) == convert(opened.path, tmp_path / "x", to="megatron").fingerprint
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
