@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -114,3 +115,26 @@ def alone() -> Iterator[None]:
 
     with process_group(ALONE):
         yield
+
+
+@pytest.fixture(scope="session")
+def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that megatron-core has written at TP2 x PP2 (`tests/peers/megatron.py`). Tests only read them."""
+    return made_once(tmp_path_factory, "megatron", lambda folder: run_peer("megatron", "save", folder))
+
+
+@pytest.fixture(scope="session")
+def deepspeed_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that DeepSpeed has written on two processes (`tests/peers/deepspeed.py`). Tests only read them."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return made_once(tmp_path_factory, "deepspeed", lambda folder: run_peer("deepspeed", "save", folder))
+
+
+def run_peer(program: str, *arguments: Any) -> str:
+    """Run a program of tests/peers to its end; what it printed."""
+    command = [sys.executable, "-m", f"tests.peers.{program}", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -261,16 +261,21 @@ def publish_folder(temporary: Path, final: Path, *, sealed: Mapping[str, Manifes
     Args:
         sealed: the entries, by name, of files whose writers have hashed and fsynced them already.
     """
-    entries = dict(sealed or {})
-    for path in _folder_files(temporary):
-        name = path.relative_to(temporary).as_posix()
-        if name not in entries:
-            entries[name] = seal_file(path)
-    write_json(temporary / MANIFEST, asdict(Manifest(entries)))
+    seal_folder(temporary, sealed=sealed)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
     fsync_path(final.parent)
+
+
+def seal_folder(folder: Path, *, sealed: Mapping[str, ManifestEntry] | None = None) -> None:
+    """Hash and fsync every file of a folder, and write the manifest; see `publish_folder`."""
+    entries = dict(sealed or {})
+    for path in _folder_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in entries:
+            entries[name] = seal_file(path)
+    write_json(folder / MANIFEST, asdict(Manifest(entries)))
 
 
 def link_folder(folder: Path, aside: Path) -> None:

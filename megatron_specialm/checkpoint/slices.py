@@ -66,7 +66,7 @@ def parse_key(path: Path, key: str, shape: Sequence[int]) -> tuple[str, StoredSl
     return match["name"], StoredSlice(path, key, starts, stops, sizes)
 
 
-def check_slices(name: str, slices: Sequence[StoredSlice]) -> None:
+def check_slices(name: str, slices: Sequence[StoredSlice], *, remedy: str = REMAKE) -> None:
     """Check that every element of a tensor is in exactly one slice.
 
     Raises:
@@ -76,7 +76,7 @@ def check_slices(name: str, slices: Sequence[StoredSlice]) -> None:
     for other in slices:
         if other.shape != first.shape:
             raise CheckpointError(
-                f"{other.path}: {name} has shape {other.shape}, and {first.shape} in {first.path}: {REMAKE}"
+                f"{other.path}: {name} has shape {other.shape}, and {first.shape} in {first.path}: {remedy}"
             )
     # In order of their first rows, a slice can overlap only those behind it that begin before it ends: of the slices of many
     # data-parallel ranks these are few, where all pairs would be millions.
@@ -87,7 +87,7 @@ def check_slices(name: str, slices: Sequence[StoredSlice]) -> None:
         for other in ordered[number + 1 : end]:
             if all(map(operator.lt, other.starts, one.stops)) and all(map(operator.lt, one.starts, other.stops)):
                 raise CheckpointError(
-                    f"{other.path}: has {other.key}, which {one.path} has too, as {one.key}: {REMAKE}"
+                    f"{other.path}: has {other.key}, which {one.path} has too, as {one.key}: {remedy}"
                 )
     held, all_elements = sum(one.elements for one in slices), math.prod(first.shape)
     if held != all_elements:
@@ -97,5 +97,5 @@ def check_slices(name: str, slices: Sequence[StoredSlice]) -> None:
         empty = next((index for index in range(first.shape[0] if first.shape else 0) if index not in covered), None)
         none = "" if empty is None else f", none at index {empty}"  # of a weight of experts, the expert
         raise CheckpointError(
-            f"{files[0]}{more}: the slices of {name} have {held} of its {all_elements} elements{none}: {REMAKE}"
+            f"{files[0]}{more}: the slices of {name} have {held} of its {all_elements} elements{none}: {remedy}"
         )

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, whole or in slices that processes have written; read whole or in slices. torch is
 imported when a tensor is read as torch's, not before."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,27 +23,14 @@ class StoredTensor:
         self._files, self._slices = files, slices
         self.shape = slices[0].shape
 
+    @property
+    def dtype(self) -> Any:
+        """The type of its elements."""
+        first = self._slices[0]
+        return self._read(first, [(start, start) for start in first.starts]).dtype
+
     def __getitem__(self, index: tuple[slice, ...]) -> Any:
-        index += (slice(None),) * (len(self.shape) - len(index))
-        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
-        if len(self._slices) == 1:
-            return self._read(self._slices[0], bounds)
-        box = None
-        for stored in self._slices:
-            shared = [
-                (max(start, first), min(stop, end))
-                for (start, stop), first, end in zip(bounds, stored.starts, stored.stops, strict=True)
-            ]
-            if any(start >= stop for start, stop in shared):
-                continue
-            part = self._read(stored, shared)
-            if shared == bounds:
-                return part
-            if box is None:
-                shape = [stop - start for start, stop in bounds]
-                box = np.empty(shape, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(shape)
-            box[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))] = part
-        return box
+        return read_box(index, self._slices, self._read)
 
     def _read(self, stored: StoredSlice, bounds: list[tuple[int, int]]) -> Any:
         file = self._files[stored.path]
@@ -52,6 +39,39 @@ class StoredTensor:
                 return file.get_tensor(stored.key)
             own = (slice(a - first, b - first) for (a, b), first in zip(bounds, stored.starts, strict=True))
             return file.get_slice(stored.key)[tuple(own)]
+
+
+Bounds = list[tuple[int, int]]
+
+
+def read_box(index: tuple[slice, ...], slices: list[StoredSlice], read: Callable[[StoredSlice, Bounds], Any]) -> Any:
+    """The box of a tensor at a tuple of slices, which `read` gets from the stored ones that have a part of it; None if it is
+    empty and there are several stored ones.
+
+    Args:
+        read: the content of a stored slice between first and end per dimension, counted in the tensor.
+    """
+    shape = slices[0].shape
+    index += (slice(None),) * (len(shape) - len(index))
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    if len(slices) == 1:
+        return read(slices[0], bounds)
+    box = None
+    for stored in slices:
+        shared = [
+            (max(start, first), min(stop, end))
+            for (start, stop), first, end in zip(bounds, stored.starts, stored.stops, strict=True)
+        ]
+        if any(start >= stop for start, stop in shared):
+            continue
+        part = read(stored, shared)
+        if shared == bounds:
+            return part
+        if box is None:
+            sizes = [stop - start for start, stop in bounds]
+            box = np.empty(sizes, part.dtype) if isinstance(part, np.ndarray) else part.new_empty(sizes)
+        box[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, bounds, strict=True))] = part
+    return box
 
 
 class _Stored(dict[str, StoredTensor]):

@@ -1,6 +1,6 @@
 """Model shapes. (Their parameters and FLOPs: `estimate/`.)
 
-Legend: A attention heads, G query groups, D = hidden size / A: the head size.
+Legend: A attention heads, G query groups, D the head size: hidden size / A unless `kv_channels` is set.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,15 @@ class ModelConfig(Settings):
     attention_heads: PositiveInt
     query_groups: PositiveInt | None = Field(default=None, description="key/value heads; default: one per head")
     tie_embeddings: bool = True
+    kv_channels: PositiveInt | None = Field(
+        default=None, description="the size of a head; default: hidden_size / attention_heads"
+    )
+    qkv_bias: bool = Field(default=False, description="of family llama: queries, keys and values have a bias (Qwen2)")
+    qk_norm: bool = Field(default=False, description="of family llama: RMSNorm of each query and key head (Qwen3)")
     rotary_base: PositiveInt = 10_000
+    rotary_scaling: PositiveFloat | None = Field(
+        default=None, description="Llama 3's: slow rotations are slower by this factor, for contexts over 8,192 tokens"
+    )
     norm_epsilon: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     activation: Activation = Field(
@@ -78,10 +86,10 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
-        if self.hidden_size % self.attention_heads or (self.hidden_size // self.attention_heads) % 2:
+        if (self.kv_channels is None and self.hidden_size % self.attention_heads) or self.head_size % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} over attention_heads {self.attention_heads} must give an even whole "
-                "head size (rotary positions turn pairs)"
+                f"hidden_size {self.hidden_size} over attention_heads {self.attention_heads} (or kv_channels) must give an "
+                "even whole head size (rotary positions turn pairs)"
             )
         if self.attention_heads % self.kv_heads:
             raise ValueError(
@@ -89,6 +97,8 @@ class ModelConfig(Settings):
             )
         if self.family == "neox" and self.kv_heads != self.attention_heads:
             raise ValueError("family neox has no grouped queries (GPT-NeoX cannot hold them): use family llama")
+        if self.family == "neox" and (self.qkv_bias or self.qk_norm):
+            raise ValueError("qkv_bias and qk_norm are for family llama (neox has biases everywhere): leave them out")
         if self.family == "llama" and self.activation != "gelu":
             raise ValueError(f"activation {self.activation} is for family neox; llama's is SwiGLU: leave it out")
         return self
@@ -172,7 +182,12 @@ class ModelConfig(Settings):
     @property
     def head_size(self) -> int:
         """D: the size of a head."""
-        return self.hidden_size // self.attention_heads
+        return self.kv_channels or self.hidden_size // self.attention_heads
+
+    @property
+    def attention_size(self) -> int:
+        """A * D: what attention returns for a token."""
+        return self.attention_heads * self.head_size
 
     @property
     def qkv_size(self) -> int:
@@ -226,7 +241,7 @@ class ModelConfig(Settings):
         gates = 2 if self.family == "llama" else 1
         return {
             "qkv": (self.qkv_size, self.hidden_size),
-            "proj": (self.hidden_size, self.hidden_size),
+            "proj": (self.hidden_size, self.attention_size),
             "fc1": (gates * self.ffn_hidden_size, self.hidden_size),
             "fc2": (self.hidden_size, self.ffn_hidden_size),
         }

@@ -207,6 +207,7 @@ class ExportStage(Settings):
     tokens: str
     models: list[str] = Field(min_length=1)
     tolerance: PositiveFloat = Field(default=1e-3, description="largest absolute difference of logits, fp32")
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="of the weights in the folder")
 
 
 Stage = Annotated[

@@ -95,16 +95,15 @@ made by the method `{facts.method}` of Grangier et al.,
 ## Use
 
 ```python
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
-ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once").input_ids]])
-print(tokenizer.decode(model.generate(ids, max_new_tokens=8)[0]))
+ids = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=8)[0]))
 ```
 
-A text begins with the end-of-document token, as in training; the tokenizer does not add it. The context is
+The tokenizer begins a text with the end-of-document token, as in training. The context is
 {facts.context_length} tokens, that one included.
 
 ## Training

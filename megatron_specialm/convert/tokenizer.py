@@ -1,5 +1,6 @@
 """Writing a tokenizer that `transformers.AutoTokenizer` loads, and comparing it with the one that the model is trained with."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from megatron_specialm.data.tokenizer import Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -> None:
-    """Write the files with which Transformers makes the same ids. bos and eos are the end-of-document token.
+    """Write the files with which Transformers makes the same ids, after the end-of-document token that begins each text, as in
+    training: programs that score text with Transformers' tokenizer then score as we do. bos and eos are that token.
 
     Args:
         context_length: of the model, in tokens; `truncation=True` cuts texts to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / JSON, (tokenizer.folder / JSON).read_text(encoding="utf-8"))
+    description = json.loads((tokenizer.folder / JSON).read_text(encoding="utf-8"))
+    description["post_processor"] = _start(tokenizer.special_tokens["bos_token"], tokenizer.eod)
+    write_text(folder / JSON, json.dumps(description, ensure_ascii=False, indent=2))
     write_json(
         folder / CONFIG,
         {
@@ -33,6 +37,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -
     )
 
 
+def _start(token: str, number: int) -> dict[str, Any]:
+    """The post-processor of tokenizer.json that puts a token before a text, and before each of a pair."""
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, start, second],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, loaded as a user of Transformers loads it."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -40,16 +56,20 @@ def load_tokenizer(folder: Path) -> Any:
 
 def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, texts: Iterable[str] = ()) -> str | None:
     """The first difference between Transformers with this folder and our tokenizer: in the ids of `texts` and of the
-    tokenizer's probes, or in a padded and truncated batch. None where they agree."""
+    tokenizer's probes, which the end-of-document token must begin, or in a padded and truncated batch. None where they
+    agree."""
     theirs = load_tokenizer(folder)
     for text in (*texts, *tokenizer.probes()):
-        if theirs(text, truncation=False, verbose=False).input_ids != tokenizer.encode([text])[0].tolist():
+        if theirs(text, truncation=False, verbose=False).input_ids != [
+            tokenizer.eod,
+            *tokenizer.encode([text])[0].tolist(),
+        ]:
             return f"gives other ids than tokenizers, for instance of {text[:80]!r}"
     long = "".join(tokenizer.probes()) * context_length
     batch = theirs([long, "a"], padding=True, truncation=True)
     if set(batch) != {"input_ids", "attention_mask"}:
         return f"makes batches of {', '.join(batch)}"
-    wanted = min(context_length, len(tokenizer.encode([long])[0]))
+    wanted = min(context_length, 1 + len(tokenizer.encode([long])[0]))
     if {len(row) for row in batch.input_ids} != {wanted}:
         return (
             f"cuts texts to {', '.join(str(len(row)) for row in batch.input_ids)} ids for a context of {context_length}"

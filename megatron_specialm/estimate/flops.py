@@ -1,6 +1,6 @@
 """Floating-point operations of a model and of passes through it, a multiply-add being 2.
 
-Legend: L layers, H hidden size, V vocabulary, T context length.
+Legend: L layers, A attention heads of size D, V vocabulary, T context length.
 """
 
 from megatron_specialm.config.model import ModelConfig
@@ -13,11 +13,11 @@ def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int)
     """FLOPs of one token's forward pass.
 
     Linears and the output layer 2 per weight, of an MoE those of the experts that a token is routed to; attention
-    2 * L * H * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average. Norms, activations,
+    2 * L * A * D * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average. Norms, activations,
     softmax and recomputation are not counted. (So MFU is lower here than where the masked half of attention is counted too.)
     """
     linears = 2 * (model.linear_parameters(active=True) + vocabulary_size * model.hidden_size)
-    return linears + 2 * model.layers * model.hidden_size * context_length
+    return linears + 2 * model.layers * model.attention_size * context_length
 
 
 def training_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:

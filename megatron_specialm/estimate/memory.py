@@ -157,6 +157,7 @@ def _layer_weights(setup: Setup, layer: int) -> int:
     plain = (attention + _matrices(model) * sum(parts)) // tensor + 2 * model.hidden_size
     if model.family == "neox":
         plain += (model.qkv_size + sum(parts)) // tensor + (3 + len(parts)) * model.hidden_size
+    plain += model.qkv_bias * model.qkv_size // tensor + model.qk_norm * 2 * model.head_size
     plain += model.router_parameters(layer)
     if model.projection is not None:
         capacity = model.projection.capacity
@@ -260,11 +261,11 @@ def _layer_backward(setup: Setup, layer: int, element: int, *, fused: bool) -> f
 
 
 def _layer_activations(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
-    """Bytes per token: two norms; rotated queries and keys; projected queries, keys and values; the attention's result with
-    its log-sum; the feed-forward part."""
+    """Bytes per token: two norms; rotated queries and keys, and with `qk_norm` normalized ones; projected queries, keys and
+    values; the attention's result with its log-sum; the feed-forward part."""
     model, tensor = setup.model, setup.parallel.tensor_parallel
     queries, keys = model.head_size * model.attention_heads, model.head_size * model.kv_heads
-    attention = element * (3 * queries + 3 * keys) + FP32 * model.attention_heads
+    attention = element * (3 + model.qk_norm) * (queries + keys) + FP32 * model.attention_heads
     return (
         2 * _norm(setup, element, fused=fused) + attention / tensor + _feed_forward(setup, layer, element, fused=fused)
     )

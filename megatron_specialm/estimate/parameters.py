@@ -23,7 +23,8 @@ def layer_norms_and_biases(model: ModelConfig, layer: int, *, active: bool = Fal
     hidden = model.hidden_size
     mixing = 2 if model.moe is not None and model.experts_of(layer) and model.moe.residual else 0  # its bias
     if model.family == "llama":
-        return 2 * hidden + mixing
+        attention = model.qkv_bias * model.qkv_size + model.qk_norm * 2 * model.head_size
+        return 2 * hidden + attention + mixing
     parts = model.feed_forward_parts(layer)
     biases = sum((part.ffn_hidden_size + hidden) * (part.active if active else part.count) for part in parts)
     return model.qkv_size + 5 * hidden + biases + mixing

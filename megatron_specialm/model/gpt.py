@@ -28,18 +28,13 @@ from megatron_specialm.model.layer_specs import layer_specs
 from megatron_specialm.model.layers import keep_in_bf16
 from megatron_specialm.model.moe import MegatronExperts, MoeFeedForward, RoutedBuilder
 from megatron_specialm.model.weights import (
+    FUSED_NORMS,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     Sliceable,
     WeightSpec,
     weight_specs,
 )
-
-# Transformer Engine fuses a norm into the linear that follows it. Its names for that norm's parameters:
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 def has_kernels() -> bool:
@@ -220,6 +215,8 @@ class _Chunk(GPTModel):
             position_embedding_type="rope",
             rotary_percent=1.0,
             rotary_base=config.rotary_base,
+            rope_scaling=config.rotary_scaling is not None,
+            rope_scaling_factor=config.rotary_scaling or 1.0,
             vp_stage=vp_stage,
         )
 
@@ -251,7 +248,7 @@ class _Chunk(GPTModel):
 
     def place(self, name: str) -> tuple[str, int | None]:
         """The canonical name of one of this chunk's parameters, and the index of the expert that it is of, if of one."""
-        for fused, plain in _FUSED_NORMS.items():
+        for fused, plain in FUSED_NORMS.items():
             name = name.replace(fused, plain)
         name = name.replace(".base_weight", ".weight")  # a linear with LoRA
         if name == OUTPUT_LAYER and self.share_embeddings_and_output_weights:
@@ -284,11 +281,13 @@ def transformer_config(
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.attention_heads,
         num_query_groups=config.kv_heads,
+        kv_channels=config.head_size,
+        qk_layernorm=config.qk_norm,
         normalization="RMSNorm" if llama else "LayerNorm",
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=llama,
         add_bias_linear=not llama,
-        add_qkv_bias=not llama,
+        add_qkv_bias=config.qkv_bias or not llama,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

@@ -49,13 +49,20 @@ def layer_specs(
 def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpec:
     """The spec of a layer. One with a number of experts has Megatron-Core's MoE layer."""
     if use_transformer_engine(settings):
-        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=experts is not None)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=settings.qk_layernorm
+        )
     else:
-        layer = get_gpt_layer_local_spec(num_experts=experts, normalization=settings.normalization)
-        layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
+        layer = get_gpt_layer_local_spec(
+            num_experts=experts, normalization=settings.normalization, qk_layernorm=settings.qk_layernorm
+        )
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = FusedCoreAttention
         norm = layer.submodules.input_layernorm
         if norm is WrappedTorchNorm or not torch.cuda.is_available():  # otherwise it is apex's fused norm
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+            if settings.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = TorchNorm
     if settings.recompute_granularity == "selective" and experts is None:
         layer.submodules.mlp.module = FeedForward
     return layer

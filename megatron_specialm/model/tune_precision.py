@@ -60,7 +60,7 @@ def linear_shapes(setup: Setup) -> list[LinearShape]:
     gates = 2 if model.family == "llama" else 1
     sizes: dict[Linear, tuple[int, int]] = {
         "qkv": (model.hidden_size, model.qkv_size // processes),
-        "proj": (model.hidden_size // processes, model.hidden_size),
+        "proj": (model.attention_size // processes, model.hidden_size),
         "fc1": (model.hidden_size, gates * model.ffn_hidden_size // processes),
         "fc2": (model.ffn_hidden_size // processes, model.hidden_size),
     }

@@ -19,6 +19,11 @@ EXPERT_CODES = "expert_codes"
 PROJECTION = "mlp.projection"
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+# Transformer Engine fuses a norm into the linear that follows it. Its names for that norm's parameters:
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 Index = tuple[slice, ...]
@@ -121,7 +126,7 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
     layer = {
         "input_layernorm.weight": WeightSpec((hidden,)),
         "self_attention.linear_qkv.weight": WeightSpec((qkv, hidden), cut=0),
-        "self_attention.linear_proj.weight": WeightSpec((hidden, hidden), cut=1),
+        "self_attention.linear_proj.weight": WeightSpec((hidden, model.attention_size), cut=1),
         "pre_mlp_layernorm.weight": WeightSpec((hidden,)),
         **{f"mlp.{name}": spec for name, spec in _feed_forward(model, model.ffn_hidden_size).items()},
     }
@@ -134,6 +139,10 @@ def weight_specs(model: ModelConfig, *, vocabulary_size: int, tensor_parallel: i
             "pre_mlp_layernorm.bias": WeightSpec((hidden,)),
         }
         final["decoder.final_layernorm.bias"] = WeightSpec((hidden,))
+    if model.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = WeightSpec((qkv,), cut=0)
+    if model.qk_norm:
+        layer |= {f"self_attention.{part}_layernorm.weight": WeightSpec((model.head_size,)) for part in "qk"}
     layer = _derived(model, layer)
     layers = {
         f"decoder.layers.{number}.{name}": spec

@@ -97,6 +97,7 @@ def parity_case(setup: Setup) -> ParityCase:
             "hidden_size": hidden,
             "ffn_hidden_size": feed_forward * parallel.tensor_parallel,
             "attention_heads": heads,
+            "kv_channels": None if model.kv_channels is None else 2 * HEAD_SIZE,
             "query_groups": None if model.query_groups is None else groups,
             "projection": projection,
             "lora": lora,

@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import GenerationConfig
 
 from megatron_specialm.base.artifacts import Cost, Marker, Report
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import publish_folder, write_text
-from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.convert.huggingface import huggingface_config, largest_logit_difference, to_huggingface
+from megatron_specialm.convert import canonical_folder, huggingface_folder
+from megatron_specialm.convert.huggingface import largest_logit_difference
 from megatron_specialm.convert.model_card import ModelFacts, model_card
+from megatron_specialm.convert.run import stream
+from megatron_specialm.convert.source import Layout, TargetSpec
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ WINDOWS_COMPARED = 4
 
 
 def run(stage: ExportStage, context: Context) -> Report:
-    """Write `model/` in the task's folder: config, weights, tokenizer, generation config, model card, manifest.
+    """Write `model/` in the task's folder: config, weights, fingerprint, tokenizer, generation config, model card, manifest.
 
     It is written to a temporary folder. Transformers loads that folder; it must give our logits on held-out windows, our token
     ids on their text, and batches of the model's length. Then the folder is renamed; otherwise it is removed.
@@ -47,7 +48,7 @@ def run(stage: ExportStage, context: Context) -> Report:
     model_id = model_task(context.key)
     final = find_final(context.artifact(*model_id))
     merged = read_merged(final)
-    shape, weights, state = merged.shape, merged.weights, merged.state
+    shape, state = merged.shape, merged.state
     tokenizer = Tokenizer.load(context.artifact(*tokenizer_task(context.pipeline, stage.tokens)))
     tokens = context.artifact(stage.tokens, model_id.key)
     store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])
@@ -56,7 +57,9 @@ def run(stage: ExportStage, context: Context) -> Report:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write(temporary, shape, weights, store, tokenizer)
+        dtype = torch.float32 if stage.dtype == "fp32" else torch.bfloat16
+        _write(temporary, final, store, tokenizer, dtype=dtype)
+        weights = {name: tensor.to(dtype) for name, tensor in merged.weights.items()}  # as they are in the folder
         difference = _logit_difference(temporary, shape, weights, store, threads=context.threads)
         if not difference <= stage.tolerance:  # `not <=` also rejects NaN
             raise ArtifactError(
@@ -81,18 +84,12 @@ def run(stage: ExportStage, context: Context) -> Report:
     )
 
 
-def _write(
-    folder: Path, shape: ModelConfig, weights: Mapping[str, torch.Tensor], store: TokenStore, tokenizer: Tokenizer
-) -> None:
+def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *, dtype: torch.dtype) -> None:
     """Write all files that Transformers reads."""
-    config = huggingface_config(
-        shape, vocabulary_size=store.vocabulary_size, context_length=store.context_length, eod=store.eod,
-        pad=tokenizer.pad,
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    save_tensors(to_huggingface(weights, shape), folder / "model.safetensors", metadata={"format": "pt"})
-    ends = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
-    GenerationConfig(**ends).save_pretrained(folder)
+    source = canonical_folder.open_folder(step)
+    ids = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
+    source = replace(source, model=replace(source.model, context_length=store.context_length, special_ids=ids))
+    huggingface_folder.write_folder(TargetSpec(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
     save_tokenizer(tokenizer, folder, context_length=store.context_length)
 
 

@@ -125,7 +125,11 @@ def _exported(folder: Path) -> Writer:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), model.config.bos_token_id)
+    ids = (model.config.bos_token_id, model.config.eos_token_id)  # Qwen's begin texts with the end token or none
+    start = next((number for number in ids if isinstance(number, int)), None)
+    if start is None:
+        raise ConfigError(f"{folder}: config.json names no bos_token_id or eos_token_id: give the model its tokenizer")
+    return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), start)
 
 
 def _trained(folder: Path, tokenizer_folder: Path) -> Writer:

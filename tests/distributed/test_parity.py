@@ -14,6 +14,7 @@ from megatron_specialm.parity.compare import WORST, Difference, certificate, com
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
+QWEN = LLAMA.model_copy(update={"qkv_bias": True, "qk_norm": True, "kv_channels": 32, "rotary_scaling": 8.0})
 PROJECTION = {"projection": Projection(experts=16, capacity=8, code_size=16)}
 LORA = {"lora": LowRank(rank=8, alpha=16)}
 
@@ -109,6 +110,14 @@ def test_a_layout_equals_one_process(precision: str, layout: dict) -> None:
 )
 def test_so_it_does_with_gates_grouped_queries_and_untied_embeddings(layout: dict) -> None:
     failed = [difference for difference in _compare(layout, LLAMA) if not difference.passed]
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tensor_parallel": 2}, {"tensor_parallel": 2, "sequence_parallel": True}, SPECIAL[1]], ids=_name
+)
+def test_so_it_does_with_norms_of_heads_and_biases_of_attention(layout: dict) -> None:
+    failed = [difference for difference in _compare(layout, QWEN) if not difference.passed]
     assert not failed
 
 

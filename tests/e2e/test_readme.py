@@ -31,7 +31,7 @@ NOT_RUN = {
     r"specialm tune-precision\b": "a GPU",
     r"specialm doctor$": "tests/unit/test_doctor.py runs it; here it runs with --quick",
     r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",
-    r"specialm( run| check| parity| figures| clean)?$": "a mention, which says no more than the name",
+    r"specialm( run| check| parity| figures| clean| convert| project)?$": "a mention, which says no more than the name",
     r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as CONFIG or STAGE",
     r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",

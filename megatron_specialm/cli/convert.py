@@ -1,0 +1,168 @@
+"""Commands that convert, inspect and compare checkpoints of any format."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_specialm.base.printing import say
+from megatron_specialm.cli.app import app
+
+if TYPE_CHECKING:
+    from megatron_specialm.convert.source import Source
+
+
+class _To(StrEnum):
+    huggingface = "huggingface"
+    megatron = "megatron"
+    megatron_legacy = "megatron-legacy"
+    deepspeed = "deepspeed"
+    canonical = "canonical"
+
+
+class _Dtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+SourceFolder = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="A folder with a checkpoint of any format.", show_default=False)
+]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="A config.json, for a source that does not say its model.", show_default=False),
+]
+Degree = typer.Option(help="Of a Megatron or DeepSpeed target.", min=1)
+
+
+@app.command()
+def convert(
+    source: SourceFolder,
+    target: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
+    to: Annotated[_To, typer.Option(help="The target's format.", show_default=False)],
+    tensor_parallel: Annotated[int, Degree] = 1,
+    pipeline_parallel: Annotated[int, Degree] = 1,
+    expert_parallel: Annotated[int, Degree] = 1,
+    dtype: Annotated[
+        _Dtype | None, typer.Option(help="Default: the source's; fp32 for canonical.", show_default=False)
+    ] = None,
+    config: ModelConfig = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with the tokenizer, instead of the source's.", show_default=False)
+    ] = None,
+) -> None:
+    """Convert a checkpoint to another format, and prove that every tensor arrived.
+
+    The source's format is recognized by its content. The target is read back and compared by its fingerprint before it gets
+    its name; without that it is removed.
+    """
+    import torch
+
+    from megatron_specialm.base.stopwatch import Stopwatch
+    from megatron_specialm.convert.run import convert as run
+    from megatron_specialm.convert.source import Layout
+
+    types = {None: None, _Dtype.fp32: torch.float32, _Dtype.bf16: torch.bfloat16}
+    watch = Stopwatch()
+    layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel)
+    done = run(source, target, to=to, layout=layout, dtype=types[dtype], config=config, tokenizer=tokenizer)
+    opened = done.source
+    say(f"{opened.path}: {_described(opened)}")
+    for name, reason in opened.dropped.items():
+        say(f"left out: {name}: {reason}")
+    say(
+        f"{target}: {to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
+        f"{done.bytes / 2**20:,.1f} MiB, in {watch.seconds:.1f} s; read back, and every weight is equal"
+    )
+    if opened.tokenizer is None:
+        say(f"{target}: has no tokenizer: the source has none, and none was given (--tokenizer)")
+
+
+@app.command()
+def inspect(
+    path: SourceFolder,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors in the files.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all weights and compare them with the recorded fingerprint.")
+    ] = False,
+    config: ModelConfig = None,
+) -> None:
+    """Print what a checkpoint is: format, model, layout, step and size, and with --tensors its tensors."""
+    import math
+
+    from megatron_specialm.base.terminal import Table, console
+    from megatron_specialm.convert.formats import open_source
+    from megatron_specialm.convert.run import stream
+
+    opened = open_source(path, config=config)
+    stored = opened.stored
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in stored.items()}
+    say(f"{opened.path}: {_described(opened)}")
+    say(f"{len(stored)} tensors, {sum(sizes.values()) / 2**20:,.1f} MiB; {len(opened.weights)} canonical weights")
+    settings = opened.model.shape.model_dump(mode="json", exclude_defaults=True)
+    say("model: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    for name, reason in opened.dropped.items():
+        say(f"is left out in a conversion: {name}: {reason}")
+    say(f"tokenizer: {opened.tokenizer or 'none'}")
+    if tensors:
+        lines = [
+            [name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{sizes[name]:,}"]
+            for name, tensor in stored.items()
+        ]
+        console().print(Table("", ["tensor", "shape", "type", "bytes"], lines, 3))
+    if opened.fingerprint is None:
+        say("fingerprint: none is recorded")
+    elif verify:
+        stream(opened)
+        say("fingerprint: every weight and the logits are as recorded")
+    else:
+        say(f"fingerprint: recorded for {len(opened.fingerprint.weights)} weights; --verify compares them")
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A checkpoint of any format.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Another, of the same or another format.", show_default=False)],
+) -> None:
+    """Compare two checkpoints under canonical names: settings, shapes and the largest difference of each weight. The exit code
+    is 1 if they differ."""
+    from megatron_specialm.base.terminal import Table, console
+    from megatron_specialm.convert.comparing import differences, settings_that_differ
+    from megatron_specialm.convert.formats import open_source
+
+    pair = open_source(first), open_source(second)
+    for opened in pair:
+        say(f"{opened.path}: {_described(opened)}")
+    settings = list(settings_that_differ(*pair))
+    found = list(differences(*pair))
+    for setting in settings:
+        say(f"differs: {setting}")
+    unequal = [one for one in found if not one.is_equal]
+    lines = [
+        [
+            one.name,
+            *("none" if shape is None else " x ".join(map(str, shape)) for shape in one.shapes),
+            "" if one.largest is None else f"{one.largest:.3g}",
+            "" if one.scale is None else f"{one.scale:.3g}",
+        ]
+        for one in unequal
+    ]
+    if lines:
+        console().print(Table("", ["weight", "first", "second", "largest difference", "largest element"], lines, 3))
+    say(f"{len(found) - len(unequal)} of {len(found)} weights are equal")
+    if unequal or settings:
+        raise typer.Exit(1)
+
+
+def _described(opened: "Source") -> str:
+    """In one line: `huggingface, family llama, 1,235.8M parameters, bfloat16, one file, step 0`."""
+    from megatron_specialm.estimate.parameters import count_parameters
+
+    model = opened.model
+    parameters = count_parameters(model.shape, model.vocabulary_size)
+    return (
+        f"{opened.format}, family {model.shape.family}, {parameters / 1e6:,.1f}M parameters, vocabulary "
+        f"{model.vocabulary_size:,}, context {model.context_length:,}, {str(opened.dtype).removeprefix('torch.')}, "
+        f"{opened.layout}, step {opened.step}"
+    )

@@ -1,0 +1,90 @@
+"""Tensors that are read when they are indexed, and not before: what every format's reader gives and the driver takes."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class LazyTensor(Protocol):
+    """A tensor in files. Indexed with a tuple of slices, it reads that box; with `()`, all of it."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """The shape of the full tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements in the files."""
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """The box at a tuple of slices."""
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that is computed from others when it is read, as a whole. The last one of a thread is kept: writers ask for one
+    slice after another."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        if getattr(_last, "owner", None) is not self:
+            _last.owner = _last.tensor = None  # frees it first
+            tensor = self.compute()
+            _last.owner, _last.tensor = self, tensor
+        return _last.tensor[index]
+
+
+_last = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced:
+    """A tensor each box of which is found by a function of the slices, one for each dimension."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[tuple[slice, ...]], torch.Tensor]
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        given = index if isinstance(index, tuple) else (index,)
+        whole = (*given, *[slice(None)] * (len(self.shape) - len(given)))
+        bounds = (part.indices(size)[:2] for part, size in zip(whole, self.shape, strict=True))
+        return self.read(tuple(slice(*pair) for pair in bounds))
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """A tensor in another type."""
+    if tensor.dtype == dtype:
+        return tensor
+    return Sliced(tuple(tensor.shape), dtype, lambda index: tensor[index].to(dtype))
+
+
+def part(tensor: LazyTensor, number: int) -> LazyTensor:
+    """One index of the first dimension: of all layers, one."""
+    return Sliced(tuple(tensor.shape[1:]), tensor.dtype, lambda index: tensor[(slice(number, number + 1), *index)][0])
+
+
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors of one shape along a new first dimension."""
+    shape = (len(parts), *parts[0].shape)
+    return Sliced(
+        shape, parts[0].dtype, lambda index: torch.stack([one[index[1:]] for one in parts[index[0]]]),
+    )  # fmt: skip
+
+
+def with_rows(tensor: LazyTensor, rows: int) -> LazyTensor:
+    """A tensor with another number of rows: the last are left out, or rows of zeros are added."""
+
+    def read(index: tuple[slice, ...]) -> torch.Tensor:
+        own = slice(min(index[0].start, tensor.shape[0]), min(index[0].stop, tensor.shape[0]))
+        found = tensor[(own, *index[1:])]
+        missing = index[0].stop - index[0].start - found.shape[0]
+        return torch.cat([found, found.new_zeros(missing, *found.shape[1:])]) if missing else found
+
+    return Sliced((rows, *tensor.shape[1:]), tensor.dtype, read)

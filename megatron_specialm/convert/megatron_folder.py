@@ -1,0 +1,213 @@
+"""Checkpoints of Megatron-LM and Megatron-Core, in the formats `torch_dist` and `torch` (legacy), read and written."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
+from megatron_specialm.convert.architectures import Model
+from megatron_specialm.convert.fingerprint import read_fingerprint
+from megatron_specialm.convert.lazy import LazyTensor, stacked, with_rows
+from megatron_specialm.convert.megatron_names import (
+    EXTRA_STATE,
+    canonical_names,
+    from_megatron,
+    joined_ranks,
+    megatron_name,
+    padded_rows,
+    rank_part,
+    read_settings,
+    settings_of,
+)
+from megatron_specialm.convert.source import Source, TargetSpec
+from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
+from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
+
+FORMAT, LEGACY = "megatron", "megatron-legacy"
+_GROUPED_VERSION = 3.0  # of checkpoints whose rows of queries, keys and values are in groups
+_LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
+OPTIMIZER = "the optimizer's state: weights are converted, trainings start anew from them"
+
+
+def open_torch_dist(path: Path, given: Model | None) -> Source:
+    """Open a checkpoint of `torch_dist`.
+
+    Args:
+        given: the model, if not the one that the settings in the checkpoint describe.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete, or of a model that we do not have.
+    """
+    opened = torch_dist.open_torch_dist(path)
+    stored = opened.tensors
+    model = given or read_settings(opened.settings, where=opened.folder, rows=embedding_rows(stored, opened.folder))
+    stacked = any(name.startswith("decoder.layers.") and not name[len("decoder.layers.")].isdigit() for name in stored)
+    objects = [name for name in opened.objects if not name.startswith("optimizer")]
+    states = [name for name in objects if name.split("/")[0].endswith(EXTRA_STATE)]
+    folder = opened.folder.parent / TOKENIZER
+    return Source(
+        path=opened.folder,
+        format=FORMAT,
+        model=model,
+        weights=from_megatron(stored, model, where=opened.folder),
+        stored=stored,
+        layout=f"torch_dist, {'all layers in one tensor' if stacked else 'a tensor per layer'}",
+        step=opened.step or 0,
+        dropped=counted({
+            "optimizer": (len(opened.optimizer) + len(opened.others), OPTIMIZER),
+            EXTRA_STATE: (len(states), "FP8 scales of Transformer Engine, which it finds again"),
+            "other objects": (len(objects) - len(states), "random states and the like"),
+        }),
+        tokenizer=folder if folder.is_dir() else None,
+        fingerprint=read_fingerprint(opened.folder),
+    )  # fmt: skip
+
+
+def open_legacy(path: Path, given: Model | None) -> Source:
+    """Open a checkpoint of a file per rank; see `open_torch_dist`."""
+    opened = megatron_legacy.open_megatron_legacy(path)
+    ranks = [canonical_names(shard, opened.folder) for shard in opened.shards]
+    if opened.version < _GROUPED_VERSION:
+        raise CheckpointError(
+            f"{opened.folder}: checkpoint_version {opened.version}: before {_GROUPED_VERSION} queries, keys and values were in "
+            "another order: load and save it with Megatron-LM"
+        )
+    rows = sum(embedding_rows(rank, opened.folder) for rank in ranks)
+    model = given or read_settings(opened.settings, where=opened.folder, rows=rows)
+    specs = weight_specs(model.shape, vocabulary_size=model.vocabulary_size)
+    dropped = {}
+    if model.shape.tie_embeddings and OUTPUT_LAYER in ranks[0]:
+        dropped[OUTPUT_LAYER] = f"the last pipeline stage's copy of {WORD_EMBEDDINGS}"
+        for rank in ranks:
+            if not torch.equal(rank[WORD_EMBEDDINGS][()], rank.pop(OUTPUT_LAYER)[()]):
+                raise CheckpointError(
+                    f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied"
+                )
+    whole = {
+        name: joined_ranks([rank[name] for rank in ranks], specs[name]) if name in specs else ranks[0][name]
+        for name in ranks[0]
+    }
+    folder = opened.folder.parent / TOKENIZER
+    return Source(
+        path=opened.folder,
+        format=FORMAT,
+        model=model,
+        weights=from_megatron(whole, model, where=opened.folder),
+        stored=whole,
+        layout=f"legacy, tensor_parallel {len(ranks)}, pipeline_parallel "
+        f"{opened.settings.get('pipeline_model_parallel_size', 1)}",
+        step=opened.step or 0,
+        dropped=dropped,
+        tokenizer=folder if folder.is_dir() else None,
+        fingerprint=read_fingerprint(opened.folder),
+    )
+
+
+def write_torch_dist(target: TargetSpec) -> None:
+    """Write an iteration `release` in the form that Megatron-Core gives to models of equal layers. Any layout loads it; the
+    target's decides the embedding's padding and the settings."""
+    weights = _padded(target)
+    stacks: dict[str, list[LazyTensor]] = {}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in weights.items():
+        if layer := _LAYER.fullmatch(name):
+            stacks.setdefault(layer["rest"], []).append(tensor)
+        else:
+            tensors[megatron_name(name)] = tensor
+    tensors |= {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
+    shape = target.source.model.shape
+    objects = [
+        f"decoder.layers.{place}.{EXTRA_STATE}/shard_{layer}_{shape.layers}"
+        for place in LINEAR_PLACES.values()
+        for layer in range(shape.layers)
+    ]
+    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION, "iteration": 0}
+    folder = torch_dist_writing.write_torch_dist(
+        target.folder, tensors, step=None, common=common, objects=objects, files=target.threads
+    )
+    _finish(target, folder)
+
+
+def write_legacy(target: TargetSpec) -> None:
+    """Write an iteration `release` with a file per rank."""
+    weights, model, layout = _padded(target), target.source.model, target.layout
+    if model.shape.tie_embeddings and layout.pipeline_parallel > 1:
+        weights[OUTPUT_LAYER] = weights[WORD_EMBEDDINGS]
+    specs = weight_specs(model.shape, vocabulary_size=weights[WORD_EMBEDDINGS].shape[0])
+    specs.setdefault(OUTPUT_LAYER, specs[WORD_EMBEDDINGS])
+    shards = [
+        {
+            megatron_name(name): rank_part(tensor, specs[name], rank=rank, size=layout.tensor_parallel)
+            for name, tensor in weights.items()
+        }
+        for rank in range(layout.tensor_parallel)
+    ]
+    stages = layout.pipeline_parallel
+    folder = megatron_legacy_writing.write_megatron_legacy(
+        target.folder,
+        shards,
+        settings=_settings(target),
+        step=None,
+        stage_layers=[model.shape.layers // stages] * stages,
+    )
+    _finish(target, folder)
+
+
+def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
+    """The weights, with Megatron-LM's padding of the vocabulary.
+
+    Raises:
+        CheckpointError: the layout does not divide the model.
+    """
+    model, layout, weights = target.source.model, target.layout, target.weights
+    shape = model.shape
+    divided = {"heads": shape.attention_heads, "query groups": shape.kv_heads, "ffn_hidden_size": shape.ffn_hidden_size}
+    for what, number in divided.items():
+        if number % layout.tensor_parallel:
+            raise CheckpointError(
+                f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}"
+            )
+    if shape.layers % layout.pipeline_parallel:
+        raise CheckpointError(
+            f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers"
+        )
+    if layout.expert_parallel != 1:
+        raise CheckpointError(f"expert_parallel {layout.expert_parallel}: the model has no experts")
+    rows = padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel)
+    return {
+        name: with_rows(tensor, rows) if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _settings(target: TargetSpec) -> dict[str, Any]:
+    layout = target.layout
+    settings = settings_of(
+        target.source.model, tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+    )
+    return {**settings, "params_dtype": target.dtype, "bf16": target.dtype == torch.bfloat16, "fp16": False}
+
+
+def _finish(target: TargetSpec, folder: Path) -> None:
+    target.fingerprint.save(folder)
+    if target.source.tokenizer is not None:
+        copy_tokenizer(
+            target.source.tokenizer, target.folder / TOKENIZER, context_length=target.source.model.context_length
+        )
+
+
+def counted(found: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    """What is left out, with its number."""
+    return {f"{name} ({count})": reason for name, (count, reason) in found.items() if count}
+
+
+def embedding_rows(stored: Mapping[str, LazyTensor], where: Path) -> int:
+    """Rows of the embedding, with its padding."""
+    if WORD_EMBEDDINGS not in stored:
+        raise CheckpointError(f"{where}: has no {WORD_EMBEDDINGS}: it is not complete, or of no GPT model")
+    return stored[WORD_EMBEDDINGS].shape[0]

@@ -1,0 +1,165 @@
+"""The driver: writes a checkpoint's canonical tensors in another format, and proves that they arrived.
+
+The source is read for its fingerprint; the target is written to a temporary folder, read back, compared by its fingerprint, and
+then renamed: it is complete or it is not there. A few threads read tensors, or slices of them; at most one layer is in memory,
+and a few tensors of the next.
+"""
+
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from megatron_specialm.base.errors import CheckpointError, MachineError
+from megatron_specialm.base.files import fsync_path
+from megatron_specialm.convert.fingerprint import Fingerprint, compare, compare_weights, hash_tensor, make_fingerprint
+from megatron_specialm.convert.formats import TARGETS, open_source
+from megatron_specialm.convert.probe import Probe
+from megatron_specialm.convert.source import Layout, Source, TargetSpec
+from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer, special_ids
+
+Result = TypeVar("Result")
+AHEAD = 2  # tensors that are read while another waits for its layer
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted. `fingerprint` is of what was written."""
+
+    source: Source
+    target: Path
+    dtype: torch.dtype
+    fingerprint: Fingerprint
+    bytes: int
+
+
+def convert(
+    path: Path,
+    target: Path,
+    *,
+    to: str,
+    layout: Layout = Layout(),  # noqa: B008 (immutable)
+    dtype: torch.dtype | None = None,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    threads: int = 2,
+) -> Conversion:
+    """Write a checkpoint in another format.
+
+    Args:
+        path: the checkpoint; see `open_source`.
+        target: a folder to be made.
+        to: a key of `TARGETS`.
+        dtype: of the weights; default: the source's, and fp32 for a canonical target.
+        config: see `open_source`.
+        tokenizer: a folder with tokenizer files, instead of the source's.
+
+    Raises:
+        CheckpointError: the source cannot be read or converted, is not what its fingerprint says, or the target is there
+            already; the target is not written.
+        MachineError: there is not enough room on the disk.
+    """
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already: name a folder to make")
+    source = open_source(path, config=config)
+    if source.model.shape.moe is not None:
+        raise CheckpointError(
+            f"{source.path}: a mixture of experts is exported by an `export` stage, and not converted yet"
+        )
+    if tokenizer is not None:
+        source = replace(source, tokenizer=_given(tokenizer))
+    if source.tokenizer is not None:
+        check_tokenizer(source.tokenizer, vocabulary_size=source.model.vocabulary_size)
+        ids = source.model.special_ids or special_ids(source.tokenizer)
+        source = replace(source, model=replace(source.model, special_ids=ids))
+    dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        expected = stream(source, dtype=dtype, threads=threads)
+        TARGETS[to].write(TargetSpec(temporary, source, layout, dtype, expected, threads))
+        back = open_source(temporary)
+        hashes = dict(_in_threads(lambda name: hash_tensor(back.weights[name][()]), back, threads))
+        compare_weights(expected, back.model.computes, hashes, where=target)
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            fsync_path(file)
+        os.replace(temporary, target)
+        fsync_path(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Conversion(source, target, dtype, expected, size)
+
+
+def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int = 2) -> Fingerprint:
+    """Read all weights of a source once.
+
+    Args:
+        dtype: to which they are rounded.
+
+    Returns:
+        The fingerprint of the rounded weights.
+
+    Raises:
+        CheckpointError: the source is not what its own fingerprint says.
+    """
+    model, types = source.model, {tensor.dtype for tensor in source.weights.values()}
+    is_exact = all(own == dtype or own.itemsize < dtype.itemsize for own in types)
+    forms = [torch.float32] if is_exact else [torch.float32, dtype]  # as they are, and rounded
+    probes = [Probe(model.shape, model.vocabulary_size) for _ in forms]
+    hashes: list[dict[str, str]] = [{} for _ in forms]
+
+    def read(name: str) -> list[tuple[torch.Tensor, str]]:
+        own = source.weights[name][()]
+        return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form).float() for form in forms)]
+
+    for name, found in _in_threads(read, source, threads):
+        for number, (tensor, digest) in enumerate(found):
+            hashes[number][name] = digest
+            probes[number].take(name, tensor)
+    fingerprints = [make_fingerprint(model, *of) for of in zip(hashes, probes, strict=True)]
+    if source.fingerprint is not None:
+        compare(source.fingerprint, fingerprints[0], where=source.path)
+    return fingerprints[-1]
+
+
+def _in_threads(work: Callable[[str], Result], source: Source, threads: int) -> Iterator[tuple[str, Result]]:
+    """The results of work on each weight, in the order of the forward pass; few are begun before they are asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[tuple[str, Future[Result]]] = deque()
+        try:
+            for name in source.weights:
+                begun.append((name, pool.submit(work, name)))
+                if len(begun) > threads + AHEAD:
+                    first, future = begun.popleft()
+                    yield first, future.result()
+            while begun:
+                first, future = begun.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in begun:
+                future.cancel()
+
+
+def _given(folder: Path) -> Path:
+    if (found := find_tokenizer(folder)) is None:
+        raise CheckpointError(f"{folder}: has no tokenizer.json: name a folder with a tokenizer of Transformers")
+    return found
+
+
+def _check_room(source: Source, target: Path, bytes_per_element: int) -> None:
+    """Ask for room before anything is written: a disk that fills up would stop others too."""
+    need = sum(torch.Size(tensor.shape).numel() for tensor in source.weights.values()) * bytes_per_element
+    free = shutil.disk_usage(target.parent).free
+    if need > free:
+        raise MachineError(f"{target}: needs {need / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB free")

@@ -1,0 +1,84 @@
+"""The files of a tokenizer that go along with a converted model."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.base.files import read_json, reading
+from megatron_specialm.data.tokenizer import SETTINGS, Tokenizer
+
+TOKENIZER = "tokenizer"  # the folder beside a canonical step
+_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_FILES = (
+    _JSON, _CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The folder itself if it has a tokenizer's files."""
+    return folder if any((folder / name).is_file() for name in (_JSON, "tokenizer.model", "vocab.json")) else None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is that of a `tokenizer` stage."""
+    return (folder / SETTINGS).is_file() and (folder / _JSON).is_file()
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id, as far as a tokenizer has such tokens."""
+    if is_ours(folder):
+        ours = Tokenizer.load(folder)
+        return {"bos_token_id": ours.eod, "eos_token_id": ours.eod, "pad_token_id": ours.pad}
+    if not (folder / _JSON).is_file() or not (folder / _CONFIG).is_file():
+        return {}
+    settings, tokenizer = read_json(folder / _CONFIG, dict[str, Any]), _load(folder)
+    found = {}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token = settings.get(role)
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str) and (number := tokenizer.token_to_id(name)) is not None:
+            found[f"{role}_id"] = number
+    return found
+
+
+def copy_tokenizer(source: Path, target: Path, *, context_length: int) -> None:
+    """Copy a tokenizer's files; one of ours as Transformers loads it.
+
+    Args:
+        context_length: of the model, in tokens.
+    """
+    if is_ours(source):
+        from megatron_specialm.convert.tokenizer import save_tokenizer  # imports Transformers, slowly
+
+        save_tokenizer(Tokenizer.load(source), target, context_length=context_length)
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def check_tokenizer(folder: Path, *, vocabulary_size: int) -> None:
+    """Check that a model has a row for each of a tokenizer's ids. (It may have more: many models round the number up.)
+
+    Raises:
+        CheckpointError: it has not.
+        ArtifactError: tokenizer.json is damaged.
+    """
+    if not (folder / _JSON).is_file():
+        return
+    ids = _load(folder).get_vocab(with_added_tokens=True).values()
+    if max(ids, default=-1) >= vocabulary_size:
+        raise CheckpointError(
+            f"{folder / _JSON}: has ids up to {max(ids)}, and the model {vocabulary_size} rows: it is the tokenizer of another "
+            "model"
+        )
+
+
+def _load(folder: Path) -> tokenizers.Tokenizer:
+    with reading(folder / _JSON, form="a tokenizer"):
+        return tokenizers.Tokenizer.from_file(str(folder / _JSON))

@@ -1,0 +1,56 @@
+"""Tiny random models of Transformers' own making, as sources of conversions."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY, CONTEXT = 99, 16_384
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_theta": 500_000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# No setting has the default of either side, so that one that is lost shows.
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES, rms_norm_eps=1e-3, tie_word_embeddings=False, rope_parameters={
+        "rope_theta": 700.0, "rope_type": "default"}),
+    "llama 3": LlamaConfig(**_SIZES, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, tie_word_embeddings=True,
+        rope_parameters=_LLAMA3),
+    "qwen2": Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters={
+        "rope_theta": 900.0, "rope_type": "default"}),
+    "qwen3": Qwen3Config(**_SIZES, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False, rope_parameters={
+        "rope_theta": 900.0, "rope_type": "default"}),
+    "neox": GPTNeoXConfig(**_SIZES, use_parallel_residual=False, hidden_act="gelu_new", layer_norm_eps=1e-3,
+        tie_word_embeddings=False, rope_parameters={
+            "rope_theta": 700.0, "rope_type": "default", "partial_rotary_factor": 1.0}),
+}  # fmt: skip
+
+
+def random_model(name: str) -> PreTrainedModel:
+    """A model whose biases and norms are random too: nothing hides behind a zero or a one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += torch.randn_like(parameter) * 0.3
+    return model
+
+
+def save_random_model(name: str, folder: Path, **settings: Any) -> Path:
+    """A folder as Transformers writes it."""
+    random_model(name).save_pretrained(folder, **settings)
+    return folder
