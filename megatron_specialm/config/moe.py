@@ -6,10 +6,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from megatron_specialm.config.base import Settings
 
+MIN_CAPACITY = 4
+LEAST_CAPACITY = 0.25  # times an even share
 # What each setting is with `route: cluster`, which leaves nothing to choose or to balance. Selecting an expert must give an
 # ordinary model, so nothing stands beside the experts and they have the model's size.
 _BY_CLUSTER: dict[str, Any] = {
-    "top_k": 1, "ffn_hidden_size": None, "capacity_factor": None, "min_capacity": 4, "aux_loss": 0.0, "z_loss": 0.0,
+    "top_k": 1, "ffn_hidden_size": None, "capacity_factor": None, "min_capacity": MIN_CAPACITY, "aux_loss": 0.0, "z_loss": 0.0,
     "bias_update_rate": 0.0, "shared_expert": None, "residual": False,
 }  # fmt: skip
 
@@ -42,14 +44,18 @@ class MixtureOfExperts(Settings):
         description="an expert takes at most this times tokens x top_k / experts of a micro-batch, and further tokens are "
         "dropped; default: none is dropped",
     )
-    min_capacity: PositiveInt = Field(default=4, description="with a capacity_factor: the least capacity of an expert")
-    aux_loss: NonNegativeFloat = Field(default=0.01, description="coefficient of the load-balancing loss")
-    z_loss: NonNegativeFloat = Field(default=0.0, description="coefficient of the router z-loss (arXiv 2202.08906)")
+    min_capacity: PositiveInt = Field(
+        default=MIN_CAPACITY, description="with a capacity_factor: the least capacity of an expert"
+    )
     bias_update_rate: NonNegativeFloat = Field(
         default=0.0,
-        description="above 0: balancing without a loss (arXiv 2408.15664): scores are sigmoids, and after each step the bias "
-        "by which an expert is chosen moves by this; set aux_loss to 0 with it",
+        description="above 0: balancing by biases (arXiv 2408.15664): scores are sigmoids, and after each step the bias by "
+        "which an expert is chosen moves by this",
     )
+    aux_loss: NonNegativeFloat = Field(
+        default=0.01, description="coefficient of the load-balancing loss; with a bias_update_rate the default is 0"
+    )
+    z_loss: NonNegativeFloat = Field(default=0.0, description="coefficient of the router z-loss (arXiv 2202.08906)")
     shared_expert: PositiveInt | None = Field(
         default=None, description="feed-forward size of an expert that all tokens use, scaled by a sigmoid gate"
     )
@@ -59,9 +65,11 @@ class MixtureOfExperts(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _settings_by_cluster(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("route") != "cluster":
+    def _settings_that_follow(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
             return value
+        if value.get("route") != "cluster":
+            return {"aux_loss": 0.0, **value} if value.get("bias_update_rate") else value
         for name, only in _BY_CLUSTER.items():
             if value.get(name, only) != only:
                 raise ValueError(
@@ -79,6 +87,15 @@ class MixtureOfExperts(Settings):
         fewest = min(self.counts)
         if self.top_k > fewest:
             raise ValueError(f"top_k {self.top_k} is more than experts {fewest}: set top_k to at most {fewest}")
+        if self.capacity_factor is not None and self.capacity_factor < LEAST_CAPACITY:
+            raise ValueError(
+                f"capacity_factor {self.capacity_factor} would drop {1 - self.capacity_factor:.0%} of the tokens' choices or "
+                f"more: set it to {LEAST_CAPACITY} or more (usual: 1 to 2), or leave it out to drop none"
+            )
+        if self.capacity_factor is None and self.min_capacity != MIN_CAPACITY:
+            raise ValueError(
+                f"min_capacity {self.min_capacity} is of a capacity_factor, and there is none: drop it, or set both"
+            )
         if self.shared_expert and self.residual:
             raise ValueError("shared_expert and residual both add a dense part: set one of them")
         return self

@@ -1,5 +1,7 @@
 """What the engines do alike with the routers of a model: count, and set the biases by which experts are chosen."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -21,38 +23,44 @@ class Gates:
             layers = range(model.config.layers)
             self._experts = {layer: count for layer in layers if (count := model.config.experts_of(layer))}
             self._routers = {layer: part.router for layer, part in moe_layers(model.chunks)}  # type: ignore[misc]
+        self._sums = {
+            layer: torch.zeros_like(router.sums) for layer, router in self._routers.items()
+        }  # of applied steps
         self._has_biases = moe is not None and moe.bias_update_rate > 0
 
     def begin_step(self) -> None:
-        """Forget what an earlier step counted, as it may have been skipped."""
+        """Forget what a step has counted that was not applied."""
         for router in self._routers.values():
-            router.chosen.zero_()
+            router.sums.zero_()
 
-    def update_biases(self) -> None:
-        """Update all biases by the counts of the step, over all processes."""
+    def end_step(self) -> None:
+        """After a step was applied: keep what it has counted, and update all biases by it."""
+        for layer, router in self._routers.items():
+            self._sums[layer] += router.sums
         if self._has_biases:
-            counts = self._summed("chosen", 0)
+            counts = self._over_processes({layer: router.sums for layer, router in self._routers.items()})
             for layer, router in self._routers.items():
                 if router.weight.requires_grad:
-                    router.update_bias(counts[layer])
+                    router.update_bias(counts[layer][: self._experts[layer]])
 
     def statistics(self) -> list[GateStatistics]:
         """See `Engine.gate_statistics`."""
         if not self._experts:
             return []
-        sums = self._summed("sums", len(SUMS))
-        for router in self._routers.values():
-            router.sums.zero_()
-        return [_statistics(layer, vector.double().cpu(), self._experts[layer]) for layer, vector in sums.items()]
+        sums = self._over_processes(self._sums)
+        for own in self._sums.values():
+            own.zero_()
+        layers = {layer: vector.double().cpu() for layer, vector in sums.items()}
+        return [_statistics(layer, own, self._experts[layer]) for layer, own in layers.items() if own.any()]
 
-    def _summed(self, name: str, further: int) -> dict[int, torch.Tensor]:
-        """A vector of each router by layer, over all processes, in one collective."""
-        sizes = [experts + further for experts in self._experts.values()]
-        device = next((router.sums.device for router in self._routers.values()), None)
+    def _over_processes(self, own: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Sums of each router by layer, over all processes, in one collective."""
+        sizes = [experts + len(SUMS) for experts in self._experts.values()]
+        device = next((vector.device for vector in own.values()), None)
         whole = torch.zeros(sum(sizes), device=device or _device())
         parts = dict(zip(self._experts, whole.split(sizes), strict=True))
-        for layer, router in self._routers.items():
-            parts[layer] += getattr(router, name)
+        for layer, vector in own.items():
+            parts[layer] += vector
         dist.all_reduce(whole)
         return parts
 

@@ -191,6 +191,7 @@ def _expert_config(settings: RoutedSettings) -> TransformerConfig:
     # The router has dropped padding and what is above the capacity. So tokens have different numbers of experts, which
     # dispatchers expect only with this.
     config.moe_expert_capacity_factor = 1.0
+    config.bias_dropout_fusion = False  # Transformer Engine's grouped experts refuse it where there are biases
     if not config.gated_linear_unit and config.bias_activation_fusion:  # no fused kernel takes the weights of tokens
         config.bias_activation_fusion = False
         config.activation_func = partial(functional.gelu, approximate="tanh")

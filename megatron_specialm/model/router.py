@@ -29,8 +29,8 @@ class Router(nn.Module):
     Args:
         group: the processes that have other tokens of the same micro-batches, as under sequence and context parallelism.
 
-    `sums` is what the router has summed over training tokens since it was last set to zero: a vector (E + len(SUMS),).
-    `chosen` counts each expert's tokens since the last update of `expert_bias`.
+    `sums` is what the router has summed over training tokens since it was last set to zero: a vector (E + len(SUMS),), with
+    the number of times that each expert was chosen in front.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Router(nn.Module):
             self.expert_bias.keep_fp32 = True  # type: ignore[attr-defined]
         self._moe, self._experts, self._group = moe, experts, group
         self.sums = torch.zeros(experts + len(SUMS), device=device)
-        self.chosen = torch.zeros(experts, device=device)
 
     def forward(
         self, hidden_TBH: torch.Tensor, padding_TB: torch.Tensor | None = None
@@ -135,7 +134,6 @@ class Router(nn.Module):
         entropy = (torch.special.entr(probabilities_NE) * real_N1).sum()
         dropped = chosen_E.sum() - map_NE.sum()
         self.sums += torch.cat([chosen_E, torch.stack([real_N1.sum(), dropped, balance, z_loss, entropy])])
-        self.chosen += chosen_E
 
     @torch.no_grad()
     def update_bias(self, chosen_E: torch.Tensor) -> None:

@@ -32,6 +32,7 @@ LAYOUTS = [
     (LORA, {**DP2, "pipeline_parallel": 2, "virtual_pipeline": 2, **SHARED}),
     (PLAIN, {**DP2, "tensor_parallel": 2, "sequence_parallel": True, **SHARED}),
     (MOE, {**DP2, "expert_parallel": 2, **SHARED}),
+    (MOE, {**DP2, "expert_parallel": 2, "pipeline_parallel": 2}),
 ]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from megatron_specialm.config.model import ModelConfig
@@ -13,7 +14,7 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.engine.protocol import GateStatistics
+from megatron_specialm.engine.protocol import GateStatistics, LossSum
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.initial import first_weight
@@ -275,6 +276,29 @@ def test_statistics_are_of_the_steps_since_the_last_call() -> None:
     for layer in once:
         assert sum(layer.load) == pytest.approx(1) and 0 < layer.dropped < 1
         assert 0 < layer.entropy < math.log(4) and layer.aux_loss > 0 and layer.z_loss > 0
+
+
+def test_a_skipped_step_counts_nowhere() -> None:
+    engine = _engine(_shape(bias_update_rate=0.25))
+    tokens = engine.accumulate_gradients(_batch()).tokens
+    assert engine.apply_gradients(LossSum(math.nan, tokens), learning_rate=1e-2).skipped
+    assert engine.gate_statistics() == []
+    engine.train_step(_batch(), learning_rate=0.0)
+    other = _engine(_shape(bias_update_rate=0.25))
+    other.train_step(_batch(), learning_rate=0.0)
+    assert engine.gate_statistics() == other.gate_statistics()
+
+
+def test_what_means_nothing_is_refused() -> None:
+    assert MixtureOfExperts(experts=4, bias_update_rate=0.01).aux_loss == 0
+    assert MixtureOfExperts(experts=4, bias_update_rate=0.01, aux_loss=0.02).aux_loss == 0.02
+    for settings, words in (
+        ({"capacity_factor": 1e-9}, "would drop 100% of the tokens' choices or more: set it to 0.25 or more"),
+        ({"min_capacity": 8}, "min_capacity 8 is of a capacity_factor, and there is none"),
+        ({"top_k": 5}, "top_k 5 is more than experts 4"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            MixtureOfExperts(experts=4, **settings)
 
 
 def test_biases_move_towards_experts_that_are_chosen_less() -> None:

@@ -118,7 +118,7 @@ class DeepSpeedEngine(GptEngine):
             group["lr"] = learning_rate
         self._zero.step()
         self._state.has_moments = True
-        self._gates.update_biases()
+        self._gates.end_step()
         return StepStats(loss, norm, skipped=False)
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ class MegatronEngine(GptEngine):
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
         self._state.has_moments = True
-        self._gates.update_biases()
+        self._gates.end_step()
         return StepStats(loss, norm, skipped=False)
 
     @torch.no_grad()
@@ -87,12 +87,9 @@ class MegatronEngine(GptEngine):
             chunk.eval()
         sums: list[torch.Tensor] = []
         tokens = 0
-        stages = self._parallel.pipeline_parallel
-        waiting = iter(batches)
-        while group := self._with_others(list(islice(waiting, 4 * stages))):  # enough at a time to keep all stages busy
+        waiting, at_once = iter(batches), 4 * self._parallel.pipeline_parallel  # enough to keep all stages busy
+        while group := self._filled_up(list(islice(waiting, at_once))):
             tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
-            empty = group[0]._replace(mask=np.zeros_like(group[0].mask))
-            group += [empty] * (-len(group) % stages)  # an interleaved pipeline takes multiples of its stages
             sums += self._run(self._micro_batches(group), forward_only=True)
         return self._reduce(sums, tokens)
 
@@ -143,18 +140,20 @@ class MegatronEngine(GptEngine):
             self._model.derived.backward()
         finalize_model_grads(chunks, *args, **kwargs)
 
-    def _with_others(self, batches: list[Batch]) -> list[Batch]:
-        """Under expert parallelism, with windows that do not count, so that all copies make as many passes: each pass needs the
-        experts of all."""
+    def _filled_up(self, batches: list[Batch]) -> list[Batch]:
+        """With batches that do not count, as an interleaved pipeline takes multiples of its stages. Under expert parallelism
+        all copies make as many passes: each pass needs the experts of all."""
+        stages = self._parallel.pipeline_parallel
         if self._parallel.expert_parallel == 1:
-            return batches
+            return batches + [_without_tokens(batches[0])] * (-len(batches) % stages) if batches else []
         own = sum(-(-len(batch.tokens) // self._micro_batch_size) for batch in batches)
         positions = batches[0].tokens.shape[1] if batches else 0
         largest = torch.tensor([own, positions], device=self._model.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self._data_parallel_group)
         most, positions = largest.tolist()
-        empty = np.zeros(((most - own) * self._micro_batch_size, positions), np.int64)
-        return [*batches, Batch(empty, empty, empty.astype(np.float32))] if len(empty) else batches
+        most += -most % stages
+        empty = np.zeros((self._micro_batch_size, positions), np.int64)
+        return batches + [Batch(empty, empty, empty.astype(np.float32))] * (most - own)
 
     def _finish_gathering(self) -> None:
         """See `GptEngine`. With overlapped communication the copies gather a module's parameters only when its forward pass
@@ -164,6 +163,10 @@ class MegatronEngine(GptEngine):
                 for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):
                     for group in reversed(groups):  # in the order in which each starts the next one's gathering
                         group.finish_param_sync()
+
+
+def _without_tokens(batch: Batch) -> Batch:
+    return batch._replace(mask=np.zeros_like(batch.mask))
 
 
 def _data_parallel(chunk: GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
