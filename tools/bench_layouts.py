@@ -1,8 +1,9 @@
-"""Benchmark training steps of one model: one process with two threads, and layouts of two processes with one thread each.
+"""Benchmark training steps of one model: one process with two threads, and layouts of two processes with one thread each, among
+them Megatron-Core's distributed optimizer and DeepSpeed's ZeRO-1.
 
     python tools/bench_layouts.py [--layers 4 --hidden 256 ...] [--steps 3] [--rounds 5]
 
-The three alternate. Prints tokens per second (median over rounds) and the ratio to one process in the same round. Processes
+They alternate. Prints tokens per second (median over rounds) and the ratio to one process in the same round. Processes
 stay alive and sleep between their turns.
 """
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from megatron_specialm.base.environment import World
 from megatron_specialm.base.terminal import console
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.parallel import DeepSpeedConfig, Layout, ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
 from megatron_specialm.run.processes import limit_threads
@@ -30,6 +31,8 @@ LAYOUTS = {
     "one process, 2 threads": ParallelConfig(),
     "TP2, 1 thread each": ParallelConfig(tensor_parallel=2),
     "PP2, 1 thread each": ParallelConfig(pipeline_parallel=2),
+    "DP2, distributed optimizer": ParallelConfig(data_parallel=2, distributed_optimizer=True),
+    "DP2, DeepSpeed ZeRO-1": DeepSpeedConfig(engine="deepspeed", data_parallel=2, zero_stage=1),
 }
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     _print(rates)
 
 
-def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: Path) -> list[Connection]:
+def _start(context, layout: Layout, args: argparse.Namespace, meeting: Path) -> list[Connection]:
     limit_threads(THREADS // layout.world_size)
     lines = []
     for rank in range(layout.world_size):
@@ -69,7 +72,7 @@ def _start(context, layout: ParallelConfig, args: argparse.Namespace, meeting: P
     return lines
 
 
-def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: Connection) -> None:
+def _work(world: World, layout: Layout, args: argparse.Namespace, line: Connection) -> None:
     from megatron_specialm.engine.open import open_engine
     from megatron_specialm.estimate.setup import Setup
 
@@ -87,10 +90,12 @@ def _work(world: World, layout: ParallelConfig, args: argparse.Namespace, line: 
         threads=THREADS // layout.world_size,
     ) as engine:
         engine.limit_collectives(3600)  # the layouts take turns
+        share = args.batch // engine.data_parallel
+        own = batch.rows(slice(engine.data_rank * share, (engine.data_rank + 1) * share))
         while steps := line.recv():
             start = time.perf_counter()
             for _ in range(steps):
-                engine.train_step(batch, learning_rate=1e-4)
+                engine.train_step(own, learning_rate=1e-4)
             line.send(time.perf_counter() - start)
 
 
