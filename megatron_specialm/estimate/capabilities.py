@@ -312,12 +312,15 @@ def lacking(setup: Setup, machine: Accelerator) -> Refusal | None:
 
 
 def _nearest_value(condition: Condition, setup: Setup) -> str:
-    """The value of the condition's field, nearest to the present one, with which the condition holds, if there is any."""
+    """The value of the condition's field with which the condition holds, if there is any: of those with which the fewest other
+    conditions do not, the nearest to the present one."""
     present = setup.value(condition.field)
-    for value in islice(_nearest(present, below=2 * present + setup.shard), REACH):
-        if _holds(condition, setup.changed({condition.field: value})):
-            return f"the nearest {condition.field} that does is {value}"
-    return "no other value of it would do: change the layout"
+    values = islice(_nearest(present, below=2 * present + setup.shard), REACH)
+    changed = ((value, setup.changed({condition.field: value})) for value in values)
+    broken = {value: _count_broken(other) for value, other in changed if _holds(condition, other)}
+    if not broken:
+        return "no other value of it would do: change the layout"
+    return f"the nearest {condition.field} that does is {min(broken, key=broken.__getitem__)}"
 
 
 def _nearest(present: int, *, below: int) -> Iterator[int]:
@@ -329,3 +332,8 @@ def _nearest(present: int, *, below: int) -> Iterator[int]:
 def _holds(condition: Condition, setup: Setup) -> bool:
     batch = TABLE[0].conditions[0]  # a proposal must not break the batch
     return condition.holds(setup) and (batch.holds(setup) or condition is batch)
+
+
+def _count_broken(setup: Setup) -> int:
+    asked = (capability for capability in TABLE if capability.applies(setup))
+    return sum(not condition.holds(setup) for capability in asked for condition in capability.conditions)

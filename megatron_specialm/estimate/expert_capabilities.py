@@ -1,28 +1,13 @@
 """Rows of the table of capabilities that are about experts."""
 
-from collections.abc import Iterator
-
 from megatron_specialm.estimate.capability import BOTH, Capability, Condition
-from megatron_specialm.estimate.setup import Setup
-
-
-def _moe_sizes(setup: Setup) -> Iterator[int]:
-    """The feed-forward sizes of MoE layers, of the model and its teacher."""
-    layers = ((model, layer) for model in setup.moe_models for layer in range(model.layers) if model.experts_of(layer))
-    return (part.ffn_hidden_size for model, layer in layers for part in model.feed_forward_parts(layer))
-
 
 EXPERTS = (
     Capability(
         "mixture of experts", lambda s: s.model.moe is not None,
-        "not fp8; engine megatron with tensor_parallel: sequence_parallel too; a capacity_factor: context_parallel 1",
+        "engine megatron with tensor_parallel: sequence_parallel too; a capacity_factor: context_parallel 1",
         engines=BOTH,
         conditions=(
-            Condition(
-                lambda s: s.fp8 is None,
-                "moe: precision fp8 has not been measured with experts, whose numbers of tokens FP8 kernels do not fit",
-                remedy="set precision: bf16",
-            ),
             Condition(
                 lambda s: s.parallel.context_parallel == 1 or s.model.moe is None or s.model.moe.capacity_factor is None,
                 "moe.capacity_factor drops a window's last tokens first, and context_parallel {p.context_parallel} takes "
@@ -37,9 +22,21 @@ EXPERTS = (
                 "{p.tensor_parallel} times",
                 remedy="set parallel.sequence_parallel: true",
             ),
+        ),
+    ),
+    Capability(
+        "experts of the model or its teacher", lambda s: bool(s.moe_models),
+        "not fp8; tensor_parallel divides feed-forward sizes of MoE layers, but not of experts with biases",
+        engines=BOTH,
+        conditions=(
             Condition(
-                lambda s: all(size % s.expert_tensor_parallel == 0 for size in _moe_sizes(s)),
-                "tensor_parallel {p.tensor_parallel} must divide the feed-forward sizes of the experts",
+                lambda s: s.fp8 is None,
+                "moe: precision fp8 has not been measured with experts, whose numbers of tokens FP8 kernels do not fit",
+                remedy="set precision: bf16",
+            ),
+            Condition(
+                lambda s: s.indivisible_expert_size is None,
+                "tensor_parallel {p.tensor_parallel} must divide feed-forward size {s.indivisible_expert_size} of MoE layers",
                 "parallel.tensor_parallel",
             ),
         ),

@@ -6,7 +6,6 @@ vocabulary, N tokens of a micro-batch on one process, t tensor parallel processe
 """
 
 import math
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -74,7 +73,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
         trained, experts = layers * _adapter_weights(setup), 0
     derived = layers * _derived_weights(setup)
     element = FP32 if setup.precision == "fp32" else 2
-    frozen, kept_fp32 = _kept_in_fp32(setup, layers)
+    frozen, kept_fp32 = _kept_in_fp32(setup, numbers)
     # The optimizer has an fp32 copy of half-precision weights.
     state = MOMENTS if element == FP32 else MOMENTS + FP32
     copies, expert_copies = _optimizer_shards(setup)
@@ -223,16 +222,18 @@ def _derived_weights(setup: Setup) -> int:
     return 0
 
 
-def _kept_in_fp32(setup: Setup, layers: int) -> tuple[int, int]:
-    """Weights that are fp32 in a half-precision model: frozen ones, to which adapters are added, and trained ones, from which
-    weights are computed."""
-    model = setup.model
+def _kept_in_fp32(setup: Setup, numbers: list[int]) -> tuple[int, int]:
+    """Weights of layers that are fp32 in a half-precision model, frozen and trained ones: those to which adapters are added or
+    from which weights are computed, and routers."""
+    model, layers = setup.model, len(numbers)
+    routed = model.moe is not None and not model.moe.by_cluster
+    routers = model.hidden_size * sum(map(model.experts_of, numbers)) if routed else 0
     if model.projection is not None:
         size = model.projection.code_size
         return 0, layers * size * model.projection.capacity + size * model.projection.experts
     if model.lora is not None:
-        return layers * _derived_weights(setup), layers * _adapter_weights(setup)
-    return 0, 0
+        return layers * _derived_weights(setup) + routers, layers * _adapter_weights(setup)
+    return 0, routers
 
 
 def _passes_under_way(setup: Setup, stage: int) -> int:
@@ -280,6 +281,8 @@ def _feed_forward(setup: Setup, layer: int, element: int, *, fused: bool) -> flo
     dispatch = 0
     if model.moe is not None and (experts := model.experts_of(layer)):
         dispatch = 2 * model.moe.top_k * element * model.hidden_size + 3 * FP32 * experts
+        if model.family == "neox":  # the activations times the token's weight, which no fused kernel computes for GELU
+            dispatch += model.moe.top_k * element * next(model.feed_forward_parts(layer)).ffn_hidden_size
     return element * parts * _active_size(setup, layer) + dispatch / _sequence_shards(setup)
 
 
@@ -316,14 +319,22 @@ def smallest_change(setup: Setup, limit: int, *, fused: bool) -> Change | None:
     """The cheapest change of the config that makes a setup fit `limit` bytes per process.
 
     Candidates in order: settings that cost no speed, that cost some, more processes. One setting if one is enough, otherwise
-    all up to the first that is; None if all of them are not.
+    all up to the first that is, without those that are refused together with the earlier ones; None if all of them are not.
     """
     candidates = list(_changes(setup))
-    for settings in (*candidates, *accumulate(candidates, operator.or_)):
+    for settings in (*candidates, *_accumulated(setup, candidates)):
         changed = setup.changed(settings)
         if violation(changed) is None and memory_of(changed, fused=fused).total <= limit:
             return Change(settings)
     return None
+
+
+def _accumulated(setup: Setup, candidates: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    settings: dict[str, Any] = {}
+    for candidate in candidates:
+        if violation(setup.changed(settings | candidate)) is None:
+            settings = settings | candidate
+            yield settings
 
 
 def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -332,6 +343,11 @@ def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {f"parallel.{name}": value for name, value in sharding.items()}
     if not parallel.sequence_parallel and parallel.tensor_parallel > 1:
         yield {"parallel.sequence_parallel": True}
+    if setup.moe_models:
+        most = math.gcd(setup.expert_ranks, *setup.expert_counts)
+        for size in range(parallel.expert_parallel + 1, most + 1):
+            if most % size == 0:
+                yield {"parallel.expert_parallel": size}
     size = setup.micro_batch_size
     while size % 2 == 0:
         size //= 2
@@ -340,7 +356,8 @@ def _changes(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"parallel.recompute": "selective"}
     if parallel.recompute != "full":
         yield {"parallel.recompute": "full"}
+    together = {"parallel.sequence_parallel": True} if setup.model.moe and parallel.engine == "megatron" else {}
     for size in (2, 4, 8):
-        yield {"parallel.tensor_parallel": parallel.tensor_parallel * size}
+        yield {"parallel.tensor_parallel": parallel.tensor_parallel * size, **together}
     for size in (2, 4, 8):
         yield {"parallel.pipeline_parallel": parallel.pipeline_parallel * size}

@@ -83,6 +83,19 @@ class Setup:
         return sorted({count for model in self.moe_models if model.moe is not None for count in model.moe.counts})
 
     @property
+    def indivisible_expert_size(self) -> int | None:
+        """The first feed-forward size of MoE layers, of the model and its teacher, that the processes over which it is split
+        do not divide. What stands beside the routed experts is split as in dense layers."""
+        for model in self.moe_models:
+            for layer in filter(model.experts_of, range(model.layers)):
+                routed, *beside = (part.ffn_hidden_size for part in model.feed_forward_parts(layer))
+                if routed % self.expert_tensor_parallel:
+                    return routed
+                if indivisible := [size for size in beside if size % self.parallel.tensor_parallel]:
+                    return indivisible[0]
+        return None
+
+    @property
     def expert_ranks(self) -> int:
         """Processes of a pipeline stage that have the same part of the same experts without expert parallelism."""
         parallel = self.parallel

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from megatron_specialm.base.environment import ALONE
+from megatron_specialm.config.load import configs_folder
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig
@@ -56,6 +58,14 @@ def test_so_it_is_with_derived_weights(model: ModelConfig, precision: str, recom
 @pytest.mark.parametrize("vocabulary", [300, 3000])
 def test_so_it_is_with_a_teacher_beside_it(precision: str, vocabulary: int) -> None:
     _check(NEOX, precision, "none", vocabulary, teacher=NEOX.model_copy(update={"hidden_size": 256}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "recompute"), [("fp32", "none"), ("fp32", "selective"), ("fp32", "full"), ("bf16", "none")]
+)
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+def test_so_it_is_with_experts(model: ModelConfig, precision: str, recompute: str) -> None:
+    _check(model.model_copy(update={"moe": MixtureOfExperts(experts=4)}), precision, recompute, 300)
 
 
 def _check(
@@ -143,6 +153,23 @@ def test_experts_are_split_over_the_processes_that_have_them() -> None:
     assert one.optimizer == pytest.approx(whole.optimizer / 4, rel=1e-6)
     adapted = memory_of(replace(LARGE, model=model.model_copy(update=LORA)), fused=True)
     assert adapted.optimizer == memory_of(replace(LARGE, model=LLAMA.model_copy(update=LORA)), fused=True).optimizer
+
+
+def test_expert_parallelism_is_advised() -> None:
+    moe = ModelConfig(**yaml.safe_load((configs_folder() / "models" / "moe-30b-64e.yaml").read_text()))
+    setup = replace(
+        LARGE, model=moe, micro_batch_size=1, parallel=ParallelConfig(data_parallel=8, distributed_optimizer=True)
+    )
+    split = memory_of(setup.changed({"parallel.expert_parallel": 8}), fused=True).total
+    assert split < memory_of(setup, fused=True).total / 3
+    assert smallest_change(setup, split, fused=True) == Change({"parallel.expert_parallel": 8})
+    with_tensors = Change({"parallel.tensor_parallel": 2, "parallel.sequence_parallel": True})
+    alone = replace(setup, parallel=ParallelConfig())
+    limit = memory_of(alone.changed(with_tensors.settings), fused=True).total
+    assert smallest_change(alone, limit, fused=True) == with_tensors
+    deepspeed = replace(setup, parallel=DeepSpeedConfig(engine="deepspeed", data_parallel=8, zero_stage=2))
+    change = smallest_change(deepspeed, split // 3, fused=True)
+    assert change is not None and "parallel.zero_stage" not in change.settings, "ZeRO-3 is refused with experts"
 
 
 def test_fp32_is_never_computed_by_transformer_engine() -> None:

@@ -34,6 +34,9 @@ def _moe(layout: dict, family: str = "llama", fp8: Fp8Config | None = None, **mo
         (_moe({"tensor_parallel": 2}), "without sequence_parallel", "set parallel.sequence_parallel: true"),
         (_moe({"tensor_parallel": 3, "sequence_parallel": True}, ffn_hidden_size=64, top_k=1),
          "tensor_parallel 3 must divide", "parallel.tensor_parallel that does is 2"),
+        (_moe({"tensor_parallel": 3, "sequence_parallel": True}, family="neox", shared_expert=64),
+         "must divide feed-forward size 64", "parallel.tensor_parallel that does is 2"),
+        (_moe({"data_parallel": 3, "expert_parallel": 3}, experts=4), "must divide moe.experts [4]", "is 1"),
         (_moe({"context_parallel": 2}, capacity_factor=1.5), "takes positions out of order", "parallel.context_parallel: 1"),
         (_moe({}, fp8=Fp8Config()), "has not been measured with experts", "set precision: bf16"),
     ],
@@ -42,6 +45,31 @@ def test_experts_that_a_layout_does_not_fit_are_refused(setup: Setup, words: str
     with pytest.raises(ConfigError) as refusal:
         refuse("slm", setup)
     assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "words", "way_out"),
+    [
+        (_layout(tensor_parallel=3), _moe({}, ffn_hidden_size=64), "must divide feed-forward size 64", "is 2"),
+        (_layout(tensor_parallel=3), _moe({}, shared_expert=64), "must divide feed-forward size 64", "is 2"),
+        (replace(_layout(), precision="fp8", fp8=Fp8Config()), _moe({}), "has not been measured with experts",
+         "set precision: bf16"),
+    ],
+)  # fmt: skip
+def test_so_are_experts_of_a_teacher_beside_a_dense_student(
+    student: Setup, teacher: Setup, words: str, way_out: str
+) -> None:
+    refuse("slm", replace(student, teacher=teacher.model, parallel=ParallelConfig(), precision="fp32", fp8=None))
+    with pytest.raises(ConfigError) as refusal:
+        refuse("slm", replace(student, teacher=teacher.model))
+    assert words in str(refusal.value) and str(refusal.value).endswith(way_out)
+
+
+def test_a_proposal_breaks_no_condition_of_another_feature() -> None:
+    """4 divides the experts' size too, but not the attention heads."""
+    setup = _moe({"tensor_parallel": 6, "sequence_parallel": True}, ffn_hidden_size=64)
+    with pytest.raises(ConfigError, match=r"feed-forward size 64 .* parallel.tensor_parallel that does is 2$"):
+        refuse("slm", setup)
 
 
 def test_experts_with_biases_may_lie_on_tensor_parallel_processes() -> None:
