@@ -12,7 +12,7 @@ fi
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
   shift
-  set -- tests/unit tests/distributed -m "not slow" "$@"
+  set -- tests/distributed tests/unit -m "not slow" "$@" # the longest files first
 fi
 . tools/environment.sh static,dev
 echo "== ruff"
