@@ -2,7 +2,6 @@
 
 import fcntl
 import gc
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -126,8 +125,6 @@ def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def deepspeed_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that DeepSpeed has written on two processes (`tests/peers/deepspeed.py`). Tests only read them."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     return made_once(tmp_path_factory, "deepspeed", lambda folder: run_peer("deepspeed", "save", folder))
 
 

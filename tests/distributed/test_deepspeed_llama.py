@@ -1,6 +1,5 @@
 """A Llama of Transformers that DeepSpeed has trained comes out as DeepSpeed's own tool says; what we write, DeepSpeed loads."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from megatron_specialm.convert.source import Layout
 from tests.checkpoints import save_random_model
 from tests.conftest import run_peer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 
 def test_a_llama_of_each_zero_stage(tmp_path: Path) -> None:

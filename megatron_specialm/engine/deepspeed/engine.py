@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron_specialm.config.parallel import DeepSpeedConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
-from megatron_specialm.engine.deepspeed.library import deepspeed_module, initialize
+from megatron_specialm.engine.deepspeed.package import deepspeed_module, initialize
 from megatron_specialm.engine.deepspeed.shards import shards_of
 from megatron_specialm.engine.gpt_engine import GptEngine
 from megatron_specialm.engine.objective import DeviceBatch, Objective, cross_entropy

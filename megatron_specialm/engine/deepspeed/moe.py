@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_specialm.engine.deepspeed.library import deepspeed_module
+from megatron_specialm.engine.deepspeed.package import deepspeed_module
 from megatron_specialm.model.moe import RoutedSettings, feed_forward
 from megatron_specialm.model.router import ClusterRouter, Router, router_of
 

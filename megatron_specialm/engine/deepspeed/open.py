@@ -10,8 +10,8 @@ from megatron_specialm.config.parallel import DeepSpeedConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.engine import process_groups
 from megatron_specialm.engine.deepspeed.engine import DeepSpeedEngine
-from megatron_specialm.engine.deepspeed.library import global_state
 from megatron_specialm.engine.deepspeed.moe import DeepSpeedExperts
+from megatron_specialm.engine.deepspeed.package import global_state
 from megatron_specialm.engine.gpt_engine import build_models
 from megatron_specialm.engine.objective import Objective
 from megatron_specialm.estimate.setup import Setup
