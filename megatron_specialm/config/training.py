@@ -182,6 +182,11 @@ class TrainStage(Settings):
     data: Literal["generic", "cluster", "importance", "domain"]
     model: ModelConfig | None = Field(default=None, description="a preset's name (configs/models) or a shape")
     init: str | None = Field(default=None, description="the stage whose final weights are the first ones here")
+    continues: str | None = Field(
+        default=None,
+        description="a train stage that differs in `steps` and `schedule` only: start from its last step that is also a step "
+        "of this training, with its optimizer state, instead of from the first step. Changes no weight",
+    )
     upcycle: MixtureOfExperts | None = Field(
         default=None,
         description="with `init`: make an MoE of its dense model, each expert a copy of the feed-forward part (arXiv "
@@ -260,6 +265,10 @@ class TrainStage(Settings):
             self.trial_steps is not None and len(rates) == 1,
             f"`trial_steps` {self.trial_steps} goes with several rates in `optimizer.learning_rate` (it is {rates[0]}): "
             "give a list, or drop `trial_steps`",
+        )
+        yield (
+            self.continues is not None and len(rates) > 1,
+            f"`continues` goes with one learning rate, and `optimizer.learning_rate` is {rates}: give one, or drop `continues`",
         )
         yield (
             self.distill is not None

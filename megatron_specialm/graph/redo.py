@@ -20,10 +20,9 @@ from megatron_specialm.base.artifacts import (
 from megatron_specialm.base.errors import ArtifactError, UnconfirmedError
 from megatron_specialm.base.integrity import find_damage
 from megatron_specialm.base.printing import first_of
-from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
-from megatron_specialm.graph.length import at_length, but_for_length, last_step, why_another_step
+from megatron_specialm.graph.length import at_length, but_for_length, last_step, shared_steps
 from megatron_specialm.graph.lineage import train_stages
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.rates import at_rate, trial_names, trial_of
@@ -136,14 +135,8 @@ def fraction_to_do(pipeline: Pipeline, planned: PlannedTask, root: Path) -> floa
         return 1.0
     rate = planned.task.rate
     ours = at_rate(stage, stage.optimizer.rates[0]) if rate is None else trial_of(stage, rate)
-    last = last_step(ours)
-    shared = (
-        step
-        for steps, theirs in _finished(ours, stage, planned, root)
-        for step in (steps, step_to_keep(theirs) or 0)
-        if step <= last and why_another_step(step, ours, theirs) is None
-    )
-    return 1 - max(shared, default=0) / last
+    shared = (shared_steps(ours, theirs, ended=steps) for steps, theirs in _finished(ours, stage, planned, root))
+    return 1 - max(shared, default=0) / last_step(ours)
 
 
 def _finished(

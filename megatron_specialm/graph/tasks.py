@@ -37,6 +37,7 @@ class Task:
     files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`) the entries that it reads; of those behind `train` a
         `shard` reads a range only.
     rate: the learning rate that it tries for its stage's training.
+    continues: the training among its inputs from whose checkpoint it starts.
     elsewhere: settings outside its own stage that it reads.
     """
 
@@ -46,6 +47,7 @@ class Task:
     domain: str | None
     shard: Shard | None = None
     rate: float | None = None
+    continues: TaskId | None = None
     elsewhere: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,10 +63,15 @@ def evaluated_set(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def ancestors(graph: Mapping[TaskId, Task], *tasks: TaskId) -> list[TaskId]:
-    """Tasks and everything their results rest on, in the graph's order."""
+def ancestors(graph: Mapping[TaskId, Task], *tasks: TaskId, continued: bool = True) -> list[TaskId]:
+    """Tasks and everything their results rest on, in the graph's order.
+
+    Args:
+        continued: False to leave out trainings that others only continue.
+    """
     wanted = set(tasks)
     for candidate in reversed(list(graph)):
         if candidate in wanted:
-            wanted.update(graph[candidate].inputs)
+            task = graph[candidate]
+            wanted.update(name for name in task.inputs if continued or name != task.continues)
     return [candidate for candidate in graph if candidate in wanted]

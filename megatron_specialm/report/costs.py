@@ -34,7 +34,7 @@ def model_cost(
     measures = dict.fromkeys((*COSTS, *COUNTS))
     costs: dict[str, Any] = {f"{phase}_{what}": 0 for phase in (GENERIC, SPECIALIZATION) for what in measures}
     devices, trained = set(), train_stages(pipeline)
-    for name in ancestors(graph, model):
+    for name in ancestors(graph, model, continued=False):  # its `whole_cost` has the steps that it took over
         cost = asdict(markers[name].whole_cost)
         if name.stage in trained:
             devices.add(cost["device"])

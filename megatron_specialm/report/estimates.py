@@ -20,6 +20,7 @@ from megatron_specialm.estimate.flops import TYPICAL_UTILISATION, device_hours
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
 from megatron_specialm.estimate.setup import Passes, Setup
+from megatron_specialm.graph.length import shared_steps
 from megatron_specialm.graph.lineage import (
     distinct_setups,
     model_keys,
@@ -91,9 +92,11 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
 
 
 def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
-    """An upper bound of the FLOPs of all runs of a train stage. Validations are left out if the held-out text has not been
-    tokenized yet."""
+    """An upper bound of the FLOPs of all runs of a train stage, without the steps of a training that it continues. Validations
+    are left out if the held-out text has not been tokenized yet."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
+    continued = train_stage(pipeline, stage.continues) if stage.continues is not None else None
+    taken_over = 0 if continued is None else shared_steps(stage, continued, ended=continued.steps)
     total = 0
     for key in model_keys(pipeline, name):
         steps = _steps(pipeline, stage, key)
@@ -101,7 +104,9 @@ def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
         held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, stage.text_validated(key)))
         for run in (steps, *others):
-            total += run * setup.step_flops + setup.flops(_validations(stage, setup, held_out, steps=run))
+            total += (run - taken_over) * setup.step_flops + setup.flops(
+                _validations(stage, setup, held_out, steps=run)
+            )
     return total
 
 

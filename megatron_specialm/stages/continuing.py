@@ -7,12 +7,14 @@ function of the step, a teacher or its cache is an input, and the loop's state i
     the learning rates of all steps up to the checkpoint are equal to the last bit (config/schedule.py);
     both trainings validate after that step, or neither does. A training always validates at its end.
 
-The newest checkpoint that meets them is adopted, from a longer or a shorter training. If there is none, the log has the reason.
+The newest checkpoint that meets them is adopted, from a longer or a shorter training: of the same task with earlier settings, or
+of the stage that `continues` names. If there is none, the log has the reason.
 
     earlier.json    in the task's folder: the adopted step, and its cost
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +51,7 @@ FILE = "earlier.json"
 class Earlier:
     """The adopted step of an earlier training.
 
-    artifact: the name of that training's folder, beside this one's.
+    artifact: that training's folder, relative to the one that this training's folder is in.
     tokens, slots: of its steps up to the adopted one, in whichever task they were made.
     cost: of that training up to the adopted step, or its full cost if the step was its last one.
     """
@@ -88,9 +90,11 @@ class _State:
 
 @dataclass(frozen=True)
 class _Training:
-    """A training that differs only in its length: its folder, its resolved settings, and its marker if it has finished."""
+    """A training that differs only in its length: its folder, its `name` (as of `Earlier.artifact`), its resolved settings, and
+    its marker if it has finished."""
 
     folder: Path
+    name: str
     settings: TrainStage
     marker: Marker | None
 
@@ -136,6 +140,8 @@ def _log(context: Context, what: str, other: _Training, why: str = "") -> None:
 def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, context: Context) -> Iterator[_Training]:
     name = context.task.id
     others = [folder for folder in artifact_folders(context.root, *name) if folder != context.folder]
+    if (continued := context.task.continues) is not None:
+        others.append(context.artifact(*continued))
     if not others:
         return
     trials = trial_names(context.task, train_stage(context.pipeline, name.stage))
@@ -147,7 +153,8 @@ def _trainings_of_other_lengths(stage: TrainStage, reading: TrainingData, contex
             logger.warning("%s: not looked at, to go on from it: %s", name, error)
             continue
         if but_for_length(made_from, trials) == ours:
-            yield _Training(folder, reading.resolve_steps(at_length(stage, made_from["settings"])), marker)
+            beside = os.path.relpath(folder, context.folder.parent)
+            yield _Training(folder, beside, reading.resolve_steps(at_length(stage, made_from["settings"])), marker)
 
 
 def _made_from(folder: Path) -> dict[str, Any]:
@@ -174,7 +181,7 @@ def _candidate(step: int, other: _Training, stage: TrainStage, reading: Training
         verify_folder(step_folder(other.folder, progress.best_step))
         steps.insert(0, progress.best_step)
     slots = (step - progress.skipped_steps) * reading.slots_per_step
-    return Earlier(other.folder.name, step, progress.tokens, slots, _cost(step, state, other.marker)), steps
+    return Earlier(other.name, step, progress.tokens, slots, _cost(step, state, other.marker)), steps
 
 
 def _cost(step: int, state: _State, marker: Marker | None) -> Cost:

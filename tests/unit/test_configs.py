@@ -9,10 +9,11 @@ from rich.console import Console
 from megatron_specialm.base.accelerator import planned_machine
 from megatron_specialm.base.artifacts import Cost, Marker, begin_artifact, finish_artifact
 from megatron_specialm.config.load import configs_folder, load_pipeline
+from megatron_specialm.config.schedule import step_to_keep
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.lineage import distinct_setups, setup_of
+from megatron_specialm.graph.lineage import distinct_setups, setup_of, train_stage
 from megatron_specialm.graph.plan import PlannedTask, make_plan
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.report.estimates import memory_table, stage_flops, training_table
@@ -67,6 +68,13 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     evaluated = Passes(evaluated=4 * 2 * (4 + 6 + 2) * 2 * 64)
     assert stage_flops(spread, "slm-tuned", plan) == before + setup.flops(evaluated)
     assert stage_flops(pipeline, "slm", plan) == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
+    longer = {
+        **pipeline.stages,
+        "slm-320": pipeline.stages["slm"].model_copy(update={"steps": 320, "continues": "slm"}),
+    }
+    continued = pipeline.model_copy(update={"stages": longer})
+    taken_over = step_to_keep(train_stage(pipeline, "slm")) or 160
+    assert stage_flops(continued, "slm-320") == (320 - taken_over) * setup_of(pipeline, "slm").step_flops
     assert stage_flops(pipeline, "slm-tuned", other) == before, "what was tokenized from other settings is not read"
 
 

@@ -14,6 +14,8 @@ from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate.capabilities import refuse
 from megatron_specialm.graph.build import check_model, check_tokenizer
+from megatron_specialm.graph.digests import content_of
+from megatron_specialm.graph.length import shared_steps, why_another_step, without_length
 from megatron_specialm.graph.lineage import (
     HELD_OUT,
     assign_stage,
@@ -44,7 +46,7 @@ class TrainKind(ModelKind[TrainStage]):
 
     kind = "train"
     references: ClassVar[References] = {
-        "tokens": "tokens", "assignment": "assignment", "init": "model", "distill.teacher": "model",
+        "tokens": "tokens", "assignment": "assignment", "init": "model", "continues": "model", "distill.teacher": "model",
         "distill.cache": "distributions",
     }  # fmt: skip
     placement: ClassVar[Placement] = {
@@ -76,15 +78,21 @@ class TrainKind(ModelKind[TrainStage]):
                 inputs.append(TaskId(stage.distill.teacher, key_for(pipeline, stage.distill.teacher, key)))
                 if stage.distill.cache is not None:
                     inputs.append(TaskId(stage.distill.cache, key))
-            made = Task(TaskId(name, key), tuple(inputs), {}, domain_of(pipeline, key), elsewhere=elsewhere)
+            continued = TaskId(stage.continues, key) if stage.continues is not None else None
+            inputs += [continued] if continued else []
+            domain = domain_of(pipeline, key)
+            made = Task(TaskId(name, key), tuple(inputs), {}, domain, elsewhere=elsewhere, continues=continued)
             rates = stage.optimizer.rates
             trials = [replace(made, id=TaskId(name, trial_key(key, rate)), rate=rate) for rate in rates if rates[1:]]
             yield from trials
             yield replace(made, inputs=(*made.inputs, *(trial.id for trial in trials)))
 
     def check(self, pipeline: Pipeline, name: str, stage: TrainStage) -> None:
+        if stage.continues is not None:
+            _check_continued(pipeline, name, stage, stage.continues)
         for field, other in self.named_stages(stage):
-            if self.references[field] == "model" and not (field == "init" and starts_from_mixture(pipeline, stage)):
+            of_many = field == "continues" or (field == "init" and starts_from_mixture(pipeline, stage))
+            if self.references[field] == "model" and not of_many:
                 check_model(pipeline, name, field, stage.tokens, other, keys=model_keys(pipeline, name))
         _check_shape(name, model_of(pipeline, name))
         if stage.upcycle is not None:
@@ -133,6 +141,27 @@ class TrainKind(ModelKind[TrainStage]):
     def origin(self, stage: TrainStage) -> str:
         mixed = "domain" if stage.mixes_in_domain else GENERIC
         return f"{stage.data}+{mixed}" if stage.mixed_fraction else stage.data
+
+
+def _check_continued(pipeline: Pipeline, name: str, stage: TrainStage, continued: str) -> None:
+    """Check that a training and the one that it continues differ in their length only, and have a step in common."""
+    where, other = f"stages.{name}.continues", pipeline.stages[continued]
+    if not isinstance(other, TrainStage):
+        raise ConfigError(f"{where}: {continued!r} is a stage of kind {other.kind!r}, not 'train'")
+    own, theirs = (without_length(content_of(each, leave_out=TrainKind.placement)) for each in (stage, other))
+    if different := sorted(key for key in own.keys() | theirs.keys() if own.get(key) != theirs.get(key)):
+        raise ConfigError(
+            f"{where}: {continued!r} has another `{different[0]}` ({theirs.get(different[0])!r}, and {name!r} has "
+            f"{own.get(different[0])!r}): only `steps` and `schedule` may differ"
+        )
+    if missing := [key for key in model_keys(pipeline, name) if key not in model_keys(pipeline, continued)]:
+        raise ConfigError(f"{where}: {continued!r} has no model {missing[0]!r}: train the same clusters in both")
+    if not shared_steps(stage, other, ended=other.steps):
+        reason = why_another_step(min(stage.steps, other.steps), stage, other)
+        raise ConfigError(
+            f"{where}: no step of {continued!r} that is kept is a step of {name!r} ({reason}): use `schedule.kind: wsd` or "
+            "`constant`, and equal `warmup_steps`"
+        )
 
 
 def _check_shape(name: str, shape: ModelConfig) -> None:
