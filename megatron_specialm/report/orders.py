@@ -9,11 +9,13 @@ from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.report.rows import Average, Results, Row, Seeds
 from megatron_specialm.report.tables import is_tuned, largest_budget
 
-# The method with the lower perplexity first (Grangier et al., arXiv 2402.01093). Two orders are not in the paper: a soup
-# against one expert, and LoRA against fine-tuning all weights.
+# The method with the lower perplexity first. Those of Grangier et al. (arXiv 2402.01093), then ours: a soup against one
+# expert; LoRA; experts from a shared start (c-BTM); resampling from a projected expert, or from SLM (`evidence.yaml`).
 ORDERS = (
     ("llm", "slm-d"), ("slm-d", "slm"), ("llm", "slm"), ("slm-pn", "slm"), ("slm-mix", "slm"), ("slm-is", "slm"),
-    ("slm", "slm-nopt"), ("slm-pn-soup", "slm-pn"), ("llm", "llm-lora"),
+    ("slm", "slm-nopt"),
+    ("slm-pn-soup", "slm-pn"), ("llm", "llm-lora"), ("slm-btm", "slm-mix"), ("slm-btm", "slm"), ("slm-pn-is", "slm-pn"),
+    ("slm-pn-is", "slm-is"), ("slm-pn-is", "slm-cis"), ("slm-cis", "slm"),
 )  # fmt: skip
 
 Model = tuple[str, bool]  # a method, and whether it is fine-tuned

@@ -23,6 +23,7 @@ from megatron_specialm.graph.rates import beyond
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import Task, TaskId, ancestors, model_task
 from megatron_specialm.report.costs import ledger_entries, model_cost
+from megatron_specialm.report.coverage import relative_distances
 from megatron_specialm.report.rows import (
     Average,
     Concentration,
@@ -63,7 +64,7 @@ def write_results(
         pipeline=pipeline.name,
         rows=rows,
         macro=list(_averages(rows, {name: files.train_tokens for name, files in pipeline.text.domains.items()})),
-        concentration=list(_concentration(pipeline, markers)),
+        concentration=list(_concentration(pipeline, markers, relative_distances(pipeline, plan, root))),
         selection=list(_selection(pipeline, markers)),
         learning_rates=list(_learning_rates(pipeline, markers)),
     )
@@ -151,11 +152,15 @@ def _averages(rows: Iterable[Row], sizes: Mapping[str, int | None]) -> Iterator[
             yield combine(Average, list(own.values()), domains=len(domains), perplexity=perplexity)
 
 
-def _concentration(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Iterator[Concentration]:
+def _concentration(
+    pipeline: Pipeline, markers: Mapping[TaskId, Marker], distances: Mapping[TaskId, float]
+) -> Iterator[Concentration]:
     for name, marker in markers.items():
         if kind_of(pipeline.stages[name.stage]).makes == "assignment" and name.key in sources(pipeline):
             place = _set_columns(pipeline, name.key)
-            yield Concentration(stage=name.stage, **place, **marker.values, seed=pipeline.seed)
+            yield Concentration(
+                stage=name.stage, **place, **marker.values, relative_distance=distances.get(name), seed=pipeline.seed
+            )
 
 
 def _selection(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Iterator[Selection]:

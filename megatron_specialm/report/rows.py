@@ -234,7 +234,8 @@ class Average(Costs, _Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Concentration(Entry):
-    """How concentrated a set is in clusters."""
+    """How concentrated a set is in clusters. `relative_distance`: how far a domain is from the generic text of its clusters
+    (`report/coverage.py`)."""
 
     stage: str
     domain: str
@@ -245,6 +246,7 @@ class Concentration(Entry):
     top_share: Score
     entropy: Score
     effective_clusters: Score
+    relative_distance: float | None = None
     seed: int
 
 
@@ -315,8 +317,8 @@ def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file that `to_csv` has made; unknown columns are ignored.
+def read_csv(path: Path, kind: type[E]) -> list[E]:
+    """The entries of a CSV file that `to_csv` has made; unknown columns are ignored.
 
     Raises:
         ArtifactError: the file is missing, lacks a required column, has a line with too few or too many columns, or a value
@@ -329,15 +331,16 @@ def read_csv(path: Path) -> list[Row]:
         raise ArtifactError(f"{path}: {error.strerror}") from None
     except (csv.Error, ValueError) as error:  # no line, or not text
         raise ArtifactError(f"{path}: not the CSV file of some results ({error})") from None
-    needed = [each.name for each in fields(Row) if each.init and each.default is MISSING]
+    needed = [each.name for each in fields(kind) if each.init and each.default is MISSING]
     if missing := [name for name in needed if name not in header]:
         raise ArtifactError(f"{path}: its first line lacks {', '.join(missing)}: {remedy}")
     for number, line in enumerate(lines, 2):
         if len(line) != len(header):
             raise ArtifactError(f"{path}: line {number} has {len(line)} columns, and the first one {len(header)}")
-    types = get_type_hints(Row)
+    types = get_type_hints(kind)
     rows = [{name: _value(cell, types.get(name)) for name, cell in zip(header, line, strict=True)} for line in lines]
-    return parse_json(json.dumps(rows).encode(), list[Row], path=path, remedy=remedy)
+    own: list[E] = parse_json(json.dumps(rows).encode(), list[kind], path=path, remedy=remedy)  # type: ignore[valid-type]
+    return own
 
 
 def _value(cell: str, kind: Any) -> Any:

@@ -101,7 +101,7 @@ def _cost_column(phase: str, what: str) -> Column[_Line]:
 
 
 def _perplexity(entry: Row | Average | None) -> str:
-    return "" if entry is None else _with_deviation(entry, "perplexity", ".1f") + CAPPED * bool(entry.capped)
+    return "" if entry is None else with_deviation(entry, "perplexity", ".1f") + CAPPED * bool(entry.capped)
 
 
 def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
@@ -155,7 +155,7 @@ def _state(entry: Row) -> str:
     return "yes" if is_tuned(entry) else "mixed in" if entry.finetuned else "no"
 
 
-def _with_deviation(entry: Entry, score: str, form: str) -> str:
+def with_deviation(entry: Entry, score: str, form: str) -> str:
     """A value, and over seeds its sample standard deviation."""
     value = format(getattr(entry, score), form)
     deviation = entry.spread.deviation[score] if entry.spread else None
@@ -169,9 +169,10 @@ def concentration_table(results: Results) -> Table:
         word("set", lambda entry: entry.domain),
         number("k", lambda entry: str(entry.k)),
         number("windows", lambda entry: f"{entry.windows:,.0f}"),
-        number("top share", lambda entry: _with_deviation(entry, "top_share", ".2f")),
-        number("entropy (nats)", lambda entry: _with_deviation(entry, "entropy", ".2f")),
-        number("effective clusters", lambda entry: _with_deviation(entry, "effective_clusters", ".1f")),
+        number("top share", lambda entry: with_deviation(entry, "top_share", ".2f")),
+        number("entropy (nats)", lambda entry: with_deviation(entry, "entropy", ".2f")),
+        number("effective clusters", lambda entry: with_deviation(entry, "effective_clusters", ".1f")),
+        number("relative distance", lambda entry: _known(entry.relative_distance, ".2f")),
     ]
     return Table.of(results.concentration, columns, title="Concentration of each set in clusters")
 

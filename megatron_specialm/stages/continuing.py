@@ -7,8 +7,8 @@ function of the step, a teacher or its cache is an input, and the loop's state i
     the learning rates of all steps up to the checkpoint are equal to the last bit (config/schedule.py);
     both trainings validate after that step, or neither does. A training always validates at its end.
 
-The newest checkpoint that meets them is adopted, from a longer or a shorter training: of the same task with earlier settings, or
-of the stage that `continues` names. If there is none, the log has the reason.
+The newest checkpoint that meets them is adopted, from a longer or a shorter training: of the same task with earlier settings,
+or of the stage that `continues` names. If there is none, the log has the reason.
 
     earlier.json    in the task's folder: the adopted step, and its cost
 """

@@ -35,7 +35,7 @@ stages:
   slm-10: &slm {kind: train, data: generic, steps: 10, method: slm}
   slm-20: {<<: *slm, steps: 20, continues: slm-10}
   slm-30: {<<: *slm, steps: 30, continues: slm-20}
-  slm-is-10: &slm-is {kind: train, data: importance, assignment: assignment, init: slm-10, model: null, steps: 10, method: slm-is}
+  slm-is-10: &slm-is {kind: train, data: importance, assignment: assignment, init: slm-10, steps: 10, method: slm-is}
   slm-is-20: {<<: *slm-is, steps: 20, continues: slm-is-10}
   perplexity: {kind: evaluate, tokens: tokens, models: [slm-10, slm-20, slm-30, slm-is-10, slm-is-20]}
 """

@@ -33,7 +33,7 @@ NOT_RUN = {
     r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",
     r"specialm( run| check| parity| figures| clean| convert| project)?$": "a mention, which says no more than the name",
     r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as CONFIG or STAGE",
-    r"tools/(quickstart|test)\.sh": "a package index, and a quarter of an hour",
+    r"tools/(quickstart|evidence|test)\.sh": "a package index, and a quarter of an hour or more",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",
     r"python tools/chaos\.py": "half an hour; tests/e2e/test_chaos.py does it in small",
     r"python tools/results_tables\.py": "finished seeds; tests/unit/test_results_tables.py runs it",

@@ -33,7 +33,7 @@ from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCach
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.setup import Passes
-from megatron_specialm.report.rows import read_csv, to_csv
+from megatron_specialm.report.rows import Row, read_csv, to_csv
 from megatron_specialm.report.seeds import read_runs
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_job_file, read_registry, write_registry
@@ -202,7 +202,7 @@ KINDS = [
     Kind("task.json", _make_artifact, read_label),
     Kind("nodes.json", lambda f: exclude_node(f, "node1", reason="r"), excluded_nodes),
     Kind("results.json", _make_results, lambda f: read_runs([f / "results.json"])),
-    Kind("rows.csv", lambda f: (f / "rows.csv").write_text(to_csv([ROW])), lambda f: read_csv(f / "rows.csv")),
+    Kind("rows.csv", lambda f: (f / "rows.csv").write_text(to_csv([ROW])), lambda f: read_csv(f / "rows.csv", Row)),
     Kind("pipeline.yaml", _make_config, lambda f: load_pipeline(f / "pipeline.yaml")),
     *(
         Kind(f"model/{name}", _make_export, lambda f: open_model(f / "model"), sealed=name != MANIFEST)

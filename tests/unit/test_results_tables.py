@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.cli import app
 from megatron_specialm.report.costs import COSTS, COUNTS
+from megatron_specialm.report.frontier import find_frontier
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows, write_results
-from megatron_specialm.report.rows import Cost, Results, Row, read_csv, to_csv
+from megatron_specialm.report.rows import Concentration, Cost, Results, Row, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds
 from tests.conftest import ROOT
 from tests.unit.test_figures import columns
@@ -76,13 +77,13 @@ def test_rows_come_back_from_csv(tmp_path: Path) -> None:
     rows = made_up({"slm": {"legal": 12.5}, "slm-tuned": {"1984": 10.0}}, training_seed=3)
     rows[1] = replace(rows[1], capped=True, learning_rate=0.0017)
     (tmp_path / "rows.csv").write_text(_csv(rows))
-    assert read_csv(tmp_path / "rows.csv") == rows
+    assert read_csv(tmp_path / "rows.csv", Row) == rows
     later = [{**row.columns(), "of_later": 7} for row in rows]
     (tmp_path / "rows.csv").write_text(to_csv(later))
-    assert read_csv(tmp_path / "rows.csv") == rows
+    assert read_csv(tmp_path / "rows.csv", Row) == rows
     absent = ("learning_rate", "capped", "total_flops_7", "fill", "training_seed")
     (tmp_path / "rows.csv").write_text(to_csv({k: v for k, v in row.items() if k not in absent} for row in later))
-    for row, again in zip(rows, read_csv(tmp_path / "rows.csv"), strict=True):
+    for row, again in zip(rows, read_csv(tmp_path / "rows.csv", Row), strict=True):
         assert again == replace(row, capped=None, learning_rate=None, training_seed=0)
         assert again.total_flops_7 == 40 + 7 * 40 and again.fill == 1.0
 
@@ -97,9 +98,9 @@ def test_a_file_that_is_no_results(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(ArtifactError, match=rf"rows\.csv: {says}"):
-            read_csv(path)
+            read_csv(path, Row)
     with pytest.raises(ArtifactError, match=r"absent\.csv: No such file"):
-        read_csv(tmp_path / "absent.csv")
+        read_csv(tmp_path / "absent.csv", Row)
 
 
 def test_averages_from_rows_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +112,7 @@ def test_averages_from_rows_are_those_of_the_run(tmp_path: Path, monkeypatch: py
     results = write_results(pipeline, root)
     assert len(results.macro) > 20 and results_from_rows(results.rows).macro == results.macro
     write_csv([root], tmp_path / "rows.csv")
-    again = results_from_rows(read_csv(tmp_path / "rows.csv")).macro
+    again = results_from_rows(read_csv(tmp_path / "rows.csv", Row)).macro
     assert [entry.perplexity for entry in again] == pytest.approx(
         [entry.perplexity for entry in results.macro], rel=1e-4
     )
@@ -124,7 +125,7 @@ def test_runs_become_one_file_in_the_order_of_their_seeds(tmp_path: Path) -> Non
     levels = {"slm": {"legal": 12.3456789, "law": 20.0}}
     folders = [_run_folder(tmp_path / str(seed), made_up(levels, seed=seed)) for seed in (2, 0, 1)]
     write_csv(folders, tmp_path / "new" / "rows.csv")
-    rows = read_csv(tmp_path / "new" / "rows.csv")
+    rows = read_csv(tmp_path / "new" / "rows.csv", Row)
     assert [row.seed for row in rows] == [0, 0, 1, 1, 2, 2] and rows[0].perplexity == 12.3457
     _run_folder(tmp_path / "3", made_up({"slm": {"legal": 10.0}}, seed=3))
     with pytest.raises(ArtifactError, match="3: has no result of slm on law"):
@@ -247,6 +248,7 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         ("cost", "| slm | yes | 0.00M | 4.0e+01 | 40 | 0.00M | 4.0e+01 | 40 | 100% |"),
         ("short", "| slm | 100.0 ± 0.0 | 100.0 ± 0.0 | 0.00M | 0.00M | 40 |"),
         ("orders", "| slm-pn < slm | 2 of 2, -20.0% (-20.0 to -20.0) | 2 of 2, -20.0% (-20.0 to -20.0) |"),
+        ("frontier", "| 7 |  | slm-pn | yes | slm-pn-tuned | 3.2e+02 | 80.0 ± 0.0 |"),
     ):
         page.write_text(PAGE.format(name=name, table=""))
         assert fill([page], check=True) == 1 and fill([page], check=False) == 0
@@ -257,13 +259,65 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         capsys.readouterr()
         assert fill([page], check=True) == 1 and f"+{line}" in capsys.readouterr().out
         assert fill([page], check=False) == 0 and page.read_text() == filled
-    assert set(TABLES) == {"perplexity", "cost", "short", "orders"}
+    assert set(TABLES) == {"perplexity", "cost", "short", "orders", "frontier"}
+
+
+def test_a_table_of_some_domains_averages_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from results_tables import fill
+
+    monkeypatch.chdir(tmp_path)
+    levels = {"slm-tuned": {"generic": 9.0, "legal": 100.0, "law": 400.0, "news": 7.0}}
+    Path("rows.csv").write_text(_csv(made_up(levels)))
+    Path("page.md").write_text(PAGE.format(name="short legal,law", table=""))
+    assert fill([Path("page.md")], check=False) == 0
+    assert "| slm | 100.0 | 400.0 | 200.0 | 0.00M | 0.00M | 40 |" in Path("page.md").read_text()
+    Path("page.md").write_text(PAGE.format(name="short", table="").replace("rows.csv", "absent.csv"))
+    assert fill([Path("page.md")], check=False) == 0 and "-->\n\nNot run yet.\n\n<!--" in Path("page.md").read_text()
+    Path("page.md").write_text(PAGE.format(name="short legal,laws", table=""))
+    with pytest.raises(
+        ConfigError, match=r"page\.md: there is no domain 'laws' in rows\.csv; there are generic, law, legal"
+    ):
+        fill([Path("page.md")], check=False)
+
+
+def test_concentration_is_one_file_for_all_training_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from results_tables import fill, write_concentration
+
+    monkeypatch.chdir(tmp_path)
+    place = {"stage": "assignment", "domain": "legal", "base_domain": "legal", "size": None, "k": 4, "windows": 10}
+    entry = Concentration(**place, top_share=0.25, entropy=1.0, effective_clusters=2.5, relative_distance=1.1, seed=0)
+    for seed in (0, 1):
+        Path(str(seed)).mkdir()
+        results = Results("p", made_up({"slm": {"legal": 9.0}}, training_seed=seed), [], [entry], [], [])
+        results.write(Path(str(seed), "results.json"))
+    write_concentration([Path("0"), Path("1")], Path("rows.csv"))
+    Path("page.md").write_text(PAGE.format(name="concentration", table=""))
+    assert fill([Path("page.md")], check=False) == 0
+    assert "| assignment | legal | 4 | 10 | 0.25 | 1.00 | 2.5 | 1.10 |" in Path("page.md").read_text()
+
+
+def test_the_frontier_has_the_best_small_model_at_each_total_cost() -> None:
+    """Not a larger model, nor one that a cheaper one beats; with more domains the specialization costs weigh more."""
+    costs = {
+        "slm-tuned": (1_000, 10, 20.0),
+        "slm-is": (0, 200, 15.0),
+        "slm-mix": (2_000, 20, 22.0),
+        "llm": (10, 1, 5.0),
+    }
+    rows = [
+        replace(row, generic_flops=generic, specialization_flops=own, total_flops_1=None, total_flops_7=None,
+                total_flops_50=None, inference_parameters=1 + (row.stage == "llm"))
+        for stage, (generic, own, level) in costs.items()
+        for row in made_up({stage: {"legal": level}})
+    ]  # fmt: skip
+    found = [(best.tasks, best.average.stage) for best in find_frontier(results_from_rows(rows))]
+    assert found == [(1, "slm-is"), (7, "slm-tuned"), (7, "slm-is"), (50, "slm-tuned"), (50, "slm-is")]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (PAGE.format(name="other", table=""), "no table 'other' of rows.csv; there are perplexity, cost, short, orders"),
+        (PAGE.format(name="other", table=""), "no table 'other' of rows.csv; there are perplexity, cost, short, orders, "),
         ("<!-- table: rows.csv cost -->\n", "of 1 comments that begin a table and 0 that end one, 0 are pairs"),
         (PAGE.format(name="cost", table="") + "<!-- end of table -->\n", "1 comments .* and 2 that end one, 1 are pairs"),
         (PAGE.format(name="cost", table="").replace("table: ", "table "), "1 comments .* and 1 that end one, 0 are pairs"),
