@@ -377,7 +377,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
 def test_side_tables() -> None:
     results = typed(invented(methods=("slm",)))
     concentration, selection = concentration_table(results), selection_table(results)
-    assert concentration.lines[0] == ["assignment", "legal", "64", "400", "0.50", "1.50", "4.5"]
+    assert concentration.lines[0] == ["assignment", "legal", "64", "400", "0.50", "1.50", "4.5", ""]
     assert selection.lines == [
         ["expert", "legal", "loss", "yes", "c3", "c3", "1", "65,536", "2.5e+09"],
         ["expert", "legal", "frequency", "", "c1", "c3", "2", "0", "2.5e+09"],
