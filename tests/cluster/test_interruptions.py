@@ -12,7 +12,7 @@ from megatron_specialm.slurm.records import Attempt
 from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 STEPS = 400
 OVERRIDES = [f"stages.slm.steps={STEPS}", "stages.slm.parallel.data_parallel=2", "stages.slm.checkpoint.every=20"]
 
@@ -44,7 +44,7 @@ def _begun(run: Run) -> int:
         attempts, step = run.attempts("slm"), run.saved_step("slm")
         return bool(attempts) and step > first_seen.setdefault(len(attempts), step) and attempts[-1].end is None
 
-    run.until(goes_on, "a step is saved", 60)
+    run.until(goes_on, "a step is saved", 120)
     assert run.saved_step("slm") < STEPS - 40, "the test came too late: the training has ended"
     return len(run.attempts("slm")) - 1
 
@@ -143,7 +143,9 @@ def test_a_network_partition(run: Run, straight: Path) -> None:
     first, second = _next(run, number, 90)
     assert lost not in second.begin.nodes
     assert first.end is not None and f"rank 1 on {lost}" in run.log("slm")
-    _finished(run, straight, *({first.end.outcome} - {"preempted"}))  # it depends on who notices first, Slurm or the supervisor
+    _finished(
+        run, straight, *({first.end.outcome} - {"preempted"})
+    )  # it depends on who notices first, Slurm or the supervisor
 
 
 def test_a_rank_that_hangs(run: Run, straight: Path) -> None:
