@@ -1,5 +1,6 @@
 """A small model as users have it: weights that Transformers has made and saved, and a byte-level BPE tokenizer."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
 
 from tests.texts import WORDS
 
@@ -40,6 +41,10 @@ def save_tokenizer(folder: Path, texts: Iterable[str], *, size: int = 300) -> Pr
     return wrapped
 
 
+def _merges(folder: Path) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]]
+
+
 def save_existing_model(folder: Path, family: str = "llama", **settings: Any) -> Path:
     """Save a random model with its tokenizer.
 
@@ -47,6 +52,9 @@ def save_existing_model(folder: Path, family: str = "llama", **settings: Any) ->
         settings: of `save_pretrained`.
     """
     tokenizer = save_tokenizer(folder, [" ".join(WORDS)] * 4)
+    if family == "qwen2":  # its models are always loaded with this class
+        tokenizer = Qwen2Tokenizer(vocab=tokenizer.get_vocab(), merges=_merges(folder))
+        tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).float().eval()
     model.config.bos_token_id = model.config.eos_token_id = tokenizer.eos_token_id

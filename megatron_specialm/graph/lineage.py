@@ -242,6 +242,16 @@ def method_of(pipeline: Pipeline, name: str) -> str:
     return stage.method or (method_of(pipeline, before) if before else name)
 
 
+def imported_models(pipeline: Pipeline, name: str) -> list[str]:
+    """The import stages whose models a stage's models start from or learn from: what trained those is in no cost here."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, ImportStage):
+        return [name]
+    kind = kind_of(stage)
+    read = [other for field, other in kind.named_stages(stage) if kind.references[field] in ("model", "distributions")]
+    return list(dict.fromkeys(found for other in read for found in imported_models(pipeline, other)))
+
+
 def domain_text(pipeline: Pipeline, name: str) -> DomainText:
     """How a stage's models have read the domain's own text: not at all, mixed into a pretraining (`domain_fraction`), or in a
     fine-tuning."""
