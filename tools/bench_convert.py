@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.families import huggingface_shapes, rows
 from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter

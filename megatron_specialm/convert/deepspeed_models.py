@@ -4,7 +4,7 @@ of Megatron-Core; and do not say which model it is."""
 from pathlib import Path
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config
+from megatron_specialm.config.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup, open_deepspeed
 from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal
 from megatron_specialm.convert.families import from_huggingface_lazily, rows, to_huggingface_lazily

@@ -16,7 +16,7 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.safetensors_writer import elements
 

@@ -66,8 +66,13 @@ def convert(
             already; the target is not written.
         MachineError: there is not enough room on the disk.
     """
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already: name a folder to make")
+    _refuse_existing(target)
+    source = open_convertible(path, config=config, tokenizer=tokenizer)
+    return write_target(source, target, to=to, layout=layout, dtype=dtype, threads=threads)
+
+
+def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:
+    """Open a checkpoint to convert it; arguments and errors as of `convert`."""
     source = open_source(path, config=config)
     if source.model.shape.moe is not None:
         raise CheckpointError(
@@ -79,6 +84,20 @@ def convert(
         check_tokenizer(source.tokenizer, vocabulary_size=source.model.vocabulary_size)
         ids = source.model.special_ids or special_ids(source.tokenizer)
         source = replace(source, model=replace(source.model, special_ids=ids))
+    return source
+
+
+def write_target(
+    source: Source,
+    target: Path,
+    *,
+    to: str,
+    layout: Layout = Layout(),  # noqa: B008 (immutable)
+    dtype: torch.dtype | None = None,
+    threads: int = 2,
+) -> Conversion:
+    """Write an opened checkpoint, and compare what was written; arguments and errors as of `convert`."""
+    _refuse_existing(target)
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes)
@@ -149,6 +168,11 @@ def _in_threads(work: Callable[[str], Result], source: Source, threads: int) -> 
         finally:
             for _, future in begun:
                 future.cancel()
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already: name a folder to make")
 
 
 def _given(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.fingerprint import Fingerprint
 from megatron_specialm.convert.lazy import LazyTensor, cast
 
