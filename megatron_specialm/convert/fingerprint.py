@@ -7,7 +7,7 @@ computed. A tensor that was swapped, transposed or changed on the way is named.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in an
 @dataclass(frozen=True)
 class Fingerprint:
     """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`; None where
-    they are not finite."""
+    they are not finite. `moments` has the SHA-256 of each of Adam's moments, where the checkpoint has them."""
 
     model: dict[str, Any]
     weights: dict[str, str]
     tokens: list[int]
     places: list[int]
     logits: list[list[float | None]]
+    moments: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `fingerprint.json`."""
-        write_json(folder / FINGERPRINT, asdict(self))
+        content = asdict(self)
+        write_json(folder / FINGERPRINT, {name: value for name, value in content.items() if value or name != "moments"})
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -94,7 +96,15 @@ def compare_weights(
                 f"{where}: {name} is {settings.get(name)!r}, and its fingerprint says {value!r}: the config was changed or "
                 "lost on the way"
             )
-    recorded = fingerprint.weights
+    compare_hashes(fingerprint.weights, found, where=where)
+
+
+def compare_hashes(recorded: Mapping[str, str], found: Mapping[str, str], *, where: Path) -> None:
+    """Compare hashes of tensors.
+
+    Raises:
+        CheckpointError: naming the tensors that differ, and of a swapped one whose content it has.
+    """
     if recorded.keys() != found.keys():
         name = min(recorded.keys() ^ found.keys())
         raise CheckpointError(f"{where}: {name} is {'missing' if name in recorded else 'not in its fingerprint'}")
