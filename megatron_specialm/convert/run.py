@@ -78,7 +78,9 @@ def convert(
     """
     _refuse_existing(target)
     source = open_convertible(path, config=config, tokenizer=tokenizer)
-    return write_target(source, target, to=to, layout=layout, dtype=dtype, threads=threads)
+    return write_target(
+        source, target, to=to, layout=layout, dtype=dtype, weights_only=weights_only, threads=threads
+    )
 
 
 def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:
@@ -104,6 +106,7 @@ def write_target(
     to: str,
     layout: Layout = Layout(),  # noqa: B008 (immutable)
     dtype: torch.dtype | None = None,
+    weights_only: bool = False,
     threads: int = 2,
 ) -> Conversion:
     """Write an opened checkpoint, and compare what was written; arguments and errors as of `convert`."""
