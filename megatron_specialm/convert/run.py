@@ -78,9 +78,7 @@ def convert(
     """
     _refuse_existing(target)
     source = open_convertible(path, config=config, tokenizer=tokenizer)
-    return write_target(
-        source, target, to=to, layout=layout, dtype=dtype, weights_only=weights_only, threads=threads
-    )
+    return write_target(source, target, to=to, layout=layout, dtype=dtype, weights_only=weights_only, threads=threads)
 
 
 def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:

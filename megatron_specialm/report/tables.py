@@ -1,7 +1,7 @@
 """Tables of results, for the terminal and for Markdown; from `Results` alone, of one run or of several."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
