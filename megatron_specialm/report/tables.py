@@ -116,7 +116,7 @@ def _perplexity(entry: Row | Average | None) -> str:
 def _bits_per_byte(average: Average | None) -> str:
     if average is None:
         return ""
-    return "-" if average.bits_per_byte is None else _with_deviation(average, "bits_per_byte", ".3f")
+    return "-" if average.bits_per_byte is None else with_deviation(average, "bits_per_byte", ".3f")
 
 
 def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:

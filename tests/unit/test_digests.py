@@ -63,7 +63,7 @@ TRY: dict[str, list[Any]] = {
     "clusters": [[0]], "cache": ["taught"], "temperature": [2.0], "precision": ["bf16", "fp8"],
     "family": ["llama", "neox"], "count": [9], "validation": [["v.jsonl"]], "compare": [["loss"], ["halving"]],
     "moe": [{"experts": 2}], "ffn_hidden_size": [32], "shared_expert": [16],
-    "assignment": ["assignment-b"], "init": ["slm-b"], "replay_fraction": [0.1], "domain_fraction": [0.1],
+    "assignment": ["assignment-b"], "init": ["slm-b"], "continues": [None], "replay_fraction": [0.1], "domain_fraction": [0.1],
     "attention_heads": [2, 1], "hidden_size": [64, 128], "linears": [["qkv"], ["qkv", "fc1"]], "root": ["elsewhere"],
     "projection": [None, {"experts": 4, "capacity": 2, "code_size": 4}], "distill": [None, {"teacher": "slm-b"}],
     "tensor_parallel": [2], "pipeline_parallel": [2], "data_parallel": [2], "context_parallel": [2],
