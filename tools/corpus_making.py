@@ -32,8 +32,8 @@ SEED = 0
 
 class Source(NamedTuple):
     """A package with text. `domain`: the domain that it provides, if any, with its number of training characters. `spare`: how
-    many times the held-out text is set aside, because contained documents are dropped from it. `is_generic`: whether the rest
-    is in the generic set."""
+    many times the held-out text is set aside, because contained documents are dropped from it. `generic`: how many characters
+    of the rest are in the generic set; None for all."""
 
     package: str
     domain: str | None
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     spare: int
     licence: str
     read: Callable[[zipfile.ZipFile], Iterator[Document]]
-    is_generic: bool = True
+    generic: int | None = None
 
 
 class Corpus(NamedTuple):
@@ -100,10 +100,10 @@ def make(corpus: Corpus, folder: Path, version: str) -> None:
             sets[f"{source.domain}.test"], rest = take(rest, source.spare * corpus.domain_test)
             sets[f"{source.domain}.validation"], rest = take(rest, source.spare * corpus.domain_validation)
             sets[f"{source.domain}.train"], rest = take(rest, source.train)
-        if source.is_generic:
+        if source.generic != 0:
             test, rest = take(rest, corpus.generic_test // len(sources))
             sets["generic.test"] += test
-            sets["generic.train"] += rest
+            sets["generic.train"] += rest if source.generic is None else take(rest, source.generic)[0]
     keep_uncontained(sets)
     check_disjoint(sets)
     described = {f"{name}.jsonl.zst": write_set(folder, name, texts) for name, texts in sets.items()}

@@ -82,7 +82,7 @@ def test_a_corpus_has_disjoint_sets_and_is_made_once(tmp_path: Path, capsys: pyt
         _package(tmp_path / "packages" / f"{package}-1-py3-none-any.whl", **files)
     sources = [
         Source("near==1", "near", 9_000, 1, "ours", words),
-        Source("far==1", "far", 9_000, 1, "ours", words, is_generic=False),
+        Source("far==1", "far", 9_000, 1, "ours", words, generic=0),
     ]
     corpus = Corpus(sources, domain_validation=2_000, domain_test=4_000, generic_test=4_000)
     make(corpus, tmp_path, "v1")
