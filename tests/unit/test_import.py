@@ -232,6 +232,26 @@ def test_another_tokenizer_is_named_where_the_source_has_none_or_not_its_own(exi
     assert Tokenizer.load(_import(_load({"path": str(source), "tokenizer": "small"}))).vocabulary_size == ROWS
 
 
+def test_a_tokenizer_that_transformers_would_load_otherwise_beside_the_model_is_refused(
+    existing: dict[str, Path],
+) -> None:
+    """It loads every Qwen2 with a class of its own, which normalizes text."""
+    source = Path(shutil.copytree(existing["qwen2"], "source"))
+    _without_tokenizer(source)
+    save_tokenizer(source, [" ".join(WORDS)] * 4)
+    with pytest.raises(DataError, match=r"cannot be exported: transformers .* gives other ids"):
+        _import(_load({"path": str(source)}))
+
+
+def test_a_pickled_checkpoint_is_read_without_executing_it(existing: dict[str, Path]) -> None:
+    source = Path(shutil.copytree(existing["llama"], "source"))
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    found = [read_merged(find_final(_import(_load({"path": str(path)})))) for path in (source, existing["llama"])]
+    assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in found[0].weights.items())
+
+
 def test_a_model_that_is_not_the_sources_is_refused(existing: dict[str, Path]) -> None:
     pipeline = _load({"path": str(existing["llama"]), "model": "nano-llama", "vocabulary_size": ROWS})
     with pytest.raises(
