@@ -110,6 +110,7 @@ def _rows(
             nll=score["nll"],
             perplexity=math.exp(score["nll"]),
             tokens_evaluated=score["tokens"],
+            **_per_byte(score),
             learning_rate=markers[model].values.get("learning_rate"),  # None of a selection, which trains nothing
             **model_cost(pipeline, graph, markers, model),
             inference_parameters=markers[name].values["parameters"],
@@ -118,6 +119,17 @@ def _rows(
             model=str(model),
             imported=", ".join(imported_models(pipeline, model.stage)),
         )
+
+
+def _per_byte(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a set's score: bits per byte of its text. Nothing where the bytes are unknown."""
+    if "bytes" not in score:
+        return {}
+    return {
+        "bits_per_byte": score["nats"] / math.log(2) / score["bytes"],
+        "bytes_evaluated": score["bytes"],
+        "bytes_estimated": score["bytes_estimated"],
+    }
 
 
 def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def results_table(results: Results) -> Table:
     tokens in the slots of trainings; FLOPs are of all slots.
 
     A line per method and state, and per stage and size if there are several. A model for all domains has one line: it is the
-    same for every size. The perplexity of a fine-tuning that the cap on steps ended is marked.
+    same for every size. The perplexity of a fine-tuning that the cap on steps ended is marked. Bits per byte, which compare
+    models of different tokenizers, are means over domains.
     """
     lines = _lines(results)
     sets = list(dict.fromkeys(row.base_domain for row in results.rows))
@@ -62,8 +63,10 @@ def results_table(results: Results) -> Table:
     if has_sizes:
         words.append(word("set size", lambda line: "" if line.size is None else size_name(line.size)))
     macro: Column[_Line] = number("macro", lambda line: _perplexity(line.average))
-    scores = [*map(_score_column, sets), macro]
     fill: Column[_Line] = number("fill", lambda line: _mean_fill(line.of_domains))
+    knows_bytes = any(row.bits_per_byte is not None for row in results.rows)
+    per_byte: Column[_Line] = number("bits/byte", lambda line: _bits_per_byte(line.average))
+    scores = [*map(_score_column, sets), macro, *([per_byte] if knows_bytes else [])]
     note = "; ".join(filter(None, (_note(results.rows), _note_of_imports(results.rows))))
     columns = [*words, *scores, *itertools.starmap(_cost_column, COST_COLUMNS), fill]
     table = Table.of(lines, columns, title="Perplexity on held-out documents, and cost", note=note)
@@ -110,6 +113,12 @@ def _perplexity(entry: Row | Average | None) -> str:
     return "" if entry is None else _with_deviation(entry, "perplexity", ".1f") + CAPPED * bool(entry.capped)
 
 
+def _bits_per_byte(average: Average | None) -> str:
+    if average is None:
+        return ""
+    return "-" if average.bits_per_byte is None else _with_deviation(average, "bits_per_byte", ".3f")
+
+
 def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
     """Pad the cells of columns with the mark, so that digits are below digits."""
     wide = [c for c in columns if any(line[c].endswith(CAPPED) for line in lines)]
@@ -119,8 +128,9 @@ def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
     ]
 
 
-def _note(rows: Iterable[Row]) -> str:
-    """The meaning of the mark, and the stages whose steps to raise, with the seeds if there are several."""
+def _note(rows: Sequence[Row]) -> str:
+    """The meaning of the mark, and the stages whose steps to raise, with the seeds if there are several; and whether bits per
+    byte are estimates."""
     stages: dict[str, set[int]] = {}
     for row in rows:
         if row.capped:
@@ -129,7 +139,10 @@ def _note(rows: Iterable[Row]) -> str:
     names = [
         f"{stage} (seeds {', '.join(map(str, sorted(seeds)))})" if seeds else stage for stage, seeds in stages.items()
     ]
-    return f"{CAPPED} {CAPPED_MEANS}: allow more steps in {', '.join(names)}" if names else ""
+    notes = [f"{CAPPED} {CAPPED_MEANS}: allow more steps in {', '.join(names)}"] if names else []
+    if any(row.bytes_estimated for row in rows):
+        notes.append("bits/byte: estimated, as max_windows left a part of a set out")
+    return "; ".join(notes)
 
 
 def _note_of_imports(rows: Iterable[Row]) -> str:

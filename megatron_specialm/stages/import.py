@@ -48,7 +48,7 @@ def run(stage: ImportStage, context: Context) -> Report:
     source = replace(source, tokenizer_fingerprint=tokenizer.fingerprint)
     temporary = context.folder / ".model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    write_target(source, temporary, to=FORMAT, threads=context.threads)
+    write_target(source, temporary, to=FORMAT, weights_only=True, threads=context.threads)
     _publish(temporary, context.folder)
     return Report(
         values={
