@@ -143,6 +143,9 @@ def test_a_source_that_is_not_there_or_not_known_is_refused(monkeypatch: pytest.
         _load({"path": "/nowhere"})
     with pytest.raises(ConfigError, match="revision 'v1' goes with a name on the hub"):
         _load({"path": "/nowhere", "revision": "v1", "model": "nano-llama", "vocabulary_size": ROWS})
+    Path("here").mkdir()
+    with pytest.raises(ConfigError, match="revision 'v1' goes with a name on the hub, and path 'here' is a folder's"):
+        _load({"path": "here", "revision": "v1", "model": "nano-llama", "vocabulary_size": ROWS})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MachineError, match=r"owner/name: no such folder, .* `hf download owner/name`"):
         _load({"path": "owner/name"})
