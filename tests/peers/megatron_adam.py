@@ -4,8 +4,8 @@
     FOLDER/plain          fp32 and Adam, at TP2 x PP2
     FOLDER/distributed    bf16 and the distributed optimizer, `fully_reshardable`, at TP2 x DP2
     FOLDER/buffers        the same, `dp_reshardable`: the optimizer's buffers as they are
-`load` reads FOLDER/plain-written at TP2 x PP2 and FOLDER/distributed-written at PP2 x DP2, each into a model and an optimizer with
-other values, and saves what these then hold as FOLDER/plain-again and FOLDER/distributed-again.
+`load` reads FOLDER/plain-written at TP2 x PP2 and FOLDER/distributed-written at PP2 x DP2, each into a model and an optimizer
+with other values, and saves what these then hold as FOLDER/plain-again and FOLDER/distributed-again.
 """
 
 import argparse
