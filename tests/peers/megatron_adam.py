@@ -30,6 +30,37 @@ SETTINGS = {
 }  # fmt: skip
 
 
+class FusedAdam(torch.optim.AdamW):
+    """AdamW that counts its updates per group, as Transformer Engine's and apex's, which the distributed optimizer expects."""
+
+    def __init__(self, params: Any, *, adam_w_mode: bool = True, **settings: Any) -> None:
+        super().__init__(params, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = count = group.get("step", 0) + 1
+            rate, (one, two) = group["lr"], group["betas"]
+            for parameter in (own for own in group["params"] if own.grad is not None):
+                state, gradient = self.state[parameter], parameter.grad
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(parameter))
+                state["exp_avg"].lerp_(gradient, 1 - one)
+                state["exp_avg_sq"].mul_(two).addcmul_(gradient, gradient, value=1 - two)
+                scale = (state["exp_avg_sq"] / (1 - two**count)).sqrt() + group["eps"]
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"] / (1 - one**count), scale, value=-rate)
+
+
+def _take_fused_adam() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
 def _rank(rank: int, action: str, folder: Path) -> None:
     from megatron_specialm.model import cpu
 
@@ -61,6 +92,8 @@ def _training(*, distributed: bool) -> tuple[torch.nn.Module, Any]:
 
     from megatron_specialm.model.cpu import cuda_type_names
 
+    if distributed:
+        _take_fused_adam()
     torch.manual_seed(parallel_state.get_tensor_model_parallel_rank())  # data-parallel copies are equal
     dtype = torch.bfloat16 if distributed else torch.float32
     model = build_model(bf16=distributed, params_dtype=dtype, pipeline_dtype=dtype).to(dtype)
