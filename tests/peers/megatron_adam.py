@@ -30,11 +30,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class FusedAdam(torch.optim.AdamW):
+class FusedAdam(torch.optim.Optimizer):
     """AdamW that counts its updates per group, as Transformer Engine's and apex's, which the distributed optimizer expects."""
 
     def __init__(self, params: Any, *, adam_w_mode: bool = True, **settings: Any) -> None:
-        super().__init__(params, **settings)
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
