@@ -13,9 +13,9 @@ from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.shapes import Size
 from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
+from megatron_specialm.config.architectures import Model, refuse_given
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.adam import MOMENTS, AdamState, read_adam
-from megatron_specialm.convert.architectures import Model, refuse_given
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
@@ -119,6 +119,8 @@ def _tokenizer_of(training: Path) -> Path | None:
     """The folder beside a converted step; or of the `tokenizer` task that a training of a run has used."""
     if (training / TOKENIZER).is_dir():
         return training / TOKENIZER
+    if is_ours(training):  # of an import stage
+        return training
     artifact = training.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
     if not (artifact / LABEL).is_file():
         return None

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, read_adam
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup, open_deepspeed
 from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal, write_zero1
 from megatron_specialm.convert.families import from_huggingface_lazily, rows, to_huggingface_lazily

@@ -16,11 +16,12 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.safetensors_writer import elements
 
 FINGERPRINT = "fingerprint.json"
+HASHED_ELEMENTS = 2**18  # converted to fp32 at a time: they stay in the processor's cache
 TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in another order
 
 
@@ -50,7 +51,10 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's elements in fp32, C order."""
-    return hashlib.sha256(elements(tensor.float())).hexdigest()
+    digest = hashlib.sha256()
+    for part in tensor.contiguous().view(-1).split(HASHED_ELEMENTS):
+        digest.update(elements(part.float()))
+    return digest.hexdigest()
 
 
 def make_fingerprint(model: Model, hashes: Mapping[str, str], probe: Probe) -> Fingerprint:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert import (
     canonical_folder,
     deepspeed_folder,
@@ -14,7 +15,6 @@ from megatron_specialm.convert import (
     megatron_legacy,
     torch_dist,
 )
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.source import Source, TargetSpec
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config, refuse_given
+from megatron_specialm.config.architectures import CONFIG, Model, read_config, refuse_given
 from megatron_specialm.convert.families import (
     Row,
     from_huggingface_lazily,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, AdamState, read_adam
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor, cast, stacked, with_rows
 from megatron_specialm.convert.megatron_names import (

@@ -76,8 +76,13 @@ def convert(
             already; the target is not written.
         MachineError: there is not enough room on the disk.
     """
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already: name a folder to make")
+    _refuse_existing(target)
+    source = open_convertible(path, config=config, tokenizer=tokenizer)
+    return write_target(source, target, to=to, layout=layout, dtype=dtype, weights_only=weights_only, threads=threads)
+
+
+def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:
+    """Open a checkpoint to convert it; arguments and errors as of `convert`."""
     source = open_source(path, config=config)
     if source.model.shape.moe is not None:
         raise CheckpointError(
@@ -89,6 +94,21 @@ def convert(
         check_tokenizer(source.tokenizer, vocabulary_size=source.model.vocabulary_size)
         ids = source.model.special_ids or special_ids(source.tokenizer)
         source = replace(source, model=replace(source.model, special_ids=ids))
+    return source
+
+
+def write_target(
+    source: Source,
+    target: Path,
+    *,
+    to: str,
+    layout: Layout = Layout(),  # noqa: B008 (immutable)
+    dtype: torch.dtype | None = None,
+    weights_only: bool = False,
+    threads: int = 2,
+) -> Conversion:
+    """Write an opened checkpoint, and compare what was written; arguments and errors as of `convert`."""
+    _refuse_existing(target)
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
     source = _without_what_is_not_held(source, TARGETS[to], dtype, weights_only=weights_only)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +229,11 @@ def _in_threads(work: Callable[[str], Result], names: Iterable[str], threads: in
         finally:
             for _, future in begun:
                 future.cancel()
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already: name a folder to make")
 
 
 def _given(folder: Path) -> Path:

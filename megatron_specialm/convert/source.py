@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.adam import AdamState
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.fingerprint import Fingerprint
 from megatron_specialm.convert.lazy import LazyTensor, cast
 
