@@ -59,9 +59,7 @@ TARGETS = {
     ),
     megatron_folder.FORMAT: Target(megatron_folder.write_torch_dist, optimizer_bytes=12),
     megatron_folder.LEGACY: Target(
-        megatron_folder.write_legacy,
-        no_optimizer="it is numbered by the parameters of each rank's modules there: convert to megatron, whose optimizer "
-        "state any layout loads",
+        megatron_folder.write_legacy, no_optimizer=f"{megatron_folder.LEGACY_OPTIMIZER}: convert to megatron"
     ),
     deepspeed_models.FORMAT: Target(deepspeed_models.write_folder, more_bytes=12),
 }

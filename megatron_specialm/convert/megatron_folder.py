@@ -25,17 +25,19 @@ from megatron_specialm.convert.megatron_names import (
     read_settings,
     settings_of,
 )
+from megatron_specialm.convert.megatron_older import present_names, present_order
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
 from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
 FORMAT, LEGACY = "megatron", "megatron-legacy"
-_GROUPED_VERSION = 3.0  # of checkpoints whose rows of queries, keys and values are in groups
+_VERSION = 3.0  # `checkpoint_version` of what is written
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
 _BUFFERS = (
     "Megatron-Core's distributed optimizer saved its buffers, whose order is the layout's: save with "
     "--dist-ckpt-optim-fully-reshardable"
 )
+LEGACY_OPTIMIZER = "it is numbered by the parameters of each rank's modules, and which they are is not in the files"
 _FULLY_RESHARDABLE = "fully_reshardable"
 _FROZEN = "of some weights only: the others are frozen"
 # Of the parameter groups that Megatron-LM makes: weights that decay, and biases and norms, which do not.
@@ -104,16 +106,15 @@ def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None,
 def open_legacy(path: Path, given: Model | None) -> Source:
     """Open a checkpoint of a file per rank; see `open_torch_dist`."""
     opened = megatron_legacy.open_megatron_legacy(path)
-    ranks = [canonical_names(shard, opened.folder) for shard in opened.shards]
-    if opened.version < _GROUPED_VERSION:
-        raise CheckpointError(
-            f"{opened.folder}: checkpoint_version {opened.version}: before {_GROUPED_VERSION} queries, keys and values were in "
-            "another order: load and save it with Megatron-LM"
-        )
+    ranks = [canonical_names(present_names(shard), opened.folder) for shard in opened.shards]
     rows = sum(embedding_rows(rank, opened.folder) for rank in ranks)
     model = given or read_settings(opened.settings, where=opened.folder, rows=rows)
+    ranks = [
+        present_order(rank, opened.version, model.shape, tensor_parallel=len(ranks), where=opened.folder)
+        for rank in ranks
+    ]
     specs = weight_specs(model.shape, vocabulary_size=model.vocabulary_size)
-    dropped = {}
+    dropped = {"optimizer state": LEGACY_OPTIMIZER} if opened.has_optimizer else {}
     if model.shape.tie_embeddings and OUTPUT_LAYER in ranks[0]:
         dropped[OUTPUT_LAYER] = f"the last pipeline stage's copy of {WORD_EMBEDDINGS}"
         for rank in ranks:
@@ -145,7 +146,7 @@ def write_torch_dist(target: TargetSpec) -> None:
     """Write an iteration in the form that Megatron-Core gives to models of equal layers: `release` without the optimizer's
     state. Any layout loads it; the target's decides the embedding's padding and the settings."""
     tensors, adam = _stacked(_padded(target)), target.source.optimizer
-    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION}
+    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _VERSION}
     moments: dict[str, LazyTensor] = {}
     if adam is not None:
         rows = tensors[WORD_EMBEDDINGS].shape[0]

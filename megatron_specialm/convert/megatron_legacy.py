@@ -38,6 +38,7 @@ class MegatronLegacy:
 
     `shards` has the weights of each tensor-parallel rank by name. `copies` are names that several pipeline stages have, of
     which the first one's is taken. `version` is Megatron-LM's `checkpoint_version`: the order of rows of query_key_value.
+    `has_optimizer`: an optimizer's state is in the files, which is not read.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class MegatronLegacy:
     settings: Mapping[str, Any]
     step: int | None
     version: float
+    has_optimizer: bool
 
 
 def recognize(path: Path) -> bool:
@@ -84,7 +86,13 @@ def open_megatron_legacy(path: Path) -> MegatronLegacy:
                 f"{folder}: tensor-parallel ranks 0 and {number} do not both have {odd[0]}: {COPY_AGAIN}"
             )
     return MegatronLegacy(
-        folder, shards, sorted(set(copies)), settings, first.get("iteration"), float(first.get("checkpoint_version", 0))
+        folder=folder,
+        shards=shards,
+        copies=sorted(set(copies)),
+        settings=settings,
+        step=first.get("iteration"),
+        version=float(first.get("checkpoint_version", 0)),
+        has_optimizer="optimizer" in first or any(folder.glob("*/distrib_optim.pt")),
     )
 
 

@@ -204,7 +204,7 @@ def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Mod
             "rotary_scaling": float(settings.get("rope_scaling_factor", 8.0))
             if settings.get("use_rope_scaling")
             else None,
-            "norm_epsilon": float(settings.get("norm_epsilon", 1e-5)),
+            "norm_epsilon": float(settings.get("norm_epsilon", settings.get("layernorm_epsilon", 1e-5))),
             "init_std": float(settings.get("init_method_std") or 0.02),
         }
         if not gated:  # Megatron-Core's fused GELU is the approximation by tanh
