@@ -53,9 +53,9 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     step = path if (path / STATE).is_file() else find_final(path)
     checkpoint, state = read_checkpoint(step), read_json(step / STATE, _State)
     shape = state.model
-    if shape.projection is not None:
+    if shape.window_experts is not None:
         raise CheckpointError(
-            f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
+            f"{step}: a model of {shape.window_experts} experts, one per cluster: make one of them an ordinary model with "
             "`specialm project`, and convert that"
         )
     stored: Mapping[str, LazyTensor] = checkpoint.weights.stored
@@ -76,10 +76,18 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         stored=stored,
         layout="adapters merged" if adapters else "whole tensors",
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
+        dropped=_of_training(merged),
         tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,
         fingerprint=read_fingerprint(step),
     )
+
+
+def _of_training(shape: ModelConfig) -> dict[str, str]:
+    """Settings that a conversion leaves out, and which change what a training computes."""
+    if shape.moe is None or shape.moe.capacity_factor is None:
+        return {}
+    return {f"capacity_factor {shape.moe.capacity_factor}": "a model drops tokens in training only"}
 
 
 def _tokenizer_of(training: Path) -> Path | None:

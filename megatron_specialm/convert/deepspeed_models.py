@@ -40,7 +40,7 @@ def open_folder(path: Path, given: Model | None) -> Source:
         weights = from_megatron(canonical_names(stored, opened.folder), model, where=opened.folder)
         dropped: dict[str, str] = {}
     else:
-        used, dropped = without_copies(opened.folder, stored, model)
+        model, used, dropped = without_copies(opened.folder, stored, model)
         weights = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     stage = opened.settings.get("zero_optimization", {}).get("stage", 0)
     tokenizers = (find_tokenizer(folder) for folder in (opened.folder, opened.folder.parent))

@@ -8,7 +8,7 @@
     gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
 
 A weight of all experts of a layer is (E, ...): each expert's part is split as its row says, under names with its number.
-What the other architecture has and a model of ours has not is written as zeros, with which it computes the same.
+Experts have the names of Qwen2-MoE's files here; `expert_names.py` has Mixtral's and others.
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
@@ -16,13 +16,15 @@ Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weig
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.convert.architectures import architecture_of
+from megatron_specialm.convert.expert_names import mixtral_name, table_names
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
@@ -138,42 +140,34 @@ _LLAMA = [
     Row(OUTPUT_LAYER, ("lm_head.weight",)),
 ]
 
-# The size of a shared expert of zeros; tensor parallelism over up to so many processes divides it.
-EMPTY_SHARED_EXPERT = 16
 # Buffers that earlier versions of Transformers saved: they follow from the config.
 _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """The rows of the family's table for the weights that the model has, for each layer."""
+def rows(config: ModelConfig, *, rename: Callable[[str], str] = str) -> list[Row]:
+    """The rows of the family's table for the weights that the model has, for each layer.
+
+    Args:
+        rename: makes another name of each of theirs.
+    """
     specs = weight_specs(config, vocabulary_size=1)
     found = []
     for row in _LLAMA if config.family == "llama" else _NEOX:
         for layer in range(config.layers) if ".N." in row.ours else [0]:
             ours, *theirs = (name.replace(".N.", f".{layer}.") for name in (row.ours, *row.theirs))
             if (spec := specs.get(ours)) is not None:
-                found.append(Row(ours, tuple(theirs), row.kind, spec.shape[0] if spec.is_expert else 0))
+                names = tuple(map(rename, theirs))
+                found.append(Row(ours, names, row.kind, spec.shape[0] if spec.is_expert else 0))
     return found
 
 
-def zero_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values,
-    which vLLM's model always has, and a shared expert, which vLLM refuses in size 0 and Transformers would report as
-    missing."""
-    found: dict[str, tuple[int, ...]] = {}
-    if config.moe is None:
-        return found
-    heads = {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
-    hidden, size = config.hidden_size, EMPTY_SHARED_EXPERT
-    shared = {"gate_proj": (size, hidden), "up_proj": (size, hidden), "down_proj": (hidden, size)}
-    for layer in range(config.layers):
-        for part, count in heads.items():
-            found[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = (count * config.head_size,)
-        if config.experts_of(layer) and config.moe.shared_expert is None:
-            place = f"model.layers.{layer}.mlp.shared_expert"
-            found |= {f"{place}.{part}.weight": shape for part, shape in shared.items()}
-            found[f"{place}_gate.weight"] = (1, hidden)
-    return found
+def rows_in_files(config: ModelConfig) -> list[Row]:
+    """The rows with the names that Transformers gives weights in files.
+
+    Raises:
+        CheckpointError: Transformers has no such architecture.
+    """
+    return rows(config, rename=mixtral_name if architecture_of(config) == "MixtralForCausalLM" else str)
 
 
 def is_buffer(name: str) -> bool:
@@ -196,7 +190,7 @@ def from_huggingface_lazily(
     Raises:
         CheckpointError: naming a weight that is missing, has no place or is of another shape.
     """
-    rest, found = dict(stored), {}
+    rest, found = table_names(stored), {}
     specs = weight_specs(config, vocabulary_size=vocabulary_size)
     for row in rows(config):
         for name, shape in huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items():
@@ -215,11 +209,15 @@ def from_huggingface_lazily(
 
 
 def to_huggingface_lazily(
-    weights: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+    weights: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    *,
+    vocabulary_size: int,
+    rename: Callable[[str], str] = str,
 ) -> dict[str, LazyTensor]:
-    """The inverse of `from_huggingface_lazily`."""
+    """The inverse of `from_huggingface_lazily`. For `rename` see `rows`."""
     found: dict[str, LazyTensor] = {}
-    for row in rows(config):
+    for row in rows(config, rename=rename):
         whole = weights[row.ours]
         for number, (name, shape) in enumerate(
             huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items()

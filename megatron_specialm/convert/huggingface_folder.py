@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ from megatron_specialm.convert.families import (
     huggingface_shapes,
     is_buffer,
     rows,
-    zero_shapes,
+    rows_in_files,
 )
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.qwen2_moe import without_zeros, zero_shapes
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
@@ -49,7 +50,7 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     model = read_config(path / CONFIG)
     files, places = _files(path)
     stored = _stored(path, files, places)
-    used, dropped = without_copies(path, stored, model)
+    model, used, dropped = without_copies(path, stored, model)
     found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     return Source(
         path=path,
@@ -103,9 +104,11 @@ def _stored(path: Path, files: list[Path], places: Mapping[str, str]) -> Mapping
 
 def without_copies(
     path: Path, stored: Mapping[str, LazyTensor], model: Model
-) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The weights, and what is left out on purpose: buffers, and the copy of a tied embedding."""
+) -> tuple[Model, dict[str, LazyTensor], dict[str, str]]:
+    """The model and its weights, and what is left out on purpose: buffers, the copy of a tied embedding, and zeros that a model
+    of ours has no weights for."""
     used, dropped = dict(stored), {name: "a buffer that follows from the config" for name in stored if is_buffer(name)}
+    shape, zeros = without_zeros(stored, model)
     if model.shape.tie_embeddings:
         untied = model.shape.model_copy(update={"tie_embeddings": False})
         names = {row.ours: row.theirs[0] for row in rows(untied) if row.ours in (WORD_EMBEDDINGS, OUTPUT_LAYER)}
@@ -114,15 +117,17 @@ def without_copies(
             if not torch.equal(stored[own][()], stored[copy][()]):
                 raise CheckpointError(f"{path}: {copy} differs from {own}, and the config ties them")
             dropped[copy] = f"equal to {own}, to which it is tied"
-    for name in dropped:
+    for name in (*dropped, *zeros):
         del used[name]
-    return used, dropped
+    if zeros:
+        dropped[f"zeros ({len(zeros)})"] = "biases and shared experts that Qwen2-MoE has and the model has not"
+    return replace(model, shape=shape), used, dropped
 
 
 def write_folder(target: TargetSpec) -> None:
     """Write a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
     folder, source = target.folder, target.source
-    table = {row.ours: row for row in rows(source.model.shape)}
+    table = {row.ours: row for row in rows_in_files(source.model.shape)}
     files, places = _planned(target, table.values())
 
     def write(name: str, tensor: LazyTensor) -> None:

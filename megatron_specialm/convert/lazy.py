@@ -70,6 +70,15 @@ def part(tensor: LazyTensor, number: int) -> LazyTensor:
     return Sliced(tuple(tensor.shape[1:]), tensor.dtype, lambda index: tensor[(slice(number, number + 1), *index)][0])
 
 
+def row_range(tensor: LazyTensor, first: int, stop: int) -> LazyTensor:
+    """Some rows of a tensor."""
+    return Sliced(
+        (stop - first, *tensor.shape[1:]),
+        tensor.dtype,
+        lambda index: tensor[(slice(first + index[0].start, first + index[0].stop), *index[1:])],
+    )
+
+
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors of one shape along a new first dimension."""
     shape = (len(parts), *parts[0].shape)

@@ -69,10 +69,6 @@ def convert(
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already: name a folder to make")
     source = open_source(path, config=config)
-    if source.model.shape.moe is not None:
-        raise CheckpointError(
-            f"{source.path}: a mixture of experts is exported by an `export` stage, and not converted yet"
-        )
     if tokenizer is not None:
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
