@@ -134,11 +134,10 @@ class Probe:
         weights_TK = scores_TE.gather(1, chosen_TK)
         if moe.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
-        output_TH = torch.zeros_like(x_TH)
-        for expert in chosen_TK.unique().tolist():
-            tokens, choices = (chosen_TK == expert).nonzero(as_tuple=True)
-            output_TH[tokens] += weights_TK[tokens, choices, None] * self._network(x_TH[tokens], EXPERTS, expert)
-        return output_TH
+        weights_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK)
+        # An expert computes all tokens: sums of other numbers of rows would be in another order.
+        outputs = (weights_TE[:, one, None] * self._network(x_TH, EXPERTS, one) for one in chosen_TK.unique().tolist())
+        return torch.stack(list(outputs)).sum(0)
 
     def _network(self, x: torch.Tensor, place: str, expert: int | None = None) -> torch.Tensor:
         """A feed-forward network: the dense one of a layer, or one of its experts."""
