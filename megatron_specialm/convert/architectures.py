@@ -150,7 +150,7 @@ def architecture_of(config: ModelConfig) -> str:
     shared = moe is not None and moe.shared_expert is not None
     if config.qk_norm and (config.qkv_bias or shared):
         raise CheckpointError(
-            "a model with qk_norm and qkv_bias, or with qk_norm and a shared expert, is no architecture of Transformers known here"
+            "a model with qk_norm and qkv_bias, or with qk_norm and a shared expert, is none of Transformers' known here"
         )
     if moe is None:
         return "Qwen2ForCausalLM" if config.qkv_bias else "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"

@@ -76,18 +76,10 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         stored=stored,
         layout="adapters merged" if adapters else "whole tensors",
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
-        dropped=_of_training(merged),
         tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,
         fingerprint=read_fingerprint(step),
     )
-
-
-def _of_training(shape: ModelConfig) -> dict[str, str]:
-    """Settings that a conversion leaves out, and which change what a training computes."""
-    if shape.moe is None or shape.moe.capacity_factor is None:
-        return {}
-    return {f"capacity_factor {shape.moe.capacity_factor}": "a model drops tokens in training only"}
 
 
 def _tokenizer_of(training: Path) -> Path | None:

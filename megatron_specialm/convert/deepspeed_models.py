@@ -7,6 +7,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.convert.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup, open_deepspeed
 from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal
+from megatron_specialm.convert.expert_names import table_names
 from megatron_specialm.convert.families import from_huggingface_lazily, rows, to_huggingface_lazily
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.huggingface_folder import without_copies, write_config
@@ -37,7 +38,8 @@ def open_folder(path: Path, given: Model | None) -> Source:
     model = given or read_config(beside[0] / CONFIG)
     stored = {name.removeprefix("module."): tensor for name, tensor in opened.tensors.items()}
     if any(name.startswith("decoder.") for name in stored):
-        weights = from_megatron(canonical_names(stored, opened.folder), model, where=opened.folder)
+        named = {name.replace(".mlp.gate.", ".mlp.router."): tensor for name, tensor in table_names(stored).items()}
+        weights = from_megatron(canonical_names(named, opened.folder), model, where=opened.folder)
         dropped: dict[str, str] = {}
     else:
         model, used, dropped = without_copies(opened.folder, stored, model)
