@@ -40,7 +40,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False, rope_parameters={
             "rope_theta": 700.0, "rope_type": "default", "partial_rotary_factor": 1.0}),
 }  # fmt: skip
-_SMALLER: dict[str, Any] = {**_SIZES, "initializer_range": 0.2}
+_SMALLER: dict[str, Any] = {**_SIZES, "num_hidden_layers": 4, "initializer_range": 0.2}
 MIXTURES: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**_SMALLER, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=3, rms_norm_eps=1e-3,
         router_aux_loss_coef=0.03, tie_word_embeddings=False, rope_parameters={"rope_theta": 700.0, "rope_type": "default"}),

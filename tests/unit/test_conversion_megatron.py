@@ -34,7 +34,7 @@ def test_a_family_there_and_back_in_every_layout(
     padded to 128 or 256 rows."""
     expected = stream(open_source(sources[family]))
     for tensor, pipeline, experts in product(
-        (1,) if family == "qwen3" else (1, 2), (1, 3), (1, 2) if family in MIXTURES else (1,)
+        (1,) if family == "qwen3" else (1, 2), *(((1, 2), (1, 2)) if family in MIXTURES else ((1, 3), (1,)))
     ):
         folder = tmp_path / f"{tensor}-{pipeline}-{experts}"
         convert(sources[family], folder, to=form, layout=Layout(tensor, pipeline, experts))
