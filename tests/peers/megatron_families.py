@@ -194,6 +194,7 @@ def _rank_folder(settings: dict[str, Any]) -> str:
 def _load(model: torch.nn.Module, folder: Path, settings: dict[str, Any]) -> Iterator[str]:
     from megatron.core import dist_checkpointing
 
+    _forget(model)
     weights = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "torch_dist" / "release"))
     for name in ("common", "args", "checkpoint_version", "iteration"):
         weights.pop(name, None)
@@ -201,6 +202,7 @@ def _load(model: torch.nn.Module, folder: Path, settings: dict[str, Any]) -> Ite
     yield "logits"
     if (folder / "legacy").is_dir():
         own = folder / "legacy" / "release" / _rank_folder(settings) / "model_optim_rng.pt"
+        _forget(model)
         named = torch.load(own, weights_only=False)["model"]
         for theirs, plain in FUSED_NORMS.items():  # this model's layers are not Transformer Engine's
             named = {name.replace(theirs, plain): tensor for name, tensor in named.items()}
@@ -209,9 +211,12 @@ def _load(model: torch.nn.Module, folder: Path, settings: dict[str, Any]) -> Ite
 
 
 @torch.no_grad()
-def _take(model: torch.nn.Module, weights: dict[str, Any]) -> None:
+def _forget(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         parameter.zero_()
+
+
+def _take(model: torch.nn.Module, weights: dict[str, Any]) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert all(name.endswith("_extra_state") for name in missing) and not unexpected, (missing, unexpected)
 
