@@ -7,8 +7,9 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import product
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.convert.lazy import LazyTensor, part, row_range
@@ -72,7 +73,23 @@ def _with(own: str, found: re.Match[str]) -> str:
     return f"{found[1]}.{own}."
 
 
+def fused_name(name: str) -> str:
+    """The name in a module of Transformers 5 of the weights of all experts, by a row's first name."""
+    return name.replace(".E.gate_proj.weight", ".gate_up_proj").replace(".E.down_proj.weight", ".down_proj")
+
+
 def deepspeed_name(name: str) -> str:
     """The name of a weight of the tables in a model of Transformers whose MoE layers are DeepSpeed's."""
     name = name.replace(".mlp.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
     return name.replace(".mlp.gate.", ".mlp.deepspeed_moe.gate.wg.")
+
+
+def deepspeed_names(module: Iterable[str], experts: int) -> Iterator[str]:
+    """The names of the parameters of such a model, in its order, by those of Transformers' own module."""
+    for name in module:
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            yield deepspeed_name(name)
+        elif match["part"] == "gate_up_proj":  # an expert's parameters stand together
+            for expert, part in product(range(experts), ("gate", "up", "down")):
+                yield deepspeed_name(f"{match['experts']}{expert}.{part}_proj.weight")

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import architecture_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import architecture_of
-from megatron_specialm.convert.expert_names import mixtral_name, table_names
+from megatron_specialm.convert.expert_names import fused_name, mixtral_name, table_names
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
@@ -213,16 +213,27 @@ def to_huggingface_lazily(
     config: ModelConfig,
     *,
     vocabulary_size: int,
-    rename: Callable[[str], str] = str,
 ) -> dict[str, LazyTensor]:
-    """The inverse of `from_huggingface_lazily`. For `rename` see `rows`."""
+    """The inverse of `from_huggingface_lazily`."""
     found: dict[str, LazyTensor] = {}
-    for row in rows(config, rename=rename):
+    for row in rows(config):
         whole = weights[row.ours]
         for number, (name, shape) in enumerate(
             huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items()
         ):
             found[name] = whole if row.kind == "copy" and not row.experts else _piece(row, whole, config, number, shape)
+    return found
+
+
+def to_modules_lazily(
+    weights: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+) -> dict[str, LazyTensor]:
+    """Canonical weights by the names of modules of Transformers 5, in which all experts of a layer are one tensor."""
+    found = to_huggingface_lazily(weights, config, vocabulary_size=vocabulary_size)
+    for row in rows(config):
+        if row.experts:
+            found = {name: tensor for name, tensor in found.items() if name not in row.names}
+            found[fused_name(row.theirs[0])] = weights[row.ours]
     return found
 
 

@@ -23,8 +23,8 @@ from transformers import (
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.config.architectures import architecture_of, rotary_scaling
 from megatron_specialm.config.model import Activation, ModelConfig
-from megatron_specialm.convert.architectures import architecture_of, rotary_scaling
 from megatron_specialm.convert.expert_names import table_names
 from megatron_specialm.convert.families import Row, fitting, nothing_left, rows, rows_in_files
 from megatron_specialm.convert.qwen2_moe import EMPTY_SHARED_EXPERT, zero_shapes

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config, refuse_given
+from megatron_specialm.config.architectures import CONFIG, Model, read_config, refuse_given
 from megatron_specialm.convert.families import (
     Row,
     from_huggingface_lazily,
@@ -21,7 +21,7 @@ from megatron_specialm.convert.families import (
 )
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
-from megatron_specialm.convert.qwen2_moe import without_zeros, zero_shapes
+from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
@@ -50,7 +50,8 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     model = read_config(path / CONFIG)
     files, places = _files(path)
     stored = _stored(path, files, places)
-    model, used, dropped = without_copies(path, stored, model)
+    model, zeros = without_zeros(stored, model)
+    used, dropped = without_copies(path, {name: stored[name] for name in stored if name not in zeros}, model)
     found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     return Source(
         path=path,
@@ -59,7 +60,7 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         weights=found,
         stored=stored,
         layout="one file" if len(files) == 1 else f"{len(files)} files",
-        dropped=dropped,
+        dropped={**dropped, **counted_zeros(zeros)},
         tokenizer=find_tokenizer(path),
         fingerprint=read_fingerprint(path),
     )
@@ -104,11 +105,9 @@ def _stored(path: Path, files: list[Path], places: Mapping[str, str]) -> Mapping
 
 def without_copies(
     path: Path, stored: Mapping[str, LazyTensor], model: Model
-) -> tuple[Model, dict[str, LazyTensor], dict[str, str]]:
-    """The model and its weights, and what is left out on purpose: buffers, the copy of a tied embedding, and zeros that a model
-    of ours has no weights for."""
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The weights, and what is left out on purpose: buffers, and the copy of a tied embedding."""
     used, dropped = dict(stored), {name: "a buffer that follows from the config" for name in stored if is_buffer(name)}
-    shape, zeros = without_zeros(stored, model)
     if model.shape.tie_embeddings:
         untied = model.shape.model_copy(update={"tie_embeddings": False})
         names = {row.ours: row.theirs[0] for row in rows(untied) if row.ours in (WORD_EMBEDDINGS, OUTPUT_LAYER)}
@@ -117,11 +116,9 @@ def without_copies(
             if not torch.equal(stored[own][()], stored[copy][()]):
                 raise CheckpointError(f"{path}: {copy} differs from {own}, and the config ties them")
             dropped[copy] = f"equal to {own}, to which it is tied"
-    for name in (*dropped, *zeros):
+    for name in dropped:
         del used[name]
-    if zeros:
-        dropped[f"zeros ({len(zeros)})"] = "biases and shared experts that Qwen2-MoE has and the model has not"
-    return replace(model, shape=shape), used, dropped
+    return used, dropped
 
 
 def write_folder(target: TargetSpec) -> None:
@@ -188,3 +185,13 @@ def write_config(model: Model, folder: Path, *, dtype: torch.dtype) -> None:
     save_config(config, folder)
     if ids:
         GenerationConfig(**ids).save_pretrained(folder)
+
+
+def parameter_names(folder: Path) -> list[str]:
+    """The names of the parameters of the model that a config.json describes, as its module has them, in the order of an
+    optimizer's group. A tied one is there twice."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -70,6 +70,11 @@ def part(tensor: LazyTensor, number: int) -> LazyTensor:
     return Sliced(tuple(tensor.shape[1:]), tensor.dtype, lambda index: tensor[(slice(number, number + 1), *index)][0])
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """A tensor of zeros."""
+    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
 def row_range(tensor: LazyTensor, first: int, stop: int) -> LazyTensor:
     """Some rows of a tensor."""
     return Sliced(

@@ -20,8 +20,8 @@ import torch
 from pydantic import ValidationError
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.families import nothing_left
 from megatron_specialm.convert.lazy import Computed, LazyTensor, part, with_rows
 from megatron_specialm.convert.megatron_moe import experts_settings, joined_experts, read_experts

@@ -2,11 +2,12 @@
 queries, keys and values, which vLLM's model always has, and a shared expert, which vLLM refuses in size 0 and Transformers
 would report as missing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron_specialm.config.architectures import Model, architecture_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model, architecture_of
 from megatron_specialm.convert.lazy import LazyTensor
 
 # The size of a shared expert of zeros; tensor parallelism over up to so many processes divides it.
@@ -23,13 +24,12 @@ def zero_shapes(config: ModelConfig) -> Shapes:
     return biases if config.moe.shared_expert is not None else {**biases, **_empty_shared_experts(config)}
 
 
-def without_zeros(stored: Mapping[str, LazyTensor], model: Model) -> tuple[ModelConfig, list[str]]:
-    """The shape of a model that was read from Qwen2-MoE's config.json without what is zero in its files, and the names of
-    that."""
+def without_zeros(stored: Mapping[str, LazyTensor], model: Model) -> tuple[Model, list[str]]:
+    """A model that was read from Qwen2-MoE's config.json without what is zero in its files, and the names of that."""
     shape: ModelConfig = model.shape
     zeros: list[str] = []
     if shape.moe is None:
-        return shape, zeros
+        return model, zeros
     parts: list[tuple[Shapes, dict[str, Any]]] = []
     if shape.qkv_bias:
         parts.append((_biases(shape), {"qkv_bias": False}))
@@ -40,7 +40,13 @@ def without_zeros(stored: Mapping[str, LazyTensor], model: Model) -> tuple[Model
         if all(name in stored and not stored[name][()].any() for name in shapes):
             zeros += shapes
             shape = shape.model_copy(update=update)
-    return shape, zeros
+    return replace(model, shape=shape), zeros
+
+
+def counted_zeros(zeros: Sequence[str]) -> dict[str, str]:
+    """What a source says of them."""
+    reason = "biases and shared experts that Qwen2-MoE has and the model has not"
+    return {f"zeros ({len(zeros)})": reason} if zeros else {}
 
 
 def _biases(config: ModelConfig) -> Shapes:

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.checkpoint.saving import save_checkpoint
+from megatron_specialm.config.architectures import read_config
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.convert import megatron_moe
-from megatron_specialm.convert.architectures import read_config
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.probe import Probe
