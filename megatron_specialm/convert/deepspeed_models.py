@@ -1,8 +1,9 @@
 """DeepSpeed's checkpoints as canonical weights and back. They have the names of the module that was trained: of Transformers or
 of Megatron-Core; and do not say which model it is."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, read_adam
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup, open_deepspeed
-from megatron_specialm.convert.deepspeed_partitions import EXPERT
+from megatron_specialm.convert.deepspeed_partitions import EXPERT, experts_of
 from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal, write_zero1
 from megatron_specialm.convert.expert_names import deepspeed_name, deepspeed_names, table_names
 from megatron_specialm.convert.families import from_huggingface_lazily, rows, to_huggingface_lazily, to_modules_lazily
@@ -24,6 +25,7 @@ from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_token
 from megatron_specialm.model.weights import WORD_EMBEDDINGS
 
 FORMAT = "deepspeed"
+GROUP_ELEMENTS = 178_956_971  # of a rank's experts in a parameter group, at most, by DeepSpeed's default
 _NEOX_OUTPUT = ("embed_out.", "lm_head.")  # GPT-NeoX's output layer in files, and in the module since Transformers 5
 _WRAPPED = re.compile(r"(?<![\w.])module\.")
 
@@ -135,7 +137,7 @@ def write_folder(target: TargetSpec) -> None:
     settings = {**DEFAULTS, **(adam.settings if adam else {})}
     state = DeepSpeedState(
         tensors=tensors,
-        groups=_groups(settings, [name for name in names if name in tensors], layout.expert_parallel),
+        groups=_groups(settings, {name: tensors[name] for name in names if name in tensors}, layout.expert_parallel),
         optimizer=optimizer,
         optimizer_step=adam.step if adam else 0,
         step=target.step,
@@ -153,10 +155,25 @@ def write_folder(target: TargetSpec) -> None:
     target.fingerprint.save(folder)
 
 
-def _groups(settings: Mapping[str, Any], names: Sequence[str], expert_parallel: int) -> list[ParameterGroup]:
-    """All weights in one group; experts of DeepSpeed's layers in one of their own, as
-    `split_params_into_different_moe_groups_for_optimizer` makes it."""
-    experts = [name for name in names if EXPERT.fullmatch(name)]
-    others = ParameterGroup(settings, [name for name in names if not EXPERT.fullmatch(name)])
+def _groups(
+    settings: Mapping[str, Any], tensors: Mapping[str, LazyTensor], expert_parallel: int
+) -> list[ParameterGroup]:
+    """All weights in one group; experts of DeepSpeed's layers in groups of their own, as its
+    `split_params_into_different_moe_groups_for_optimizer` makes them of the parameters of a rank."""
+    others = ParameterGroup(settings, [name for name in tensors if not EXPERT.fullmatch(name)])
+    counts = experts_of(tensors)
+    experts: list[list[str]] = []
+    numbers: dict[tuple[str, int, str], int] = {}  # of groups, by a rank's parameters
+    room = 0
+    for name, match in ((name, match) for name in tensors if (match := EXPERT.fullmatch(name))):
+        per_rank = max(1, counts[match["layer"]] // expert_parallel)
+        local = match["layer"], int(match["expert"]) % per_rank, match["rest"]
+        if local not in numbers:
+            size = math.prod(tensors[name].shape)
+            if size > room:
+                experts.append([])
+                room = GROUP_ELEMENTS
+            numbers[local], room = len(experts) - 1, room - size
+        experts[numbers[local]].append(name)
     own = {**settings, "name": f"ep_size_{expert_parallel}", "moe": True}
-    return [others, ParameterGroup(own, experts)] if experts else [others]
+    return [others, *(ParameterGroup(own, names) for names in experts)]
