@@ -25,7 +25,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.architectures import architecture_of
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.expert_names import fused_name, mixtral_name, table_names
-from megatron_specialm.convert.lazy import Computed, LazyTensor
+from megatron_specialm.convert.lazy import Computed, LazyTensor, filled, part
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
 
@@ -44,18 +44,18 @@ class Row(NamedTuple):
             return self.theirs
         return tuple(name.replace(".E.", f".{expert}.") for expert in range(self.experts) for name in self.theirs)
 
-    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """Our weight as tensors under `names`."""
-        parts = tensor.unbind() if self.experts else (tensor,)
-        return [one for part in parts for one in _split(self.kind, part, config)]
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> Iterator[torch.Tensor]:
+        """Our weight as tensors under `names`, one expert after the other."""
+        for one in tensor.unbind() if self.experts else (tensor,):
+            yield from _split(self.kind, one, config)
 
-    def join(self, tensors: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-        """The inverse of `split`."""
+    def join(self, tensors: Sequence[LazyTensor], config: ModelConfig) -> torch.Tensor:
+        """The inverse of `split`. Of experts the tensors of one at a time are read."""
         if not self.experts:
-            return _join(self.kind, tensors, config)
+            return _join(self.kind, [one[()] for one in tensors], config)
         width = len(self.theirs)
-        firsts = range(0, len(tensors), width)
-        return torch.stack([_join(self.kind, tensors[first : first + width], config) for first in firsts])
+        groups = [tensors[first : first + width] for first in range(0, len(tensors), width)]
+        return filled((_join(self.kind, [one[()] for one in own], config) for own in groups), len(groups))
 
 
 def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
@@ -238,11 +238,13 @@ def to_modules_lazily(
 
 
 def _piece(row: Row, whole: LazyTensor, config: ModelConfig, number: int, shape: tuple[int, ...]) -> LazyTensor:
-    return Computed(shape, whole.dtype, lambda: row.split(whole[()], config)[number])
+    expert, place = divmod(number, len(row.theirs))
+    own = part(whole, expert) if row.experts else whole
+    return Computed(shape, whole.dtype, lambda: _split(row.kind, own[()], config)[place])
 
 
 def _joined(row: Row, parts: Sequence[LazyTensor], config: ModelConfig, shape: tuple[int, ...]) -> LazyTensor:
-    return Computed(shape, parts[0].dtype, lambda: row.join([part[()] for part in parts], config))
+    return Computed(shape, parts[0].dtype, lambda: row.join(parts, config))
 
 
 @contextlib.contextmanager

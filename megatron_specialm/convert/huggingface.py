@@ -64,7 +64,7 @@ def _converted(
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
         parts = [rest.pop(name) for name in names]
         with fitting(names[0], config):
-            made = row.split(parts[0], config) if to_theirs else [row.join(parts, config)]
+            made = list(row.split(parts[0], config)) if to_theirs else [row.join(parts, config)]
             result.update(zip(others, made, strict=True))
     nothing_left(rest)
     return result

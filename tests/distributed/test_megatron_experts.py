@@ -31,7 +31,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _settings(sources: dict[str, Path], folder: Path, **more: Any) -> Path:
     """Megatron-LM's settings of each model, in one file."""
     found = {
-        name: settings_of(read_config(sources[name] / "config.json"), **layout._asdict())
+        name: settings_of(
+            read_config(sources[name] / "config.json"),
+            tensor_parallel=layout.tensor_parallel,
+            pipeline_parallel=layout.pipeline_parallel,
+            expert_parallel=layout.expert_parallel,
+        )
         for name, layout in LAYOUTS.items()
     }
     path = folder / "settings.json"

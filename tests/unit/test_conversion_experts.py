@@ -19,15 +19,17 @@ from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.config.architectures import read_config
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.moe import MixtureOfExperts
-from megatron_specialm.convert import megatron_moe
+from megatron_specialm.convert import deepspeed_models, megatron_moe
+from megatron_specialm.convert.deepspeed_folder import open_deepspeed
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.probe import Probe
-from megatron_specialm.convert.run import convert, stream
+from megatron_specialm.convert.run import convert, hash_moments, stream
 from megatron_specialm.convert.source import Layout
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
 from tests.checkpoints import MIXTURES, VOCABULARY, random_model, save_random_model
+from tests.unit.test_conversion_moments import save_training
 
 Tensors = dict[str, torch.Tensor]
 SHAPE = ModelConfig(family="llama", layers=4, hidden_size=32, ffn_hidden_size=48, attention_heads=4, query_groups=2)
@@ -93,17 +95,27 @@ def test_our_models_through_every_format(name: str, theirs: str, tmp_path: Path)
     assert type(model).__name__ == f"{theirs}ForCausalLM" and not any(report.values())
 
 
+LAYOUTS = {
+    "huggingface": [Layout()],
+    "canonical": [Layout()],
+    "megatron": [Layout(), Layout(2, 2, 2)],
+    "megatron-legacy": [Layout(), Layout(1, 1, 2), Layout(2, 2, 2), Layout(1, 2, 4)],
+    "deepspeed": [Layout(), *(Layout(1, 1, experts, zero_stage=1, data_parallel=2) for experts in (1, 2))],
+}
+
+
+@pytest.mark.slow
 def test_every_pair_of_formats_in_every_layout(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Expert parallelism 1 and 2, with tensor and pipeline parallelism."""
+    """Expert parallelism 1 and 2, with tensor, pipeline and data parallelism: weights and logits are equal bit by bit."""
     expected = stream(open_source(sources["qwen2-moe"]))
-    made = {"theirs": sources["qwen2-moe"]}
-    for to, layout in product(
-        ("megatron", "megatron-legacy"), (Layout(), Layout(1, 1, 2), Layout(2, 2, 2), Layout(1, 2, 4))
-    ):
-        made[f"{to}-{'-'.join(map(str, layout))}"] = tmp_path / f"{to}-{'-'.join(map(str, layout))}"
-        convert(sources["qwen2-moe"], list(made.values())[-1], to=to, layout=layout)
-    for name, path in made.items():
-        assert stream(open_source(path)) == expected, name
+    made: dict[str, Path] = {}
+    for to, layouts in LAYOUTS.items():
+        made[to] = tmp_path / to
+        convert(sources["qwen2-moe"], made[to], to=to, layout=layouts[-1])
+    for (before, source), (to, layouts) in product(made.items(), LAYOUTS.items()):
+        for number, layout in enumerate(layouts):
+            folder = tmp_path / f"{before}-{to}-{number}"
+            assert convert(source, folder, to=to, layout=layout).fingerprint == expected, (before, to, layout)
 
 
 def test_experts_in_one_tensor_are_read(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -185,6 +197,72 @@ def test_a_planted_fault_is_named(
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "theirs", tmp_path / "ours", to="canonical")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_faults_in_deepspeeds_files_are_named(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Experts' files and the optimizer's partitions."""
+    layout = Layout(expert_parallel=2, zero_stage=1, data_parallel=2)
+    convert(sources["mixtral"], tmp_path / "theirs", to="deepspeed", layout=layout)
+    step = tmp_path / "theirs" / "global_step0"
+    files = [step / f"layer_1_expert_{expert}_mp_rank_00_model_states.pt" for expert in range(4)]
+    assert len(list(step.glob("layer_*_expert_*"))) == 4 * 4 and all(file.is_file() for file in files)
+    kept = [file.read_bytes() for file in files]
+    files[2].unlink()
+    with pytest.raises(CheckpointError, match=r"layer_1_expert_2_mp_rank_00_model_states\.pt: is missing"):
+        open_source(tmp_path / "theirs")
+    files[2].write_bytes(kept[1])
+    with pytest.raises(CheckpointError, match=r"layer_1_expert_2_.*which is not of expert 2 or is there twice"):
+        open_source(tmp_path / "theirs")
+    files[2].write_bytes(kept[2])
+    ranks = [step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+    contents = [rank.read_bytes() for rank in ranks]
+    for rank, content in zip(ranks, reversed(contents), strict=True):  # experts 0 and 1 for 2 and 3
+        rank.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"not what its fingerprint says: .*layers\.0\.mlp\.experts\.linear_fc1\.weight"
+    ):
+        stream(open_source(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(expert_parallel=3, zero_stage=1, data_parallel=3), "expert parallelism 3 does not divide 4 ranks or experts"),
+        (Layout(expert_parallel=2), "--expert-parallel is of a mixture of experts with --zero-stage 1"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_deepspeed_does_not_have(
+    layout: Layout, message: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert(sources["mixtral"], tmp_path / "target", to="deepspeed", layout=layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_moments_of_experts_go_along(tmp_path: Path) -> None:
+    shape = SHAPE.model_copy(update={"moe": OURS["top-1"]})  # Qwen2-MoE, with zeros beside it
+    source = save_training(tmp_path / "ours", shape)
+    opened = open_source(source)
+    assert opened.optimizer is not None
+    layout = Layout(expert_parallel=2, zero_stage=1, data_parallel=4)
+    convert(source, tmp_path / "deepspeed", to="deepspeed", layout=layout)
+    convert(tmp_path / "deepspeed", tmp_path / "back", to="canonical")
+    assert hash_moments(open_source(tmp_path / "back")) == hash_moments(opened)
+    left = convert(source, tmp_path / "megatron", to="megatron").source
+    assert left.optimizer is None and "an optimizer for experts" in left.dropped["optimizer state"]
+
+
+def test_large_experts_are_in_several_parameter_groups(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSpeed makes them of each rank's parameters."""
+    monkeypatch.setattr(deepspeed_models, "GROUP_ELEMENTS", 20_000)
+    layout = Layout(expert_parallel=2, zero_stage=1, data_parallel=2)
+    expected = convert(sources["mixtral"], tmp_path / "theirs", to="deepspeed", layout=layout).fingerprint
+    opened = open_deepspeed(tmp_path / "theirs")
+    assert stream(open_source(tmp_path / "theirs")) == expected
+    sizes = [sum(opened.tensors[name][()].numel() for name in group.names) // 2 for group in opened.groups[1:]]
+    assert len(sizes) == 2 and max(sizes) <= 20_000 and sum(sizes) == 4 * 2 * 3 * 32 * 48
 
 
 @pytest.mark.parametrize("form", ["megatron-legacy"])
