@@ -20,7 +20,7 @@ from megatron_specialm.convert.source import Layout
 from megatron_specialm.model.weights import EXPERTS, SHARED_EXPERT, SHARED_EXPERT_GATE, WeightSpec
 
 _EXPERT = re.compile(
-    r"(?P<layer>.+\.)mlp\.experts\.(?:experts\.|local_experts\.)?(?:(?P<number>\d+)\.)?"
+    r"(?P<layer>decoder\.layers\.\d+\.)mlp\.experts\.(?:experts\.|local_experts\.)?(?:(?P<number>\d+)\.)?"
     r"(?P<weight>linear_fc[12]\.(?:weight|bias))(?P<grouped>\d*)"
 )
 _SHARED, _GATE = "mlp.shared_experts", "mlp.shared_experts.gate_weight"
