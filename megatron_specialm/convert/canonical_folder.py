@@ -1,6 +1,6 @@
 """Checkpoints of our own: `step_N` folders, of any engine and layout, and folders of trainings that have ended."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.shapes import Size
-from megatron_specialm.checkpoint.opening import read_checkpoint
+from megatron_specialm.checkpoint.opening import Checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.architectures import Model, refuse_given
@@ -20,7 +20,7 @@ from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer, is_ours
-from megatron_specialm.model.merge import adapted
+from megatron_specialm.model.merge import adapted, ordinary
 from megatron_specialm.model.weights import weight_specs
 
 FORMAT = "canonical"
@@ -50,9 +50,8 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         CheckpointError: it is of a projected network, or tensors do not fit the model.
     """
     refuse_given(path, given)
-    step = path if (path / STATE).is_file() else find_final(path)
-    checkpoint, state = read_checkpoint(step), read_json(step / STATE, _State)
-    shape = state.model
+    checkpoint, state = _read(path)
+    step, shape = checkpoint.folder, state.model
     if shape.projection is not None:
         raise CheckpointError(
             f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
@@ -68,13 +67,66 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     adapters = {name for name in stored if ".lora_" in name}
     if left := sorted(stored.keys() - weights.keys() - adapters):
         raise CheckpointError(f"{step}: {left[0]} has no place in the model ({len(left)} left over)")
+    return _source(checkpoint, state, weights, layout="adapters merged" if adapters else "whole tensors")
+
+
+def open_experts(path: Path, mixture: Callable[[int], torch.Tensor]) -> Source:
+    """Open an expert, or a mixture of experts, of a model that has one per cluster: an ordinary model.
+
+    Args:
+        mixture: from the number K of experts to their coefficients (K,): one-hot for a single one.
+
+    Raises:
+        CheckpointError: it is an ordinary model, or has no such mixture.
+    """
+    experts = expert_count(path)
+    mixture_K = mixture(experts)
+    checkpoint, state = _read(path)
+    is_one = bool(mixture_K.count_nonzero() == 1)
+    if state.model.projection is None and not is_one:
+        raise CheckpointError(f"{checkpoint.folder}: its experts have no average: name one (--expert)")
+    # In memory: it is as small as what it was trained to be.
+    found = ordinary(checkpoint.weights, state.model, mixture_K, where=checkpoint.folder)
+    names = weight_specs(state.model.base_config, vocabulary_size=state.vocabulary_size)
+    layout = f"expert {int(mixture_K.argmax())} of {experts}" if is_one else f"average of {experts} experts"
+    return _source(checkpoint, state, {name: found[name].contiguous() for name in names}, layout=layout)
+
+
+def expert_count(path: Path) -> int:
+    """The number of experts of a model that has one per cluster.
+
+    Raises:
+        CheckpointError: it is an ordinary model, or of no training.
+    """
+    if not recognize(path):
+        raise CheckpointError(
+            f"{path}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY, or a mixture's, RUN/STAGE"
+        )
+    step = _step_of(path)
+    if (experts := read_json(step / STATE, _State).model.window_experts) is None:
+        raise CheckpointError(f"{step}: an ordinary model, without an expert per cluster: there is none to write")
+    return experts
+
+
+def _read(path: Path) -> tuple[Checkpoint, _State]:
+    step = _step_of(path)
+    return read_checkpoint(step), read_json(step / STATE, _State)
+
+
+def _step_of(path: Path) -> Path:
+    return path if (path / STATE).is_file() else find_final(path)
+
+
+def _source(checkpoint: Checkpoint, state: _State, weights: Mapping[str, LazyTensor], *, layout: str) -> Source:
+    """A source of the weights of the ordinary model."""
+    step = checkpoint.folder
     return Source(
         path=step,
         format=FORMAT,
-        model=Model(merged, state.vocabulary_size, state.context_length, state.special_ids),
+        model=Model(state.model.base_config, state.vocabulary_size, state.context_length, state.special_ids),
         weights=weights,
-        stored=stored,
-        layout="adapters merged" if adapters else "whole tensors",
+        stored=checkpoint.weights.stored,
+        layout=layout,
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
         tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,

@@ -34,6 +34,7 @@ class Conversion:
     """What was converted. `fingerprint` is of what was written."""
 
     source: Source
+    to: str
     target: Path
     dtype: torch.dtype
     fingerprint: Fingerprint
@@ -49,6 +50,7 @@ def convert(
     dtype: torch.dtype | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
+    opener: Callable[[Path], Source] | None = None,
     threads: int = 2,
 ) -> Conversion:
     """Write a checkpoint in another format.
@@ -60,6 +62,7 @@ def convert(
         dtype: of the weights; default: the source's, and fp32 for a canonical target.
         config: see `open_source`.
         tokenizer: a folder with tokenizer files, instead of the source's.
+        opener: opens the checkpoint, instead of `open_source`: of `convert/experts.py`.
 
     Raises:
         CheckpointError: the source cannot be read or converted, is not what its fingerprint says, or the target is there
@@ -68,7 +71,7 @@ def convert(
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target}: is there already: name a folder to make")
-    source = open_source(path, config=config)
+    source = open_source(path, config=config) if opener is None else opener(path)
     if source.model.shape.moe is not None:
         raise CheckpointError(
             f"{source.path}: a mixture of experts is exported by an `export` stage, and not converted yet"
@@ -98,7 +101,7 @@ def convert(
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Conversion(source, target, dtype, expected, size)
+    return Conversion(source, to, target, dtype, expected, size)
 
 
 def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int = 2) -> Fingerprint:

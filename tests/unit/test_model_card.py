@@ -27,6 +27,7 @@ FACTS = ModelFacts(
     cost=Cost(204_800, 1_500_000_000_000, 12.0, 24.0, "cpu: some model", 2),
     validation_loss=2.0,
     logit_difference=3e-6,
+    llama_cpp_refusal=None,
     seed=7,
     training_seed=8,
     digest="feed",
