@@ -1,6 +1,5 @@
 """Commands that write an ordinary model of a training that has adapters, or an expert per cluster."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,10 +27,10 @@ def merge(
     """
     from megatron_specialm.base.stopwatch import Stopwatch
     from megatron_specialm.convert.experts import open_adapted
-    from megatron_specialm.convert.run import convert
+    from megatron_specialm.convert.run import write_target
 
     watch = Stopwatch()
-    done = convert(source, target, to=to, dtype=torch_dtype(dtype), opener=open_adapted)
+    done = write_target(open_adapted(source), target, to=to, dtype=torch_dtype(dtype))
     say_converted(done, target, seconds=watch.seconds)
 
 
@@ -64,18 +63,16 @@ def project(
     """
     from megatron_specialm.base.stopwatch import Stopwatch
     from megatron_specialm.convert.experts import convert_experts, open_expert, open_histogram
-    from megatron_specialm.convert.run import convert
+    from megatron_specialm.convert.run import write_target
 
+    watch, kind = Stopwatch(), torch_dtype(dtype)
     if (expert is not None) + (histogram is not None) + mixture != 1:
         raise ConfigError("name one of --expert NUMBER, --histogram RUN/STAGE/SET and --mixture")
-    watch, kind = Stopwatch(), torch_dtype(dtype)
-    if mixture:
-        made = {output / key: done for key, done in convert_experts(folder, output, to=to, dtype=kind).items()}
+    if expert is not None:
+        made = {output: write_target(open_expert(folder, expert), output, to=to, dtype=kind)}
     elif histogram is not None:
-        made = {
-            output: convert(folder, output, to=to, dtype=kind, opener=partial(open_histogram, assignment=histogram))
-        }
+        made = {output: write_target(open_histogram(folder, histogram), output, to=to, dtype=kind)}
     else:
-        made = {output: convert(folder, output, to=to, dtype=kind, opener=partial(open_expert, expert=expert or 0))}
+        made = {output / key: done for key, done in convert_experts(folder, output, to=to, dtype=kind).items()}
     for target, done in made.items():
         say_converted(done, target, seconds=watch.seconds)

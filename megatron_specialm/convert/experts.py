@@ -1,4 +1,4 @@
-"""Trained models that are several, opened as checkpoints of one ordinary model, which `convert` writes in any format.
+"""Trained models that are several, opened as checkpoints of one ordinary model, which `write_target` writes in any format.
 
 RUN/STAGE/generic   a projected network, or an MoE that routes by cluster: an expert, or a mixture of a network's experts
 RUN/STAGE           the experts of a mixture (`data: cluster`): checkpoints of their own in c0, c1, ...
@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from megatron_specialm.base.files import fsync_path
 from megatron_specialm.convert import canonical_folder
 from megatron_specialm.convert.canonical_folder import expert_count, open_experts
 from megatron_specialm.convert.formats import open_source
-from megatron_specialm.convert.run import Conversion, convert
+from megatron_specialm.convert.run import Conversion, convertible, write_target
 from megatron_specialm.convert.source import Source
 from megatron_specialm.data.clusters import read_histogram
 from megatron_specialm.graph.lineage import cluster_of, expert_key
@@ -37,7 +36,7 @@ def open_adapted(path: Path) -> Source:
         raise CheckpointError(
             f"{source.path}: has no adapters (LoRA) to merge: `specialm convert` converts it as it is"
         )
-    return source
+    return convertible(source)
 
 
 def open_expert(path: Path, expert: int) -> Source:
@@ -47,10 +46,10 @@ def open_expert(path: Path, expert: int) -> Source:
         CheckpointError: the folder is of an ordinary model, or there is no such expert.
     """
     if not (folders := _mixture(path)):
-        return open_experts(path, lambda count: one_hot(expert, experts=count))
+        return convertible(open_experts(path, lambda count: one_hot(expert, experts=count)))
     if (key := expert_key(expert)) not in folders:
         raise CheckpointError(f"{path}: expert {expert} does not exist: there are {', '.join(folders)}")
-    return canonical_folder.open_folder(folders[key])
+    return convertible(canonical_folder.open_folder(folders[key]))
 
 
 def open_histogram(path: Path, assignment: Path) -> Source:
@@ -61,7 +60,8 @@ def open_histogram(path: Path, assignment: Path) -> Source:
     """
     if _mixture(path):
         raise CheckpointError(f"{path}: a mixture of checkpoints has no average: name one (--expert)")
-    return open_experts(path, lambda count: torch.from_numpy(read_histogram(assignment, k=count)).float())
+    averaged = open_experts(path, lambda count: torch.from_numpy(read_histogram(assignment, k=count)).float())
+    return convertible(averaged)
 
 
 def convert_experts(path: Path, target: Path, *, to: str, dtype: torch.dtype | None = None) -> dict[str, Conversion]:
@@ -77,8 +77,7 @@ def convert_experts(path: Path, target: Path, *, to: str, dtype: torch.dtype | N
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         done = {
-            key: convert(path, temporary / key, to=to, dtype=dtype, opener=partial(open_expert, expert=cluster_of(key)))
-            for key in keys
+            key: write_target(open_expert(path, cluster_of(key)), temporary / key, to=to, dtype=dtype) for key in keys
         }
         os.replace(temporary, target)
         fsync_path(target.parent)

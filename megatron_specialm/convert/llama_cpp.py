@@ -10,8 +10,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as schema
 
+from megatron_specialm.config.architectures import architecture_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import architecture_of
 from megatron_specialm.data.tokenizer import Tokenizer
 
 

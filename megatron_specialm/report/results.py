@@ -17,7 +17,7 @@ from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, sources, train_stages
+from megatron_specialm.graph.lineage import domain_text, imported_models, is_finetuned, method_of, sources, train_stages
 from megatron_specialm.graph.plan import RESOLVED, PlannedTask, make_plan
 from megatron_specialm.graph.rates import beyond
 from megatron_specialm.graph.stage_kind import kind_of
@@ -117,6 +117,7 @@ def _rows(
             inference_active_parameters=markers[name].values.get("active_parameters"),
             **_seeds(pipeline),
             model=str(model),
+            imported=", ".join(imported_models(pipeline, model.stage)),
         )
 
 

@@ -219,9 +219,10 @@ class _Model(_OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Costs, _Model):  # the columns' order: those of the last base come first
-    """A model on a set of text."""
+    """A model on a set of text. `imported`: the import stages behind it."""
 
     model: str | None = None
+    imported: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

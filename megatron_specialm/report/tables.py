@@ -1,7 +1,7 @@
 """Tables of results, for the terminal and for Markdown; from `Results` alone, of one run or of several."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from megatron_specialm.report.rows import (
 )
 
 CAPPED = "*"  # behind a perplexity
+IMPORTED = "†"  # behind a method
 CAPPED_MEANS = "ended by the cap on steps, not by early stopping"
 COST_COLUMNS = [(phase, what) for phase in (GENERIC, SPECIALIZATION) for what in COSTS]
 HEADINGS = {GENERIC: "gen.", SPECIALIZATION: "spec.", "tokens": "tokens", "flops": "FLOPs", "device_seconds": "s"}
@@ -56,7 +57,7 @@ def results_table(results: Results) -> Table:
     states = {(row.method, _state(row), row.stage) for row in results.rows}
     has_budgets = len({state[:2] for state in states}) < len(states)
     has_sizes = any(row.size is not None for row in results.rows)
-    words: list[Column[_Line]] = [word("method", lambda line: line.method), word("fine-tuned", lambda line: line.state)]
+    words: list[Column[_Line]] = [word("method", _method), word("fine-tuned", lambda line: line.state)]
     if has_budgets:
         words.append(word("stage", lambda line: line.stage))
     if has_sizes:
@@ -66,8 +67,9 @@ def results_table(results: Results) -> Table:
     knows_bytes = any(row.bits_per_byte is not None for row in results.rows)
     per_byte: Column[_Line] = number("bits/byte", lambda line: _bits_per_byte(line.average))
     scores = [*map(_score_column, sets), macro, *([per_byte] if knows_bytes else [])]
+    note = "; ".join(filter(None, (_note(results.rows), _note_of_imports(results.rows))))
     columns = [*words, *scores, *itertools.starmap(_cost_column, COST_COLUMNS), fill]
-    table = Table.of(lines, columns, title="Perplexity on held-out documents, and cost", note=_note(results.rows))
+    table = Table.of(lines, columns, title="Perplexity on held-out documents, and cost", note=note)
     return replace(table, lines=_aligned(table.lines, range(len(words), len(words) + len(scores))))
 
 
@@ -93,6 +95,10 @@ def results_in_two(results: Results) -> tuple[Table, Table]:
         "Cost: generic, for all domains together, and specialization, for each",
     )
     return results_table(results).in_two("gen. tokens", titles)
+
+
+def _method(line: _Line) -> str:
+    return line.method + f" {IMPORTED}" * any(row.imported for row in line.rows.values())
 
 
 def _score_column(name: str) -> Column[_Line]:
@@ -137,6 +143,12 @@ def _note(rows: Sequence[Row]) -> str:
     if any(row.bytes_estimated for row in rows):
         notes.append("bits/byte: estimated, as max_windows left a part of a set out")
     return "; ".join(notes)
+
+
+def _note_of_imports(rows: Iterable[Row]) -> str:
+    """The meaning of the mark at methods with an imported model, whose training the costs do not have."""
+    names = dict.fromkeys(row.imported for row in rows if row.imported)
+    return f"{IMPORTED} without the cost of training an existing model ({', '.join(names)})" if names else ""
 
 
 def _mean_cost(rows: Sequence[Row], phase: str, what: str) -> str:

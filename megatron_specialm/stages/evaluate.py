@@ -38,7 +38,7 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     return Report(
         tokens=loss.tokens,
         slots=slots,
-        flops=slots * forward_flops(merged.shape, merged.vocabulary_size, merged.context_length),
+        flops=slots * forward_flops(merged.shape, merged.vocabulary_size, store.context_length),
         values={
             "sets": results,
             "parameters": count_parameters(merged.shape, merged.vocabulary_size),

@@ -174,9 +174,9 @@ def test_other_folders_and_targets_are_refused(neox: ModelConfig, tmp_path: Path
         _specialm("project", plain, tmp_path / "out", "--expert", 0)
     with pytest.raises(SpecialmError, match=r"no result\.json: name the folder of a training that has ended"):
         _specialm("project", tmp_path, tmp_path / "out", "--mixture")
+    network = _train(tmp_path / "network", neox.model_copy(update=NETWORK))
     for options in (("--expert", 0), ("--mixture",)):
         with pytest.raises(SpecialmError, match="is there already"):
-            _specialm("project", plain, tmp_path, *options)
-    network = _train(tmp_path / "network", neox.model_copy(update=NETWORK))
+            _specialm("project", network, tmp_path, *options)
     with pytest.raises(SpecialmError, match="`specialm project`"):
         convert(network, tmp_path / "out", to="canonical")
