@@ -100,7 +100,9 @@ def generate(
     models: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MODEL...", help="RUN/STAGE/KEY of a training, or an exported folder.", show_default=False
+            metavar="MODEL...",
+            help="RUN/STAGE/KEY of a training, an exported folder, or a checkpoint of any format with a tokenizer.",
+            show_default=False,
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="The beginning of the text.", show_default=False)],
