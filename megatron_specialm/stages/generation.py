@@ -122,7 +122,7 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder is an export of ours, even a damaged one. A checkpoint folder has a manifest too, but also a state file."""
+    """Whether a folder is an export of ours, even a damaged one. A step has a manifest too, but also a state file."""
     found = {name for name in (MANIFEST, FINGERPRINT, CONFIG, STATE) if (folder / name).is_file()}
     return STATE not in found and (MANIFEST in found or {FINGERPRINT, CONFIG} <= found)
 
