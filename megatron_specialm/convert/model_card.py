@@ -32,8 +32,8 @@ class ModelFacts:
     rates and with that of an earlier, shorter one that it went on from; `learning_rate` is None where nothing was trained,
     `learning_rates` are those tried. `set_tokens` counts the domain's training set once (the generic set's, for a model of
     no domain); `cost.tokens` counts repeats. `validation_loss` is in nats per token. Of a mixture of experts
-    `active_parameters` compute a token; of other models that is all. `llama_cpp_refusal` says why llama.cpp's converter does
-    not convert it; None where it does.
+    `active_parameters` compute a token; of other models that is all. `llama_cpp` says whether and how llama.cpp's
+    converter converts it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ModelFacts:
     cost: Cost
     validation_loss: float | None
     logit_difference: float
-    llama_cpp_refusal: str | None
+    llama_cpp: str
     seed: int
     training_seed: int
     digest: str
@@ -110,7 +110,7 @@ The tokenizer begins a text with the end-of-document token, as in training. The 
 
 - lm-eval: `--model hf --model_args pretrained=FOLDER`; for tasks of perplexity (`loglikelihood_rolling`) also
   `add_bos_token=False`, as these put that token before a text themselves. They do not count the end of documents.
-- llama.cpp: {_llama_cpp(facts.llama_cpp_refusal)}
+- llama.cpp: {facts.llama_cpp}
 
 ## Training
 
@@ -153,12 +153,6 @@ for whoever shares the model to state.
 }}
 ```
 """
-
-
-def _llama_cpp(refusal: str | None) -> str:
-    if refusal is None:
-        return "`convert_hf_to_gguf.py FOLDER` converts it, tokenizer included."
-    return f"`convert_hf_to_gguf.py` does not convert it: {refusal}."
 
 
 def _parameters(facts: ModelFacts) -> str:

@@ -19,7 +19,7 @@ from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert import canonical_folder, huggingface_folder
 from megatron_specialm.convert.huggingface import largest_logit_difference
-from megatron_specialm.convert.llama_cpp import refusal
+from megatron_specialm.convert.llama_cpp import advice
 from megatron_specialm.convert.model_card import READS, ModelFacts, model_card
 from megatron_specialm.convert.run import stream
 from megatron_specialm.convert.source import Layout, TargetSpec
@@ -146,7 +146,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: Tokeni
         learning_rates=tuple(marker.values.get("learning_rates", ())),
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
-        llama_cpp_refusal=refusal(shape, tokenizer),
+        llama_cpp=advice(shape, tokenizer),
         seed=pipeline.seed,
         training_seed=pipeline.seed_of_training,
         digest=marker.digest,

@@ -113,10 +113,10 @@ def test_weights_are_in_the_type_that_was_asked_for(folder: Path) -> None:
 
 
 def test_the_card_says_what_llama_cpp_converts(folder: Path) -> None:
-    assert "converts it, tokenizer included" in (_exported(folder) / "README.md").read_text()
+    assert "converts this folder, tokenizer included" in (_exported(folder) / "README.md").read_text()
     other = folder / "run/export/neox.generic/model"
     assert (
-        "does not convert it: it converts LlamaForCausalLM with this tokenizer, and this is GPTNeoX"
+        "does not convert it: it reads this tokenizer for LlamaForCausalLM, and this is GPTNeoX"
         in (other / "README.md").read_text()
     )
     assert (_exported(folder) / "tokenizer.model").is_file() and not (other / "tokenizer.model").exists()
