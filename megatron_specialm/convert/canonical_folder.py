@@ -191,7 +191,7 @@ def _tokenizer_of(training: Path) -> Path | None:
     if is_ours(training):  # of an import stage
         return training
     artifact = training.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
-    if not (artifact / LABEL).is_file():
+    if not (artifact / LABEL).is_file() or len(artifact.parents) < 4:
         return None
     inputs = read_label(artifact)["made_from"].get("inputs", {})
     root, tasks = artifact.parents[3], (name.partition("/") for name in inputs)
