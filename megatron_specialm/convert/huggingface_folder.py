@@ -21,6 +21,7 @@ from megatron_specialm.convert.families import (
 )
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.llama_cpp import reads_sentencepiece
 from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
@@ -142,7 +143,12 @@ def write_folder(target: TargetSpec) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     write_config(source.model, folder, dtype=target.dtype)
     if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, folder, context_length=source.model.context_length)
+        copy_tokenizer(
+            source.tokenizer,
+            folder,
+            context_length=source.model.context_length,
+            sentencepiece=reads_sentencepiece(source.model.shape),
+        )
     target.fingerprint.save(folder)
     seal_folder(folder)
 

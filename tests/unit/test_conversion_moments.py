@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_specialm.convert.architectures import Model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -18,7 +19,6 @@ from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert.adam import MOMENTS, AdamState
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.run import convert, hash_moments, stream
