@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_specialm.convert.architectures import Model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -17,6 +16,7 @@ from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert.adam import MOMENTS, AdamState
 from megatron_specialm.convert.formats import TARGETS, open_source
