@@ -97,6 +97,8 @@ def say_converted(done: "Conversion", target: Path, *, seconds: float) -> None:
     say(f"{opened.path}: {_described(opened)}")
     for name, reason in opened.dropped.items():
         say(f"left out: {name}: {reason}")
+    if (moe := opened.model.shape.moe) is not None and moe.capacity_factor is not None:
+        say(f"capacity_factor {moe.capacity_factor}: the fingerprint's logits are without it: no token is dropped")
     say(
         f"{target}: {done.to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
         f"{done.bytes / 2**20:,.1f} MiB, in {seconds:.1f} s; read back, and every weight is equal"

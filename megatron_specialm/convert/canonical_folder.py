@@ -58,9 +58,9 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     checkpoint, state = _read(path)
     step, model = checkpoint.folder, _model(checkpoint.folder, state, given)
     shape = model.shape
-    if shape.projection is not None:
+    if shape.window_experts is not None:
         raise CheckpointError(
-            f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
+            f"{step}: a model of {shape.window_experts} experts, one per cluster: make one of them an ordinary model with "
             "`specialm project`, and convert that"
         )
     stored: Mapping[str, LazyTensor] = checkpoint.weights.stored

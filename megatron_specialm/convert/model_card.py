@@ -139,8 +139,8 @@ This is the last training alone{tried}. What it rests on (earlier training, clus
 
 ## Licence
 
-The licence of the weights follows from that of the text they were trained on, which this program does not know: it is
-for whoever shares the model to state.
+The licence of the weights follows from that of the text they were trained on, and of an imported model that they began
+with. This program knows neither: it is for whoever shares the model to state.
 
 ## Citation
 

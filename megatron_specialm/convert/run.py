@@ -89,10 +89,6 @@ def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path 
 
 def convertible(source: Source, *, tokenizer: Path | None = None) -> Source:
     """An opened checkpoint with a tokenizer that fits it; arguments and errors as of `convert`."""
-    if source.model.shape.moe is not None:
-        raise CheckpointError(
-            f"{source.path}: a mixture of experts is exported by an `export` stage, and not converted yet"
-        )
     if tokenizer is not None:
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
@@ -204,6 +200,7 @@ def _without_what_is_not_held(source: Source, target: Target, dtype: torch.dtype
     reasons = [
         "weights alone were asked for" if weights_only else "",
         target.no_optimizer,
+        target.no_optimizer_of_experts if source.model.shape.moe is not None else "",
         ""
         if target.has_main_weights or dtype == torch.float32
         else f"it needs weights in fp32, and they are in {dtype}",
