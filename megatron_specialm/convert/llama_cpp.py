@@ -1,7 +1,7 @@
 """What llama.cpp's converter, `convert_hf_to_gguf.py`, makes of an export: the same model with the same ids, or nothing.
 
 The converter has a reader of tokenizers for each architecture. For Llama and Mixtral it reads SentencePiece BPE exactly, if
- `tokenizer.model` is there and `tokenizer_config.json` says whether a text begins with a space. Without `tokenizer.model` it
+`tokenizer.model` is there and `tokenizer_config.json` says whether a text begins with a space. Without `tokenizer.model` it
 would take `tokenizer.json` without scores, and for Qwen's architectures it always puts the space: other ids, and no error. So
 `tokenizer.model` is written for Llama and Mixtral only.
 
