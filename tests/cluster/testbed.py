@@ -27,6 +27,7 @@ from tests.cluster.machine import (
     Node,
     PlainNode,
     kill,
+    mac,
     marked,
     namespaces_allowed,
     network,
@@ -259,7 +260,7 @@ def _prepare(number: int, slot: Path, *, nodes: int, cpus: int, namespaces: bool
         subnet = f"10.213.{number}"
         controller = Address(host, f"{subnet}.1", 21000 + number)
         addresses = {name: Address(name, f"{subnet}.{11 + i}", 22000) for i, name in enumerate(names)}
-        network(f"link add {_bridge(number)} type bridge")
+        network(f"link add {_bridge(number)} address {mac(controller.ip)} type bridge")
         network(f"addr add {subnet}.1/24 dev {_bridge(number)}")
         network(f"link set {_bridge(number)} up")
         own: dict[str, Node] = {
