@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.runs import Run, assert_same_bits, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
