@@ -93,7 +93,7 @@ class Run:
         jobs = json.loads((self.root / "jobs/jobs.json").read_text())["jobs"]
         return [job["slurm_id"] for job in jobs if job["stage"] == stage][-1]
 
-    def wait(self, stage: str, timeout: float = 180) -> list[str]:
+    def wait(self, stage: str, timeout: float = 90) -> list[str]:
         """Wait until the stage's newest job has ended; the states of its elements."""
         return [job["JobState"] for job in self.cluster.wait(self.job(stage), timeout)]
 

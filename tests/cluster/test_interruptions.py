@@ -13,7 +13,7 @@ from tests.cluster.machine import NamespacedNode
 from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 STEPS = 400
 OVERRIDES = [f"stages.slm.steps={STEPS}", "stages.slm.parallel.data_parallel=2", "stages.slm.checkpoint.every=20"]
 
@@ -23,7 +23,7 @@ def straight(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same training, on this machine and without interruption."""
     folder = prepared(smoke_run, tmp_path_factory.mktemp("straight"), "tokenizer", "tokens")
     run = Run(None, folder, OVERRIDES)  # type: ignore[arg-type]
-    subprocess.run(run.command("run", "--only", "slm"), cwd=folder, env=local_environment(), check=True, timeout=200)
+    subprocess.run(run.command("run", "--only", "slm"), cwd=folder, env=local_environment(), check=True, timeout=600)
     return run.root / "slm/generic"
 
 
@@ -45,7 +45,7 @@ def _begun(run: Run) -> int:
         attempts, step = run.attempts("slm"), run.saved_step("slm")
         return bool(attempts) and step > first_seen.setdefault(len(attempts), step) and attempts[-1].end is None
 
-    run.until(goes_on, "a step is saved", 120)
+    run.until(goes_on, "a step is saved", 60)
     assert run.saved_step("slm") < STEPS - 40, "the test came too late: the training has ended"
     return len(run.attempts("slm")) - 1
 

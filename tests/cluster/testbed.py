@@ -38,6 +38,7 @@ from tests.cluster.machine import (
 T = TypeVar("T")
 
 SLOTS = range(1, 51)
+BUSY = 4  # so much longer may things take where other work fills the machine
 SMALL_DISK = 64 * 2**20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 
@@ -62,7 +63,7 @@ class Cluster:
         """The environment of a user of this cluster."""
         return user_environment(self.slot)
 
-    def run(self, *command: str, cwd: Path | None = None, timeout: float = 30) -> str:
+    def run(self, *command: str, cwd: Path | None = None, timeout: float = 120) -> str:
         """What a command prints on the login node; fails with what it said if it fails."""
         for _ in range(5):
             done = subprocess.run(
@@ -113,12 +114,12 @@ class Cluster:
         self.until(lambda: self.node_state(name) == state, f"{name} is {state}", timeout)
 
     def until(self, question: Callable[[], T], what: str, timeout: float) -> T:
-        """Ask until the answer is true; fails after `timeout` seconds with the state of the cluster."""
-        deadline = time.monotonic() + timeout
+        """Ask until the answer is true; fails after `timeout` seconds of a quiet machine with the state of the cluster."""
+        deadline = time.monotonic() + BUSY * timeout
         while not (answer := question()):
             if time.monotonic() > deadline:
                 queue = self.run("squeue", "--all"), self.run("sinfo", "--Node", "--long")
-                raise AssertionError(f"not in {timeout:.0f} s: {what}\n{''.join(queue)}")
+                raise AssertionError(f"not in {BUSY * timeout:.0f} s: {what}\n{''.join(queue)}")
             time.sleep(0.2)
         return answer
 
