@@ -39,7 +39,10 @@ BASE = TaskId("base", "generic")
 @pytest.fixture(scope="module")
 def existing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("existing")
-    return {family: save_existing_model(folder / family, family) for family in ("llama", "qwen2")}
+    return {
+        "llama": save_existing_model(folder / "llama"),
+        "qwen2": save_existing_model(folder / "qwen2", "qwen2", max_shard_size="50KB"),  # several files
+    }
 
 
 @pytest.fixture(autouse=True)
