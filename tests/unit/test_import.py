@@ -22,6 +22,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.canonical_folder import open_folder
 from megatron_specialm.convert.run import convert
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import imported_models, setup_of
@@ -236,6 +237,12 @@ def test_another_tokenizer_is_named_where_the_source_has_none_or_not_its_own(exi
     source = Path(shutil.copytree(existing["llama"], "source"))
     _without_tokenizer(source)
     assert Tokenizer.load(_import(_load({"path": str(source), "tokenizer": "small"}))).vocabulary_size == ROWS
+    Path("trained").mkdir()
+    texts = [" ".join(WORDS)] * 4
+    train_sentencepiece(texts, Path("trained"), vocabulary_size=300, algorithm="bpe", sample_characters=10_000)
+    shutil.copyfile("trained/sentencepiece.model", source / "tokenizer.model")
+    imported = Tokenizer.load(_import(_load({"path": str(source)})))
+    assert imported.vocabulary_size == ROWS and imported.decode(imported.encode(["drin flon"])[0]) == "drin flon"
 
 
 def test_a_tokenizer_that_transformers_would_load_otherwise_beside_the_model_is_refused(
