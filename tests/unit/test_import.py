@@ -42,6 +42,7 @@ def existing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("existing")
     return {
         "llama": save_existing_model(folder / "llama"),
+        "mixtral": save_existing_model(folder / "mixtral", "mixtral"),
         "qwen2": save_existing_model(folder / "qwen2", "qwen2", max_shard_size="50KB"),  # several files
     }
 
@@ -78,9 +79,9 @@ def test_the_shipped_config_knows_its_model_without_a_network() -> None:
     assert count_parameters(setup.model, setup.vocabulary_size) == 134_515_008, "as the hub says of SmolLM2-135M"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
 def test_an_imported_model_is_that_of_transformers_with_its_tokenizer(existing: dict[str, Path], family: str) -> None:
-    pipeline = _load({"path": str(existing[family])})
+    pipeline = _load({"path": str(existing[family])}, "stages.lora.lora={linears: [qkv, proj]}")  # not of experts
     folder = _import(pipeline)
     merged, tokenizer = read_merged(find_final(folder)), Tokenizer.load(folder)
     assert merged.state["tokenizer"] == tokenizer.fingerprint
