@@ -119,8 +119,9 @@ def _joined(
     for chunk, stage in product(chunks, range(stages)):
         parts = [dict(_tensors(files[stage, rank][chunk])) for rank in range(experts)]
         own = {int(match["number"]) for match in map(LAYER.fullmatch, parts[0]) if match}
+        numbers = [int(match["number"]) for part in parts for match in map(EXPERT.fullmatch, part) if match]
+        local = max(numbers, default=-1) + 1  # of each rank
         for rank, part in enumerate(parts):
-            local = max((int(match["number"]) + 1 for match in map(EXPERT.fullmatch, part) if match), default=0)
             for name, tensor in part.items():
                 is_expert = EXPERT.fullmatch(name) is not None
                 if rank and not is_expert:
