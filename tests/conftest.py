@@ -126,6 +126,12 @@ def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def megatron_adam_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints with the state of Megatron-Core's optimizers (`tests/peers/megatron_adam.py`). Tests only read them."""
+    return made_once(tmp_path_factory, "megatron-adam", lambda folder: run_peer("megatron_adam", "save", folder))
+
+
+@pytest.fixture(scope="session")
 def deepspeed_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that DeepSpeed has written on two processes (`tests/peers/deepspeed.py`). Tests only read them."""
     return made_once(tmp_path_factory, "deepspeed", lambda folder: run_peer("deepspeed", "save", folder))
