@@ -183,7 +183,7 @@ def _add(name: str, like: str) -> Callable[[Tensors], None]:
         (_copy_expert, r"says: decoder\.layers\.3\.mlp\.experts\.linear_fc1\.weight, .*\.3\.mlp\.experts\.linear_fc2\.weight:"),
         (_swap_router_rows, r"says: decoder\.layers\.2\.mlp\.router\.weight:"),
         (_drop(_EXPERT.format(1, 2, "w2")), r"layers\.1\.block_sparse_moe\.experts\.2\.w2\.weight is missing"),
-        (_add(_EXPERT.format(1, 4, "w2"), _EXPERT.format(1, 0, "w2")), r"layers\.1\.block_sparse_moe\.experts\.4\.w2\..* no place"),
+        (_add(_EXPERT.format(1, 4, "w2"), _EXPERT.format(1, 0, "w2")), r"block_sparse_moe\.experts\.4\.w2\..* no place"),
         (_add("model.layers.1.mlp.experts.2.up_proj.weight", _EXPERT.format(1, 2, "w3")), r"2\.up_proj\.weight is there twice"),
     ],
 )  # fmt: skip
