@@ -191,20 +191,23 @@ def from_huggingface_lazily(
         CheckpointError: naming a weight that is missing, has no place or is of another shape.
     """
     rest, found = table_names(stored), {}
+    in_file = mixtral_name if any(".block_sparse_moe." in name for name in stored) else str
     specs = weight_specs(config, vocabulary_size=vocabulary_size)
     for row in rows(config):
         for name, shape in huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items():
             if name not in rest:
-                raise CheckpointError(f"{name} is missing: the checkpoint is not complete, or of another model")
+                raise CheckpointError(
+                    f"{in_file(name)} is missing: the checkpoint is not complete, or of another model"
+                )
             if tuple(rest[name].shape) != shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(rest[name].shape)}, and the config makes it {shape}: the checkpoint is of "
-                    "another model than its config"
+                    f"{in_file(name)} has shape {tuple(rest[name].shape)}, and the config makes it {shape}: the checkpoint "
+                    "is of another model than its config"
                 )
         parts = [rest.pop(name) for name in row.names]
         is_copy = row.kind == "copy" and not row.experts
         found[row.ours] = parts[0] if is_copy else _joined(row, parts, config, specs[row.ours].shape)
-    nothing_left(rest)
+    nothing_left({in_file(name): tensor for name, tensor in rest.items()})
     return {name: found[name] for name in specs}
 
 

@@ -182,8 +182,8 @@ def _add(name: str, like: str) -> Callable[[Tensors], None]:
         (_swap_gate_and_up, r"says: decoder\.layers\.1\.mlp\.experts\.linear_fc1\.weight:"),
         (_copy_expert, r"says: decoder\.layers\.3\.mlp\.experts\.linear_fc1\.weight, .*\.3\.mlp\.experts\.linear_fc2\.weight:"),
         (_swap_router_rows, r"says: decoder\.layers\.2\.mlp\.router\.weight:"),
-        (_drop(_EXPERT.format(1, 2, "w2")), r"layers\.1\.mlp\.experts\.2\.down_proj\.weight is missing"),
-        (_add(_EXPERT.format(1, 4, "w2"), _EXPERT.format(1, 0, "w2")), r"layers\.1\.mlp\.experts\.4\.down_proj\..* no place"),
+        (_drop(_EXPERT.format(1, 2, "w2")), r"layers\.1\.block_sparse_moe\.experts\.2\.w2\.weight is missing"),
+        (_add(_EXPERT.format(1, 4, "w2"), _EXPERT.format(1, 0, "w2")), r"block_sparse_moe\.experts\.4\.w2\..* no place"),
         (_add("model.layers.1.mlp.experts.2.up_proj.weight", _EXPERT.format(1, 2, "w3")), r"2\.up_proj\.weight is there twice"),
     ],
 )  # fmt: skip
@@ -310,8 +310,8 @@ def test_an_expert_missing_or_twice_in_a_legacy_checkpoint(sources: dict[str, Pa
         ("mixtral", {"sliding_window": 4096}, "sliding_window is 4096"),
         ("qwen2-moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\].*decoder_sparse_step"),
         ("mixtral", {"num_experts_per_tok": 5}, "top_k 5 is more than experts 4"),
-        ("mixtral", {"num_local_experts": 5}, r"mlp\.gate\.weight has shape \(4, 32\), .* makes it \(5, 32\)"),
-        ("mixtral", {"intermediate_size": 40}, r"experts\.0\.gate_proj\.weight has shape \(48, 32\), .* makes it \(40, 32\)"),
+        ("mixtral", {"num_local_experts": 5}, r"block_sparse_moe\.gate\.weight has shape \(4, 32\), .* makes it \(5, 32\)"),
+        ("mixtral", {"intermediate_size": 40}, r"experts\.0\.w1\.weight has shape \(48, 32\), .* makes it \(40, 32\)"),
     ],
 )  # fmt: skip
 def test_a_config_that_no_router_of_ours_computes(
