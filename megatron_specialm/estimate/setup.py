@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
@@ -56,6 +57,7 @@ class Setup:
     windows_per_expert: int = 1  # consecutive windows with the same weights; more than one in a projected network
     variants: int = 0  # mixtures of experts that a step computes
     teacher: ModelConfig | None = None  # that runs beside the student
+    packing: Packing = "none"
 
     @property
     def shard(self) -> int:
