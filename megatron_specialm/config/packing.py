@@ -1,10 +1,14 @@
-"""How windows of uneven length become the forward passes of a step."""
+"""How windows of uneven length become forward passes (`data/packing.py`)."""
 
 from typing import Literal
 
 Packing = Literal["none", "sorted", "packed"]
-PACKING = (
-    "`none`: every window is padded to the context length. `sorted`: the windows of a step are sorted by length, and each "
-    "micro-batch is as long as its longest window. `packed`: the windows of a micro-batch stand behind each other in one "
-    "sequence without padding; each is attended to alone, from position 0"
+WholePacking = Literal["none", "packed"]  # of a model on one process that only reads
+IN_TRAINING = (
+    "how windows become micro-batches: `none`, each padded to the context length; `sorted` by length and padded to the longest "
+    "of a micro-batch; `packed` behind each other without padding, each attended to alone; default: packed where model and "
+    "layout allow it, else sorted, else none"
+)
+IN_READING = (
+    "`packed`: the windows of a batch behind each other without padding; `none`: each padded to the context length"
 )

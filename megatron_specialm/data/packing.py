@@ -22,7 +22,7 @@ import numpy as np
 from megatron_specialm.config.packing import Packing
 from megatron_specialm.data.store import MIXTURE, Batch
 
-Largest = Callable[[int, int], tuple[int, int]]
+Largest = Callable[..., Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def window_lengths(batch: Batch) -> np.ndarray:
 
 
 def plan_sequences(lengths: np.ndarray, capacity: int, multiple: int = 1) -> list[np.ndarray]:
-    """Which windows, by their places in `lengths`, share a sequence: as few sequences as a multiple of `multiple` allows, of like
-    size. The longest window comes first, each into the sequence that has fewest tokens. O(B log B).
+    """Which windows, by their places in `lengths`, share a sequence. There are as few sequences as fit, of like size, and their
+    number is a multiple of `multiple`. Windows are placed longest first, each into the sequence with fewest tokens. O(B log B).
 
     Args:
         capacity: the most tokens of a sequence; no window has more.

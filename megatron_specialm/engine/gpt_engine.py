@@ -187,7 +187,9 @@ class GptEngine:
         lengths = batch.lengths
         windows = 1 if lengths is None else len(lengths)
         mixture_BWE = batch.extra_inputs.get(MIXTURE, np.zeros((len(batch.mask) * windows, moe.counts[0]), np.float32))
-        experts_BTE = mixture_BWE[:, None] == 1 if lengths is None else np.repeat(mixture_BWE == 1, lengths, axis=0)[None]
+        experts_BTE = (
+            mixture_BWE[:, None] == 1 if lengths is None else np.repeat(mixture_BWE == 1, lengths, axis=0)[None]
+        )
         if not (experts_BTE.any(2) | (batch.mask == 0)).all():
             raise TrainingError("a window comes without its expert: an MoE that routes by cluster takes one for each")
         return torch.from_numpy(experts_BTE).to(self._model.device, non_blocking=True)

@@ -107,8 +107,13 @@ class Setup:
 
     @property
     def step_flops(self) -> int:
-        """An upper bound of the FLOPs of an optimizer step: with fewer experts than groups of windows, fewer are projected."""
-        return self.flops(Passes(trained=self.global_batch_size * self.context_length, trained_variants=self.variants))
+        """An upper bound of the FLOPs of an optimizer step: all windows padded; and with fewer experts than groups of windows,
+        fewer are projected."""
+        return self.step_flops_of(self.global_batch_size * self.context_length)
+
+    def step_flops_of(self, slots: int) -> int:
+        """The FLOPs of an optimizer step that computes so many slots."""
+        return self.flops(Passes(trained=slots, trained_variants=self.variants))
 
     def flops(self, passes: Passes) -> int:
         """FLOPs of passes: of the model, of a teacher that runs beside it in training, and of projections."""

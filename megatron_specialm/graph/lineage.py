@@ -2,6 +2,7 @@
 shape and method, and from which weights. The answers follow from the config alone; `graph/build.py` checks that fields name
 stages of the right kind."""
 
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from megatron_specialm.base.errors import ConfigError
@@ -11,6 +12,7 @@ from megatron_specialm.config.schema import AssignStage, ClusterStage, Pipeline,
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
+from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, kind_of
 from megatron_specialm.graph.tasks import TaskId
@@ -175,7 +177,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
     tokenizer = stage_of(pipeline, tokens.tokenizer, TokenizerStage)
-    return Setup(
+    setup = Setup(
         model_of(pipeline, name),
         stage.parallel,
         stage.precision,
@@ -188,6 +190,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         _variants(stage),
         model_of(pipeline, stage.distill.teacher).base_config if stage.distill and has_online_teacher(stage) else None,
     )
+    return replace(setup, packing=stage.packing or best_packing(setup))
 
 
 def _variants(stage: TrainStage) -> int:

@@ -1,7 +1,7 @@
 """Core attention without Transformer Engine: PyTorch's fused kernel.
 
-A packed sequence is computed window by window. On a CPU that took less time than attention over padded windows or over the whole
-sequence with a block mask, at every fill (docs/benchmarks.md).
+A packed sequence is computed window by window. On a CPU that took less time than attention over padded windows or, with a block
+mask, over the whole sequence (docs/benchmarks.md).
 
 Legend: T positions, B sequences, A attention heads, G key/value heads, D head size.
 """

@@ -190,9 +190,7 @@ def forward(
     """
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     windows = None if lengths is None else packed_windows(lengths, device=tokens_BT.device)
-    return chunk(
-        tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing, packed_seq_params=windows
-    )
+    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing, packed_seq_params=windows)
 
 
 def packed_windows(lengths: Sequence[int], *, device: torch.device) -> PackedSeqParams:

@@ -1,6 +1,6 @@
 """Packing of windows into micro-batches: what is computed stays, only the padding goes."""
 
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -44,9 +44,11 @@ def _windows(batch: Batch) -> list[tuple]:
 @pytest.mark.parametrize(("multiple", "stages"), [(1, 1), (4, 1), (1, 2), (4, 4)])
 def test_every_window_is_there_once_as_it_was(packing: str, experts: int | None, multiple: int, stages: int) -> None:
     batches = [_batch(experts=experts), _batch(5, seed=1, experts=experts)]
-    cut = MicroBatches(packing, 4, multiple=multiple, stages=stages, by_expert=experts is not None and packing != "none")
+    cut = MicroBatches(
+        packing, 4, multiple=multiple, stages=stages, by_expert=experts is not None and packing != "none"
+    )
     found = cut.of(batches)
-    assert sorted(sum(map(_windows, found), [])) == sorted(sum(map(_windows, batches), []))
+    assert sorted(chain(*map(_windows, found))) == sorted(chain(*map(_windows, batches)))
     for part in found:
         assert part.tokens.size <= 4 * CONTEXT and part.tokens.shape[1] % multiple == 0
         assert part.lengths is None or (sum(part.lengths) == part.tokens.shape[1] and max(part.lengths) <= CONTEXT)
@@ -71,11 +73,13 @@ def test_packed_sequences_are_few_and_of_like_size() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(plan, plan_sequences(lengths, 8 * 1024), strict=True))
 
 
-@pytest.mark.parametrize(("lengths", "count"), [([16] * 9, 3), ([9, 9, 9, 9, 9], 2), ([], 1), ([0, 0], 1), ([48], 1)])
+@pytest.mark.parametrize(
+    ("lengths", "count"), [([16] * 9, 3), ([9, 9, 9, 9, 9, 9], 2), ([], 1), ([0, 0], 1), ([48], 1)]
+)
 def test_a_sequence_holds_at_most_its_capacity(lengths: list[int], count: int) -> None:
     plan = plan_sequences(np.array(lengths, np.int64), 48)
     assert len(plan) == count
-    assert sorted(sum((windows.tolist() for windows in plan), [])) == list(range(len(lengths)))
+    assert sorted(chain(*plan)) == list(range(len(lengths)))
     assert len(plan_sequences(np.array(lengths, np.int64), 48, 4)) == 4
 
 
@@ -94,11 +98,10 @@ def test_little_padding_is_left(packing: str, fill: float) -> None:
 
 def test_padding_at_the_end_is_windows_of_its_own() -> None:
     batch = _batch(2)
-    row = packed(batch, positions=2 * CONTEXT + 20)
     tokens = int(batch.mask.sum())
-    *real, first, second = row.lengths
-    assert row.tokens.shape == (1, 52) and tuple(real) == tuple(window_lengths(batch))
-    assert (first, first + second) == (CONTEXT, 52 - tokens) and not row.mask[0, tokens:].any()
+    row = packed(batch, positions=tokens + 20)
+    assert row.lengths == (*window_lengths(batch), CONTEXT, 20 - CONTEXT)
+    assert row.tokens.shape == (1, tokens + 20) and not row.mask[0, tokens:].any()
 
 
 @pytest.mark.parametrize("packing", ["sorted", "packed"])
