@@ -196,8 +196,8 @@ def forward(
 def packed_windows(lengths: Sequence[int], *, device: torch.device) -> PackedSeqParams:
     """The windows of a packed sequence for Megatron-Core.
 
-    The longest length must be the true one. Megatron-Core takes as many rotary positions as that, and where they are as many
-    as the sequence's tokens, it lets the positions run on from window to window.
+    The longest length must be the true one: where it is the number of all tokens, Megatron-Core lets positions run on from
+    window to window.
     """
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)

@@ -286,7 +286,8 @@ def _with_teacher_logits(
     folder: Path, store: TokenStore, kept: CacheFormat, *, batch_size: int = 5, seed: int = 0
 ) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
-    assert teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, seed=seed) == store.tokens
+    tokens, slots = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
+    assert (tokens, slots) == (store.tokens, store.tokens if packing == "packed" else len(store) * CONTEXT)
     return TeacherCache.open(folder, teacher="t", store="s")
 
 
