@@ -82,6 +82,8 @@ def test_it_equals_padded_windows_on_one_process(
 
 @pytest.mark.parametrize("fault", ["attention_leaks_into_the_next_window", "windows_end_a_token_late"])
 def test_a_planted_fault_is_found(fault: str) -> None:
-    found = {entry.quantity: entry for entry in compare(_case(NEOX, "packed", {}), measure=f"tests.parity_faults:{fault}")}
+    found = {
+        entry.quantity: entry for entry in compare(_case(NEOX, "packed", {}), measure=f"tests.parity_faults:{fault}")
+    }
     assert {"loss", "validation_loss"} <= {entry.quantity for entry in found.values() if not entry.passed}
     assert not found["gradients"].passed
