@@ -39,8 +39,8 @@ NO_PLAN: Plan = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A train stage. Steps and slots are upper bounds, of the longest run: early stopping makes runs shorter, and sorted windows
-    need less padding.
+    """A train stage. Steps and slots are upper bounds, of the longest run: early stopping makes runs shorter, and sorting
+    windows makes their padding less.
 
     Attributes:
         runs: trainings of the stage; each learning rate that is tried is one.
