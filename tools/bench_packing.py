@@ -1,10 +1,10 @@
 """Real tokens per second of a training step with padded, sorted and packed windows, on real text.
 
-    python tools/bench_packing.py TEXT.jsonl.zst ... [--context 512 1024] [--layers 4] [--hidden 256] [--rounds 5]
+    python tools/bench_packing.py TEXT.jsonl.zst ... [--context 512 1024] [--layers 4] [--hidden 128] [--rounds 5]
 
 One tokenizer is trained on all files. Each file is cut into windows as a tokenize stage does. For each file and context length
 the packings take turns on the same global batches, in one process. `fill` is real tokens over slots; `of the ratio` is the gain
-in speed over padded windows, divided by the gain in fill. Times are CPU times of one thread, which other processes disturb little.
+in speed over padded windows, divided by the gain in fill. Times are CPU times of one thread, which other load disturbs little.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.engine.open import build_engine, single_process
 from megatron_specialm.estimate.setup import Setup
 
-DOCUMENTS = 2_000  # of each file
+DOCUMENTS = 1_000  # of each file
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--context", nargs="+", type=int, default=[512, 1024])
-    for name, value in {"layers": 4, "hidden": 256, "heads": 4, "vocabulary": 4096, "batch": 32, "micro-batch": 4,
+    for name, value in {"layers": 4, "hidden": 128, "heads": 4, "vocabulary": 4096, "batch": 16, "micro-batch": 4,
                         "rounds": 5}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
