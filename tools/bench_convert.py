@@ -1,4 +1,5 @@
-"""Time and peak memory of a conversion, beside `cp` of the same bytes: a random Llama of 1.3B parameters to Megatron's
+"""Time and peak memory of a conversion, beside `cp` and `sync` of the same bytes (a conversion
+syncs its files too): a random Llama of 1.3B parameters to Megatron's
 torch_dist at TP2 x PP2.
 
     python tools/bench_convert.py FOLDER [--layers 24] [--to megatron] [--dtype fp32]
@@ -19,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.families import huggingface_shapes, rows
 from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
@@ -51,7 +52,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     parameters = count_parameters(shape, VOCABULARY) / 1e9
     print(f"{parameters:.2f}B parameters, {size / 2**30:.2f} GiB in {asked.dtype}, {os.cpu_count()} cores")
-    copying = _measured(["cp", "-r", str(source), str(target)], target)
+    copying = _measured(["sh", "-c", 'cp -r "$1" "$2" && sync -f "$2"/*', "cp", str(source), str(target)], target)
     layout = ["--tensor-parallel", "2", "--pipeline-parallel", "2"] if asked.to.startswith("megatron") else []
     command = [
         sys.executable,

@@ -42,6 +42,7 @@ from megatron_specialm.base.protocol import FENCING_TOKEN
 
 ARTIFACTS = "artifacts"
 LABEL, MARKER = "task.json", "done.json"
+STATE, RESULT = "state.json", "result.json"  # of a training: see `checkpoint/steps.py`
 SHOWN_DIGITS = 16  # of a digest, in the names of folders
 
 

@@ -15,13 +15,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import MARKER, check_fence
+from megatron_specialm.base.artifacts import MARKER, RESULT, check_fence
+from megatron_specialm.base.artifacts import STATE as STATE
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, verify_folder, write_json
 
 logger = logging.getLogger(__name__)
 
-STATE, RESULT = "state.json", "result.json"
 _STEP = re.compile(r"step_(\d{7,})")
 
 

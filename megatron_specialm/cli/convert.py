@@ -44,6 +44,11 @@ def convert(
     tensor_parallel: Annotated[int, Degree] = 1,
     pipeline_parallel: Annotated[int, Degree] = 1,
     expert_parallel: Annotated[int, Degree] = 1,
+    zero_stage: Annotated[
+        int, typer.Option(help="Of a DeepSpeed target: 1, or 0 for a universal checkpoint.", min=0, max=1)
+    ] = 0,
+    data_parallel: Annotated[int, typer.Option(help="Ranks of a DeepSpeed target of ZeRO stage 1.", min=1)] = 1,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's state out.")] = False,
     dtype: Annotated[
         _Dtype | None, typer.Option(help="Default: the source's; fp32 for canonical.", show_default=False)
     ] = None,
@@ -65,8 +70,17 @@ def convert(
 
     types = {None: None, _Dtype.fp32: torch.float32, _Dtype.bf16: torch.bfloat16}
     watch = Stopwatch()
-    layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel)
-    done = run(source, target, to=to, layout=layout, dtype=types[dtype], config=config, tokenizer=tokenizer)
+    layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel, zero_stage, data_parallel)
+    done = run(
+        source,
+        target,
+        to=to,
+        layout=layout,
+        dtype=types[dtype],
+        config=config,
+        tokenizer=tokenizer,
+        weights_only=weights_only,
+    )
     opened = done.source
     say(f"{opened.path}: {_described(opened)}")
     for name, reason in opened.dropped.items():
@@ -75,6 +89,8 @@ def convert(
         f"{target}: {to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
         f"{done.bytes / 2**20:,.1f} MiB, in {watch.seconds:.1f} s; read back, and every weight is equal"
     )
+    if opened.optimizer is not None:
+        say(f"{target}: has Adam's state after {opened.optimizer.step} updates; read back, and every moment is equal")
     if opened.tokenizer is None:
         say(f"{target}: has no tokenizer: the source has none, and none was given (--tokenizer)")
 
@@ -93,7 +109,7 @@ def inspect(
 
     from megatron_specialm.base.terminal import Table, console
     from megatron_specialm.convert.formats import open_source
-    from megatron_specialm.convert.run import stream
+    from megatron_specialm.convert.run import hash_moments, stream
 
     opened = open_source(path, config=config)
     stored = opened.stored
@@ -104,6 +120,8 @@ def inspect(
     say("model: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     for name, reason in opened.dropped.items():
         say(f"is left out in a conversion: {name}: {reason}")
+    if opened.optimizer is not None:
+        say(f"optimizer: Adam's state after {opened.optimizer.step} updates")
     say(f"tokenizer: {opened.tokenizer or 'none'}")
     if tensors:
         lines = [
@@ -115,6 +133,7 @@ def inspect(
         say("fingerprint: none is recorded")
     elif verify:
         stream(opened)
+        hash_moments(opened)
         say("fingerprint: every weight and the logits are as recorded")
     else:
         say(f"fingerprint: recorded for {len(opened.fingerprint.weights)} weights; --verify compares them")

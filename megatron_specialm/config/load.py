@@ -15,6 +15,7 @@ import megatron_specialm
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config import schema
 from megatron_specialm.config.explain import did_you_mean, explain
+from megatron_specialm.config.imported import describe_source
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.config.training import ONE_RATE, SEVERAL_RATES
@@ -166,7 +167,19 @@ def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any
     stage = _merge(_defaults_for(stage, defaults.get(kind) or {}), stage)
     if isinstance(stage.get("model"), str):
         stage["model"] = _preset(f"{path}: stages.{name}.model", path, stage["model"])
+    if kind == "import" and stage.get("model") is None:
+        stage |= _described(stage)
     return stage
+
+
+def _described(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """`model` and `vocabulary_size` of an import stage, from its source; nothing where validation will refuse its values."""
+    path, revision, config = (stage.get(key) for key in ("path", "revision", "config"))
+    if not isinstance(path, str) or not isinstance(revision, str | None) or not isinstance(config, str | None):
+        return {}
+    return describe_source(
+        Path(path).expanduser(), revision=revision, config=None if config is None else Path(config).expanduser()
+    )
 
 
 def _defaults_for(stage: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_specialm.base.hub import is_hub_name
 from megatron_specialm.config.base import PathText, Settings
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.packing import IN_READING, IN_TRAINING, Packing, WholePacking
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer
@@ -43,11 +45,43 @@ class TokenizerStage(Settings):
     )
 
 
+class ImportStage(Settings):
+    """Take an existing model and its tokenizer: a checkpoint of any format that `specialm convert` reads. Stages name it where
+    they may name a training that serves all domains; a tokenize stage names it as its `tokenizer`."""
+
+    kind: Literal["import"]
+    path: PathText = Field(description="the folder of a checkpoint; else a name on the Hugging Face hub")
+    revision: str | None = Field(default=None, description="of a hub name: a commit, tag or branch; default: main")
+    config: PathText | None = Field(
+        default=None, description="a config.json, or its folder, for a checkpoint that does not describe its model"
+    )
+    tokenizer: PathText | None = Field(
+        default=None,
+        description="a Hugging Face tokenizer folder or a SentencePiece .model; default: beside the weights",
+    )
+    model: ModelConfig = Field(description="default: as `config`, or the checkpoint itself, describes it")
+    vocabulary_size: PositiveInt = Field(description="rows of the embedding; default: as `model`")
+    method: str | None = Field(default=None, description="the name in tables; default: the stage's")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.revision is not None and not is_hub_name(self.path):
+            raise ValueError(
+                f"revision {self.revision!r} goes with a name on the hub, and path {self.path!r} is none: drop it"
+            )
+        return self
+
+    @property
+    def source(self) -> str:
+        """The path, or the hub name with its revision."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
+
+
 class TokenizeStage(Settings):
     """For each set of text: documents -> windows of at most `context_length` tokens -> token store."""
 
     kind: Literal["tokenize"]
-    tokenizer: str
+    tokenizer: str = Field(description="a tokenizer stage, or an import stage for the tokenizer of its model")
     context_length: PositiveInt = 1024
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents is held out")
     workers: PositiveInt | None = Field(default=None, description="processes; default: the cores of the task")
@@ -216,6 +250,7 @@ class ExportStage(Settings):
 
 Stage = Annotated[
     TokenizerStage
+    | ImportStage
     | TokenizeStage
     | EmbedStage
     | ClusterStage

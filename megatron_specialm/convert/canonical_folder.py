@@ -1,7 +1,7 @@
 """Checkpoints of our own: `step_N` folders, of any engine and layout, and folders of trainings that have ended."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.shapes import Size
 from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
+from megatron_specialm.config.architectures import Model, refuse_given
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model, refuse_given
+from megatron_specialm.convert.adam import MOMENTS, AdamState, read_adam
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
@@ -28,13 +29,15 @@ FORMAT = "canonical"
 
 @dataclass(frozen=True)
 class _State:
-    """What is read here of a step's state."""
+    """What is read here of a step's state. Checkpoints of version 0.1 do not say their model."""
 
-    model: ModelConfig
-    vocabulary_size: Size
-    context_length: Size
+    model: ModelConfig | None = None
+    vocabulary_size: Size | None = None
+    context_length: Size | None = None
     tokenizer: str = ""
+    learning_rate: float | None = None
     special_ids: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 def recognize(path: Path) -> bool:
@@ -45,40 +48,70 @@ def recognize(path: Path) -> bool:
 def open_folder(path: Path, given: Model | None = None) -> Source:
     """Open a step, or the outcome of a training. Files are compared with the manifest; adapters are merged.
 
+    Args:
+        given: the model, of a checkpoint that does not say it.
+
     Raises:
         ArtifactError: a file is missing, damaged or changed.
         CheckpointError: it is of a projected network, or tensors do not fit the model.
     """
-    refuse_given(path, given)
     step = path if (path / STATE).is_file() else find_final(path)
     checkpoint, state = read_checkpoint(step), read_json(step / STATE, _State)
-    shape = state.model
+    model = _model(step, state, given)
+    shape = model.shape
     if shape.projection is not None:
         raise CheckpointError(
             f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
             "`specialm project`, and convert that"
         )
     stored: Mapping[str, LazyTensor] = checkpoint.weights.stored
-    for name, spec in weight_specs(shape, vocabulary_size=state.vocabulary_size).items():
+    for name, spec in weight_specs(shape, vocabulary_size=model.vocabulary_size).items():
         if tuple(stored[name].shape) != spec.shape:
             raise CheckpointError(f"{step}: {name} has shape {tuple(stored[name].shape)}, and the model {spec.shape}")
     merged = shape.base_config
-    names = weight_specs(merged, vocabulary_size=state.vocabulary_size)
+    names = weight_specs(merged, vocabulary_size=model.vocabulary_size)
     weights = {name: _merged(name, stored, shape) for name in names}
     adapters = {name for name in stored if ".lora_" in name}
     if left := sorted(stored.keys() - weights.keys() - adapters):
         raise CheckpointError(f"{step}: {left[0]} has no place in the model ({len(left)} left over)")
+    optimizer = None if adapters else _adam(checkpoint.optimizer_state.stored, names, state)
+    reason = "of adapters, which are merged" if adapters else "of some weights only: the others are frozen"
     return Source(
         path=step,
         format=FORMAT,
-        model=Model(merged, state.vocabulary_size, state.context_length, state.special_ids),
+        model=replace(model, shape=merged),
         weights=weights,
         stored=stored,
         layout="adapters merged" if adapters else "whole tensors",
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
+        dropped={"optimizer state": reason} if checkpoint.optimizer_state and optimizer is None else {},
+        optimizer=optimizer,
         tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,
         fingerprint=read_fingerprint(step),
+    )
+
+
+def _model(step: Path, state: _State, given: Model | None) -> Model:
+    if state.model is not None and state.vocabulary_size and state.context_length:
+        refuse_given(step, given)
+        return Model(state.model, state.vocabulary_size, state.context_length, state.special_ids)
+    if given is None:
+        raise CheckpointError(
+            f"{step / STATE}: does not say its model, as in version 0.1: name a config.json of the model by --config"
+        )
+    return given
+
+
+def _adam(stored: Mapping[str, LazyTensor], names: Collection[str], state: _State) -> AdamState | None:
+    if "step" not in stored or any(f"{kind}/{name}" not in stored for kind in MOMENTS for name in names):
+        return None
+    rate = {} if state.learning_rate is None else {"lr": state.learning_rate}
+    return read_adam(
+        stored,
+        step=int(stored["step"][()]),
+        groups=[{**rate, **state.optimizer}],
+        ours=lambda moments: {name: moments[name] for name in names},
     )
 
 
@@ -86,6 +119,8 @@ def _tokenizer_of(training: Path) -> Path | None:
     """The folder beside a converted step; or of the `tokenizer` task that a training of a run has used."""
     if (training / TOKENIZER).is_dir():
         return training / TOKENIZER
+    if is_ours(training):  # of an import stage
+        return training
     artifact = training.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
     if not (artifact / LABEL).is_file():
         return None
@@ -111,17 +146,14 @@ def _merged(name: str, stored: Mapping[str, LazyTensor], shape: ModelConfig) -> 
 
 
 def write_folder(target: TargetSpec) -> None:
-    """Write the folder of a training that ended at step 0: its only step, with one file of tensors.
+    """Write the folder of a training that ended: its only step, with a file of weights and one of the optimizer's state.
+    Without that it is step 0; with it, a training goes on from the step if it finds it in its folder.
 
     `tokenizer/` beside the step has the tokenizer's files.
     """
     source, step = target.source, target.folder / ".step"
     step.mkdir()
-    places = {name: (target.dtype, tensor.shape) for name, tensor in source.weights.items()}
-    file = SafetensorsWriter(step / "model-00000.safetensors", places)
-    target.for_each_weight(lambda name, tensor: file.write(name, tensor[()]))
-    file.close()
-    target.fingerprint.save(step)
+    _write_tensors(target, step / "model-00000.safetensors", target.weights)
     state = {
         "model": source.model.shape.model_dump(mode="json"),
         "vocabulary_size": source.model.vocabulary_size,
@@ -130,8 +162,19 @@ def write_folder(target: TargetSpec) -> None:
         "special_ids": dict(source.model.special_ids),
         "converted_from": {"format": source.format, "path": str(source.path), "step": source.step},
     }
+    if source.optimizer is not None:
+        count = torch.tensor(float(source.optimizer.step))
+        _write_tensors(target, step / "optimizer-00000.safetensors", {**source.optimizer.moments, "step": count})
+        state |= {"progress": {"step": target.step}, "optimizer": dict(source.optimizer.settings)}
+    target.fingerprint.save(step)
     write_json(step / STATE, state)
-    publish_folder(step, step_folder(target.folder, 0))
-    declare_final(target.folder, step=0)
+    publish_folder(step, step_folder(target.folder, target.step))
+    declare_final(target.folder, step=target.step)
     if source.tokenizer is not None:
         copy_tokenizer(source.tokenizer, target.folder / TOKENIZER, context_length=source.model.context_length)
+
+
+def _write_tensors(target: TargetSpec, path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    file = SafetensorsWriter(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    target.for_each(tensors, lambda name, tensor: file.write(name, tensor[()]))
+    file.close()

@@ -50,7 +50,8 @@ class DeepSpeedFolder:
     """A checkpoint of DeepSpeed.
 
     `tensors` are the weights and buffers by their names in the module, in fp32 where the optimizer has that, `optimizer` has
-    `exp_avg/NAME` and `exp_avg_sq/NAME`. `shared` names, for a tied weight that is left out, the one that it equals.
+    `exp_avg/NAME` and `exp_avg_sq/NAME`. `module` are the weights as the module has them, in its own type; in stage 3 it has
+    none. `shared` names, for a tied weight that is left out, the one that it equals.
     `settings` is DeepSpeed's config.
     """
 
@@ -59,6 +60,7 @@ class DeepSpeedFolder:
     tensors: Mapping[str, LazyTensor]
     optimizer: Mapping[str, LazyTensor]
     optimizer_step: int | None
+    module: Mapping[str, LazyTensor]
     shared: Mapping[str, str]
     groups: Sequence[ParameterGroup]
     settings: Mapping[str, Any]
@@ -112,20 +114,15 @@ def _tag_folder(path: Path) -> Path:
 
 
 def _open_zero(folder: Path, models: list[Path], state: dict[str, Any]) -> DeepSpeedFolder:
-    shared = state.get("shared_params") or {}
     experts, per_layer = _experts(folder, state)
     frozen = dict(_frozen(models, state))
     if experts and (state.get("ds_config") or {}).get("use_data_before_expert_parallelism"):
         raise CheckpointError(
             f"{folder}: use_data_before_expert_parallelism deals experts out in an order that is not read"
         )
-    module = {
-        name: tensor
-        for name, tensor in state["module"].items()
-        if isinstance(tensor, FileTensor) and name not in shared
-    }
     partitions = _partitions(folder, state)
-    weights: Mapping[str, LazyTensor] = {**module, **experts, **frozen}
+    module: Mapping[str, LazyTensor] = {**_module(state), **experts, **frozen}
+    weights = module
     optimizer: dict[str, LazyTensor] = {}
     if partitions is not None:
         shapes = {
@@ -146,7 +143,12 @@ def _open_zero(folder: Path, models: list[Path], state: dict[str, Any]) -> DeepS
                 f"{folder}: {lost[0]} is in no optimizer file ({len(lost)} are missing): {COPY_AGAIN}"
             )
     settings, step = ([], None) if partitions is None else (partitions.groups, partitions.step)
-    return _found(folder, state, weights, optimizer, settings, step, universal=False)
+    return _found(folder, state, weights, optimizer, module, settings, step, universal=False)
+
+
+def _module(state: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    shared, module = state.get("shared_params") or {}, state.get("module") or {}
+    return {name: one for name, one in module.items() if isinstance(one, FileTensor) and name not in shared}
 
 
 def _experts(folder: Path, state: dict[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, int]]:
@@ -227,7 +229,7 @@ def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
     groups = read_torch_zip(common, _ALLOWED)["param_groups"] if common.is_file() else []
     step = next(iter(sorted((folder / "zero").glob("*/step.pt"))), None)
     count = None if step is None else int(read_torch_zip(step, _ALLOWED)[()])
-    return _found(folder, state, weights, moments, groups, count, universal=True)
+    return _found(folder, state, weights, moments, _module(state), groups, count, universal=True)
 
 
 def _tensor(content: Any, path: Path) -> LazyTensor:
@@ -243,6 +245,7 @@ def _found(
     state: Mapping[str, Any],
     weights: Mapping[str, LazyTensor],
     optimizer: Mapping[str, LazyTensor],
+    module: Mapping[str, LazyTensor],
     settings: Sequence[Mapping[str, Any]],
     optimizer_step: int | None,
     *,
@@ -255,6 +258,7 @@ def _found(
         tensors=weights,
         optimizer=optimizer,
         optimizer_step=optimizer_step,
+        module=module,
         shared=state.get("shared_params") or {},
         groups=[
             ParameterGroup(own, list(_all_experts(shapes, weights)))

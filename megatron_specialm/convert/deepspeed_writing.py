@@ -34,7 +34,7 @@ class DeepSpeedState:
         tensors: weights and buffers by their names in the module.
         groups: the optimizer's parameter groups, in the module's order, by which DeepSpeed finds weights; what is in none is a
             buffer. Experts are in groups of their own, counted over all ranks.
-        optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME`; zeros where they are missing.
+        optimizer: `exp_avg/NAME`, `exp_avg_sq/NAME`, zeros where they are missing; `fp32/NAME`, the weight where it is missing.
         optimizer_step: how many updates Adam has made.
         step: of the training.
         dtype: of the module's weights; the optimizer's are in fp32.
@@ -54,8 +54,8 @@ class DeepSpeedState:
     def fp32(self, kind: str, name: str) -> LazyTensor:
         """The weight (kind `fp32`) or a moment in fp32."""
         weight = self.tensors[name]
-        found = weight if kind == "fp32" else self.optimizer.get(f"{kind}/{name}", _Zeros(tuple(weight.shape)))
-        return _Cast(found, torch.float32)
+        missing = weight if kind == "fp32" else _Zeros(tuple(weight.shape))
+        return _Cast(self.optimizer.get(f"{kind}/{name}", missing), torch.float32)
 
 
 def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int, expert_parallel: int = 1) -> Path:

@@ -7,7 +7,7 @@ computed. A tensor that was swapped, transposed or changed on the way is named.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,31 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.safetensors_writer import elements
 
 FINGERPRINT = "fingerprint.json"
+HASHED_ELEMENTS = 2**18  # converted to fp32 at a time: they stay in the processor's cache
 TOLERANCE = 1e-4  # of logits, relative to the largest: other machines add in another order
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """`weights` has the SHA-256 of each canonical tensor. `logits` are rows over `tokens`, columns over `places`; None where
-    they are not finite."""
+    they are not finite. `moments` has the SHA-256 of each of Adam's moments, where the checkpoint has them."""
 
     model: dict[str, Any]
     weights: dict[str, str]
     tokens: list[int]
     places: list[int]
     logits: list[list[float | None]]
+    moments: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `fingerprint.json`."""
-        write_json(folder / FINGERPRINT, asdict(self))
+        content = asdict(self)
+        write_json(folder / FINGERPRINT, {name: value for name, value in content.items() if value or name != "moments"})
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -48,7 +51,10 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def hash_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's elements in fp32, C order."""
-    return hashlib.sha256(elements(tensor.float())).hexdigest()
+    digest = hashlib.sha256()
+    for part in tensor.contiguous().view(-1).split(HASHED_ELEMENTS):
+        digest.update(elements(part.float()))
+    return digest.hexdigest()
 
 
 def make_fingerprint(model: Model, hashes: Mapping[str, str], probe: Probe) -> Fingerprint:
@@ -90,7 +96,15 @@ def compare_weights(
                 f"{where}: {name} is {settings.get(name)!r}, and its fingerprint says {value!r}: the config was changed or "
                 "lost on the way"
             )
-    recorded = fingerprint.weights
+    compare_hashes(fingerprint.weights, found, where=where)
+
+
+def compare_hashes(recorded: Mapping[str, str], found: Mapping[str, str], *, where: Path) -> None:
+    """Compare hashes of tensors.
+
+    Raises:
+        CheckpointError: naming the tensors that differ, and of a swapped one whose content it has.
+    """
     if recorded.keys() != found.keys():
         name = min(recorded.keys() ^ found.keys())
         raise CheckpointError(f"{where}: {name} is {'missing' if name in recorded else 'not in its fingerprint'}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert import (
     canonical_folder,
     deepspeed_folder,
@@ -14,7 +15,6 @@ from megatron_specialm.convert import (
     megatron_legacy,
     torch_dist,
 )
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config
 from megatron_specialm.convert.source import Source, TargetSpec
 
 
@@ -37,17 +37,32 @@ FORMATS = (
 
 
 class Target(NamedTuple):
-    """How a format is written: all its files, into the target's folder. `more_bytes` of each element are written beside it."""
+    """How a format is written: all its files, into the target's folder.
+
+    Attributes:
+        more_bytes: of each element, that are written beside it; `optimizer_bytes` more with the optimizer's state.
+        no_optimizer: why it cannot hold that.
+        has_main_weights: whether it has fp32 main weights beside a model in another type.
+    """
 
     write: Callable[[TargetSpec], None]
     more_bytes: int = 0
+    optimizer_bytes: int = 0
+    no_optimizer: str = ""
+    has_main_weights: bool = True
 
 
 TARGETS = {
-    canonical_folder.FORMAT: Target(canonical_folder.write_folder),
-    huggingface_folder.FORMAT: Target(huggingface_folder.write_folder),
-    megatron_folder.FORMAT: Target(megatron_folder.write_torch_dist),
-    megatron_folder.LEGACY: Target(megatron_folder.write_legacy),
+    canonical_folder.FORMAT: Target(canonical_folder.write_folder, optimizer_bytes=8, has_main_weights=False),
+    huggingface_folder.FORMAT: Target(
+        huggingface_folder.write_folder, no_optimizer="a folder of Transformers holds a model, no training"
+    ),
+    megatron_folder.FORMAT: Target(megatron_folder.write_torch_dist, optimizer_bytes=12),
+    megatron_folder.LEGACY: Target(
+        megatron_folder.write_legacy,
+        no_optimizer="it is numbered by the parameters of each rank's modules there: convert to megatron, whose optimizer "
+        "state any layout loads",
+    ),
     deepspeed_models.FORMAT: Target(deepspeed_models.write_folder, more_bytes=12),
 }
 

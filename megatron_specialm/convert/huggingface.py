@@ -21,8 +21,8 @@ from transformers import (
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.config.architectures import architecture_of, rotary_scaling
 from megatron_specialm.config.model import Activation, ModelConfig
-from megatron_specialm.convert.architectures import architecture_of, rotary_scaling
 from megatron_specialm.convert.families import EMPTY_SHARED_EXPERT, fitting, nothing_left, rows, zero_shapes
 
 Tensors = dict[str, torch.Tensor]

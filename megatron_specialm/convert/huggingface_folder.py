@@ -10,7 +10,7 @@ import torch
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, seal_folder, write_json
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
-from megatron_specialm.convert.architectures import CONFIG, Model, read_config, refuse_given
+from megatron_specialm.config.architectures import CONFIG, Model, read_config, refuse_given
 from megatron_specialm.convert.families import (
     Row,
     from_huggingface_lazily,
@@ -183,3 +183,13 @@ def write_config(model: Model, folder: Path, *, dtype: torch.dtype) -> None:
     save_config(config, folder)
     if ids:
         GenerationConfig(**ids).save_pretrained(folder)
+
+
+def parameter_names(folder: Path) -> list[str]:
+    """The names of the parameters of the model that a config.json describes, as its module has them, in the order of an
+    optimizer's group. A tied one is there twice."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]

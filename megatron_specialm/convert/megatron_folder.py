@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, AdamState, read_adam
 from megatron_specialm.convert.fingerprint import read_fingerprint
-from megatron_specialm.convert.lazy import LazyTensor, stacked, with_rows
+from megatron_specialm.convert.lazy import LazyTensor, cast, stacked, with_rows
 from megatron_specialm.convert.megatron_names import (
     EXTRA_STATE,
     canonical_names,
@@ -31,7 +32,14 @@ from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EM
 FORMAT, LEGACY = "megatron", "megatron-legacy"
 _GROUPED_VERSION = 3.0  # of checkpoints whose rows of queries, keys and values are in groups
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
-OPTIMIZER = "the optimizer's state: weights are converted, trainings start anew from them"
+_BUFFERS = (
+    "Megatron-Core's distributed optimizer saved its buffers, whose order is the layout's: save with "
+    "--dist-ckpt-optim-fully-reshardable"
+)
+_FULLY_RESHARDABLE = "fully_reshardable"
+_FROZEN = "of some weights only: the others are frozen"
+# Of the parameter groups that Megatron-LM makes: weights that decay, and biases and norms, which do not.
+_GROUP = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "bias_correction": True}
 
 
 def open_torch_dist(path: Path, given: Model | None) -> Source:
@@ -44,28 +52,53 @@ def open_torch_dist(path: Path, given: Model | None) -> Source:
         CheckpointError: it is damaged or incomplete, or of a model that we do not have.
     """
     opened = torch_dist.open_torch_dist(path)
-    stored = opened.tensors
-    model = given or read_settings(opened.settings, where=opened.folder, rows=embedding_rows(stored, opened.folder))
+    stored, where = opened.tensors, opened.folder
+    model = given or read_settings(opened.settings, where=where, rows=embedding_rows(stored, where))
+    main = {
+        name: one
+        for name, tensor in stored.items()
+        if (one := opened.optimizer.get(f"fp32/{name}")) is not None
+        and tensor.dtype != torch.float32
+        and one.shape == tensor.shape
+    }
+    optimizer, left = _adam(opened, model)
     stacked = any(name.startswith("decoder.layers.") and not name[len("decoder.layers.")].isdigit() for name in stored)
     objects = [name for name in opened.objects if not name.startswith("optimizer")]
     states = [name for name in objects if name.split("/")[0].endswith(EXTRA_STATE)]
-    folder = opened.folder.parent / TOKENIZER
+    folder = where.parent / TOKENIZER
+    weights = from_megatron(stored, model, where=where)
     return Source(
-        path=opened.folder,
+        path=where,
         format=FORMAT,
         model=model,
-        weights=from_megatron(stored, model, where=opened.folder),
+        weights=from_megatron({**stored, **main}, model, where=where) if main else weights,
         stored=stored,
         layout=f"torch_dist, {'all layers in one tensor' if stacked else 'a tensor per layer'}",
         step=opened.step or 0,
         dropped=counted({
-            "optimizer": (len(opened.optimizer) + len(opened.others), OPTIMIZER),
+            "optimizer state": (len(opened.optimizer) + len(opened.others) if left else 0, left),
             EXTRA_STATE: (len(states), "FP8 scales of Transformer Engine, which it finds again"),
             "other objects": (len(objects) - len(states), "random states and the like"),
         }),
+        optimizer=optimizer,
+        rounded=weights if main else {},
         tokenizer=folder if folder.is_dir() else None,
-        fingerprint=read_fingerprint(opened.folder),
+        fingerprint=read_fingerprint(where),
     )  # fmt: skip
+
+
+def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None, str]:
+    """Adam's state, or why there is none."""
+    kinds = [name.partition("/")[0] for name in opened.optimizer]
+    if any(kinds.count(kind) < len(opened.tensors) for kind in MOMENTS):
+        return None, _BUFFERS if opened.others else _FROZEN
+    found = read_adam(
+        opened.optimizer,
+        step=opened.optimizer_step,
+        groups=opened.groups,
+        ours=lambda moments: from_megatron(moments, model, where=opened.folder),
+    )
+    return found, "" if found else "it does not say how many updates were made"
 
 
 def open_legacy(path: Path, given: Model | None) -> Source:
@@ -109,28 +142,58 @@ def open_legacy(path: Path, given: Model | None) -> Source:
 
 
 def write_torch_dist(target: TargetSpec) -> None:
-    """Write an iteration `release` in the form that Megatron-Core gives to models of equal layers. Any layout loads it; the
-    target's decides the embedding's padding and the settings."""
-    weights = _padded(target)
-    stacks: dict[str, list[LazyTensor]] = {}
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in weights.items():
-        if layer := _LAYER.fullmatch(name):
-            stacks.setdefault(layer["rest"], []).append(tensor)
-        else:
-            tensors[megatron_name(name)] = tensor
-    tensors |= {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
+    """Write an iteration in the form that Megatron-Core gives to models of equal layers: `release` without the optimizer's
+    state. Any layout loads it; the target's decides the embedding's padding and the settings."""
+    tensors, adam = _stacked(_padded(target)), target.source.optimizer
+    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION}
+    moments: dict[str, LazyTensor] = {}
+    if adam is not None:
+        rows = tensors[WORD_EMBEDDINGS].shape[0]
+        moments = adam.named(lambda weights: _stacked(_with_rows(weights, rows)))
+        main = {name: cast(tensor, torch.float32) for name, tensor in target.source.weights.items()}
+        moments |= {f"fp32/{name}": tensor for name, tensor in _stacked(_with_rows(main, rows)).items()}
+        common |= _common_of(adam)
     shape = target.source.model.shape
     objects = [
         f"decoder.layers.{place}.{EXTRA_STATE}/shard_{layer}_{shape.layers}"
         for place in LINEAR_PLACES.values()
         for layer in range(shape.layers)
     ]
-    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION, "iteration": 0}
     folder = torch_dist_writing.write_torch_dist(
-        target.folder, tensors, step=None, common=common, objects=objects, files=target.threads
+        target.folder,
+        tensors,
+        step=target.step or None,
+        common={**common, "iteration": target.step},
+        optimizer=moments,
+        objects=objects,
+        files=target.threads,
     )
     _finish(target, folder)
+
+
+def _stacked(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Canonical weights by Megatron's names, with all layers in one tensor."""
+    stacks: dict[str, list[LazyTensor]] = {}
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in weights.items():
+        if layer := _LAYER.fullmatch(name):
+            stacks.setdefault(layer["rest"], []).append(tensor)
+        else:
+            found[megatron_name(name)] = tensor
+    return found | {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
+
+
+def _common_of(adam: AdamState) -> dict[str, Any]:
+    """What common.pt has of the optimizer: of the distributed one in the form `fully_reshardable`, and of the plain one in
+    fp32, whose tensors have the same names."""
+    settings = {**DEFAULTS, **adam.settings, **_GROUP, "step": adam.step}
+    groups = [{**settings, "wd_mult": 1.0}, {**settings, "wd_mult": 0.0, "weight_decay": 0.0}]
+    distributed = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _FULLY_RESHARDABLE}
+    plain = {"state": {"common_step": torch.tensor(float(adam.step))}, "param_groups": groups}
+    return {
+        "optimizer": {**distributed, **plain},
+        "content_metadata": {"distrib_optim_sharding_type": _FULLY_RESHARDABLE, "singleton_local_shards": False},
+    }
 
 
 def write_legacy(target: TargetSpec) -> None:
@@ -178,7 +241,11 @@ def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
         )
     if layout.expert_parallel != 1:
         raise CheckpointError(f"expert_parallel {layout.expert_parallel}: the model has no experts")
-    rows = padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel)
+    return _with_rows(weights, padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel))
+
+
+def _with_rows(weights: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTensor]:
+    """Weights or moments, with so many rows of embeddings."""
     return {
         name: with_rows(tensor, rows) if name in (WORD_EMBEDDINGS, OUTPUT_LAYER) else tensor
         for name, tensor in weights.items()

@@ -18,8 +18,8 @@ import torch
 from pydantic import ValidationError
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import Model
 from megatron_specialm.convert.families import nothing_left
 from megatron_specialm.convert.lazy import Computed, LazyTensor, part, with_rows
 from megatron_specialm.model.weights import FUSED_NORMS, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs

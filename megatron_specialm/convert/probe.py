@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from megatron_specialm.config.architectures import rotary_scaling
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.architectures import rotary_scaling
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
 
 TOKENS, PLACES = 16, 8

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,16 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError, MachineError
 from megatron_specialm.base.files import fsync_path
-from megatron_specialm.convert.fingerprint import Fingerprint, compare, compare_weights, hash_tensor, make_fingerprint
-from megatron_specialm.convert.formats import TARGETS, open_source
+from megatron_specialm.convert.fingerprint import (
+    Fingerprint,
+    compare,
+    compare_hashes,
+    compare_weights,
+    hash_tensor,
+    make_fingerprint,
+)
+from megatron_specialm.convert.formats import TARGETS, Target, open_source
+from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_tokenizer, special_ids
@@ -31,7 +39,7 @@ AHEAD = 2  # tensors that are read while another waits for its layer
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted. `fingerprint` is of what was written."""
+    """What was converted, without what the target cannot hold. `fingerprint` is of what was written."""
 
     source: Source
     target: Path
@@ -49,6 +57,7 @@ def convert(
     dtype: torch.dtype | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
+    weights_only: bool = False,
     threads: int = 2,
 ) -> Conversion:
     """Write a checkpoint in another format.
@@ -60,14 +69,20 @@ def convert(
         dtype: of the weights; default: the source's, and fp32 for a canonical target.
         config: see `open_source`.
         tokenizer: a folder with tokenizer files, instead of the source's.
+        weights_only: without the optimizer's state.
 
     Raises:
         CheckpointError: the source cannot be read or converted, is not what its fingerprint says, or the target is there
             already; the target is not written.
         MachineError: there is not enough room on the disk.
     """
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already: name a folder to make")
+    _refuse_existing(target)
+    source = open_convertible(path, config=config, tokenizer=tokenizer)
+    return write_target(source, target, to=to, layout=layout, dtype=dtype, weights_only=weights_only, threads=threads)
+
+
+def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:
+    """Open a checkpoint to convert it; arguments and errors as of `convert`."""
     source = open_source(path, config=config)
     if source.model.shape.moe is not None:
         raise CheckpointError(
@@ -79,17 +94,32 @@ def convert(
         check_tokenizer(source.tokenizer, vocabulary_size=source.model.vocabulary_size)
         ids = source.model.special_ids or special_ids(source.tokenizer)
         source = replace(source, model=replace(source.model, special_ids=ids))
+    return source
+
+
+def write_target(
+    source: Source,
+    target: Path,
+    *,
+    to: str,
+    layout: Layout = Layout(),  # noqa: B008 (immutable)
+    dtype: torch.dtype | None = None,
+    weights_only: bool = False,
+    threads: int = 2,
+) -> Conversion:
+    """Write an opened checkpoint, and compare what was written; arguments and errors as of `convert`."""
+    _refuse_existing(target)
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
+    source = _without_what_is_not_held(source, TARGETS[to], dtype, weights_only=weights_only)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes)
+    _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes, TARGETS[to].optimizer_bytes)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
-        expected = stream(source, dtype=dtype, threads=threads)
+        main = dtype if source.optimizer is None else torch.float32
+        expected = replace(stream(source, dtype=main, threads=threads), moments=hash_moments(source, threads=threads))
         TARGETS[to].write(TargetSpec(temporary, source, layout, dtype, expected, threads))
-        back = open_source(temporary)
-        hashes = dict(_in_threads(lambda name: hash_tensor(back.weights[name][()]), back, threads))
-        compare_weights(expected, back.model.computes, hashes, where=target)
+        _check_written(open_source(temporary), source, dtype, expected, where=target, threads=threads)
         files = [file for file in temporary.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         for file in files:
@@ -123,7 +153,7 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
         own = source.weights[name][()]
         return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form).float() for form in forms)]
 
-    for name, found in _in_threads(read, source, threads):
+    for name, found in _in_threads(read, source.weights, threads):
         for number, (tensor, digest) in enumerate(found):
             hashes[number][name] = digest
             probes[number].take(name, tensor)
@@ -133,12 +163,62 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
     return fingerprints[-1]
 
 
-def _in_threads(work: Callable[[str], Result], source: Source, threads: int) -> Iterator[tuple[str, Result]]:
-    """The results of work on each weight, in the order of the forward pass; few are begun before they are asked for."""
+def hash_moments(source: Source, *, threads: int = 2) -> dict[str, str]:
+    """Read Adam's moments once.
+
+    Returns:
+        The SHA-256 of each; nothing where there are none.
+
+    Raises:
+        CheckpointError: they are not what the source's fingerprint says.
+    """
+    if source.optimizer is None:
+        return {}
+    found = _hashes(source.optimizer.moments, threads)
+    if source.fingerprint is not None and source.fingerprint.moments:
+        compare_hashes(source.fingerprint.moments, found, where=source.path)
+    return found
+
+
+def _check_written(
+    back: Source, source: Source, dtype: torch.dtype, expected: Fingerprint, *, where: Path, threads: int
+) -> None:
+    """Compare what was written, opened again, with what should be there."""
+    compare_weights(expected, back.model.computes, _hashes(back.weights, threads), where=where)
+    if source.optimizer is not None:
+        compare_hashes(expected.moments, hash_moments(replace(back, fingerprint=None), threads=threads), where=where)
+        if back.optimizer is None or back.optimizer.step != source.optimizer.step:
+            raise CheckpointError(f"{where}: has not Adam's step {source.optimizer.step}")
+    for name, tensor in back.rounded.items():
+        if not torch.equal(tensor[()], source.weights[name][()].to(dtype)):
+            raise CheckpointError(f"{where}: {name} is not its main weight, rounded to {dtype}")
+
+
+def _without_what_is_not_held(source: Source, target: Target, dtype: torch.dtype, *, weights_only: bool) -> Source:
+    """The source without its optimizer's state, and with the reason, where the target cannot hold it."""
+    reasons = [
+        "weights alone were asked for" if weights_only else "",
+        target.no_optimizer,
+        ""
+        if target.has_main_weights or dtype == torch.float32
+        else f"it needs weights in fp32, and they are in {dtype}",
+    ]
+    reason = next(filter(None, reasons), "")
+    if source.optimizer is None or not reason:
+        return source
+    return replace(source, optimizer=None, dropped={**source.dropped, "optimizer state": reason})
+
+
+def _hashes(tensors: Mapping[str, LazyTensor], threads: int) -> dict[str, str]:
+    return dict(_in_threads(lambda name: hash_tensor(tensors[name][()]), tensors, threads))
+
+
+def _in_threads(work: Callable[[str], Result], names: Iterable[str], threads: int) -> Iterator[tuple[str, Result]]:
+    """The results of work on each tensor, in this order; few are begun before they are asked for."""
     with ThreadPoolExecutor(threads) as pool:
         begun: deque[tuple[str, Future[Result]]] = deque()
         try:
-            for name in source.weights:
+            for name in names:
                 begun.append((name, pool.submit(work, name)))
                 if len(begun) > threads + AHEAD:
                     first, future = begun.popleft()
@@ -151,14 +231,20 @@ def _in_threads(work: Callable[[str], Result], source: Source, threads: int) -> 
                 future.cancel()
 
 
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target}: is there already: name a folder to make")
+
+
 def _given(folder: Path) -> Path:
     if (found := find_tokenizer(folder)) is None:
         raise CheckpointError(f"{folder}: has no tokenizer.json: name a folder with a tokenizer of Transformers")
     return found
 
 
-def _check_room(source: Source, target: Path, bytes_per_element: int) -> None:
+def _check_room(source: Source, target: Path, bytes_per_element: int, optimizer_bytes: int) -> None:
     """Ask for room before anything is written: a disk that fills up would stop others too."""
+    bytes_per_element += 0 if source.optimizer is None else optimizer_bytes
     need = sum(torch.Size(tensor.shape).numel() for tensor in source.weights.values()) * bytes_per_element
     free = shutil.disk_usage(target.parent).free
     if need > free:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_specialm.convert.architectures import Model
+from megatron_specialm.config.architectures import Model
+from megatron_specialm.convert.adam import AdamState
 from megatron_specialm.convert.fingerprint import Fingerprint
 from megatron_specialm.convert.lazy import LazyTensor, cast
 
@@ -19,10 +20,12 @@ class Source:
 
     Attributes:
         path: the folder that was recognized: of a step or an iteration, if it has several.
-        weights: canonical names, in the order of the forward pass.
+        weights: canonical names, in the order of the forward pass. Of a training in bf16, the optimizer's fp32 main weights.
         stored: the tensors under the format's own names.
         layout: how they are stored, in words.
         dropped: tensors that are left out on purpose, by name, with the reason.
+        optimizer: Adam's state, where it is there for all weights.
+        rounded: the model's own weights, where `weights` are the main weights that they are rounded from.
         tokenizer: a folder with the tokenizer's files, or None.
         tokenizer_fingerprint: of the tokenizer that a training of ours used; empty for others.
     """
@@ -35,6 +38,8 @@ class Source:
     layout: str
     step: int = 0
     dropped: Mapping[str, str] = field(default_factory=dict)
+    optimizer: AdamState | None = None
+    rounded: Mapping[str, LazyTensor] = field(default_factory=dict)
     tokenizer: Path | None = None
     tokenizer_fingerprint: str = ""
     fingerprint: Fingerprint | None = None
@@ -46,11 +51,14 @@ class Source:
 
 
 class Layout(NamedTuple):
-    """How a target divides the model over processes."""
+    """How a target divides the model over processes. `data_parallel` is of a ZeRO checkpoint, whose files are the ranks';
+    `zero_stage` 0 stands for a universal one."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     expert_parallel: int = 1
+    zero_stage: int = 0
+    data_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class TargetSpec:
 
     Attributes:
         folder: a new one.
-        source: what is converted: its model, step and tokenizer.
-        dtype: the type of the weights in the files.
+        source: what is converted: its model, step and tokenizer; `optimizer` is None unless it is to be written.
+        dtype: the type of the model's weights in the files. Beside the optimizer's state the main weights are in fp32.
         fingerprint: of what is to be written.
         threads: that write.
     """
@@ -77,8 +85,18 @@ class TargetSpec:
         """The canonical weights, in the type that is written."""
         return {name: cast(tensor, self.dtype) for name, tensor in self.source.weights.items()}
 
+    @property
+    def step(self) -> int:
+        """Of a training that can go on, else 0."""
+        optimizer = self.source.optimizer
+        return 0 if optimizer is None else self.source.step or optimizer.step
+
     def for_each_weight(self, write: Callable[[str, LazyTensor], None]) -> None:
         """Call `write` for each canonical weight, in threads."""
+        self.for_each(self.weights, write)
+
+    def for_each(self, tensors: Mapping[str, LazyTensor], write: Callable[[str, LazyTensor], None]) -> None:
+        """Call `write` for each of some tensors, in threads."""
         with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(write, *zip(*self.weights.items(), strict=True)):
+            for _ in pool.map(write, *zip(*tensors.items(), strict=True)):
                 pass

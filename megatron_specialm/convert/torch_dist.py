@@ -11,6 +11,7 @@ dimension over layers, or a tensor per layer (`decoder.layers.7.`), by the metad
 """
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,10 @@ from megatron_specialm.convert.torch_zip import TORCH, read_torch_zip, settings_
 FORMAT, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
 MOMENTS = {f"optimizer.state.{theirs}.": f"{ours}/" for theirs, ours in
             {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "param": "fp32", "fp32_param": "fp32"}.items()}  # fmt: skip
+COMMON_STATE = "common_state/shard_0_1"  # since megatron-core 0.19: what common.pt had, as one of the objects
+_CHAINED = re.compile(
+    r"chained_\d+\.(?=optimizer\.)"
+)  # one optimizer of several: for weights that are summed otherwise
 _ALLOWED = {
     **TORCH,
     **inert(
@@ -67,13 +72,23 @@ class TorchDist:
         return self.common.get("iteration")
 
     @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's settings of each parameter group."""
+        return self._adam.get("param_groups", [])
+
+    @property
     def optimizer_step(self) -> int | None:
         """How many updates Adam has made."""
-        state = self.common.get("optimizer") or {}
-        found = state.get("state", {}).get("common_step")
-        for group in state.get("param_groups", []):
+        found = self._adam.get("state", {}).get("common_step")
+        for group in self.groups:
             found = group.get("step", found)
-        return int(found[()]) if isinstance(found, FileTensor) else found
+        return int(found[()] if isinstance(found, FileTensor) else found) if found is not None else None
+
+    @property
+    def _adam(self) -> dict[str, Any]:
+        state = self.common.get("optimizer") or {}
+        state = state.get(0, state)  # the first of chained optimizers
+        return state.get("optimizer", state)  # of mixed precision, or the distributed optimizer
 
 
 def recognize(path: Path) -> bool:
@@ -106,11 +121,11 @@ def open_torch_dist(path: Path) -> TorchDist:
             offset = index.fields.get("offset")
             places.setdefault(index.fields["fqn"], {})[offset or ()] = _place(folder, **info.fields)
         tensors = {
-            name: _tensor(name, folder, entry.fields, places.get(name, {}))
+            _CHAINED.sub("", name): _tensor(name, folder, entry.fields, places.get(name, {}))
             for name, entry in described.items()
             if entry.name.endswith(".TensorStorageMetadata")
         }
-    common = read_torch_zip(folder / COMMON, inert("megatron.*")) if (folder / COMMON).is_file() else {}
+        common = _common(folder, places.get(COMMON_STATE, {}).get(()))
     moments = {
         ours + name.removeprefix(theirs): tensor
         for name, tensor in tensors.items()
@@ -119,7 +134,16 @@ def open_torch_dist(path: Path) -> TorchDist:
     }
     others = [name for name in tensors if name.startswith("optimizer.") and not name.startswith(tuple(MOMENTS))]
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-    return TorchDist(folder, weights, moments, others, [name for name in described if name not in tensors], common)
+    objects = [name for name, entry in described.items() if not entry.name.endswith(".TensorStorageMetadata")]
+    return TorchDist(folder, weights, moments, others, [name for name in objects if name != COMMON_STATE], common)
+
+
+def _common(folder: Path, place: "_Place | None") -> dict[str, Any]:
+    if (folder / COMMON).is_file():
+        return read_torch_zip(folder / COMMON, inert("megatron.*"))
+    if place is None:
+        return {}
+    return read_torch_zip(place.path, inert("megatron.*"), start=place.start, length=place.length)[0]
 
 
 class _Place(NamedTuple):

@@ -36,7 +36,8 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 class Documents(Iterator[str]):
-    """The documents of paths, globs and `hf:` names, without empty and all-whitespace ones; `skipped` counts those so far.
+    """The documents of paths, globs and `hf:` names, without empty and all-whitespace ones. `skipped` counts those so far, and
+    `text_bytes` the UTF-8 bytes of the others.
 
     Raises:
         DataError: while iterating, naming the file, line or row, key and fix; at the end, if there was no document.
@@ -44,7 +45,7 @@ class Documents(Iterator[str]):
     """
 
     def __init__(self, entries: Sequence[str], *, text_field: str) -> None:
-        self.skipped = 0
+        self.skipped = self.text_bytes = 0
         self._entries = entries
         self._text_field = text_field
         self._documents = self._read()
@@ -61,6 +62,7 @@ class Documents(Iterator[str]):
                     self.skipped += 1
                 else:
                     empty = False
+                    self.text_bytes += len(document.encode(errors="surrogatepass"))
                     yield document
         if empty:
             raise DataError(f"{', '.join(self._entries)}: no text: {self.skipped} documents, all empty; add documents")

@@ -45,12 +45,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """A split in `store.json`, either with files (`bytes`) or with those of shards (`parts`)."""
+    """A split in `store.json`, either with files (`bytes`) or with those of shards (`parts`).
+
+    `text_bytes`: the UTF-8 bytes of its documents; None for training documents, and in stores of earlier versions.
+    """
 
     documents: Count
     windows: Count
     tokens: Count
     skipped: Count = 0
+    text_bytes: Count | None = None
     bytes: dict[str, Count] | None = None
     parts: list[Part] | None = None
 
@@ -144,6 +148,7 @@ class TokenStore:
         self.eod = description.eod
         self.tokenizer = description.tokenizer  # its fingerprint
         self.tokens = description.splits[split].tokens  # of all windows
+        self.text_bytes = description.splits[split].text_bytes  # of all documents; None if unknown
         parts = description.splits[split].files
         _allow_open_files(2 * len(parts))
         self._parts = [_Part(folder / part.folder, split, part, description) for part in parts]

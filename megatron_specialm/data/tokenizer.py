@@ -3,7 +3,8 @@
     tokenizer.json        the tokenizer for the `tokenizers` library: what is exported
     sentencepiece.model   of a SentencePiece model, the model that it was converted from
     settings.json         {"library": which of the two encodes, "eod": the end-of-document token,
-                           "kept": further settings of an imported tokenizer, named as in tokenizer_config.json}
+                           "kept": further settings of an imported tokenizer, named as in tokenizer_config.json,
+                           "vocabulary_size": rows of its model's embedding, where it came with a model}
 
 Trained models neither normalize nor add anything, and spell unknown characters in bytes, so decode(encode(x)) == x; the
 one exception is U+2581, SentencePiece's sign for a space, which becomes one. Text never encodes to the end-of-document
@@ -25,6 +26,7 @@ import tokenizers
 
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import read_json, reading, sha256_file, sha256_json
+from megatron_specialm.base.shapes import Size
 from megatron_specialm.data.huggingface_tokenizer import JSON
 from megatron_specialm.data.tokenizer_checks import refusing
 
@@ -86,6 +88,7 @@ class _Settings:
     library: Literal["sentencepiece", "tokenizers"]
     eod: str
     kept: _Imported = _Imported()
+    vocabulary_size: Size | None = None
 
 
 class Tokenizer:
@@ -96,7 +99,7 @@ class Tokenizer:
         pad: id of the token that fills batches of texts: the tokenizer's own, or the end-of-document token.
         special_tokens: the special tokens, padding side and chat template for an export, named as in tokenizer_config.json.
         added: the tokens beside the model's vocabulary, special or not.
-        vocabulary_size: rows of an embedding table for it; ids may have gaps.
+        vocabulary_size: rows of an embedding table for it; ids may have gaps, and its model more rows than it has ids.
         fingerprint: SHA-256 over its files.
     """
 
@@ -106,7 +109,8 @@ class Tokenizer:
         eod = settings.eod
         self.special_tokens = {"pad_token": eod, **imported, "bos_token": eod, "eos_token": eod}
         self.added = added_tokens(exported)
-        self.vocabulary_size = max(exported.get_vocab(with_added_tokens=True).values()) + 1
+        ids = max(exported.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocabulary_size = settings.vocabulary_size or ids
         self.eod, self.pad = (_id(folder, exported, name) for name in (eod, self.special_tokens["pad_token"]))
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
         self.fingerprint = sha256_json({path.name: sha256_file(path) for path in files})

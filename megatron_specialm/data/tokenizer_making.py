@@ -5,16 +5,17 @@ Both write the folder that `data/tokenizer.py` loads.
 
 import io
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import DataError
-from megatron_specialm.base.files import atomic_path, write_json, write_text
+from megatron_specialm.base.files import atomic_path, read_json, write_json, write_text
 from megatron_specialm.data.documents import cut_text
 from megatron_specialm.data.huggingface_tokenizer import JSON, read_huggingface
 from megatron_specialm.data.sentencepiece_conversion import SPACE, converted
@@ -83,18 +84,39 @@ def train_sentencepiece(
     return _save_sentencepiece(model.getvalue(), folder)
 
 
-def import_tokenizer(path: Path, folder: Path) -> Tokenizer:
-    """Import a SentencePiece `.model` file or a Hugging Face folder with a `tokenizer.json`.
+def import_tokenizer(path: Path, folder: Path, *, rows: int | None = None) -> Tokenizer:
+    """Import a SentencePiece `.model` file, a Hugging Face folder with a `tokenizer.json`, or a tokenizer folder of ours.
+
+    Args:
+        rows: of the embedding of the model that it belongs to; default: as many as it has ids.
 
     Raises:
-        DataError: it is neither, has no end-of-sentence token or one that text can encode to, gives other ids when exported,
-            or decodes to other text than it encodes.
+        DataError: it is none of these, has no end-of-sentence token or one that text can encode to, gives other ids when
+            exported, decodes to other text than it encodes, or has ids beyond `rows`.
     """
+    tokenizer = _import(path, folder)
+    if rows is None or rows == tokenizer.vocabulary_size:
+        return tokenizer
+    if rows < tokenizer.vocabulary_size:
+        raise DataError(
+            f"{path}: has ids up to {tokenizer.vocabulary_size - 1}, and the model {rows} rows: it is the tokenizer of another "
+            "model"
+        )
+    write_json(folder / SETTINGS, {**read_json(folder / SETTINGS, dict[str, Any]), "vocabulary_size": rows})
+    return Tokenizer.load(folder)
+
+
+def _import(path: Path, folder: Path) -> Tokenizer:
     with refusing(path, "cannot be used"):
         if path.suffix == ".model" and path.is_file():
             model = read_file(path)
             _check_sentencepiece(path, model)
             return _save_sentencepiece(model, folder)
+        if (path / SETTINGS).is_file() and (path / JSON).is_file():
+            for name in (JSON, SETTINGS, MODEL):
+                if (path / name).is_file():
+                    shutil.copyfile(path / name, folder / name)
+            return Tokenizer.load(folder)
         if (path / JSON).is_file():
             description, settings = read_huggingface(path)
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))

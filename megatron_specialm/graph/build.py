@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.graph.lineage import experts_of, key_for, model_keys, tokenizer_task
+from megatron_specialm.graph.lineage import experts_of, key_for, model_keys, tokenizer_of, tokenizer_task
 from megatron_specialm.graph.stage_kind import KINDS, kind_of
 from megatron_specialm.graph.tasks import Task, TaskId
 
@@ -48,8 +48,8 @@ def _check_reference(pipeline: Pipeline, name: str, field: str, other: str) -> N
         raise ConfigError(f"stages.{name}.{field}: no stage {other!r}; there are {', '.join(pipeline.stages)}")
     wanted = kind_of(pipeline.stages[name]).references[field]
     found = kind_of(pipeline.stages[other])
-    if found.makes != wanted:
-        kinds = " or ".join(repr(kind.kind) for kind in KINDS.values() if kind.makes == wanted)
+    if not found.provides(wanted):
+        kinds = " or ".join(repr(kind.kind) for kind in KINDS.values() if kind.provides(wanted))
         raise ConfigError(f"stages.{name}.{field}: {other!r} is a stage of kind {found.kind!r}, not {kinds}")
 
 
@@ -63,13 +63,12 @@ def check_tokenizer(pipeline: Pipeline, name: str, tokens: str, model: str) -> N
     Raises:
         ConfigError: naming both tokenizers and the fix.
     """
-    stage = pipeline.stages[model]
-    (its_tokens,) = (other for field, other in kind_of(stage).named_stages(stage) if field == "tokens")
-    own, theirs = (tokenizer_task(pipeline, read).stage for read in (tokens, its_tokens))
+    own, theirs = tokenizer_task(pipeline, tokens).stage, tokenizer_of(pipeline, model).stage
     if own != theirs:
         raise ConfigError(
             f"stages.{name}.tokens: they are of tokenizer `{own}`, and the weights of `{model}` of tokenizer "
-            f"`{theirs}`: name tokens that `{theirs}` has made"
+            f"`{theirs}`: name tokens that `{theirs}` has made, {{kind: tokenize, tokenizer: {theirs}}} (a student's and its "
+            "teacher's must be the same)"
         )
 
 

@@ -3,9 +3,9 @@
     <root>/file_hashes.json   the cache of `base/hash_cache.py`
 
 A hash covers the content and the order of files, not their paths: `./a.jsonl` is `a.jsonl`, and a glob is the list of files
-that it matches. For a folder (of a tokenizer or an encoder) it covers the names in it too, for a text file how it is read:
-as lines, rows or a whole. What is not a file here (`hf:`, a model on a hub) is identified by its name, a package's data by
-its version.
+that it matches. For a folder (of a tokenizer, an encoder or a checkpoint) it covers the names in it too, for a text file how it
+is read: as lines, rows or a whole. What is not a file here (`hf:`, a model on a hub) is identified by its name (and revision),
+a package's data by its version.
 """
 
 import contextlib
@@ -17,10 +17,11 @@ from typing import NamedTuple
 from megatron_specialm.base.errors import ConfigError, MissingTextError
 from megatron_specialm.base.files import sha256_json
 from megatron_specialm.base.hash_cache import sha256_files
+from megatron_specialm.base.hub import is_hub_name
 from megatron_specialm.base.packages import installed_version
 from megatron_specialm.config.text import Text
 from megatron_specialm.data.documents import HUB, cut_in_shards, resolve_files, text_format
-from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER, Task, TaskId
+from megatron_specialm.graph.tasks import CHECKPOINT, ENCODING_MODEL, MODELS, Task, TaskId
 
 CACHE = "file_hashes.json"
 PACKAGE = "package:"
@@ -69,7 +70,7 @@ def find_parts(tasks: Iterable[Task], root: Path) -> dict[TaskId, dict[str, list
 
     def behind(task: Task, role: str) -> list[Part]:
         entries = task.files[role]
-        if role in (TOKENIZER, ENCODING_MODEL):
+        if role in MODELS:
             parts = [part for entry in entries for part in _model_parts(entry, role)]
             _refuse_own(parts, entries, root)
             return parts
@@ -110,9 +111,10 @@ def _model_parts(entry: str, role: str) -> list[Part]:
         return [Part(f"{entry} {version}", None)]
     if files := _files_in(Path(entry)):
         return files
-    if role == TOKENIZER:
-        return [Part("", Path(file)) for file in resolve_files([entry])]
-    return [Part(entry, None)]
+    is_checkpoint_on_hub = role == CHECKPOINT and not Path(entry).exists() and is_hub_name(entry.partition("@")[0])
+    if role == ENCODING_MODEL or is_checkpoint_on_hub:
+        return [Part(entry, None)]
+    return [Part("", Path(file)) for file in resolve_files([entry])]
 
 
 def _files_in(folder: Path) -> list[Part]:

@@ -8,7 +8,14 @@ from typing import Any, TypeVar, get_args
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.config.schema import AssignStage, ClusterStage, Pipeline, TokenizerStage, TokenizeStage
+from megatron_specialm.config.schema import (
+    AssignStage,
+    ClusterStage,
+    ImportStage,
+    Pipeline,
+    TokenizerStage,
+    TokenizeStage,
+)
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
@@ -79,6 +86,20 @@ def assign_stage(pipeline: Pipeline, name: str) -> AssignStage:
 def tokenizer_task(pipeline: Pipeline, tokens: str) -> TaskId:
     """The task that makes the tokenizer of a tokenize stage."""
     return TaskId(tokenize_stage(pipeline, tokens).tokenizer, GENERIC)
+
+
+def tokenizer_of(pipeline: Pipeline, name: str) -> TaskId:
+    """The task that makes the tokenizer of a stage's models: its own, where it reads no tokens."""
+    kind, stage = _model_stage(pipeline, name)
+    tokens = dict(kind.named_stages(stage)).get("tokens")
+    return TaskId(name, GENERIC) if tokens is None else tokenizer_task(pipeline, tokens)
+
+
+def vocabulary_size(pipeline: Pipeline, tokens: str) -> int:
+    """Rows of an embedding for a tokenize stage, as the config says. A tokenizer from files may have another number."""
+    tokenizer = pipeline.stages[tokenize_stage(pipeline, tokens).tokenizer]
+    assert isinstance(tokenizer, TokenizerStage | ImportStage)
+    return tokenizer.vocabulary_size
 
 
 def cluster_count(pipeline: Pipeline, assignment: str) -> int:
@@ -176,12 +197,11 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
     """What a train stage requires of its engine."""
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
-    tokenizer = stage_of(pipeline, tokens.tokenizer, TokenizerStage)
     setup = Setup(
         model_of(pipeline, name),
         stage.parallel,
         stage.precision,
-        tokenizer.vocabulary_size,
+        vocabulary_size(pipeline, stage.tokens),
         tokens.context_length,
         stage.global_batch_size,
         stage.micro_batch_size,
@@ -223,6 +243,16 @@ def method_of(pipeline: Pipeline, name: str) -> str:
     kind, stage = _model_stage(pipeline, name)
     before = kind.start(stage)
     return stage.method or (method_of(pipeline, before) if before else name)
+
+
+def imported_models(pipeline: Pipeline, name: str) -> list[str]:
+    """The import stages whose models a stage's models start from or learn from: what trained those is in no cost here."""
+    stage = pipeline.stages[name]
+    if isinstance(stage, ImportStage):
+        return [name]
+    kind = kind_of(stage)
+    read = [other for field, other in kind.named_stages(stage) if kind.references[field] in ("model", "distributions")]
+    return list(dict.fromkeys(found for other in read for found in imported_models(pipeline, other)))
 
 
 def domain_text(pipeline: Pipeline, name: str) -> DomainText:

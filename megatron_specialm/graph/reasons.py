@@ -12,7 +12,7 @@ from megatron_specialm.base.printing import first_of
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.text import TextSet
 from megatron_specialm.graph.digests import introduced_default
-from megatron_specialm.graph.tasks import ENCODING_MODEL, TOKENIZER
+from megatron_specialm.graph.tasks import MODELS
 
 SHOWN_NAMES, SHOWN_CHARACTERS = 4, 60  # names of inputs and characters of a value that a message shows
 
@@ -104,7 +104,7 @@ def _value(value: Any) -> str:
 
 def _files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
     for role in dict.fromkeys((*new, *old)):
-        what = f"the {'files' if role in (TOKENIZER, ENCODING_MODEL) else 'text'} of `{role}`"
+        what = f"the {'files' if role in MODELS else 'text'} of `{role}`"
         if role not in old or role not in new:
             yield f"it reads {what} {'too' if role in new else 'no longer'}"
         elif old[role] != new[role]:

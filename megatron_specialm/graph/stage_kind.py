@@ -25,7 +25,7 @@ class StageKind(ABC, Generic[S]):
     """A stage kind; `S` is the class of its settings.
 
     kind: its name in the config.
-    makes: what its artifacts hold.
+    makes: what its artifacts hold; `also_makes`: and what else.
     references: the fields that name other stages, dotted, and what those stages must make.
     placement: settings that are no part of a digest, because they decide where, in what portions or how talkatively a task
         runs, or because the digest has them under another name. True, or for settings inside a mapping of the same form.
@@ -36,6 +36,7 @@ class StageKind(ABC, Generic[S]):
 
     kind: ClassVar[str]
     makes: ClassVar[Product]
+    also_makes: ClassVar[Product | None] = None
     references: ClassVar[References] = {}
     placement: ClassVar[Placement] = {}
     ranks_by: ClassVar[Literal["any", "mpi"] | None] = None
@@ -72,6 +73,10 @@ class StageKind(ABC, Generic[S]):
             mpi: whether MPI has started them, or would.
         """
         return self.ranks_by == "any" or (self.ranks_by == "mpi" and mpi)
+
+    def provides(self, wanted: Product) -> bool:
+        """Whether a stage that reads this can name it."""
+        return wanted in (self.makes, self.also_makes)
 
     def ranks(self, stage: S, *, mpi: bool) -> int:
         """The ranks to start for a task; `mpi` as of `works_together`."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TOKENIZER, ENCODING_MODEL = "tokenizer", "encoder"  # roles of files that are not text
+TOKENIZER, ENCODING_MODEL, CHECKPOINT = "tokenizer", "encoder", "checkpoint"
+MODELS = (TOKENIZER, ENCODING_MODEL, CHECKPOINT)  # roles of files that are not text
 
 
 class TaskId(NamedTuple):
@@ -34,8 +35,8 @@ class Shard(NamedTuple):
 class Task:
     """One unit of work. `domain` is None where the work serves every domain: its cost is generic.
 
-    files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`) the entries that it reads; of those behind `train` a
-        `shard` reads a range only.
+    files: by role (`train`, `validation`, `test`, `tokenizer`, `encoder`, `checkpoint`) the entries that it reads; of those
+        behind `train` a `shard` reads a range only.
     rate: the learning rate that it tries for its stage's training.
     elsewhere: settings outside its own stage that it reads.
     """

@@ -17,7 +17,7 @@ from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.graph.lineage import domain_text, is_finetuned, method_of, sources, train_stages
+from megatron_specialm.graph.lineage import domain_text, imported_models, is_finetuned, method_of, sources, train_stages
 from megatron_specialm.graph.plan import RESOLVED, PlannedTask, make_plan
 from megatron_specialm.graph.rates import beyond
 from megatron_specialm.graph.stage_kind import kind_of
@@ -110,13 +110,26 @@ def _rows(
             nll=score["nll"],
             perplexity=math.exp(score["nll"]),
             tokens_evaluated=score["tokens"],
+            **_per_byte(score),
             learning_rate=markers[model].values.get("learning_rate"),  # None of a selection, which trains nothing
             **model_cost(pipeline, graph, markers, model),
             inference_parameters=markers[name].values["parameters"],
             inference_active_parameters=markers[name].values.get("active_parameters"),
             **_seeds(pipeline),
             model=str(model),
+            imported=", ".join(imported_models(pipeline, model.stage)),
         )
+
+
+def _per_byte(score: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a set's score: bits per byte of its text. Nothing where the bytes are unknown."""
+    if "bytes" not in score:
+        return {}
+    return {
+        "bits_per_byte": score["nats"] / math.log(2) / score["bytes"],
+        "bytes_evaluated": score["bytes"],
+        "bytes_estimated": score["bytes_estimated"],
+    }
 
 
 def _set_columns(pipeline: Pipeline, source: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ seeds need no change.
 `finetuned`: the model has read its domain's text; `domain_text`: how, mixed into pretraining or by fine-tuning. Stages of one
 method are its budgets. A domain with `sizes` is one set per size; `base_domain` is the domain without its size. `capped`: the
 cap on steps, not early stopping, ended the model's own fine-tuning; None for a training without early stopping.
+`bits_per_byte` compares models of different tokenizers; None where an earlier version scored the model or tokenized the text.
+`bytes_estimated`: only some windows were scored, and `bytes_evaluated` is in proportion to their tokens.
 """
 
 import csv
@@ -64,6 +66,7 @@ class Rule:
 
 Cost = Annotated[Number, Rule(mean)]
 Score = Annotated[float, Rule(mean, is_score=True)]
+KnownScore = Annotated[float | None, Rule(mean, is_score=True)]
 Flag = Annotated[bool | None, Rule(any_known)]
 Rate = Annotated[float | str | None, Rule(listed)]
 TO_COMPUTE: Any = None
@@ -128,12 +131,16 @@ def rules(kind: type[Entry]) -> dict[str, Rule]:
 def combine(
     kind: type[E], entries: Sequence[Entry], *, average: Callable[[Sequence[Any]], float] = mean, **given: Any
 ) -> E:
-    """One entry from several: each column by its rule (a mean: by `average`), except the `given` columns."""
+    """One entry from several: each column by its rule (a mean: by `average`, and None if a value is), except the `given`
+    columns."""
     own: dict[str, Any] = {}
     for name, rule in rules(kind).items():  # type: ignore[arg-type]
         if name not in given:
             values = [getattr(entry, name) for entry in entries]
-            own[name] = average(values) if rule.combine is mean else rule.combine(values)
+            if rule.combine is not mean:
+                own[name] = rule.combine(values)
+            else:
+                own[name] = None if None in values else average(values)
     return kind(**own, **given)
 
 
@@ -203,15 +210,19 @@ class _Model(_OfModel):
     capped: Flag = None
     nll: Score
     perplexity: Score
+    bits_per_byte: KnownScore = None
     tokens_evaluated: int | None = None
+    bytes_evaluated: int | None = None
+    bytes_estimated: Flag = None
     learning_rate: Rate = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Costs, _Model):  # the columns' order: those of the last base come first
-    """A model on a set of text."""
+    """A model on a set of text. `imported`: the import stages behind it."""
 
     model: str | None = None
+    imported: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +235,13 @@ class _Method(Entry):
     domains: int
     capped: Flag = None
     perplexity: Score
+    bits_per_byte: KnownScore = None
     learning_rate: Rate = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Costs, _Method):
-    """A stage over all domains of one size: exp of the mean nll per token, and mean costs."""
+    """A stage over all domains of one size: exp of the mean nll per token, mean bits per byte, and mean costs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,12 +71,17 @@ def _summary(own: Sequence[E]) -> E:
     kind: Any = type(own[0])
     values = {name: [getattr(entry, name) for entry in own] for name, rule in rules(kind).items() if rule.is_score}
     spread = Spread(
-        deviation={name: statistics.stdev(each) if len(each) > 1 else None for name, each in values.items()},
+        deviation={name: _deviation(each) for name, each in values.items()},
         seeds={name: [getattr(entry, name) for entry in own] for name in SEEDS if hasattr(own[0], name)},
         capped_seeds=_capped_seeds(own) if issubclass(kind, Row | Average) else None,
     )
     merged: E = combine(kind, own, average=statistics.fmean, spread=spread)
     return merged
+
+
+def _deviation(values: Sequence[Any]) -> float | None:
+    """The sample standard deviation; None of a single value, or where one is unknown."""
+    return None if len(values) < 2 or None in values else statistics.stdev(values)
 
 
 def _capped_seeds(own: Sequence[Any]) -> list[int]:

@@ -21,6 +21,7 @@ from megatron_specialm.report.rows import (
 )
 
 CAPPED = "*"  # behind a perplexity
+IMPORTED = "†"  # behind a method
 CAPPED_MEANS = "ended by the cap on steps, not by early stopping"
 COST_COLUMNS = [(phase, what) for phase in (GENERIC, SPECIALIZATION) for what in COSTS]
 HEADINGS = {GENERIC: "gen.", SPECIALIZATION: "spec.", "tokens": "tokens", "flops": "FLOPs", "device_seconds": "s"}
@@ -48,23 +49,27 @@ def results_table(results: Results) -> Table:
     tokens in the slots of trainings; FLOPs are of all slots.
 
     A line per method and state, and per stage and size if there are several. A model for all domains has one line: it is the
-    same for every size. The perplexity of a fine-tuning that the cap on steps ended is marked.
+    same for every size. The perplexity of a fine-tuning that the cap on steps ended is marked. Bits per byte, which compare
+    models of different tokenizers, are means over domains.
     """
     lines = _lines(results)
     sets = list(dict.fromkeys(row.base_domain for row in results.rows))
     states = {(row.method, _state(row), row.stage) for row in results.rows}
     has_budgets = len({state[:2] for state in states}) < len(states)
     has_sizes = any(row.size is not None for row in results.rows)
-    words: list[Column[_Line]] = [word("method", lambda line: line.method), word("fine-tuned", lambda line: line.state)]
+    words: list[Column[_Line]] = [word("method", _method), word("fine-tuned", lambda line: line.state)]
     if has_budgets:
         words.append(word("stage", lambda line: line.stage))
     if has_sizes:
         words.append(word("set size", lambda line: "" if line.size is None else size_name(line.size)))
     macro: Column[_Line] = number("macro", lambda line: _perplexity(line.average))
-    scores = [*map(_score_column, sets), macro]
     fill: Column[_Line] = number("fill", lambda line: _mean_fill(line.of_domains))
+    knows_bytes = any(row.bits_per_byte is not None for row in results.rows)
+    per_byte: Column[_Line] = number("bits/byte", lambda line: _bits_per_byte(line.average))
+    scores = [*map(_score_column, sets), macro, *([per_byte] if knows_bytes else [])]
+    note = "; ".join(filter(None, (_note(results.rows), _note_of_imports(results.rows))))
     columns = [*words, *scores, *itertools.starmap(_cost_column, COST_COLUMNS), fill]
-    table = Table.of(lines, columns, title="Perplexity on held-out documents, and cost", note=_note(results.rows))
+    table = Table.of(lines, columns, title="Perplexity on held-out documents, and cost", note=note)
     return replace(table, lines=_aligned(table.lines, range(len(words), len(words) + len(scores))))
 
 
@@ -92,6 +97,10 @@ def results_in_two(results: Results) -> tuple[Table, Table]:
     return results_table(results).in_two("gen. tokens", titles)
 
 
+def _method(line: _Line) -> str:
+    return line.method + f" {IMPORTED}" * any(row.imported for row in line.rows.values())
+
+
 def _score_column(name: str) -> Column[_Line]:
     return number(name, lambda line: _perplexity(line.rows.get(name)))
 
@@ -104,6 +113,12 @@ def _perplexity(entry: Row | Average | None) -> str:
     return "" if entry is None else _with_deviation(entry, "perplexity", ".1f") + CAPPED * bool(entry.capped)
 
 
+def _bits_per_byte(average: Average | None) -> str:
+    if average is None:
+        return ""
+    return "-" if average.bits_per_byte is None else _with_deviation(average, "bits_per_byte", ".3f")
+
+
 def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
     """Pad the cells of columns with the mark, so that digits are below digits."""
     wide = [c for c in columns if any(line[c].endswith(CAPPED) for line in lines)]
@@ -113,8 +128,9 @@ def _aligned(lines: Sequence[Sequence[str]], columns: range) -> list[list[str]]:
     ]
 
 
-def _note(rows: Iterable[Row]) -> str:
-    """The meaning of the mark, and the stages whose steps to raise, with the seeds if there are several."""
+def _note(rows: Sequence[Row]) -> str:
+    """The meaning of the mark, and the stages whose steps to raise, with the seeds if there are several; and whether bits per
+    byte are estimates."""
     stages: dict[str, set[int]] = {}
     for row in rows:
         if row.capped:
@@ -123,7 +139,16 @@ def _note(rows: Iterable[Row]) -> str:
     names = [
         f"{stage} (seeds {', '.join(map(str, sorted(seeds)))})" if seeds else stage for stage, seeds in stages.items()
     ]
-    return f"{CAPPED} {CAPPED_MEANS}: allow more steps in {', '.join(names)}" if names else ""
+    notes = [f"{CAPPED} {CAPPED_MEANS}: allow more steps in {', '.join(names)}"] if names else []
+    if any(row.bytes_estimated for row in rows):
+        notes.append("bits/byte: estimated, as max_windows left a part of a set out")
+    return "; ".join(notes)
+
+
+def _note_of_imports(rows: Iterable[Row]) -> str:
+    """The meaning of the mark at methods with an imported model, whose training the costs do not have."""
+    names = dict.fromkeys(row.imported for row in rows if row.imported)
+    return f"{IMPORTED} without the cost of training an existing model ({', '.join(names)})" if names else ""
 
 
 def _mean_cost(rows: Sequence[Row], phase: str, what: str) -> str:

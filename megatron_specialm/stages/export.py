@@ -19,7 +19,7 @@ from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert import canonical_folder, huggingface_folder
 from megatron_specialm.convert.huggingface import largest_logit_difference
-from megatron_specialm.convert.model_card import ModelFacts, model_card
+from megatron_specialm.convert.model_card import READS, ModelFacts, model_card
 from megatron_specialm.convert.run import stream
 from megatron_specialm.convert.source import Layout, TargetSpec
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
@@ -120,6 +120,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
     pipeline, model_id = context.pipeline, model_task(context.key)
     marker = context.marker(*model_id)
     steps = tuple(trainings(pipeline, model_id.stage))
+    reads_generic = any(data in READS and data != "domain" for _, data in steps)
     store = TokenStore.open(tokens, "train")
     return ModelFacts(
         name=f"{pipeline.name}: {model_id.stage}, {model_id.key}",
@@ -135,7 +136,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         tokenizer=tokenizer,
         trainings=steps,
         domain_files=() if model_id.key == GENERIC else tuple(text_set(pipeline, model_id.key).train),
-        generic_files=() if all(data == "domain" for _, data in steps) else tuple(pipeline.text.generic.train),
+        generic_files=tuple(pipeline.text.generic.train) if reads_generic else (),
         set_tokens=store.tokens,
         phase=GENERIC if model_id.key == GENERIC else "specialization",
         steps=marker.values["steps"],

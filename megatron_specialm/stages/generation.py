@@ -23,8 +23,9 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
-from megatron_specialm.graph.lineage import tokenizer_task
+from megatron_specialm.graph.lineage import tokenizer_of
 from megatron_specialm.graph.stage_kind import kind_of
+from megatron_specialm.graph.tasks import TaskId
 
 PROMPT_TOKENS = 12  # of a held-out document, if no prompt is given
 
@@ -69,7 +70,7 @@ class Writer:
 
 
 def open_model(folder: Path) -> Writer:
-    """Open the model of a folder: RUN/STAGE/KEY of a finished training or a selection, or an export.
+    """Open the model of a folder: RUN/STAGE/KEY of a finished training, import or selection, or an export.
 
     Raises:
         ConfigError: the folder is neither.
@@ -85,8 +86,9 @@ def open_model(folder: Path) -> Writer:
         pipeline = load_pipeline(root / "pipeline.yaml")
         stage: Any = pipeline.stages.get(stage_name)
         if stage is not None and kind_of(stage).makes == "model":
-            tokenizer = tokenizer_task(pipeline, stage.tokens)
-            digest = read_label(artifact)["made_from"].get("inputs", {}).get(str(tokenizer))
+            tokenizer, label = tokenizer_of(pipeline, stage_name), read_label(artifact)
+            own = {str(TaskId(stage_name, artifact.parent.name)): label["digest"]}
+            digest = {**label["made_from"].get("inputs", {}), **own}.get(str(tokenizer))
             # Artifacts of earlier versions do not record their tokenizer.
             tokenizer_folder = artifact_folder(root, *tokenizer, digest) if digest else artifact_link(root, *tokenizer)
             for read in (artifact, tokenizer_folder):

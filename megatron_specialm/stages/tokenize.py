@@ -46,6 +46,8 @@ def run(stage: TokenizeStage, context: Context) -> Report:
             writers[split].add_document(ids)
     skipped = {split: readers[split].skipped if split in readers else 0 for split in writers}
     splits = {split: {**writer.finish(), "skipped": skipped[split]} for split, writer in writers.items()}
+    for split in readers.keys() - {"train"}:  # of training documents some may be held out or left over
+        splits[split]["text_bytes"] = readers[split].text_bytes
     tokens = sum(split["tokens"] for split in splits.values())
     if context.task.shard is None:  # adds the splits of the shards
         shards = [context.artifact(context.task.id.stage, key) for key in shard_keys(context.pipeline, context.key)]

@@ -25,7 +25,7 @@ def run(stage: TokenizerStage, context: Context) -> Report:
             exported.
     """
     tokenizer = _train(stage, context) if stage.path is None else import_tokenizer(Path(stage.path), context.folder)
-    _check_exported(tokenizer)
+    check_exported(tokenizer)
     return Report(values={"vocabulary_size": tokenizer.vocabulary_size, "fingerprint": tokenizer.fingerprint})
 
 
@@ -44,7 +44,7 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
     )
 
 
-def _check_exported(tokenizer: Tokenizer) -> None:
+def check_exported(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that cannot be exported, before a model is trained with it."""
     fix = "use another tokenizer, or another version of transformers"
     with TemporaryDirectory() as folder, refusing(tokenizer.folder, "cannot be exported", fix=fix):

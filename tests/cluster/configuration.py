@@ -16,8 +16,9 @@ class Address:
 def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], cpus: int) -> str:
     """The text of slurm.conf.
 
-    Two partitions: `debug` is where jobs go, and those of `urgent` preempt them. A lost node is noticed in about
-    8 seconds; a requeued job starts again when munge's credentials of its first start have expired, after 5 (less is ignored).
+    Two partitions: `debug` is where jobs go, and those of `urgent` preempt them. A lost node is noticed in about 15 seconds:
+    Slurm would take one that is only busy for lost if it had 5 to answer. A requeued job starts again when munge's credentials
+    of its first start have expired, after 5 (less is ignored).
     """
     lines = [
         "ClusterName=specialm",
@@ -44,7 +45,7 @@ def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], 
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
-        "SlurmdTimeout=5",
+        "SlurmdTimeout=10",
         "MessageTimeout=2",
         "KillWait=10",
         "MinJobAge=3600",  # `scontrol show job` is the only record of a job that has ended

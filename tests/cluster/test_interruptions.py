@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_specialm.slurm.records import Attempt
 from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 STEPS = 400
 OVERRIDES = [f"stages.slm.steps={STEPS}", "stages.slm.parallel.data_parallel=2", "stages.slm.checkpoint.every=20"]
 
@@ -31,16 +32,37 @@ def run(cluster: Cluster, smoke_run: Path, tmp_path: Path) -> Run:
     return Run(cluster, folder, list(OVERRIDES), site={"jobs": {"slm": {"processes_per_node": 1}}})
 
 
-def _begun(run: Run) -> None:
-    """Wait until the training has saved a step, and goes on."""
-    run.until(lambda: run.saved_step("slm") > 0, "a step is saved", 60)
+def _begun(run: Run) -> int:
+    """Wait until an attempt has saved a step and goes on; its number.
+
+    It need not be the first: where the machine is so busy that a node does not answer in time, Slurm ends an attempt, which
+    saves a step then, too. What is done to a node after such an end would fall between two attempts.
+    """
+    first_seen: dict[int, int] = {}  # saved step, by attempt
+
+    def goes_on() -> bool:
+        attempts, step = run.attempts("slm"), run.saved_step("slm")
+        return bool(attempts) and step > first_seen.setdefault(len(attempts), step) and attempts[-1].end is None
+
+    run.until(goes_on, "a step is saved", 120)
     assert run.saved_step("slm") < STEPS - 40, "the test came too late: the training has ended"
+    return len(run.attempts("slm")) - 1
+
+
+def _next(run: Run, number: int, timeout: float) -> tuple[Attempt, Attempt]:
+    """Wait for the attempt after that of this number; both."""
+    run.until(lambda: len(run.attempts("slm")) > number + 1, "the job starts again", timeout)
+    return run.attempts("slm")[number], run.attempts("slm")[number + 1]
 
 
 def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") -> None:
-    """Wait for the end, after attempts that ended so; it is that of the training without interruption."""
+    """Wait for the end, after attempts that ended so; it is that of the training without interruption.
+
+    Attempts that Slurm has ended are not counted: where the machine is busy there may be more of them (`_begun`).
+    """
     assert run.wait("slm", 120) == ["COMPLETED"], run.log("slm")
-    assert run.outcomes("slm", submission=submission) == [*before, "finished"]
+    outcomes = [outcome for outcome in run.outcomes("slm", submission=submission) if outcome != "preempted"]
+    assert outcomes == [*before, "finished"]
     assert_same_bits(run.root / "slm/generic", straight)
 
 
@@ -50,42 +72,39 @@ def test_the_time_limit(run: Run, straight: Path) -> None:
     run.site["jobs"]["slm"]["time"] = "1"
     run.site["limits"] = {"warning_seconds": 15, "silent_seconds": 100, "hang_seconds": 100}
     run.submit("--only", "slm")
-    _begun(run)
+    number = _begun(run)
     ranks = [run.rank(0), run.rank(1)]
     for rank in ranks:
         rank.suspend()
     run.until(lambda: "SIGUSR1: the ranks are asked to save and stop" in run.log("slm"), "the time limit is near", 90)
     for rank in ranks:
         rank.resume()
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
-    end = run.attempts("slm")[0].end
+    end = _next(run, number, 60)[0].end
     assert end is not None and end.outcome == "timeout" and end.requeued
     assert end.step and end.reason == f"the time limit is near: saved at step {end.step}"
     run.wait("slm", 120)  # on a slow machine, a second limit may come before the end
-    _finished(run, straight, *["timeout"] * (len(run.attempts("slm")) - 1))
+    _finished(run, straight, *["timeout"] * run.outcomes("slm").count("timeout"))
 
 
 def test_a_preemption(run: Run, straight: Path) -> None:
     run.submit("--only", "slm")
-    _begun(run)
+    number = _begun(run)
     run.cluster.run("scontrol", "requeue", f"{run.job('slm')}_0")
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
-    end = run.attempts("slm")[0].end
+    end = _next(run, number, 60)[0].end
     assert end is not None and end.outcome == "preempted" and end.reason == f"ended by Slurm: saved at step {end.step}"
-    _finished(run, straight, "preempted")
+    _finished(run, straight)
 
 
 def test_a_preemption_by_an_urgent_job(run: Run, straight: Path, tmp_path: Path) -> None:
     """When a partition's GraceTime begins, ranks alone are told to end: they save, and the job is queued again at once."""
     run.submit("--only", "slm")
-    _begun(run)
+    number = _begun(run)
     urgent = run.cluster.submit("sleep 1", "--partition=urgent", "--nodes=4", "--exclusive", cwd=tmp_path)
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
+    end = _next(run, number, 90)[0].end
     assert run.cluster.job(urgent)["JobState"] in ("COMPLETED", "COMPLETING")
-    end = run.attempts("slm")[0].end
     assert end is not None and end.outcome == "preempted" and end.requeued
     assert end.reason == f"ended by Slurm: saved at step {end.step}"
-    _finished(run, straight, "preempted")
+    _finished(run, straight)
 
 
 def test_cancelled_in_the_middle_of_a_save(run: Run, straight: Path) -> None:
@@ -104,36 +123,37 @@ def test_cancelled_in_the_middle_of_a_save(run: Run, straight: Path) -> None:
 
 def test_power_loss_of_a_node(run: Run, straight: Path) -> None:
     run.submit("--only", "slm")
-    _begun(run)
-    before = run.saved_step("slm")
-    run.cluster.power_off(run.attempts("slm")[0].begin.nodes[1])
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 60)
-    assert not {run.attempts("slm")[0].begin.nodes[1]} & set(run.attempts("slm")[1].begin.nodes)
+    number = _begun(run)
+    lost = run.attempts("slm")[number].begin.nodes[1]
+    run.cluster.power_off(lost)
+    assert lost not in _next(run, number, 90)[1].begin.nodes
     assert run.wait("slm", 120) == ["COMPLETED"], run.log("slm")
-    assert run.outcomes("slm")[0] in ("lost", "failed", "preempted", "hang") and run.outcomes("slm")[-1] == "finished"
-    assert re.search(rf"resuming from {run.root}/artifacts/slm/generic/\w+/step_", run.log("slm")) and before > 0
+    assert run.outcomes("slm")[number] in ("lost", "failed", "preempted", "hang")
+    assert run.outcomes("slm")[-1] == "finished"
+    assert re.search(rf"resuming from {run.root}/artifacts/slm/generic/\w+/step_", run.log("slm"))
     assert_same_bits(run.root / "slm/generic", straight)
 
 
 def test_a_network_partition(run: Run, straight: Path) -> None:
     """The ranks of a node that nobody reaches are named, and the job goes on elsewhere."""
     run.submit("--only", "slm")
-    _begun(run)
-    first = run.attempts("slm")[0].begin
-    run.cluster.partition(first.nodes[1])
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
-    assert first.nodes[1] not in run.attempts("slm")[1].begin.nodes
-    _finished(run, straight, run.outcomes("slm")[0])
-    assert f"rank 1 on {first.nodes[1]}" in run.log("slm")
+    number = _begun(run)
+    lost = run.attempts("slm")[number].begin.nodes[1]
+    run.cluster.partition(lost)
+    first, second = _next(run, number, 90)
+    assert lost not in second.begin.nodes
+    assert first.end is not None and f"rank 1 on {lost}" in run.log("slm")
+    _finished(
+        run, straight, *({first.end.outcome} - {"preempted"})
+    )  # it depends on who notices first, Slurm or the supervisor
 
 
 def test_a_rank_that_hangs(run: Run, straight: Path) -> None:
     """It is named with its node, which is left out from then on."""
     run.submit("--only", "slm")
-    _begun(run)
+    number = _begun(run)
     os.kill(run.rank(1).pid, signal.SIGSTOP)
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
-    first, second = run.attempts("slm")[:2]
+    first, second = _next(run, number, 90)
     node = first.begin.nodes[1]
     assert first.end is not None and first.end.outcome == "hang" and f"rank 1 on {node}" in first.end.reason
     assert node not in second.begin.nodes
@@ -146,8 +166,7 @@ def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     run.submit("--only", "slm")
     node = run.until(lambda: run.attempts("slm") and run.attempts("slm")[0].begin.nodes[1], "the job has started", 60)
     os.kill(run.process("node_check", SLURM_PROCID="1").pid, signal.SIGSTOP)
-    run.until(lambda: len(run.attempts("slm")) > 1, "the job starts again", 90)
-    first, second = run.attempts("slm")[:2]
+    first, second = _next(run, 0, 90)
     assert first.end is not None and first.end.outcome == "bad-node" and node in first.end.reason
     assert node not in second.begin.nodes
     assert f"#SBATCH --exclude={node}" in run.submit("--dry-run", "--only", "slm-nopt")

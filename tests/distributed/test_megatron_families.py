@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_specialm.convert.architectures import read_config
+from megatron_specialm.config.architectures import read_config
 from megatron_specialm.convert.megatron_names import settings_of
 from megatron_specialm.convert.run import convert
 from megatron_specialm.convert.source import Layout

@@ -187,6 +187,10 @@ def test_transformers_gives_our_perplexity(finished: Path) -> None:
     )
     assert row["tokens_evaluated"] == count
     assert math.exp(total / count) == pytest.approx(row["perplexity"], rel=1e-3)
+    lines = (finished / "data/smoke/torch.test.jsonl").read_text().splitlines()
+    size = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    assert (row["bytes_evaluated"], row["bytes_estimated"]) == (size, False)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-3)
 
 
 def test_a_second_run_does_nothing_again(finished: Path) -> None:

@@ -6,7 +6,7 @@
     universal                           `zero1`, by DeepSpeed's ds_to_universal
     KIND.json                           the loss of the step after
     KIND.safetensors                    what DeepSpeed's zero_to_fp32 makes of it
-`resume` loads each FOLDER/KIND+... into a new engine and prints the losses of the next step.
+`resume` loads each FOLDER/KIND+... into a new engine and writes the losses of the next step to FOLDER/losses.json.
 """
 
 import json
@@ -146,7 +146,7 @@ def _resume(folder: Path) -> None:
         losses[source.parent.name] = _step(engine, STEPS)
         engine.destroy()
     if os.environ["RANK"] == "0":
-        print(json.dumps(losses))
+        (folder / "losses.json").write_text(json.dumps(losses))
 
 
 def _rank(rank: int, action: str, folder: Path) -> None:

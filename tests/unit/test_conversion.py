@@ -25,10 +25,10 @@ from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.slices import slice_key
 from megatron_specialm.checkpoint.steps import declare_final
 from megatron_specialm.cli.app import app
+from megatron_specialm.config.architectures import read_config
 from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert import huggingface_folder
 from megatron_specialm.convert import run as driver
-from megatron_specialm.convert.architectures import read_config
 from megatron_specialm.convert.fingerprint import FINGERPRINT, read_fingerprint
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.run import convert, stream

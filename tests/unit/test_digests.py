@@ -42,6 +42,7 @@ DECIDES_NOTHING = {
     "TrainStage.wandb_project": "how talkative it is",
     "Runtime.*": "what the loop does beside its steps",
     "TrainStage.method": "a name in tables, which are redone; an export's digest has it",
+    "ImportStage.method": "a name in tables, which are redone; an export's digest has it",
     "SelectStage.method": "a name in tables, which are redone; an export's digest has it",
     "TokenizeStage.workers": "portions",
     "ClusterStage.processes": "portions",
@@ -58,7 +59,8 @@ DECIDES_NOTHING = {
 }
 # Values of fields that are not given in any config, and what else to try where the next number would not do.
 TRY: dict[str, list[Any]] = {
-    "path": ["tokenizer.model"], "early_stopping": [{"evaluate_every": 5}], "lora": [{}], "soup": [{}], "fp8": [{}],
+    "path": ["tokenizer.model"], "config": ["config.json"], "tokenizer": ["tokenizer.model"],
+    "early_stopping": [{"evaluate_every": 5}], "lora": [{}], "soup": [{}], "fp8": [{}],
     "trial": [{"steps": 4, "global_batch_size": 8}], "recipe": ["paper"], "wandb_project": ["x"], "method": ["x"],
     "train_tokens": [5000], "max_windows": [7], "workers": [2], "parallel_tasks": [2], "domain": ["x"], "alpha": [8, 0.25],
     "query_groups": [4, 1], "kv_channels": [32], "rotary_scaling": [8.0],

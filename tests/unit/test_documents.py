@@ -206,3 +206,11 @@ def test_the_hub_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     with pytest.raises(MachineError, match=r"only the folder .*: pip install 'megatron_specialm\[hub\]'"):
         list(Documents(["hf:some/set"], text_field="text"))
+
+
+def test_documents_are_counted_in_bytes_of_utf8(tmp_path: Path) -> None:
+    texts = ["plain", "  ", "naïve ½ 日本", "\ufeffmarked"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = Documents([str(tmp_path / "text.jsonl")], text_field="text")
+    assert len(list(documents)) == 3
+    assert documents.text_bytes == len("plain") + len("naïve ½ 日本".encode()) + len("marked")

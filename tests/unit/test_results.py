@@ -18,6 +18,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.report.results import write_results
+from megatron_specialm.report.seeds import merge_runs
 from megatron_specialm.report.tables import results_table
 from tests.unit.test_figures import columns
 
@@ -193,6 +194,53 @@ def test_what_the_cap_ended_is_marked(finished: tuple[Pipeline, Path]) -> None:
     assert table.markdown().endswith(" |\n\n\\" + table.note + "\n")  # behind a backslash: it is no list
     perplexities, costs = table.in_two("gen. tokens", ("", ""))
     assert perplexities.note and not costs.note
+
+
+def _declare_bytes(root: Path, stage: str, **known: int | bool) -> None:
+    """Let the evaluations of a stage's models have recorded these values beside the loss."""
+    for link in (root / "perplexity").glob(f"{stage}.*"):
+        marker = read_marker(link)
+        assert marker is not None
+        sets = {
+            name: {**score, "nats": score["nll"] * score["tokens"], **known}
+            for name, score in marker.values["sets"].items()
+        }
+        values = {**marker.values, "sets": sets}
+        finish_artifact(root, "perplexity", link.name, dataclasses.replace(marker, values=values))
+
+
+def test_bits_per_byte_are_there_where_bytes_are_known(finished: tuple[Pipeline, Path], tmp_path: Path) -> None:
+    pipeline, root = finished
+    before = results_table(write_results(pipeline, root))
+    assert "bits/byte" not in before.header
+    _declare_bytes(root, "slm-tuned", bytes=200, bytes_estimated=False)
+    results = write_results(pipeline, root)
+    rows = [row for row in columns(results.rows) if row["stage"] == "slm-tuned"]
+    assert [row["bits_per_byte"] for row in rows] == pytest.approx(
+        [row["nll"] * 50 / math.log(2) / 200 for row in rows]
+    )
+    assert {row["bits_per_byte"] for row in columns(results.rows) if row["stage"] != "slm-tuned"} == {None}
+    table = results_table(results)
+    cells = {(*line[:2],): line[table.header.index("bits/byte")] for line in table.lines}
+    assert float(cells.pop(("slm", "yes"))) == pytest.approx(sum(row["bits_per_byte"] for row in rows) / 3, abs=1e-3)
+    assert set(cells.values()) == {"-"}
+    assert table.without("bits/byte") == before
+
+    # Over seeds it is known if it is for each.
+    results.write(tmp_path / "first.json")
+    other = json.loads((tmp_path / "first.json").read_text())
+    for part in ("rows", "macro", "concentration"):
+        other[part] = [{**entry, "seed": 1} for entry in other[part]]
+    (tmp_path / "second.json").write_text(json.dumps(other))
+    merged = {
+        entry["stage"]: entry
+        for entry in columns(merge_runs([tmp_path / "first.json", tmp_path / "second.json"]).macro)
+    }
+    assert merged["slm-tuned"]["bits_per_byte_sd"] == 0 and merged["slm-tuned"]["bits_per_byte"] > 0
+    assert merged["llm-tuned"]["bits_per_byte"] is merged["llm-tuned"]["bits_per_byte_sd"] is None
+
+    _declare_bytes(root, "slm-tuned", bytes=200, bytes_estimated=True)
+    assert "bits/byte: estimated" in results_table(write_results(pipeline, root)).note
 
 
 @pytest.mark.parametrize("command", ["run", "results"])

@@ -160,7 +160,9 @@ def test_a_new_column_is_a_field() -> None:
     """In files and over seeds, with no change but the field and its value."""
     rows = [_Wider(**_given(row), joules=10 * (number + 1)) for number in range(2) for row in made_up(
         {"slm": {"legal": 100.0}}, seed=number)]  # fmt: skip
-    assert _csv(rows).splitlines()[0].endswith(",model,joules") and _csv(rows).splitlines()[2].endswith(",slm/legal,20")
+    assert _csv(rows).splitlines()[0].endswith(",imported,joules") and _csv(rows).splitlines()[2].endswith(
+        ",slm/legal,,20"
+    )
     (merged,) = columns(merge_seeds(results_from_rows(rows)).rows)
     assert merged["joules"] == 15.0 and "joules_sd" not in merged
 

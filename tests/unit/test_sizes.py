@@ -16,10 +16,12 @@ from megatron_specialm.config.text import TextSet, ValidationFloor, size_name
 from megatron_specialm.data.splits import cut_training_set
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
+from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.digests import digest
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.stages import tokenize
+from megatron_specialm.stages.evaluate import text_scored
 from tests.contexts import make_context
 
 SMOKE = configs_folder() / "pipelines" / "smoke.yaml"
@@ -223,3 +225,20 @@ def test_a_size_is_the_beginning_of_the_set(tmp_path: Path, tokenizer: Path) -> 
     held_out = len(small["validation"])  # what stands among the documents that were read
     assert 0 < held_out < len(whole["validation"]) / 2
     assert _windows(small["validation"]) == _windows(whole["validation"])[:held_out]
+
+
+def test_a_store_knows_the_bytes_of_the_text_that_models_are_scored_on(tmp_path: Path, tokenizer: Path) -> None:
+    root = tmp_path / "whole"
+    _, stores = _tokenized(
+        root, tokenizer, TextSet(train=[str(root / "train.jsonl")], test=[str(root / "train.jsonl")])
+    )
+    test, written = stores["test"], sum(len(text.encode()) for text in _documents())
+    assert test.text_bytes == written and stores["train"].text_bytes is None
+    assert text_scored(test, LossSum(7.0, test.tokens)) == {"nats": 7.0, "bytes": written, "bytes_estimated": False}
+    some = text_scored(test, LossSum(7.0, test.tokens // 4))
+    assert some["bytes_estimated"] and some["bytes"] == pytest.approx(written / 4, rel=0.01)
+    description = test.folder / "store.json"
+    content = json.loads(description.read_text())
+    del content["splits"]["test"]["text_bytes"]  # as earlier versions wrote it
+    description.write_text(json.dumps(content))
+    assert text_scored(TokenStore.open(test.folder, "test"), LossSum(7.0, test.tokens)) == {}

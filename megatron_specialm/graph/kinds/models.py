@@ -1,4 +1,4 @@
-"""The kinds that make models: `train` and `select`."""
+"""The kinds that make models: `import`, `train` and `select`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.moe import MixtureOfExperts
-from megatron_specialm.config.schema import EmbedStage, Pipeline, SelectStage, TeachStage
+from megatron_specialm.config.schema import EmbedStage, ImportStage, Pipeline, SelectStage, TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate.capabilities import refuse
@@ -35,7 +35,36 @@ from megatron_specialm.graph.lineage import (
 )
 from megatron_specialm.graph.rates import trial_key, trial_of
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, Placement, References, register
-from megatron_specialm.graph.tasks import Task, TaskId
+from megatron_specialm.graph.tasks import CHECKPOINT, TOKENIZER, Task, TaskId
+
+
+@register
+class ImportKind(ModelKind[ImportStage]):
+    """One task, which takes a model and its tokenizer from files."""
+
+    kind = "import"
+    also_makes = "tokenizer"
+    placement: ClassVar[Placement] = {
+        "path": True, "revision": True, "config": True, "tokenizer": True,  # the content is in the digest, wherever it is
+        "method": True,  # a name in tables and on model cards: it is in the export's digest
+    }  # fmt: skip
+
+    def tasks(self, pipeline: Pipeline, name: str, stage: ImportStage) -> Iterator[Task]:
+        files = {CHECKPOINT: (stage.source, *([stage.config] if stage.config else []))}
+        tokenizer = {TOKENIZER: (stage.tokenizer,)} if stage.tokenizer else {}
+        yield Task(TaskId(name, GENERIC), (), {**files, **tokenizer}, None)
+
+    def keys(self, pipeline: Pipeline, name: str, stage: ImportStage) -> list[str]:
+        return [GENERIC]
+
+    def shape(self, pipeline: Pipeline, stage: ImportStage) -> ModelConfig:
+        return stage.model
+
+    def start(self, stage: ImportStage) -> None:
+        return None
+
+    def origin(self, stage: ImportStage) -> str:
+        return f"not trained here: imported from `{stage.source}`"
 
 
 @register

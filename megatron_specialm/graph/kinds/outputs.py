@@ -14,8 +14,8 @@ from megatron_specialm.graph.lineage import (
     model_keys,
     model_of,
     sources,
-    stage_of,
     tokenizer_task,
+    vocabulary_size,
 )
 from megatron_specialm.graph.stage_kind import Placement, References, StageKind, register
 from megatron_specialm.graph.tasks import Task, TaskId
@@ -39,11 +39,12 @@ class TeachKind(StageKind[TeachStage]):
 
     def check(self, pipeline: Pipeline, name: str, stage: TeachStage) -> None:
         check_model(pipeline, name, "teacher", stage.tokens, stage.teacher, keys=list(pipeline.text.domains))
-        tokenizer = stage_of(pipeline, tokenizer_task(pipeline, stage.tokens).stage, TokenizerStage)
-        if stage.keep == "top-k" and tokenizer.path is None and (stage.count or 0) > tokenizer.vocabulary_size:
+        tokenizer = pipeline.stages[tokenizer_task(pipeline, stage.tokens).stage]
+        size = vocabulary_size(pipeline, stage.tokens)
+        is_from_files = isinstance(tokenizer, TokenizerStage) and tokenizer.path is not None
+        if stage.keep == "top-k" and not is_from_files and (stage.count or 0) > size:
             raise ConfigError(
-                f"stages.{name}.count: {stage.count} of a vocabulary of {tokenizer.vocabulary_size}: at most as many, or "
-                "`keep: exact`"
+                f"stages.{name}.count: {stage.count} of a vocabulary of {size}: at most as many, or `keep: exact`"
             )
 
 

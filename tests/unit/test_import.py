@@ -1,0 +1,240 @@
+"""Models that exist, as a stage: what the graph knows of them, and what is refused."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_specialm.base.artifacts import artifact_folder, begin_artifact
+from megatron_specialm.base.errors import CheckpointError, ConfigError, DataError, MachineError, SpecialmError
+from megatron_specialm.base.files import write_json
+from megatron_specialm.checkpoint.merged import read_merged
+from megatron_specialm.checkpoint.steps import RESULT, find_final
+from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
+from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.convert.canonical_folder import open_folder
+from megatron_specialm.convert.run import convert
+from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.graph.build import build_graph
+from megatron_specialm.graph.lineage import setup_of
+from megatron_specialm.graph.plan import make_plan
+from megatron_specialm.graph.tasks import TaskId
+from tests.checkpoints import save_random_model
+from tests.contexts import make_context
+from tests.existing_models import ROWS, save_existing_model, save_tokenizer
+from tests.texts import WORDS, write_sets
+
+ADAPT = configs_folder() / "pipelines" / "adapt.yaml"
+BASE = TaskId("base", "generic")
+
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("existing")
+    return {family: save_existing_model(folder / family, family) for family in ("llama", "qwen2")}
+
+
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sets(tmp_path / "text", "generic", "law", words=40)
+
+
+def _load(base: dict[str, Any], *overrides: str, **stages: Any) -> Pipeline:
+    """The shipped config with another model, and more stages."""
+    sets = {name: {part: f"text/{name}.{part}.jsonl" for part in ("train", "test")} for name in ("generic", "law")}
+    config = {
+        "extends": str(ADAPT), "root": "run",
+        "text": {"generic": sets["generic"], "domains": {"support-tickets": None, "law": sets["law"]}},
+        "stages": {"base": {"model": None, "vocabulary_size": None, "revision": None, **base}, **stages},
+    }  # fmt: skip
+    Path("config.yaml").write_text(json.dumps(config))
+    return load_pipeline(Path("config.yaml"), overrides)
+
+
+def _import(pipeline: Pipeline) -> Path:
+    """Run the import stage; its artifact."""
+    planned = make_plan(pipeline, Path("run"))[BASE]
+    folder = begin_artifact(Path("run"), *BASE, digest=planned.digest, made_from=planned.made_from)
+    stage = importlib.import_module("megatron_specialm.stages.import")
+    stage.run(pipeline.stages["base"], make_context(pipeline, planned.task, Path("run"), folder))
+    return folder
+
+
+def test_the_shipped_config_knows_its_model_without_a_network() -> None:
+    setup = setup_of(load_pipeline(ADAPT), "tuned")
+    assert count_parameters(setup.model, setup.vocabulary_size) == 134_515_008, "as the hub says of SmolLM2-135M"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_imported_model_is_that_of_transformers_with_its_tokenizer(existing: dict[str, Path], family: str) -> None:
+    pipeline = _load({"path": str(existing[family])})
+    folder = _import(pipeline)
+    merged, tokenizer = read_merged(find_final(folder)), Tokenizer.load(folder)
+    assert merged.state["tokenizer"] == tokenizer.fingerprint
+    assert tokenizer.vocabulary_size == merged.vocabulary_size == ROWS == setup_of(pipeline, "tuned").vocabulary_size
+    assert setup_of(pipeline, "tuned").model == merged.shape, "known from config.json before anything ran"
+    assert tokenizer.encode(["drinkrest"])[0].max() < 300
+    convert(folder, Path("back"), to="huggingface")
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (existing[family], "back"))
+    ids = torch.arange(0, ROWS, 7)[None]
+    assert torch.equal(before(ids).logits, after(ids).logits)
+    assert open_folder(folder).tokenizer == folder / "tokenizer"
+
+
+def test_the_digest_is_of_the_content_wherever_it_stands(existing: dict[str, Path]) -> None:
+    moved = Path(shutil.copytree(existing["llama"], "moved"))
+    digests = []
+    for path in (existing["llama"], moved):
+        digests.append(make_plan(_load({"path": str(path)}), Path("run"))[BASE].digest)
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    digests.append(make_plan(_load({"path": str(moved)}), Path("run"))[BASE].digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_resolved_config_is_the_same_without_the_source(existing: dict[str, Path]) -> None:
+    pipeline = _load({"path": str(existing["llama"])})
+    Path("resolved.yaml").write_text(dump_pipeline(pipeline))
+    assert load_pipeline(Path("resolved.yaml")) == pipeline
+    assert load_pipeline(Path("resolved.yaml"), ["stages.base.path=gone"]).stages["base"].model.layers == 2
+
+
+def test_a_checkpoint_of_ours_is_imported_with_its_tokenizer(existing: dict[str, Path]) -> None:
+    convert(existing["llama"], Path("ours"), to="canonical")
+    for path in ("ours", "ours/step_0000000"):
+        pipeline = _load({"path": path})
+        assert pipeline.stages["base"].vocabulary_size == ROWS
+        found = read_merged(find_final(_import(pipeline)))
+        expected = load_file("ours/step_0000000/model-00000.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.weights.items())
+
+
+def test_an_import_of_what_was_imported_keeps_the_tokenizers_fingerprint(existing: dict[str, Path]) -> None:
+    first = _import(_load({"path": str(existing["llama"])}))
+    kept = Path(shutil.copytree(first, "kept", ignore=shutil.ignore_patterns("tokenizer")))
+    again = _import(_load({"path": str(kept)}))
+    assert Tokenizer.load(again).fingerprint == Tokenizer.load(first).fingerprint
+
+
+def test_a_checkpoint_without_a_description_takes_one(existing: dict[str, Path]) -> None:
+    convert(existing["llama"], Path("megatron"), to="megatron")
+    described = {"model": _load({"path": str(existing["llama"])}).stages["base"].model.model_dump(mode="json")}
+    with pytest.raises(ConfigError, match="give one of Transformers with `config`"):
+        _load({"path": "megatron"})
+    assert _import(_load({"path": "megatron", **described, "vocabulary_size": ROWS})).is_dir()
+
+
+# --- refused before anything runs ------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_not_there_or_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
+        _load({"path": "/nowhere"})
+    with pytest.raises(ConfigError, match="revision 'v1' goes with a name on the hub"):
+        _load({"path": "/nowhere", "revision": "v1", "model": "nano-llama", "vocabulary_size": ROWS})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MachineError, match=r"owner/name: no such folder, .* `hf download owner/name`"):
+        _load({"path": "owner/name"})
+    Path("other").mkdir()
+    write_json(Path("other/config.json"), {"architectures": ["LlamaForCausalML"]})
+    with pytest.raises(CheckpointError, match="LlamaForCausalML is not known; the nearest is LlamaForCausalLM"):
+        _load({"path": "other"})
+
+
+def test_stages_that_do_not_share_its_tokenizer_are_refused(existing: dict[str, Path]) -> None:
+    base = {"path": str(existing["llama"])}
+    other = {
+        "tokenizer": {"kind": "tokenizer"},
+        "tokens-2": {"kind": "tokenize", "tokenizer": "tokenizer"},
+    }
+    student = {"kind": "train", "data": "domain", "model": "nano-llama", "steps": 9, "schedule": {"warmup_steps": 0}}
+    wrong: dict[str, Any] = {
+        "start": {**student, "model": None, "init": "base", "tokens": "tokens-2"},
+        "student": {**student, "distill": {"teacher": "base"}, "tokens": "tokens-2"},
+        "taught": {"kind": "teach", "teacher": "base", "tokens": "tokens-2", "keep": "exact"},
+        "scores": {"kind": "evaluate", "tokens": "tokens-2", "models": ["base"]},
+        "exports": {"kind": "export", "tokens": "tokens-2", "models": ["base"]},
+    }
+    for name, stage in wrong.items():
+        stage = {key: value for key, value in stage.items() if value is not None}
+        with pytest.raises(
+            ConfigError, match=rf"stages\.{name}\.tokens: they are of tokenizer `tokenizer`, .*tokenizer: base"
+        ):
+            build_graph(_load(base, **other, **{name: stage}))
+        build_graph(_load(base, **other, **{name: {**stage, "tokens": "tokens"}}))
+    with pytest.raises(ConfigError, match=r"tokens\.tokenizer: 'lora' is a stage of kind 'train', not .*'import'"):
+        build_graph(_load(base, "stages.tokens.tokenizer=lora"))
+
+
+# --- refused by the stage, which then leaves no result ------------------------------------------------------------------------
+
+
+def _without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def _with_a_larger_tokenizer(folder: Path) -> None:
+    save_tokenizer(folder, [" ".join(WORDS)] * 4, size=ROWS + 20)
+
+
+def _half_written(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _without_a_shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+
+DAMAGES: list[tuple[Callable[[Path], None], type[SpecialmError], str]] = [
+    (_without_tokenizer, CheckpointError, r"has no tokenizer, .* stages\.base\.tokenizer"),
+    (_with_a_larger_tokenizer, CheckpointError, "has ids up to 3.., and the model 320 rows"),
+    (_half_written, SpecialmError, r"model\.safetensors"),
+    (_without_a_shard, SpecialmError, r"model-00001-of-00002\.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "said"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_source_that_is_not_whole_is_refused(
+    existing: dict[str, Path], damage: Callable[[Path], None], error: type[SpecialmError], said: str
+) -> None:
+    source = Path(shutil.copytree(existing["llama"], "source"))
+    damage(source)
+    pipeline = _load({"path": str(source)})
+    with pytest.raises(error, match=said):
+        _import(pipeline)
+    folder = artifact_folder(Path("run"), *BASE, make_plan(pipeline, Path("run"))[BASE].digest)
+    assert not (folder / RESULT).exists() and not list(folder.glob("step_*"))
+
+
+def test_another_tokenizer_is_named_where_the_source_has_none_or_not_its_own(existing: dict[str, Path]) -> None:
+    source = save_random_model("llama", Path("bare"))
+    save_tokenizer(Path("small"), ["ab"], size=257)
+    with pytest.raises(DataError, match="has ids up to 256, and the model 99 rows"):
+        _import(_load({"path": str(source), "tokenizer": "small"}))
+    source = Path(shutil.copytree(existing["llama"], "source"))
+    _without_tokenizer(source)
+    assert Tokenizer.load(_import(_load({"path": str(source), "tokenizer": "small"}))).vocabulary_size == ROWS
+
+
+def test_a_model_that_is_not_the_sources_is_refused(existing: dict[str, Path]) -> None:
+    pipeline = _load({"path": str(existing["llama"]), "model": "nano-llama", "vocabulary_size": ROWS})
+    with pytest.raises(
+        CheckpointError, match=r"stages\.base\.model: \w+ is .*: leave out `model` and `vocabulary_size`"
+    ):
+        _import(pipeline)
