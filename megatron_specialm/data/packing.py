@@ -106,14 +106,15 @@ def plan_sequences(lengths: np.ndarray, capacity: int, multiple: int = 1) -> lis
 
 
 def packed(batch: Batch, rows: np.ndarray | None = None, positions: int | None = None) -> Batch:
-    """Windows of a batch behind each other in one sequence.
+    """Windows of a batch behind each other in one sequence. Those without a token that counts are left out.
 
     Args:
         rows: which of the windows; None for all.
         positions: of the sequence, padding at its end included; None for no padding. Padding counts as further windows, none
-            of them longer than T.
+            of them longer than T, with the mixture of the batch's first one.
     """
     part = batch if rows is None else batch.rows(rows)
+    part = part.rows(window_lengths(part) > 0)
     context, lengths = batch.tokens.shape[1], window_lengths(part)
     here = np.arange(context) < lengths[:, None]
     padding = 0 if positions is None else positions - int(lengths.sum())
@@ -122,10 +123,10 @@ def packed(batch: Batch, rows: np.ndarray | None = None, positions: int | None =
     def flat(values: np.ndarray) -> np.ndarray:
         return np.pad(values[here], ((0, padding), *[(0, 0)] * (values.ndim - 2)))[None]
 
-    extra_inputs = {
-        name: np.pad(values, ((0, len(pieces)), (0, 0))) if name == MIXTURE else flat(values)
-        for name, values in part.extra_inputs.items()
-    }
+    extra_inputs = {name: flat(values) for name, values in part.extra_inputs.items() if name != MIXTURE}
+    if MIXTURE in part.extra_inputs:
+        of_padding = np.repeat(batch.extra_inputs[MIXTURE][:1], len(pieces), axis=0)
+        extra_inputs[MIXTURE] = np.concatenate([part.extra_inputs[MIXTURE], of_padding])
     return Batch(flat(part.tokens), flat(part.targets), flat(part.mask), extra_inputs, (*lengths.tolist(), *pieces))
 
 

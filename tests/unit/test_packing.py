@@ -104,6 +104,21 @@ def test_padding_at_the_end_is_windows_of_its_own() -> None:
     assert row.tokens.shape == (1, tokens + 20) and not row.mask[0, tokens:].any()
 
 
+def test_windows_without_a_token_that_counts_are_left_out() -> None:
+    batch = _batch(4, experts=3)
+    batch.mask[2] = 0
+    (part,) = MicroBatches("packed", 4).of([batch])
+    assert part.lengths == tuple(window_lengths(batch)[[0, 1, 3]])
+    np.testing.assert_array_equal(part.extra_inputs[MIXTURE], batch.extra_inputs[MIXTURE][[0, 1, 3]])
+
+
+def test_a_sequence_that_fills_up_has_a_mixture_of_the_batch() -> None:
+    batch = _batch(2, experts=3)
+    first, second = MicroBatches("packed", 4, stages=2, by_expert=True).of([batch.rows(slice(0, 1))])
+    assert not second.mask.any() and (second.extra_inputs[MIXTURE] == batch.extra_inputs[MIXTURE][0]).all()
+    assert first.tokens.shape == second.tokens.shape
+
+
 @pytest.mark.parametrize("packing", ["sorted", "packed"])
 def test_batches_without_a_token_still_make_a_pass(packing: str) -> None:
     empty = _batch(3)._replace(mask=np.zeros((3, CONTEXT), np.float32))
