@@ -43,7 +43,7 @@ PACKING = (
 
 
 def best_packing(setup: Setup) -> Packing:
-    """The packing with the least padding that a setup's model and layout allow. (Where windows can be sorted, they can be packed.)"""
+    """The packing with the least padding that a setup's model and layout allow. What can be sorted can be packed."""
     packed = replace(setup, packing="packed")
     allowed = all(condition.holds(packed) for row in PACKING if row.asked(packed) for condition in row.conditions)
     return "packed" if allowed else "none"
