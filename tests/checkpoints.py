@@ -8,10 +8,13 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY, CONTEXT = 99, 16_384
@@ -37,6 +40,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False, rope_parameters={
             "rope_theta": 700.0, "rope_type": "default", "partial_rotary_factor": 1.0}),
 }  # fmt: skip
+_SMALLER: dict[str, Any] = {**_SIZES, "num_hidden_layers": 4, "initializer_range": 0.2}
+MIXTURES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**_SMALLER, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=3, rms_norm_eps=1e-3,
+        router_aux_loss_coef=0.03, tie_word_embeddings=False, rope_parameters={"rope_theta": 700.0, "rope_type": "default"}),
+    "qwen2-moe": Qwen2MoeConfig(**_SMALLER, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
+        decoder_sparse_step=2, moe_intermediate_size=24, shared_expert_intermediate_size=16, tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 900.0, "rope_type": "default"}),
+    "qwen3-moe": Qwen3MoeConfig(**_SMALLER, num_key_value_heads=2, head_dim=16, num_experts=6, num_experts_per_tok=1,
+        norm_topk_prob=False, moe_intermediate_size=40, tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 900.0, "rope_type": "default"}),
+}  # fmt: skip
+CONFIGS |= MIXTURES
 
 
 def random_model(name: str) -> PreTrainedModel:

@@ -28,7 +28,7 @@ def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # of the hub, the network, and the library's checks of names
+    except Exception as error:  # of the hub, the library's checks, or its HTTP client, which depends on the version
         pinned = f" --revision {revision}" if revision else ""
         raise MachineError(
             f"{name}: no such folder, and the Hugging Face hub does not give a model of this name "

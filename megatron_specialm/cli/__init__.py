@@ -14,7 +14,7 @@ from megatron_specialm.cli.app import app
 
 # Each adds its commands, in the order of --help.
 # isort: off
-from megatron_specialm.cli import pipelines, jobs, results, folders, convert, machines  # noqa: F401
+from megatron_specialm.cli import pipelines, jobs, results, folders, convert, merging, machines  # noqa: F401
 # isort: on
 
 WORK = (["run"], ["work"], ["supervise"])  # commands that go on when their output cannot be written any more

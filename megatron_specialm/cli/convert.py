@@ -10,10 +10,13 @@ from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import app
 
 if TYPE_CHECKING:
+    import torch
+
+    from megatron_specialm.convert.run import Conversion
     from megatron_specialm.convert.source import Source
 
 
-class _To(StrEnum):
+class To(StrEnum):
     huggingface = "huggingface"
     megatron = "megatron"
     megatron_legacy = "megatron-legacy"
@@ -21,7 +24,7 @@ class _To(StrEnum):
     canonical = "canonical"
 
 
-class _Dtype(StrEnum):
+class Dtype(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -40,7 +43,7 @@ Degree = typer.Option(help="Of a Megatron or DeepSpeed target.", min=1)
 def convert(
     source: SourceFolder,
     target: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
-    to: Annotated[_To, typer.Option(help="The target's format.", show_default=False)],
+    to: Annotated[To, typer.Option(help="The target's format.", show_default=False)],
     tensor_parallel: Annotated[int, Degree] = 1,
     pipeline_parallel: Annotated[int, Degree] = 1,
     expert_parallel: Annotated[int, Degree] = 1,
@@ -50,7 +53,7 @@ def convert(
     data_parallel: Annotated[int, typer.Option(help="Ranks of a DeepSpeed target of ZeRO stage 1.", min=1)] = 1,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's state out.")] = False,
     dtype: Annotated[
-        _Dtype | None, typer.Option(help="Default: the source's; fp32 for canonical.", show_default=False)
+        Dtype | None, typer.Option(help="Default: the source's; fp32 for canonical.", show_default=False)
     ] = None,
     config: ModelConfig = None,
     tokenizer: Annotated[
@@ -62,13 +65,10 @@ def convert(
     The source's format is recognized by its content. The target is read back and compared by its fingerprint before it gets
     its name; without that it is removed.
     """
-    import torch
-
     from megatron_specialm.base.stopwatch import Stopwatch
     from megatron_specialm.convert.run import convert as run
     from megatron_specialm.convert.source import Layout
 
-    types = {None: None, _Dtype.fp32: torch.float32, _Dtype.bf16: torch.bfloat16}
     watch = Stopwatch()
     layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel, zero_stage, data_parallel)
     done = run(
@@ -76,18 +76,32 @@ def convert(
         target,
         to=to,
         layout=layout,
-        dtype=types[dtype],
+        dtype=torch_dtype(dtype),
         config=config,
         tokenizer=tokenizer,
         weights_only=weights_only,
     )
+    say_converted(done, target, seconds=watch.seconds)
+
+
+def torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
+    """The type of weights; None: the target's default."""
+    import torch
+
+    return {None: None, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}[dtype]
+
+
+def say_converted(done: "Conversion", target: Path, *, seconds: float) -> None:
+    """Print what was converted to where, and what was left out."""
     opened = done.source
     say(f"{opened.path}: {_described(opened)}")
     for name, reason in opened.dropped.items():
         say(f"left out: {name}: {reason}")
+    if (moe := opened.model.shape.moe) is not None and moe.capacity_factor is not None:
+        say(f"capacity_factor {moe.capacity_factor}: the fingerprint's logits are without it: no token is dropped")
     say(
-        f"{target}: {to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
-        f"{done.bytes / 2**20:,.1f} MiB, in {watch.seconds:.1f} s; read back, and every weight is equal"
+        f"{target}: {done.to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
+        f"{done.bytes / 2**20:,.1f} MiB, in {seconds:.1f} s; read back, and every weight is equal"
     )
     if opened.optimizer is not None:
         say(f"{target}: has Adam's state after {opened.optimizer.step} updates; read back, and every moment is equal")

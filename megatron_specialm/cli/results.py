@@ -100,7 +100,9 @@ def generate(
     models: Annotated[
         list[Path],
         typer.Argument(
-            metavar="MODEL...", help="RUN/STAGE/KEY of a training, or an exported folder.", show_default=False
+            metavar="MODEL...",
+            help="RUN/STAGE/KEY of a training, an exported folder, or a checkpoint of any format with a tokenizer.",
+            show_default=False,
         ),
     ],
     prompt: Annotated[str, typer.Argument(help="The beginning of the text.", show_default=False)],
@@ -144,21 +146,3 @@ def samples(
     for method, folder in found.models.items():
         text = open_model(folder).write(prompt, tokens=tokens, temperature=0.8, top_k=40, seed=seed)
         say(f"{method}: {' '.join(text.split())}")
-
-
-@app.command()
-def project(
-    folder: Annotated[
-        Path, typer.Argument(help="A trained SLM-pn or MoE by cluster: RUN/STAGE/generic.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
-    expert: Annotated[int, typer.Option(help="The expert's number, from 0: that of its cluster.", show_default=False)],
-) -> None:
-    """Write one expert of a projected network, or of an MoE that routes by cluster, as an ordinary checkpoint."""
-    from megatron_specialm.run.processes import ignore_expected_warnings
-
-    ignore_expected_warnings()
-    from megatron_specialm.checkpoint.merged import project_expert  # imports Megatron-Core
-
-    step = project_expert(folder, output, expert=expert)
-    say(f"expert {expert}: {step}")

@@ -39,7 +39,26 @@ class Model:
         """All that decides what is computed from weights. Two models of equal weights and this are equal."""
         shape = self.shape.model_dump(mode="json", exclude={"name", "init_std"})
         return {**shape, "query_groups": self.shape.kv_heads, "kv_channels": self.shape.head_size,
-                "vocabulary_size": self.vocabulary_size}  # fmt: skip
+                "vocabulary_size": self.vocabulary_size, **_experts_compute(self.shape)}  # fmt: skip
+
+
+def _experts_compute(shape: ModelConfig) -> dict[str, Any]:
+    """The settings of `Model.computes` of a mixture of experts: without those of training, and the size of dense layers only
+    if there are any."""
+    moe = shape.moe
+    if moe is None:
+        return {}
+    size = moe.ffn_hidden_size or shape.ffn_hidden_size
+    only = {
+        "experts": moe.counts if len(set(moe.counts)) > 1 else moe.counts[0],
+        "every": moe.every,
+        "top_k": moe.top_k,
+        "ffn_hidden_size": size,
+        "scores": "sigmoid" if moe.bias_update_rate else "softmax",
+        "shared_expert": moe.shared_expert,
+        "residual": moe.residual,
+    }
+    return {"moe": only, "ffn_hidden_size": size if moe.every == 1 else shape.ffn_hidden_size}
 
 
 class _Fixed(NamedTuple):
@@ -60,11 +79,24 @@ class _Architecture:
     head_dim: int | None = None  # what Transformers takes where it is not set; None: hidden size / heads
     epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
     tied: bool = False
+    rotary_base: int = 10_000  # what Transformers takes where it is not set
+    experts: "_Experts | None" = None
+
+
+class _Experts(NamedTuple):
+    """The names of settings of a mixture of experts; None for what the architecture has not."""
+
+    size: str = "moe_intermediate_size"
+    every: str | None = "decoder_sparse_step"
+    normalized: str | None = "norm_topk_prob"  # always so where there is no such setting
+    shared: str | None = None
+    qkv_bias: bool = False  # whether `qkv_bias` is a setting, which is true where it is missing
 
 
 _SWIGLU = _Fixed("hidden_act", ("silu", "swish"), "silu", "the feed-forward part is SwiGLU")
 _NO_BIAS = _Fixed("attention_bias", (False,), False, "the attention's output has no bias here")
 _NO_WINDOW = _Fixed("use_sliding_window", (False,), False, "attention sees the whole context here")
+_SPARSE = _Fixed("mlp_only_layers", ([], None), None, "here the last of every `decoder_sparse_step` layers has experts")
 _ARCHITECTURES = {
     "LlamaForCausalLM": _Architecture(
         "llama", (_SWIGLU, _NO_BIAS, _Fixed("mlp_bias", (False,), False, "SwiGLU has no biases here"))
@@ -73,6 +105,18 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": _Architecture("llama", (_SWIGLU, _NO_BIAS, _NO_WINDOW), qk_norm=True, head_dim=128),
     "MistralForCausalLM": _Architecture(
         "llama", (_SWIGLU, _Fixed("sliding_window", (None,), 4096, "attention sees the whole context here"))
+    ),
+    "MixtralForCausalLM": _Architecture(
+        "llama", (_SWIGLU, _Fixed("sliding_window", (None,), None, "attention sees the whole context here")),
+        epsilon=("rms_norm_eps", 1e-5), rotary_base=1_000_000,
+        experts=_Experts("intermediate_size", every=None, normalized=None),
+    ),
+    "Qwen2MoeForCausalLM": _Architecture(
+        "llama", (_SWIGLU, _NO_WINDOW, _SPARSE),
+        experts=_Experts(shared="shared_expert_intermediate_size", qkv_bias=True),
+    ),
+    "Qwen3MoeForCausalLM": _Architecture(
+        "llama", (_SWIGLU, _NO_BIAS, _NO_WINDOW, _SPARSE), qk_norm=True, experts=_Experts(),
     ),
     "GPTNeoXForCausalLM": _Architecture(
         "neox",
@@ -98,15 +142,22 @@ def architecture_of(config: ModelConfig) -> str:
     Raises:
         CheckpointError: there is none.
     """
+    if config.export_refusal is not None:
+        raise CheckpointError(f"no model of Transformers: {config.export_refusal}")
     if config.family == "neox":
         return "GPTNeoXForCausalLM"
-    if config.moe is not None and not (config.qkv_bias or config.qk_norm):
-        return "Qwen2MoeForCausalLM"
-    if config.moe is not None or (config.qkv_bias and config.qk_norm):
+    moe = config.moe
+    shared = moe is not None and moe.shared_expert is not None
+    if config.qk_norm and (config.qkv_bias or shared):
         raise CheckpointError(
-            "a model with qkv_bias and qk_norm, or with one of them and experts, is none of Transformers' that is known here"
+            "a model with qk_norm and qkv_bias, or with qk_norm and a shared expert, is none of Transformers' known here"
         )
-    return "Qwen2ForCausalLM" if config.qkv_bias else "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    if moe is None:
+        return "Qwen2ForCausalLM" if config.qkv_bias else "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    if config.qk_norm:
+        return "Qwen3MoeForCausalLM"
+    is_mixtral = moe.every == 1 and moe.top_k > 1 and not (config.qkv_bias or shared)
+    return "MixtralForCausalLM" if is_mixtral else "Qwen2MoeForCausalLM"
 
 
 def rotary_scaling(config: ModelConfig) -> dict[str, Any]:
@@ -164,6 +215,8 @@ def read_config(path: Path) -> Model:
             settings["activation"] = _ACTIVATIONS.get(theirs.get("hidden_act", "gelu"), theirs.get("hidden_act"))
         else:
             settings |= _llama(theirs, known)
+        if known.experts is not None:
+            settings |= _moe(path, theirs, known.experts)
         return Model(
             ModelConfig(**settings), theirs["vocab_size"], theirs["max_position_embeddings"],
             {name: theirs[name] for name in SPECIAL_IDS if theirs.get(name) is not None},
@@ -187,10 +240,31 @@ def _llama(theirs: Mapping[str, Any], known: _Architecture) -> dict[str, Any]:
     }
 
 
+def _moe(path: Path, theirs: Mapping[str, Any], names: _Experts) -> dict[str, Any]:
+    """The settings of a mixture of experts."""
+    top_k = theirs["num_experts_per_tok"]
+    normalized = names.normalized is None or bool(theirs.get(names.normalized, False))
+    if normalized != (top_k > 1):
+        raise CheckpointError(
+            f"{path}: num_experts_per_tok is {top_k}, and the weights of a token's experts are "
+            f"{'divided by their sum' if normalized else 'softmax probabilities'}; here they are divided by their sum if there "
+            "are several experts, and the probability of a single one: no other router can be converted"
+        )
+    moe = {
+        "experts": theirs["num_local_experts" if "num_local_experts" in theirs else "num_experts"],
+        "top_k": top_k,
+        "every": 1 if names.every is None else theirs.get(names.every, 1),
+        "ffn_hidden_size": theirs[names.size],
+        "shared_expert": (theirs[names.shared] or None) if names.shared is not None else None,
+        "aux_loss": theirs.get("router_aux_loss_coef", 0.001),
+    }
+    return {"moe": moe, **({"qkv_bias": theirs.get("qkv_bias", True)} if names.qkv_bias else {})}
+
+
 def _rotary(path: Path, theirs: Mapping[str, Any], known: _Architecture) -> dict[str, Any]:
     """Base and scaling of rotary positions, as Transformers 5 or 4 writes them."""
     rotary = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
-    base = rotary.pop("rope_theta", theirs.get("rope_theta", theirs.get("rotary_emb_base", 10_000)))
+    base = rotary.pop("rope_theta", theirs.get("rope_theta", theirs.get("rotary_emb_base", known.rotary_base)))
     part = rotary.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", theirs.get("rotary_pct")))
     kind = rotary.pop("rope_type", rotary.pop("type", "default"))
     rotary.pop("type", None)

@@ -6,6 +6,7 @@ A stage names the stages that it reads in its own fields (`tokens: tokens`, `ini
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -65,9 +66,9 @@ class ImportStage(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.revision is not None and not is_hub_name(self.path):
+        if self.revision is not None and (not is_hub_name(self.path) or Path(self.path).is_dir()):
             raise ValueError(
-                f"revision {self.revision!r} goes with a name on the hub, and path {self.path!r} is none: drop it"
+                f"revision {self.revision!r} goes with a name on the hub, and path {self.path!r} is a folder's: drop it"
             )
         return self
 

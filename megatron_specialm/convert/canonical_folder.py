@@ -1,6 +1,6 @@
 """Checkpoints of our own: `step_N` folders, of any engine and layout, and folders of trainings that have ended."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_specialm.base.artifacts import LABEL, artifact_folder, read_label
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import publish_folder, read_json, write_json
 from megatron_specialm.base.shapes import Size
-from megatron_specialm.checkpoint.opening import read_checkpoint
+from megatron_specialm.checkpoint.opening import Checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.steps import RESULT, STATE, declare_final, find_final, step_folder
 from megatron_specialm.config.architectures import Model, refuse_given
 from megatron_specialm.config.model import ModelConfig
@@ -21,7 +21,7 @@ from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer, is_ours
-from megatron_specialm.model.merge import adapted
+from megatron_specialm.model.merge import adapted, ordinary
 from megatron_specialm.model.weights import weight_specs
 
 FORMAT = "canonical"
@@ -55,13 +55,12 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         ArtifactError: a file is missing, damaged or changed.
         CheckpointError: it is of a projected network, or tensors do not fit the model.
     """
-    step = path if (path / STATE).is_file() else find_final(path)
-    checkpoint, state = read_checkpoint(step), read_json(step / STATE, _State)
-    model = _model(step, state, given)
+    checkpoint, state = _read(path)
+    step, model = checkpoint.folder, _model(checkpoint.folder, state, given)
     shape = model.shape
-    if shape.projection is not None:
+    if shape.window_experts is not None:
         raise CheckpointError(
-            f"{step}: a projected network of {shape.projection.experts} experts: make one of them an ordinary model with "
+            f"{step}: a model of {shape.window_experts} experts, one per cluster: make one of them an ordinary model with "
             "`specialm project`, and convert that"
         )
     stored: Mapping[str, LazyTensor] = checkpoint.weights.stored
@@ -76,15 +75,85 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         raise CheckpointError(f"{step}: {left[0]} has no place in the model ({len(left)} left over)")
     optimizer = None if adapters else _adam(checkpoint.optimizer_state.stored, names, state)
     reason = "of adapters, which are merged" if adapters else "of some weights only: the others are frozen"
+    layout = "adapters merged" if adapters else "whole tensors"
+    return _source(
+        checkpoint, state, replace(model, shape=merged), weights, layout=layout, optimizer=optimizer, without_it=reason
+    )
+
+
+def open_experts(path: Path, mixture: Callable[[int], torch.Tensor]) -> Source:
+    """Open an expert, or a mixture of experts, of a model that has one per cluster: an ordinary model.
+
+    Args:
+        mixture: from the number K of experts to their coefficients (K,): one-hot for a single one.
+
+    Raises:
+        CheckpointError: it is an ordinary model, or has no such mixture.
+    """
+    mixture_K = mixture(experts := expert_count(path))
+    checkpoint, state = _read(path)
+    model, is_one = _model(checkpoint.folder, state, None), bool(mixture_K.count_nonzero() == 1)
+    if model.shape.projection is None and not is_one:
+        raise CheckpointError(f"{checkpoint.folder}: its experts have no average: name one (--expert)")
+    # In memory: it is as small as what it was trained to be.
+    found, merged = (
+        ordinary(checkpoint.weights, model.shape, mixture_K, where=checkpoint.folder),
+        model.shape.base_config,
+    )
+    names = weight_specs(merged, vocabulary_size=model.vocabulary_size)
+    weights = {name: found[name].contiguous() for name in names}
+    layout = f"expert {int(mixture_K.argmax())} of {experts}" if is_one else f"average of {experts} experts"
+    return _source(
+        checkpoint, state, replace(model, shape=merged), weights, layout=layout, without_it="of all experts together"
+    )
+
+
+def expert_count(path: Path) -> int:
+    """The number of experts of a model that has one per cluster.
+
+    Raises:
+        CheckpointError: it is an ordinary model, or of no training.
+    """
+    if not recognize(path):
+        raise CheckpointError(
+            f"{path}: no result.json: name the folder of a training that has ended, RUN/STAGE/KEY, or a mixture's, RUN/STAGE"
+        )
+    step = _step_of(path)
+    if (experts := _model(step, read_json(step / STATE, _State), None).shape.window_experts) is None:
+        raise CheckpointError(f"{step}: an ordinary model, without an expert per cluster: there is none to write")
+    return experts
+
+
+def _read(path: Path) -> tuple[Checkpoint, _State]:
+    step = _step_of(path)
+    return read_checkpoint(step), read_json(step / STATE, _State)
+
+
+def _step_of(path: Path) -> Path:
+    return path if (path / STATE).is_file() else find_final(path)
+
+
+def _source(
+    checkpoint: Checkpoint,
+    state: _State,
+    model: Model,
+    weights: Mapping[str, LazyTensor],
+    *,
+    layout: str,
+    optimizer: AdamState | None = None,
+    without_it: str,
+) -> Source:
+    """A source of an ordinary model. `without_it`: why the optimizer's state is left out, where it is."""
+    step = checkpoint.folder
     return Source(
         path=step,
         format=FORMAT,
-        model=replace(model, shape=merged),
+        model=model,
         weights=weights,
-        stored=stored,
-        layout="adapters merged" if adapters else "whole tensors",
+        stored=checkpoint.weights.stored,
+        layout=layout,
         step=int(step.name.removeprefix("step_")) if step.name.startswith("step_") else 0,
-        dropped={"optimizer state": reason} if checkpoint.optimizer_state and optimizer is None else {},
+        dropped={"optimizer state": without_it} if checkpoint.optimizer_state and optimizer is None else {},
         optimizer=optimizer,
         tokenizer=_tokenizer_of(step.parent),
         tokenizer_fingerprint=state.tokenizer,
@@ -122,7 +191,7 @@ def _tokenizer_of(training: Path) -> Path | None:
     if is_ours(training):  # of an import stage
         return training
     artifact = training.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
-    if not (artifact / LABEL).is_file():
+    if not (artifact / LABEL).is_file() or len(artifact.parents) < 4:
         return None
     inputs = read_label(artifact)["made_from"].get("inputs", {})
     root, tasks = artifact.parents[3], (name.partition("/") for name in inputs)

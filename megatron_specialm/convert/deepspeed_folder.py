@@ -252,6 +252,7 @@ def _found(
     universal: bool,
 ) -> DeepSpeedFolder:
     names = state.get("param_shapes") or []
+    per_rank = experts_of({name: None for group in names for name in group})
     return DeepSpeedFolder(
         folder=folder,
         universal=universal,
@@ -261,7 +262,7 @@ def _found(
         module=module,
         shared=state.get("shared_params") or {},
         groups=[
-            ParameterGroup(own, list(_all_experts(shapes, weights)))
+            ParameterGroup(own, list(_all_experts(shapes, per_rank, experts_of(weights))))
             for own, shapes in zip(settings, names, strict=False)
         ],
         settings=state.get("ds_config") or {},
@@ -269,10 +270,9 @@ def _found(
     )
 
 
-def _all_experts(names: Iterable[str], weights: Mapping[str, LazyTensor]) -> Iterator[str]:
+def _all_experts(names: Iterable[str], per_rank: Mapping[str, int], counts: Mapping[str, int]) -> Iterator[str]:
     """The names of a group with the experts of all ranks: the checkpoint lists those of rank 0."""
-    counts = experts_of(weights)
     for layer, own in itertools.groupby(names, lambda name: (match := EXPERT.fullmatch(name)) and match["layer"]):
         local = list(own)
-        for first in range(0, counts[layer], experts_of(dict.fromkeys(local))[layer]) if layer else [0]:
+        for first in range(0, counts[layer], per_rank[layer]) if layer else [0]:
             yield from (renumbered(name, first) for name in local)

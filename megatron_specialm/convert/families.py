@@ -8,7 +8,7 @@
     gate_up   linear_fc1 of a gated MLP stacks [gate; up]: split in two
 
 A weight of all experts of a layer is (E, ...): each expert's part is split as its row says, under names with its number.
-What the other architecture has and a model of ours has not is written as zeros, with which it computes the same.
+Experts have the names of Qwen2-MoE's files here; `expert_names.py` has Mixtral's and others.
 
 Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weight is (64, 32), its rows being
 2 groups x (2 + 1 + 1) x 8; it becomes q_proj (32, 32), k_proj (16, 32), v_proj (16, 32).
@@ -16,14 +16,16 @@ Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weig
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.config.architectures import architecture_of
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.convert.lazy import Computed, LazyTensor
+from megatron_specialm.convert.expert_names import fused_name, mixtral_name, table_names
+from megatron_specialm.convert.lazy import Computed, LazyTensor, filled, part
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
 
 
@@ -42,18 +44,18 @@ class Row(NamedTuple):
             return self.theirs
         return tuple(name.replace(".E.", f".{expert}.") for expert in range(self.experts) for name in self.theirs)
 
-    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """Our weight as tensors under `names`."""
-        parts = tensor.unbind() if self.experts else (tensor,)
-        return [one for part in parts for one in _split(self.kind, part, config)]
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> Iterator[torch.Tensor]:
+        """Our weight as tensors under `names`, one expert after the other."""
+        for one in tensor.unbind() if self.experts else (tensor,):
+            yield from _split(self.kind, one, config)
 
-    def join(self, tensors: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-        """The inverse of `split`."""
+    def join(self, tensors: Sequence[LazyTensor], config: ModelConfig) -> torch.Tensor:
+        """The inverse of `split`. Of experts the tensors of one at a time are read."""
         if not self.experts:
-            return _join(self.kind, tensors, config)
+            return _join(self.kind, [one[()] for one in tensors], config)
         width = len(self.theirs)
-        firsts = range(0, len(tensors), width)
-        return torch.stack([_join(self.kind, tensors[first : first + width], config) for first in firsts])
+        groups = [tensors[first : first + width] for first in range(0, len(tensors), width)]
+        return filled((_join(self.kind, [one[()] for one in own], config) for own in groups), len(groups))
 
 
 def _split(kind: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, ...]:
@@ -138,42 +140,34 @@ _LLAMA = [
     Row(OUTPUT_LAYER, ("lm_head.weight",)),
 ]
 
-# The size of a shared expert of zeros; tensor parallelism over up to so many processes divides it.
-EMPTY_SHARED_EXPERT = 16
 # Buffers that earlier versions of Transformers saved: they follow from the config.
 _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """The rows of the family's table for the weights that the model has, for each layer."""
+def rows(config: ModelConfig, *, rename: Callable[[str], str] = str) -> list[Row]:
+    """The rows of the family's table for the weights that the model has, for each layer.
+
+    Args:
+        rename: makes another name of each of theirs.
+    """
     specs = weight_specs(config, vocabulary_size=1)
     found = []
     for row in _LLAMA if config.family == "llama" else _NEOX:
         for layer in range(config.layers) if ".N." in row.ours else [0]:
             ours, *theirs = (name.replace(".N.", f".{layer}.") for name in (row.ours, *row.theirs))
             if (spec := specs.get(ours)) is not None:
-                found.append(Row(ours, tuple(theirs), row.kind, spec.shape[0] if spec.is_expert else 0))
+                names = tuple(map(rename, theirs))
+                found.append(Row(ours, names, row.kind, spec.shape[0] if spec.is_expert else 0))
     return found
 
 
-def zero_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The weights of Qwen2-MoE that a model of ours has not, which are written as zeros: biases of queries, keys and values,
-    which vLLM's model always has, and a shared expert, which vLLM refuses in size 0 and Transformers would report as
-    missing."""
-    found: dict[str, tuple[int, ...]] = {}
-    if config.moe is None:
-        return found
-    heads = {"q": config.attention_heads, "k": config.kv_heads, "v": config.kv_heads}
-    hidden, size = config.hidden_size, EMPTY_SHARED_EXPERT
-    shared = {"gate_proj": (size, hidden), "up_proj": (size, hidden), "down_proj": (hidden, size)}
-    for layer in range(config.layers):
-        for part, count in heads.items():
-            found[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = (count * config.head_size,)
-        if config.experts_of(layer) and config.moe.shared_expert is None:
-            place = f"model.layers.{layer}.mlp.shared_expert"
-            found |= {f"{place}.{part}.weight": shape for part, shape in shared.items()}
-            found[f"{place}_gate.weight"] = (1, hidden)
-    return found
+def rows_in_files(config: ModelConfig) -> list[Row]:
+    """The rows with the names that Transformers gives weights in files.
+
+    Raises:
+        CheckpointError: Transformers has no such architecture.
+    """
+    return rows(config, rename=mixtral_name if architecture_of(config) == "MixtralForCausalLM" else str)
 
 
 def is_buffer(name: str) -> bool:
@@ -196,7 +190,7 @@ def from_huggingface_lazily(
     Raises:
         CheckpointError: naming a weight that is missing, has no place or is of another shape.
     """
-    rest, found = dict(stored), {}
+    rest, found = table_names(stored), {}
     specs = weight_specs(config, vocabulary_size=vocabulary_size)
     for row in rows(config):
         for name, shape in huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items():
@@ -215,7 +209,10 @@ def from_huggingface_lazily(
 
 
 def to_huggingface_lazily(
-    weights: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+    weights: Mapping[str, LazyTensor],
+    config: ModelConfig,
+    *,
+    vocabulary_size: int,
 ) -> dict[str, LazyTensor]:
     """The inverse of `from_huggingface_lazily`."""
     found: dict[str, LazyTensor] = {}
@@ -228,12 +225,26 @@ def to_huggingface_lazily(
     return found
 
 
+def to_modules_lazily(
+    weights: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+) -> dict[str, LazyTensor]:
+    """Canonical weights by the names of modules of Transformers 5, in which all experts of a layer are one tensor."""
+    found = to_huggingface_lazily(weights, config, vocabulary_size=vocabulary_size)
+    for row in rows(config):
+        if row.experts:
+            found = {name: tensor for name, tensor in found.items() if name not in row.names}
+            found[fused_name(row.theirs[0])] = weights[row.ours]
+    return found
+
+
 def _piece(row: Row, whole: LazyTensor, config: ModelConfig, number: int, shape: tuple[int, ...]) -> LazyTensor:
-    return Computed(shape, whole.dtype, lambda: row.split(whole[()], config)[number])
+    expert, place = divmod(number, len(row.theirs))
+    own = part(whole, expert) if row.experts else whole
+    return Computed(shape, whole.dtype, lambda: _split(row.kind, own[()], config)[place])
 
 
 def _joined(row: Row, parts: Sequence[LazyTensor], config: ModelConfig, shape: tuple[int, ...]) -> LazyTensor:
-    return Computed(shape, parts[0].dtype, lambda: row.join([part[()] for part in parts], config))
+    return Computed(shape, parts[0].dtype, lambda: row.join(parts, config))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class Target(NamedTuple):
     Attributes:
         more_bytes: of each element, that are written beside it; `optimizer_bytes` more with the optimizer's state.
         no_optimizer: why it cannot hold that.
+        no_optimizer_of_experts: the same, of a mixture of experts.
         has_main_weights: whether it has fp32 main weights beside a model in another type.
     """
 
@@ -49,6 +50,7 @@ class Target(NamedTuple):
     more_bytes: int = 0
     optimizer_bytes: int = 0
     no_optimizer: str = ""
+    no_optimizer_of_experts: str = ""
     has_main_weights: bool = True
 
 
@@ -57,11 +59,13 @@ TARGETS = {
     huggingface_folder.FORMAT: Target(
         huggingface_folder.write_folder, no_optimizer="a folder of Transformers holds a model, no training"
     ),
-    megatron_folder.FORMAT: Target(megatron_folder.write_torch_dist, optimizer_bytes=12),
+    megatron_folder.FORMAT: Target(
+        megatron_folder.write_torch_dist,
+        optimizer_bytes=12,
+        no_optimizer_of_experts="Megatron-Core has an optimizer for experts and another for all else, which are not written",
+    ),
     megatron_folder.LEGACY: Target(
-        megatron_folder.write_legacy,
-        no_optimizer="it is numbered by the parameters of each rank's modules there: convert to megatron, whose optimizer "
-        "state any layout loads",
+        megatron_folder.write_legacy, no_optimizer=f"{megatron_folder.LEGACY_OPTIMIZER}: convert to megatron"
     ),
     deepspeed_models.FORMAT: Target(deepspeed_models.write_folder, more_bytes=12),
 }

@@ -13,17 +13,21 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.architectures import architecture_of, rotary_scaling
 from megatron_specialm.config.model import Activation, ModelConfig
-from megatron_specialm.convert.families import EMPTY_SHARED_EXPERT, fitting, nothing_left, rows, zero_shapes
+from megatron_specialm.convert.expert_names import table_names
+from megatron_specialm.convert.families import Row, fitting, nothing_left, rows, rows_in_files
+from megatron_specialm.convert.qwen2_moe import EMPTY_SHARED_EXPERT, zero_shapes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,7 +41,7 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
     zeros = {name: torch.zeros(shape) for name, shape in zero_shapes(config).items()}
-    return {**_converted(tensors, config, to_theirs=True), **zeros}
+    return {**_converted(tensors, config, rows_in_files(config), to_theirs=True), **zeros}
 
 
 def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
@@ -45,19 +49,22 @@ def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -
     zeros = zero_shapes(config)
     if used := [name for name in zeros if name in tensors and tensors[name].any()]:
         raise CheckpointError(f"{used[0]} is not zero, and a model of ours has no such weight: it cannot be read")
-    return _converted({name: tensors[name] for name in tensors if name not in zeros}, config, to_theirs=False)
+    own = table_names({name: tensors[name] for name in tensors if name not in zeros})
+    return _converted({name: tensor[()] for name, tensor in own.items()}, config, rows(config), to_theirs=False)
 
 
-def _converted(tensors: Mapping[str, torch.Tensor], config: ModelConfig, *, to_theirs: bool) -> Tensors:
+def _converted(
+    tensors: Mapping[str, torch.Tensor], config: ModelConfig, table: list[Row], *, to_theirs: bool
+) -> Tensors:
     rest: Tensors = dict(tensors)
     result: Tensors = {}
-    for row in rows(config):
+    for row in table:
         names, others = ((row.ours,), row.names) if to_theirs else (row.names, (row.ours,))
         if missing := [name for name in names if name not in rest]:
             raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
         parts = [rest.pop(name) for name in names]
         with fitting(names[0], config):
-            made = row.split(parts[0], config) if to_theirs else [row.join(parts, config)]
+            made = list(row.split(parts[0], config)) if to_theirs else [row.join(parts, config)]
             result.update(zip(others, made, strict=True))
     nothing_left(rest)
     return result
@@ -108,21 +115,37 @@ def huggingface_config(
     return exported
 
 
-def _qwen2_moe(settings: dict[str, Any], config: ModelConfig) -> Qwen2MoeConfig:
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    """What Qwen2-MoE and Qwen3-MoE say of experts."""
     moe = config.moe
-    assert moe is not None and config.export_refusal is None
-    return Qwen2MoeConfig(
-        **settings,
-        decoder_sparse_step=moe.every,
-        mlp_only_layers=[],
-        num_experts=moe.counts[0],
+    assert moe is not None
+    return {
+        "decoder_sparse_step": moe.every,
+        "mlp_only_layers": [],
+        "num_experts": moe.counts[0],
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.top_k > 1,
+        "moe_intermediate_size": moe.ffn_hidden_size or config.ffn_hidden_size,
+        "router_aux_loss_coef": moe.aux_loss,
+        "use_sliding_window": False,
+    }
+
+
+def _qwen2_moe(settings: dict[str, Any], config: ModelConfig) -> PretrainedConfig:
+    assert config.moe is not None
+    shared = config.moe.shared_expert or EMPTY_SHARED_EXPERT
+    return Qwen2MoeConfig(**settings, **_experts(config), shared_expert_intermediate_size=shared, qkv_bias=True)
+
+
+def _mixtral(settings: dict[str, Any], config: ModelConfig) -> PretrainedConfig:
+    moe = config.moe
+    assert moe is not None
+    return MixtralConfig(
+        **{**settings, "intermediate_size": moe.ffn_hidden_size or config.ffn_hidden_size},
+        num_local_experts=moe.counts[0],
         num_experts_per_tok=moe.top_k,
-        norm_topk_prob=moe.top_k > 1,
-        moe_intermediate_size=moe.ffn_hidden_size or config.ffn_hidden_size,
-        shared_expert_intermediate_size=moe.shared_expert or EMPTY_SHARED_EXPERT,
         router_aux_loss_coef=moe.aux_loss,
-        qkv_bias=True,
-        use_sliding_window=False,
+        sliding_window=None,
     )
 
 
@@ -131,16 +154,25 @@ _GATED: dict[str, Callable[[dict[str, Any], ModelConfig], PretrainedConfig]] = {
     "Qwen2ForCausalLM": lambda settings, _: Qwen2Config(**settings, use_sliding_window=False),
     "Qwen3ForCausalLM": lambda settings, _: Qwen3Config(**settings, use_sliding_window=False, attention_bias=False),
     "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": lambda settings, config: Qwen3MoeConfig(
+        **settings, **_experts(config), attention_bias=False
+    ),
+    "MixtralForCausalLM": _mixtral,
 }
 
 
 def save_config(exported: PretrainedConfig, folder: Path) -> None:
-    """Write config.json. Scaled rotary positions stand in it under Transformers 4's name too."""
+    """Write config.json. Scaled rotary positions, and Qwen3-MoE's number of experts, stand in it under Transformers 4's names
+    too."""
     exported.save_pretrained(folder)
     written = read_json(folder / "config.json", dict[str, Any])
+    before_5 = {}
     scaling = {name: value for name, value in written["rope_parameters"].items() if name not in _NOT_SCALING}
     if scaling["rope_type"] != "default":
-        write_json(folder / "config.json", {**written, "rope_scaling": scaling})
+        before_5["rope_scaling"] = scaling
+    if "num_local_experts" in written and "norm_topk_prob" in written:
+        before_5["num_experts"] = written["num_local_experts"]
+    write_json(folder / "config.json", {**written, **before_5})
 
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")

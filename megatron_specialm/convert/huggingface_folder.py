@@ -17,10 +17,12 @@ from megatron_specialm.convert.families import (
     huggingface_shapes,
     is_buffer,
     rows,
-    zero_shapes,
+    rows_in_files,
 )
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.llama_cpp import reads_sentencepiece
+from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
@@ -49,7 +51,8 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     model = read_config(path / CONFIG)
     files, places = _files(path)
     stored = _stored(path, files, places)
-    used, dropped = without_copies(path, stored, model)
+    model, zeros = without_zeros(stored, model)
+    used, dropped = without_copies(path, {name: stored[name] for name in stored if name not in zeros}, model)
     found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
     return Source(
         path=path,
@@ -58,7 +61,7 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
         weights=found,
         stored=stored,
         layout="one file" if len(files) == 1 else f"{len(files)} files",
-        dropped=dropped,
+        dropped={**dropped, **counted_zeros(zeros)},
         tokenizer=find_tokenizer(path),
         fingerprint=read_fingerprint(path),
     )
@@ -122,7 +125,7 @@ def without_copies(
 def write_folder(target: TargetSpec) -> None:
     """Write a folder that Transformers loads, in shards of at most `SHARD_BYTES`."""
     folder, source = target.folder, target.source
-    table = {row.ours: row for row in rows(source.model.shape)}
+    table = {row.ours: row for row in rows_in_files(source.model.shape)}
     files, places = _planned(target, table.values())
 
     def write(name: str, tensor: LazyTensor) -> None:
@@ -140,7 +143,12 @@ def write_folder(target: TargetSpec) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     write_config(source.model, folder, dtype=target.dtype)
     if source.tokenizer is not None:
-        copy_tokenizer(source.tokenizer, folder, context_length=source.model.context_length)
+        copy_tokenizer(
+            source.tokenizer,
+            folder,
+            context_length=source.model.context_length,
+            sentencepiece=reads_sentencepiece(source.model.shape),
+        )
     target.fingerprint.save(folder)
     seal_folder(folder)
 

@@ -1,7 +1,7 @@
 """Tensors that are read when they are indexed, and not before: what every format's reader gives and the driver takes."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,12 +70,39 @@ def part(tensor: LazyTensor, number: int) -> LazyTensor:
     return Sliced(tuple(tensor.shape[1:]), tensor.dtype, lambda index: tensor[(slice(number, number + 1), *index)][0])
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """A tensor of zeros."""
+    return Computed(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
+def row_range(tensor: LazyTensor, first: int, stop: int) -> LazyTensor:
+    """Some rows of a tensor."""
+    return Sliced(
+        (stop - first, *tensor.shape[1:]),
+        tensor.dtype,
+        lambda index: tensor[(slice(first + index[0].start, first + index[0].stop), *index[1:])],
+    )
+
+
+def filled(parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """So many tensors of one shape along a new first dimension; one of them at a time is in memory beside the result."""
+    whole = torch.empty(0)
+    for number, part in enumerate(parts):
+        if not number:
+            whole = torch.empty(count, *part.shape, dtype=part.dtype)
+        whole[number] = part
+    return whole
+
+
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors of one shape along a new first dimension."""
     shape = (len(parts), *parts[0].shape)
-    return Sliced(
-        shape, parts[0].dtype, lambda index: torch.stack([one[index[1:]] for one in parts[index[0]]]),
-    )  # fmt: skip
+
+    def read(index: tuple[slice, ...]) -> torch.Tensor:
+        own = parts[index[0]]
+        return filled((one[index[1:]] for one in own), len(own))
+
+    return Sliced(shape, parts[0].dtype, read)
 
 
 def with_rows(tensor: LazyTensor, rows: int) -> LazyTensor:

@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.architectures import Model
+from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, AdamState, read_adam
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor, cast, stacked, with_rows
+from megatron_specialm.convert.megatron_moe import check_experts, expert_parts, megatron_expert_name, spec_of
 from megatron_specialm.convert.megatron_names import (
     EXTRA_STATE,
     canonical_names,
@@ -25,17 +28,19 @@ from megatron_specialm.convert.megatron_names import (
     read_settings,
     settings_of,
 )
+from megatron_specialm.convert.megatron_older import present_names, present_order
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
-from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, weight_specs
+from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
 FORMAT, LEGACY = "megatron", "megatron-legacy"
-_GROUPED_VERSION = 3.0  # of checkpoints whose rows of queries, keys and values are in groups
+_VERSION = 3.0  # `checkpoint_version` of what is written
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
 _BUFFERS = (
     "Megatron-Core's distributed optimizer saved its buffers, whose order is the layout's: save with "
     "--dist-ckpt-optim-fully-reshardable"
 )
+LEGACY_OPTIMIZER = "it is numbered by the parameters of each rank's modules, and which they are is not in the files"
 _FULLY_RESHARDABLE = "fully_reshardable"
 _FROZEN = "of some weights only: the others are frozen"
 # Of the parameter groups that Megatron-LM makes: weights that decay, and biases and norms, which do not.
@@ -104,16 +109,15 @@ def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None,
 def open_legacy(path: Path, given: Model | None) -> Source:
     """Open a checkpoint of a file per rank; see `open_torch_dist`."""
     opened = megatron_legacy.open_megatron_legacy(path)
-    ranks = [canonical_names(shard, opened.folder) for shard in opened.shards]
-    if opened.version < _GROUPED_VERSION:
-        raise CheckpointError(
-            f"{opened.folder}: checkpoint_version {opened.version}: before {_GROUPED_VERSION} queries, keys and values were in "
-            "another order: load and save it with Megatron-LM"
-        )
+    ranks = [canonical_names(present_names(shard), opened.folder) for shard in opened.shards]
     rows = sum(embedding_rows(rank, opened.folder) for rank in ranks)
     model = given or read_settings(opened.settings, where=opened.folder, rows=rows)
+    ranks = [
+        present_order(rank, opened.version, model.shape, tensor_parallel=len(ranks), where=opened.folder)
+        for rank in ranks
+    ]
     specs = weight_specs(model.shape, vocabulary_size=model.vocabulary_size)
-    dropped = {}
+    dropped = {"optimizer state": LEGACY_OPTIMIZER} if opened.has_optimizer else {}
     if model.shape.tie_embeddings and OUTPUT_LAYER in ranks[0]:
         dropped[OUTPUT_LAYER] = f"the last pipeline stage's copy of {WORD_EMBEDDINGS}"
         for rank in ranks:
@@ -122,7 +126,9 @@ def open_legacy(path: Path, given: Model | None) -> Source:
                     f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied"
                 )
     whole = {
-        name: joined_ranks([rank[name] for rank in ranks], specs[name]) if name in specs else ranks[0][name]
+        name: ranks[0][name]
+        if (spec := spec_of(name, specs)) is None
+        else joined_ranks([rank[name] for rank in ranks], spec)
         for name in ranks[0]
     }
     folder = opened.folder.parent / TOKENIZER
@@ -133,7 +139,8 @@ def open_legacy(path: Path, given: Model | None) -> Source:
         weights=from_megatron(whole, model, where=opened.folder),
         stored=whole,
         layout=f"legacy, tensor_parallel {len(ranks)}, pipeline_parallel "
-        f"{opened.settings.get('pipeline_model_parallel_size', 1)}",
+        f"{opened.settings.get('pipeline_model_parallel_size', 1)}"
+        + (f", expert_parallel {opened.settings.get('expert_model_parallel_size', 1)}" if model.shape.moe else ""),
         step=opened.step or 0,
         dropped=dropped,
         tokenizer=folder if folder.is_dir() else None,
@@ -144,21 +151,17 @@ def open_legacy(path: Path, given: Model | None) -> Source:
 def write_torch_dist(target: TargetSpec) -> None:
     """Write an iteration in the form that Megatron-Core gives to models of equal layers: `release` without the optimizer's
     state. Any layout loads it; the target's decides the embedding's padding and the settings."""
-    tensors, adam = _stacked(_padded(target)), target.source.optimizer
-    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _GROUPED_VERSION}
+    shape, adam = target.source.model.shape, target.source.optimizer
+    tensors = _named(_padded(target), shape)
+    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _VERSION}
     moments: dict[str, LazyTensor] = {}
     if adam is not None:
         rows = tensors[WORD_EMBEDDINGS].shape[0]
-        moments = adam.named(lambda weights: _stacked(_with_rows(weights, rows)))
+        moments = adam.named(lambda weights: _named(_with_rows(weights, rows), shape))
         main = {name: cast(tensor, torch.float32) for name, tensor in target.source.weights.items()}
-        moments |= {f"fp32/{name}": tensor for name, tensor in _stacked(_with_rows(main, rows)).items()}
+        moments |= {f"fp32/{name}": tensor for name, tensor in _named(_with_rows(main, rows), shape).items()}
         common |= _common_of(adam)
-    shape = target.source.model.shape
-    objects = [
-        f"decoder.layers.{place}.{EXTRA_STATE}/shard_{layer}_{shape.layers}"
-        for place in LINEAR_PLACES.values()
-        for layer in range(shape.layers)
-    ]
+    objects = list(_extra_states(shape))
     folder = torch_dist_writing.write_torch_dist(
         target.folder,
         tensors,
@@ -171,16 +174,41 @@ def write_torch_dist(target: TargetSpec) -> None:
     _finish(target, folder)
 
 
-def _stacked(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Canonical weights by Megatron's names, with all layers in one tensor."""
+def _are_equal(shape: ModelConfig) -> bool:
+    """Whether all layers have the same weights, and so stand in one tensor."""
+    return shape.moe is None or shape.moe.every == 1
+
+
+def _named(weights: Mapping[str, LazyTensor], shape: ModelConfig) -> dict[str, LazyTensor]:
+    """Canonical weights by Megatron's names; of equal layers all in one tensor."""
     stacks: dict[str, list[LazyTensor]] = {}
     found: dict[str, LazyTensor] = {}
-    for name, tensor in weights.items():
-        if layer := _LAYER.fullmatch(name):
-            stacks.setdefault(layer["rest"], []).append(tensor)
+    for canonical, tensor in weights.items():
+        name = megatron_expert_name(megatron_name(canonical, shape))
+        if _are_equal(shape) and (layer := _LAYER.fullmatch(name)):
+            stacks.setdefault(f"decoder.layers.{layer['rest']}", []).append(tensor)
         else:
-            found[megatron_name(name)] = tensor
-    return found | {megatron_name(f"decoder.layers.{rest}"): stacked(parts) for rest, parts in stacks.items()}
+            found[name] = tensor
+    return found | {name: stacked(parts) for name, parts in stacks.items()}
+
+
+def _extra_states(shape: ModelConfig) -> Iterator[str]:
+    """The names of the states of FP8 that Megatron-Core's linears have."""
+    attention, dense = (LINEAR_PLACES["qkv"], LINEAR_PLACES["proj"]), (LINEAR_PLACES["fc1"], LINEAR_PLACES["fc2"])
+    are_equal = _are_equal(shape)
+    for layer in range(shape.layers):
+        place, shard, count = ("", f"{layer}", f"{shape.layers}") if are_equal else (f"{layer}.", "0", "1")
+        experts = shape.experts_of(layer)
+        shared = dense if experts and shape.moe is not None and shape.moe.shared_expert else ()
+        for name in (*attention, *(() if experts else dense)):
+            yield f"decoder.layers.{place}{name}.{EXTRA_STATE}/shard_{shard}_{count}"
+        for name in shared:
+            own = name.replace("mlp.", "mlp.shared_experts.")
+            yield f"decoder.layers.{place}{own}.{EXTRA_STATE}/shard_{shard}_{count}"
+        for name, expert in product(dense, range(experts)):
+            own = name.replace("mlp.", "mlp.experts.experts.")
+            index = f"{layer}.{expert}_{shape.layers}.{experts}" if are_equal else f"{expert}_{experts}"
+            yield f"decoder.layers.{place}{own}.{EXTRA_STATE}/shard_{index}"
 
 
 def _common_of(adam: AdamState) -> dict[str, Any]:
@@ -203,10 +231,11 @@ def write_legacy(target: TargetSpec) -> None:
         weights[OUTPUT_LAYER] = weights[WORD_EMBEDDINGS]
     specs = weight_specs(model.shape, vocabulary_size=weights[WORD_EMBEDDINGS].shape[0])
     specs.setdefault(OUTPUT_LAYER, specs[WORD_EMBEDDINGS])
+    named = dict(_in_modules(weights, specs, model.shape))
     shards = [
         {
-            megatron_name(name): rank_part(tensor, specs[name], rank=rank, size=layout.tensor_parallel)
-            for name, tensor in weights.items()
+            name: rank_part(tensor, spec, rank=rank, size=layout.tensor_parallel)
+            for name, (tensor, spec) in named.items()
         }
         for rank in range(layout.tensor_parallel)
     ]
@@ -217,8 +246,20 @@ def write_legacy(target: TargetSpec) -> None:
         settings=_settings(target),
         step=None,
         stage_layers=[model.shape.layers // stages] * stages,
+        expert_parallel=layout.expert_parallel,
     )
     _finish(target, folder)
+
+
+def _in_modules(
+    weights: Mapping[str, LazyTensor], specs: Mapping[str, WeightSpec], shape: ModelConfig
+) -> Iterator[tuple[str, tuple[LazyTensor, WeightSpec]]]:
+    """The weights by their names in Megatron-Core's modules, in which each expert has its own."""
+    for canonical, tensor in weights.items():
+        name = megatron_name(canonical, shape)
+        parts = expert_parts(name, tensor) if specs[canonical].is_expert else [(megatron_expert_name(name), tensor)]
+        for own, one in parts:
+            yield own, (one, spec_of(own, specs) or specs[canonical])
 
 
 def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
@@ -229,8 +270,10 @@ def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
     """
     model, layout, weights = target.source.model, target.layout, target.weights
     shape = model.shape
-    divided = {"heads": shape.attention_heads, "query groups": shape.kv_heads, "ffn_hidden_size": shape.ffn_hidden_size}
-    for what, number in divided.items():
+    divided = [("heads", shape.attention_heads), ("query groups", shape.kv_heads)]
+    parts = (part for layer in range(shape.layers) for part in shape.feed_forward_parts(layer))
+    divided += [("ffn_hidden_size", part.ffn_hidden_size) for part in parts]
+    for what, number in divided:
         if number % layout.tensor_parallel:
             raise CheckpointError(
                 f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}"
@@ -239,8 +282,7 @@ def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
         raise CheckpointError(
             f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers"
         )
-    if layout.expert_parallel != 1:
-        raise CheckpointError(f"expert_parallel {layout.expert_parallel}: the model has no experts")
+    check_experts(shape, layout)
     return _with_rows(weights, padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel))
 
 
@@ -255,7 +297,10 @@ def _with_rows(weights: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTe
 def _settings(target: TargetSpec) -> dict[str, Any]:
     layout = target.layout
     settings = settings_of(
-        target.source.model, tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+        target.source.model,
+        tensor_parallel=layout.tensor_parallel,
+        pipeline_parallel=layout.pipeline_parallel,
+        expert_parallel=layout.expert_parallel,
     )
     return {**settings, "params_dtype": target.dtype, "bf16": target.dtype == torch.bfloat16, "fp16": False}
 

@@ -38,6 +38,7 @@ class MegatronLegacy:
 
     `shards` has the weights of each tensor-parallel rank by name. `copies` are names that several pipeline stages have, of
     which the first one's is taken. `version` is Megatron-LM's `checkpoint_version`: the order of rows of query_key_value.
+    `has_optimizer`: an optimizer's state is in the files, which is not read.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class MegatronLegacy:
     settings: Mapping[str, Any]
     step: int | None
     version: float
+    has_optimizer: bool
 
 
 def recognize(path: Path) -> bool:
@@ -84,7 +86,13 @@ def open_megatron_legacy(path: Path) -> MegatronLegacy:
                 f"{folder}: tensor-parallel ranks 0 and {number} do not both have {odd[0]}: {COPY_AGAIN}"
             )
     return MegatronLegacy(
-        folder, shards, sorted(set(copies)), settings, first.get("iteration"), float(first.get("checkpoint_version", 0))
+        folder=folder,
+        shards=shards,
+        copies=sorted(set(copies)),
+        settings=settings,
+        step=first.get("iteration"),
+        version=float(first.get("checkpoint_version", 0)),
+        has_optimizer="optimizer" in first or any(folder.glob("*/distrib_optim.pt")),
     )
 
 
@@ -111,8 +119,9 @@ def _joined(
     for chunk, stage in product(chunks, range(stages)):
         parts = [dict(_tensors(files[stage, rank][chunk])) for rank in range(experts)]
         own = {int(match["number"]) for match in map(LAYER.fullmatch, parts[0]) if match}
+        numbers = [int(match["number"]) for part in parts for match in map(EXPERT.fullmatch, part) if match]
+        local = max(numbers, default=-1) + 1  # of each rank
         for rank, part in enumerate(parts):
-            local = max((int(match["number"]) + 1 for match in map(EXPERT.fullmatch, part) if match), default=0)
             for name, tensor in part.items():
                 is_expert = EXPERT.fullmatch(name) is not None
                 if rank and not is_expert:

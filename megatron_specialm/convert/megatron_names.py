@@ -7,6 +7,8 @@ Canonical names are those of Megatron-Core's own layers. A checkpoint differs fr
     decoder.layers.0.mlp.linear_fc1.weight_w, _v                   gate and up projection apart
     embedding.word_embeddings.weight                               rows of padding at its end
     ..._extra_state                                                FP8 scales of Transformer Engine: no weights
+
+`megatron_moe.py` has the names of experts.
 """
 
 import re
@@ -22,10 +24,12 @@ from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.families import nothing_left
 from megatron_specialm.convert.lazy import Computed, LazyTensor, part, with_rows
+from megatron_specialm.convert.megatron_moe import experts_settings, joined_experts, read_experts
 from megatron_specialm.model.weights import FUSED_NORMS, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default, for each tensor-parallel rank
 EXTRA_STATE = "_extra_state"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _GATES = re.compile(r"(.+\.linear_fc1\.weight)_([wv])")
 
@@ -36,10 +40,13 @@ def padded_rows(vocabulary_size: int, *, tensor_parallel: int) -> int:
     return -(-vocabulary_size // multiple) * multiple
 
 
-def megatron_name(name: str) -> str:
-    """The name of a canonical weight in Megatron's checkpoints, which have Transformer Engine's names of norms."""
+def megatron_name(name: str, shape: ModelConfig) -> str:
+    """The name of a canonical weight in Megatron's checkpoints, which have Transformer Engine's names of norms: that before
+    experts is a module of its own."""
+    layer = _LAYER.match(name)
     for fused, plain in FUSED_NORMS.items():
-        name = name.replace(f".{plain}", f".{fused}")
+        if not (layer and fused.startswith("mlp.") and shape.experts_of(int(layer[1]))):
+            name = name.replace(f".{plain}", f".{fused}")
     return name
 
 
@@ -50,7 +57,7 @@ def from_megatron(stored: Mapping[str, LazyTensor], model: Model, *, where: Path
         CheckpointError: naming a weight that is missing, there twice, of another shape, or without a place.
     """
     specs = weight_specs(model.shape, vocabulary_size=model.vocabulary_size)
-    rest = _apart(stored, model.shape, where)
+    rest = joined_experts(_apart(stored, model.shape, where), model.shape, where)
     found: dict[str, LazyTensor] = {}
     for name, spec in specs.items():
         if name not in rest:
@@ -183,8 +190,6 @@ def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Mod
         raise refuse("rotary_percent", "rotary positions turn all of a head here")
     if settings.get("rotary_interleaved") or settings.get("apply_layernorm_1p") or settings.get("squared_relu"):
         raise CheckpointError(f"{where}: rotary_interleaved, apply_layernorm_1p and squared_relu cannot be converted")
-    if settings.get("num_experts"):
-        raise refuse("num_experts", "mixtures of experts are not converted yet")
     try:
         heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
         groups = settings.get("num_query_groups") if settings.get("group_query_attention", True) else None
@@ -204,7 +209,8 @@ def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Mod
             "rotary_scaling": float(settings.get("rope_scaling_factor", 8.0))
             if settings.get("use_rope_scaling")
             else None,
-            "norm_epsilon": float(settings.get("norm_epsilon", 1e-5)),
+            "moe": read_experts(settings, where=where, layers=settings["num_layers"]),
+            "norm_epsilon": float(settings.get("norm_epsilon", settings.get("layernorm_epsilon", 1e-5))),
             "init_std": float(settings.get("init_method_std") or 0.02),
         }
         if not gated:  # Megatron-Core's fused GELU is the approximation by tanh
@@ -224,7 +230,9 @@ def read_settings(settings: Mapping[str, Any], *, where: Path, rows: int) -> Mod
         raise CheckpointError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def settings_of(model: Model, *, tensor_parallel: int, pipeline_parallel: int) -> dict[str, Any]:
+def settings_of(
+    model: Model, *, tensor_parallel: int, pipeline_parallel: int, expert_parallel: int = 1
+) -> dict[str, Any]:
     """The inverse of `read_settings`: what Megatron-LM takes from a checkpoint with --use-checkpoint-args."""
     shape = model.shape
     gated = shape.family == "llama"
@@ -259,4 +267,6 @@ def settings_of(model: Model, *, tensor_parallel: int, pipeline_parallel: int) -
         "tensor_model_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
         "virtual_pipeline_model_parallel_size": None,
+        "expert_model_parallel_size": expert_parallel,
+        **experts_settings(shape),
     }

@@ -32,7 +32,8 @@ class ModelFacts:
     rates and with that of an earlier, shorter one that it went on from; `learning_rate` is None where nothing was trained,
     `learning_rates` are those tried. `set_tokens` counts the domain's training set once (the generic set's, for a model of
     no domain); `cost.tokens` counts repeats. `validation_loss` is in nats per token. Of a mixture of experts
-    `active_parameters` compute a token; of other models that is all.
+    `active_parameters` compute a token; of other models that is all. `llama_cpp` says whether and how llama.cpp's
+    converter converts it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ModelFacts:
     cost: Cost
     validation_loss: float | None
     logit_difference: float
+    llama_cpp: str
     seed: int
     training_seed: int
     digest: str
@@ -104,7 +106,11 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=8)[0]))
 ```
 
 The tokenizer begins a text with the end-of-document token, as in training. The context is
-{facts.context_length} tokens, that one included.
+{facts.context_length} tokens, that one included. This is no chat model: it goes on with a text.
+
+- lm-eval: `--model hf --model_args pretrained=FOLDER`; for tasks of perplexity (`loglikelihood_rolling`) also
+  `add_bos_token=False`, as these put that token before a text themselves. They do not count the end of documents.
+- llama.cpp: {facts.llama_cpp}
 
 ## Training
 
@@ -133,8 +139,8 @@ This is the last training alone{tried}. What it rests on (earlier training, clus
 
 ## Licence
 
-The licence of the weights follows from that of the text they were trained on, which this program does not know: it is
-for whoever shares the model to state.
+The licence of the weights follows from that of the text they were trained on, and of an imported model that they began
+with. This program knows neither: it is for whoever shares the model to state.
 
 ## Citation
 

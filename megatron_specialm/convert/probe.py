@@ -3,7 +3,10 @@
 This is a second description of the families, on purpose: it imports neither Megatron-Core nor Transformers, and both are
 compared with it in tests. Memory is that of one layer.
 
-Legend: T positions, A attention heads, G key/value heads, D head size, H hidden size, P places of the vocabulary.
+A mixture of experts drops no token, whatever its capacity in training.
+
+Legend: T positions, A attention heads, G key/value heads, D head size, H hidden size, P places of the vocabulary, E experts, K
+experts per token.
 """
 
 import math
@@ -14,7 +17,17 @@ from torch.nn import functional
 
 from megatron_specialm.config.architectures import rotary_scaling
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
+from megatron_specialm.model.weights import (
+    EXPERT_BIAS,
+    EXPERTS,
+    OUTPUT_LAYER,
+    RESIDUAL,
+    RESIDUAL_MIX,
+    ROUTER,
+    SHARED_EXPERT,
+    SHARED_EXPERT_GATE,
+    WORD_EMBEDDINGS,
+)
 
 TOKENS, PLACES = 16, 8
 
@@ -38,9 +51,7 @@ class Probe:
 
     @torch.no_grad()
     def take(self, name: str, weight: torch.Tensor) -> None:
-        """A weight in fp32. A layer is computed when the first weight after it comes. Mixtures of experts are not."""
-        if self._config.moe is not None:
-            return
+        """A weight in fp32. A layer is computed when the first weight after it comes."""
         if name == WORD_EMBEDDINGS:
             self._x_TH = weight[self.tokens].clone()
             self._output_PH = weight[self.places].clone()
@@ -56,9 +67,7 @@ class Probe:
 
     @torch.no_grad()
     def finish(self) -> torch.Tensor:
-        """(T, P) logits, none of a mixture of experts. All weights have been taken."""
-        if self._config.moe is not None:
-            return torch.empty(0, PLACES)
+        """(T, P) logits. All weights have been taken."""
         final = self._norm(self._x_TH, "final_layernorm")
         self.logits_TP = final @ self._output_PH.t()
         return self.logits_TP
@@ -75,8 +84,12 @@ class Probe:
             return functional.rms_norm(x, shape, weight, self._config.norm_epsilon)
         return functional.layer_norm(x, shape, weight, self._held[f"{name}.bias"], self._config.norm_epsilon)
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, self._held[f"{name}.weight"], self._held.get(f"{name}.bias"))
+    def _linear(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
+        """Of a linear of all experts, one of them."""
+        weight, bias = self._held[f"{name}.weight"], self._held.get(f"{name}.bias")
+        if expert is not None:
+            weight, bias = weight[expert], None if bias is None else bias[expert]
+        return functional.linear(x, weight, bias)
 
     def _attention(self, x_TH: torch.Tensor) -> torch.Tensor:
         config = self._config
@@ -99,13 +112,42 @@ class Probe:
         )
 
     def _feed_forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        wide = self._linear(x_TH, "mlp.linear_fc1")
+        if ROUTER not in self._held:
+            return self._network(x_TH, "mlp")
+        output_TH = self._experts(x_TH)
+        if SHARED_EXPERT_GATE in self._held:
+            gate_T1 = self._linear(x_TH, SHARED_EXPERT_GATE.removesuffix(".weight")).sigmoid()
+            output_TH = output_TH + gate_T1 * self._network(x_TH, SHARED_EXPERT)
+        if f"{RESIDUAL_MIX}.weight" in self._held:
+            mix_T2 = self._linear(x_TH, RESIDUAL_MIX).softmax(-1)
+            output_TH = mix_T2[:, :1] * output_TH + mix_T2[:, 1:] * self._network(x_TH, RESIDUAL)
+        return output_TH
+
+    def _experts(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The sum of the outputs of each token's experts, with their weights."""
+        moe = self._config.moe
+        assert moe is not None
+        logits_TE = self._linear(x_TH, ROUTER.removesuffix(".weight"))
+        bias_E = self._held.get(EXPERT_BIAS)
+        scores_TE = logits_TE.softmax(-1) if bias_E is None else logits_TE.sigmoid()
+        chosen_TK = (scores_TE if bias_E is None else scores_TE + bias_E).topk(moe.top_k).indices
+        weights_TK = scores_TE.gather(1, chosen_TK)
+        if moe.top_k > 1:
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+        weights_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK)
+        # An expert computes all tokens: sums of other numbers of rows would be in another order.
+        outputs = (weights_TE[:, one, None] * self._network(x_TH, EXPERTS, one) for one in chosen_TK.unique().tolist())
+        return torch.stack(list(outputs)).sum(0)
+
+    def _network(self, x: torch.Tensor, place: str, expert: int | None = None) -> torch.Tensor:
+        """A feed-forward network: the dense one of a layer, or one of its experts."""
+        wide = self._linear(x, f"{place}.linear_fc1", expert)
         if self._config.family == "llama":
             gate, up = wide.chunk(2, dim=1)
             wide = functional.silu(gate) * up
         else:
             wide = functional.gelu(wide, approximate="tanh" if self._config.activation == "gelu_tanh" else "none")
-        return self._linear(wide, "mlp.linear_fc2")
+        return self._linear(wide, f"{place}.linear_fc2", expert)
 
 
 def _place(name: str) -> tuple[str, str, str]:

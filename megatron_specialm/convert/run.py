@@ -42,6 +42,7 @@ class Conversion:
     """What was converted, without what the target cannot hold. `fingerprint` is of what was written."""
 
     source: Source
+    to: str
     target: Path
     dtype: torch.dtype
     fingerprint: Fingerprint
@@ -83,11 +84,11 @@ def convert(
 
 def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> Source:
     """Open a checkpoint to convert it; arguments and errors as of `convert`."""
-    source = open_source(path, config=config)
-    if source.model.shape.moe is not None:
-        raise CheckpointError(
-            f"{source.path}: a mixture of experts is exported by an `export` stage, and not converted yet"
-        )
+    return convertible(open_source(path, config=config), tokenizer=tokenizer)
+
+
+def convertible(source: Source, *, tokenizer: Path | None = None) -> Source:
+    """An opened checkpoint with a tokenizer that fits it; arguments and errors as of `convert`."""
     if tokenizer is not None:
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
@@ -128,7 +129,7 @@ def write_target(
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Conversion(source, target, dtype, expected, size)
+    return Conversion(source, to, target, dtype, expected, size)
 
 
 def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int = 2) -> Fingerprint:
@@ -199,6 +200,7 @@ def _without_what_is_not_held(source: Source, target: Target, dtype: torch.dtype
     reasons = [
         "weights alone were asked for" if weights_only else "",
         target.no_optimizer,
+        target.no_optimizer_of_experts if source.model.shape.moe is not None else "",
         ""
         if target.has_main_weights or dtype == torch.float32
         else f"it needs weights in fp32, and they are in {dtype}",

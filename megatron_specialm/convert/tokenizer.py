@@ -1,6 +1,7 @@
 """Writing a tokenizer that `transformers.AutoTokenizer` loads, and comparing it with the one that the model is trained with."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,29 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_specialm.base.files import write_json, write_text
+from megatron_specialm.convert.llama_cpp import normalizer
+from megatron_specialm.convert.tokenizer_files import SENTENCEPIECE
 from megatron_specialm.data.huggingface_tokenizer import CONFIG, JSON
 from megatron_specialm.data.tokenizer import Tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int, sentencepiece: bool = True) -> None:
     """Write the files with which Transformers makes the same ids, after the end-of-document token that begins each text, as in
     training: programs that score text with Transformers' tokenizer then score as we do. bos and eos are that token.
 
     Args:
         context_length: of the model, in tokens; `truncation=True` cuts texts to it.
+        sentencepiece: write `tokenizer.model` too, of a SentencePiece BPE model, for llama.cpp (`convert/llama_cpp.py`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     description = json.loads((tokenizer.folder / JSON).read_text(encoding="utf-8"))
     description["post_processor"] = _start(tokenizer.special_tokens["bos_token"], tokenizer.eod)
     write_text(folder / JSON, json.dumps(description, ensure_ascii=False, indent=2))
+    changes = normalizer(tokenizer)
+    # Transformers follows tokenizer.json; llama.cpp would put a space before each text.
+    prefix = {} if changes is None or changes.add_dummy_prefix else {"add_prefix_space": False}
+    if sentencepiece and tokenizer.sentencepiece is not None:
+        shutil.copyfile(tokenizer.sentencepiece, folder / SENTENCEPIECE)
     write_json(
         folder / CONFIG,
         {
@@ -33,6 +42,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int) -
             "model_input_names": ["input_ids", "attention_mask"],  # the models take no others
             "split_special_tokens": True,  # text that spells a special token stays text
             "clean_up_tokenization_spaces": False,
+            **prefix,
         },
     )
 

@@ -11,16 +11,17 @@ from megatron_specialm.base.files import read_json, reading
 from megatron_specialm.data.tokenizer import SETTINGS, Tokenizer
 
 TOKENIZER = "tokenizer"  # the folder beside a canonical step
+SENTENCEPIECE = "tokenizer.model"
 _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _FILES = (
-    _JSON, _CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    _JSON, _CONFIG, "special_tokens_map.json", "added_tokens.json", SENTENCEPIECE, "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The folder itself if it has a tokenizer's files."""
-    return folder if any((folder / name).is_file() for name in (_JSON, "tokenizer.model", "vocab.json")) else None
+    return folder if any((folder / name).is_file() for name in (_JSON, SENTENCEPIECE, "vocab.json")) else None
 
 
 def is_ours(folder: Path) -> bool:
@@ -45,20 +46,22 @@ def special_ids(folder: Path) -> dict[str, Any]:
     return found
 
 
-def copy_tokenizer(source: Path, target: Path, *, context_length: int) -> None:
+def copy_tokenizer(source: Path, target: Path, *, context_length: int, sentencepiece: bool = True) -> None:
     """Copy a tokenizer's files; one of ours as Transformers loads it.
 
     Args:
         context_length: of the model, in tokens.
+        sentencepiece: copy `tokenizer.model` too, beside `tokenizer.json`.
     """
     if is_ours(source):
         from megatron_specialm.convert.tokenizer import save_tokenizer  # imports Transformers, slowly
 
-        save_tokenizer(Tokenizer.load(source), target, context_length=context_length)
+        save_tokenizer(Tokenizer.load(source), target, context_length=context_length, sentencepiece=sentencepiece)
         return
     target.mkdir(parents=True, exist_ok=True)
+    left_out = () if sentencepiece or not (source / _JSON).is_file() else (SENTENCEPIECE,)
     for name in _FILES:
-        if (source / name).is_file():
+        if name not in left_out and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 

@@ -99,12 +99,14 @@ class Tokenizer:
         pad: id of the token that fills batches of texts: the tokenizer's own, or the end-of-document token.
         special_tokens: the special tokens, padding side and chat template for an export, named as in tokenizer_config.json.
         added: the tokens beside the model's vocabulary, special or not.
+        sentencepiece: the file of a SentencePiece BPE model; None of another tokenizer.
         vocabulary_size: rows of an embedding table for it; ids may have gaps, and its model more rows than it has ids.
         fingerprint: SHA-256 over its files.
     """
 
     def __init__(self, folder: Path, codec: Codec, exported: tokenizers.Tokenizer, settings: _Settings) -> None:
         self.folder, self._codec = folder, codec
+        self.sentencepiece = folder / MODEL if settings.library == "sentencepiece" else None
         imported = {name: value for name, value in asdict(settings.kept).items() if value is not None}
         eod = settings.eod
         self.special_tokens = {"pad_token": eod, **imported, "bos_token": eod, "eos_token": eod}

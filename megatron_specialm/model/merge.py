@@ -4,11 +4,47 @@ All tensors are canonical and unsharded, so this needs neither a process group n
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.model.weights import EXPERT_CODES, EXPERTS, LINEAR_PLACES
+
+
+def ordinary(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, mixture_K: torch.Tensor | None = None, *, where: Path
+) -> Mapping[str, torch.Tensor]:
+    """The weights of the ordinary model (`config.base_config`): adapters merged, one expert of those that it has for clusters.
+
+    Args:
+        mixture_K: (K,) coefficients of a projected network's experts: one-hot for a single one. One-hot for an MoE that
+            routes by cluster.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: a model with an expert per cluster, and no mixture or one of another number of experts.
+    """
+    if (experts := config.window_experts) is not None:
+        if mixture_K is None or len(mixture_K) != experts:
+            asked = "none was named" if mixture_K is None else f"a mixture of {len(mixture_K)} was asked for"
+            raise CheckpointError(
+                f"{where}: a model of {experts} experts, one per cluster, and {asked}: say which expert"
+            )
+        weights = (take_expert if config.projection is None else project)(weights, config, mixture_K)
+    return weights if config.lora is None else merge_lora(weights, config)
+
+
+def one_hot(expert: int, *, experts: int) -> torch.Tensor:
+    """Coefficients (K,) of a mixture that is one expert.
+
+    Raises:
+        CheckpointError: there is no such expert.
+    """
+    if not 0 <= expert < experts:
+        raise CheckpointError(f"expert {expert} does not exist: there are experts 0 to {experts - 1}")
+    return torch.eye(experts)[expert]
 
 
 def project(

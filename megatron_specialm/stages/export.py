@@ -19,10 +19,11 @@ from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.convert import canonical_folder, huggingface_folder
 from megatron_specialm.convert.huggingface import largest_logit_difference
+from megatron_specialm.convert.llama_cpp import advice
 from megatron_specialm.convert.model_card import READS, ModelFacts, model_card
 from megatron_specialm.convert.run import stream
 from megatron_specialm.convert.source import Layout, TargetSpec
-from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
+from megatron_specialm.convert.tokenizer import disagreement
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.engine.open import single_process
@@ -68,7 +69,7 @@ def run(stage: ExportStage, context: Context) -> Report:
                 f"family {shape.family!r} otherwise than we expect, or the weights of {final} are not finite"
             )
         _check_tokenizer(temporary, tokenizer, store)
-        write_text(temporary / "README.md", model_card(_facts(context, shape, tokens, state["tokenizer"], difference)))
+        write_text(temporary / "README.md", model_card(_facts(context, shape, tokens, tokenizer, difference)))
         publish_folder(temporary, context.folder / "model")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,9 +89,9 @@ def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *,
     """Write all files that Transformers reads."""
     source = canonical_folder.open_folder(step)
     ids = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
-    source = replace(source, model=replace(source.model, context_length=store.context_length, special_ids=ids))
+    model = replace(source.model, context_length=store.context_length, special_ids=ids)
+    source = replace(source, model=model, tokenizer=tokenizer.folder)
     huggingface_folder.write_folder(TargetSpec(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
-    save_tokenizer(tokenizer, folder, context_length=store.context_length)
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, store: TokenStore) -> N
         )
 
 
-def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, difference: float) -> ModelFacts:
+def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: Tokenizer, difference: float) -> ModelFacts:
     pipeline, model_id = context.pipeline, model_task(context.key)
     marker = context.marker(*model_id)
     steps = tuple(trainings(pipeline, model_id.stage))
@@ -133,7 +134,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         active_parameters=count_parameters(shape, store.vocabulary_size, active=True),
         context_length=store.context_length,
         vocabulary_size=store.vocabulary_size,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.fingerprint,
         trainings=steps,
         domain_files=() if model_id.key == GENERIC else tuple(text_set(pipeline, model_id.key).train),
         generic_files=tuple(pipeline.text.generic.train) if reads_generic else (),
@@ -145,6 +146,7 @@ def _facts(context: Context, shape: ModelConfig, tokens: Path, tokenizer: str, d
         learning_rates=tuple(marker.values.get("learning_rates", ())),
         validation_loss=marker.values["validation_loss"],
         logit_difference=difference,
+        llama_cpp=advice(shape, tokenizer),
         seed=pipeline.seed,
         training_seed=pipeline.seed_of_training,
         digest=marker.digest,

@@ -1,6 +1,6 @@
-"""Generate text with a model of a run folder or an exported folder.
+"""Generate text with a model of a run folder, an exported folder, or any checkpoint that can be converted.
 
-Transformers generates in both cases: a checkpoint's weights are converted in memory, as by the export.
+Transformers generates in all cases: a checkpoint's weights are converted in memory, as by the export.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,18 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.base.files import MANIFEST, reading, verify_folder
 from megatron_specialm.checkpoint.merged import read_merged
 from megatron_specialm.checkpoint.steps import STATE, find_final
+from megatron_specialm.config.architectures import CONFIG
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.convert.fingerprint import FINGERPRINT
+from megatron_specialm.convert.formats import FORMATS
 from megatron_specialm.convert.huggingface import huggingface_config, to_huggingface
+from megatron_specialm.convert.run import open_convertible
+from megatron_specialm.convert.tokenizer_files import is_ours
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.graph.lineage import tokenizer_of
+from megatron_specialm.graph.plan import RESOLVED
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
 
@@ -70,10 +76,11 @@ class Writer:
 
 
 def open_model(folder: Path) -> Writer:
-    """Open the model of a folder: RUN/STAGE/KEY of a finished training, import or selection, or an export.
+    """Open the model of a folder: RUN/STAGE/KEY of a finished training, import or selection, an export, or a checkpoint that
+    `specialm convert` reads.
 
     Raises:
-        ConfigError: the folder is neither.
+        ConfigError: the folder is none of these, or the checkpoint has no tokenizer.
         ArtifactError: a file is missing or damaged, or the tokenizer is not the model's.
         CheckpointError: it has an expert per cluster, and so holds many models.
     """
@@ -81,9 +88,10 @@ def open_model(folder: Path) -> Writer:
         if _is_export(exported):
             return _exported(exported)
     artifact = folder.resolve()  # RUN/artifacts/STAGE/KEY/DIGEST
-    if (artifact / LABEL).is_file() or (artifact / MARKER).is_file():
+    is_labelled = (artifact / LABEL).is_file() or (artifact / MARKER).is_file()
+    if is_labelled and (artifact / "../../../.." / RESOLVED).is_file():  # not of a copy
         root, stage_name = artifact.parents[3], artifact.parents[1].name
-        pipeline = load_pipeline(root / "pipeline.yaml")
+        pipeline = load_pipeline(root / RESOLVED)
         stage: Any = pipeline.stages.get(stage_name)
         if stage is not None and kind_of(stage).makes == "model":
             tokenizer, label = tokenizer_of(pipeline, stage_name), read_label(artifact)
@@ -94,9 +102,11 @@ def open_model(folder: Path) -> Writer:
             for read in (artifact, tokenizer_folder):
                 check_artifact(read)
             return _trained(artifact, tokenizer_folder)
+    if any(known.recognize(folder) for known in FORMATS):
+        return _converted(folder)
     raise ConfigError(
-        f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, or an exported one, "
-        "RUN/export/STAGE.KEY/model"
+        f"{folder}: no model: name the folder of a training that has ended, RUN/STAGE/KEY, an exported one, "
+        "RUN/export/STAGE.KEY/model, or a checkpoint that `specialm inspect` knows"
     )
 
 
@@ -112,9 +122,9 @@ def held_out_words(tokens: Path, tokenizer: Path) -> str:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder is an export, even a damaged one. A checkpoint folder has a manifest too, but also a state file."""
-    found = {name for name in (MANIFEST, "config.json", STATE) if (folder / name).is_file()}
-    return bool(found) and STATE not in found
+    """Whether a folder is an export of ours, even a damaged one. A step has a manifest too, but also a state file."""
+    found = {name for name in (MANIFEST, FINGERPRINT, CONFIG, STATE) if (folder / name).is_file()}
+    return STATE not in found and (MANIFEST in found or {FINGERPRINT, CONFIG} <= found)
 
 
 def _exported(folder: Path) -> Writer:
@@ -124,13 +134,44 @@ def _exported(folder: Path) -> Writer:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    return _with_transformers(model, tokenizer, _start(folder, ids))
 
-    ids = (model.config.bos_token_id, model.config.eos_token_id)  # Qwen's begin texts with the end token or none
-    start = next((number for number in ids if isinstance(number, int)), None)
+
+def _converted(folder: Path) -> Writer:
+    source = open_convertible(folder)
+    if source.tokenizer is None:
+        raise ConfigError(
+            f"{folder}: has no tokenizer to read the prompt with: add one by `specialm convert {folder} FOLDER --to "
+            "huggingface --tokenizer TOKENIZER`, and name that folder"
+        )
+    start = _start(folder, source.model.special_ids)
+    weights = {name: tensor[()].float() for name, tensor in source.weights.items()}
+    model = transformers_model(
+        source.model.shape, weights, vocabulary_size=source.model.vocabulary_size,
+        context_length=source.model.context_length, eod=start,
+    )  # fmt: skip
+    if is_ours(source.tokenizer):
+        ours = Tokenizer.load(source.tokenizer)
+        return Writer(model, lambda text: ours.encode([text])[0].tolist(), ours.decode, start)
+    with reading(source.tokenizer, form="a tokenizer that this version of Transformers loads"):
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
+    return _with_transformers(model, tokenizer, start)
+
+
+def _start(folder: Path, ids: Mapping[str, Any]) -> int:
+    """The id that begins a text. Qwen's models begin texts with the end token or none."""
+    start = next((ids[name] for name in ("bos_token_id", "eos_token_id") if isinstance(ids.get(name), int)), None)
     if start is None:
         raise ConfigError(f"{folder}: config.json names no bos_token_id or eos_token_id: give the model its tokenizer")
+    return start
+
+
+def _with_transformers(model: Any, tokenizer: Any, start: int) -> Writer:
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
     return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), start)
 
 

@@ -21,12 +21,14 @@ from megatron_specialm.config.schema import ImportStage
 from megatron_specialm.convert.canonical_folder import FORMAT
 from megatron_specialm.convert.run import open_convertible, write_target
 from megatron_specialm.convert.source import Source
+from megatron_specialm.data.huggingface_tokenizer import JSON
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import import_tokenizer
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.context import Context
 from megatron_specialm.stages.tokenizer import check_exported
 
+SENTENCEPIECE = "tokenizer.model"
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors", "*.bin")  # the second kind where there is none of the first
 
@@ -87,8 +89,10 @@ def _import_tokenizer(stage: ImportStage, context: Context, source: Source) -> T
             f"{source.path}: has no tokenizer, without which no text can be prepared for the model: name a folder or a "
             f"SentencePiece model with stages.{context.task.id.stage}.tokenizer"
         )
+    if (path / SENTENCEPIECE).is_file() and not (path / JSON).is_file():
+        path = path / SENTENCEPIECE
     tokenizer = import_tokenizer(path, context.folder, rows=stage.vocabulary_size)
-    check_exported(tokenizer)
+    check_exported(tokenizer, source.model if source.model.shape.export_refusal is None else None)
     return tokenizer
 
 

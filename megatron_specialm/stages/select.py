@@ -15,7 +15,7 @@ import torch
 
 from megatron_specialm.base.artifacts import Report, Spent
 from megatron_specialm.base.files import write_json
-from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
+from megatron_specialm.checkpoint.merged import MergedModel, read_merged, read_trained, write_merged
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import SelectStage
@@ -29,6 +29,7 @@ from megatron_specialm.estimate.flops import forward_flops, projection_flops, tr
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
+from megatron_specialm.model.merge import one_hot
 from megatron_specialm.train.selection import (
     Order,
     by_finetuning,

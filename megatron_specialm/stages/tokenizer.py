@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 import transformers
 
 from megatron_specialm.base.artifacts import Report
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.schema import TokenizerStage
+from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.tokenizer import disagreement, save_tokenizer
 from megatron_specialm.data.documents import Documents, resolve_files
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -44,11 +47,17 @@ def _train(stage: TokenizerStage, context: Context) -> Tokenizer:
     )
 
 
-def check_exported(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer that cannot be exported, before a model is trained with it."""
+def check_exported(tokenizer: Tokenizer, model: Model | None = None) -> None:
+    """Refuse a tokenizer that cannot be exported, before a model is trained with it.
+
+    Args:
+        model: an existing one that it is exported with, whose config decides the class that Transformers loads.
+    """
     fix = "use another tokenizer, or another version of transformers"
     with TemporaryDirectory() as folder, refusing(tokenizer.folder, "cannot be exported", fix=fix):
         save_tokenizer(tokenizer, Path(folder), context_length=32)
+        if model is not None:
+            write_config(model, Path(folder), dtype=torch.float32)
         found = disagreement(Path(folder), tokenizer, context_length=32)
     if found is not None:
         raise DataError(

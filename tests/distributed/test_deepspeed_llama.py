@@ -1,39 +1,77 @@
-"""A Llama of Transformers that DeepSpeed has trained comes out as DeepSpeed's own tool says; what we write, DeepSpeed loads."""
+"""A model of Transformers that DeepSpeed has trained comes out as DeepSpeed's own tool says; what we write, DeepSpeed loads and
+goes on from."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.cli.app import app
 from megatron_specialm.convert.formats import open_source
 from megatron_specialm.convert.run import convert
 from megatron_specialm.convert.source import Layout
 from tests.checkpoints import save_random_model
-from tests.conftest import run_peer
+from tests.conftest import made_once, run_peer
+from tests.peers.deepspeed_llama import KINDS
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_llama_of_each_zero_stage(tmp_path: Path) -> None:
-    run_peer("deepspeed_llama", "save", tmp_path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "deepspeed-llama", lambda folder: run_peer("deepspeed_llama", "save", folder))
+
+
+def test_a_model_of_each_zero_stage(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"name its config\.json by --config"):
-        open_source(tmp_path / "zero1")
-    for stage in (1, 2, 3):
-        done = convert(tmp_path / f"zero{stage}", tmp_path / f"theirs{stage}", to="huggingface", config=tmp_path)
+        open_source(saved / "zero1")
+    for kind, (_, stage, _) in KINDS.items():
+        config = saved / f"config-{kind}"
+        done = convert(saved / kind, tmp_path / kind, to="huggingface", config=config, dtype=torch.float32)
         assert done.source.layout == f"ZeRO {stage}" and done.source.step == 2
-        expected = load_file(tmp_path / f"zero{stage}.safetensors")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"theirs{stage}").state_dict()
+        expected = load_file(saved / f"{kind}.safetensors")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind).state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+
+
+def test_deepspeed_goes_on_with_the_same_losses(saved: Path, tmp_path: Path) -> None:
+    """By way of other formats, with the optimizer's state: the second loss is after an update."""
+    one, half = Layout(zero_stage=1, data_parallel=2), torch.bfloat16
+    for kind in ("bf16", "zero1"):
+        convert(saved / kind, tmp_path / f"{kind}-megatron", to="megatron", config=saved / f"config-{kind}")
+    convert(tmp_path / "bf16-megatron", tmp_path / "bf16+zero1", to="deepspeed", layout=one, dtype=half)
+    convert(tmp_path / "zero1-megatron", tmp_path / "zero1+universal", to="deepspeed")
+    convert(saved / "neox", tmp_path / "neox-ours", to="canonical", config=saved / "config-neox")
+    convert(tmp_path / "neox-ours", tmp_path / "neox+zero1", to="deepspeed", layout=one)
+    convert(saved / "zero3", tmp_path / "zero3+universal", to="deepspeed", config=saved / "config-zero3")
+    arguments = [saved / "zero3", tmp_path / "zero3+zero1", "--config", saved / "config-zero3"]
+    options = ["--to", "deepspeed", "--zero-stage", "1", "--data-parallel", "2"]
+    said = CliRunner().invoke(app, ["convert", *map(str, arguments), *options], catch_exceptions=False)
+    assert said.exit_code == 0 and "Adam's state after 2 updates; read back, and every moment is equal" in " ".join(
+        said.output.split()
+    )
+    run_peer("deepspeed_llama", "resume", tmp_path)
+    found = sorted(tmp_path.glob("*+*.json"))
+    assert len(found) == 5
+    for path in found:
+        expected = json.loads((saved / f"{path.name.split('+')[0]}.json").read_text())
+        assert json.loads(path.read_text()) == pytest.approx(expected, rel=1e-6), path.name
 
 
 def test_deepspeed_trains_from_a_universal_checkpoint(tmp_path: Path) -> None:
     source = save_random_model("llama 3", tmp_path / "source")
     convert(source, tmp_path / "universal", to="deepspeed")
-    with pytest.raises(CheckpointError, match="a DeepSpeed target has no"):
-        convert(source, tmp_path / "other", to="deepspeed", layout=Layout(tensor_parallel=2))
+    for layout, message in (
+        (Layout(tensor_parallel=2), "a DeepSpeed target has no"),
+        (Layout(data_parallel=2), "ZeRO stage 0 for 2 ranks cannot be written: name --zero-stage 1"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert(source, tmp_path / "other", to="deepspeed", layout=layout)
     run_peer("deepspeed_llama", "load", tmp_path)
     expected = load_file(source / "model.safetensors")
     loaded, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("loaded", "next"))

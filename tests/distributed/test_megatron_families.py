@@ -12,11 +12,11 @@ from megatron_specialm.config.architectures import read_config
 from megatron_specialm.convert.megatron_names import settings_of
 from megatron_specialm.convert.run import convert
 from megatron_specialm.convert.source import Layout
-from tests.checkpoints import CONFIGS, random_model, save_random_model
+from tests.checkpoints import CONFIGS, MIXTURES, random_model, save_random_model
 from tests.conftest import run_peer
 from tests.peers.megatron_families import TENSOR, tokens
 
-FAMILIES = {name.replace(" ", ""): config for name, config in CONFIGS.items() if name != "qwen3"}
+FAMILIES = {name.replace(" ", ""): config for name, config in CONFIGS.items() if name not in ("qwen3", *MIXTURES)}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megatron_specialm.base.files import read_json
-from megatron_specialm.checkpoint.merged import one_hot, read_merged, read_trained
+from megatron_specialm.checkpoint.merged import read_merged, read_trained
 from megatron_specialm.checkpoint.steps import find_final
+from megatron_specialm.model.merge import one_hot
 from tests.conftest import ROOT
 from tests.texts import write_sets
 

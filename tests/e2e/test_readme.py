@@ -28,6 +28,7 @@ SHORT = ["--until", "tokenizer", "stages.tokenizer.vocabulary_size=300"]
 # What a command's beginning, as a pattern, says of why it is not run here.
 NOT_RUN = {
     r"specialm (submit|status|logs|cancel)\b(?!.*--dry-run)": "a cluster; tests/cluster/test_readme_jobs.py runs them",
+    r"specialm run configs/pipelines/adapt.yaml": "a model of the hub; tests/e2e/test_adapt.py runs it on a small one",
     r"specialm tune-precision\b": "a GPU",
     r"specialm doctor$": "tests/unit/test_doctor.py runs it; here it runs with --quick",
     r"specialm run configs/pipelines/quickstart.yaml": "a quarter of an hour",

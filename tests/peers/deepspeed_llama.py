@@ -1,10 +1,13 @@
-"""DeepSpeed and a Llama of Transformers on two gloo processes: `python -m tests.peers.deepspeed_llama save|load FOLDER`.
+"""DeepSpeed and models of Transformers on two gloo processes: `python -m tests.peers.deepspeed_llama save|load|resume FOLDER`.
 
-`save` trains for two steps by each ZeRO stage. FOLDER/zeroN has the checkpoint, FOLDER/zeroN.safetensors what DeepSpeed's own
-zero_to_fp32 makes of it, FOLDER/config.json the model. `load` has a model with other weights load the universal checkpoint
+`save` trains each model of `KINDS` for two steps. FOLDER/KIND has the checkpoint, FOLDER/config-KIND its config.json,
+FOLDER/KIND.json the losses of the two steps after (the second shows the optimizer's state), FOLDER/KIND.safetensors what
+DeepSpeed's own zero_to_fp32 makes of it. `resume` loads each FOLDER/KIND+... that the tests wrote, ZeRO-1 or universal, and
+writes its losses of these steps to FOLDER/KIND+....json. `load` has a model with other weights load the universal checkpoint
 FOLDER/universal, and writes the module's weights to FOLDER/loaded.safetensors, after a step to FOLDER/next.safetensors.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +19,15 @@ from safetensors.torch import save_file
 
 from tests.checkpoints import VOCABULARY, random_model
 
-WORLD, STAGES = 2, (1, 2, 3)
+WORLD, STEPS = 2, 2
+# The model, the ZeRO stage that saves it, and whether it is trained in bf16.
+KINDS = {
+    "zero1": ("llama 3", 1, False),
+    "zero2": ("llama 3", 2, False),
+    "zero3": ("llama 3", 3, False),
+    "bf16": ("llama 3", 1, True),
+    "neox": ("neox", 1, False),
+}
 
 
 def _rank(rank: int, action: str, folder: Path) -> None:
@@ -26,40 +37,67 @@ def _rank(rank: int, action: str, folder: Path) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
     deepspeed.init_distributed("gloo", init_method=f"file://{folder}/meeting-{action}", rank=rank, world_size=WORLD)
-    {"save": _save, "load": _load}[action](folder)
+    {"save": _save, "load": _load, "resume": _resume}[action](folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _engine(stage: int, **settings: Any) -> Any:
+def _engine(kind: str, *, stage: int | None = None, **settings: Any) -> Any:
     import deepspeed
 
-    model = random_model("llama 3")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, **settings}
+    name, own_stage, bf16 = KINDS[kind]
+    model = random_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9))
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage or own_stage},
+        "bf16": {"enabled": bf16},
+        **settings,
+    }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def _step(engine: Any) -> None:
-    tokens = torch.randint(0, VOCABULARY, (2, 16))
-    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+def _step(engine: Any, number: int) -> float:
+    """The mean of all ranks' losses before the update."""
+    generator = torch.Generator().manual_seed(10 * number + torch.distributed.get_rank())
+    tokens = torch.randint(0, VOCABULARY, (2, 16), generator=generator)
+    loss = engine(input_ids=tokens, labels=tokens).loss
+    engine.backward(loss)
     engine.step()
+    total = loss.detach().float().clone()
+    torch.distributed.all_reduce(total)
+    return float(total) / WORLD
+
+
+def _next_losses(engine: Any, file: Path) -> None:
+    losses = [_step(engine, STEPS + number) for number in range(2)]
+    if torch.distributed.get_rank() == 0:
+        file.write_text(json.dumps(losses))
+    engine.destroy()
 
 
 def _save(folder: Path) -> None:
-    for stage in STAGES:
-        engine = _engine(stage)
-        for _ in range(2):
-            _step(engine)
-        engine.save_checkpoint(str(folder / f"zero{stage}"))
-        engine.module.config.architectures = ["LlamaForCausalLM"]
+    for kind in KINDS:
+        engine = _engine(kind)
+        for number in range(STEPS):
+            _step(engine, number)
+        engine.save_checkpoint(str(folder / kind))
+        engine.module.config.architectures = [type(engine.module).__name__]
         if torch.distributed.get_rank() == 0:
-            engine.module.config.save_pretrained(folder)
-        engine.destroy()
+            engine.module.config.save_pretrained(folder / f"config-{kind}")
+        _next_losses(engine, folder / f"{kind}.json")
+
+
+def _resume(folder: Path) -> None:
+    for place in sorted(folder.glob("*+*")):
+        universal = place.name.endswith("universal")
+        engine = _engine(place.name.split("+")[0], stage=1, checkpoint={"load_universal": universal})
+        engine.load_checkpoint(str(place))
+        _next_losses(engine, folder / f"{place.name}.json")
 
 
 def _load(folder: Path) -> None:
-    engine = _engine(1, checkpoint={"load_universal": True})
+    engine = _engine("zero1", checkpoint={"load_universal": True})
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.zero_()
@@ -68,16 +106,16 @@ def _load(folder: Path) -> None:
         if torch.distributed.get_rank() == 0:
             weights = {key: tensor.clone() for key, tensor in engine.module.state_dict().items()}
             save_file(weights, folder / f"{name}.safetensors")
-        _step(engine)
+        _step(engine, 0)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).resolve()
     mp.spawn(_rank, args=(sys.argv[1], folder), nprocs=WORLD)
-    if sys.argv[1] == "load":
+    if sys.argv[1] != "save":
         sys.exit()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    for stage in STAGES:
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder / f"zero{stage}"))
-        save_file({name: tensor.clone() for name, tensor in state.items()}, folder / f"zero{stage}.safetensors")
+    for kind in KINDS:
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder / kind))
+        save_file({name: tensor.clone() for name, tensor in state.items()}, folder / f"{kind}.safetensors")

@@ -62,7 +62,8 @@ def build_model(**experts: Any) -> torch.nn.Module:
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         use_cpu_initialization=True, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=PIPELINE, pipeline_dtype=torch.float32, **experts,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        **{"pipeline_dtype": torch.float32, **experts},
     )  # fmt: skip
     return GPTModel(
         config,

@@ -15,7 +15,7 @@ from megatron_specialm.convert.megatron_names import joined_ranks, rank_part, re
 from megatron_specialm.convert.run import convert, stream
 from megatron_specialm.convert.source import Layout
 from megatron_specialm.model.weights import WeightSpec
-from tests.checkpoints import CONFIGS, VOCABULARY, save_random_model
+from tests.checkpoints import CONFIGS, MIXTURES, VOCABULARY, save_random_model
 
 FORMS = ("megatron", "megatron-legacy")
 
@@ -33,9 +33,11 @@ def test_a_family_there_and_back_in_every_layout(
     """Qwen3 here has one key/value head. Tied embeddings are copied to the last stage of a legacy checkpoint; the vocabulary is
     padded to 128 or 256 rows."""
     expected = stream(open_source(sources[family]))
-    for tensor, pipeline in product((1,) if family == "qwen3" else (1, 2), (1, 3)):
-        folder = tmp_path / f"{tensor}-{pipeline}"
-        convert(sources[family], folder, to=form, layout=Layout(tensor, pipeline))
+    for tensor, pipeline, experts in product(
+        (1,) if family == "qwen3" else (1, 2), *(((1, 2), (1, 2)) if family in MIXTURES else ((1, 3), (1,)))
+    ):
+        folder = tmp_path / f"{tensor}-{pipeline}-{experts}"
+        convert(sources[family], folder, to=form, layout=Layout(tensor, pipeline, experts))
         opened = open_source(folder)
         assert opened.model.vocabulary_size == VOCABULARY
         assert stream(opened) == expected
@@ -43,7 +45,7 @@ def test_a_family_there_and_back_in_every_layout(
             rows = torch_dist.open_torch_dist(folder).tensors["embedding.word_embeddings.weight"].shape[0]
             assert rows == 128 * tensor
         else:
-            assert len(list(folder.glob("release/mp_rank_*"))) == tensor * pipeline
+            assert len(list(folder.glob("release/mp_rank_*"))) == tensor * pipeline * experts
             assert ("output_layer.weight" in opened.dropped) == (opened.model.shape.tie_embeddings and pipeline > 1)
 
 
@@ -64,7 +66,12 @@ def test_settings_there_and_back(family: str, sources: dict[str, Path]) -> None:
         ({"add_bias_linear": True}, "add_bias_linear is True"),
         ({"position_embedding_type": "learned_absolute"}, "positions are rotary"),
         ({"rotary_percent": 0.25}, "rotary_percent is 0.25"),
-        ({"num_experts": 8}, "num_experts is 8"),
+        ({"num_experts": 8, "moe_router_pre_softmax": True}, "moe_router_pre_softmax is True.*with top-2"),
+        ({"num_experts": 8, "moe_router_topk": 1}, "moe_router_pre_softmax is None.*with top-1"),
+        ({"num_experts": 8, "moe_layer_freq": 2}, r"moe_layer_freq is 2.*as in \[0, 1, 0, 1\]"),
+        ({"num_experts": 8, "moe_shared_expert_intermediate_size": 16}, "moe_shared_expert_gate is None"),
+        ({"num_experts": 8, "moe_router_score_function": "sigmoid"}, "moe_router_score_function is 'sigmoid'"),
+        ({"num_experts": 8, "moe_router_num_groups": 2}, "moe_router_num_groups is 2"),
         ({"num_attention_heads": 5}, "head size"),
     ],
 )

@@ -1,5 +1,7 @@
 """Adam's moments go along where both formats have them, and what is left out is said."""
 
+import io
+import pickle
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -7,16 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final
+from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import LowRank, ModelConfig
 from megatron_specialm.convert.adam import MOMENTS, AdamState
 from megatron_specialm.convert.formats import TARGETS, open_source
+from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.run import convert, hash_moments, stream
 from megatron_specialm.convert.source import Layout, Source
 from megatron_specialm.model.weights import weight_specs
+from tests.training import run_training, stage
 
 VOCABULARY, STEP, UPDATES = 99, 7, 6  # one step was skipped
 _SIZES = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "attention_heads": 4}
@@ -140,3 +148,41 @@ def test_a_moment_that_changed_between_two_hops_is_named(tmp_path: Path) -> None
         CheckpointError, match=r"not what its fingerprint says: exp_avg_sq/decoder\.final_layernorm\.weight:"
     ):
         convert(tmp_path / "theirs", tmp_path / "again", to="canonical")
+
+
+def test_a_training_of_ours_goes_on_from_what_came_back(tmp_path: Path) -> None:
+    """By way of two other formats, to the same bits."""
+    shape = SHAPES["llama"]
+    settings = {"model": shape, "steps": 8, "checkpoint": {"every": 4, "keep": 9}}
+    run_training(tmp_path / "straight", ALONE, stage(**settings))
+    (tmp_path / "config").mkdir()
+    write_config(Model(shape, VOCABULARY + 1, 16, {}), tmp_path / "config", dtype=torch.float32)
+    convert(tmp_path / "straight/step_0000004", tmp_path / "theirs", to="megatron", config=tmp_path / "config")
+    convert(tmp_path / "theirs", tmp_path / "others", to="deepspeed", layout=HOPS["ZeRO-1"])
+    convert(tmp_path / "others", tmp_path / "again", to="canonical")
+    run_training(tmp_path / "again", ALONE, stage(**settings))
+    one, other = (
+        load_file(tmp_path / folder / "step_0000008" / "model-00000.safetensors") for folder in ("straight", "again")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "again" / "step_0000004").is_dir()
+
+
+def test_what_all_ranks_share_is_read_where_megatron_core_0_19_has_it(tmp_path: Path) -> None:
+    """As an object of its own instead of common.pt; and optimizers of several parts give their tensors a prefix."""
+    convert(save_training(tmp_path / "ours", SHAPES["llama"]), tmp_path / "theirs", to="megatron")
+    folder = tmp_path / "theirs" / f"iter_{STEP:07d}"
+    expected = open_source(tmp_path / "theirs")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # of our own making
+    content = io.BytesIO()
+    torch.save([torch.load(folder / "common.pt", weights_only=False)], content)
+    (folder / "common.pt").unlink()
+    (folder / "__1_0.distcp").write_bytes(content.getvalue())
+    name = "common_state/shard_0_1"
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo("__1_0.distcp", 0, len(content.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    found = open_source(tmp_path / "theirs")
+    assert (found.model, found.step, found.dropped) == (expected.model, STEP, expected.dropped)
+    assert found.optimizer is not None and found.optimizer.step == UPDATES
+    assert (stream(found), hash_moments(found)) == (stream(expected), hash_moments(expected))

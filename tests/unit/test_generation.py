@@ -1,12 +1,21 @@
 """What models say: the weights are those of the checkpoint, and equal seeds give equal text."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from megatron_specialm.base.errors import ConfigError
+from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.model import ModelConfig
-from megatron_specialm.stages.generation import Writer, transformers_model
+from megatron_specialm.convert.formats import TARGETS
+from megatron_specialm.convert.run import convert
+from megatron_specialm.stages.generation import Writer, open_model, transformers_model
+from tests.checkpoints import save_random_model
 from tests.unit.test_convert_huggingface import CONTEXT, VOCABULARY, _logits, _random_weights, every_shape
 
 
@@ -41,3 +50,51 @@ def test_the_likeliest_token_a_seed_and_the_contexts_end(neox: ModelConfig) -> N
     assert len(writer.write("ab", **{**settings, "tokens": 1000}, seed=1)) < CONTEXT
     with pytest.raises(ConfigError, match=f"the prompt has 20 tokens, and the model's context {CONTEXT}"):
         writer.write("a" * 20, **settings, seed=0)
+
+
+# --- folders of any kind ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Transformers' own making, with a byte-level tokenizer; no manifest and no fingerprint."""
+    folder = save_random_model("llama", tmp_path_factory.mktemp("source") / "llama")
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<|end|>"])
+    tokenizer.train_from_iterator(["brarn dest flirk gon kralst"] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _said(folder: Path) -> str:
+    return open_model(folder).write("brarn", tokens=5, temperature=0.0, top_k=1, seed=0)
+
+
+def test_a_checkpoint_of_any_format_says_the_same(source: Path, tmp_path: Path) -> None:
+    expected = _said(source)
+    assert expected.startswith("brarn") and len(expected) > len("brarn")
+    for to in TARGETS:
+        convert(source, tmp_path / to, to=to)
+        assert _said(tmp_path / to) == expected, to
+    convert(tmp_path / "canonical", tmp_path / "export", to="huggingface")
+    assert _said(tmp_path / "export") == expected
+    assert _said(next((tmp_path / "canonical").glob("step_*"))) == expected
+
+
+def test_a_folder_that_cannot_say_anything_is_refused(source: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "special*"))
+    convert(bare, tmp_path / "canonical", to="canonical")
+    for folder in (bare, tmp_path / "canonical"):
+        with pytest.raises(ConfigError, match="has no tokenizer to read the prompt with"):
+            open_model(folder)
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="no model: name the folder"):
+            open_model(folder)
+    convert(source, tmp_path / "export", to="huggingface")
+    for name in ("manifest.json", "model.safetensors"):  # an export of ours is compared with its manifest
+        damaged = shutil.copytree(tmp_path / "export", tmp_path / name)
+        (damaged / name).unlink()
+        with pytest.raises(ArtifactError, match=name):
+            open_model(damaged)

@@ -24,7 +24,7 @@ from megatron_specialm.convert.run import convert
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.build import build_graph
-from megatron_specialm.graph.lineage import setup_of
+from megatron_specialm.graph.lineage import imported_models, setup_of
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.graph.tasks import TaskId
 from tests.checkpoints import save_random_model
@@ -143,6 +143,9 @@ def test_a_source_that_is_not_there_or_not_known_is_refused(monkeypatch: pytest.
         _load({"path": "/nowhere"})
     with pytest.raises(ConfigError, match="revision 'v1' goes with a name on the hub"):
         _load({"path": "/nowhere", "revision": "v1", "model": "nano-llama", "vocabulary_size": ROWS})
+    Path("here").mkdir()
+    with pytest.raises(ConfigError, match="revision 'v1' goes with a name on the hub, and path 'here' is a folder's"):
+        _load({"path": "here", "revision": "v1", "model": "nano-llama", "vocabulary_size": ROWS})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MachineError, match=r"owner/name: no such folder, .* `hf download owner/name`"):
         _load({"path": "owner/name"})
@@ -230,6 +233,65 @@ def test_another_tokenizer_is_named_where_the_source_has_none_or_not_its_own(exi
     source = Path(shutil.copytree(existing["llama"], "source"))
     _without_tokenizer(source)
     assert Tokenizer.load(_import(_load({"path": str(source), "tokenizer": "small"}))).vocabulary_size == ROWS
+
+
+def test_a_tokenizer_that_transformers_would_load_otherwise_beside_the_model_is_refused(
+    existing: dict[str, Path],
+) -> None:
+    """It loads every Qwen2 with a class of its own, which normalizes text."""
+    source = Path(shutil.copytree(existing["qwen2"], "source"))
+    _without_tokenizer(source)
+    save_tokenizer(source, [" ".join(WORDS)] * 4)
+    with pytest.raises(DataError, match=r"cannot be exported: transformers .* gives other ids"):
+        _import(_load({"path": str(source)}))
+
+
+def test_an_import_that_was_interrupted_is_made_again(existing: dict[str, Path]) -> None:
+    """After its step and before its result were in place, with files of a conversion that had begun."""
+    pipeline = _load({"path": str(existing["llama"])})
+    folder = _import(pipeline)
+    whole = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    (folder / RESULT).unlink()
+    (folder / "step_0000000" / "model-00000.safetensors").write_bytes(b"half")
+    (folder / ".model.tmp").mkdir()
+    assert _import(pipeline) == folder
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} == whole
+    assert find_final(folder).name == "step_0000000" and not (folder / ".model.tmp").exists()
+
+
+def test_trainings_of_every_kind_begin_with_it(existing: dict[str, Path]) -> None:
+    """In any layout, as an MoE, beside it as a teacher; and it is no expert to select."""
+    training = {"kind": "train", "data": "domain", "tokens": "tokens", "steps": 9, "schedule": {"warmup_steps": 0}}
+    started = {**training, "init": "base"}
+    stages = {
+        "plain": {**started, "parallel": {"tensor_parallel": 2, "pipeline_parallel": 2, "data_parallel": 2}},
+        "zero": {**started, "parallel": {"engine": "deepspeed", "zero_stage": 2, "data_parallel": 2}},
+        "experts": {**started, "upcycle": {"experts": 4}, "method": "experts"},
+        "mixture": {**started, "data": "cluster", "assignment": "assignment"},
+        "mixed": {**started, "data": "generic", "domain_fraction": 0.1},
+        "student": {**training, "model": "nano-llama", "distill": {"teacher": "base"}},
+    }
+    pipeline = _load({"path": str(existing["llama"])}, **stages)
+    graph = build_graph(pipeline)
+    base = pipeline.stages["base"].model
+    for name in stages:
+        inputs = {task.stage for key, one in graph.items() if key.stage == name for task in one.inputs}
+        assert "base" in inputs and imported_models(pipeline, name) == ["base"]
+        assert setup_of(pipeline, name).vocabulary_size == ROWS
+    assert setup_of(pipeline, "plain").model == setup_of(pipeline, "student").teacher == base
+    assert setup_of(pipeline, "experts").model.moe is not None
+    chosen = {"kind": "select", "experts": "base", "tokens": "tokens"}
+    with pytest.raises(ConfigError, match=r"stages\.chosen\.experts: 'base' makes one model"):
+        build_graph(_load({"path": str(existing["llama"])}, chosen=chosen))
+
+
+def test_a_pickled_checkpoint_is_read_without_executing_it(existing: dict[str, Path]) -> None:
+    source = Path(shutil.copytree(existing["llama"], "source"))
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    found = [read_merged(find_final(_import(_load({"path": str(path)})))) for path in (source, existing["llama"])]
+    assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in found[0].weights.items())
 
 
 def test_a_model_that_is_not_the_sources_is_refused(existing: dict[str, Path]) -> None:

@@ -27,6 +27,7 @@ FACTS = ModelFacts(
     cost=Cost(204_800, 1_500_000_000_000, 12.0, 24.0, "cpu: some model", 2),
     validation_loss=2.0,
     logit_difference=3e-6,
+    llama_cpp="its converter says",
     seed=7,
     training_seed=8,
     digest="feed",
@@ -74,6 +75,7 @@ def test_a_method_may_have_any_name() -> None:
         "| `slm-is-tuned` | specialization | 100 | 204,800 | 1.50e+12 | 24.0 | cpu: some model |",
         "3.00e-06",
         "\n128 tokens",
+        "- llama.cpp: its converter says\n",
     ],
 )
 def test_the_card_tells(said: str) -> None:

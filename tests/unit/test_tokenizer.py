@@ -11,6 +11,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_specialm.base.errors import DataError
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.convert.llama_cpp import advice
 from megatron_specialm.convert.tokenizer import disagreement, load_tokenizer, save_tokenizer
 from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -218,3 +220,33 @@ def test_what_transformers_makes_otherwise_is_said(tmp_path: Path) -> None:
         config = folder / "tokenizer_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
         assert words in str(disagreement(folder, imported, context_length=32))
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def test_what_llama_cpp_converts_is_written_for_it(llama: ModelConfig, neox: ModelConfig, tmp_path: Path) -> None:
+    texts = [" ".join(WORDS)] * 20
+    ours = {}
+    for kind in ("bpe", "unigram"):
+        (tmp_path / kind).mkdir()
+        ours[kind] = train_sentencepiece(
+            texts, tmp_path / kind, vocabulary_size=290, algorithm=kind, sample_characters=10_000
+        )
+    save_tokenizer(ours["bpe"], tmp_path / "theirs", context_length=32)
+    written = json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    assert (tmp_path / "theirs" / "tokenizer.model").read_bytes() == (tmp_path / "bpe/sentencepiece.model").read_bytes()
+    assert written["add_prefix_space"] is False
+    save_tokenizer(ours["bpe"], tmp_path / "without", context_length=32, sentencepiece=False)
+    save_tokenizer(ours["unigram"], tmp_path / "unigram-theirs", context_length=32)
+    assert not [path for name in ("without", "unigram-theirs") for path in (tmp_path / name).glob("tokenizer.model")]
+
+    assert "converts this folder, tokenizer included" in advice(llama, ours["bpe"])
+    assert "this is GPTNeoXForCausalLM" in advice(neox, ours["bpe"])
+    qwen = llama.model_copy(update={"qkv_bias": True})
+    assert "this is Qwen2ForCausalLM" in advice(qwen, ours["bpe"])
+    assert "SentencePiece BPE only" in advice(llama, ours["unigram"])
+    bytes_ = import_tokenizer(save(ended(True), tmp_path / "source"), tmp_path / "bytes")
+    for shape in (llama, qwen):
+        assert '"post_processor": null' in advice(shape, bytes_)
+    assert "SentencePiece BPE only" in advice(neox, bytes_)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.merged import MergedModel, one_hot, read_merged, read_trained, write_merged
+from megatron_specialm.checkpoint.merged import MergedModel, read_merged, read_trained, write_merged
 from megatron_specialm.checkpoint.opening import open_checkpoint
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
@@ -17,6 +17,7 @@ from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops, training_flops
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.model.merge import one_hot
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
 from megatron_specialm.train.trials import Trials
 

@@ -1,4 +1,4 @@
-"""A small config with every kind of stage, and its text."""
+"""A small config with every kind of stage except `import`, and its text."""
 
 import json
 import random
