@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
@@ -9,8 +10,8 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.model import gpt
 from megatron_specialm.model.gpt import Gpt
-
-VOCABULARY, CONTEXT = 100, 16
+from megatron_specialm.train.evaluation import score
+from tests.training import CONTEXT, VOCABULARY, MemoryStore
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -32,6 +33,14 @@ def test_logits_are_those_of_each_window_alone(
         together = model.logits(tokens, lengths=lengths)[0].split(lengths)
         for window, found in zip(tokens[0].split(lengths), together, strict=True):
             torch.testing.assert_close(found, model.logits(window[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_is_that_of_padded_windows(neox: ModelConfig) -> None:
+    model, store = _model(neox), MemoryStore(10)
+    batches = [store.batch(ids) for ids in np.split(np.arange(10), [4, 8])]
+    padded, found = (score(model, batches, packing=packing) for packing in ("none", "packed"))
+    assert found.total == pytest.approx(padded.total, rel=1e-6) and found.tokens == padded.tokens
+    assert (padded.slots, found.slots) == (10 * CONTEXT, padded.tokens)
 
 
 @pytest.fixture
