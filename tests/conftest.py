@@ -16,6 +16,7 @@ from megatron_specialm.config.model import ModelConfig
 from tests.texts import SMOKE_SETS, write_sets
 
 ROOT = Path(__file__).parents[1]
+OWN_CLUSTER = ("tests/cluster/test_interruptions.py", "tests/cluster/test_pipeline.py")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers share the machine's cores
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
@@ -23,12 +24,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: worker
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """The tests of a file run on one worker, and so do all of tests/cluster: they share a cluster."""
+    """The tests of a file run on one worker. Those of tests/cluster mostly wait: the two longest files have a worker and a
+    cluster of their own, the others share one."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            return "tests/cluster" if file.startswith("tests/cluster/") and file not in OWN_CLUSTER else file
 
     config.option.loadscopereorder = False  # as collected: the folders with the longest tests come first
     return Scheduling(config, log)
@@ -120,6 +123,12 @@ def alone() -> Iterator[None]:
 def megatron_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that megatron-core has written at TP2 x PP2 (`tests/peers/megatron.py`). Tests only read them."""
     return made_once(tmp_path_factory, "megatron", lambda folder: run_peer("megatron", "save", folder))
+
+
+@pytest.fixture(scope="session")
+def megatron_adam_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints with the state of Megatron-Core's optimizers (`tests/peers/megatron_adam.py`). Tests only read them."""
+    return made_once(tmp_path_factory, "megatron-adam", lambda folder: run_peer("megatron_adam", "save", folder))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,14 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 
 from tests.texts import WORDS
 
@@ -26,6 +33,8 @@ CONFIGS = {
         **_SIZES, tie_word_embeddings=True, rope_parameters={"rope_theta": 900.0, "rope_type": "default"}
     ),
 }
+
+CONFIGS["mixtral"] = MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
 
 
 def save_tokenizer(folder: Path, texts: Iterable[str], *, size: int = 300) -> PreTrainedTokenizerFast:

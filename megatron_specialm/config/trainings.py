@@ -198,8 +198,10 @@ TRAININGS: dict[str, type[TrainStage]] = {
 }
 
 
+_ALL_SETTINGS = {name for cls in TRAININGS.values() for name in cls.model_fields}
+_OF_OTHER_DATA = {data: _ALL_SETTINGS - cls.model_fields.keys() for data, cls in TRAININGS.items()}
+
+
 def settings_of_other_data(data: Any) -> set[str]:
     """The settings that exist with other values of `data` and not with this one; none where the value is not known."""
-    if not isinstance(data, str) or data not in TRAININGS:
-        return set()
-    return {name for cls in TRAININGS.values() for name in cls.model_fields} - TRAININGS[data].model_fields.keys()
+    return _OF_OTHER_DATA.get(data, set()) if isinstance(data, str) else set()

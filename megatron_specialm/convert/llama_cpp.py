@@ -1,9 +1,9 @@
 """What llama.cpp's converter, `convert_hf_to_gguf.py`, makes of an export: the same model with the same ids, or nothing.
 
-The converter has a reader of tokenizers for each architecture. For Llama's it reads a SentencePiece BPE model exactly, if
+The converter has a reader of tokenizers for each architecture. For Llama and Mixtral it reads SentencePiece BPE exactly, if
 `tokenizer.model` is there and `tokenizer_config.json` says whether a text begins with a space. Without `tokenizer.model` it
-would take `tokenizer.json` without scores, and for Qwen's architectures it always puts the space: other ids, and no error.
-So `tokenizer.model` is written for Llama's only.
+would take `tokenizer.json` without scores, and for Qwen's architectures it always puts the space: other ids, and no error. So
+`tokenizer.model` is written for Llama and Mixtral only.
 
 Byte-level BPE it recognizes by a list of hashes: of the ids of a text under the tokenizers of published models. The start token
 that our exports put before a text changes them.
@@ -20,12 +20,13 @@ from megatron_specialm.data.huggingface_tokenizer import JSON
 from megatron_specialm.data.tokenizer import Tokenizer
 
 CONVERTER = "`convert_hf_to_gguf.py`"
+_READS_SENTENCEPIECE = ("LlamaForCausalLM", "MixtralForCausalLM")
 _READS_BYTE_LEVEL = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def reads_sentencepiece(shape: ModelConfig) -> bool:
     """Whether the converter reads `tokenizer.model` of such a model as we do."""
-    return architecture_of(shape) == "LlamaForCausalLM"
+    return architecture_of(shape) in _READS_SENTENCEPIECE
 
 
 def normalizer(tokenizer: Tokenizer) -> Any:
@@ -46,7 +47,8 @@ def advice(shape: ModelConfig, tokenizer: Tokenizer) -> str:
     if changes is None:
         return f"{CONVERTER} does not convert it: of tokenizers of one's own it reads SentencePiece BPE only."
     if not reads_sentencepiece(shape):
-        return f"{CONVERTER} does not convert it: it reads this tokenizer for LlamaForCausalLM, and this is {architecture}."
+        known = " and ".join(_READS_SENTENCEPIECE)
+        return f"{CONVERTER} does not convert it: it reads this tokenizer for {known}, and this is {architecture}."
     if changes.precompiled_charsmap or changes.remove_extra_whitespaces:
         return f"{CONVERTER} does not convert it: the tokenizer normalizes text, which llama.cpp does not."
     return f"{CONVERTER} converts this folder, tokenizer included."

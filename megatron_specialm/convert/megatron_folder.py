@@ -97,12 +97,15 @@ def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None,
     kinds = [name.partition("/")[0] for name in opened.optimizer]
     if any(kinds.count(kind) < len(opened.tensors) for kind in MOMENTS):
         return None, _BUFFERS if opened.others else _FROZEN
-    found = read_adam(
-        opened.optimizer,
-        step=opened.optimizer_step,
-        groups=opened.groups,
-        ours=lambda moments: from_megatron(moments, model, where=opened.folder),
-    )
+    try:
+        found = read_adam(
+            opened.optimizer,
+            step=opened.optimizer_step,
+            groups=opened.groups,
+            ours=lambda moments: from_megatron(moments, model, where=opened.folder),
+        )
+    except CheckpointError as error:
+        return None, str(error)
     return found, "" if found else "it does not say how many updates were made"
 
 

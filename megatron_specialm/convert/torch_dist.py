@@ -10,6 +10,7 @@ Tensors have their full shapes, without tensor or pipeline parallelism. The same
 dimension over layers, or a tensor per layer (`decoder.layers.7.`), by the metadata with which megatron-core saved.
 """
 
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.slices import StoredSlice
 from megatron_specialm.convert.iterations import iteration_folder
-from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.lazy import Computed, LazyTensor
 from megatron_specialm.convert.safe_pickle import COPY_AGAIN, decoding, inert, read_pickle
 from megatron_specialm.convert.stored import BoxedTensor, FileTensor
 from megatron_specialm.convert.torch_zip import TORCH, read_torch_zip, settings_of
@@ -33,6 +34,7 @@ FORMAT, METADATA, COMMON = "metadata.json", ".metadata", "common.pt"
 MOMENTS = {f"optimizer.state.{theirs}.": f"{ours}/" for theirs, ours in
             {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "param": "fp32", "fp32_param": "fp32"}.items()}  # fmt: skip
 COMMON_STATE = "common_state/shard_0_1"  # since megatron-core 0.19: what common.pt had, as one of the objects
+_WHOLE = "nd_reformulated_orig_global_shape"
 _CHAINED = re.compile(
     r"chained_\d+\.(?=optimizer\.)"
 )  # one optimizer of several: for weights that are summed otherwise
@@ -120,8 +122,9 @@ def open_torch_dist(path: Path) -> TorchDist:
         for index, info in stored.items():
             offset = index.fields.get("offset")
             places.setdefault(index.fields["fqn"], {})[offset or ()] = _place(folder, **info.fields)
+        whole = {name: own.get(_WHOLE) for name, own in (fields.get("mcore_data") or {}).items()}
         tensors = {
-            _CHAINED.sub("", name): _tensor(name, folder, entry.fields, places.get(name, {}))
+            _CHAINED.sub("", name): _tensor(name, folder, entry.fields, places.get(name, {}), whole.get(name))
             for name, entry in described.items()
             if entry.name.endswith(".TensorStorageMetadata")
         }
@@ -194,7 +197,14 @@ class _Chunk:
         return self._content[index]
 
 
-def _tensor(name: str, folder: Path, described: dict[str, Any], places: Mapping[tuple[int, ...], _Place]) -> LazyTensor:
+def _tensor(
+    name: str,
+    folder: Path,
+    described: dict[str, Any],
+    places: Mapping[tuple[int, ...], _Place],
+    whole: tuple[int, ...] | None,
+) -> LazyTensor:
+    """A tensor of the metadata. `whole`: its shape, where it is stored by parts that were each flattened."""
     shape = described["size"]
     dtype = described["properties"].state[0]  # torch's __getstate__ lists type, layout, gradient, memory format, pinned
     boxes = {}
@@ -208,4 +218,17 @@ def _tensor(name: str, folder: Path, described: dict[str, Any], places: Mapping[
         if starts not in places:
             raise CheckpointError(f"{folder / METADATA}: {name}: its chunk at {starts} is in no file: {COPY_AGAIN}")
         boxes[StoredSlice(places[starts].path, name, starts, stops, shape)] = _Chunk(places[starts], sizes, dtype)
-    return BoxedTensor(name, boxes)
+    stored = BoxedTensor(name, boxes)
+    return stored if whole is None else _unflattened(stored, tuple(whole))
+
+
+def _unflattened(stored: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor of the distributed optimizer of megatron-core before 0.14: stored as the number of parts that each dimension is
+    cut into, then a part's elements."""
+    counts = tuple(stored.shape[:-1])
+    sizes = list(zip(shape, counts, strict=True))
+    if any(size % count for size, count in sizes) or math.prod(stored.shape) != math.prod(shape):
+        raise ValueError(f"parts of shape {tuple(stored.shape)} do not make a tensor of shape {shape}")
+    part = tuple(size // count for size, count in sizes)
+    order = [axis for pair in zip(range(len(shape)), range(len(shape), 2 * len(shape)), strict=True) for axis in pair]
+    return Computed(shape, stored.dtype, lambda: stored[()].view(*counts, *part).permute(order).reshape(shape))

@@ -90,6 +90,13 @@ def node_command(
     return [*_step_on_nodes(size, allocation, container, folder), *_apptainer(container, folder), *command]
 
 
+def probe_command(node: str) -> list[str]:
+    """The command line that starts a process on one node of the allocation, which does nothing there."""
+    return [
+        "srun", "--overlap", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", f"--nodelist={node}", "--mpi=none", "true",
+    ]  # fmt: skip
+
+
 def _step_on_nodes(size: JobSize, allocation: Allocation, container: Container | None, folder: Path) -> list[str]:
     step = _step(JobSize(size.nodes, 1), cpus=allocation.cpus_per_task * size.ranks_per_node)
     return [*step, *_pyxis(container, folder)]

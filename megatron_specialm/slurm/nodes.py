@@ -7,7 +7,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from megatron_specialm.config.site import Preflight
 
 EXCLUDED = "nodes.json"
 EXCLUDED_SECONDS = 86_400.0  # administrators repair nodes; one that still fails is excluded again
+PROBE_SECONDS = 30.0
+PROBES_AT_ONCE = 32
 Result = Mapping[str, Any]
 
 
@@ -99,6 +102,29 @@ def check_nodes(
     if joint := [f"{node}: {error}" for node, error in {**waiting, **errors}.items()]:
         raise MachineError(f"preflight: the nodes cannot compute together: {'; '.join(joint)}")
     return {}
+
+
+def unreachable_nodes(nodes: Sequence[str], command: Callable[[str], Sequence[str]]) -> dict[str, str]:
+    """The nodes on which no process can be started from this one, each with the reason. None if that holds for all: then no
+    node is the cause. Slurm may know nothing of it: its controller may reach nodes that do not reach each other.
+
+    Args:
+        command: starts a process on a node.
+    """
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        faults = dict(zip(nodes, pool.map(lambda node: _probe(command(node)), nodes), strict=True))
+    bad = {node: fault for node, fault in faults.items() if fault is not None}
+    return bad if len(bad) < len(nodes) else {}
+
+
+def _probe(command: Sequence[str]) -> str | None:
+    try:
+        outcome = subprocess.run(
+            command, timeout=PROBE_SECONDS, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired:
+        return f"no process starts on it within {PROBE_SECONDS:g} s"
+    return f"no process starts on it: {' '.join(outcome.stderr.split())[-300:]}" if outcome.returncode else None
 
 
 def judge(

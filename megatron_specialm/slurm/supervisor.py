@@ -6,7 +6,8 @@ on to the ranks in the answers to their heartbeats, because launchers swallow si
 save at their next step and end. After SIGTERM, Slurm decides whether the job runs again. After a warning, a failure or a hang
 it is requeued from here, as it is where the ranks alone got SIGTERM, which happens when a partition's GraceTime begins.
 
-A lost node shows in two ways. Where this process lives and Slurm has not ended the job, the node's ranks are silent: that is a
+A lost node shows in three ways. Where not all ranks have started, each node is tried alone, and those that do not answer are
+excluded. Where this process lives and Slurm has not ended the job, the node's ranks are silent: that is a
 hang, and the job is requeued from here without that node. Where Slurm notices first, or this node is the lost one, Slurm ends
 the job and requeues it, because scripts have `--requeue`; an attempt that left no end counts as a failure (`reason_to_end`).
 """
@@ -19,7 +20,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -30,10 +31,10 @@ from megatron_specialm.base.process_status import handling
 from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINISHED, LAUNCHER, STOPPED, Failure, Saved
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
-from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
+from megatron_specialm.slurm.allocation import Allocation, node_command, probe_command, rank_command
 from megatron_specialm.slurm.commands import slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
-from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes
+from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes, unreachable_nodes
 from megatron_specialm.slurm.records import (
     Attempt,
     AttemptBegin,
@@ -172,10 +173,7 @@ def _since_progress(steps: Sequence[int | None]) -> int:
 
 def _attempt(attempt: JobAttempt, stop: _StopRequest) -> Ending:
     if bad := _unfit_nodes(attempt):
-        for node, reason in bad.items() if stop.by is not signal.SIGTERM else ():  # which cuts the check short
-            exclude_node(attempt.excluded, node, reason=reason)
-        reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
-        return Ending("bad-node", f"preflight: {reasons}", nodes=tuple(bad))
+        return _bad_nodes(attempt, bad, stop, found_by="preflight")
     limits = attempt.site.limits
     with Listener(attempt.allocation.address, attempt.size.ranks) as listener, _ranks(attempt, listener) as process:
         stopped_at: float | None = None
@@ -207,7 +205,11 @@ def _attempt(attempt: JobAttempt, stop: _StopRequest) -> Ending:
                 for node in nodes if len(nodes) < len(attempt.allocation.nodes) else ():
                     exclude_node(attempt.excluded, node, reason=stall.reason)
                 return Ending("hang", stall.reason, listener.step, nodes)
-        return _ending(attempt, process.poll(), stop.by, listener.step)
+        ending = _ending(attempt, process.poll(), stop.by, listener.step)
+        started = len(listener.states) == attempt.size.ranks
+        if ending.outcome == "failed" and not started and (bad := _unreachable_nodes(attempt)):
+            return _bad_nodes(attempt, bad, stop, found_by="not all ranks have started")
+        return ending
 
 
 def _unfit_nodes(attempt: JobAttempt) -> dict[str, str]:
@@ -220,7 +222,24 @@ def _unfit_nodes(attempt: JobAttempt) -> dict[str, str]:
         [attempt.command[0], "-m", "megatron_specialm.slurm.node_check", str(folder.resolve()), rendezvous],
         size=attempt.size, allocation=allocation, container=attempt.site.container, folder=Path.cwd(),
     )  # fmt: skip
-    return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
+    try:
+        return check_nodes(command, folder, nodes=allocation.nodes, gpus=allocation.gpus_per_node, settings=settings)
+    except MachineError:
+        if bad := _unreachable_nodes(attempt):
+            return bad
+        raise
+
+
+def _unreachable_nodes(attempt: JobAttempt) -> dict[str, str]:
+    """srun starts nothing at all if one node does not answer the first one."""
+    return unreachable_nodes(attempt.allocation.nodes, probe_command)
+
+
+def _bad_nodes(attempt: JobAttempt, bad: Mapping[str, str], stop: _StopRequest, *, found_by: str) -> Ending:
+    for node, reason in bad.items() if stop.by is not signal.SIGTERM else ():  # which cuts the check short
+        exclude_node(attempt.excluded, node, reason=reason)
+    reasons = "; ".join(f"{node}: {reason}" for node, reason in bad.items())
+    return Ending("bad-node", f"{found_by}: {reasons}", nodes=tuple(bad))
 
 
 @contextlib.contextmanager

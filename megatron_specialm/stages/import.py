@@ -21,6 +21,7 @@ from megatron_specialm.config.schema import ImportStage
 from megatron_specialm.convert.canonical_folder import FORMAT
 from megatron_specialm.convert.run import open_convertible, write_target
 from megatron_specialm.convert.source import Source
+from megatron_specialm.convert.tokenizer_files import SENTENCEPIECE
 from megatron_specialm.data.huggingface_tokenizer import JSON
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import import_tokenizer
@@ -28,7 +29,6 @@ from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.context import Context
 from megatron_specialm.stages.tokenizer import check_exported
 
-SENTENCEPIECE = "tokenizer.model"
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors", "*.bin")  # the second kind where there is none of the first
 

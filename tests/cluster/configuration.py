@@ -16,8 +16,8 @@ class Address:
 def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], cpus: int) -> str:
     """The text of slurm.conf.
 
-    Two partitions: `debug` is where jobs go, and those of `urgent` preempt them. A lost node is noticed in about 15 seconds:
-    Slurm would take one that is only busy for lost if it had 5 to answer. A requeued job starts again when munge's credentials
+    Two partitions: `debug` is where jobs go, and those of `urgent` preempt them. A lost node is noticed in about 15 seconds,
+    and one that is only busy has answered by then. A requeued job starts again when munge's credentials
     of its first start have expired, after 5 (less is ignored).
     """
     lines = [

@@ -87,7 +87,13 @@ class NamespacedNode:
     def _link(self) -> str:
         return f"{self.bridge}{self.name.removeprefix('node')}"
 
+    @property
+    def _namespace(self) -> Path:
+        assert self.process is not None
+        return Path(f"/proc/{self.process.pid}/ns/net")
+
     def power_on(self) -> None:
+        # The card has the same address each time: others would send to the earlier one until their entry for it expires.
         # bash is the namespace's first process: it collects what daemons of jobs leave behind, which slurmd does not.
         # It waits for its network card before it starts slurmd. All ends with the first process.
         inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; read -r _ || exit; slurmd -D -N "$1" & wait'
@@ -96,12 +102,12 @@ class NamespacedNode:
              "bash", "-c", inside, "bash", self.name, str(self.slot / "hosts")],
             slot=self.slot, log=self.slot / f"{self.name}.log", stdin=subprocess.PIPE,
         )  # fmt: skip
-        own, here = Path(f"/proc/{self.process.pid}/ns/net"), os.readlink("/proc/self/ns/net")
+        own, here = self._namespace, os.readlink("/proc/self/ns/net")
         while os.readlink(own) == here:
             assert self.process.poll() is None, (self.slot / f"{self.name}.log").read_text()
         # The kernel removes the network of a killed run's node some time after its process.
         network(f"link del {self._link}", check=False)
-        network(f"link add {self._link} type veth peer name eth0 netns {self.process.pid}")
+        network(f"link add {self._link} type veth peer name eth0 address {mac(self.ip)} netns {self.process.pid}")
         network(f"link set {self._link} master {self.bridge} up")
         for command in (f"addr add {self.ip}/24 dev eth0", "link set eth0 up", "link set lo up"):
             network(command, inside=own)
@@ -120,6 +126,14 @@ class NamespacedNode:
 
     def reconnect(self) -> None:
         network(f"link set {self._link} up")
+
+    def send_astray(self, ip: str) -> None:
+        """What this node sends to an address is lost."""
+        network(f"neigh replace {ip} lladdr {mac('0.0.0.0')} dev eth0 nud permanent", inside=self._namespace)
+
+    def send_right(self, ip: str) -> None:
+        """Undo `send_astray`."""
+        network(f"neigh del {ip} dev eth0", inside=self._namespace)
 
 
 @dataclass
@@ -165,6 +179,11 @@ class PlainNode:
             except psutil.Error:
                 continue
         return list(own.values())
+
+
+def mac(ip: str) -> str:
+    """A hardware address for an IP address."""
+    return ":".join(["02", "00", *(f"{int(part):02x}" for part in ip.split("."))])
 
 
 def network(command: str, *, inside: Path | None = None, check: bool = True) -> None:

@@ -11,7 +11,7 @@ from tools.disturbed.local import straight_run
 
 SIZES = {"steps": 200, "every": 5, "until": "slm"}
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def test_disturbed_jobs_end_with_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:

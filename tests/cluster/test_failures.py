@@ -13,7 +13,7 @@ import pytest
 from tests.cluster.runs import Run, assert_same_bits, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_controller_is_restarted(run: Run, smoke_run: Path) -> None:
     submit = subprocess.Popen(command, cwd=run.folder, env=run.environment, stdout=subprocess.PIPE, text=True)
     time.sleep(3)
     run.cluster.start_controller()
-    assert "1 tasks submitted" in submit.communicate(timeout=60)[0]
+    assert "1 tasks submitted" in submit.communicate(timeout=200)[0]
     assert run.wait("slm") == ["COMPLETED"] and run.wait("slm-tuned") == ["COMPLETED"]
     assert run.outcomes("slm") == ["finished"]
     assert_same_bits(run.root / "slm-tuned/torch", smoke_run / "runs/smoke/slm-tuned/torch")
@@ -112,7 +112,7 @@ def test_two_submits_at_once(run: Run) -> None:
         subprocess.Popen(command, cwd=run.folder, env=run.environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    said = [racer.communicate(timeout=60)[0].splitlines()[-1] for racer in racers]
+    said = [racer.communicate(timeout=200)[0].splitlines()[-1] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0, 0]
     assert sorted(line.split(":")[1].split(" tasks")[0].strip() for line in said) == ["0", "0", "5"], said
     assert len(run.cluster.run("squeue", "--noheader").splitlines()) == 2  # the encoder, and what is embedded by it
@@ -127,7 +127,7 @@ def test_a_submit_that_dies_behind_sbatch(run: Run, tmp_path: Path) -> None:
     run.submit("--dry-run")
     command = [*run.command("submit"), "--site", str(run.folder / "site.yaml"), "--only", "slm"]
     environment = {**run.environment, "PATH": f"{programs}:{run.environment['PATH']}"}
-    died = subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, timeout=60)
+    died = subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, timeout=200)
     assert died.returncode == -signal.SIGKILL
     assert "0 tasks submitted, 1 on their way" in run.submit("--only", "slm")
     assert len(run.cluster.run("squeue", "--noheader").splitlines()) == 1

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_specialm.slurm.records import Attempt
+from tests.cluster.machine import NamespacedNode
 from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 STEPS = 400
 OVERRIDES = [f"stages.slm.steps={STEPS}", "stages.slm.parallel.data_parallel=2", "stages.slm.checkpoint.every=20"]
 
@@ -22,7 +23,7 @@ def straight(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same training, on this machine and without interruption."""
     folder = prepared(smoke_run, tmp_path_factory.mktemp("straight"), "tokenizer", "tokens")
     run = Run(None, folder, OVERRIDES)  # type: ignore[arg-type]
-    subprocess.run(run.command("run", "--only", "slm"), cwd=folder, env=local_environment(), check=True, timeout=200)
+    subprocess.run(run.command("run", "--only", "slm"), cwd=folder, env=local_environment(), check=True, timeout=600)
     return run.root / "slm/generic"
 
 
@@ -44,7 +45,7 @@ def _begun(run: Run) -> int:
         attempts, step = run.attempts("slm"), run.saved_step("slm")
         return bool(attempts) and step > first_seen.setdefault(len(attempts), step) and attempts[-1].end is None
 
-    run.until(goes_on, "a step is saved", 120)
+    run.until(goes_on, "a step is saved", 60)
     assert run.saved_step("slm") < STEPS - 40, "the test came too late: the training has ended"
     return len(run.attempts("slm")) - 1
 
@@ -67,23 +68,26 @@ def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") 
 
 
 def test_the_time_limit(run: Run, straight: Path) -> None:
-    """A real one: Slurm's shortest is a minute, and it looks twice a minute who is to be warned. So that the training does not
-    end before, its ranks are frozen until the warning has come."""
-    run.site["jobs"]["slm"]["time"] = "1"
+    """A real one, near only when the training has begun, and far again for the next attempt. Slurm looks twice a minute who is
+    to be warned. So that the training does not end before, its ranks are frozen until the warning has come."""
     run.site["limits"] = {"warning_seconds": 15, "silent_seconds": 100, "hang_seconds": 100}
     run.submit("--only", "slm")
     number = _begun(run)
     ranks = [run.rank(0), run.rank(1)]
     for rank in ranks:
         rank.suspend()
+    element = f"{run.job('slm')}_0"
+    hours, minutes, _ = map(int, run.cluster.job(element)["RunTime"].split(":"))
+    run.cluster.run("scontrol", "update", f"JobId={element}", f"TimeLimit={60 * hours + minutes + 1}")
     run.until(lambda: "SIGUSR1: the ranks are asked to save and stop" in run.log("slm"), "the time limit is near", 90)
     for rank in ranks:
         rank.resume()
+    run.until(lambda: run.attempts("slm")[number].end, "the attempt has ended", 90)
+    run.cluster.run("scontrol", "update", f"JobId={element}", "TimeLimit=10")
     end = _next(run, number, 60)[0].end
     assert end is not None and end.outcome == "timeout" and end.requeued
     assert end.step and end.reason == f"the time limit is near: saved at step {end.step}"
-    run.wait("slm", 120)  # on a slow machine, a second limit may come before the end
-    _finished(run, straight, *["timeout"] * run.outcomes("slm").count("timeout"))
+    _finished(run, straight, "timeout")
 
 
 def test_a_preemption(run: Run, straight: Path) -> None:
@@ -162,7 +166,7 @@ def test_a_rank_that_hangs(run: Run, straight: Path) -> None:
 
 def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     """The look at one node does not come to its end: the job starts on others, and so do those that come after it."""
-    run.site["preflight"] = {"enabled": True, "seconds": 22, "free_disk": 1}
+    run.site["preflight"] = {"enabled": True, "seconds": 60, "free_disk": 1}
     run.submit("--only", "slm")
     node = run.until(lambda: run.attempts("slm") and run.attempts("slm")[0].begin.nodes[1], "the job has started", 60)
     os.kill(run.process("node_check", SLURM_PROCID="1").pid, signal.SIGSTOP)
@@ -171,3 +175,19 @@ def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     assert node not in second.begin.nodes
     assert f"#SBATCH --exclude={node}" in run.submit("--dry-run", "--only", "slm-nopt")
     _finished(run, straight, "bad-node")
+
+
+def test_a_node_that_only_slurm_reaches_is_left_out(run: Run) -> None:
+    """Slurm's controller sees nothing wrong, so that the job would start on it each time, and be given up."""
+    first, second = run.cluster.nodes["node1"], run.cluster.nodes["node2"]
+    if not (isinstance(first, NamespacedNode) and isinstance(second, NamespacedNode)):
+        pytest.skip("nodes have no network of their own here")
+    run.overrides = ["stages.slm.steps=20", "stages.slm.parallel.data_parallel=2"]
+    first.send_astray(second.ip)
+    run.submit("--only", "slm")
+    assert run.wait("slm", 180) == ["COMPLETED"], run.log("slm")
+    lost, *_, last = run.attempts("slm")
+    assert lost.begin.nodes == ("node1", "node2") and "node2" not in last.begin.nodes
+    assert lost.end is not None and lost.end.outcome == "bad-node"
+    assert "node2: no process starts on it" in lost.end.reason
+    first.send_right(second.ip)

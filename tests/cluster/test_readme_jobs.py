@@ -12,7 +12,7 @@ from tests.cluster.testbed import Cluster
 from tests.e2e.test_readme import COMMANDS, ON_A_CLUSTER, ROOT, SHORT, make_own_text
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_the_readmes_commands(cluster: Cluster, tmp_path: Path) -> None:
     make_own_text(tmp_path)
     profile = tmp_path / "slurm"
@@ -29,7 +29,7 @@ def test_the_readmes_commands(cluster: Cluster, tmp_path: Path) -> None:
         words.append("text.generic.train=my-text/generic/*.jsonl")
         short = SHORT if words[1] == "submit" else SHORT[2:]
         outcome = subprocess.run(
-            [*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+            [*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300,
             env={**environment, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert outcome.returncode == 0, f"{command}: {outcome.stdout}{outcome.stderr}"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.testbed import Cluster, running_cluster
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,6 +47,17 @@ def test_elements_of_an_array(cluster: Cluster, tmp_path: Path) -> None:
     assert states == {"0": "0:0", "1": "1:0", "2": "2:0"}
 
 
+def test_a_node_that_was_off_is_reached_by_the_others_at_once(cluster: Cluster) -> None:
+    """They may know its hardware address from before."""
+    both = ("srun", "--nodes=2", "--nodelist=node1,node2", "true")
+    cluster.run(*both)
+    cluster.power_off("node2")
+    cluster.wait_for_node("node2", "down")
+    cluster.power_on("node2")
+    cluster.wait_for_node("node2", "idle")
+    cluster.run(*both)
+
+
 def test_without_namespaces(tmp_path: Path) -> None:
     """A second cluster, of nodes that share this machine's network."""
     with running_cluster(nodes=2, namespaces=False) as cluster:
@@ -74,7 +85,7 @@ with running_cluster(nodes=1) as cluster:
 def test_a_killed_run_leaves_nothing(tmp_path: Path) -> None:
     """Its daemons end with it; the next cluster takes its folder and removes its bridge and mount."""
     command = [sys.executable, "-c", KILLED]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     slot = Path(killed.stdout.strip())
     assert slot.exists()

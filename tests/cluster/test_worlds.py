@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.testbed import Cluster
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 ROOT = Path(__file__).parents[2]
 PRINT = """
 from megatron_specialm.base.environment import discover_world

@@ -97,6 +97,7 @@ def test_every_model_made_from_it_is_compared_with_it(adapted: Path) -> None:
     rows = _rows(adapted)
     base = rows["base", "law"]
     assert base["method"] == base["imported"] == "base" and not base["finetuned"]
+    assert all(row["bits_per_byte"] > 0 for row in rows.values()), "for models of other tokenizers"
     assert base["generic_tokens"] == base["specialization_tokens"] == 0
     for stage, method in {"continued": "adapted", "tuned": "adapted", "lora": "adapted-lora", "split": "split"}.items():
         assert rows[stage, "law"]["method"] == method and rows[stage, "law"]["nll"] < base["nll"]

@@ -116,7 +116,7 @@ def test_the_card_says_what_llama_cpp_converts(folder: Path) -> None:
     assert "converts this folder, tokenizer included" in (_exported(folder) / "README.md").read_text()
     other = folder / "run/export/neox.generic/model"
     assert (
-        "does not convert it: it reads this tokenizer for LlamaForCausalLM, and this is GPTNeoX"
+        "does not convert it: it reads this tokenizer for LlamaForCausalLM and MixtralForCausalLM, and this is GPTNeoX"
         in (other / "README.md").read_text()
     )
     assert (_exported(folder) / "tokenizer.model").is_file() and not (other / "tokenizer.model").exists()

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -196,14 +195,14 @@ def test_transformers_gives_our_perplexity(finished: Path) -> None:
 def test_a_second_run_does_nothing_again(finished: Path) -> None:
     marker = finished / "runs/smoke/slm/generic/done.json"
     before = marker.stat().st_mtime_ns
-    start = time.perf_counter()
-    assert _specialm(finished, "run", str(CONFIG)).returncode == 0
+    again = _specialm(finished, "run", str(CONFIG))
+    assert again.returncode == 0 and "0 of 132 tasks to do" in again.stdout, again.stdout + again.stderr
     assert marker.stat().st_mtime_ns == before
-    assert time.perf_counter() - start < 60
 
 
 MORE = """
 extends: {config}
+text: {{domains: {{scipy: null}}}}
 stages:
   taught:      {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: sampled, count: 8}}
   exact:       {{kind: teach, teacher: llm-tuned, tokens: tokens, keep: exact}}
@@ -232,7 +231,7 @@ def test_what_else_a_config_can_say(smoke_run: Path, tmp_path: Path) -> None:
     done = _specialm(folder, "run", str(config), "--until", "more")
     assert done.returncode == 0, done.stdout + done.stderr
     root = folder / "runs/smoke"
-    for domain in ("scipy", "sklearn", "torch"):
+    for domain in ("sklearn", "torch"):
         logs = {
             name: [json.loads(line) for line in (root / name / domain / "metrics.jsonl").read_text().splitlines()]
             for name in ("online", "exact-taught", "cached")

@@ -2,9 +2,10 @@
 
 `save` trains each model of `KINDS` for two steps. FOLDER/KIND has the checkpoint, FOLDER/config-KIND its config.json,
 FOLDER/KIND.json the losses of the two steps after (the second shows the optimizer's state), FOLDER/KIND.safetensors what
-DeepSpeed's own zero_to_fp32 makes of it. `resume` loads each FOLDER/KIND+... that the tests wrote, ZeRO-1 or universal, and
-writes its losses of these steps to FOLDER/KIND+....json. `load` has a model with other weights load the universal checkpoint
-FOLDER/universal, and writes the module's weights to FOLDER/loaded.safetensors, after a step to FOLDER/next.safetensors.
+DeepSpeed's own zero_to_fp32 makes of it. `resume` loads each FOLDER/KIND+zero1 and FOLDER/KIND+universal that the tests wrote,
+with a config.json, and writes its losses of these steps to FOLDER/KIND+....json. `load` has a model with other weights load
+the universal checkpoint FOLDER/universal, and writes the module's weights to FOLDER/loaded.safetensors, after a step to
+FOLDER/next.safetensors.
 """
 
 import json
@@ -17,9 +18,9 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
-from tests.checkpoints import VOCABULARY, random_model
+from tests.checkpoints import random_model
 
-WORLD, STEPS = 2, 2
+WORLD, STEPS, TOKENS = 2, 2, 90
 # The model, the ZeRO stage that saves it, and whether it is trained in bf16.
 KINDS = {
     "zero1": ("llama 3", 1, False),
@@ -42,25 +43,27 @@ def _rank(rank: int, action: str, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _engine(kind: str, *, stage: int | None = None, **settings: Any) -> Any:
+def _engine(model: torch.nn.Module, stage: int, *, bf16: bool, **settings: Any) -> Any:
     import deepspeed
 
-    name, own_stage, bf16 = KINDS[kind]
-    model = random_model(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9))
     config = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage or own_stage},
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
         **settings,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
+def batch(number: int, *, rank: int) -> torch.Tensor:
+    """A rank's tokens of a step, (2, T)."""
+    return torch.randint(0, TOKENS, (2, 16), generator=torch.Generator().manual_seed(10 * number + rank))
+
+
 def _step(engine: Any, number: int) -> float:
     """The mean of all ranks' losses before the update."""
-    generator = torch.Generator().manual_seed(10 * number + torch.distributed.get_rank())
-    tokens = torch.randint(0, VOCABULARY, (2, 16), generator=generator)
+    tokens = batch(number, rank=torch.distributed.get_rank())
     loss = engine(input_ids=tokens, labels=tokens).loss
     engine.backward(loss)
     engine.step()
@@ -77,8 +80,8 @@ def _next_losses(engine: Any, file: Path) -> None:
 
 
 def _save(folder: Path) -> None:
-    for kind in KINDS:
-        engine = _engine(kind)
+    for kind, (name, stage, bf16) in KINDS.items():
+        engine = _engine(random_model(name), stage, bf16=bf16)
         for number in range(STEPS):
             _step(engine, number)
         engine.save_checkpoint(str(folder / kind))
@@ -89,15 +92,18 @@ def _save(folder: Path) -> None:
 
 
 def _resume(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     for place in sorted(folder.glob("*+*")):
-        universal = place.name.endswith("universal")
-        engine = _engine(place.name.split("+")[0], stage=1, checkpoint={"load_universal": universal})
+        kind, _, form = place.name.partition("+")
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place)).float()
+        engine = _engine(model, 1, bf16=kind == "bf16", checkpoint={"load_universal": form == "universal"})
         engine.load_checkpoint(str(place))
         _next_losses(engine, folder / f"{place.name}.json")
 
 
 def _load(folder: Path) -> None:
-    engine = _engine("zero1", checkpoint={"load_universal": True})
+    engine = _engine(random_model("llama 3"), 1, bf16=False, checkpoint={"load_universal": True})
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.zero_()

@@ -1,10 +1,13 @@
 """Adam's moments go along where both formats have them, and what is left out is said."""
 
+import argparse
 import io
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,8 @@ from megatron_specialm.convert.formats import TARGETS, open_source
 from megatron_specialm.convert.huggingface_folder import write_config
 from megatron_specialm.convert.run import convert, hash_moments, stream
 from megatron_specialm.convert.source import Layout, Source
+from megatron_specialm.convert.torch_dist import open_torch_dist
+from megatron_specialm.convert.torch_dist_writing import write_torch_dist
 from megatron_specialm.model.weights import weight_specs
 from tests.training import run_training, stage
 
@@ -186,3 +191,42 @@ def test_what_all_ranks_share_is_read_where_megatron_core_0_19_has_it(tmp_path: 
     assert (found.model, found.step, found.dropped) == (expected.model, STEP, expected.dropped)
     assert found.optimizer is not None and found.optimizer.step == UPDATES
     assert (stream(found), hash_moments(found)) == (stream(expected), hash_moments(expected))
+
+
+def test_the_flattened_form_of_before_megatron_core_0_14(tmp_path: Path) -> None:
+    """Each process's part of a tensor is flattened; a dimension of the stored tensor counts the parts of each dimension."""
+    expected = open_source(
+        convert(save_training(tmp_path / "ours", SHAPES["llama"]), tmp_path / "theirs", to="megatron").target
+    )
+    opened = open_torch_dist(tmp_path / "theirs")
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        counts = [2 if size % 2 == 0 else 1 for size in tensor.shape]
+        pairs = [size for count, whole in zip(counts, tensor.shape, strict=True) for size in (count, whole // count)]
+        axes = [*range(0, len(pairs), 2), *range(1, len(pairs), 2)]
+        return tensor.view(pairs).permute(axes).reshape(*counts, -1)
+
+    flat = {name: cut(tensor[()]) for name, tensor in opened.optimizer.items()}
+    folder = write_torch_dist(
+        tmp_path / "flat", opened.tensors, step=STEP, common=_plain(opened.common, opened.settings), optimizer=flat
+    )
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # of our own making
+    metadata.mcore_data = {
+        key: {"nd_reformulated_orig_global_shape": tuple(opened.optimizer[f"{kind}/{name}"].shape)}
+        for key in metadata.state_dict_metadata
+        if key.startswith("optimizer.state.")
+        for kind, _, name in [key.removeprefix("optimizer.state.").replace("param.", "fp32.", 1).partition(".")]
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    found = open_source(tmp_path / "flat")
+    assert found.optimizer is not None and hash_moments(found) == hash_moments(expected)
+    metadata.mcore_data = {}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    left = open_source(tmp_path / "flat")
+    (reason,) = [reason for name, reason in left.dropped.items() if name.startswith("optimizer state")]
+    assert left.optimizer is None and "has shape" in reason and stream(left) == stream(expected)
+
+
+def _plain(common: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    state = common["optimizer"]["optimizer"]
+    return {"args": argparse.Namespace(**settings), "iteration": STEP, "optimizer": {"optimizer": state}}

@@ -1,7 +1,6 @@
 """What is in a task's digest. Every value of a config is flipped: some task must get another digest, or the value stands on the
 list of those that decide nothing, with the reason."""
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,15 +141,19 @@ def _choices(annotation: Any) -> Iterator[Any]:
             yield from _choices(part)
 
 
-def _digests(config: dict[str, Any]) -> dict[TaskId, str] | None:
-    """Digests where each entry is a file of its own content; None for a config that is not valid."""
+def _valid(config: dict[str, Any]) -> Pipeline | None:
     try:
         pipeline = Pipeline.model_validate(config)
-        graph = build_graph(pipeline)
+        build_graph(pipeline)
     except (ValidationError, ConfigError):
         return None
+    return pipeline
+
+
+def _digests(pipeline: Pipeline) -> dict[TaskId, str]:
+    """Digests where each entry is a file of its own content."""
     found: dict[TaskId, str] = {}
-    for task in graph.values():
+    for task in build_graph(pipeline).values():
         contents = {
             role: sha256_json([*entries, task.shard and task.shard.number]) for role, entries in task.files.items()
         }
@@ -174,7 +177,7 @@ def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
     shipped = [load_pipeline(CONFIGS / f"{name}.yaml") for name in ("smoke", "your-domain")]
     for number, pipeline in enumerate([all_kinds, *shipped]):
         config, stages = pipeline.model_dump(mode="json"), list(pipeline.stages)
-        before = _digests(config)
+        before = _digests(pipeline)
         for leaf in _leaves(pipeline):
             if number and leaf.field in outcome and len(leaf.path) > 3 and len(outcome[leaf.field]) > 12:
                 continue  # one of very many of its kind
@@ -182,13 +185,16 @@ def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
             for other in _others(leaf, stages):
                 if other == leaf.value:
                     continue
-                changed = copy.deepcopy(config)
-                place = changed
+                place = config
                 for part in leaf.path[:-1]:
                     place = place[part]
+                as_it_was = dict(place)
                 place[leaf.path[-1]] = other
-                if (after := _digests(changed)) is not None and Pipeline.model_validate(changed) != pipeline:
-                    outcome[leaf.field].append((f"{'.'.join(leaf.path)}={other}", before != after))
+                changed = _valid(config)
+                place.clear()
+                place.update(as_it_was)
+                if changed is not None and changed != pipeline:
+                    outcome[leaf.field].append((f"{'.'.join(leaf.path)}={other}", before != _digests(changed)))
                     break
     return outcome
 

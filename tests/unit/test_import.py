@@ -22,6 +22,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.canonical_folder import open_folder
 from megatron_specialm.convert.run import convert
 from megatron_specialm.data.tokenizer import Tokenizer
+from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.lineage import imported_models, setup_of
@@ -39,7 +40,11 @@ BASE = TaskId("base", "generic")
 @pytest.fixture(scope="module")
 def existing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("existing")
-    return {family: save_existing_model(folder / family, family) for family in ("llama", "qwen2")}
+    return {
+        "llama": save_existing_model(folder / "llama"),
+        "mixtral": save_existing_model(folder / "mixtral", "mixtral"),
+        "qwen2": save_existing_model(folder / "qwen2", "qwen2", max_shard_size="50KB"),  # several files
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +79,9 @@ def test_the_shipped_config_knows_its_model_without_a_network() -> None:
     assert count_parameters(setup.model, setup.vocabulary_size) == 134_515_008, "as the hub says of SmolLM2-135M"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
 def test_an_imported_model_is_that_of_transformers_with_its_tokenizer(existing: dict[str, Path], family: str) -> None:
-    pipeline = _load({"path": str(existing[family])})
+    pipeline = _load({"path": str(existing[family])}, "stages.lora.lora={linears: [qkv, proj]}")  # not of experts
     folder = _import(pipeline)
     merged, tokenizer = read_merged(find_final(folder)), Tokenizer.load(folder)
     assert merged.state["tokenizer"] == tokenizer.fingerprint
@@ -233,6 +238,12 @@ def test_another_tokenizer_is_named_where_the_source_has_none_or_not_its_own(exi
     source = Path(shutil.copytree(existing["llama"], "source"))
     _without_tokenizer(source)
     assert Tokenizer.load(_import(_load({"path": str(source), "tokenizer": "small"}))).vocabulary_size == ROWS
+    Path("trained").mkdir()
+    texts = [" ".join(WORDS)] * 4
+    train_sentencepiece(texts, Path("trained"), vocabulary_size=300, algorithm="bpe", sample_characters=10_000)
+    shutil.copyfile("trained/sentencepiece.model", source / "tokenizer.model")
+    imported = Tokenizer.load(_import(_load({"path": str(source)})))
+    assert imported.vocabulary_size == ROWS and imported.decode(imported.encode(["drin flon"])[0]) == "drin flon"
 
 
 def test_a_tokenizer_that_transformers_would_load_otherwise_beside_the_model_is_refused(

@@ -180,3 +180,11 @@ def test_other_folders_and_targets_are_refused(neox: ModelConfig, tmp_path: Path
             _specialm("project", network, tmp_path, *options)
     with pytest.raises(SpecialmError, match="`specialm project`"):
         convert(network, tmp_path / "out", to="canonical")
+
+
+def test_experts_by_cluster_are_not_converted_as_if_a_router_chose(llama: ModelConfig, tmp_path: Path) -> None:
+    source = _train(tmp_path / "moe", llama.model_copy(update=ROUTED))
+    for to in ("canonical", "huggingface"):
+        with pytest.raises(SpecialmError, match="`specialm project`"):
+            convert(source, tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]

@@ -109,6 +109,19 @@ def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Pat
     assert _end(second).reason.startswith("node1: no luck; not queued again: 2 attempts failed")
 
 
+@pytest.mark.parametrize("preflight", [False, True])
+def test_a_node_on_which_srun_starts_nothing_is_excluded(programs: Path, tmp_path: Path, preflight: bool) -> None:
+    """srun then starts no rank on the others either, and fails on each later attempt, too."""
+    body = 'case "$*" in *--nodelist=node1*) exit 0;; *) echo "Task launch failed on node node2" >&2; exit 1;; esac'
+    _program(programs / "srun", body)
+    attempt = _attempt(tmp_path, FINISH, preflight=preflight)
+    assert supervise(attempt) == 0
+    assert (_end(attempt).outcome, _end(attempt).requeued) == ("bad-node", True)
+    assert "node2: no process starts on it: Task launch failed on node node2" in _end(attempt).reason
+    assert excluded_nodes(attempt.excluded) == ["node2"]
+    assert _scontrol(tmp_path) == ["requeuehold 7_0", "update JobId=7_0 ExcNodeList=node2", "release 7_0"]
+
+
 def test_where_slurm_refuses_to_queue_again_the_record_says_so(programs: Path, tmp_path: Path) -> None:
     _program(programs / "scontrol", 'echo "Requested operation is presently disabled" >&2; exit 1')
     attempt = _attempt(tmp_path, FAIL)
