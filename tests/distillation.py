@@ -91,6 +91,7 @@ def _measure(kind: Teacher, case: ParityCase, world: World, folder: Path, *, tea
             parallel=case.parallel,
             optimizer=Optimizer(learning_rate=case.learning_rate, clip_grad=case.clip_grad, epsilon=case.epsilon),
             micro_batch_size=case.micro_batch_size,
+            packing=case.packing,
             objective=Distillation(alpha=0.6, temperature=TEMPERATURE, teacher=kind),
             teacher=_teacher(case, case.parallel, teacher) if kind == "online" else None,
         )

@@ -203,3 +203,29 @@ def same_experts_on_all(case: ParityCase, world: World, folder: Path) -> None:
 
     Gpt.load = with_the_same
     measure(case, world, folder)
+
+
+def attention_leaks_into_the_next_window(case: ParityCase, world: World, folder: Path) -> None:
+    """A packed sequence is attended to as if it were one window."""
+    from megatron_specialm.model.attention import FusedCoreAttention
+
+    healthy = FusedCoreAttention.forward
+
+    def of_the_whole(attention: FusedCoreAttention, *qkv: torch.Tensor, packed_seq_params=None, **_) -> torch.Tensor:
+        return healthy(attention, *(part[:, None] for part in qkv[:3]), None)
+
+    FusedCoreAttention.forward = of_the_whole
+    measure(case, world, folder)
+
+
+def windows_end_a_token_late(case: ParityCase, world: World, folder: Path) -> None:
+    """The first token of each window of a packed sequence is taken for the last one of the window before."""
+    from megatron_specialm.model import gpt
+
+    healthy = gpt.packed_windows
+
+    def late(lengths, **settings) -> object:
+        return healthy([lengths[0] + 1, *lengths[1:-1], lengths[-1] - 1] if lengths[1:] else lengths, **settings)
+
+    gpt.packed_windows = late
+    measure(case, world, folder)

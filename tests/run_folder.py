@@ -77,7 +77,9 @@ class Run:
         """Let a training have come to a step."""
         folder = begin_artifact(self.root, stage, key, digest=self.plan[TaskId(stage, key)].digest)
         metrics = Metrics(folder, step=0)
-        metrics.write(step=step, steps=400, loss=loss, tokens_per_second=12345.6, eta_seconds=3725.4, mfu=None)
+        metrics.write(
+            step=step, steps=400, loss=loss, tokens_per_second=12345.6, eta_seconds=3725.4, mfu=None, fill=0.97
+        )
         metrics.close()
 
     def slurm_says(self, squeue: str) -> None:

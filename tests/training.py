@@ -136,7 +136,7 @@ def run_training(
     )
     setup = Setup(
         shape, settings.parallel, settings.precision, VOCABULARY, CONTEXT, settings.global_batch_size,
-        settings.micro_batch_size,
+        settings.micro_batch_size, packing=settings.packing or "none",
     )  # fmt: skip
     with open_engine(
         setup,
@@ -154,7 +154,7 @@ def run_training(
                 batches=TrainingBatches(store, stream, rank=rank, processes=copies),
                 validation=lambda: all_windows(held_out).batches(batch_size=4, rank=rank, processes=copies),
                 description={},
-                flops_per_step=1,
+                step_flops=lambda slots: slots,
                 processes=world.world_size,
                 control=ControlGroup.open(),
                 saver=Saver(folder, ControlGroup.open()),

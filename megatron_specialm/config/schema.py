@@ -22,6 +22,7 @@ from pydantic import (
 from megatron_specialm.base.hub import is_hub_name
 from megatron_specialm.config.base import PathText, Settings
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import IN_READING, IN_TRAINING, Packing, WholePacking
 from megatron_specialm.config.text import Text
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.config.trainings import AnyTrainStage
@@ -160,6 +161,7 @@ class Trial(Settings):
     steps: PositiveInt
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 8
+    packing: Packing | None = Field(default=None, description=IN_TRAINING)
     optimizer: Optimizer = Optimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: PositiveInt = Field(default=10, description="steps between validations; the best loss counts")
@@ -214,6 +216,7 @@ class TeachStage(Settings):
     count: PositiveInt | None = Field(default=None, description="of `top-k` and `sampled`: entries kept per token")
     temperature: PositiveFloat = 1.0
     batch_size: PositiveInt = 32
+    packing: WholePacking = Field(default="packed", description=IN_READING)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -232,6 +235,7 @@ class EvaluateStage(Settings):
     tokens: str
     models: list[str] = Field(min_length=1)
     batch_size: PositiveInt = 32
+    packing: WholePacking = Field(default="packed", description=IN_READING)
     max_windows: PositiveInt | None = Field(default=None, description="per set, evenly spread; default: all")
 
 

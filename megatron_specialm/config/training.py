@@ -18,6 +18,7 @@ from pydantic import (
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.packing import IN_TRAINING, Packing
 from megatron_specialm.config.parallel import Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.config.text import GENERIC
@@ -199,7 +200,11 @@ class TrainStage(Settings):
     distill: Distillation | None = Field(default=None, description="SLM-d: learn from a teacher in addition")
 
     global_batch_size: PositiveInt = Field(description="windows per step")
-    micro_batch_size: PositiveInt = Field(default=8, description="windows per forward pass of one process")
+    micro_batch_size: PositiveInt = Field(
+        default=8,
+        description="windows per forward pass of one process; of packed ones as many as have no more tokens than these could",
+    )
+    packing: Packing | None = Field(default=None, description=IN_TRAINING)
     optimizer: TrainOptimizer = TrainOptimizer()
     schedule: Schedule = Schedule()
     precision: Precision = "fp32"

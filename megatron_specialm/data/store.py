@@ -77,16 +77,28 @@ class Description:
 
 class Batch(NamedTuple):
     """tokens, targets (B, T) int64; mask (B, T) float32, 1 where a target counts; and by name what else a training
-    needs to know of its windows, (B, ...) each."""
+    needs to know of its windows, (B, ...) each.
+
+    Of a packed batch (`data/packing.py`) B is 1, `lengths` are those of the W windows that stand behind each other in the one
+    sequence, and MIXTURE is (W, K).
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
     extra_inputs: Mapping[str, np.ndarray] = MappingProxyType({})
+    lengths: tuple[int, ...] | None = None
 
-    def rows(self, rows: slice) -> "Batch":
+    def rows(self, rows: slice | np.ndarray) -> "Batch":
         """Some of the windows."""
         return self._map(lambda part: part[rows])
+
+    def positions(self, count: int) -> "Batch":
+        """The first positions of each window."""
+        extra_inputs = {
+            name: value if name == MIXTURE else value[:, :count] for name, value in self.extra_inputs.items()
+        }
+        return Batch(self.tokens[:, :count], self.targets[:, :count], self.mask[:, :count], extra_inputs)
 
     def padded(self, count: int) -> "Batch":
         """The batch with `count` more windows, whose mask is zero."""

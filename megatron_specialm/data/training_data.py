@@ -60,7 +60,7 @@ class TrainingData(NamedTuple):
 
     @property
     def slots_per_step(self) -> int:
-        """Token positions that a step reads, padding included."""
+        """Token positions of a step whose windows are all padded."""
         return self.settings.global_batch_size * self.store.context_length
 
 

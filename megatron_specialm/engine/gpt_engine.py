@@ -11,7 +11,9 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import ConfigError, TrainingError
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout
+from megatron_specialm.data.packing import MicroBatches
 from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine import process_groups
 from megatron_specialm.engine.gates import Gates
@@ -19,7 +21,7 @@ from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Obje
 from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats
 from megatron_specialm.engine.shards import ShardedOptimizer, data_parallel_group
 from megatron_specialm.engine.state import EngineState
-from megatron_specialm.estimate.setup import Passes, Setup
+from megatron_specialm.estimate.setup import FP8_MULTIPLE, Passes, Setup
 from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
 from megatron_specialm.model.moe import MegatronExperts, RoutedBuilder
@@ -39,9 +41,25 @@ class GptEngine:
     """
 
     def __init__(
-        self, model: Gpt, *, parallel: Layout, micro_batch_size: int, objective: Objective, teacher: Gpt | None
+        self,
+        model: Gpt,
+        *,
+        parallel: Layout,
+        micro_batch_size: int,
+        packing: Packing,
+        objective: Objective,
+        teacher: Gpt | None,
     ) -> None:
         self._micro_batch_size = micro_batch_size
+        config = model.chunks[0].config
+        self._cut = MicroBatches(
+            packing,
+            micro_batch_size,
+            multiple=(parallel.tensor_parallel if parallel.sequence_parallel else 1)
+            * (FP8_MULTIPLE if config.fp8 else 1),
+            stages=parallel.pipeline_parallel,
+            by_expert=model.config.projection is not None,
+        )
         self._model = model
         self._objective = objective
         self._teacher = None if teacher is None else _checked(teacher, model, parallel)
@@ -109,35 +127,38 @@ class GptEngine:
         if self._teacher is not None and chunk.training:
             batch = _with_teacher_logits(self._teacher, batch)
         if (derived := self._model.derived) is None:
-            output = forward(chunk, batch.tokens, _routing(self._model, batch))
+            output = forward(chunk, batch.tokens, _routing(self._model, batch), lengths=batch.lengths)
         else:
             bind = partial(derived.bind, number, batch.mixture)
             bind()
-            output = forward(chunk, batch.tokens, _routing(self._model, batch))
+            output = forward(chunk, batch.tokens, _routing(self._model, batch), lengths=batch.lengths)
             if output.requires_grad:  # activations that the backward pass recomputes need the same weights
                 output.register_hook(lambda _: bind())
         objective = self._objective if chunk.training else cross_entropy
         return output, partial(objective, batch=batch, shard=self._vocabulary)
 
-    def _micro_batches(self, batches: list[Batch]) -> list[DeviceBatch]:
-        """The micro-batches of some batches. Derived weights of all mixtures that they compute with are computed here."""
-        found, mixtures = [], ExpertMixtures()
-        for batch in batches:
-            # The last batch of a set may be short: rows that do not count fill it up, as all stages expect one size.
-            batch = batch.padded(-len(batch.tokens) % self._micro_batch_size)
-            for start in range(0, len(batch.tokens), self._micro_batch_size):
-                part = batch.rows(slice(start, start + self._micro_batch_size))
-                if self._model.derived is None:
-                    found.append(self._on_device(part))
-                else:
-                    found.append(
-                        self._on_device(part)._replace(mixture=mixtures.number(part.extra_inputs.get(MIXTURE)))
-                    )
+    def _micro_batches(self, batches: list[Batch], *, jointly: bool) -> list[DeviceBatch]:
+        """The micro-batches of some batches. Derived weights of all mixtures that they compute with are computed here.
+
+        Args:
+            jointly: all copies call this at once, and make equally many passes of one size.
+        """
+        parts = self._cut.of(batches, self._largest_of_copies if jointly else None)
+        found = [self._on_device(part) for part in parts]
         if self._model.derived is not None:
+            mixtures = ExpertMixtures()
+            numbers = [mixtures.number(part.extra_inputs.get(MIXTURE)) for part in parts]
+            found = [batch._replace(mixture=number) for batch, number in zip(found, numbers, strict=True)]
             self._finish_gathering()
             self._mixture_count = len(mixtures.table())
             self._model.derived.materialize(mixtures.table().to(self._model.device))
         return found
+
+    def _largest_of_copies(self, *values: int) -> tuple[int, ...]:
+        """Of each value the largest that a copy has."""
+        largest = torch.tensor(values, device=self._model.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self._data_parallel_group)
+        return tuple(largest.tolist())
 
     def _finish_gathering(self) -> None:
         """Wait until all parameters are as the last step left them. All copies call this at once."""
@@ -151,10 +172,11 @@ class GptEngine:
         }
         tensors = get_batch_on_this_cp_rank(tensors)
         tokens, targets, mask = (tensors.pop(name) for name in ("tokens", "targets", "mask"))
-        return DeviceBatch(tokens, targets, mask, experts=self._experts_of(batch), extra_inputs=tensors)
+        experts = self._experts_of(batch)
+        return DeviceBatch(tokens, targets, mask, experts=experts, extra_inputs=tensors, lengths=batch.lengths)
 
     def _experts_of(self, batch: Batch) -> torch.Tensor | None:
-        """The experts of a batch's windows; None for a model that does not route by cluster.
+        """The experts of a batch's windows, or of a packed batch's tokens; None for a model that does not route by cluster.
 
         Raises:
             TrainingError: a window that counts has no expert or several.
@@ -162,21 +184,31 @@ class GptEngine:
         moe = self._model.config.moe
         if moe is None or not moe.by_cluster:
             return None
-        mixture_BE = batch.extra_inputs.get(MIXTURE, np.zeros((len(batch.mask), moe.counts[0]), np.float32))
-        if (mixture_BE[batch.mask.any(1)] == 1).sum(1).min(initial=1) < 1:
+        lengths = batch.lengths
+        windows = 1 if lengths is None else len(lengths)
+        mixture_BWE = batch.extra_inputs.get(MIXTURE, np.zeros((len(batch.mask) * windows, moe.counts[0]), np.float32))
+        experts_BTE = (
+            mixture_BWE[:, None] == 1 if lengths is None else np.repeat(mixture_BWE == 1, lengths, axis=0)[None]
+        )
+        if not (experts_BTE.any(2) | (batch.mask == 0)).all():
             raise TrainingError("a window comes without its expert: an MoE that routes by cluster takes one for each")
-        return torch.from_numpy(mixture_BE == 1).to(self._model.device, non_blocking=True)
+        return torch.from_numpy(experts_BTE).to(self._model.device, non_blocking=True)
 
-    def _reduce(self, sums: list[torch.Tensor], count: int) -> LossSum:
-        """Over the copies; then from the last stage, which alone has the loss, to the others."""
+    def _reduce(self, sums: list[torch.Tensor], *, tokens: int, slots: int) -> LossSum:
+        """Over the copies; then from the last stage, which alone has the loss, to the others.
+
+        Args:
+            sums: of this process's micro-batches.
+            tokens, slots: of this copy.
+        """
         total = torch.stack(sums).double().sum() if sums else torch.zeros((), dtype=torch.float64)
-        counts = torch.tensor(float(count), dtype=torch.float64)
-        both = torch.stack([total.to(self._model.device), counts.to(self._model.device)])
+        counts = torch.tensor([tokens, slots], dtype=torch.float64)
+        both = torch.cat([total[None].to(self._model.device), counts.to(self._model.device)])
         dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
-        total_sum, tokens = both.tolist()  # one transfer from the device
-        return LossSum(total_sum, int(tokens))
+        total_sum, all_tokens, all_slots = both.tolist()  # one transfer from the device
+        return LossSum(total_sum, int(all_tokens), int(all_slots))
 
 
 def build_models(
@@ -263,7 +295,7 @@ def _checked(teacher: Gpt, model: Gpt, parallel: Layout) -> Gpt:
 def _with_teacher_logits(teacher: Gpt, batch: DeviceBatch) -> DeviceBatch:
     """With the teacher's logits of this process's shard of the vocabulary."""
     (whole,) = teacher.chunks
-    logits_BTV = forward(whole, batch.tokens, _routing(teacher, batch)).transpose(0, 1)
+    logits_BTV = forward(whole, batch.tokens, _routing(teacher, batch), lengths=batch.lengths).transpose(0, 1)
     return batch._replace(extra_inputs={**batch.extra_inputs, TEACHER_LOGITS: logits_BTV})
 
 
@@ -274,7 +306,7 @@ def _routing(model: Gpt, batch: DeviceBatch) -> torch.Tensor | None:
         return None
     if batch.experts is None:
         return batch.mask == 0
-    return (batch.mask != 0)[:, :, None] & batch.experts[:, None]
+    return (batch.mask != 0)[:, :, None] & batch.experts
 
 
 def _vocabulary_shard(model: Gpt) -> VocabularyShard | None:

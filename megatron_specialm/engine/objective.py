@@ -3,7 +3,7 @@
 Legend: T positions, B sequences, V this process's shard of the vocabulary, N = T * B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +20,9 @@ class DeviceBatch(NamedTuple):
     tokens, targets: (B, T) token ids.
     mask: (B, T), 1 where a target counts.
     mixture: the number of the mixture of experts that computes it, among those of its step (`model/derived.py`).
-    experts: (B, E), of an MoE that routes by cluster: True for the expert that computes the window.
+    experts: (B, T, E), or (B, 1, E) for whole windows, of an MoE that routes by cluster: True for the expert that computes it.
     extra_inputs: further tensors (B, T, ...) by name, as a teacher's outputs.
+    lengths: of the windows of a packed sequence (`data/packing.py`).
     """
 
     tokens: torch.Tensor
@@ -30,6 +31,7 @@ class DeviceBatch(NamedTuple):
     mixture: int = 0
     experts: torch.Tensor | None = None
     extra_inputs: Mapping[str, torch.Tensor] = MappingProxyType({})
+    lengths: Sequence[int] | None = None
 
 
 class VocabularyShard(NamedTuple):

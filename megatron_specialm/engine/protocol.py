@@ -11,10 +11,14 @@ from megatron_specialm.model.weights import Sliceable
 
 
 class LossSum(NamedTuple):
-    """A sum of negative log-likelihoods in nats and the number of tokens in it. Sums, never means: they add exactly."""
+    """A sum of negative log-likelihoods in nats and the number of tokens in it. Sums, never means: they add exactly.
+
+    slots: the token positions that were computed for it, padding included.
+    """
 
     total: float
     tokens: int
+    slots: int = 0
 
     @property
     def mean(self) -> float:

@@ -20,6 +20,7 @@ from megatron_specialm.estimate.machine_needs import (
     lacks_deepspeed,
     lacks_fp8,
 )
+from megatron_specialm.estimate.packing_capabilities import PACKING
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Setup
 
 REACH = 10_000  # values that are tried for a condition to hold, the nearest first
@@ -135,6 +136,7 @@ TABLE = (
         ),
     ),
     *EXPERTS,
+    *PACKING,
     Capability("distributed optimizer", lambda s: s.parallel.engine == "megatron" and _zero_stage(s) > 0, "none"),
     Capability("overlapped communication", lambda s: getattr(s.parallel, "overlap_communication", False), "none"),
     Capability(

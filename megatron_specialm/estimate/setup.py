@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from megatron_specialm.base.shapes import Count
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
@@ -56,6 +57,7 @@ class Setup:
     windows_per_expert: int = 1  # consecutive windows with the same weights; more than one in a projected network
     variants: int = 0  # mixtures of experts that a step computes
     teacher: ModelConfig | None = None  # that runs beside the student
+    packing: Packing = "none"
 
     @property
     def shard(self) -> int:
@@ -105,8 +107,13 @@ class Setup:
 
     @property
     def step_flops(self) -> int:
-        """An upper bound of the FLOPs of an optimizer step: with fewer experts than groups of windows, fewer are projected."""
-        return self.flops(Passes(trained=self.global_batch_size * self.context_length, trained_variants=self.variants))
+        """An upper bound of the FLOPs of an optimizer step: all windows padded; and with fewer experts than groups of windows,
+        fewer are projected."""
+        return self.step_flops_of(self.global_batch_size * self.context_length)
+
+    def step_flops_of(self, slots: int) -> int:
+        """The FLOPs of an optimizer step that computes so many slots."""
+        return self.flops(Passes(trained=slots, trained_variants=self.variants))
 
     def flops(self, passes: Passes) -> int:
         """FLOPs of passes: of the model, of a teacher that runs beside it in training, and of projections."""

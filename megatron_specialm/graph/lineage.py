@@ -2,6 +2,7 @@
 shape and method, and from which weights. The answers follow from the config alone; `graph/build.py` checks that fields name
 stages of the right kind."""
 
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from megatron_specialm.base.errors import ConfigError
@@ -18,6 +19,7 @@ from megatron_specialm.config.schema import (
 from megatron_specialm.config.text import GENERIC, TextSet
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.config.trainings import ClusterTraining
+from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.stage_kind import DomainText, ModelKind, kind_of
 from megatron_specialm.graph.tasks import TaskId
@@ -195,7 +197,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
     """What a train stage requires of its engine."""
     stage = train_stage(pipeline, name)
     tokens = tokenize_stage(pipeline, stage.tokens)
-    return Setup(
+    setup = Setup(
         model_of(pipeline, name),
         stage.parallel,
         stage.precision,
@@ -208,6 +210,7 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         _variants(stage),
         model_of(pipeline, stage.distill.teacher).base_config if stage.distill and has_online_teacher(stage) else None,
     )
+    return replace(setup, packing=stage.packing or best_packing(setup))
 
 
 def _variants(stage: TrainStage) -> int:

@@ -1,5 +1,8 @@
 """Core attention without Transformer Engine: PyTorch's fused kernel.
 
+A packed sequence is computed window by window. On a CPU that took less time than attention over padded windows or, with a block
+mask, over the whole sequence (docs/benchmarks.md).
+
 Legend: T positions, B sequences, A attention heads, G key/value heads, D head size.
 """
 
@@ -36,13 +39,22 @@ class FusedCoreAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D)."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        context_BATD = functional.scaled_dot_product_attention(
-            query_TBAD.permute(1, 2, 0, 3),
-            key_TBGD.permute(1, 2, 0, 3),
-            value_TBGD.permute(1, 2, 0, 3),
-            is_causal=True,
-            enable_gqa=query_TBAD.shape[2] != key_TBGD.shape[2],
-        )
-        return context_BATD.permute(2, 0, 1, 3).flatten(2)
+        """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D). A packed sequence has no dimension B."""
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is None:
+            return _causal(query_TBAD, key_TBGD, value_TBGD)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        windows = zip(*(part[:, None].split(lengths) for part in (query_TBAD, key_TBGD, value_TBGD)), strict=True)
+        return torch.cat([_causal(*window) for window in windows])
+
+
+def _causal(query_TBAD: torch.Tensor, key_TBGD: torch.Tensor, value_TBGD: torch.Tensor) -> torch.Tensor:
+    """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D)."""
+    context_BATD = functional.scaled_dot_product_attention(
+        query_TBAD.permute(1, 2, 0, 3),
+        key_TBGD.permute(1, 2, 0, 3),
+        value_TBGD.permute(1, 2, 0, 3),
+        is_causal=True,
+        enable_gqa=query_TBAD.shape[2] != key_TBGD.shape[2],
+    )
+    return context_BATD.permute(2, 0, 1, 3).flatten(2)

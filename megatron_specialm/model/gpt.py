@@ -5,15 +5,17 @@ and in fp32, it uses Megatron-Core's layers with PyTorch's fused attention. The 
 weights (`model/weights.py`) a process holds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
@@ -123,13 +125,16 @@ class Gpt:
         for name, parameter, spec in self.weights():
             fill(parameter.view(-1), spec, value(name))
 
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens_BT: torch.Tensor, *, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """(B, T) token ids -> (B, T, V) logits over the vocabulary without padding. Only for a complete model on this process.
 
         The result is a view; in memory positions come first. Reduce it in that order to avoid a copy.
+
+        Args:
+            lengths: see `forward`.
         """
         (whole,) = self.chunks
-        return forward(whole, tokens_BT).transpose(0, 1)
+        return forward(whole, tokens_BT, lengths=lengths).transpose(0, 1)
 
     def train(self, mode: bool = True) -> "Gpt":
         """Set training or evaluation mode."""
@@ -168,16 +173,35 @@ def fill(flat: torch.Tensor, spec: WeightSpec, whole: Sliceable, *, first: int =
         piece.copy_(whole[index])
 
 
-def forward(chunk: torch.nn.Module, tokens_BT: torch.Tensor, routing: torch.Tensor | None = None) -> torch.Tensor:
+def forward(
+    chunk: torch.nn.Module,
+    tokens_BT: torch.Tensor,
+    routing: torch.Tensor | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The forward pass of a chunk, which may be wrapped. The last chunk returns logits (T, B, V) of this process's vocabulary
     shard without padding; other chunks return hidden states.
 
     Args:
         routing: for an MoE model (B, T), True for tokens that no expert computes; they must not precede others in a window. For
             one that routes by cluster (B, T, E), True for the expert of each token.
+        lengths: of the windows of a packed sequence (B = 1), T in all. Each is attended to alone, from position 0.
     """
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing)
+    windows = None if lengths is None else packed_windows(lengths, device=tokens_BT.device)
+    return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing, packed_seq_params=windows)
+
+
+def packed_windows(lengths: Sequence[int], *, device: torch.device) -> PackedSeqParams:
+    """The windows of a packed sequence for Megatron-Core.
+
+    The longest length must be the true one: where it is the number of all tokens, Megatron-Core lets positions run on from
+    window to window.
+    """
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    longest = max(lengths)
+    return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 class _Chunk(GPTModel):

@@ -7,6 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import LAYOUTS, Layout, ParallelConfig
 from megatron_specialm.config.precision import Fp8Config, Precision
 from megatron_specialm.estimate.setup import Setup
@@ -21,6 +22,7 @@ class ParityCase(Settings):
     parallel: Layout
     precision: Precision
     fp8: Fp8Config | None = None
+    packing: Packing = "none"
     vocabulary_size: PositiveInt = 131  # prime: no number of processes divides it, and its padding is more than one row
     context_length: PositiveInt
     micro_batch_size: PositiveInt = 2
@@ -42,7 +44,7 @@ class ParityCase(Settings):
         """What the case asks of an engine."""
         return Setup(
             self.model, self.parallel, self.precision, self.vocabulary_size, self.context_length, self.global_batch_size,
-            self.micro_batch_size, self.fp8,
+            self.micro_batch_size, self.fp8, packing=self.packing,
         )  # fmt: skip
 
     def by_engine(self, engine: str) -> "ParityCase":
@@ -61,10 +63,11 @@ class ParityCase(Settings):
         return self.model_copy(update={"parallel": layout})
 
     def on_one_process(self) -> "ParityCase":
-        """The same training without a layout, by the Megatron engine."""
+        """The same training without a layout, by the Megatron engine, with padded windows."""
         return self.model_copy(
             update={
                 "parallel": ParallelConfig(),
+                "packing": "none",
                 "micro_batches": self.micro_batches * self.parallel.data_parallel,
             }
         )
@@ -109,6 +112,7 @@ def parity_case(setup: Setup) -> ParityCase:
         parallel=parallel,
         precision=setup.precision,
         fp8=setup.fp8,
+        packing=setup.packing,
         context_length=math.lcm(16, parallel.tensor_parallel, 2 * parallel.context_parallel),
         micro_batches=2 * parallel.pipeline_parallel,
     )

@@ -238,6 +238,7 @@ def read_outcome(folder: Path) -> Outcome:
 def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Difference]:
     """Every quantity of a case's run (`many`), compared with that of its reference."""
     way = case.learning_rate * case.steps
+    first = 0 if case.packing == "none" else 1  # aux_loss is a mean over micro-batches, which are then of other windows
     by_quantity = {
         "loss": _of_steps(one.numbers.loss, many.numbers.loss),
         "gradient_norm": _of_steps(one.numbers.gradient_norm, many.numbers.gradient_norm),
@@ -245,7 +246,9 @@ def differences_of(case: ParityCase, one: Outcome, many: Outcome) -> list[Differ
         "gradients": _of_weights(one.gradients, many.gradients, lambda tensor: float(np.abs(tensor).max()) or 1.0),
         "norm_counts": {name: abs(count - 1) for name, count in _norm_counts(case, many).items()},
         "weights": _of_weights(one.weights, many.weights, lambda _: way),
-        "gates": {layer: _of_gates(own, many.numbers.gates[layer]) for layer, own in one.numbers.gates.items()},
+        "gates": {
+            layer: _of_gates(own[first:], many.numbers.gates[layer][first:]) for layer, own in one.numbers.gates.items()
+        },
     }
     tolerances = TOLERANCES[case.precision]
     return [Difference(quantity, tolerances[quantity], found) for quantity, found in by_quantity.items() if found]

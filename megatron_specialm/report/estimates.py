@@ -40,13 +40,14 @@ NO_PLAN: Plan = MappingProxyType({})
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """A train stage. Steps and slots are upper bounds, of the longest run: early stopping makes runs shorter.
+    """A train stage. Steps and slots are upper bounds, of the longest run: early stopping makes runs shorter, and sorting
+    windows makes their padding less.
 
     Attributes:
         runs: trainings of the stage; each learning rate that is tried is one.
         parameters: of the exported model, for the vocabulary size in the config; an existing tokenizer has its own.
         active_parameters: those of them that compute a token: fewer for a mixture of experts.
-        slots: token positions of a run, padding included.
+        slots: token positions of a run, padding included (`_step_slots`).
         fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
         flops: of all runs, over slots; with validations if the held-out set has been tokenized.
         gpu_hours: of all runs at `TYPICAL_UTILISATION`; None if the machine's peak is not known.
@@ -72,7 +73,8 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
     for name, stage in train_stages(pipeline).items():
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         steps = max(_steps(pipeline, stage, key) for key in keys)
-        flops = stage_flops(pipeline, name, plan)
+        flops, step_slots = stage_flops(pipeline, name, plan), _step_slots(pipeline, name, keys, plan)
+        fill = _fill(pipeline, stage, keys, plan)
         estimates.append(
             TrainingEstimate(
                 stage=name,
@@ -81,9 +83,9 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
                 active_parameters=count_parameters(setup.model.base_config, setup.vocabulary_size, active=True),
                 trained_parameters=count_trained_parameters(setup.model, setup.vocabulary_size),
                 steps=steps,
-                slots=steps * setup.global_batch_size * setup.context_length,
-                fill=_fill(pipeline, stage, keys, plan),
-                step_flops=setup.step_flops,
+                slots=steps * step_slots,
+                fill=1.0 if setup.packing == "packed" and fill is not None else fill,
+                step_flops=setup.step_flops_of(step_slots),
                 flops=flops,
                 gpu_hours=device_hours(flops, peak) if peak else None,
             )
@@ -100,13 +102,12 @@ def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
     total = 0
     for key in model_keys(pipeline, name):
         steps = _steps(pipeline, stage, key)
+        step_flops = setup.step_flops_of(_step_slots(pipeline, name, [key], plan))
         # The training at the best rate continues its trial; the other trials end there.
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
         held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, stage.text_validated(key)))
         for run in (steps, *others):
-            total += (run - taken_over) * setup.step_flops + setup.flops(
-                _validations(stage, setup, held_out, steps=run)
-            )
+            total += (run - taken_over) * step_flops + setup.flops(_validations(stage, setup, held_out, steps=run))
     return total
 
 
@@ -127,6 +128,14 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
     made = times * together * -(-batches // together)
     slots = made * stage.micro_batch_size * setup.context_length
     return Passes(evaluated=slots, evaluated_variants=made)
+
+
+def _step_slots(pipeline: Pipeline, name: str, keys: Sequence[str], plan: Plan) -> int:
+    """Token positions of a step: of packed windows the tokens that a step has on average, if the text has been tokenized;
+    otherwise of padded ones, an upper bound."""
+    stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
+    fill = _fill(pipeline, stage, keys, plan) if setup.packing == "packed" else None
+    return round(setup.global_batch_size * setup.context_length * (1.0 if fill is None else fill))
 
 
 def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any] | None:

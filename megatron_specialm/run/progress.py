@@ -23,7 +23,8 @@ PLAIN_SECONDS = 15.0  # between two lines about one task where there is no termi
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The fields that are shown of a record in `metrics.jsonl`. `loss` is None where it is not finite."""
+    """The fields that are shown of a record in `metrics.jsonl`. `loss` is None where it is not finite; `fill` is missing in
+    records of earlier versions."""
 
     step: int
     steps: int
@@ -31,6 +32,7 @@ class StepRecord:
     tokens_per_second: float
     eta_seconds: float
     mfu: float | None
+    fill: float | None = None
 
 
 class TaskProgress:
@@ -96,8 +98,9 @@ def _folded(text: str) -> TextColumn:
 
 def _describe(record: StepRecord) -> str:
     loss = "not finite" if record.loss is None else f"{record.loss:.3f}"
+    fill = "" if record.fill is None else f", fill {record.fill:.0%}"
     mfu = "" if record.mfu is None else f", MFU {record.mfu:.0%}"
-    return f"loss {loss}, {record.tokens_per_second:,.0f} tokens/s{mfu}, {minutes(record.eta_seconds)} left"
+    return f"loss {loss}, {record.tokens_per_second:,.0f} tokens/s{fill}{mfu}, {minutes(record.eta_seconds)} left"
 
 
 def last_record(path: Path) -> StepRecord | None:

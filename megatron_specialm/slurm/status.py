@@ -27,7 +27,8 @@ FAILURES = {"failed", "hang", "bad-node"}  # outcomes of an attempt
 
 @dataclass(frozen=True)
 class Training:
-    """The state of a running training. `loss`: nats per token, None where it is not finite."""
+    """The state of a running training. `loss`: nats per token, None where it is not finite. `fill`: real tokens over slots, not
+    recorded by earlier versions."""
 
     key: str
     step: int
@@ -35,6 +36,7 @@ class Training:
     loss: float | None
     tokens_per_second: float
     eta_seconds: float
+    fill: float | None
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def _trainings(running: Iterable[tuple[str, Path]]) -> Iterator[Training]:
     for key, folder in running:
         record = last_record(folder / "metrics.jsonl")
         if record is not None:
-            yield Training(key, record.step, record.steps, record.loss, record.tokens_per_second, record.eta_seconds)
+            yield Training(
+                key, record.step, record.steps, record.loss, record.tokens_per_second, record.eta_seconds, record.fill
+            )
 
 
 def _failure(root: Path, element: ElementState, keys: Sequence[str]) -> Failure | None:

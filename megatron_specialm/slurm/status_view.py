@@ -88,14 +88,16 @@ def state_text(stage: StageStatus) -> str:
 
 
 def training_text(trainings: Sequence[Training]) -> str:
-    """Of several trainings: the range of steps and losses, the tokens per second of all, and the end of the last one."""
+    """Of several trainings: the range of steps, losses and fill, the tokens per second of all, and the end of the last one."""
     steps = _range([training.step for training in trainings], "d")
     longest = max(training.steps for training in trainings)
     losses = [training.loss for training in trainings if training.loss is not None]
     loss = _range(losses, ".3f") if losses else "not finite"
     speed = sum(training.tokens_per_second for training in trainings)
+    fills = [training.fill for training in trainings if training.fill is not None]
+    fill = f", fill {_range(fills, '.0%')}" if fills else ""
     eta = _clock(max(training.eta_seconds for training in trainings))
-    return f"step {steps}/{longest}, loss {loss}, {speed:,.0f} tokens/s, ETA {eta}"
+    return f"step {steps}/{longest}, loss {loss}, {speed:,.0f} tokens/s{fill}, ETA {eta}"
 
 
 def _range(values: Sequence[float], form: str) -> str:

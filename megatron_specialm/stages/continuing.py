@@ -180,7 +180,8 @@ def _candidate(step: int, other: _Training, stage: TrainStage, reading: Training
     if progress.best_step not in (None, step):  # even if this training has it: its copy may be damaged
         verify_folder(step_folder(other.folder, progress.best_step))
         steps.insert(0, progress.best_step)
-    slots = (step - progress.skipped_steps) * reading.slots_per_step
+    # Checkpoints of earlier versions, in which all windows were padded, do not have them.
+    slots = progress.slots or (step - progress.skipped_steps) * reading.slots_per_step
     return Earlier(other.name, step, progress.tokens, slots, _cost(step, state, other.marker)), steps
 
 

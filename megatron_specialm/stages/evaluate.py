@@ -31,14 +31,14 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     windows = min(len(store), stage.max_windows or len(store))
     batches = evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.max_windows)
     with single_process(threads=context.threads):  # runs on rank 0 only
-        loss = score(merged.build(), context.counted(batches, unit="windows", of=windows, size=count_windows))
+        counted = context.counted(batches, unit="windows", of=windows, size=count_windows)
+        loss = score(merged.build(), counted, packing=stage.packing)
     results = {source: {"nll": loss.mean, "tokens": loss.tokens, **text_scored(store, loss)}}
     write_json(context.folder / "evaluation.json", results)
-    slots = windows * store.context_length
     return Report(
         tokens=loss.tokens,
-        slots=slots,
-        flops=slots * forward_flops(merged.shape, merged.vocabulary_size, store.context_length),
+        slots=loss.slots,
+        flops=loss.slots * forward_flops(merged.shape, merged.vocabulary_size, store.context_length),
         values={
             "sets": results,
             "parameters": count_parameters(merged.shape, merged.vocabulary_size),

@@ -37,17 +37,17 @@ def run(stage: TeachStage, context: Context) -> Report:
     }
     writer = CacheWriter(context.folder, cache_format, context_length=store.context_length, **made_of)
     with single_process(threads=context.threads):  # runs on rank 0 only
-        tokens = teach(
-            merged.build(), store, writer, batch_size=stage.batch_size, seed=context.pipeline.seed_of_training,
+        tokens, slots = teach(
+            merged.build(), store, writer, batch_size=stage.batch_size, packing=stage.packing,
+            seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),
         )  # fmt: skip
     sampled = cache_format.kind == "sampled"
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if sampled else {}
-    positions = len(store) * store.context_length
-    flops = positions * forward_flops(merged.shape, store.vocabulary_size, store.context_length)
+    flops = slots * forward_flops(merged.shape, store.vocabulary_size, store.context_length)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     values = {"windows": len(store), "bytes": size, **noise}
-    return Report(tokens=tokens, slots=positions, flops=flops, values=values)
+    return Report(tokens=tokens, slots=slots, flops=flops, values=values)
 
 
 def _check_room(folder: Path, cache_format: CacheFormat, *, tokens: int) -> None:

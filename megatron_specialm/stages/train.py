@@ -28,7 +28,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.clusters import CENTROID, read_centroids
 from megatron_specialm.data.store import Batch, TokenStore
-from megatron_specialm.data.training_data import TrainingData, open_training_data
+from megatron_specialm.data.training_data import open_training_data
 from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.open import open_engine
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
@@ -102,7 +102,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             return reading.held_out.batches(batch_size=stage.micro_batch_size, rank=rank, processes=copies)
 
         def account(progress: TrainingState, work: Work) -> dict[str, Any]:
-            own, processes = _own(progress, before, reading), world.world_size
+            own, processes = _own(progress, before), world.world_size
             cost = Cost(
                 own.tokens, setup.flops(work.passes), work.seconds, work.seconds * processes, name_of_device(), processes,
                 own.slots,
@@ -118,7 +118,7 @@ def run(stage: TrainStage, context: Context) -> Report:
             ),
             validation=validation,
             description=_description(stage, context, shape, store),
-            flops_per_step=setup.step_flops,
+            step_flops=setup.step_flops_of,
             processes=world.world_size,
             control=control,
             saver=Saver(context.folder, ControlGroup.open()),
@@ -142,7 +142,7 @@ def run(stage: TrainStage, context: Context) -> Report:
     # Not from the record: a fenced attempt at this task, with an older fencing token, may still write there.
     passes = lost.passes.plus(engine.passes, times=copies)
     read = reading.stream.report(max(progress.step, 1))
-    own = _own(progress, before, reading)
+    own = _own(progress, before)
     return Report(
         tokens=own.tokens,
         slots=own.slots,
@@ -168,11 +168,10 @@ def run(stage: TrainStage, context: Context) -> Report:
     )
 
 
-def _own(progress: TrainingState, before: Spent, reading: TrainingData) -> Spent:
+def _own(progress: TrainingState, before: Spent) -> Spent:
     """The tokens and slots of this task's own steps. `before`: those of adopted steps, which the cost of a trial or of an
     earlier training includes."""
-    slots = (progress.step - progress.skipped_steps) * reading.slots_per_step
-    return Spent(progress.tokens - before.tokens, slots - before.slots)
+    return Spent(progress.tokens - before.tokens, progress.slots - before.slots)
 
 
 def _description(stage: TrainStage, context: Context, shape: ModelConfig, store: TokenStore) -> dict[str, Any]:

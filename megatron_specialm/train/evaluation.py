@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from megatron_specialm.config.packing import WholePacking
+from megatron_specialm.data.packing import packed
 from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.engine.protocol import LossSum
@@ -11,15 +13,16 @@ from megatron_specialm.model.gpt import Gpt
 
 
 @torch.no_grad()
-def score(model: Gpt, batches: Iterable[Batch]) -> LossSum:
-    """The negative log-likelihood in nats and the number of tokens, summed over all batches in fp64."""
+def score(model: Gpt, batches: Iterable[Batch], *, packing: WholePacking = "none") -> LossSum:
+    """The negative log-likelihood in nats and the number of tokens, summed over all batches in fp64; and the slots."""
     model.train(False)
-    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    total, count, slots = torch.zeros((), dtype=torch.float64, device=model.device), 0, 0
     for batch in batches:
+        read = batch if packing == "none" else packed(batch)
         tokens, targets, mask = (
-            torch.from_numpy(part).to(model.device) for part in (batch.tokens, batch.targets, batch.mask)
+            torch.from_numpy(part).to(model.device) for part in (read.tokens, read.targets, read.mask)
         )
         on_device = DeviceBatch(tokens, targets, mask)
-        total += cross_entropy(model.logits(on_device.tokens).transpose(0, 1), on_device)
-        count += int(batch.mask.sum())
-    return LossSum(float(total), count)
+        total += cross_entropy(model.logits(tokens, lengths=read.lengths).transpose(0, 1), on_device)
+        count, slots = count + int(read.mask.sum()), slots + tokens.numel()
+    return LossSum(float(total), count, slots)

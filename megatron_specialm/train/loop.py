@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +60,7 @@ class Training:
     validation: returns a new iterator over this process's batches.
     description: is written into every checkpoint: the model's shape, tokenizer, seed, versions.
     account: computes the cost that a checkpoint records, from the progress and the work so far.
+    step_flops: the FLOPs of a step of so many slots.
     watch: runs since this attempt at the task began.
     """
 
@@ -68,7 +69,7 @@ class Training:
     batches: TrainingBatches
     validation: Callable[[], Iterable[Batch]]
     description: dict[str, Any]
-    flops_per_step: int
+    step_flops: Callable[[int], int]
     processes: int
     control: ControlGroup
     saver: Saver
@@ -166,8 +167,7 @@ class _Loop:
         self._record_work()
         spike = self.progress.is_spike(stats.gradient_norm, factor=settings.spike_factor)
         self.progress = self.progress.after(stats, spike=spike)
-        slots = batch.tokens.size * training.batches.processes
-        self._record_step(stats, rate, slots=slots, spike=spike)
+        self._record_step(stats, rate, spike=spike)
         self._raise_if_diverged(stats)
 
     def _evaluate(self) -> None:
@@ -230,9 +230,8 @@ class _Loop:
             progress,
         )
 
-    def _record_step(self, stats: StepStats, rate: float, *, slots: int, spike: bool) -> None:
-        """Write a record every `log_every` steps, and whenever a step was skipped or spiked. `slots` are the token positions of
-        a step, padding included."""
+    def _record_step(self, stats: StepStats, rate: float, *, spike: bool) -> None:
+        """Write a record every `log_every` steps, and whenever a step was skipped or spiked."""
         progress, training, last = self.progress, self._training, last_step(self._settings)
         if stats.skipped or spike:
             what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
@@ -244,7 +243,6 @@ class _Loop:
             return
         per_step = max(self._watch.lap(), 1e-6) / (progress.step - self._recorded)  # a lap may be 0
         self._recorded = progress.step
-        slots_so_far = (progress.step - progress.skipped_steps) * slots
         self._write(
             step=progress.step,
             steps=last,
@@ -252,11 +250,11 @@ class _Loop:
             gradient_norm=_finite(stats.gradient_norm),
             learning_rate=rate,
             tokens=progress.tokens,
-            slots=slots_so_far,
-            fill=progress.tokens / slots_so_far if slots_so_far else None,
+            slots=progress.slots,
+            fill=progress.tokens / progress.slots if progress.slots else None,
             tokens_per_second=stats.loss.tokens / per_step,
             mfu=utilisation(
-                flops=training.flops_per_step,
+                flops=training.step_flops(stats.loss.slots),
                 seconds=per_step,
                 devices=training.processes,
                 device_name=self._engine.device_name,
@@ -318,6 +316,9 @@ def _resume(engine: Engine, training: Training) -> TrainingState:
     progress = read_json(folder / STATE, _Resumed).progress
     if progress.step > progress.skipped_steps and not checkpoint.optimizer_state:
         raise CheckpointError(f"{folder / MANIFEST}: lists no optimizer's state to go on with: {REMEDY}")
+    if not progress.slots:  # of an earlier version, in which all windows were padded
+        padded = training.batches.local(0).tokens.size * training.batches.processes
+        progress = replace(progress, slots=(progress.step - progress.skipped_steps) * padded)
     engine.load(checkpoint.weights.stored, checkpoint.optimizer_state.stored)
     logger.info("resuming from %s", checkpoint.folder)
     return progress

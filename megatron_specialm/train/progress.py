@@ -12,11 +12,13 @@ FEWEST_NORMS = 20  # with fewer norms no step counts as a spike
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state after `step` optimizer steps. Losses are in nats per token. `norms` are the finite gradient norms of the last
-    steps (missing in checkpoints of earlier versions)."""
+    """The state after `step` optimizer steps. Losses are in nats per token. `slots` are the token positions computed for
+    `tokens`, padding included. `norms` are the finite gradient norms of the last steps. (Checkpoints of earlier versions lack
+    both.)"""
 
     step: int = 0
     tokens: int = 0
+    slots: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     spikes: int = 0
@@ -36,6 +38,7 @@ class TrainingState:
             self,
             step=self.step + 1,
             tokens=self.tokens + (0 if stats.skipped else stats.loss.tokens),
+            slots=self.slots + (0 if stats.skipped else stats.loss.slots),
             skipped_steps=self.skipped_steps + stats.skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if stats.skipped else 0,
             spikes=self.spikes + spike,

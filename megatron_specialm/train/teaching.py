@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from megatron_specialm.config.packing import WholePacking
 from megatron_specialm.data.batches import evaluation_batches
+from megatron_specialm.data.packing import packed
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheFormat, CacheWriter
 from megatron_specialm.model.gpt import Gpt
@@ -21,9 +23,10 @@ def teach(
     writer: CacheWriter,
     *,
     batch_size: int,
+    packing: WholePacking = "none",
     seed: int = 0,
     counted: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-) -> int:
+) -> tuple[int, int]:
     """Write the teacher's distributions for all windows in the order of window ids, and finish the cache.
 
     Args:
@@ -32,21 +35,24 @@ def teach(
         counted: wraps the batches to report progress.
 
     Returns:
-        The number of tokens in the cache.
+        The number of tokens in the cache, and of slots that were computed for it.
     """
     assert writer.format.vocabulary_size == model.vocabulary_size
     model.train(False)
-    window = tokens = 0
+    window = tokens = slots = 0
     for batch in counted(evaluation_batches(store, batch_size=batch_size)):
-        logits_BTV = model.logits(torch.from_numpy(batch.tokens).to(model.device))
-        for logits_TV, mask_T in zip(logits_BTV, batch.mask, strict=True):
+        read = batch if packing == "none" else packed(batch)
+        logits_BTV = model.logits(torch.from_numpy(read.tokens).to(model.device), lengths=read.lengths)
+        slots += read.tokens.size
+        windows = logits_BTV if read.lengths is None else logits_BTV[0].split(read.lengths)
+        for logits_TV, mask_T in zip(windows, batch.mask, strict=True):
             scores_NV = logits_TV[: int(mask_T.sum())].float() / writer.format.temperature
             generator = np.random.default_rng((seed, window))
             found = compress(torch.log_softmax(scores_NV, 1), writer.format, generator)
             writer.add({name: tensor.cpu().numpy() for name, tensor in found.items()})
             window, tokens = window + 1, tokens + len(scores_NV)
     writer.finish()
-    return tokens
+    return tokens, slots
 
 
 def compress(

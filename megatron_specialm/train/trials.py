@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import build_engine
 from megatron_specialm.estimate.flops import forward_flops, training_flops
+from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import TrainingState
@@ -73,13 +75,14 @@ class Trials:
             start.shape, settings.parallel, settings.precision, start.vocabulary_size, start.context_length,
             settings.global_batch_size, settings.micro_batch_size,
         )  # fmt: skip
+        setup = replace(setup, packing=settings.packing or best_packing(setup))
         training = Training(
             folder=folder,
             settings=settings,
             batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
             validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
             description=start.state,
-            flops_per_step=0,  # a trial's utilisation is not reported
+            step_flops=lambda _: 0,  # a trial's utilisation is not reported
             processes=1,
             control=ControlGroup(),
             saver=Saver(folder, ControlGroup()),
@@ -91,9 +94,7 @@ class Trials:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
         flops = work.passes.trained * training_flops(model.shape, *sizes)
         flops += work.passes.evaluated * forward_flops(model.shape, *sizes)
-        steps = progress.step - progress.skipped_steps
-        slots = steps * self._trial.global_batch_size * model.context_length
-        return Spent(progress.tokens, slots, flops, work.seconds)
+        return Spent(progress.tokens, progress.slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:
         """Validate every `evaluate_every` steps and at the end of `steps`; never stop early."""
@@ -102,6 +103,6 @@ class Trials:
                 "kind": "train", "tokens": "", "data": "domain", "init": "", "steps": steps,
                 "schedule": {"warmup_steps": 0}, "checkpoint": {"every": steps, "keep": 1},
                 "early_stopping": {"evaluate_every": self._trial.evaluate_every, "patience": steps + 1},
-                **self._trial.model_dump(include={"global_batch_size", "micro_batch_size", "optimizer", "precision"}),
+                **self._trial.model_dump(exclude={"steps", "evaluate_every"}),
             }
         )  # fmt: skip

@@ -380,7 +380,7 @@ def _evaluate(world: World, folder: Path, layout: dict[str, Any], precision: str
             engine.train_step(batch, learning_rate=1e-2)
             held_out = MemoryStore(windows, seed=1)
             losses.append(
-                engine.evaluate(held_out.batch(np.array([number])) for number in range(rank, windows, copies))
+                engine.evaluate(held_out.batch(np.array([number])) for number in range(rank, windows, copies))[:2]
             )
         if layout["engine"] == "deepspeed":
             _check_groups(layout)

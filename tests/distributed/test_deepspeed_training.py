@@ -164,7 +164,7 @@ def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], preci
             parts = (
                 held_out.batch(np.array([number])) for number in range(engine.data_rank, windows, engine.data_parallel)
             )
-            losses.append(engine.evaluate(parts))
+            losses.append(engine.evaluate(parts)[:2])
         before, state = engine.weights(), engine.optimizer_state()
         loss = engine.accumulate_gradients(batch)
         skipped = [engine.apply_gradients(loss._replace(total=float("nan")), learning_rate=1e-2).skipped]
@@ -175,7 +175,7 @@ def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], preci
         assert skipped == [True, True], skipped
         for one, other in ((before, engine.weights()), (state, engine.optimizer_state())):
             assert all(torch.equal(one[name], other[name]) for name in one)
-        losses.append(engine.train_step(batch, learning_rate=1e-2).loss)
+        losses.append(engine.train_step(batch, learning_rate=1e-2).loss[:2])
         trained = engine.passes.trained
     (folder / f"{world.rank}.json").write_text(json.dumps({"losses": losses, "trained": trained}))
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.setup import Setup
@@ -25,9 +26,9 @@ EP2 = {"data_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True}
 TP2_EP2 = {**TP2, "data_parallel": 2, "expert_parallel": 2}
 
 
-def _case(layout: dict, precision: str = "fp32") -> ParityCase:
+def _case(layout: dict, precision: str = "fp32", packing: Packing = "none") -> ParityCase:
     """Eight windows a step in every layout, two at a time."""
-    case = parity_case(Setup(STUDENT, ParallelConfig(**layout), precision, 1000, 1024, 64, 8))
+    case = parity_case(Setup(STUDENT, ParallelConfig(**layout), precision, 1000, 1024, 64, 8, packing=packing))
     return case.model_copy(
         update={
             "model": STUDENT,
@@ -47,10 +48,10 @@ class Runs:
         with process_group(ALONE):
             prepare(_case({}), folder)
 
-    def run(self, kind: str, layout: dict, precision: str = "fp32") -> parity.Outcome:
-        name = f"{kind}-{layout}-{precision}"
+    def run(self, kind: str, layout: dict, precision: str = "fp32", packing: Packing = "none") -> parity.Outcome:
+        name = f"{kind}-{layout}-{precision}-{packing}"
         if name not in self._found:
-            case, folder = _case(layout, precision), self._folder / str(len(self._found))
+            case, folder = _case(layout, precision, packing), self._folder / str(len(self._found))
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
             self._found[name] = parity.read_outcome(folder)
         return self._found[name]
@@ -74,6 +75,17 @@ def _failed(
 )
 def test_a_layout_equals_one_process(runs: Runs, kind: str, layout: dict) -> None:
     assert not _failed(runs.run(kind, {}), runs.run(kind, layout), layout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "packing"),
+    [("online", TP2, "packed"), ("exact", TP2, "sorted"), ("top_k", DP2, "packed"), ("sampled", PP2, "packed")],
+    ids=lambda value: value if isinstance(value, str) else ParallelConfig(**value).describe().replace(" ", "-"),
+)
+def test_packed_windows_in_a_layout_equal_padded_ones_on_one_process(
+    runs: Runs, kind: str, layout: dict, packing: Packing
+) -> None:
+    assert not _failed(runs.run(kind, {}), runs.run(kind, layout, packing=packing), layout)
 
 
 @pytest.mark.parametrize("layout", [EP2, TP2_EP2], ids=["EP2", "TP2-EP2"])

@@ -22,9 +22,10 @@ from tests.training import CONTEXT, EPSILON, SHAPE, VOCABULARY, MemoryStore, Ran
 PLAIN = SHAPE.model_copy(update={"layers": 4})
 LORA = PLAIN.model_copy(update={"lora": LowRank(rank=4)})
 MOE = PLAIN.model_copy(update={"moe": MixtureOfExperts(experts=4)})
+BALANCED = PLAIN.model_copy(update={"moe": MixtureOfExperts(experts=4, bias_update_rate=0.01)})
 WINDOWS = (1, 0, 3, 21)  # of a set, after a step each: on two copies 1 and 0, none, 2 and 1, 11 and 10
 DP2, SHARED = {"data_parallel": 2}, {"distributed_optimizer": True, "overlap_communication": True}
-LAYOUTS = [
+LAYOUTS: list[tuple] = [  # with packing, if windows are not padded
     (PLAIN, {**DP2, **SHARED}),
     (LORA, {**DP2, **SHARED}),
     (PLAIN, {**DP2, "distributed_optimizer": True}),
@@ -33,6 +34,8 @@ LAYOUTS = [
     (PLAIN, {**DP2, "tensor_parallel": 2, "sequence_parallel": True, **SHARED}),
     (MOE, {**DP2, "expert_parallel": 2, **SHARED}),
     (MOE, {**DP2, "expert_parallel": 2, "pipeline_parallel": 2}),
+    (PLAIN, {**DP2, "pipeline_parallel": 2, **SHARED}, "packed"),
+    (BALANCED, {**DP2, "expert_parallel": 2, **SHARED}, "packed"),
 ]
 
 
@@ -40,13 +43,15 @@ def _losses(case: int | None, world: World, file: Path) -> None:
     """Train and evaluate in turns, in a layout or on one process."""
     with file.with_suffix(".log").open("wb") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
-    shape, layout = (PLAIN, {}) if case is None else LAYOUTS[case]
+    shape, layout, *packing = (PLAIN, {}) if case is None else LAYOUTS[case]
     parallel = ParallelConfig(**layout)
     with process_group(world, parallel=parallel, timeout_seconds=30):
         model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT, parallel=parallel)
         model.initialize(seed=0)
         settings = Optimizer(epsilon=EPSILON)
-        engine = MegatronEngine(model, parallel=parallel, optimizer=settings, micro_batch_size=1)
+        engine = MegatronEngine(
+            model, parallel=parallel, optimizer=settings, micro_batch_size=1, packing=packing[0] if packing else "none"
+        )
         rank, copies = engine.data_rank, engine.data_parallel
         share = 8 // copies
         batch = MemoryStore(8).batch(np.arange(rank * share, (rank + 1) * share))
@@ -55,7 +60,7 @@ def _losses(case: int | None, world: World, file: Path) -> None:
             engine.train_step(batch, learning_rate=1e-2)
             held_out = MemoryStore(windows, seed=1)
             own = (held_out.batch(np.array([number])) for number in range(rank, windows, copies))
-            losses.append(engine.evaluate(own))
+            losses.append(engine.evaluate(own)[:2])
     file.write_text(json.dumps(losses))
 
 
@@ -79,10 +84,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list:
 @pytest.mark.parametrize(
     "case",
     range(len(LAYOUTS)),
-    ids=lambda case: f"{'lora-' * (LAYOUTS[case][0] is LORA)}{ParallelConfig(**LAYOUTS[case][1]).describe()}",
+    ids=lambda case: "-".join(
+        ["lora"] * (LAYOUTS[case][0] is LORA) + [ParallelConfig(**LAYOUTS[case][1]).describe(), *LAYOUTS[case][2:]]
+    ),
 )
 def test_copies_evaluate_what_they_have(case: int, one_process: list, tmp_path: Path) -> None:
-    shape, layout = LAYOUTS[case]
+    shape, layout, *_ = LAYOUTS[case]
     found = _run(case, tmp_path, ParallelConfig(**layout).world_size)
     assert all(losses == found[0] for losses in found), "one loss for all processes"
     for (total, tokens), (expected, counted) in zip(found[0], one_process, strict=True):

@@ -60,7 +60,13 @@ def _engine(setup: Setup, optimizer: Optimizer = Optimizer()) -> MegatronEngine:
         parallel=setup.parallel,
     )  # fmt: skip
     model.initialize(seed=0)
-    return MegatronEngine(model, parallel=setup.parallel, optimizer=optimizer, micro_batch_size=setup.micro_batch_size)
+    return MegatronEngine(
+        model,
+        parallel=setup.parallel,
+        optimizer=optimizer,
+        micro_batch_size=setup.micro_batch_size,
+        packing=setup.packing,
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -85,6 +91,28 @@ def test_logits_are_those_of_a_cpu_and_of_the_export(shape: ModelConfig, precisi
     on_cpu = logits_on_cpu(shape, weights, precision, tmp_path)  # type: ignore[arg-type]
     assert difference(ours, exported, precision) < TOLERANCES[precision]  # type: ignore[arg-type, index]
     assert difference(ours, on_cpu, precision) < TOLERANCES[precision]  # type: ignore[arg-type, index]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", ["sorted", "packed"])
+def test_packing_changes_nothing(precision: str, packing: str) -> None:
+    """In bf16 the attention is Transformer Engine's over windows of variable length."""
+    setup = replace(_setup(_shallow(_preset("slm-126m"), 4), precision), micro_batch_size=2)
+    generator = np.random.default_rng(0)
+    windows = generator.integers(0, VOCABULARY, (8, CONTEXT + 1))
+    mask = (np.arange(CONTEXT) < generator.integers(1, CONTEXT + 1, 8)[:, None]).astype(np.float32)
+    batch = Batch(windows[:, :-1], windows[:, 1:], mask)
+    found = []
+    with process_group(ALONE, parallel=setup.parallel):
+        for choice in ("none", packing):
+            engine = _engine(replace(setup, packing=choice))
+            loss = engine.accumulate_gradients(batch)
+            gradients = torch.cat([gradient.flatten() for gradient in engine.gradients().values()])
+            found.append((loss.mean, gradients))
+    (padded, expected), (loss, gradients) = found
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    assert loss == pytest.approx(padded, rel=tolerance)
+    assert float((gradients - expected).norm() / expected.norm()) < tolerance
 
 
 def test_bf16_follows_fp32() -> None:

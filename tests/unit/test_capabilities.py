@@ -10,10 +10,12 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import DeepSpeedConfig, ParallelConfig, split_layers
 from megatron_specialm.config.precision import Fp8Config, megatron_settings
 from megatron_specialm.estimate import machine_needs
 from megatron_specialm.estimate.capabilities import TABLE, lacking, refuse
+from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.report.estimates import capabilities_table
@@ -105,6 +107,45 @@ def test_deepspeed_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, found: st
     assert refusal is not None and refusal.reason == f"engine deepspeed needs deepspeed >=0.19.6, and {words}"
     assert refusal.remedy == "pip install 'deepspeed>=0.19.6', or set parallel.engine: megatron"
     assert lacking(PLAIN, NO_GPU) is None
+
+
+def _moe(**moe) -> ModelConfig:
+    return MODEL.model_copy(update={"moe": MixtureOfExperts(experts=4, **moe)})
+
+
+@pytest.mark.parametrize(
+    ("setup", "words", "way_out"),
+    [
+        (replace(PLAIN, packing="packed", model=_moe()),
+         "packing packed puts other windows into a micro-batch together, and moe.aux_loss 0.01 and moe.capacity_factor None",
+         "set packing: none"),
+        (replace(PLAIN, packing="sorted", model=_moe(aux_loss=0.0, capacity_factor=1.5)), "moe.capacity_factor 1.5",
+         "set packing: none"),
+        (replace(_layout(context_parallel=2), packing="packed"), "packing packed with context_parallel 2",
+         "set packing: none"),
+        (replace(_layout(pipeline_parallel=2), packing="sorted"),
+         "packing sorted makes micro-batches of different lengths, and with pipeline_parallel 2", "set packing: packed"),
+    ],
+)  # fmt: skip
+def test_a_packing_that_model_or_layout_cannot_have(setup: Setup, words: str, way_out: str) -> None:
+    test_a_no_has_its_numbers_and_the_nearest_yes(setup, words, way_out)
+    refuse("slm", replace(setup, packing=way_out.removeprefix("set packing: ")))
+
+
+@pytest.mark.parametrize(
+    ("setup", "best"),
+    [
+        (PLAIN, "packed"),
+        (_layout(pipeline_parallel=2), "packed"),
+        (replace(PLAIN, model=_moe(bias_update_rate=0.01)), "packed"),
+        (replace(PLAIN, model=_moe(route="cluster")), "packed"),
+        (replace(PLAIN, model=_moe()), "none"),
+        (_layout(context_parallel=2), "none"),
+    ],
+)
+def test_the_default_packing_is_the_best_that_is_allowed(setup: Setup, best: str) -> None:
+    assert best_packing(setup) == best
+    refuse("slm", replace(setup, packing=best))
 
 
 def test_settings_of_another_engine() -> None:

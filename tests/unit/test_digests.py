@@ -49,6 +49,10 @@ DECIDES_NOTHING = {
     "TeachStage.batch_size": "portions",
     "EvaluateStage.batch_size": "portions",
     "Trial.micro_batch_size": "portions",
+    "TrainStage.packing": "portions, whose sums are equal but for rounding",
+    "Trial.packing": "portions, whose sums are equal but for rounding",
+    "TeachStage.packing": "portions, whose outputs are equal but for rounding",
+    "EvaluateStage.packing": "portions, whose sums are equal but for rounding",
     "TextSet.domain": "groups sizes in tables",
     "ValidationFloor.*": "of a set with `validation` files nothing is held out; of others the digest has it",
 }

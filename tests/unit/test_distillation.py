@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing, WholePacking
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch, StoreWriter, TokenStore, describe_store
@@ -283,19 +284,29 @@ def _model(shape: ModelConfig, *, seed: int) -> Gpt:
 
 
 def _with_teacher_logits(
-    folder: Path, store: TokenStore, kept: CacheFormat, *, batch_size: int = 5, seed: int = 0
+    folder: Path,
+    store: TokenStore,
+    kept: CacheFormat,
+    *,
+    batch_size: int = 5,
+    packing: WholePacking = "none",
+    seed: int = 0,
 ) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
-    assert teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, seed=seed) == store.tokens
+    tokens, slots = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
+    assert (tokens, slots) == (store.tokens, store.tokens if packing == "packed" else len(store) * CONTEXT)
     return TeacherCache.open(folder, teacher="t", store="s")
 
 
-def _gradients(batch: Batch, *, kind: Teacher, micro_batch_size: int = 4) -> tuple[float, dict[str, torch.Tensor]]:
+def _gradients(
+    batch: Batch, *, kind: Teacher, micro_batch_size: int = 4, packing: Packing = "none"
+) -> tuple[float, dict[str, torch.Tensor]]:
     engine = MegatronEngine(
         _model(STUDENT, seed=0),
         parallel=ParallelConfig(),
         optimizer=Optimizer(),
         micro_batch_size=micro_batch_size,
+        packing=packing,
         objective=Distillation(alpha=0.7, temperature=TEMPERATURE, teacher=kind),
         teacher=_model(TEACHER, seed=1) if kind == "online" else None,
     )
@@ -303,11 +314,16 @@ def _gradients(batch: Batch, *, kind: Teacher, micro_batch_size: int = 4) -> tup
     return loss.mean, engine.gradients()
 
 
-def _assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
+def _assert_same(
+    one: tuple[float, dict[str, torch.Tensor]],
+    other: tuple[float, dict[str, torch.Tensor]],
+    *,
+    tolerance: float = 1e-5,
+) -> None:
     assert other[0] == pytest.approx(one[0], rel=1e-5)
     for name, gradient in one[1].items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(other[1][name], gradient, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(other[1][name], gradient, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.usefixtures("alone")
@@ -320,6 +336,21 @@ def test_the_exact_cache_is_the_teacher_online(tmp_path: Path, store: TokenStore
     for order, micro_batch_size in ((ids, 4), (ids[::-1], 8), (ids, 1), (ids, 3)):
         batch = store.batch(order)._replace(extra_inputs=cache.extra_inputs(order))
         _assert_same(online, _gradients(batch, kind="exact", micro_batch_size=micro_batch_size))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("packing", ["sorted", "packed"])
+@pytest.mark.parametrize("kind", ["online", "exact", "top-k", "sampled"])
+def test_packing_changes_nothing(tmp_path: Path, store: TokenStore, kind: Teacher, packing: Packing) -> None:
+    ids = np.random.default_rng(1).permutation(len(store))[:16]
+    batch = store.batch(ids)
+    if kind != "online":
+        cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind), packing="packed")
+        batch = batch._replace(extra_inputs=cache.extra_inputs(ids))
+    padded, without_padding = (_gradients(batch, kind=kind, packing=value) for value in ("none", packing))
+    _assert_same(
+        padded, without_padding, tolerance=3e-5
+    )  # of sharp distributions; of usual ones see test_packed_parity.py
 
 
 @pytest.mark.usefixtures("alone")
@@ -363,14 +394,14 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
 @pytest.mark.usefixtures("alone")
 def test_draws_depend_on_seed_and_window_alone(tmp_path: Path, store: TokenStore) -> None:
     kept, ids = _some("sampled"), np.arange(len(store))
-    one, other, another = (
-        _with_teacher_logits(tmp_path / f"{size}-{seed}", store, kept, batch_size=size, seed=seed).extra_inputs(ids)[
-            IDS
-        ]
-        for size, seed in ((4, 0), (9, 0), (4, 1))
+    one, other, packed, another = (
+        _with_teacher_logits(
+            tmp_path / f"{size}-{packing}-{seed}", store, kept, batch_size=size, packing=packing, seed=seed
+        ).extra_inputs(ids)[IDS]
+        for size, packing, seed in ((4, "none", 0), (9, "none", 0), (4, "packed", 0), (4, "none", 1))
     )
-    # Batches of another size may round a probability otherwise, and a draw that falls between the two is another id.
-    assert (one != other).mean() < 0.01 and (one != another).mean() > 0.1
+    # Other batches may round a probability otherwise, and a draw that falls between the two is another id.
+    assert max((one != other).mean(), (one != packed).mean()) < 0.01 and (one != another).mean() > 0.1
 
 
 @pytest.mark.usefixtures("alone")

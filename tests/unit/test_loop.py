@@ -46,15 +46,18 @@ def test_training_learns_and_records(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 40), [])
 
 
-def test_resumed_from_any_checkpoint_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    run_training(tmp_path / "straight", ALONE, stage(checkpoint={"every": 4, "keep": 10}))
-    for lost in (4, 8, 12):
+@pytest.mark.parametrize(("packing", "losses"), [("none", (4, 8, 12)), ("packed", (8,))])
+def test_resumed_from_any_checkpoint_it_ends_with_the_same_bits(
+    tmp_path: Path, packing: str, losses: tuple[int, ...]
+) -> None:
+    run_training(tmp_path / "straight", ALONE, stage(packing=packing, checkpoint={"every": 4, "keep": 10}))
+    for lost in losses:
         broken = tmp_path / f"broken{lost}"
         shutil.copytree(tmp_path / "straight", broken)
         (broken / "result.json").unlink()
         for step in range(lost, 13, 4):
             shutil.rmtree(broken / f"step_{step:07d}")
-        run_training(broken, ALONE, stage())
+        run_training(broken, ALONE, stage(packing=packing))
         straight, resumed = _final(tmp_path / "straight"), _final(broken)
         assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
@@ -262,19 +265,20 @@ def test_a_resumed_training_reports_what_an_uninterrupted_one_does(tmp_path: Pat
     assert _told(broken) == _told(tmp_path / "straight")
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_norms(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_has_neither_norms_nor_slots(tmp_path: Path) -> None:
     settings = stage(steps=4, checkpoint={"every": 2}, early_stopping=None)
     straight = run_training(tmp_path / "straight", ALONE, settings)
     run_training(tmp_path / "old", ALONE, settings.model_copy(update={"steps": 2}))
     step = step_folder(tmp_path / "old", 2)
     state = read_json(step / "state.json")
-    del state["progress"]["norms"]
+    del state["progress"]["norms"], state["progress"]["slots"]
     write_json(step / "state.json", state)
     publish_folder(step, step_folder(tmp_path / "old", 3))
     (tmp_path / "old/step_0000003").rename(step)
     (tmp_path / "old/result.json").unlink()
     resumed = run_training(tmp_path / "old", ALONE, settings)
     assert (resumed.step, resumed.tokens) == (straight.step, straight.tokens) and len(resumed.norms) == 2
+    assert resumed.slots == straight.slots == 4 * 8 * CONTEXT
 
 
 # --- what a training costs -----------------------------------------------------------------------------------------------
@@ -340,10 +344,15 @@ def test_the_flops_of_passes_are_those_of_their_matrix_products(tmp_path: Path) 
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == computed
 
 
-def test_slots_and_fill_stand_beside_tokens(tmp_path: Path) -> None:
-    progress = run_training(tmp_path, ALONE, stage())
+@pytest.mark.parametrize("packing", ["none", "sorted", "packed"])
+def test_slots_and_fill_stand_beside_tokens(tmp_path: Path, packing: str) -> None:
+    progress = run_training(tmp_path, ALONE, stage(packing=packing))
     last = [record for record in read_metrics(tmp_path) if "loss" in record][-1]
-    assert last["slots"] == 12 * 8 * CONTEXT and last["fill"] == progress.tokens / last["slots"] < 1
+    padded = 12 * 8 * CONTEXT
+    assert last["tokens"] == progress.tokens < padded and last["fill"] == progress.tokens / last["slots"]
+    assert last["slots"] == progress.slots == Work.read(tmp_path).passes.trained
+    assert {"none": last["slots"] == padded, "sorted": progress.tokens < last["slots"] < padded,
+            "packed": last["slots"] == progress.tokens}[packing]  # fmt: skip
 
 
 def test_a_torn_record_does_not_swallow_the_next(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_progress_of_trainings(run: Run) -> None:
     assert [(training.key, training.step, training.loss) for training in stage.trainings] == [
         ("scipy", 12, 4.25), ("sklearn", 13, None), ("torch", 14, 5.5)]  # fmt: skip
     assert stage.device_hours == pytest.approx(3 * 4 * 900 / 3600, rel=0.01), "three elements of four ranks"
-    assert "step 12-14/400, loss 4.250-5.500, 37,037 tokens/s, ETA 1:02:05" in _render(run.status(), 150)
+    assert "step 12-14/400, loss 4.250-5.500, 37,037 tokens/s, fill 97%, ETA 1:02:05" in _render(run.status(), 150)
 
 
 def test_how_far_other_tasks_are(run: Run) -> None:
@@ -277,7 +277,7 @@ def test_json_says_the_same(run: Run) -> None:
     assert stage["elements"][0]["seconds_left"] == 86400 + 9 * 3600 + 42 * 60 + 10
     assert stage["trainings"][1] == {
         "key": "sklearn", "step": 260, "steps": 400, "loss": 4.31, "tokens_per_second": 12345.6,
-        "eta_seconds": 3725.4}  # fmt: skip
+        "eta_seconds": 3725.4, "fill": 0.97}  # fmt: skip
     assert stage["failures"] == [{
         "tasks": ["slm-tuned/torch"], "job": "123456_2", "state": "failed", "nodes": "gpu-node-0018",
         "error": "TrainingError: the loss is not finite at step 40: lower the learning rate",

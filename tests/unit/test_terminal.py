@@ -130,6 +130,7 @@ def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
         "loss": 3.412,
         "tokens_per_second": 182_000.0,
         "mfu": 0.41,
+        "fill": 0.98,
         "eta_seconds": 3_725,
     }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
@@ -139,7 +140,7 @@ def test_bars_of_trainings_are_not_cut(tmp_path: Path) -> None:
         progress.started(name)
         progress.update({name: tmp_path})
     said = output.getvalue()
-    assert "…" not in said and {"3.412,", "182,000", "41%,", "62:05"} <= set(said.split())
+    assert "…" not in said and {"3.412,", "182,000", "98%,", "41%,", "62:05"} <= set(said.split())
 
 
 def test_a_failure_says_why_at_once() -> None:

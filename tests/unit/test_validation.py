@@ -51,7 +51,7 @@ def _window_losses() -> list[tuple[float, int]]:
     """Of each held-out window alone: its summed loss and its tokens."""
     model = Gpt(SHAPE, vocabulary_size=VOCABULARY, context_length=16)
     model.initialize(seed=0)
-    return [tuple(score(model, [STORE.batch(np.array([number]))])) for number in range(len(CLUSTERS))]
+    return [score(model, [STORE.batch(np.array([number]))])[:2] for number in range(len(CLUSTERS))]
 
 
 def _mean(held_out: HeldOut, engine: MegatronEngine) -> float:
@@ -149,7 +149,7 @@ EARLY = {"evaluate_every": 2}
 MODEL = {"layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "attention_heads": 2}
 TRAIN: dict[str, Any] = {
     "kind": "train", "tokens": "tokens", "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "model": MODEL,
-    "schedule": {"warmup_steps": 0}, "early_stopping": EARLY,
+    "packing": "none", "schedule": {"warmup_steps": 0}, "early_stopping": EARLY,
 }  # fmt: skip
 FLOOR = {
     "documents": 6,
@@ -176,7 +176,7 @@ STAGES: dict[str, Any] = {
     },
     "chosen": {
         "kind": "select", "experts": "mix", "tokens": "tokens", "by": "loss", "compare": ["finetuned"], "sample_windows": 8,
-        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
+        "trial": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 4, "packing": "none"},
     },
     "tuned": {**TRAIN, "data": "domain", "init": "slm", "model": None},
 }  # fmt: skip

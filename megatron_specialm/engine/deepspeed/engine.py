@@ -46,11 +46,13 @@ class DeepSpeedEngine(GptEngine):
             model,
             parallel=setup.parallel,
             micro_batch_size=setup.micro_batch_size,
+            packing=setup.packing,
             objective=objective,
             teacher=teacher,
         )
         assert isinstance(setup.parallel, DeepSpeedConfig)
         self._passes_are_joint = setup.parallel.zero_stage == 3 or setup.parallel.expert_parallel > 1
+        self._backward_passes_are_joint = setup.parallel.zero_stage >= 2 or setup.parallel.expert_parallel > 1
         self._clip_grad = optimizer.clip_grad
         self._context_length = setup.context_length
         (chunk,) = model.chunks
@@ -86,7 +88,7 @@ class DeepSpeedEngine(GptEngine):
         self._zero.train()
         tokens = self._sum_over_copies(float(batch.mask.sum()))
         scale = self.data_parallel / tokens
-        micro_batches, sums = self._micro_batches([batch]), []
+        micro_batches, sums = self._micro_batches([batch], jointly=self._backward_passes_are_joint), []
         derived = self._model.derived
         self._gates.begin_step()
         with auxiliary_losses_times(scale):
@@ -99,8 +101,8 @@ class DeepSpeedEngine(GptEngine):
         if derived is not None:
             self._zero.set_gradient_accumulation_boundary(True)
             derived.backward(self._backward)
-        self._count(micro_batches, forward_only=False)
-        return self._reduce(sums, int(batch.mask.sum()))
+        slots = self._count(micro_batches, forward_only=False)
+        return self._reduce(sums, tokens=int(batch.mask.sum()), slots=slots)
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
@@ -125,15 +127,15 @@ class DeepSpeedEngine(GptEngine):
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
         self._zero.eval()
-        sums, tokens = [], 0
+        sums, tokens, slots = [], 0, 0
         for batch in self._in_step_with_copies(batches):
             tokens += int(batch.mask.sum(dtype=np.float64))  # weights are large: exactly
-            micro_batches = self._micro_batches([batch])
+            micro_batches = self._micro_batches([batch], jointly=self._passes_are_joint)
             for micro_batch in micro_batches:
                 output, loss = self._forward(self._zero, 0, micro_batch)
                 sums.append(loss(output))
-            self._count(micro_batches, forward_only=True)
-        return self._reduce(sums, tokens)
+            slots += self._count(micro_batches, forward_only=True)
+        return self._reduce(sums, tokens=tokens, slots=slots)
 
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without ZeRO each copy takes a norm of its own; the first one's is reported."""
@@ -198,9 +200,11 @@ class DeepSpeedEngine(GptEngine):
         while self._sum_over_copies((batch := next(own, None)) is not None):
             yield nothing if batch is None else batch
 
-    def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> None:
+    def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> int:
+        """Add to `passes`; returns the slots."""
         slots = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
         self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
+        return slots
 
 
 def _with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
@@ -35,11 +35,17 @@ class MegatronEngine(GptEngine):
         parallel: ParallelConfig,
         optimizer: Adam,
         micro_batch_size: int,
+        packing: Packing = "none",
         objective: Objective = cross_entropy,
         teacher: Gpt | None = None,
     ) -> None:
         super().__init__(
-            model, parallel=parallel, micro_batch_size=micro_batch_size, objective=objective, teacher=teacher
+            model,
+            parallel=parallel,
+            micro_batch_size=micro_batch_size,
+            packing=packing,
+            objective=objective,
+            teacher=teacher,
         )
         self._parallel = parallel
         self._clip_grad = optimizer.clip_grad
@@ -59,8 +65,8 @@ class MegatronEngine(GptEngine):
             chunk.zero_grad_buffer()
         self._gates.begin_step()
         self._optimizer.zero_grad()
-        sums = self._run(self._micro_batches([batch]), forward_only=False)
-        return self._reduce(sums, int(batch.mask.sum()))
+        sums, slots = self._run([batch], forward_only=False)
+        return self._reduce(sums, tokens=int(batch.mask.sum()), slots=slots)
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
@@ -86,12 +92,13 @@ class MegatronEngine(GptEngine):
         for chunk in self._chunks:
             chunk.eval()
         sums: list[torch.Tensor] = []
-        tokens = 0
+        tokens = slots = 0
         waiting, at_once = iter(batches), 4 * self._parallel.pipeline_parallel  # enough to keep all stages busy
         while group := self._filled_up(list(islice(waiting, at_once))):
             tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
-            sums += self._run(self._micro_batches(group), forward_only=True)
-        return self._reduce(sums, tokens)
+            found, computed = self._run(group, forward_only=True)
+            sums, slots = sums + found, slots + computed
+        return self._reduce(sums, tokens=tokens, slots=slots)
 
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
@@ -109,20 +116,22 @@ class MegatronEngine(GptEngine):
                 squares[weight.name] = squares.get(weight.name, 0.0) + float(gradient.double().square().sum())
         return squares
 
-    def _run(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> list[torch.Tensor]:
-        """Megatron-Core's schedule over micro-batches: the loss sums, on the last pipeline stage only."""
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[torch.Tensor], int]:
+        """Megatron-Core's schedule over the micro-batches of some batches: the loss sums, on the last pipeline stage only; and
+        the slots."""
+        micro_batches = self._micro_batches(batches, jointly=self._parallel.expert_parallel > 1)
         sums = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=[iter(micro_batches) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].tokens.shape[1] * self._parallel.context_parallel,
-            micro_batch_size=self._micro_batch_size,
+            micro_batch_size=len(micro_batches[0].tokens),
             forward_only=forward_only,
         )
-        slots = len(micro_batches) * micro_batches[0].tokens.numel() * self._parallel.context_parallel
+        slots = sum(batch.tokens.numel() for batch in micro_batches) * self._parallel.context_parallel
         self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
-        return sums
+        return sums, slots
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
@@ -147,10 +156,7 @@ class MegatronEngine(GptEngine):
         if self._parallel.expert_parallel == 1:
             return batches + [_without_tokens(batches[0])] * (-len(batches) % stages) if batches else []
         own = sum(-(-len(batch.tokens) // self._micro_batch_size) for batch in batches)
-        positions = batches[0].tokens.shape[1] if batches else 0
-        largest = torch.tensor([own, positions], device=self._model.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self._data_parallel_group)
-        most, positions = largest.tolist()
+        most, positions = self._largest_of_copies(own, batches[0].tokens.shape[1] if batches else 0)
         most += -most % stages
         empty = np.zeros((self._micro_batch_size, positions), np.int64)
         return batches + [Batch(empty, empty, empty.astype(np.float32))] * (most - own)

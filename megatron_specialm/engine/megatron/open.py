@@ -32,6 +32,7 @@ def build_engine(
         parallel=setup.parallel,
         optimizer=optimizer,
         micro_batch_size=setup.micro_batch_size,
+        packing=setup.packing,
         objective=objective,
         teacher=teacher,
     )

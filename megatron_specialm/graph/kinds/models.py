@@ -80,7 +80,7 @@ class TrainKind(ModelKind[TrainStage]):
     }  # fmt: skip
     placement: ClassVar[Placement] = {
         "runtime": True,
-        "parallel": True, "micro_batch_size": True, "checkpoint": True, "log_every": True, "tensorboard": True,
+        "parallel": True, "micro_batch_size": True, "packing": True, "checkpoint": True, "log_every": True, "tensorboard": True,
         "wandb_project": True,
         "clusters": True,  # other experts decide nothing about one of them
         "method": True,  # a name in tables and on model cards: it is in the export's digest
@@ -265,7 +265,7 @@ class SelectKind(ModelKind[SelectStage]):
     kind = "select"
     references: ClassVar[References] = {"tokens": "tokens", "experts": "model"}
     placement: ClassVar[Placement] = {
-        "batch_size": True, "trial": {"micro_batch_size": True},
+        "batch_size": True, "trial": {"micro_batch_size": True, "packing": True},
         "method": True,  # a name in tables and on model cards: it is in the export's digest
     }  # fmt: skip
     uses_training_seed = True

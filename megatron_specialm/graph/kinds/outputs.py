@@ -28,7 +28,7 @@ class TeachKind(StageKind[TeachStage]):
     kind = "teach"
     makes = "distributions"
     references: ClassVar[References] = {"tokens": "tokens", "teacher": "model"}
-    placement: ClassVar[Placement] = {"batch_size": True}
+    placement: ClassVar[Placement] = {"batch_size": True, "packing": True}
     uses_training_seed = True
 
     def tasks(self, pipeline: Pipeline, name: str, stage: TeachStage) -> Iterator[Task]:
@@ -56,7 +56,7 @@ class EvaluateKind(StageKind[EvaluateStage]):
     makes = "perplexity"
     references: ClassVar[References] = {"tokens": "tokens", "models": "model"}
     # Which other models there are decides nothing about one of them.
-    placement: ClassVar[Placement] = {"batch_size": True, "models": True}
+    placement: ClassVar[Placement] = {"batch_size": True, "packing": True, "models": True}
 
     def tasks(self, pipeline: Pipeline, name: str, stage: EvaluateStage) -> Iterator[Task]:
         for model in stage.models:

@@ -1,0 +1,83 @@
+"""A packed sequence in a model: each window is computed as if it stood alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+
+from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.model import gpt
+from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.evaluation import score
+from tests.training import CONTEXT, VOCABULARY, MemoryStore
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def _model(shape: ModelConfig) -> Gpt:
+    model = Gpt(shape, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    model.initialize(seed=0)
+    return model.train(False)
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+@pytest.mark.parametrize("lengths", [(16,), (3, 16, 1, 7), (1, 1, 1), (8, 8)])
+def test_logits_are_those_of_each_window_alone(
+    family: str, lengths: tuple[int, ...], request: pytest.FixtureRequest
+) -> None:
+    model = _model(request.getfixturevalue(family))
+    tokens = torch.randint(VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = model.logits(tokens, lengths=lengths)[0].split(lengths)
+        for window, found in zip(tokens[0].split(lengths), together, strict=True):
+            torch.testing.assert_close(found, model.logits(window[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_is_that_of_padded_windows(neox: ModelConfig) -> None:
+    model, store = _model(neox), MemoryStore(10)
+    batches = [store.batch(ids) for ids in np.split(np.arange(10), [4, 8])]
+    padded, found = (score(model, batches, packing=packing) for packing in ("none", "packed"))
+    assert found.total == pytest.approx(padded.total, rel=1e-6) and found.tokens == padded.tokens
+    assert (padded.slots, found.slots) == (10 * CONTEXT, padded.tokens)
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The angles by which Megatron-Core rotates queries and keys, as they are used."""
+    found: list[torch.Tensor] = []
+    real = rope_utils._apply_rotary_pos_emb_bshd
+
+    def noted(values: torch.Tensor, angles: torch.Tensor, **settings: Any) -> torch.Tensor:
+        found.append(angles[:, 0, 0])
+        return real(values, angles, **settings)
+
+    monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", noted)
+    return found
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 16), (8, 8)])
+def test_positions_start_at_0_in_each_window(
+    neox: ModelConfig, lengths: tuple[int, ...], rotations: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary attention depends on differences of positions only, so no loss shows positions that run on."""
+    model, tokens = _model(neox), torch.zeros(1, sum(lengths), dtype=torch.long)
+    with torch.no_grad():
+        model.logits(torch.zeros(1, CONTEXT, dtype=torch.long))
+        expected = torch.cat([rotations[0][:length] for length in lengths])
+        rotations.clear()
+        model.logits(tokens, lengths=lengths)
+        assert rotations and all(torch.equal(found, expected) for found in rotations)
+
+        healthy = gpt.packed_windows
+
+        def running_on(lengths: tuple[int, ...], **settings: Any) -> Any:
+            windows = healthy(lengths, **settings)
+            windows.max_seqlen_q = windows.max_seqlen_kv = sum(lengths)
+            return windows
+
+        monkeypatch.setattr(gpt, "packed_windows", running_on)
+        rotations.clear()
+        model.logits(tokens, lengths=lengths)
+        assert not torch.equal(rotations[0], expected)
