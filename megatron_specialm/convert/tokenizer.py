@@ -16,8 +16,8 @@ from megatron_specialm.data.tokenizer import Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int, sentencepiece: bool = True) -> None:
-    """Write the files with which Transformers makes the same ids, after the end-of-document token that begins each text, as in
-    training: programs that score text with Transformers' tokenizer then score as we do. bos and eos are that token.
+    """Write the files with which Transformers makes the same ids, after the start token that begins each text, as in
+    training: programs that score text with Transformers' tokenizer then score as we do.
 
     Args:
         context_length: of the model, in tokens; `truncation=True` cuts texts to it.
@@ -25,7 +25,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int, s
     """
     folder.mkdir(parents=True, exist_ok=True)
     description = json.loads((tokenizer.folder / JSON).read_text(encoding="utf-8"))
-    description["post_processor"] = _start(tokenizer.special_tokens["bos_token"], tokenizer.eod)
+    description["post_processor"] = _start(tokenizer.special_tokens["bos_token"], tokenizer.bos)
     write_text(folder / JSON, json.dumps(description, ensure_ascii=False, indent=2))
     changes = normalizer(tokenizer)
     # Transformers follows tokenizer.json; llama.cpp would put a space before each text.
@@ -66,12 +66,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, texts: Iterable[str] = ()) -> str | None:
     """The first difference between Transformers with this folder and our tokenizer: in the ids of `texts` and of the
-    tokenizer's probes, which the end-of-document token must begin, or in a padded and truncated batch. None where they
+    tokenizer's probes, which the start token must begin, or in a padded and truncated batch. None where they
     agree."""
     theirs = load_tokenizer(folder)
     for text in (*texts, *tokenizer.probes()):
         if theirs(text, truncation=False, verbose=False).input_ids != [
-            tokenizer.eod,
+            tokenizer.bos,
             *tokenizer.encode([text])[0].tolist(),
         ]:
             return f"gives other ids than tokenizers, for instance of {text[:80]!r}"

@@ -33,7 +33,7 @@ def special_ids(folder: Path) -> dict[str, Any]:
     """bos_token_id, eos_token_id and pad_token_id, as far as a tokenizer has such tokens."""
     if is_ours(folder):
         ours = Tokenizer.load(folder)
-        return {"bos_token_id": ours.eod, "eos_token_id": ours.eod, "pad_token_id": ours.pad}
+        return {"bos_token_id": ours.bos, "eos_token_id": ours.eod, "pad_token_id": ours.pad}
     if not (folder / _JSON).is_file() or not (folder / _CONFIG).is_file():
         return {}
     settings, tokenizer = read_json(folder / _CONFIG, dict[str, Any]), _load(folder)

@@ -66,13 +66,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of `store.json`. `tokenizer`: its fingerprint; `eod`: the id of the end-of-document token."""
+    """The content of `store.json`. `tokenizer`: its fingerprint; `eod`: the id of the end-of-document token; `bos`: that of the
+    token before each window, if it is another."""
 
     tokenizer: str
     context_length: Size
     vocabulary_size: Size
     eod: Count
     splits: dict[str, Split]
+    bos: Count | None = None
 
 
 class Batch(NamedTuple):
@@ -146,6 +148,7 @@ class TokenStore:
         self.context_length = description.context_length
         self.vocabulary_size = description.vocabulary_size
         self.eod = description.eod
+        self.bos = self.eod if description.bos is None else description.bos
         self.tokenizer = description.tokenizer  # its fingerprint
         self.tokens = description.splits[split].tokens  # of all windows
         self.text_bytes = description.splits[split].text_bytes  # of all documents; None if unknown
@@ -195,7 +198,7 @@ class TokenStore:
         return self._checked(window)
 
     def batch(self, ids: np.ndarray) -> Batch:
-        """The windows of `ids` (B,) as model input: the end-of-document token, then the window without its last token.
+        """The windows of `ids` (B,) as model input: the start token, then the window without its last token.
 
         So every token of a window is predicted exactly once. Padding is the end-of-document token with mask 0.
 
@@ -207,7 +210,7 @@ class TokenStore:
         for target, counts, window in zip(targets, mask, self._windows(ids), strict=True):
             target[: len(window)], counts[: len(window)] = window, 1
         tokens = np.roll(self._checked(targets), 1, axis=1)
-        tokens[:, 0] = self.eod
+        tokens[:, 0] = self.bos
         return Batch(tokens, targets, mask)
 
     def _windows(self, ids: np.ndarray) -> Iterable[np.ndarray]:
@@ -316,6 +319,7 @@ def describe_store(
     context_length: int,
     vocabulary_size: int,
     eod: int,
+    bos: int,
 ) -> None:
     """Write `store.json`, with which the store can be opened.
 
@@ -328,6 +332,7 @@ def describe_store(
         "context_length": context_length,
         "vocabulary_size": vocabulary_size,
         "eod": eod,
+        **({} if bos == eod else {"bos": bos}),
         "splits": splits,
     }
     write_json(folder / DESCRIPTION, description)

@@ -87,6 +87,7 @@ class _Settings:
 
     library: Literal["sentencepiece", "tokenizers"]
     eod: str
+    bos: str | None = None
     kept: _Imported = _Imported()
     vocabulary_size: Size | None = None
 
@@ -96,6 +97,8 @@ class Tokenizer:
 
     Attributes:
         eod: id of the end-of-document token.
+        bos: id of the token before each window: the one that the tokenizer itself puts before a text, or the end-of-document
+            token.
         pad: id of the token that fills batches of texts: the tokenizer's own, or the end-of-document token.
         special_tokens: the special tokens, padding side and chat template for an export, named as in tokenizer_config.json.
         added: the tokens beside the model's vocabulary, special or not.
@@ -108,12 +111,14 @@ class Tokenizer:
         self.folder, self._codec = folder, codec
         self.sentencepiece = folder / MODEL if settings.library == "sentencepiece" else None
         imported = {name: value for name, value in asdict(settings.kept).items() if value is not None}
-        eod = settings.eod
-        self.special_tokens = {"pad_token": eod, **imported, "bos_token": eod, "eos_token": eod}
+        eod, bos = settings.eod, settings.bos or settings.eod
+        self.special_tokens = {"pad_token": eod, **imported, "bos_token": bos, "eos_token": eod}
         self.added = added_tokens(exported)
         ids = max(exported.get_vocab(with_added_tokens=True).values()) + 1
         self.vocabulary_size = settings.vocabulary_size or ids
-        self.eod, self.pad = (_id(folder, exported, name) for name in (eod, self.special_tokens["pad_token"]))
+        self.eod, self.bos, self.pad = (
+            _id(folder, exported, name) for name in (eod, bos, self.special_tokens["pad_token"])
+        )
         files = sorted(path for path in folder.iterdir() if path.name in (JSON, MODEL, SETTINGS))
         self.fingerprint = sha256_json({path.name: sha256_file(path) for path in files})
 

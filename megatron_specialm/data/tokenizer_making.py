@@ -158,6 +158,7 @@ def _save_sentencepiece(model: bytes, folder: Path) -> Tokenizer:
         {
             "library": "sentencepiece" if is_bpe else "tokenizers",
             "eod": processor.id_to_piece(processor.eos_id()),
+            **({} if processor.bos_id() < 0 else {"bos": processor.id_to_piece(processor.bos_id())}),
             "kept": {} if processor.pad_id() < 0 else {"pad_token": processor.id_to_piece(processor.pad_id())},
         },
     )

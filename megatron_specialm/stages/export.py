@@ -88,7 +88,7 @@ def run(stage: ExportStage, context: Context) -> Report:
 def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *, dtype: torch.dtype) -> None:
     """Write all files that Transformers reads."""
     source = canonical_folder.open_folder(step)
-    ids = {"bos_token_id": store.eod, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
+    ids = {"bos_token_id": store.bos, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     model = replace(source.model, context_length=store.context_length, special_ids=ids)
     source = replace(source, model=model, tokenizer=tokenizer.folder)
     huggingface_folder.write_folder(TargetSpec(folder, source, Layout(), dtype, stream(source, dtype=dtype)))

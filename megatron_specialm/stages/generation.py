@@ -149,7 +149,7 @@ def _converted(folder: Path) -> Writer:
     weights = {name: tensor[()].float() for name, tensor in source.weights.items()}
     model = transformers_model(
         source.model.shape, weights, vocabulary_size=source.model.vocabulary_size,
-        context_length=source.model.context_length, eod=start,
+        context_length=source.model.context_length, bos=start, eod=source.model.special_ids.get("eos_token_id", start),
     )  # fmt: skip
     if is_ours(source.tokenizer):
         ours = Tokenizer.load(source.tokenizer)
@@ -181,16 +181,22 @@ def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
         raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the config again")
     model = transformers_model(
         merged.shape, merged.weights, vocabulary_size=merged.vocabulary_size, context_length=merged.context_length,
-        eod=tokenizer.eod,
+        bos=tokenizer.bos, eod=tokenizer.eod,
     )  # fmt: skip
-    return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.eod)
+    return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.bos)
 
 
 def transformers_model(
-    shape: ModelConfig, weights: Mapping[str, torch.Tensor], *, vocabulary_size: int, context_length: int, eod: int
+    shape: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    vocabulary_size: int,
+    context_length: int,
+    bos: int,
+    eod: int,
 ) -> Any:
     """An ordinary model's canonical weights as a model of Transformers, in fp32."""
-    config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=eod)
+    config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=eod, bos=bos)
     logging.disable_progress_bar()
     assert config.architectures is not None
     # Not `load_state_dict`: some versions of Transformers rename weights as they load them.

@@ -59,6 +59,7 @@ def run(stage: TokenizeStage, context: Context) -> Report:
         context_length=stage.context_length,
         vocabulary_size=size,
         eod=tokenizer.eod,
+        bos=tokenizer.bos,
     )
     counts = read_counts(context.folder)
     if context.task.shard is None:
