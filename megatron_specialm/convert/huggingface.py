@@ -71,16 +71,10 @@ def _converted(
 
 
 def huggingface_config(
-    config: ModelConfig,
-    *,
-    vocabulary_size: int,
-    context_length: int,
-    eod: int | None,
-    bos: int | None = None,
-    pad: int | None = None,
+    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int | None, pad: int | None = None
 ) -> PretrainedConfig:
-    """The configuration with which Transformers computes what our model does. eos is the end-of-document token, if it is known;
-    `bos` and `pad` default to it."""
+    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token,
+    if it is known; `pad` defaults to it too."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,
@@ -91,7 +85,7 @@ def huggingface_config(
         "max_position_embeddings": context_length,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "bos_token_id": eod if bos is None else bos,
+        "bos_token_id": eod,
         "eos_token_id": eod,
         "pad_token_id": eod if pad is None else pad,
         "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": 1.0, **rotary_scaling(config)},

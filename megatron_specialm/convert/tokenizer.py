@@ -66,14 +66,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 def disagreement(folder: Path, tokenizer: Tokenizer, *, context_length: int, texts: Iterable[str] = ()) -> str | None:
     """The first difference between Transformers with this folder and our tokenizer: in the ids of `texts` and of the
-    tokenizer's probes, which the start token must begin, or in a padded and truncated batch. None where they
-    agree."""
+    tokenizer's probes, which the start token must begin, or in a padded and truncated batch. None where they agree."""
     theirs = load_tokenizer(folder)
     for text in (*texts, *tokenizer.probes()):
-        if theirs(text, truncation=False, verbose=False).input_ids != [
-            tokenizer.bos,
-            *tokenizer.encode([text])[0].tolist(),
-        ]:
+        ids = [tokenizer.bos, *tokenizer.encode([text])[0].tolist()]
+        if theirs(text, truncation=False, verbose=False).input_ids != ids:
             return f"gives other ids than tokenizers, for instance of {text[:80]!r}"
     long = "".join(tokenizer.probes()) * context_length
     batch = theirs([long, "a"], padding=True, truncation=True)

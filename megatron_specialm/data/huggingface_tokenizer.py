@@ -29,9 +29,8 @@ def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         The content of `tokenizer.json`, with two changes: nothing adds tokens to a text, truncates or pads it; and text that
         spells the end token stays text.
-        The settings: `eod`, the name of the end token; `bos`, that of the token that the folder's tokenizer puts before a text,
-        if it does; and `kept`, those of `pad_token`, `unk_token`, `padding_side` and
-        `chat_template` that the folder has.
+        The settings: `eod`, the name of the end token; `bos`, that of the start token, if it is another; and `kept`, those of
+        `pad_token`, `unk_token`, `padding_side` and `chat_template` that the folder has.
 
     Raises:
         DataError: a file cannot be read, or the end token is none of the tokens.
@@ -59,27 +58,23 @@ def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{source / CONFIG}: {what}: documents need an end: name one of the tokens there (added tokens: {added})"
         )
     export = _export_settings(source, config, tokenizer)
-    bos = _start_token(source, theirs, config)
-    for name in {
-        eod,
-        *([bos] if bos else []),
-        *(export[role] for role in ("pad_token", "unk_token") if role in export),
-    }:
+    bos = _start_token(source, theirs, config) or eod
+    for name in {eod, bos, *(export[role] for role in ("pad_token", "unk_token") if role in export)}:
         _make_special(description, name, tokenizer)
     _make_unreachable(description["model"], eod)
-    return description, {"eod": eod, **({"bos": bos} if bos else {}), "kept": export}
+    return description, {"eod": eod, **({} if bos == eod else {"bos": bos}), "kept": export}
 
 
 def _start_token(source: Path, description: dict[str, Any], config: dict[str, Any]) -> str | None:
-    """The token that the tokenizer puts before each text: by `add_bos_token`, which Transformers follows, else by its
-    post-processor. None where there is none."""
+    """The token that the folder's tokenizer puts before each text, as Transformers decides it: by `add_bos_token`, and without
+    that setting by the post-processor of `tokenizer.json`. None where it puts none."""
     with refusing(source / JSON, f"not a tokenizer that tokenizers {tokenizers.__version__} can load"):
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**description, "truncation": None, "padding": None}))
-    if (added := config.get("add_bos_token")) is not None:
-        name = _name(config.get("bos_token"))
-        return name if added and name is not None and tokenizer.token_to_id(name) is not None else None
-    bare, whole = tokenizer.encode("a", add_special_tokens=False).tokens, tokenizer.encode("a").tokens
-    return str(whole[0]) if whole[1 : 1 + len(bare)] == bare and len(whole) > len(bare) else None
+        if "add_bos_token" in config:
+            name = _name(config.get("bos_token")) if config["add_bos_token"] else None
+            return None if name is None or tokenizer.token_to_id(name) is None else name
+        bare, whole = (tokenizer.encode("a", add_special_tokens=added).tokens for added in (False, True))
+        return str(whole[0]) if len(whole) > len(bare) and whole[1 : 1 + len(bare)] == bare else None
 
 
 def _make_special(description: dict[str, Any], name: str, tokenizer: tokenizers.Tokenizer) -> None:

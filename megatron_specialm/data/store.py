@@ -319,7 +319,7 @@ def describe_store(
     context_length: int,
     vocabulary_size: int,
     eod: int,
-    bos: int,
+    bos: int | None = None,
 ) -> None:
     """Write `store.json`, with which the store can be opened.
 
@@ -332,7 +332,7 @@ def describe_store(
         "context_length": context_length,
         "vocabulary_size": vocabulary_size,
         "eod": eod,
-        **({} if bos == eod else {"bos": bos}),
+        **({} if bos in (None, eod) else {"bos": bos}),
         "splits": splits,
     }
     write_json(folder / DESCRIPTION, description)

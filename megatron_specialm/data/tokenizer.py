@@ -3,6 +3,7 @@
     tokenizer.json        the tokenizer for the `tokenizers` library: what is exported
     sentencepiece.model   of a SentencePiece model, the model that it was converted from
     settings.json         {"library": which of the two encodes, "eod": the end-of-document token,
+                           "bos": the start token, where it is another than that,
                            "kept": further settings of an imported tokenizer, named as in tokenizer_config.json,
                            "vocabulary_size": rows of its model's embedding, where it came with a model}
 
@@ -97,8 +98,8 @@ class Tokenizer:
 
     Attributes:
         eod: id of the end-of-document token.
-        bos: id of the token before each window: the one that the tokenizer itself puts before a text, or the end-of-document
-            token.
+        bos: id of the start token, before each window: the one that the tokenizer itself puts before a text, or the
+            end-of-document token.
         pad: id of the token that fills batches of texts: the tokenizer's own, or the end-of-document token.
         special_tokens: the special tokens, padding side and chat template for an export, named as in tokenizer_config.json.
         added: the tokens beside the model's vocabulary, special or not.

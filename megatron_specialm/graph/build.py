@@ -67,8 +67,7 @@ def check_tokenizer(pipeline: Pipeline, name: str, tokens: str, model: str) -> N
     if own != theirs:
         raise ConfigError(
             f"stages.{name}.tokens: they are of tokenizer `{own}`, and the weights of `{model}` of tokenizer "
-            f"`{theirs}`: name tokens that `{theirs}` has made, {{kind: tokenize, tokenizer: {theirs}}} (a student's and its "
-            "teacher's must be the same)"
+            f"`{theirs}`: name tokens that `{theirs}` has made, {{kind: tokenize, tokenizer: {theirs}}}"
         )
 
 

@@ -38,12 +38,18 @@ PROMPT_TOKENS = 12  # of a held-out document, if no prompt is given
 
 @dataclass(frozen=True)
 class Writer:
-    """A Transformers model with its tokenizer. `start` is the id of the end-of-document token, which begins every text."""
+    """A Transformers model with its tokenizer.
+
+    Attributes:
+        start: the id of the token that begins every text.
+        ends: the ids of the tokens that end one.
+    """
 
     model: Any
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     start: int
+    ends: tuple[int, ...]
 
     @torch.no_grad()
     def write(self, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int) -> str:
@@ -70,9 +76,9 @@ class Writer:
             torch.manual_seed(seed)
             written = self.model.generate(
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), pad_token_id=self.start,
-                eos_token_id=self.start, max_new_tokens=min(tokens, room), **drawn,
+                eos_token_id=list(self.ends) or None, max_new_tokens=min(tokens, room), **drawn,
             )  # fmt: skip
-        return self.decode([token for token in written[0].tolist() if token != self.start])
+        return self.decode([token for token in written[0].tolist() if token not in (self.start, *self.ends)])
 
 
 def open_model(folder: Path) -> Writer:
@@ -135,7 +141,7 @@ def _exported(folder: Path) -> Writer:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    return _with_transformers(model, tokenizer, _start(folder, ids))
+    return _with_transformers(model, tokenizer, *_start_and_ends(folder, ids))
 
 
 def _converted(folder: Path) -> Writer:
@@ -145,34 +151,38 @@ def _converted(folder: Path) -> Writer:
             f"{folder}: has no tokenizer to read the prompt with: add one by `specialm convert {folder} FOLDER --to "
             "huggingface --tokenizer TOKENIZER`, and name that folder"
         )
-    start = _start(folder, source.model.special_ids)
+    start, ends = _start_and_ends(folder, source.model.special_ids)
     weights = {name: tensor[()].float() for name, tensor in source.weights.items()}
     model = transformers_model(
         source.model.shape, weights, vocabulary_size=source.model.vocabulary_size,
-        context_length=source.model.context_length, bos=start, eod=source.model.special_ids.get("eos_token_id", start),
+        context_length=source.model.context_length,
     )  # fmt: skip
     if is_ours(source.tokenizer):
         ours = Tokenizer.load(source.tokenizer)
-        return Writer(model, lambda text: ours.encode([text])[0].tolist(), ours.decode, start)
+        return Writer(model, lambda text: ours.encode([text])[0].tolist(), ours.decode, start, ends)
     with reading(source.tokenizer, form="a tokenizer that this version of Transformers loads"):
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, local_files_only=True)
-    return _with_transformers(model, tokenizer, start)
+    return _with_transformers(model, tokenizer, start, ends)
 
 
-def _start(folder: Path, ids: Mapping[str, Any]) -> int:
-    """The id that begins a text. Qwen's models begin texts with the end token or none."""
-    start = next((ids[name] for name in ("bos_token_id", "eos_token_id") if isinstance(ids.get(name), int)), None)
-    if start is None:
+def _start_and_ends(folder: Path, ids: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+    """The id that begins a text, and those that end one: config.json may list several. A model without bos_token_id (Qwen)
+    begins texts with its first end token."""
+    begins, ends = (
+        tuple(number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int))
+        for found in (ids.get("bos_token_id"), ids.get("eos_token_id"))
+    )
+    if not begins + ends:
         raise ConfigError(f"{folder}: config.json names no bos_token_id or eos_token_id: give the model its tokenizer")
-    return start
+    return (begins + ends)[0], ends
 
 
-def _with_transformers(model: Any, tokenizer: Any, start: int) -> Writer:
+def _with_transformers(model: Any, tokenizer: Any, start: int, ends: tuple[int, ...]) -> Writer:
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), start)
+    return Writer(model, encode, lambda ids: str(tokenizer.decode(ids)), start, ends)
 
 
 def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
@@ -180,10 +190,10 @@ def _trained(folder: Path, tokenizer_folder: Path) -> Writer:
     if tokenizer.fingerprint != merged.state["tokenizer"]:
         raise ArtifactError(f"{folder}: trained with another tokenizer than {tokenizer_folder}: run the config again")
     model = transformers_model(
-        merged.shape, merged.weights, vocabulary_size=merged.vocabulary_size, context_length=merged.context_length,
-        bos=tokenizer.bos, eod=tokenizer.eod,
-    )  # fmt: skip
-    return Writer(model, lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.bos)
+        merged.shape, merged.weights, vocabulary_size=merged.vocabulary_size, context_length=merged.context_length
+    )
+    encode, ends = lambda text: tokenizer.encode([text])[0].tolist(), (tokenizer.eod,)
+    return Writer(model, encode, tokenizer.decode, tokenizer.bos, ends)
 
 
 def transformers_model(
@@ -192,11 +202,9 @@ def transformers_model(
     *,
     vocabulary_size: int,
     context_length: int,
-    bos: int,
-    eod: int,
 ) -> Any:
     """An ordinary model's canonical weights as a model of Transformers, in fp32."""
-    config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=eod, bos=bos)
+    config = huggingface_config(shape, vocabulary_size=vocabulary_size, context_length=context_length, eod=None)
     logging.disable_progress_bar()
     assert config.architectures is not None
     # Not `load_state_dict`: some versions of Transformers rename weights as they load them.
