@@ -73,8 +73,8 @@ def _start_token(source: Path, description: dict[str, Any], config: dict[str, An
         if "add_bos_token" in config:
             name = _name(config.get("bos_token")) if config["add_bos_token"] else None
             return None if name is None or tokenizer.token_to_id(name) is None else name
-        bare, whole = (tokenizer.encode("a", add_special_tokens=added).tokens for added in (False, True))
-        return str(whole[0]) if len(whole) > len(bare) and whole[1 : 1 + len(bare)] == bare else None
+        bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+        return tokenizer.id_to_token(whole[0]) if len(whole) > len(bare) and whole[1 : 1 + len(bare)] == bare else None
 
 
 def _make_special(description: dict[str, Any], name: str, tokenizer: tokenizers.Tokenizer) -> None:

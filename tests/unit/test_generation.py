@@ -1,5 +1,6 @@
 """What models say: the weights are those of the checkpoint, and equal seeds give equal text."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_specialm.base.errors import ArtifactError, ConfigError
 from megatron_specialm.config.model import ModelConfig
@@ -16,14 +17,17 @@ from megatron_specialm.convert.formats import TARGETS
 from megatron_specialm.convert.run import convert
 from megatron_specialm.stages.generation import Writer, open_model, transformers_model
 from tests.checkpoints import save_random_model
+from tests.existing_models import save_existing_model
 from tests.unit.test_convert_huggingface import CONTEXT, VOCABULARY, _logits, _random_weights, every_shape
 
 
 def _writer(shape: ModelConfig) -> Writer:
     """Whose tokens are characters, and whose documents end with a newline."""
     weights = _random_weights(shape)
-    model = transformers_model(shape, weights, vocabulary_size=VOCABULARY, context_length=CONTEXT, eod=0)
-    return Writer(model, lambda text: [ord(c) - 28 for c in text], lambda ids: "".join(chr(i + 28) for i in ids), 0)
+    model = transformers_model(shape, weights, vocabulary_size=VOCABULARY, context_length=CONTEXT)
+    return Writer(
+        model, lambda text: [ord(c) - 28 for c in text], lambda ids: "".join(chr(i + 28) for i in ids), 0, (0,)
+    )
 
 
 @every_shape
@@ -81,6 +85,24 @@ def test_a_checkpoint_of_any_format_says_the_same(source: Path, tmp_path: Path) 
     convert(tmp_path / "canonical", tmp_path / "export", to="huggingface")
     assert _said(tmp_path / "export") == expected
     assert _said(next((tmp_path / "canonical").glob("step_*"))) == expected
+
+
+def test_it_begins_with_the_start_token_and_ends_at_each_end_token(tmp_path: Path) -> None:
+    folder = save_existing_model(tmp_path / "llama", start="<|begin|>")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("brarn", return_tensors="pt")
+    assert ids.input_ids[0, 0] == tokenizer.bos_token_id != tokenizer.eos_token_id
+    written = model.generate(**ids, max_new_tokens=5, do_sample=False)[0].tolist()
+    new = max(place for place in range(len(written)) if written[place] not in written[:place])
+    assert new >= ids.input_ids.shape[1], "a token of the continuation, to end it with"
+    config = json.loads((folder / "config.json").read_text())
+    for ends, last in ((tokenizer.eos_token_id, len(written)), ([tokenizer.eos_token_id, written[new]], new)):
+        (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+        expected = tokenizer.decode(written[1:last])
+        assert _said(folder) == expected, ends
+        for to in ("canonical", "huggingface"):
+            convert(folder, tmp_path / f"{to} {last}", to=to)
+            assert _said(tmp_path / f"{to} {last}") == expected, to
 
 
 def test_a_folder_that_cannot_say_anything_is_refused(source: Path, tmp_path: Path) -> None:

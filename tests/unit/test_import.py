@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_specialm.base.artifacts import artifact_folder, begin_artifact
 from megatron_specialm.base.errors import CheckpointError, ConfigError, DataError, MachineError, SpecialmError
@@ -21,6 +23,7 @@ from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pi
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.convert.canonical_folder import open_folder
 from megatron_specialm.convert.run import convert
+from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.estimate.parameters import count_parameters
@@ -93,6 +96,30 @@ def test_an_imported_model_is_that_of_transformers_with_its_tokenizer(existing: 
     ids = torch.arange(0, ROWS, 7)[None]
     assert torch.equal(before(ids).logits, after(ids).logits)
     assert open_folder(folder).tokenizer == folder / "tokenizer"
+
+
+@pytest.mark.usefixtures("alone")
+def test_windows_begin_with_its_own_start_token_as_in_transformers(tmp_path: Path) -> None:
+    path = save_existing_model(tmp_path / "model", start="<|begin|>")
+    pipeline, text = _load({"path": str(path)}), " ".join(WORDS[:6])
+    folder = _import(pipeline)
+    tokenizer, sizes = Tokenizer.load(folder), {"context_length": 64, "vocabulary_size": ROWS}
+    writer = StoreWriter(tmp_path, "test", **sizes)
+    writer.add_document(tokenizer.encode([text])[0])
+    describe_store(
+        tmp_path, splits={"test": writer.finish()}, tokenizer=tokenizer.fingerprint,
+        eod=tokenizer.eod, bos=tokenizer.bos, **sizes,
+    )  # fmt: skip
+    batch = TokenStore.open(tmp_path, "test").batch(np.array([0]))
+    theirs, ids = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)(text).input_ids
+    count = len(ids) - 1
+    assert batch.tokens[0, :count].tolist() == ids[:-1] and batch.targets[0, :count].tolist() == ids[1:]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        logits = read_merged(find_final(folder)).build().logits(torch.from_numpy(batch.tokens))[0, :count]
+    torch.testing.assert_close(cross_entropy(logits, torch.tensor(ids[1:])), expected, atol=1e-5, rtol=0)
+    convert(folder, tmp_path / "back", to="huggingface")
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")(text).input_ids == ids
 
 
 def test_the_digest_is_of_the_content_wherever_it_stands(existing: dict[str, Path]) -> None:

@@ -12,14 +12,14 @@ from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 CONTEXT, EOD = 8, 0
 
 
-def _store(folder: Path, documents: list[np.ndarray], *, vocabulary: int = 100) -> TokenStore:
+def _store(folder: Path, documents: list[np.ndarray], *, vocabulary: int = 100, bos: int | None = None) -> TokenStore:
     folder.mkdir(exist_ok=True)
     writer = StoreWriter(folder, "train", context_length=CONTEXT, vocabulary_size=vocabulary)
     for document in documents:
         writer.add_document(np.append(document, EOD))
     describe_store(
         folder, splits={"train": {**writer.finish(), "skipped": 1}}, tokenizer="a" * 64, context_length=CONTEXT,
-        vocabulary_size=vocabulary, eod=EOD,
+        vocabulary_size=vocabulary, eod=EOD, bos=bos,
     )  # fmt: skip
     return TokenStore.open(folder, "train")
 
@@ -36,10 +36,11 @@ def test_documents_are_cut_into_windows_that_do_not_overlap(tmp_path: Path, voca
         np.testing.assert_array_equal(own, [*document, EOD])
 
 
-def test_every_token_is_predicted_exactly_once(tmp_path: Path) -> None:
-    store = _store(tmp_path, [np.arange(1, 12)])
-    batch = store.batch(np.array([1, 0]))
-    np.testing.assert_array_equal(batch.tokens, [[EOD, 9, 10, 11, EOD, EOD, EOD, EOD], [EOD, 1, 2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("bos", [None, 77])
+def test_every_token_is_predicted_exactly_once(tmp_path: Path, bos: int | None) -> None:
+    store = _store(tmp_path, [np.arange(1, 12)], bos=bos)
+    batch, start = store.batch(np.array([1, 0])), EOD if bos is None else bos
+    np.testing.assert_array_equal(batch.tokens, [[start, 9, 10, 11, EOD, EOD, EOD, EOD], [start, 1, 2, 3, 4, 5, 6, 7]])
     np.testing.assert_array_equal(batch.targets, [[9, 10, 11, EOD, EOD, EOD, EOD, EOD], [1, 2, 3, 4, 5, 6, 7, 8]])
     np.testing.assert_array_equal(batch.mask, [[1, 1, 1, 1, 0, 0, 0, 0], [1] * 8])
 

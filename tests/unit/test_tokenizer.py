@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_specialm.base.errors import DataError
 from megatron_specialm.config.model import ModelConfig
@@ -18,7 +18,7 @@ from megatron_specialm.data.encoding import Encoder
 from megatron_specialm.data.tokenizer import Tokenizer
 from megatron_specialm.data.tokenizer_making import import_tokenizer, train_sentencepiece
 
-END = "<|end|>"
+END, START = "<|end|>", "<|begin|>"
 WORDS = [f"{a}{b}{c}" for a in "ktpm" for b in "aeiou" for c in ("n", "l", "rs")]
 SPELLED = [f"a text that quotes {END} in the middle", END, f"{END}{END}"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -105,7 +105,7 @@ def test_user_defined_symbols_of_a_sentencepiece_model(tmp_path: Path) -> None:
     plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
     symbols = import_tokenizer(train(user_defined_symbols=["<tab>"], pad_id=3, **plain), tmp_path / "symbols")
     assert symbols.special_tokens["pad_token"] == "<pad>"
-    check(symbols, tmp_path / "theirs")
+    assert check(symbols, tmp_path / "theirs").bos_token_id == symbols.bos == 1 != symbols.eod, "it has a start token"
     with pytest.raises(DataError, match="has no end-of-sentence piece"):
         import_tokenizer(train(user_defined_symbols=["</s>"], **plain), tmp_path / "ours")
     with pytest.raises(DataError, match="exported, it would give other ids, for instance of 'a<tab>b"):
@@ -166,6 +166,36 @@ def test_what_a_source_says_is_kept(tmp_path: Path) -> None:
     assert imported.pad != imported.eod == theirs.eos_token_id == theirs.bos_token_id
     said = theirs.apply_chat_template([{"role": "user", "content": "tan"}], tokenize=False)
     assert said == "tan"
+
+
+@pytest.mark.parametrize(
+    ("is_in_json", "config", "begins"),
+    [
+        (True, {}, START),  # Llama 3
+        (True, {"add_bos_token": True, "bos_token": START}, START),  # Llama 2
+        (True, {"add_bos_token": False, "bos_token": START}, END),
+        (False, {"add_bos_token": True, "bos_token": START}, START),
+        (False, {"add_bos_token": False, "bos_token": None}, END),  # Qwen
+        (False, {"bos_token": START}, END),
+    ],
+    ids=str,
+)
+def test_a_text_begins_with_its_tokenizers_own_start_token(
+    is_in_json: bool, config: dict[str, Any], begins: str, tmp_path: Path
+) -> None:
+    tokenizer = ended(True)
+    tokenizer.add_special_tokens([AddedToken(START, special=True)])
+    start = tokenizer.token_to_id(START)
+    if is_in_json:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{START} $A", special_tokens=[(START, start)])
+    source = save(tokenizer, tmp_path / "source", tokenizer_class="PreTrainedTokenizerFast", **config)
+    imported = import_tokenizer(source, tmp_path / "ours")
+    assert imported.bos == tokenizer.token_to_id(begins) and imported.eod == tokenizer.token_to_id(END)
+    own = [start] if begins == START else []
+    assert load_tokenizer(source)("tan kel").input_ids == [*own, *imported.encode(["tan kel"])[0]]
+    assert check(imported, tmp_path / "theirs").bos_token == begins
+    settings = json.loads((tmp_path / "ours" / "settings.json").read_text())
+    assert settings.get("bos", END) == begins and ("bos" in settings) == (begins == START)
 
 
 def test_what_a_source_does_not_say_is_set(tmp_path: Path) -> None:
