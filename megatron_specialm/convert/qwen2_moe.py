@@ -45,7 +45,7 @@ def without_zeros(stored: Mapping[str, LazyTensor], model: Model) -> tuple[Model
 
 def counted_zeros(zeros: Sequence[str]) -> dict[str, str]:
     """What a source says of them."""
-    reason = "biases and shared experts that Qwen2-MoE has and the model has not"
+    reason = "biases and shared experts of Qwen2-MoE, which the model does not have"
     return {f"zeros ({len(zeros)})": reason} if zeros else {}
 
 

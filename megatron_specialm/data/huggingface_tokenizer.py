@@ -58,21 +58,18 @@ def read_huggingface(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{source / CONFIG}: {what}: documents need an end: name one of the tokens there (added tokens: {added})"
         )
     export = _export_settings(source, config, tokenizer)
-    bos = _start_token(source, theirs, config) or eod
+    bos = _start_token(source, theirs) or eod
     for name in {eod, bos, *(export[role] for role in ("pad_token", "unk_token") if role in export)}:
         _make_special(description, name, tokenizer)
     _make_unreachable(description["model"], eod)
     return description, {"eod": eod, **({} if bos == eod else {"bos": bos}), "kept": export}
 
 
-def _start_token(source: Path, description: dict[str, Any], config: dict[str, Any]) -> str | None:
-    """The token that the folder's tokenizer puts before each text, as Transformers decides it: by `add_bos_token`, and without
-    that setting by the post-processor of `tokenizer.json`. None where it puts none."""
+def _start_token(source: Path, description: dict[str, Any]) -> str | None:
+    """The token that the post-processor of `tokenizer.json` puts before a text. None where it puts none. (Beside that file
+    Transformers 5 ignores `add_bos_token`.)"""
     with refusing(source / JSON, f"not a tokenizer that tokenizers {tokenizers.__version__} can load"):
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**description, "truncation": None, "padding": None}))
-        if "add_bos_token" in config:
-            name = _name(config.get("bos_token")) if config["add_bos_token"] else None
-            return None if name is None or tokenizer.token_to_id(name) is None else name
         bare, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
         return tokenizer.id_to_token(whole[0]) if len(whole) > len(bare) and whole[1 : 1 + len(bare)] == bare else None
 

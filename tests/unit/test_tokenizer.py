@@ -173,8 +173,12 @@ def test_what_a_source_says_is_kept(tmp_path: Path) -> None:
     [
         (True, {}, START),  # Llama 3
         (True, {"add_bos_token": True, "bos_token": START}, START),  # Llama 2
-        (True, {"add_bos_token": False, "bos_token": START}, END),
-        (False, {"add_bos_token": True, "bos_token": START}, START),
+        (
+            True,
+            {"add_bos_token": False, "bos_token": START},
+            START,
+        ),  # Transformers ignores the setting beside tokenizer.json
+        (False, {"add_bos_token": True, "bos_token": START}, END),
         (False, {"add_bos_token": False, "bos_token": None}, END),  # Qwen
         (False, {"bos_token": START}, END),
     ],
