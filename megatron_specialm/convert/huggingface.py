@@ -71,10 +71,10 @@ def _converted(
 
 
 def huggingface_config(
-    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int | None, pad: int | None = None
+    config: ModelConfig, *, vocabulary_size: int, context_length: int, eod: int | None
 ) -> PretrainedConfig:
-    """The configuration with which Transformers computes what our model does. bos and eos are the end-of-document token,
-    if it is known; `pad` defaults to it too."""
+    """The configuration with which Transformers computes what our model does. bos, eos and pad are the end-of-document
+    token, if it is known."""
     theta = float(config.rotary_base)
     settings: dict[str, Any] = {
         "vocab_size": vocabulary_size,
@@ -87,7 +87,7 @@ def huggingface_config(
         "initializer_range": config.init_std,
         "bos_token_id": eod,
         "eos_token_id": eod,
-        "pad_token_id": eod if pad is None else pad,
+        "pad_token_id": eod,
         "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": 1.0, **rotary_scaling(config)},
         "architectures": [architecture_of(config)],
     }

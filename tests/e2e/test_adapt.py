@@ -86,7 +86,7 @@ def test_the_untouched_models_perplexity_is_that_of_transformers(adapted: Path) 
         total, count = 0.0, 0
         for number in range(len(store)):
             window = torch.from_numpy(store.window(number).astype("int64"))
-            inputs = torch.cat([torch.tensor([store.eod]), window[:-1]])
+            inputs = torch.cat([torch.tensor([store.bos]), window[:-1]])
             total += functional.cross_entropy(model(inputs[None]).logits[0], window, reduction="sum").item()
             count += len(window)
         row = _rows(adapted)["base", source]
