@@ -143,14 +143,14 @@ def inspect(
 
     Of a checkpoint that cannot be converted: format, size and tensors, and then the reason as an error.
     """
-    from megatron_specialm.base.errors import CheckpointError
+    from megatron_specialm.base.errors import ArtifactError
     from megatron_specialm.convert.fingerprint import compare_settings, unequal_settings
     from megatron_specialm.convert.formats import format_of, open_source
     from megatron_specialm.convert.run import convertible, hash_moments, stream
 
     try:
         opened = open_source(path, config=config)
-    except CheckpointError:
+    except ArtifactError:
         found = format_of(path)
         stored = found.tensors(path)
         say(f"{path}: {found.name}; it cannot be converted")
