@@ -1,5 +1,7 @@
 """Commands that convert, inspect and compare checkpoints of any format."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,7 @@ from megatron_specialm.cli.app import app
 if TYPE_CHECKING:
     import torch
 
+    from megatron_specialm.convert.lazy import LazyTensor
     from megatron_specialm.convert.run import Conversion
     from megatron_specialm.convert.source import Source
 
@@ -34,9 +37,12 @@ SourceFolder = Annotated[
 ]
 ModelConfig = Annotated[
     Path | None,
-    typer.Option("--config", help="A config.json, for a source that does not say its model.", show_default=False),
+    typer.Option(
+        "--config",
+        help="A config.json of Transformers, for a source without a description of its model.",
+        show_default=False,
+    ),
 ]
-Degree = typer.Option(help="Of a Megatron or DeepSpeed target.", min=1)
 
 
 @app.command()
@@ -44,9 +50,11 @@ def convert(
     source: SourceFolder,
     target: Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)],
     to: Annotated[To, typer.Option(help="The target's format.", show_default=False)],
-    tensor_parallel: Annotated[int, Degree] = 1,
-    pipeline_parallel: Annotated[int, Degree] = 1,
-    expert_parallel: Annotated[int, Degree] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks of a Megatron target.", min=1)] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of a Megatron target.", min=1)] = 1,
+    expert_parallel: Annotated[
+        int, typer.Option(help="Ranks of experts, of a Megatron target or of DeepSpeed's ZeRO stage 1.", min=1)
+    ] = 1,
     zero_stage: Annotated[
         int, typer.Option(help="Of a DeepSpeed target: 1, or 0 for a universal checkpoint.", min=0, max=1)
     ] = 0,
@@ -71,17 +79,29 @@ def convert(
 
     watch = Stopwatch()
     layout = Layout(tensor_parallel, pipeline_parallel, expert_parallel, zero_stage, data_parallel)
-    done = run(
-        source,
-        target,
-        to=to,
-        layout=layout,
-        dtype=torch_dtype(dtype),
-        config=config,
-        tokenizer=tokenizer,
-        weights_only=weights_only,
-    )
+    with stopping_cleanly():
+        done = run(
+            source,
+            target,
+            to=to,
+            layout=layout,
+            dtype=torch_dtype(dtype),
+            config=config,
+            tokenizer=tokenizer,
+            weights_only=weights_only,
+        )
     say_converted(done, target, seconds=watch.seconds)
+
+
+@contextlib.contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise an error, so that an unfinished target is removed."""
+    from megatron_specialm.base.process_status import ProcessStatus
+
+    status = ProcessStatus()
+    status.begin("converting")
+    with status.stop_on_signals():
+        yield
 
 
 def torch_dtype(dtype: Dtype | None) -> "torch.dtype | None":
@@ -99,8 +119,9 @@ def say_converted(done: "Conversion", target: Path, *, seconds: float) -> None:
         say(f"left out: {name}: {reason}")
     if (moe := opened.model.shape.moe) is not None and moe.capacity_factor is not None:
         say(f"capacity_factor {moe.capacity_factor}: the fingerprint's logits are without it: no token is dropped")
+    rounded = f" (rounded from {_type(opened.dtype)})" if done.is_rounded else ""
     say(
-        f"{target}: {done.to}, {len(done.fingerprint.weights)} weights in {str(done.dtype).removeprefix('torch.')}, "
+        f"{target}: {done.to}, {len(done.fingerprint.weights)} weights in {_type(done.dtype)}{rounded}, "
         f"{done.bytes / 2**20:,.1f} MiB, in {seconds:.1f} s; read back, and every weight is equal"
     )
     if opened.optimizer is not None:
@@ -118,39 +139,64 @@ def inspect(
     ] = False,
     config: ModelConfig = None,
 ) -> None:
-    """Print what a checkpoint is: format, model, layout, step and size, and with --tensors its tensors."""
-    import math
+    """Print what a checkpoint is: format, model, layout, step and size, and with --tensors its tensors.
 
-    from megatron_specialm.base.terminal import Table, console
-    from megatron_specialm.convert.formats import open_source
-    from megatron_specialm.convert.run import hash_moments, stream
+    Of a checkpoint that cannot be converted: format, size and tensors, and then the reason as an error.
+    """
+    from megatron_specialm.base.errors import ArtifactError
+    from megatron_specialm.convert.fingerprint import compare_settings, unequal_settings
+    from megatron_specialm.convert.formats import format_of, open_source
+    from megatron_specialm.convert.run import convertible, hash_moments, stream
 
-    opened = open_source(path, config=config)
-    stored = opened.stored
-    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in stored.items()}
+    try:
+        opened = open_source(path, config=config)
+    except ArtifactError:
+        found = format_of(path)
+        stored = found.tensors(path)
+        say(f"{path}: {found.name}; it cannot be converted")
+        _say_stored(stored, each=tensors)
+        raise
     say(f"{opened.path}: {_described(opened)}")
-    say(f"{len(stored)} tensors, {sum(sizes.values()) / 2**20:,.1f} MiB; {len(opened.weights)} canonical weights")
+    _say_stored(opened.stored, each=tensors)
     settings = opened.model.shape.model_dump(mode="json", exclude_defaults=True)
-    say("model: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    model = ", ".join(f"{name} {value}" for name, value, _ in unequal_settings(settings, {}))
+    say(f"{len(opened.weights)} canonical weights; model: {model}")
     for name, reason in opened.dropped.items():
         say(f"is left out in a conversion: {name}: {reason}")
     if opened.optimizer is not None:
         say(f"optimizer: Adam's state after {opened.optimizer.step} updates")
     say(f"tokenizer: {opened.tokenizer or 'none'}")
-    if tensors:
-        lines = [
-            [name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."), f"{sizes[name]:,}"]
-            for name, tensor in stored.items()
-        ]
-        console().print(Table("", ["tensor", "shape", "type", "bytes"], lines, 3))
     if opened.fingerprint is None:
         say("fingerprint: none is recorded")
     elif verify:
-        stream(opened)
+        stream(convertible(opened))
         hash_moments(opened)
         say("fingerprint: every weight and the logits are as recorded")
     else:
-        say(f"fingerprint: recorded for {len(opened.fingerprint.weights)} weights; --verify compares them")
+        compare_settings(opened.fingerprint, opened.model.computes, where=opened.path)
+        weights = len(opened.fingerprint.weights)
+        say(f"fingerprint: its settings are the model's; recorded for {weights} weights, which --verify compares")
+
+
+def _say_stored(stored: "Mapping[str, LazyTensor]", *, each: bool) -> None:
+    """Print number and size of the tensors in files; `each`: also every tensor."""
+    import math
+
+    from megatron_specialm.base.terminal import Table, console
+
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in stored.items()}
+    types = ", ".join(sorted({_type(tensor.dtype) for tensor in stored.values()}))
+    say(f"{len(stored)} tensors, {sum(sizes.values()) / 2**20:,.1f} MiB, of type {types}")
+    if each:
+        lines = [
+            [name, " x ".join(map(str, tensor.shape)), _type(tensor.dtype), f"{sizes[name]:,}"]
+            for name, tensor in stored.items()
+        ]
+        console().print(Table("", ["tensor", "shape", "type", "bytes"], lines, 3))
+
+
+def _type(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @app.command()
@@ -196,6 +242,6 @@ def _described(opened: "Source") -> str:
     parameters = count_parameters(model.shape, model.vocabulary_size)
     return (
         f"{opened.format}, family {model.shape.family}, {parameters / 1e6:,.1f}M parameters, vocabulary "
-        f"{model.vocabulary_size:,}, context {model.context_length:,}, {str(opened.dtype).removeprefix('torch.')}, "
+        f"{model.vocabulary_size:,}, context {model.context_length:,}, {_type(opened.dtype)}, "
         f"{opened.layout}, step {opened.step}"
     )

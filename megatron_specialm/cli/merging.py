@@ -7,7 +7,7 @@ import typer
 
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.cli.app import app
-from megatron_specialm.cli.convert import Dtype, To, say_converted, torch_dtype
+from megatron_specialm.cli.convert import Dtype, To, say_converted, stopping_cleanly, torch_dtype
 
 Target = Annotated[Path, typer.Argument(help="The folder to create.", show_default=False)]
 Format = Annotated[To, typer.Option(help="The target's format.")]
@@ -30,7 +30,8 @@ def merge(
     from megatron_specialm.convert.run import write_target
 
     watch = Stopwatch()
-    done = write_target(open_adapted(source), target, to=to, dtype=torch_dtype(dtype))
+    with stopping_cleanly():
+        done = write_target(open_adapted(source), target, to=to, dtype=torch_dtype(dtype))
     say_converted(done, target, seconds=watch.seconds)
 
 
@@ -68,11 +69,12 @@ def project(
     watch, kind = Stopwatch(), torch_dtype(dtype)
     if (expert is not None) + (histogram is not None) + mixture != 1:
         raise ConfigError("name one of --expert NUMBER, --histogram RUN/STAGE/SET and --mixture")
-    if expert is not None:
-        made = {output: write_target(open_expert(folder, expert), output, to=to, dtype=kind)}
-    elif histogram is not None:
-        made = {output: write_target(open_histogram(folder, histogram), output, to=to, dtype=kind)}
-    else:
-        made = {output / key: done for key, done in convert_experts(folder, output, to=to, dtype=kind).items()}
+    with stopping_cleanly():
+        if expert is not None:
+            made = {output: write_target(open_expert(folder, expert), output, to=to, dtype=kind)}
+        elif histogram is not None:
+            made = {output: write_target(open_histogram(folder, histogram), output, to=to, dtype=kind)}
+        else:
+            made = {output / key: done for key, done in convert_experts(folder, output, to=to, dtype=kind).items()}
     for target, done in made.items():
         say_converted(done, target, seconds=watch.seconds)

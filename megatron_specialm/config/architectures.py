@@ -184,7 +184,10 @@ def read_config(path: Path) -> Model:
         CheckpointError: its architecture or one of its settings is none that we have.
     """
     theirs = read_json(path, dict[str, Any])
-    names = theirs.get("architectures") or ["none"]
+    if not (names := theirs.get("architectures")):
+        raise CheckpointError(
+            f"{path}: does not name its class of Transformers: set `architectures` to one of {', '.join(_ARCHITECTURES)}"
+        )
     if len(names) != 1 or names[0] not in _ARCHITECTURES:
         near = difflib.get_close_matches(str(names[0]), _ARCHITECTURES, n=1, cutoff=0)[0]
         raise CheckpointError(

@@ -81,6 +81,11 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     )
 
 
+def stored_tensors(path: Path) -> Mapping[str, LazyTensor]:
+    """The weights in the files of a step of any model."""
+    return _read(path)[0].weights.stored
+
+
 def open_experts(path: Path, mixture: Callable[[int], torch.Tensor]) -> Source:
     """Open an expert, or a mixture of experts, of a model that has one per cluster: an ordinary model.
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from megatron_specialm.convert.fingerprint import unequal_settings
 from megatron_specialm.convert.source import Source
 
 
@@ -18,16 +21,14 @@ class Difference:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all elements are equal, as fp32."""
+        """Whether all elements are equal, as fp32. NaNs of the same bits are equal."""
         return self.largest == 0.0
 
 
 def settings_that_differ(first: Source, second: Source) -> Iterator[str]:
     """The settings that decide what is computed, and differ, as `rotary_base: 10000, 500000`."""
-    ours, theirs = first.model.computes, second.model.computes
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            yield f"{name}: {ours.get(name)}, {theirs.get(name)}"
+    for name, ours, theirs in unequal_settings(first.model.computes, second.model.computes):
+        yield f"{name}: {ours}, {theirs}"
 
 
 def differences(first: Source, second: Source) -> Iterator[Difference]:
@@ -39,5 +40,13 @@ def differences(first: Source, second: Source) -> Iterator[Difference]:
             yield Difference(name, shapes)  # type: ignore[arg-type]
             continue
         ours, theirs = (one[()].float() for one in pair if one is not None)
-        scale = float(ours.abs().max()) if ours.numel() else 0.0
-        yield Difference(name, shapes, float((ours - theirs).abs().max()) if ours.numel() else 0.0, scale)  # type: ignore[arg-type]
+        yield Difference(name, shapes, _largest(_distance(ours, theirs)), _largest(ours.abs()))  # type: ignore[arg-type]
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Absolute differences of elements in fp32; 0 where the bits are equal, though it were NaN or infinity."""
+    return (ours - theirs).abs_().masked_fill_(ours.view(torch.int32) == theirs.view(torch.int32), 0.0)
+
+
+def _largest(elements: torch.Tensor) -> float:
+    return float(elements.max()) if elements.numel() else 0.0

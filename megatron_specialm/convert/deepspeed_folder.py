@@ -32,6 +32,7 @@ from megatron_specialm.convert.torch_zip import read_torch_zip
 _MODEL = re.compile(r"(zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 _EXPERT_FILE = re.compile(r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt")
 _PIPELINE_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
+_OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 _PREFIXES = ("", "bf16_", "fp16_")
 _ALLOWED = inert("deepspeed.*")
 _MERGE = "make a universal checkpoint of it (`python -m deepspeed.checkpoint.ds_to_universal`), and convert that"
@@ -69,8 +70,9 @@ class DeepSpeedFolder:
 
 def recognize(path: Path) -> bool:
     """Whether a folder, or the step that its `latest` names, is a checkpoint of DeepSpeed."""
+    patterns = (_MODEL, _PIPELINE_FILE, _OPTIMIZER_FILE)
     return (folder := _tag_folder(path)).is_dir() and any(
-        _MODEL.fullmatch(file.name) or _PIPELINE_FILE.fullmatch(file.name) for file in folder.iterdir()
+        pattern.fullmatch(file.name) for file in folder.iterdir() for pattern in patterns
     )
 
 

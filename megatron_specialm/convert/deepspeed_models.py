@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.config.architectures import CONFIG, Model, read_config
+from megatron_specialm.config.architectures import CONFIG, Model, architecture_of, read_config
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, read_adam
 from megatron_specialm.convert.deepspeed_folder import ParameterGroup, open_deepspeed
 from megatron_specialm.convert.deepspeed_partitions import EXPERT, experts_of
-from megatron_specialm.convert.deepspeed_writing import DeepSpeedState, write_universal, write_zero1
+from megatron_specialm.convert.deepspeed_writing import (
+    DeepSpeedState,
+    check_expert_parallel,
+    write_universal,
+    write_zero1,
+)
 from megatron_specialm.convert.expert_names import deepspeed_name, deepspeed_names, table_names
 from megatron_specialm.convert.families import from_huggingface_lazily, rows, to_huggingface_lazily, to_modules_lazily
 from megatron_specialm.convert.fingerprint import read_fingerprint
@@ -20,7 +25,7 @@ from megatron_specialm.convert.huggingface_folder import parameter_names, withou
 from megatron_specialm.convert.lazy import LazyTensor, zeros
 from megatron_specialm.convert.megatron_names import canonical_names, from_megatron
 from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
-from megatron_specialm.convert.source import Source, TargetSpec
+from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from megatron_specialm.model.weights import WORD_EMBEDDINGS
 
@@ -101,20 +106,7 @@ def write_folder(target: TargetSpec) -> None:
     experts have files and a parameter group of their own."""
     model, layout, adam = target.source.model, target.layout, target.source.optimizer
     shape = model.shape
-    deals_experts = shape.moe is not None and layout.zero_stage == 1
-    if (layout.tensor_parallel, layout.pipeline_parallel) != (1, 1) or (
-        layout.expert_parallel > 1 and not deals_experts
-    ):
-        raise CheckpointError(
-            f"a DeepSpeed target has no {layout}: it is loaded by any number of data-parallel ranks; --expert-parallel is of "
-            "a mixture of experts with --zero-stage 1"
-        )
-    if layout.zero_stage not in (0, 1) or (layout.data_parallel > 1 and not layout.zero_stage):
-        raise CheckpointError(
-            f"ZeRO stage {layout.zero_stage} for {layout.data_parallel} ranks cannot be written: name --zero-stage 1 and "
-            "--data-parallel, or neither for a universal checkpoint, which any stage and number of ranks loads"
-        )
-
+    deals_experts = _deals_experts(model, layout)
     write_config(model, target.folder, dtype=target.dtype)
     names = parameter_names(target.folder)
     if deals_experts:
@@ -153,6 +145,31 @@ def write_folder(target: TargetSpec) -> None:
     if target.source.tokenizer is not None:
         copy_tokenizer(target.source.tokenizer, target.folder, context_length=model.context_length)
     target.fingerprint.save(folder)
+
+
+def check_layout(model: Model, layout: Layout) -> None:
+    """Refuse a layout that is not written, and a model that Transformers does not have.
+
+    Raises:
+        CheckpointError: naming the options.
+    """
+    architecture_of(model.shape)
+    if layout.expert_parallel > 1 and not _deals_experts(model, layout):
+        raise CheckpointError(
+            f"expert_parallel {layout.expert_parallel}: --expert-parallel is of a mixture of experts with --zero-stage 1"
+        )
+    if layout.zero_stage not in (0, 1) or (layout.data_parallel > 1 and not layout.zero_stage):
+        raise CheckpointError(
+            f"ZeRO stage {layout.zero_stage} for {layout.data_parallel} ranks cannot be written: name --zero-stage 1 and "
+            "--data-parallel, or neither for a universal checkpoint, which any stage and number of ranks loads"
+        )
+    if model.shape.moe is not None:
+        check_expert_parallel(layout.expert_parallel, layout.data_parallel, model.shape.moe.counts)
+
+
+def _deals_experts(model: Model, layout: Layout) -> bool:
+    """Whether MoE layers are DeepSpeed's, which deals experts out over ranks."""
+    return model.shape.moe is not None and layout.zero_stage == 1
 
 
 def _groups(

@@ -6,7 +6,7 @@ ZeRO-1 pads the concatenated parameters of a group to a multiple of twice the nu
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -71,9 +71,7 @@ def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int, expert
     Raises:
         CheckpointError: expert parallelism does not divide the ranks or a layer's experts.
     """
-    experts = experts_of(state.tensors)
-    if odd := next((size for size in (data_parallel, *experts.values()) if size % expert_parallel), None):
-        raise CheckpointError(f"{path}: expert parallelism {expert_parallel} does not divide {odd} ranks or experts")
+    check_expert_parallel(expert_parallel, data_parallel, experts_of(state.tensors).values())
     folder = path / f"global_step{state.step}"
     folder.mkdir(parents=True)
     _write_module(folder, state, data_parallel, expert_parallel)
@@ -89,6 +87,19 @@ def write_zero1(path: Path, state: DeepSpeedState, *, data_parallel: int, expert
         )
     write_text(path / "latest", folder.name)
     return folder
+
+
+def check_expert_parallel(expert_parallel: int, data_parallel: int, experts: Iterable[int]) -> None:
+    """Refuse a degree that does not divide the ranks or a layer's experts.
+
+    Raises:
+        CheckpointError: naming the number.
+    """
+    if odd := next((size for size in (data_parallel, *experts) if size % expert_parallel), None):
+        raise CheckpointError(
+            f"expert parallelism {expert_parallel} does not divide {odd} ranks or experts: choose an --expert-parallel that "
+            "divides --data-parallel and each layer's experts"
+        )
 
 
 def write_universal(path: Path, state: DeepSpeedState) -> Path:

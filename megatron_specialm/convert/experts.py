@@ -5,20 +5,16 @@ RUN/STAGE           the experts of a mixture (`data: cluster`): checkpoints of t
 RUN/STAGE/KEY       a training with LoRA: its base with the adapters merged
 """
 
-import os
 import re
-import secrets
-import shutil
 from pathlib import Path
 
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.base.files import fsync_path
 from megatron_specialm.convert import canonical_folder
 from megatron_specialm.convert.canonical_folder import expert_count, open_experts
 from megatron_specialm.convert.formats import open_source
-from megatron_specialm.convert.run import Conversion, convertible, write_target
+from megatron_specialm.convert.run import Conversion, convertible, new_folder, write_target
 from megatron_specialm.convert.source import Source
 from megatron_specialm.data.clusters import read_histogram
 from megatron_specialm.graph.lineage import cluster_of, expert_key
@@ -70,20 +66,11 @@ def convert_experts(path: Path, target: Path, *, to: str, dtype: torch.dtype | N
     Returns:
         What was converted, by key.
     """
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already: name a folder to make")
     keys = list(_mixture(path)) or [expert_key(expert) for expert in range(expert_count(path))]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        done = {
+    with new_folder(target) as temporary:
+        return {
             key: write_target(open_expert(path, cluster_of(key)), temporary / key, to=to, dtype=dtype) for key in keys
         }
-        os.replace(temporary, target)
-        fsync_path(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return done
 
 
 def _mixture(path: Path) -> dict[str, Path]:

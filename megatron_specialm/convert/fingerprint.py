@@ -6,7 +6,7 @@ computed. A tensor that was swapped, transposed or changed on the way is named.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,33 @@ def compare_weights(
     Raises:
         CheckpointError: naming a setting, or the tensors that differ, and of a swapped one whose content it has.
     """
-    for name, value in fingerprint.model.items():
-        if settings.get(name) != value:
-            raise CheckpointError(
-                f"{where}: {name} is {settings.get(name)!r}, and its fingerprint says {value!r}: the config was changed or "
-                "lost on the way"
-            )
+    compare_settings(fingerprint, settings, where=where)
     compare_hashes(fingerprint.weights, found, where=where)
+
+
+def compare_settings(fingerprint: Fingerprint, settings: Mapping[str, Any], *, where: Path) -> None:
+    """Compare a fingerprint with settings (`Model.computes`).
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    found = {name: settings.get(name) for name in fingerprint.model}
+    for name, ours, recorded in unequal_settings(found, fingerprint.model):
+        raise CheckpointError(
+            f"{where}: {name} is {ours}, and its fingerprint says {recorded}: the config was changed or lost on the way"
+        )
+
+
+def unequal_settings(
+    first: Mapping[str, Any], second: Mapping[str, Any], *, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """The settings that differ, each with both values; those of a group by dotted names, as `moe.top_k`."""
+    for name in {**first, **second}:
+        ours, theirs = first.get(name), second.get(name)
+        if isinstance(ours, Mapping) or isinstance(theirs, Mapping):
+            yield from unequal_settings(ours or {}, theirs or {}, prefix=f"{prefix}{name}.")
+        elif ours != theirs:
+            yield f"{prefix}{name}", ours, theirs
 
 
 def compare_hashes(recorded: Mapping[str, str], found: Mapping[str, str], *, where: Path) -> None:

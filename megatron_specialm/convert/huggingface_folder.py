@@ -36,8 +36,14 @@ _INDEX = f"{_WEIGHTS}.index.json"
 
 
 def recognize(path: Path) -> bool:
-    """Whether a folder has a config.json."""
-    return (path / CONFIG).is_file()
+    """Whether a folder has a config.json, or weights under a name of Transformers."""
+    files = (CONFIG, _WEIGHTS, _INDEX, _PICKLED, f"{_PICKLED}.index.json")
+    return any((path / name).is_file() for name in files)
+
+
+def stored_tensors(path: Path) -> Mapping[str, LazyTensor]:
+    """The tensors in a folder's files, of any architecture."""
+    return _stored(path, *_files(path))
 
 
 def open_folder(path: Path, given: Model | None = None) -> Source:

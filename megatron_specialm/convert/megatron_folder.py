@@ -29,7 +29,7 @@ from megatron_specialm.convert.megatron_names import (
     settings_of,
 )
 from megatron_specialm.convert.megatron_older import present_names, present_order
-from megatron_specialm.convert.source import Source, TargetSpec
+from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
 from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
@@ -156,7 +156,7 @@ def write_torch_dist(target: TargetSpec) -> None:
     state. Any layout loads it; the target's decides the embedding's padding and the settings."""
     shape, adam = target.source.model.shape, target.source.optimizer
     tensors = _named(_padded(target), shape)
-    common = {"args": argparse.Namespace(**_settings(target)), "checkpoint_version": _VERSION}
+    common = {"args": argparse.Namespace(**_typed_settings(target)), "checkpoint_version": _VERSION}
     moments: dict[str, LazyTensor] = {}
     if adam is not None:
         rows = tensors[WORD_EMBEDDINGS].shape[0]
@@ -246,7 +246,7 @@ def write_legacy(target: TargetSpec) -> None:
     folder = megatron_legacy_writing.write_megatron_legacy(
         target.folder,
         shards,
-        settings=_settings(target),
+        settings=_typed_settings(target),
         step=None,
         stage_layers=[model.shape.layers // stages] * stages,
         expert_parallel=layout.expert_parallel,
@@ -265,13 +265,12 @@ def _in_modules(
             yield own, (one, spec_of(own, specs) or specs[canonical])
 
 
-def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
-    """The weights, with Megatron-LM's padding of the vocabulary.
+def check_layout(model: Model, layout: Layout) -> None:
+    """Refuse a layout that does not divide a model, and a model that Megatron-Core does not have.
 
     Raises:
-        CheckpointError: the layout does not divide the model.
+        CheckpointError: naming the degree and the number that it does not divide.
     """
-    model, layout, weights = target.source.model, target.layout, target.weights
     shape = model.shape
     divided = [("heads", shape.attention_heads), ("query groups", shape.kv_heads)]
     parts = (part for layer in range(shape.layers) for part in shape.feed_forward_parts(layer))
@@ -279,14 +278,22 @@ def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
     for what, number in divided:
         if number % layout.tensor_parallel:
             raise CheckpointError(
-                f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}"
+                f"tensor_parallel {layout.tensor_parallel} does not divide the model's {number} {what}: choose a "
+                "--tensor-parallel that does"
             )
     if shape.layers % layout.pipeline_parallel:
         raise CheckpointError(
-            f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers"
+            f"pipeline_parallel {layout.pipeline_parallel} does not divide the model's {shape.layers} layers: choose a "
+            "--pipeline-parallel that does"
         )
     check_experts(shape, layout)
-    return _with_rows(weights, padded_rows(model.vocabulary_size, tensor_parallel=layout.tensor_parallel))
+    _settings(model, layout)
+
+
+def _padded(target: TargetSpec) -> dict[str, LazyTensor]:
+    """The weights, with Megatron-LM's padding of the vocabulary."""
+    rows = padded_rows(target.source.model.vocabulary_size, tensor_parallel=target.layout.tensor_parallel)
+    return _with_rows(target.weights, rows)
 
 
 def _with_rows(weights: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTensor]:
@@ -297,15 +304,18 @@ def _with_rows(weights: Mapping[str, LazyTensor], rows: int) -> dict[str, LazyTe
     }
 
 
-def _settings(target: TargetSpec) -> dict[str, Any]:
-    layout = target.layout
-    settings = settings_of(
-        target.source.model,
+def _settings(model: Model, layout: Layout) -> dict[str, Any]:
+    return settings_of(
+        model,
         tensor_parallel=layout.tensor_parallel,
         pipeline_parallel=layout.pipeline_parallel,
         expert_parallel=layout.expert_parallel,
     )
-    return {**settings, "params_dtype": target.dtype, "bf16": target.dtype == torch.bfloat16, "fp16": False}
+
+
+def _typed_settings(target: TargetSpec) -> dict[str, Any]:
+    settings, dtype = _settings(target.source.model, target.layout), target.dtype
+    return {**settings, "params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": False}
 
 
 def _finish(target: TargetSpec, folder: Path) -> None:

@@ -49,11 +49,16 @@ class MegatronLegacy:
     version: float
     has_optimizer: bool
 
+    @property
+    def by_rank(self) -> dict[str, LazyTensor]:
+        """The weights of all tensor-parallel ranks, as `0/NAME`, `1/NAME`, ..."""
+        return {f"{rank}/{name}": tensor for rank, own in enumerate(self.shards) for name, tensor in own.items()}
+
 
 def recognize(path: Path) -> bool:
     """Whether a folder, or the last iteration in it, is of this format."""
     folder = iteration_folder(path)
-    return folder.is_dir() and any(_RANK.fullmatch(one.name) and (one / FILE).is_file() for one in folder.iterdir())
+    return folder.is_dir() and any(_RANK.fullmatch(one.name) and one.is_dir() for one in folder.iterdir())
 
 
 def open_megatron_legacy(path: Path) -> MegatronLegacy:

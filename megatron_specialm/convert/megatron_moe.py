@@ -92,9 +92,11 @@ def check_experts(shape: ModelConfig, layout: Layout) -> None:
     """
     size, counts = layout.expert_parallel, shape.moe.counts if shape.moe is not None else []
     if size != 1 and not counts:
-        raise CheckpointError(f"expert_parallel {size}: the model has no experts")
+        raise CheckpointError(f"expert_parallel {size}: the model has no experts: leave out --expert-parallel")
     if odd := [count for count in counts if count % size]:
-        raise CheckpointError(f"expert_parallel {size} does not divide the model's {odd[0]} experts")
+        raise CheckpointError(
+            f"expert_parallel {size} does not divide the model's {odd[0]} experts: choose an --expert-parallel that does"
+        )
     if counts and shape.family == "neox" and layout.tensor_parallel > 1:
         raise CheckpointError(
             f"tensor_parallel {layout.tensor_parallel}: experts with biases (family neox) are not split: leave it at 1"

@@ -1,7 +1,7 @@
 """The logits of a model on fixed tokens, in fp32 and plain PyTorch, from canonical weights as they stream past.
 
 This is a second description of the families, on purpose: it imports neither Megatron-Core nor Transformers, and both are
-compared with it in tests. Memory is that of one layer.
+compared with it in tests. Memory is that of one layer in the weights' own type, and of one matrix in fp32.
 
 A mixture of experts drops no token, whatever its capacity in training.
 
@@ -51,13 +51,13 @@ class Probe:
 
     @torch.no_grad()
     def take(self, name: str, weight: torch.Tensor) -> None:
-        """A weight in fp32. A layer is computed when the first weight after it comes."""
+        """A weight of any type. A layer is computed when the first weight after it comes."""
         if name == WORD_EMBEDDINGS:
-            self._x_TH = weight[self.tokens].clone()
-            self._output_PH = weight[self.places].clone()
+            self._x_TH = weight[self.tokens].float()
+            self._output_PH = weight[self.places].float()
             return
         if name == OUTPUT_LAYER:
-            self._output_PH = weight[self.places].clone()
+            self._output_PH = weight[self.places].float()
             return
         layer, _, part = _place(name)
         if layer != self._layer:
@@ -79,17 +79,17 @@ class Probe:
             self._held.clear()
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        weight, shape = self._held[f"{name}.weight"], (x.shape[-1],)
+        weight, shape = self._held[f"{name}.weight"].float(), (x.shape[-1],)
         if self._config.family == "llama":
             return functional.rms_norm(x, shape, weight, self._config.norm_epsilon)
-        return functional.layer_norm(x, shape, weight, self._held[f"{name}.bias"], self._config.norm_epsilon)
+        return functional.layer_norm(x, shape, weight, self._held[f"{name}.bias"].float(), self._config.norm_epsilon)
 
     def _linear(self, x: torch.Tensor, name: str, expert: int | None = None) -> torch.Tensor:
         """Of a linear of all experts, one of them."""
         weight, bias = self._held[f"{name}.weight"], self._held.get(f"{name}.bias")
         if expert is not None:
             weight, bias = weight[expert], None if bias is None else bias[expert]
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight.float(), None if bias is None else bias.float())
 
     def _attention(self, x_TH: torch.Tensor) -> torch.Tensor:
         config = self._config
@@ -130,7 +130,7 @@ class Probe:
         logits_TE = self._linear(x_TH, ROUTER.removesuffix(".weight"))
         bias_E = self._held.get(EXPERT_BIAS)
         scores_TE = logits_TE.softmax(-1) if bias_E is None else logits_TE.sigmoid()
-        chosen_TK = (scores_TE if bias_E is None else scores_TE + bias_E).topk(moe.top_k).indices
+        chosen_TK = (scores_TE if bias_E is None else scores_TE + bias_E.float()).topk(moe.top_k).indices
         weights_TK = scores_TE.gather(1, chosen_TK)
         if moe.top_k > 1:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)

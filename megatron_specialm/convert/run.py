@@ -5,6 +5,8 @@ then renamed: it is complete or it is not there. A few threads read tensors, or 
 and a few tensors of the next.
 """
 
+import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -27,7 +29,7 @@ from megatron_specialm.convert.fingerprint import (
     hash_tensor,
     make_fingerprint,
 )
-from megatron_specialm.convert.formats import TARGETS, Target, open_source
+from megatron_specialm.convert.formats import TARGETS, Target, check_target, open_source
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.probe import Probe
 from megatron_specialm.convert.source import Layout, Source, TargetSpec
@@ -35,6 +37,8 @@ from megatron_specialm.convert.tokenizer_files import check_tokenizer, find_toke
 
 Result = TypeVar("Result")
 AHEAD = 2  # tensors that are read while another waits for its layer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Conversion:
     dtype: torch.dtype
     fingerprint: Fingerprint
     bytes: int
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the weights that were written are rounded from the source's."""
+        return not _is_exact(self.source, self.dtype if self.source.optimizer is None else torch.float32)
 
 
 def convert(
@@ -88,7 +97,13 @@ def open_convertible(path: Path, *, config: Path | None = None, tokenizer: Path 
 
 
 def convertible(source: Source, *, tokenizer: Path | None = None) -> Source:
-    """An opened checkpoint with a tokenizer that fits it; arguments and errors as of `convert`."""
+    """An opened checkpoint of floating-point weights, with a tokenizer that fits it; arguments and errors as of `convert`."""
+    for name, tensor in source.stored.items():
+        if name not in source.dropped and (not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2):
+            raise CheckpointError(
+                f"{source.path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}: quantized weights are not "
+                "converted: convert the checkpoint that they were made from"
+            )
     if tokenizer is not None:
         source = replace(source, tokenizer=_given(tokenizer))
     if source.tokenizer is not None:
@@ -110,13 +125,11 @@ def write_target(
 ) -> Conversion:
     """Write an opened checkpoint, and compare what was written; arguments and errors as of `convert`."""
     _refuse_existing(target)
+    check_target(to, source.model, layout)
     dtype = dtype or (torch.float32 if to == "canonical" else source.dtype)
     source = _without_what_is_not_held(source, TARGETS[to], dtype, weights_only=weights_only)
-    target.parent.mkdir(parents=True, exist_ok=True)
     _check_room(source, target, dtype.itemsize + TARGETS[to].more_bytes, TARGETS[to].optimizer_bytes)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
+    with new_folder(target) as temporary:
         main = dtype if source.optimizer is None else torch.float32
         expected = replace(stream(source, dtype=main, threads=threads), moments=hash_moments(source, threads=threads))
         TARGETS[to].write(TargetSpec(temporary, source, layout, dtype, expected, threads))
@@ -125,15 +138,42 @@ def write_target(
         size = sum(file.stat().st_size for file in files)
         for file in files:
             fsync_path(file)
-        os.replace(temporary, target)
-        fsync_path(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Conversion(source, to, target, dtype, expected, size)
 
 
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside a target. On success it gets the target's name; on any error or signal that raises one
+    nothing is left, not even a parent that was made for it. Errors name the target.
+
+    Raises:
+        CheckpointError: the target is there already.
+    """
+    _refuse_existing(target)
+    made = [parent for parent in target.parents if not parent.exists()]
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, target)
+        fsync_path(target.parent)
+        made = []
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(temporary), str(target))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another has put something there
+            for parent in made:
+                parent.rmdir()
+
+
+def _is_exact(source: Source, dtype: torch.dtype) -> bool:
+    types = {tensor.dtype for tensor in source.weights.values()}
+    return all(own == dtype or own.itemsize < dtype.itemsize for own in types)
+
+
 def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int = 2) -> Fingerprint:
-    """Read all weights of a source once.
+    """Read all weights of a source once. A weight with NaN or infinite elements is logged as a warning.
 
     Args:
         dtype: to which they are rounded.
@@ -144,15 +184,16 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
     Raises:
         CheckpointError: the source is not what its own fingerprint says.
     """
-    model, types = source.model, {tensor.dtype for tensor in source.weights.values()}
-    is_exact = all(own == dtype or own.itemsize < dtype.itemsize for own in types)
-    forms = [torch.float32] if is_exact else [torch.float32, dtype]  # as they are, and rounded
+    model = source.model
+    forms: list[torch.dtype | None] = [None] if _is_exact(source, dtype) else [None, dtype]  # as they are, and rounded
     probes = [Probe(model.shape, model.vocabulary_size) for _ in forms]
     hashes: list[dict[str, str]] = [{} for _ in forms]
 
     def read(name: str) -> list[tuple[torch.Tensor, str]]:
         own = source.weights[name][()]
-        return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form).float() for form in forms)]
+        if not _is_finite(own):
+            logger.warning("%s: %s has NaN or infinite elements", source.path, name)
+        return [(tensor, hash_tensor(tensor)) for tensor in (own.to(form or own.dtype) for form in forms)]
 
     for name, found in _in_threads(read, source.weights, threads):
         for number, (tensor, digest) in enumerate(found):
@@ -162,6 +203,11 @@ def stream(source: Source, *, dtype: torch.dtype = torch.float32, threads: int =
     if source.fingerprint is not None:
         compare(source.fingerprint, fingerprints[0], where=source.path)
     return fingerprints[-1]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are finite; without a tensor of their truth values."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def hash_moments(source: Source, *, threads: int = 2) -> dict[str, str]:
@@ -189,7 +235,7 @@ def _check_written(
     if source.optimizer is not None:
         compare_hashes(expected.moments, hash_moments(replace(back, fingerprint=None), threads=threads), where=where)
         if back.optimizer is None or back.optimizer.step != source.optimizer.step:
-            raise CheckpointError(f"{where}: has not Adam's step {source.optimizer.step}")
+            raise CheckpointError(f"{where}: does not have Adam's step {source.optimizer.step}: it is damaged")
     for name, tensor in back.rounded.items():
         if not torch.equal(tensor[()], source.weights[name][()].to(dtype)):
             raise CheckpointError(f"{where}: {name} is not its main weight, rounded to {dtype}")
@@ -235,7 +281,7 @@ def _in_threads(work: Callable[[str], Result], names: Iterable[str], threads: in
 
 def _refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: is there already: name a folder to make")
+        raise CheckpointError(f"{target}: is there already: name a new folder")
 
 
 def _given(folder: Path) -> Path:
@@ -248,6 +294,6 @@ def _check_room(source: Source, target: Path, bytes_per_element: int, optimizer_
     """Ask for room before anything is written: a disk that fills up would stop others too."""
     bytes_per_element += 0 if source.optimizer is None else optimizer_bytes
     need = sum(torch.Size(tensor.shape).numel() for tensor in source.weights.values()) * bytes_per_element
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
     if need > free:
         raise MachineError(f"{target}: needs {need / 2**30:,.1f} GiB, and the disk has {free / 2**30:,.1f} GiB free")

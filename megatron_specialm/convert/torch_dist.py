@@ -96,7 +96,7 @@ class TorchDist:
 def recognize(path: Path) -> bool:
     """Whether a folder, or the last iteration in it, is of this format."""
     folder = iteration_folder(path)
-    return (folder / METADATA).is_file() and (folder / FORMAT).is_file()
+    return any((folder / name).is_file() for name in (METADATA, FORMAT)) or any(folder.glob("*.distcp"))
 
 
 def open_torch_dist(path: Path) -> TorchDist:

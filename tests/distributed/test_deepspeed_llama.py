@@ -97,7 +97,7 @@ def test_deepspeed_trains_from_a_universal_checkpoint(tmp_path: Path) -> None:
     source = save_random_model("llama 3", tmp_path / "source")
     convert(source, tmp_path / "universal", to="deepspeed")
     for layout, message in (
-        (Layout(tensor_parallel=2), "a DeepSpeed target has no"),
+        (Layout(tensor_parallel=2), "a deepspeed target has no --tensor-parallel"),
         (Layout(data_parallel=2), "ZeRO stage 0 for 2 ranks cannot be written: name --zero-stage 1"),
     ):
         with pytest.raises(CheckpointError, match=message):
