@@ -82,7 +82,7 @@ def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits: NaN is equal to itself."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def agreed(copies: Mapping[str, LazyTensor], name: str, where: Path) -> LazyTensor:

@@ -150,7 +150,7 @@ def test_ranks_of_a_legacy_checkpoint_must_agree(llama: Path, tmp_path: Path) ->
     convert(llama, folder, to="megatron-legacy", layout=Layout(tensor_parallel=2))
     _without_fingerprint(folder)
     shutil.copytree(folder / "release" / "mp_rank_01", folder / "release" / "mp_rank_02")
-    with pytest.raises(CheckpointError, match="mp_rank_02: no rank of tensor parallelism 2.*move it away"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_02: no rank of tensor parallelism 2.*move it away"):
         open_source(folder)
     shutil.rmtree(folder / "release" / "mp_rank_02")
     name = "decoder.final_layernorm.weight"
@@ -242,7 +242,7 @@ def test_all_end_tokens_go_along_through_megatron(llama: Path, tmp_path: Path, t
 def test_nobody_is_told_to_remove_a_source(llama: Path, tmp_path: Path, name: str) -> None:
     convert(llama, tmp_path / "ours", to="huggingface")
     (tmp_path / "ours" / name).write_text("[")
-    with pytest.raises(ArtifactError, match="copy .* again") as raised:
+    with pytest.raises(ArtifactError, match=r"copy .* again") as raised:
         open_source(tmp_path / "ours")
     assert REMAKE not in str(raised.value)
 
