@@ -250,7 +250,7 @@ def _lying_header(folder: Path) -> None:
         (_edit("config.json", architectures=["LlamaFourForCausalLM"]), "not known; the nearest is LlamaForCausalLM"),
         (_edit("config.json", attention_bias=True), "attention_bias is True, which cannot be converted"),
         (_edit("config.json", quantization_config={"bits": 4}), "quantized"),
-        (_edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}), "rotary scaling of type yarn"),
+        (_edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}), "of type yarn"),
         (_edit("config.json", intermediate_size=64), r"down_proj\.weight has shape \(32, 48\), .* makes it \(32, 64\)"),
         (_edit("config.json", num_hidden_layers=4), r"layers\.3\.input_layernorm\.weight is missing"),
         (_edit("config.json", num_hidden_layers=2), r"model\.layers\.2\..* has no place"),
