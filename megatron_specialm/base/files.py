@@ -291,19 +291,20 @@ def link_folder(folder: Path, aside: Path) -> None:
             fsync_path(copy)
 
 
-def listed_files(folder: Path) -> dict[str, ManifestEntry]:
-    """The files of a published folder by their names. Readers open these files only.
+def listed_files(folder: Path, *, remedy: str = REMAKE) -> dict[str, ManifestEntry]:
+    """The files of a published folder by their names. Readers open these files only. `remedy` says what to do if the manifest
+    is damaged.
 
     Raises:
         ArtifactError: there is no manifest, it lists no files, or it names a file outside of the folder.
     """
-    files = read_json(folder / MANIFEST, Manifest).files
+    files = read_json(folder / MANIFEST, Manifest, remedy=remedy).files
     for name in files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or path.as_posix() in (".", MANIFEST):
-            raise ArtifactError(f"{folder / MANIFEST}: lists {name!r}, which is no file of its folder: {REMAKE}")
+            raise ArtifactError(f"{folder / MANIFEST}: lists {name!r}, which is no file of its folder: {remedy}")
     if not files:
-        raise ArtifactError(f"{folder / MANIFEST}: lists no files: {REMAKE}")
+        raise ArtifactError(f"{folder / MANIFEST}: lists no files: {remedy}")
     return files
 
 
@@ -315,25 +316,26 @@ def unlisted_files(folder: Path) -> list[Path]:
     return [path for path, name in names if name.as_posix() not in listed and not any(p[0] == "." for p in name.parts)]
 
 
-def verify_folder(folder: Path, *, alone: bool = False) -> None:
+def verify_folder(folder: Path, *, alone: bool = False, remedy: str = REMAKE) -> None:
     """Check a published folder against its manifest.
 
     Args:
         alone: whether other files are an error, too: for folders where a library chooses what it reads.
+        remedy: what to do if it is damaged.
 
     Raises:
         ArtifactError: with the first file that is missing, of another size, changed, or not listed.
     """
-    for name, entry in listed_files(folder).items():
+    for name, entry in listed_files(folder, remedy=remedy).items():
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{path}: missing, though {MANIFEST} lists it: {REMAKE}")
+            raise ArtifactError(f"{path}: missing, though {MANIFEST} lists it: {remedy}")
         size = path.stat().st_size
         if size != entry.bytes:
             raise ArtifactError(
-                f"{path}: {size} bytes, {MANIFEST} says {entry.bytes}: the file was cut or grew: {REMAKE}"
+                f"{path}: {size} bytes, {MANIFEST} says {entry.bytes}: the file was cut or grew: {remedy}"
             )
         if sha256_file(path) != entry.sha256:
-            raise ArtifactError(f"{path}: SHA-256 differs from {MANIFEST}: its bytes have changed: {REMAKE}")
+            raise ArtifactError(f"{path}: SHA-256 differs from {MANIFEST}: its bytes have changed: {remedy}")
     if alone and (found := unlisted_files(folder)):
         raise ArtifactError(f"{found[0]}: {MANIFEST} does not list it, and it might be read all the same: remove it")

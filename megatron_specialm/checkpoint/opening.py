@@ -30,34 +30,37 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, remedy: str = REMEDY) -> Checkpoint:
     """Open a verified step. Only files that its manifest lists are read.
+
+    Args:
+        remedy: what to do if it is damaged.
 
     Raises:
         ArtifactError: the manifest lists no weights or no state, the state is of another step, or slices of a tensor are
             missing or overlap.
     """
-    listed = listed_files(folder)
+    listed = listed_files(folder, remedy=remedy)
     files = {part: [folder / name for name in sorted(listed) if own.fullmatch(name)] for part, own in _PARTS.items()}
     if STATE not in listed or not files["model"]:
-        raise CheckpointError(f"{folder / MANIFEST}: lists no {'weights' if STATE in listed else STATE}: {REMEDY}")
-    progress = read_json(folder / STATE, State, remedy=REMEDY).progress
+        raise CheckpointError(f"{folder / MANIFEST}: lists no {'weights' if STATE in listed else STATE}: {remedy}")
+    progress = read_json(folder / STATE, State, remedy=remedy).progress
     if progress is not None and step_folder(folder.parent, progress.step).name != folder.name:
-        raise CheckpointError(f"{folder / STATE}: is of step {progress.step}: {REMEDY}")
-    weights, optimizer_state = (TensorFiles(files[part]) for part in _PARTS)
-    return Checkpoint(folder, weights, optimizer_state, read_json(folder / STATE, dict[str, Any], remedy=REMEDY))
+        raise CheckpointError(f"{folder / STATE}: is of step {progress.step}: {remedy}")
+    weights, optimizer_state = (TensorFiles(files[part], remedy=remedy) for part in _PARTS)
+    return Checkpoint(folder, weights, optimizer_state, read_json(folder / STATE, dict[str, Any], remedy=remedy))
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a step and open it.
+def read_checkpoint(folder: Path, *, remedy: str = REMEDY) -> Checkpoint:
+    """Verify a step and open it; `remedy` says what to do if it is damaged.
 
     Raises:
         ArtifactError: a file is missing, cut short or changed; or see `open_checkpoint`.
     """
-    verify_folder(folder)
+    verify_folder(folder, remedy=remedy)
     for path in unlisted_files(folder):
         logger.warning("%s: is not read: %s does not list it", path, MANIFEST)
-    return open_checkpoint(folder)
+    return open_checkpoint(folder, remedy=remedy)
 
 
 def read_model(folder: Path) -> Mapping[str, torch.Tensor]:

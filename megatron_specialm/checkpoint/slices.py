@@ -47,7 +47,7 @@ def slice_key(name: str, index: tuple[slice, ...], shape: Sequence[int]) -> str:
     return f"{name}[{box}]"
 
 
-def parse_key(path: Path, key: str, shape: Sequence[int]) -> tuple[str, StoredSlice]:
+def parse_key(path: Path, key: str, shape: Sequence[int], *, remedy: str = REMAKE) -> tuple[str, StoredSlice]:
     """The name of the tensor that a key in a file is of, and the box that it is.
 
     Args:
@@ -62,7 +62,7 @@ def parse_key(path: Path, key: str, shape: Sequence[int]) -> tuple[str, StoredSl
     starts, stops, sizes = zip(*(map(int, re.split("[:/]", part)) for part in match["box"].split(",")), strict=True)
     inside = all(0 <= start < stop <= size for start, stop, size in zip(starts, stops, sizes, strict=True))
     if not inside or tuple(shape) != tuple(stop - start for start, stop in zip(starts, stops, strict=True)):
-        raise CheckpointError(f"{path}: {key} has shape {tuple(shape)}, which is not that of this slice: {REMAKE}")
+        raise CheckpointError(f"{path}: {key} has shape {tuple(shape)}, which is not that of this slice: {remedy}")
     return match["name"], StoredSlice(path, key, starts, stops, sizes)
 
 

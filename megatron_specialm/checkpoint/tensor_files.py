@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.base.files import reading
+from megatron_specialm.base.files import REMAKE, reading
 from megatron_specialm.checkpoint.slices import StoredSlice, check_slices, parse_key
 
 _FORM = "a file of tensors"
@@ -19,8 +19,8 @@ class StoredTensor:
     """A tensor in files. Indexed with a tuple of slices, it reads that box: from a memory map where one stored slice has all of
     it, else assembled from those that have a part."""
 
-    def __init__(self, files: Mapping[Path, Any], slices: list[StoredSlice]) -> None:
-        self._files, self._slices = files, slices
+    def __init__(self, files: Mapping[Path, Any], slices: list[StoredSlice], *, remedy: str) -> None:
+        self._files, self._slices, self._remedy = files, slices, remedy
         self.shape = slices[0].shape
 
     @property
@@ -34,7 +34,7 @@ class StoredTensor:
 
     def _read(self, stored: StoredSlice, bounds: list[tuple[int, int]]) -> Any:
         file = self._files[stored.path]
-        with reading(stored.path, form=_FORM):
+        with reading(stored.path, form=_FORM, remedy=self._remedy):
             if bounds == list(zip(stored.starts, stored.stops, strict=True)):
                 return file.get_tensor(stored.key)
             own = (slice(a - first, b - first) for (a, b), first in zip(bounds, stored.starts, strict=True))
@@ -89,24 +89,28 @@ class TensorFiles(Mapping[str, Any]):
     """The tensors of several safetensors files by name, each read whole when it is asked for: torch's, or NumPy's arrays.
     `stored` has the same ones to read slices of.
 
+    Args:
+        remedy: what to do if a file is damaged.
+
     Raises:
         ArtifactError: a file is missing or damaged.
         CheckpointError: an element of a tensor is in no slice, or in two; or a tensor is asked for that no file has.
     """
 
-    def __init__(self, paths: Iterable[Path], *, framework: Literal["pt", "np"] = "pt") -> None:
+    def __init__(self, paths: Iterable[Path], *, framework: Literal["pt", "np"] = "pt", remedy: str = REMAKE) -> None:
         files: dict[Path, Any] = {}
         found: dict[str, list[StoredSlice]] = {}
         for path in paths:
-            with reading(path, form=_FORM):
+            with reading(path, form=_FORM, remedy=remedy):
                 files[path] = file = safe_open(path, framework=framework)
                 for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                    name, stored = parse_key(path, key, file.get_slice(key).get_shape())
+                    name, stored = parse_key(path, key, file.get_slice(key).get_shape(), remedy=remedy)
                     found.setdefault(name, []).append(stored)
         for name, slices in found.items():
-            check_slices(name, slices)
+            check_slices(name, slices, remedy=remedy)
         folders = ", ".join(sorted({str(path.parent) for path in files})) or "no file"
-        self.stored = _Stored(folders, {name: StoredTensor(files, slices) for name, slices in found.items()})
+        tensors = {name: StoredTensor(files, slices, remedy=remedy) for name, slices in found.items()}
+        self.stored = _Stored(folders, tensors)
 
     def __getitem__(self, name: str) -> Any:
         return self.stored[name][()]

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.base.files import read_json
+from megatron_specialm.base.files import read_json, reading
 from megatron_specialm.config.model import Activation, ModelConfig
 
 CONFIG = "config.json"
+_REMEDY = "copy it again from where the model was written"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Llama 3's rotary scaling. Megatron-Core has all of it built in but the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -33,6 +34,11 @@ class Model:
     vocabulary_size: int
     context_length: int
     special_ids: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary_size", "context_length"):
+            if type(value := getattr(self, name)) is not int or not 0 < value < 2**31:
+                raise ValueError(f"its {name.replace('_', ' ')} is {value!r}, not a positive whole number below 2^31")
 
     @property
     def computes(self) -> dict[str, Any]:
@@ -181,9 +187,15 @@ def read_config(path: Path) -> Model:
     """The model that a config.json of Transformers describes.
 
     Raises:
+        ArtifactError: it is missing or damaged, or a setting is of a wrong type.
         CheckpointError: its architecture or one of its settings is none that we have.
     """
-    theirs = read_json(path, dict[str, Any])
+    theirs = read_json(path, dict[str, Any], remedy=_REMEDY)
+    with reading(path, form="a config of Transformers", remedy=_REMEDY):
+        return _read(path, theirs)
+
+
+def _read(path: Path, theirs: dict[str, Any]) -> Model:
     if not (names := theirs.get("architectures")):
         raise CheckpointError(
             f"{path}: does not name its class of Transformers: set `architectures` to one of {', '.join(_ARCHITECTURES)}"
@@ -210,8 +222,8 @@ def read_config(path: Path) -> Model:
             "ffn_hidden_size": theirs["intermediate_size"],
             "attention_heads": theirs["num_attention_heads"],
             "tie_embeddings": theirs.get("tie_word_embeddings", known.tied),
-            "norm_epsilon": float(theirs.get(known.epsilon[0], known.epsilon[1])),
-            "init_std": float(theirs.get("initializer_range", 0.02)),
+            "norm_epsilon": _number(theirs, *known.epsilon),
+            "init_std": _number(theirs, "initializer_range", 0.02),
             **_rotary(path, theirs, known),
         }
         if known.family == "neox":
@@ -231,8 +243,16 @@ def read_config(path: Path) -> Model:
         raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc'])) or names[0]}: {first['msg']}") from None
 
 
+def _number(theirs: Mapping[str, Any], name: str, missing: Any = None) -> Any:
+    """A setting that is a number, as it is; `missing` where it is not set."""
+    value = theirs[name] if missing is None else theirs.get(name, missing)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, not a number")
+    return value
+
+
 def _llama(theirs: Mapping[str, Any], known: _Architecture) -> dict[str, Any]:
-    heads, hidden = theirs["num_attention_heads"], theirs["hidden_size"]
+    heads, hidden = _number(theirs, "num_attention_heads"), _number(theirs, "hidden_size")
     groups = theirs.get("num_key_value_heads") or heads
     size = theirs.get("head_dim") or known.head_dim
     return {
@@ -245,7 +265,7 @@ def _llama(theirs: Mapping[str, Any], known: _Architecture) -> dict[str, Any]:
 
 def _moe(path: Path, theirs: Mapping[str, Any], names: _Experts) -> dict[str, Any]:
     """The settings of a mixture of experts."""
-    top_k = theirs["num_experts_per_tok"]
+    top_k = _number(theirs, "num_experts_per_tok")
     normalized = names.normalized is None or bool(theirs.get(names.normalized, False))
     if normalized != (top_k > 1):
         raise CheckpointError(
@@ -275,13 +295,18 @@ def _rotary(path: Path, theirs: Mapping[str, Any], known: _Architecture) -> dict
         part = 0.25 if known.family == "neox" else 1.0
     if part != 1.0:
         raise CheckpointError(f"{path}: rotary positions turn {part} of each head; here they turn all of it")
-    if base != int(base):
+    if _number({"rope_theta": base}, "rope_theta") != int(base):
         raise CheckpointError(f"{path}: rope_theta {base} is no whole number, which Megatron-Core wants")
     if kind == "default":
         return {"rotary_base": int(base)}
     factor = rotary.pop("factor", None)
     if kind != "llama3" or rotary != _LLAMA3:
         raise CheckpointError(
-            f"{path}: rotary scaling {kind!r} with {rotary}: Megatron-Core has Llama 3's with {_LLAMA3} only"
+            f"{path}: rotary scaling of type {kind}{_listed(rotary)} cannot be converted: Megatron-Core has type llama3"
+            f"{_listed(_LLAMA3)} only"
         )
-    return {"rotary_base": int(base), "rotary_scaling": float(factor)}
+    return {"rotary_base": int(base), "rotary_scaling": float(_number({"factor": factor}, "factor"))}
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return "".join(f", {name} {value}" for name, value in settings.items())

@@ -18,6 +18,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.adam import MOMENTS, AdamState, read_adam
 from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import Computed, LazyTensor
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer, is_ours
@@ -131,7 +132,7 @@ def expert_count(path: Path) -> int:
 
 def _read(path: Path) -> tuple[Checkpoint, _State]:
     step = _step_of(path)
-    return read_checkpoint(step), read_json(step / STATE, _State)
+    return read_checkpoint(step, remedy=COPY_AGAIN), read_json(step / STATE, _State, remedy=COPY_AGAIN)
 
 
 def _step_of(path: Path) -> Path:

@@ -27,13 +27,12 @@ from megatron_specialm.convert.deepspeed_partitions import (
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.safe_pickle import COPY_AGAIN, decoding, inert
 from megatron_specialm.convert.stored import FileTensor, FlatTensor, Run
-from megatron_specialm.convert.torch_zip import read_torch_zip
+from megatron_specialm.convert.torch_zip import read_state_dict, read_torch_zip
 
 _MODEL = re.compile(r"(zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<tensor>\d+)_model_states\.pt")
 _EXPERT_FILE = re.compile(r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt")
 _PIPELINE_FILE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
-_OPTIMIZER_FILE = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_PREFIXES = ("", "bf16_", "fp16_")
+_OPTIMIZER_FILE = re.compile(r"(?P<prefix>(bf16_|fp16_)?)zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 _ALLOWED = inert("deepspeed.*")
 _MERGE = "make a universal checkpoint of it (`python -m deepspeed.checkpoint.ds_to_universal`), and convert that"
 
@@ -53,7 +52,7 @@ class DeepSpeedFolder:
     `tensors` are the weights and buffers by their names in the module, in fp32 where the optimizer has that, `optimizer` has
     `exp_avg/NAME` and `exp_avg_sq/NAME`. `module` are the weights as the module has them, in its own type; in stage 3 it has
     none. `shared` names, for a tied weight that is left out, the one that it equals.
-    `settings` is DeepSpeed's config.
+    `settings` is DeepSpeed's config. `stage` is that of ZeRO.
     """
 
     folder: Path
@@ -65,6 +64,7 @@ class DeepSpeedFolder:
     shared: Mapping[str, str]
     groups: Sequence[ParameterGroup]
     settings: Mapping[str, Any]
+    stage: int
     step: int | None
 
 
@@ -99,6 +99,9 @@ def open_deepspeed(path: Path) -> DeepSpeedFolder:
             return _open_universal(folder, state)
         if state["mp_world_size"] != 1:
             raise CheckpointError(f"{folder}: was saved with tensor parallelism {state['mp_world_size']}: {_MERGE}")
+        count = state["dp_world_size"]
+        ranks = {name: (int(match["data"] or 0), int(match["tensor"])) for name, match in files.items() if match}
+        _refuse_others(folder, [name for name, (data, tensor) in ranks.items() if data >= count or tensor], count)
         return _open_zero(folder, models, state)
 
 
@@ -144,8 +147,9 @@ def _open_zero(folder: Path, models: list[Path], state: dict[str, Any]) -> DeepS
             raise CheckpointError(
                 f"{folder}: {lost[0]} is in no optimizer file ({len(lost)} are missing): {COPY_AGAIN}"
             )
-    settings, step = ([], None) if partitions is None else (partitions.groups, partitions.step)
-    return _found(folder, state, weights, optimizer, module, settings, step, universal=False)
+    if partitions is None:
+        return _found(folder, state, weights, optimizer, module, [], None)
+    return _found(folder, state, weights, optimizer, module, partitions.groups, partitions.step, stage=partitions.stage)
 
 
 def _module(state: Mapping[str, Any]) -> dict[str, LazyTensor]:
@@ -164,13 +168,13 @@ def _experts(folder: Path, state: dict[str, Any]) -> tuple[dict[str, LazyTensor]
                 raise CheckpointError(
                     f"{path}: is missing: the checkpoint says {count} experts in MoE layer {layer}: {COPY_AGAIN}"
                 )
-            for name, tensor in read_torch_zip(path, _ALLOWED).items():
+            for name, tensor in read_state_dict(path, _ALLOWED).items():
                 match = EXPERT.fullmatch(name)
                 if match is None or int(match["expert"]) != expert or name in found:
                     raise CheckpointError(
                         f"{path}: has {name}, which is not of expert {expert} or is there twice: {COPY_AGAIN}"
                     )
-                found[name] = _tensor(tensor, path)
+                found[name] = tensor
     if extra := [
         file.name
         for file in folder.iterdir()
@@ -201,18 +205,25 @@ def _frozen(models: list[Path], state: dict[str, Any]) -> Iterator[tuple[str, La
 
 def _partitions(folder: Path, state: dict[str, Any]) -> Partitions | None:
     """The optimizer files of all ranks; None without ZeRO, or if only the weights were kept."""
-    prefix = next(
-        (one for one in _PREFIXES if list(folder.glob(f"{one}zero_pp_rank_*_mp_rank_00_optim_states.pt"))), None
-    )
-    if prefix is None:
+    found = {file.name: match for file in sorted(folder.iterdir()) if (match := _OPTIMIZER_FILE.fullmatch(file.name))}
+    if not found:
         return None
-    ranks = []
-    for rank in range(state["dp_world_size"]):
-        path = folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing: {state['dp_world_size']} ranks saved: {COPY_AGAIN}")
-        ranks.append(read_torch_zip(path, _ALLOWED)["optimizer_state_dict"])
+    count, prefix = state["dp_world_size"], next(iter(found.values()))["prefix"]
+    expected = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(count)]
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"{folder / missing[0]}: is missing: {count} ranks saved: {COPY_AGAIN}")
+    _refuse_others(folder, found.keys() - set(expected), count)
+    ranks = [read_torch_zip(folder / name, _ALLOWED)["optimizer_state_dict"] for name in expected]
     return Partitions(folder, ranks, state["param_shapes"])
+
+
+def _refuse_others(folder: Path, names: Iterable[str], ranks: int) -> None:
+    """Refuse files of ranks that did not save: every tensor is used."""
+    for name in sorted(names):
+        raise CheckpointError(
+            f"{folder / name}: {ranks} data-parallel ranks saved, and this is no file of theirs: move it away if it is of "
+            "another checkpoint"
+        )
 
 
 def _open_universal(folder: Path, state: dict[str, Any]) -> DeepSpeedFolder:
@@ -251,7 +262,8 @@ def _found(
     settings: Sequence[Mapping[str, Any]],
     optimizer_step: int | None,
     *,
-    universal: bool,
+    universal: bool = False,
+    stage: int = 0,
 ) -> DeepSpeedFolder:
     names = state.get("param_shapes") or []
     per_rank = experts_of({name: None for group in names for name in group})
@@ -268,6 +280,7 @@ def _found(
             for own, shapes in zip(settings, names, strict=False)
         ],
         settings=state.get("ds_config") or {},
+        stage=stage,
         step=state.get("global_steps"),
     )
 

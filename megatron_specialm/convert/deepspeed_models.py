@@ -25,6 +25,7 @@ from megatron_specialm.convert.huggingface_folder import parameter_names, withou
 from megatron_specialm.convert.lazy import LazyTensor, zeros
 from megatron_specialm.convert.megatron_names import canonical_names, from_megatron
 from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
+from megatron_specialm.convert.safe_pickle import opens
 from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from megatron_specialm.model.weights import WORD_EMBEDDINGS
@@ -35,6 +36,7 @@ _NEOX_OUTPUT = ("embed_out.", "lm_head.")  # GPT-NeoX's output layer in files, a
 _WRAPPED = re.compile(r"(?<![\w.])module\.")
 
 
+@opens("a checkpoint of DeepSpeed")
 def open_folder(path: Path, given: Model | None) -> Source:
     """Open a checkpoint of ZeRO 1 to 3, or a universal one.
 
@@ -62,7 +64,7 @@ def open_folder(path: Path, given: Model | None) -> Source:
             return from_megatron(canonical_names(named, opened.folder), model, where=opened.folder)
         used, copies = without_copies(opened.folder, tensors, model)
         dropped.update(copies)
-        return from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
+        return from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size, where=opened.folder)
 
     weights, optimizer = ours(stored), None
     if all(f"{kind}/{name}" in moments for kind in MOMENTS for name in stored if name not in dropped):
@@ -71,7 +73,6 @@ def open_folder(path: Path, given: Model | None) -> Source:
     elif opened.optimizer:
         dropped["optimizer state"] = "of some weights only: the others are frozen"
     has_rounded = any(name in module and module[name].dtype != stored[name].dtype for name in stored)
-    stage = opened.settings.get("zero_optimization", {}).get("stage", 0)
     tokenizers = (find_tokenizer(folder) for folder in (opened.folder, opened.folder.parent))
     return Source(
         path=opened.folder,
@@ -79,7 +80,7 @@ def open_folder(path: Path, given: Model | None) -> Source:
         model=model,
         weights=weights,
         stored=stored,
-        layout="universal" if opened.universal else f"ZeRO {stage}",
+        layout="universal" if opened.universal else f"ZeRO {opened.stage}",
         step=opened.step or 0,
         dropped=dropped,
         optimizer=optimizer,

@@ -17,6 +17,7 @@ Worked example, `llama` with H = 32, 4 heads in 2 groups, D = 8: linear_qkv.weig
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -183,9 +184,12 @@ def huggingface_shapes(row: Row, config: ModelConfig, *, vocabulary_size: int) -
 
 
 def from_huggingface_lazily(
-    stored: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int
+    stored: Mapping[str, LazyTensor], config: ModelConfig, *, vocabulary_size: int, where: Path
 ) -> dict[str, LazyTensor]:
     """Transformers' weights as canonical ones, each computed when it is read. Every stored tensor is in exactly one.
+
+    Args:
+        where: the folder, for messages.
 
     Raises:
         CheckpointError: naming a weight that is missing, has no place or is of another shape.
@@ -197,17 +201,17 @@ def from_huggingface_lazily(
         for name, shape in huggingface_shapes(row, config, vocabulary_size=vocabulary_size).items():
             if name not in rest:
                 raise CheckpointError(
-                    f"{in_file(name)} is missing: the checkpoint is not complete, or of another model"
+                    f"{where}: {in_file(name)} is missing: the checkpoint is not complete, or of another model"
                 )
             if tuple(rest[name].shape) != shape:
                 raise CheckpointError(
-                    f"{in_file(name)} has shape {tuple(rest[name].shape)}, and the config makes it {shape}: the checkpoint "
-                    "is of another model than its config"
+                    f"{where}: {in_file(name)} has shape {tuple(rest[name].shape)}, and the config makes it {shape}: the "
+                    "checkpoint is of another model than its config"
                 )
         parts = [rest.pop(name) for name in row.names]
         is_copy = row.kind == "copy" and not row.experts
         found[row.ours] = parts[0] if is_copy else _joined(row, parts, config, specs[row.ours].shape)
-    nothing_left({in_file(name): tensor for name, tensor in rest.items()})
+    nothing_left({in_file(name): tensor for name, tensor in rest.items()}, where=where)
     return {name: found[name] for name in specs}
 
 
@@ -263,9 +267,10 @@ def fitting(name: str, config: ModelConfig) -> Iterator[None]:
         ) from None
 
 
-def nothing_left(rest: Mapping[str, object]) -> None:
+def nothing_left(rest: Mapping[str, object], *, where: Path | None = None) -> None:
     """Refuse tensors that no row has taken."""
     if rest:
+        place = "" if where is None else f"{where}: "
         raise CheckpointError(
-            f"{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
+            f"{place}{sorted(rest)[0]} has no place ({len(rest)} left over): the checkpoint is of another model"
         )

@@ -18,6 +18,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.architectures import Model
 from megatron_specialm.convert.probe import Probe
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN
 from megatron_specialm.convert.safetensors_writer import elements
 
 FINGERPRINT = "fingerprint.json"
@@ -46,7 +47,7 @@ class Fingerprint:
 def read_fingerprint(folder: Path) -> Fingerprint | None:
     """A folder's fingerprint; None where it has none."""
     path = folder / FINGERPRINT
-    return read_json(path, Fingerprint) if path.is_file() else None
+    return read_json(path, Fingerprint, remedy=COPY_AGAIN) if path.is_file() else None
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:

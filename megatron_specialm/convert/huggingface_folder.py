@@ -23,10 +23,11 @@ from megatron_specialm.convert.fingerprint import read_fingerprint
 from megatron_specialm.convert.lazy import LazyTensor
 from megatron_specialm.convert.llama_cpp import reads_sentencepiece
 from megatron_specialm.convert.qwen2_moe import counted_zeros, without_zeros, zero_shapes
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN, opens
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.convert.source import Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
-from megatron_specialm.convert.torch_zip import read_torch_zip
+from megatron_specialm.convert.torch_zip import read_state_dict
 from megatron_specialm.model.weights import OUTPUT_LAYER, WORD_EMBEDDINGS
 
 FORMAT = "huggingface"
@@ -46,6 +47,7 @@ def stored_tensors(path: Path) -> Mapping[str, LazyTensor]:
     return _stored(path, *_files(path))
 
 
+@opens("a folder of Transformers")
 def open_folder(path: Path, given: Model | None = None) -> Source:
     """Open a folder of Transformers.
 
@@ -59,7 +61,7 @@ def open_folder(path: Path, given: Model | None = None) -> Source:
     stored = _stored(path, files, places)
     model, zeros = without_zeros(stored, model)
     used, dropped = without_copies(path, {name: stored[name] for name in stored if name not in zeros}, model)
-    found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size)
+    found = from_huggingface_lazily(used, model.shape, vocabulary_size=model.vocabulary_size, where=path)
     return Source(
         path=path,
         format=FORMAT,
@@ -80,7 +82,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
             return [path / whole], {}
         index = path / f"{whole}.index.json"
         if index.is_file():
-            places = read_json(index, _Index).weight_map
+            places = read_json(index, _Index, remedy=COPY_AGAIN).weight_map
             names = sorted(set(places.values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file of its folder")
@@ -98,15 +100,25 @@ class _Index:
 
 
 def _stored(path: Path, files: list[Path], places: Mapping[str, str]) -> Mapping[str, LazyTensor]:
-    if files[0].suffix == ".bin":
-        stored = {name: tensor for file in files for name, tensor in read_torch_zip(file).items()}
-    else:
-        stored = TensorFiles(files).stored
+    is_pickled = files[0].suffix == ".bin"
+    stored: Mapping[str, LazyTensor] = (
+        _of_pickles(files) if is_pickled else TensorFiles(files, remedy=COPY_AGAIN).stored
+    )
     if places and (missing := sorted(places.keys() ^ stored.keys())):
         raise CheckpointError(
             f"{path}: of its index {missing[0]} is {'in no file' if missing[0] not in stored else 'not listed'} "
             f"({len(missing)} such): the folder is not complete"
         )
+    return stored
+
+
+def _of_pickles(files: list[Path]) -> dict[str, LazyTensor]:
+    stored: dict[str, LazyTensor] = {}
+    for file in files:
+        tensors = read_state_dict(file)
+        if twice := sorted(stored.keys() & tensors.keys()):
+            raise CheckpointError(f"{file}: has {twice[0]}, which another file of the folder has too: {COPY_AGAIN}")
+        stored |= tensors
     return stored
 
 

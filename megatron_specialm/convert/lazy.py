@@ -1,11 +1,19 @@
 """Tensors that are read when they are indexed, and not before: what every format's reader gives and the driver takes."""
 
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN
+
+COMPARED_ELEMENTS = 2**24  # of a copy, that are in memory at a time
 
 
 class LazyTensor(Protocol):
@@ -68,6 +76,49 @@ def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 def part(tensor: LazyTensor, number: int) -> LazyTensor:
     """One index of the first dimension: of all layers, one."""
     return Sliced(tuple(tensor.shape[1:]), tensor.dtype, lambda index: tensor[(slice(number, number + 1), *index)][0])
+
+
+def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits: NaN is equal to itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def agreed(copies: Mapping[str, LazyTensor], name: str, where: Path) -> LazyTensor:
+    """A tensor that several ranks hold whole. The copies are compared when it is read, some rows at a time.
+
+    Args:
+        copies: by their ranks, for messages.
+        name: of the tensor, and `where` it is, for messages.
+
+    Raises:
+        CheckpointError: copies differ.
+    """
+    (own, first), *others = copies.items()
+    if not others:
+        return first
+    step = max(1, COMPARED_ELEMENTS // max(1, math.prod(first.shape[1:])))
+
+    def read(index: tuple[slice, ...]) -> torch.Tensor:
+        box = first[index]
+        rows = range(0, len(box), step) if index else [0]
+        for (rank, other), row in product(others, rows):
+            part, place = (box, index) if not index else (box[row : row + step], _rows(index, row, step))
+            if tuple(other.shape) != tuple(first.shape) or not equal_bits(part, other[place]):
+                raise CheckpointError(
+                    f"{where}: {name} differs between {own} and {rank}, which must hold the same: one file is of another "
+                    f"checkpoint, or damaged: {COPY_AGAIN}"
+                )
+        return box
+
+    return Sliced(tuple(first.shape), first.dtype, read)
+
+
+def _rows(index: tuple[slice, ...], row: int, count: int) -> tuple[slice, ...]:
+    """The slices of `count` rows of a box, from `row` on."""
+    first = index[0].start + row
+    return (slice(first, min(first + count, index[0].stop)), *index[1:])
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_specialm.base.errors import CheckpointError
-from megatron_specialm.config.architectures import Model
+from megatron_specialm.base.files import read_json, write_json
+from megatron_specialm.config.architectures import SPECIAL_IDS, Model
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert import megatron_legacy, megatron_legacy_writing, torch_dist, torch_dist_writing
 from megatron_specialm.convert.adam import DEFAULTS, MOMENTS, AdamState, read_adam
@@ -29,11 +31,13 @@ from megatron_specialm.convert.megatron_names import (
     settings_of,
 )
 from megatron_specialm.convert.megatron_older import present_names, present_order
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN, opens
 from megatron_specialm.convert.source import Layout, Source, TargetSpec
 from megatron_specialm.convert.tokenizer_files import TOKENIZER, copy_tokenizer
 from megatron_specialm.model.weights import LINEAR_PLACES, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
 FORMAT, LEGACY = "megatron", "megatron-legacy"
+_IDS = "generation_config.json"  # as Transformers has it: special ids
 _VERSION = 3.0  # `checkpoint_version` of what is written
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(?P<rest>.+)")
 _BUFFERS = (
@@ -47,6 +51,7 @@ _FROZEN = "of some weights only: the others are frozen"
 _GROUP = {"lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "bias_correction": True}
 
 
+@opens("a checkpoint of Megatron-Core")
 def open_torch_dist(path: Path, given: Model | None) -> Source:
     """Open a checkpoint of `torch_dist`.
 
@@ -58,7 +63,7 @@ def open_torch_dist(path: Path, given: Model | None) -> Source:
     """
     opened = torch_dist.open_torch_dist(path)
     stored, where = opened.tensors, opened.folder
-    model = given or read_settings(opened.settings, where=where, rows=embedding_rows(stored, where))
+    model = given or _described(opened.settings, where, embedding_rows(stored, where))
     main = {
         name: one
         for name, tensor in stored.items()
@@ -92,6 +97,14 @@ def open_torch_dist(path: Path, given: Model | None) -> Source:
     )  # fmt: skip
 
 
+def _described(settings: Mapping[str, Any], folder: Path, rows: int) -> Model:
+    """The model of an iteration, by Megatron-LM's settings and the special ids that `_finish` has written."""
+    path = folder / _IDS
+    ids = read_json(path, dict[str, Any], remedy=COPY_AGAIN) if path.is_file() else {}
+    model = read_settings(settings, where=folder, rows=rows)
+    return replace(model, special_ids={name: ids[name] for name in SPECIAL_IDS if name in ids})
+
+
 def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None, str]:
     """Adam's state, or why there is none."""
     kinds = [name.partition("/")[0] for name in opened.optimizer]
@@ -109,12 +122,13 @@ def _adam(opened: torch_dist.TorchDist, model: Model) -> tuple[AdamState | None,
     return found, "" if found else "it does not say how many updates were made"
 
 
+@opens("a checkpoint of Megatron-LM")
 def open_legacy(path: Path, given: Model | None) -> Source:
     """Open a checkpoint of a file per rank; see `open_torch_dist`."""
     opened = megatron_legacy.open_megatron_legacy(path)
     ranks = [canonical_names(present_names(shard), opened.folder) for shard in opened.shards]
     rows = sum(embedding_rows(rank, opened.folder) for rank in ranks)
-    model = given or read_settings(opened.settings, where=opened.folder, rows=rows)
+    model = given or _described(opened.settings, opened.folder, rows)
     ranks = [
         present_order(rank, opened.version, model.shape, tensor_parallel=len(ranks), where=opened.folder)
         for rank in ranks
@@ -129,9 +143,7 @@ def open_legacy(path: Path, given: Model | None) -> Source:
                     f"{opened.folder}: {OUTPUT_LAYER} differs from {WORD_EMBEDDINGS}, and they are tied"
                 )
     whole = {
-        name: ranks[0][name]
-        if (spec := spec_of(name, specs)) is None
-        else joined_ranks([rank[name] for rank in ranks], spec)
+        name: joined_ranks([rank[name] for rank in ranks], spec_of(name, specs), name=name, where=opened.folder)
         for name in ranks[0]
     }
     folder = opened.folder.parent / TOKENIZER
@@ -320,6 +332,8 @@ def _typed_settings(target: TargetSpec) -> dict[str, Any]:
 
 def _finish(target: TargetSpec, folder: Path) -> None:
     target.fingerprint.save(folder)
+    if ids := target.source.model.special_ids:  # Megatron-LM has them from its tokenizer, with a single end token
+        write_json(folder / _IDS, dict(ids))
     if target.source.tokenizer is not None:
         copy_tokenizer(
             target.source.tokenizer, target.folder / TOKENIZER, context_length=target.source.model.context_length

@@ -8,16 +8,19 @@ pipeline. Weights are this rank's part. Layers are counted from 0 within a chunk
 both are counted over all ranks; only tensor parallelism is left, because which dimension it cuts depends on the model.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.convert.iterations import iteration_folder
-from megatron_specialm.convert.lazy import LazyTensor
+from megatron_specialm.convert.lazy import LazyTensor, agreed, equal_bits
 from megatron_specialm.convert.safe_pickle import COPY_AGAIN, decoding, inert
 from megatron_specialm.convert.stored import FileTensor
 from megatron_specialm.convert.torch_zip import read_torch_zip, settings_of
@@ -31,13 +34,16 @@ EXPERT = re.compile(
 )
 _ALLOWED = inert("megatron.*", "_io.BytesIO")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class MegatronLegacy:
     """A checkpoint of this format.
 
-    `shards` has the weights of each tensor-parallel rank by name. `copies` are names that several pipeline stages have, of
-    which the first one's is taken. `version` is Megatron-LM's `checkpoint_version`: the order of rows of query_key_value.
+    `shards` has the weights of each tensor-parallel rank by name. `copies` are names that several pipeline stages have; these
+    are compared when they are read, as are those that every expert-parallel rank has. `version` is Megatron-LM's
+    `checkpoint_version`: the order of rows of query_key_value.
     `has_optimizer`: an optimizer's state is in the files, which is not read.
     """
 
@@ -76,20 +82,21 @@ def open_megatron_legacy(path: Path) -> MegatronLegacy:
         raise CheckpointError(f"{folder}: has no mp_rank_00: {COPY_AGAIN}")
     first = _read(folder / names[0])
     settings = settings_of(first.get("args"))
-    tensor, stages, expert = (
-        int(settings.get(f"{kind}_model_parallel_size", 1)) for kind in ("tensor", "pipeline", "expert")
-    )
-    ranks: list[dict[tuple[int, int], dict[str, Any]]] = [{} for _ in range(tensor)]
-    for rank in product(range(tensor), range(stages), range(expert)):
-        place = folder / rank_name(*rank, stages=stages, experts=expert)
+    sizes = Sizes(*(int(settings.get(f"{kind}_model_parallel_size", 1)) for kind in ("tensor", "pipeline", "expert")))
+    ranks: list[dict[tuple[int, int], dict[str, Any]]] = [{} for _ in range(sizes.tensor)]
+    for rank in sizes.ranks:
+        place = folder / rank_name(*rank, stages=sizes.stages, experts=sizes.experts)
         ranks[rank[0]][rank[1:]] = first if place.name == names[0] else _read(place)
     copies: list[str] = []
-    shards = [_joined(files, stages, expert, copies) for files in ranks]
+    _refuse_others(folder, names, sizes)
+    shards = [_joined(folder, rank, files, sizes, copies) for rank, files in enumerate(ranks)]
     for number, shard in enumerate(shards):
         if odd := sorted(set(shard) ^ set(shards[0])):
             raise CheckpointError(
                 f"{folder}: tensor-parallel ranks 0 and {number} do not both have {odd[0]}: {COPY_AGAIN}"
             )
+    if sizes.experts > 1:
+        _warn_of_equal_experts(folder, shards[0])
     return MegatronLegacy(
         folder=folder,
         shards=shards,
@@ -99,6 +106,49 @@ def open_megatron_legacy(path: Path) -> MegatronLegacy:
         version=float(first.get("checkpoint_version", 0)),
         has_optimizer="optimizer" in first or any(folder.glob("*/distrib_optim.pt")),
     )
+
+
+class Sizes(NamedTuple):
+    """Into how many parts each kind of parallelism has cut the model."""
+
+    tensor: int
+    stages: int
+    experts: int
+
+    @property
+    def ranks(self) -> Iterator[tuple[int, int, int]]:
+        """Tensor-, pipeline- and expert-parallel rank of each file."""
+        return product(range(self.tensor), range(self.stages), range(self.experts))
+
+
+def _refuse_others(folder: Path, names: Sequence[str], sizes: Sizes) -> None:
+    """Refuse files of ranks that the settings do not have: every tensor is used."""
+    expected = {rank_name(*rank, stages=sizes.stages, experts=sizes.experts) for rank in sizes.ranks}
+    if others := [name for name in names if name not in expected]:
+        raise CheckpointError(
+            f"{folder / others[0]}: no rank of tensor parallelism {sizes.tensor}, pipeline parallelism {sizes.stages} and "
+            f"expert parallelism {sizes.experts}, which the settings say: move it away if it is of another checkpoint"
+        )
+
+
+def _warn_of_equal_experts(folder: Path, shard: Mapping[str, LazyTensor]) -> None:
+    """Log which experts of a layer have equal weights: the file of a rank may be a copy of another's."""
+    known: dict[tuple[str, bytes], str] = {}
+    pairs = []
+    for name, tensor in shard.items():
+        match = EXPERT.fullmatch(name)
+        if match is None or len(tensor.shape) < 2:
+            continue
+        row = tensor[slice(0, 1),].contiguous().view(torch.uint8).numpy().tobytes()
+        other = known.setdefault((match["before"] + match["after"], row), name)
+        if other != name and equal_bits(tensor[()], shard[other][()]):
+            pairs.append((other, name))
+    if pairs:
+        logger.warning(
+            "%s: %s and %s are equal (%d such pairs): if the experts were not copied on purpose (upcycling), a rank's file "
+            "is a copy of another's",
+            folder, *pairs[0], len(pairs),
+        )  # fmt: skip
 
 
 def rank_name(tensor: int, stage: int, expert: int, *, stages: int, experts: int) -> str:
@@ -115,10 +165,15 @@ def _read(place: Path) -> dict[str, Any]:
 
 
 def _joined(
-    files: Mapping[tuple[int, int], dict[str, Any]], stages: int, experts: int, copies: list[str]
+    folder: Path,
+    tensor_rank: int,
+    files: Mapping[tuple[int, int], dict[str, Any]],
+    sizes: Sizes,
+    copies: list[str],
 ) -> dict[str, LazyTensor]:
     """The weights of a tensor-parallel rank, from its files by (pipeline stage, expert-parallel rank)."""
-    found: dict[str, LazyTensor] = {}
+    found: dict[str, dict[str, LazyTensor]] = {}  # of each name, the tensor in each file
+    stages, experts = sizes.stages, sizes.experts
     layers = 0  # before this chunk
     chunks = sorted((key for key in files[0, 0] if _CHUNK.fullmatch(key)), key=lambda key: int(key[5:] or 0))
     for chunk, stage in product(chunks, range(stages)):
@@ -127,16 +182,14 @@ def _joined(
         numbers = [int(match["number"]) for part in parts for match in map(EXPERT.fullmatch, part) if match]
         local = max(numbers, default=-1) + 1  # of each rank
         for rank, part in enumerate(parts):
-            for name, tensor in part.items():
-                is_expert = EXPERT.fullmatch(name) is not None
-                if rank and not is_expert:
-                    continue  # every expert-parallel rank has the others
-                name = renumbered(EXPERT, renumbered(LAYER, name, layers), rank * local)
-                if name in found:
+            place = f"{rank_name(tensor_rank, stage, rank, stages=stages, experts=experts)} ({chunk})"
+            for theirs, tensor in part.items():
+                name = renumbered(EXPERT, renumbered(LAYER, theirs, layers), rank * local)
+                if name in found and not rank:
                     copies.append(name)
-                found.setdefault(name, tensor)
+                found.setdefault(name, {})[place] = tensor
         layers += len(own)
-    return found
+    return {name: agreed(own, name, folder) for name, own in found.items()}
 
 
 def renumbered(pattern: re.Pattern[str], name: str, offset: int) -> str:

@@ -23,7 +23,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.architectures import Model
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.convert.families import nothing_left
-from megatron_specialm.convert.lazy import Computed, LazyTensor, part, with_rows
+from megatron_specialm.convert.lazy import Computed, LazyTensor, agreed, part, with_rows
 from megatron_specialm.convert.megatron_moe import experts_settings, joined_experts, read_experts
 from megatron_specialm.model.weights import FUSED_NORMS, OUTPUT_LAYER, WORD_EMBEDDINGS, WeightSpec, weight_specs
 
@@ -74,7 +74,7 @@ def from_megatron(stored: Mapping[str, LazyTensor], model: Model, *, where: Path
                 "model"
             )
         found[name] = tensor
-    nothing_left(rest)
+    nothing_left(rest, where=where)
     return found
 
 
@@ -130,9 +130,15 @@ def _gate_up(gate: LazyTensor, up: LazyTensor) -> LazyTensor:
     return Computed((rows, *gate.shape[1:]), gate.dtype, lambda: torch.cat([gate[()], up[()]]))
 
 
-def joined_ranks(parts: list[LazyTensor], spec: WeightSpec) -> LazyTensor:
-    """The tensor that tensor-parallel ranks hold parts of; of a replicated one, the first rank's."""
-    if spec.cut is None or len(parts) == 1:
+def joined_ranks(parts: list[LazyTensor], spec: WeightSpec | None, *, name: str, where: Path) -> LazyTensor:
+    """The tensor that tensor-parallel ranks hold parts of; or that each of them holds whole (see `agreed`).
+
+    Args:
+        name: of the tensor, and `where` it is, for messages.
+    """
+    if spec is None or spec.cut is None:
+        return agreed({f"tensor-parallel rank {rank}": one for rank, one in enumerate(parts)}, name, where)
+    if len(parts) == 1:
         return parts[0]
     cut, blocks = spec.cut, spec.blocks
     shape = list(parts[0].shape)

@@ -5,15 +5,19 @@ machine that imports nothing: a table says which globals it may name, and what s
 """
 
 import contextlib
+import functools
 import pickletools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import read_regular, reading
 
+P = ParamSpec("P")
+Opened = TypeVar("Opened")
+_Open = Callable[Concatenate[Path, P], Opened]
 MOST_BYTES = 2**30
 COPY_AGAIN = "copy the checkpoint again from where it was written"
 _MOST_STEPS = 2**25  # opcodes; each may make an object
@@ -109,6 +113,21 @@ def decoding(path: Path, form: str) -> Iterator[None]:
         raise
     except ArtifactError as error:
         raise CheckpointError(str(error)) from None
+
+
+def opens(form: str) -> Callable[[_Open[P, Opened]], _Open[P, Opened]]:
+    """Decorate a function that opens a folder of another program, whose settings and names may be anything: its errors are
+    raised as by `decoding`."""
+
+    def decorate(function: _Open[P, Opened]) -> _Open[P, Opened]:
+        @functools.wraps(function)
+        def opening(path: Path, /, *args: P.args, **kwargs: P.kwargs) -> Opened:
+            with decoding(path, form):
+                return function(path, *args, **kwargs)
+
+        return opening
+
+    return decorate
 
 
 class _Machine:

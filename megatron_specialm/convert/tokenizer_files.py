@@ -1,27 +1,31 @@
 """The files of a tokenizer that go along with a converted model."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as schema
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, reading
+from megatron_specialm.convert.safe_pickle import COPY_AGAIN
 from megatron_specialm.data.tokenizer import SETTINGS, Tokenizer
 
 TOKENIZER = "tokenizer"  # the folder beside a canonical step
 SENTENCEPIECE = "tokenizer.model"
 _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_VOCABULARY, _ADDED = "vocab.json", "added_tokens.json"
 _FILES = (
-    _JSON, _CONFIG, "special_tokens_map.json", "added_tokens.json", SENTENCEPIECE, "vocab.json",
+    _JSON, _CONFIG, "special_tokens_map.json", _ADDED, SENTENCEPIECE, _VOCABULARY,
     "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The folder itself if it has a tokenizer's files."""
-    return folder if any((folder / name).is_file() for name in (_JSON, SENTENCEPIECE, "vocab.json")) else None
+    return folder if any((folder / name).is_file() for name in (_JSON, SENTENCEPIECE, _VOCABULARY)) else None
 
 
 def is_ours(folder: Path) -> bool:
@@ -36,7 +40,7 @@ def special_ids(folder: Path) -> dict[str, Any]:
         return {"bos_token_id": ours.bos, "eos_token_id": ours.eod, "pad_token_id": ours.pad}
     if not (folder / _JSON).is_file() or not (folder / _CONFIG).is_file():
         return {}
-    settings, tokenizer = read_json(folder / _CONFIG, dict[str, Any]), _load(folder)
+    settings, tokenizer = read_json(folder / _CONFIG, dict[str, Any], remedy=COPY_AGAIN), _load(folder)
     found = {}
     for role in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(role)
@@ -70,18 +74,39 @@ def check_tokenizer(folder: Path, *, vocabulary_size: int) -> None:
 
     Raises:
         CheckpointError: it has not.
-        ArtifactError: tokenizer.json is damaged.
+        ArtifactError: the tokenizer's file is damaged.
     """
-    if not (folder / _JSON).is_file():
+    name = next((name for name in _IDS if (folder / name).is_file()), None)
+    if name is None:
         return
-    ids = _load(folder).get_vocab(with_added_tokens=True).values()
-    if max(ids, default=-1) >= vocabulary_size:
+    with reading(folder / name, form="a tokenizer", remedy=COPY_AGAIN):
+        largest = _IDS[name](folder)
+    if largest >= vocabulary_size:
         raise CheckpointError(
-            f"{folder / _JSON}: has ids up to {max(ids)}, and the model {vocabulary_size} rows: it is the tokenizer of another "
+            f"{folder / name}: has ids up to {largest}, and the model {vocabulary_size} rows: it is the tokenizer of another "
             "model"
         )
 
 
 def _load(folder: Path) -> tokenizers.Tokenizer:
-    with reading(folder / _JSON, form="a tokenizer"):
+    with reading(folder / _JSON, form="a tokenizer", remedy=COPY_AGAIN):
         return tokenizers.Tokenizer.from_file(str(folder / _JSON))
+
+
+def _of_sentencepiece(folder: Path) -> int:
+    proto = schema.ModelProto.FromString((folder / SENTENCEPIECE).read_bytes())
+    return max(len(proto.pieces) - 1, _of_dicts(folder, _ADDED))
+
+
+def _of_dicts(folder: Path, *names: str) -> int:
+    """The largest id in files that are dicts from tokens to ids."""
+    found = (read_json(folder / name, dict[str, int], remedy=COPY_AGAIN) for name in names if (folder / name).is_file())
+    return max((number for ids in found for number in ids.values()), default=-1)
+
+
+# How the largest id is found, by the file that a tokenizer is read from: the first that there is.
+_IDS: dict[str, Callable[[Path], int]] = {
+    _JSON: lambda folder: max(_load(folder).get_vocab(with_added_tokens=True).values(), default=-1),
+    SENTENCEPIECE: _of_sentencepiece,
+    _VOCABULARY: lambda folder: _of_dicts(folder, _VOCABULARY, _ADDED),
+}

@@ -13,7 +13,7 @@ dimension over layers, or a tensor per layer (`decoder.layers.7.`), by the metad
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -122,6 +122,7 @@ def open_torch_dist(path: Path) -> TorchDist:
         for index, info in stored.items():
             offset = index.fields.get("offset")
             places.setdefault(index.fields["fqn"], {})[offset or ()] = _place(folder, **info.fields)
+        _refuse_others(folder, {info.fields["relative_path"] for info in stored.values()})
         whole = {name: own.get(_WHOLE) for name, own in (fields.get("mcore_data") or {}).items()}
         tensors = {
             _CHAINED.sub("", name): _tensor(name, folder, entry.fields, places.get(name, {}), whole.get(name))
@@ -139,6 +140,15 @@ def open_torch_dist(path: Path) -> TorchDist:
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
     objects = [name for name, entry in described.items() if not entry.name.endswith(".TensorStorageMetadata")]
     return TorchDist(folder, weights, moments, others, [name for name in objects if name != COMMON_STATE], common)
+
+
+def _refuse_others(folder: Path, named: Collection[str]) -> None:
+    """Refuse files of tensors that the metadata does not name: every tensor is used."""
+    for path in sorted(folder.glob("*.distcp")):
+        if path.name not in named and path.stat().st_size:
+            raise CheckpointError(
+                f"{path}: {METADATA} does not name it: move it away if another attempt to save has left it there"
+            )
 
 
 def _common(folder: Path, place: "_Place | None") -> dict[str, Any]:

@@ -14,7 +14,16 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_specialm.convert.safe_pickle import MOST_BYTES, PLAIN, Inert, Maker, decoding, parse_pickle
+from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.convert.safe_pickle import (
+    COPY_AGAIN,
+    MOST_BYTES,
+    PLAIN,
+    Inert,
+    Maker,
+    decoding,
+    parse_pickle,
+)
 from megatron_specialm.convert.stored import FileTensor, last_element
 
 _DTYPES = {
@@ -29,6 +38,7 @@ STORAGES = {
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
 }  # fmt: skip
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LITTLE = b"little"
 
 
 def read_torch_zip(
@@ -53,15 +63,34 @@ def read_torch_zip(
             root = next((name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")), None)
             if root is None:
                 raise ValueError("it has no data.pkl")
+            records = {name: info for name, info in records.items() if name.startswith(root)}
+            places = _Places(path, window, records, root)  # before any record is read: none of them is compressed
             if records[f"{root}data.pkl"].file_size > MOST_BYTES:
                 raise ValueError("its pickle is too large")
-            if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-                raise ValueError("it was written on a machine of another byte order")
-            places = _Places(
-                path, window, {name: info for name, info in records.items() if name.startswith(root)}, root
-            )
+            if f"{root}byteorder" in records:
+                with archive.open(f"{root}byteorder") as record:
+                    if record.read(len(_LITTLE) + 1) != _LITTLE:
+                        raise ValueError("it was written on a machine of another byte order")
             content = archive.read(f"{root}data.pkl")
     return parse_pickle(content, path, {**PLAIN, **TORCH, **(allowed or {})}, persistent=places.storage)
+
+
+def read_state_dict(path: Path, allowed: Mapping[str, Any] | None = None) -> dict[str, FileTensor]:
+    """The tensors of a file by their names; see `read_torch_zip`.
+
+    Raises:
+        CheckpointError: its content is anything but a dict of tensors.
+    """
+    content = read_torch_zip(path, allowed)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of tensors: {COPY_AGAIN}")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, FileTensor):
+            raise CheckpointError(
+                f"{path}: not a dict of tensors: the key {name!s:.60} holds a {type(tensor).__name__}: save the model's "
+                "state_dict() alone"
+            )
+    return content
 
 
 class _Window:
@@ -139,7 +168,7 @@ def _tensor(
     if (dtype := dtype or storage.dtype) is None:
         raise ValueError("a tensor has no type")
     end = offset + (1 + last_element(shape, stride) if math.prod(shape) else 0)
-    if end * dtype.itemsize > storage.size:
+    if max(end, math.prod(shape)) * dtype.itemsize > storage.size:  # an expanded one would be small in the file alone
         raise ValueError(f"a tensor of shape {tuple(shape)} needs {end} elements, more than its storage has")
     return FileTensor(storage.path, storage.start + offset * dtype.itemsize, dtype, tuple(shape), tuple(stride))
 

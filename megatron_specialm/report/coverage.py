@@ -15,12 +15,12 @@ from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.clustering.vectors import DESCRIPTION, Vectors, read_rows, unit_rows
 from megatron_specialm.config.schema import AssignStage, Pipeline
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.data.clusters import read_centroids, read_clusters
+from megatron_specialm.data.clusters import read_centroids, read_index
 from megatron_specialm.graph.lineage import cluster_count
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
 
-SAMPLE = 10_000  # windows of a set, evenly spaced
+SAMPLE = 10_000  # windows of a set, evenly spaced in the order of clusters
 NOT_COVERED = 1.02  # a relative distance above this
 
 Plan = Mapping[TaskId, PlannedTask]
@@ -63,13 +63,11 @@ def _squared_distances(
     folders = [artifact_folder(plan[task].elsewhere or root, *task, plan[task].digest) for task in tasks]
     if not (folders[0] / DESCRIPTION).exists():
         return None
-    vectors, centroids_KE, clusters = (
-        Vectors(folders[0]),
-        read_centroids(folders[1], k=k),
-        read_clusters(folders[2], k=k),
-    )
-    ids = np.unique(np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors)), dtype=np.int64))
-    own = np.asarray(clusters[ids])
+    vectors, centroids_KE = Vectors(folders[0]), read_centroids(folders[1], k=k)
+    index = read_index(folders[2], windows=len(vectors), k=k)
+    places = np.unique(np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors)), dtype=np.int64))
+    ids, own = np.asarray(index.order[places]), np.searchsorted(index.offsets, places, side="right") - 1
+    ids, own = np.sort(ids), own[np.argsort(ids)]
     return own, np.square(unit_rows(read_rows(vectors, ids)) - centroids_KE[own]).sum(axis=1, dtype=np.float64)
 
 

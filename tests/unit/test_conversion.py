@@ -31,7 +31,7 @@ from megatron_specialm.convert import huggingface_folder
 from megatron_specialm.convert import run as driver
 from megatron_specialm.convert.fingerprint import FINGERPRINT, read_fingerprint
 from megatron_specialm.convert.formats import open_source
-from megatron_specialm.convert.run import convert, stream
+from megatron_specialm.convert.run import convert, open_convertible, stream
 from megatron_specialm.convert.safetensors_writer import SafetensorsWriter
 from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.model.gpt import Gpt
@@ -250,7 +250,7 @@ def _lying_header(folder: Path) -> None:
         (_edit("config.json", architectures=["LlamaFourForCausalLM"]), "not known; the nearest is LlamaForCausalLM"),
         (_edit("config.json", attention_bias=True), "attention_bias is True, which cannot be converted"),
         (_edit("config.json", quantization_config={"bits": 4}), "quantized"),
-        (_edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}), "'yarn'"),
+        (_edit("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}), "of type yarn"),
         (_edit("config.json", intermediate_size=64), r"down_proj\.weight has shape \(32, 48\), .* makes it \(32, 64\)"),
         (_edit("config.json", num_hidden_layers=4), r"layers\.3\.input_layernorm\.weight is missing"),
         (_edit("config.json", num_hidden_layers=2), r"model\.layers\.2\..* has no place"),
@@ -353,10 +353,12 @@ def test_a_tokenizer_goes_along_through_every_format(sources: dict[str, Path], t
         before = tmp_path / to
     loaded = AutoTokenizer.from_pretrained(before)
     assert loaded("w3 w4").input_ids == [3, 4]
+    expected = AutoConfig.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(before)
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (5, 7), (
-        "Megatron keeps none: the tokenizer says them"
-    )
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (expected.bos_token_id, expected.eos_token_id)
+    (tmp_path / "megatron" / "release" / "generation_config.json").unlink()
+    ids = open_convertible(tmp_path / "megatron").model.special_ids
+    assert (ids["bos_token_id"], ids["eos_token_id"]) == (5, 7), "Megatron-LM keeps none: the tokenizer says them"
 
 
 def test_a_run_knows_the_tokenizer_of_its_training(tmp_path: Path) -> None:

@@ -137,9 +137,10 @@ def test_tensor_parallel_ranks_of_a_gated_mlp() -> None:
     whole, spec = torch.arange(8.0)[:, None].expand(8, 2), WeightSpec((8, 2), cut=0, blocks=2)
     parts = [rank_part(whole, spec, rank=rank, size=2) for rank in range(2)]
     assert [part[()][:, 0].tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert torch.equal(joined_ranks(parts, spec)[()], whole)
+    assert torch.equal(joined_ranks(parts, spec, name="w", where=Path("x"))[()], whole)
     columns = WeightSpec((8, 2), cut=1)
-    assert torch.equal(joined_ranks([rank_part(whole, columns, rank=r, size=2) for r in range(2)], columns)[()], whole)
+    halves = [rank_part(whole, columns, rank=rank, size=2) for rank in range(2)]
+    assert torch.equal(joined_ranks(halves, columns, name="w", where=Path("x"))[()], whole)
 
 
 def test_lazy_tensors_read_slices() -> None:

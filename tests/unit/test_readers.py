@@ -210,7 +210,8 @@ KINDS = [
     ),
 ]  # fmt: skip
 # Where nothing was submitted, no node has failed, a task has not finished, and of an encoder of earlier versions.
-MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json", "done.json", MANIFEST}
+# A folder of Transformers that is not ours has no manifest.
+MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json", "done.json", MANIFEST, f"model/{MANIFEST}"}
 
 
 def _noise(content: bytes) -> bytes:
