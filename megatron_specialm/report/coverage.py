@@ -66,6 +66,7 @@ def _squared_distances(
     vectors, centroids_KE = Vectors(folders[0]), read_centroids(folders[1], k=k)
     index = read_index(folders[2], windows=len(vectors), k=k)
     places = np.unique(np.linspace(0, len(vectors) - 1, min(SAMPLE, len(vectors)), dtype=np.int64))
+    assert index.order is not None  # only in memory
     ids, own = np.asarray(index.order[places]), np.searchsorted(index.offsets, places, side="right") - 1
     ids, own = np.sort(ids), own[np.argsort(ids)]
     return own, np.square(unit_rows(read_rows(vectors, ids)) - centroids_KE[own]).sum(axis=1, dtype=np.float64)

@@ -32,7 +32,7 @@ NOT_RUN = {
     r"specialm tune-precision\b": "a GPU",
     r"specialm doctor$": "tests/unit/test_doctor.py runs it; here it runs with --quick",
     r"specialm run configs/pipelines/(quickstart|evidence)": "a quarter of an hour or more",
-    r"specialm( run| check| parity| figures| clean| convert| inspect| diff| merge| project)?$": "a mention, which says no more than the name",
+    r"specialm( run| check| parity| figures| clean| convert| inspect| diff| merge| project)?$": "a mention, by name",
     r"specialm .*\b[A-Z]{3,}\b": "a form with names to fill in, as CONFIG or STAGE",
     r"tools/(quickstart|evidence|test)\.sh": "a package index, and a quarter of an hour or more",
     r"(python )?tools/bench_\w+\.py": "minutes of measuring, some on a GPU",

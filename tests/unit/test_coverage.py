@@ -9,7 +9,7 @@ from megatron_specialm.base.artifacts import artifact_folder
 from megatron_specialm.clustering.vectors import FILE, describe_vectors, unit_rows
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.config.schema import Pipeline
-from megatron_specialm.data.clusters import CENTROIDS, CLUSTERS
+from megatron_specialm.data.clusters import CENTROIDS, OFFSETS, ORDER, order_type
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import PlannedTask
 from megatron_specialm.graph.tasks import TaskId
@@ -62,7 +62,9 @@ def _finished(pipeline: Pipeline) -> dict[TaskId, PlannedTask]:
             folder.mkdir(parents=True)
         np.save(vectors / FILE, np.concatenate(parts))
         describe_vectors(vectors)
-        np.save(assignment / CLUSTERS, np.repeat([0, 1], [len(part) for part in parts]).astype(np.int32))
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        np.save(assignment / ORDER, np.arange(offsets[-1], dtype=order_type(int(offsets[-1]))))
+        np.save(assignment / OFFSETS, offsets)
     clusters = artifact_folder(Path("run"), "clusters", "generic", "d")
     clusters.mkdir(parents=True)
     np.save(clusters / CENTROIDS, CENTROIDS_KE)

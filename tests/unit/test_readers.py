@@ -26,6 +26,7 @@ from megatron_specialm.clustering.encoders import fit_encoder, load_encoder, sav
 from megatron_specialm.clustering.vectors import Vectors, describe_vectors
 from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pipeline
 from megatron_specialm.config.schema import TfidfEncoder
+from megatron_specialm.convert.fingerprint import FINGERPRINT
 from megatron_specialm.data import clusters
 from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
@@ -158,6 +159,7 @@ def _make_results(folder: Path) -> None:
 def _make_export(folder: Path) -> None:
     (folder / "aside").mkdir()
     write_json(folder / "aside" / "config.json", {"model_type": "llama"})
+    write_json(folder / "aside" / FINGERPRINT, {})  # by which it is known as ours where the manifest is missing
     save_tensors({"w": torch.ones(4)}, folder / "aside" / "model.safetensors")
     publish_folder(folder / "aside", folder / "model")
 
@@ -210,8 +212,7 @@ KINDS = [
     ),
 ]  # fmt: skip
 # Where nothing was submitted, no node has failed, a task has not finished, and of an encoder of earlier versions.
-# A folder of Transformers that is not ours has no manifest.
-MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json", "done.json", MANIFEST, f"model/{MANIFEST}"}
+MAY_BE_MISSING = {"jobs/jobs.json", "nodes.json", "done.json", MANIFEST}
 
 
 def _noise(content: bytes) -> bytes:
