@@ -17,12 +17,12 @@ from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.schema import ExportStage
 from megatron_specialm.config.text import GENERIC
-from megatron_specialm.convert import canonical_folder, huggingface_folder
+from megatron_specialm.convert import canonical_folder
 from megatron_specialm.convert.huggingface import largest_logit_difference
+from megatron_specialm.convert.huggingface_folder import FORMAT
 from megatron_specialm.convert.llama_cpp import advice
 from megatron_specialm.convert.model_card import READS, ModelFacts, model_card
-from megatron_specialm.convert.run import stream
-from megatron_specialm.convert.source import Layout, TargetSpec
+from megatron_specialm.convert.run import write_target
 from megatron_specialm.convert.tokenizer import disagreement
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -54,12 +54,12 @@ def run(stage: ExportStage, context: Context) -> Report:
     tokens = context.artifact(stage.tokens, model_id.key)
     store = TokenStore.open(tokens, "test", tokenizer=state["tokenizer"])
 
-    temporary = context.folder / ".model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    aside = context.folder / ".model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    temporary = aside / "model"  # what a killed writer leaves is inside, too
     try:
         dtype = torch.float32 if stage.dtype == "fp32" else torch.bfloat16
-        _write(temporary, final, store, tokenizer, dtype=dtype)
+        _write(temporary, final, store, tokenizer, dtype=dtype, threads=context.threads)
         weights = {name: tensor.to(dtype) for name, tensor in merged.weights.items()}  # as they are in the folder
         difference = _logit_difference(temporary, shape, weights, store, threads=context.threads)
         if not difference <= stage.tolerance:  # `not <=` also rejects NaN
@@ -72,7 +72,7 @@ def run(stage: ExportStage, context: Context) -> Report:
         write_text(temporary / "README.md", model_card(_facts(context, shape, tokens, tokenizer, difference)))
         publish_folder(temporary, context.folder / "model")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     compared = min(WINDOWS_COMPARED, len(store)) * store.context_length
     return Report(
         slots=compared,
@@ -85,13 +85,15 @@ def run(stage: ExportStage, context: Context) -> Report:
     )
 
 
-def _write(folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *, dtype: torch.dtype) -> None:
-    """Write all files that Transformers reads."""
+def _write(
+    folder: Path, step: Path, store: TokenStore, tokenizer: Tokenizer, *, dtype: torch.dtype, threads: int
+) -> None:
+    """Write all files that Transformers reads, as `specialm convert` does, with its proof."""
     source = canonical_folder.open_folder(step)
     ids = {"bos_token_id": store.bos, "eos_token_id": store.eod, "pad_token_id": tokenizer.pad}
     model = replace(source.model, context_length=store.context_length, special_ids=ids)
     source = replace(source, model=model, tokenizer=tokenizer.folder)
-    huggingface_folder.write_folder(TargetSpec(folder, source, Layout(), dtype, stream(source, dtype=dtype)))
+    write_target(source, folder, to=FORMAT, dtype=dtype, weights_only=True, threads=threads)
 
 
 @torch.no_grad()

@@ -46,10 +46,12 @@ def run(stage: ImportStage, context: Context) -> Report:
     _check_model(stage, context, source)
     tokenizer = _import_tokenizer(stage, context, source)
     source = replace(source, tokenizer_fingerprint=tokenizer.fingerprint)
-    temporary = context.folder / ".model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    aside = context.folder / ".model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    temporary = aside / "model"  # what a killed writer leaves is inside, too
     write_target(source, temporary, to=FORMAT, weights_only=True, threads=context.threads)
     _publish(temporary, context.folder)
+    shutil.rmtree(aside)
     return Report(
         values={
             "steps": 0,
@@ -104,4 +106,3 @@ def _publish(temporary: Path, folder: Path) -> None:
             shutil.rmtree(folder / name)
         os.replace(temporary / name, folder / name)
     fsync_path(folder)
-    temporary.rmdir()
