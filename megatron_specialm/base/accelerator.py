@@ -16,6 +16,7 @@ from megatron_specialm.base.packages import TRANSFORMER_ENGINE_LEAST, installed_
 
 SMI_SECONDS = 20.0  # a driver may have to initialize its GPUs
 MIB = 2**20
+USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Accelerator:
     def has_fused_layers(self) -> bool:
         """Whether layers come from Transformer Engine, except in fp32."""
         return self.gpus > 0 and self.transformer_engine is not None
+
+    @property
+    def usable_bytes(self) -> int:
+        """A GPU's memory for a training."""
+        return int(USABLE * self.memory_bytes)
 
     def describe(self) -> str:
         """Short: `2 x NVIDIA H200 (compute capability 9.0)`, or `no GPU`."""
