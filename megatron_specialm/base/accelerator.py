@@ -67,7 +67,7 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
 
 
 def planned_machine(name: str) -> Accelerator:
-    """A machine with GPUs of that model and Transformer Engine, to plan for from elsewhere.
+    """A node of GPUs of that model, with Transformer Engine, to plan for from elsewhere.
 
     Raises:
         ConfigError: the table has no such model.
@@ -76,8 +76,9 @@ def planned_machine(name: str) -> Accelerator:
     if name not in models:
         raise ConfigError(f"gpu {name}: not known; known are {', '.join(models)}")
     gpu = models[name]
-    assert gpu.memory_gib is not None
-    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=8, memory_bytes=gpu.memory_gib * GIB)
+    assert gpu.memory_gib is not None and gpu.node is not None
+    memory_bytes = gpu.memory_gib * GIB
+    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=gpu.node.gpus, memory_bytes=memory_bytes)
 
 
 def name_of_device() -> str:

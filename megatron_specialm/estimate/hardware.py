@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_specialm.base.gpus import Gpu
+from megatron_specialm.base.gpus import plannable_gpus
 from megatron_specialm.config.precision import Precision
 
 # The fractions of a data sheet's figures that a training reaches, and the times that no data sheet has. Assumed, not measured.
@@ -46,9 +46,10 @@ class Hardware:
         return self.link if members <= in_node else min(self.link, in_node * self.fabric)
 
 
-def hardware_of(gpu: Gpu, precision: Precision) -> Hardware:
-    """Nodes of a GPU model with complete figures. FP8 is counted as bf16: its gain depends on the model's sizes
+def hardware_of(model: str, precision: Precision) -> Hardware:
+    """Nodes of a GPU model that `--gpu` accepts. FP8 is counted as bf16: its gain depends on the sizes of matrices
     (`specialm tune-precision`)."""
+    gpu = next(gpu for gpu in plannable_gpus() if gpu.name == model)
     assert gpu.node is not None
     peak = gpu.fp32_peak if precision == "fp32" else gpu.dense_peak
     return Hardware(

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_specialm.base.accelerator import Accelerator
-from megatron_specialm.base.errors import ConfigError
-from megatron_specialm.base.gpus import plannable_gpus
 from megatron_specialm.estimate.capabilities import lacking, violation
 from megatron_specialm.estimate.hardware import hardware_of
 from megatron_specialm.estimate.memory import Change, memory_of
@@ -15,7 +13,7 @@ from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.estimate.step_time import StepTime, step_time
 
 CHUNKS = (1, 2, 4)  # virtual_pipeline
-MOST_NODES = 1024  # that are tried when a model does not fit
+MOST_NODES = 64  # that are tried when a model does not fit
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,11 @@ def find_layouts(setup: Setup, machine: Accelerator, nodes: int, *, checkpoint_e
     """Every layout of all GPUs of so many nodes, each with the least recomputation with which it fits.
 
     Args:
-        machine: as `planned_machine` gives it.
+        setup: of engine megatron.
+        machine: a node, as `planned_machine` gives it.
         checkpoint_every: steps.
-
-    Raises:
-        ConfigError: the setup is of another engine.
     """
-    gpu = next(gpu for gpu in plannable_gpus() if gpu.name == machine.name)
-    hardware, fused = hardware_of(gpu, setup.precision), machine.has_fused_layers
+    hardware, fused = hardware_of(machine.name, setup.precision), machine.has_fused_layers
     fitting, too_large = [], 0
     for change, changed, memory in _measured(setup, machine, nodes):
         if memory > machine.usable_bytes:
@@ -76,9 +71,11 @@ def find_layouts(setup: Setup, machine: Accelerator, nodes: int, *, checkpoint_e
             continue
         time = step_time(changed, hardware, fused=fused, checkpoint_every=checkpoint_every)
         fitting.append(Candidate(change, changed, memory, time))
-    fitting.sort(key=lambda one: one.time.total)
-    fastest = {one.sizes: one for one in reversed(fitting)}
-    return Layouts([*reversed(fastest.values())], len(fitting), too_large)
+    fitting.sort(key=lambda one: (one.time.total, one.memory))
+    fastest: dict[tuple[int, ...], Candidate] = {}
+    for one in fitting:
+        fastest.setdefault(one.sizes, one)
+    return Layouts([*fastest.values()], len(fitting), too_large)
 
 
 def nodes_needed(setup: Setup, machine: Accelerator, nodes: int) -> tuple[int, Change] | None:
@@ -92,14 +89,7 @@ def nodes_needed(setup: Setup, machine: Accelerator, nodes: int) -> tuple[int, C
 
 def _measured(setup: Setup, machine: Accelerator, nodes: int) -> Iterator[tuple[Change, Setup, int]]:
     """Allowed layouts with their memory: of the recomputation policies the first that fits, or else the last."""
-    if setup.parallel.engine != "megatron":
-        raise ConfigError(
-            f"layouts are proposed for engine megatron, and this is {setup.parallel.describe()}: "
-            "set parallel.engine: megatron"
-        )
-    gpu = next(gpu for gpu in plannable_gpus() if gpu.name == machine.name)
-    assert gpu.node is not None
-    for settings in _settings(setup, gpu.node.gpus, nodes):
+    for settings in _settings(setup, machine.gpus, nodes):
         for policy in ("none", "selective", "full"):
             changed = setup.changed(settings | {"parallel.recompute": policy})
             if violation(changed) or lacking(changed, machine):

@@ -5,8 +5,9 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.gpus import GIB, utilisation
 from megatron_specialm.base.terminal import Column, Table, number, word
 from megatron_specialm.config.schema import Pipeline
+from megatron_specialm.estimate.capabilities import violation
 from megatron_specialm.estimate.hardware import assumptions
-from megatron_specialm.estimate.layouts import Candidate, find_layouts, nodes_needed
+from megatron_specialm.estimate.layouts import Candidate, Layouts, find_layouts, nodes_needed
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.estimate.step_time import Part
 from megatron_specialm.graph.lineage import distinct_setups, setup_of, train_stage, train_stages
@@ -19,39 +20,49 @@ COMMUNICATION = (
 )  # fmt: skip
 
 
-def layout_tables(pipeline: Pipeline, machine: Accelerator, nodes: int, stage: str | None) -> list[Table | str]:
+def layout_tables(pipeline: Pipeline, node: Accelerator, nodes: int, stage: str | None) -> list[Table | str]:
     """For each distinct setup, or that of one stage: its fastest layouts, the parts of the fastest one's step, and the settings
-    that make it. Lines of text are between the tables.
+    that make it; or in a line why there is none.
 
     Args:
-        machine: as `planned_machine` gives it.
+        node: as `planned_machine` gives it.
 
     Raises:
-        ConfigError: there is no such stage, or it has another engine than Megatron.
-        MachineError: no layout fits.
+        ConfigError: there is no such stage.
+        MachineError: no setup has a layout.
     """
     printed: list[Table | str] = []
+    refused: list[str] = []
     for name, setup in distinct_setups(pipeline, stage).items():
-        printed += _proposal(pipeline, name, setup, machine, nodes)
-    return [*printed, assumptions()]
+        if setup.parallel.engine != "megatron":
+            refused.append(
+                f"stages.{name}: no layouts are predicted for engine {setup.parallel.engine}: set engine: megatron"
+            )
+            continue
+        found = find_layouts(setup, node, nodes, checkpoint_every=train_stage(pipeline, name).checkpoint.every)
+        if found.fastest:
+            printed += _proposal(pipeline, name, setup, found, node, nodes)
+        else:
+            refused.append(f"stages.{name}: {_why_none(setup, node, nodes, found)}")
+    if not printed:
+        raise MachineError(refused[0])
+    return [*printed, *refused, assumptions()]
 
 
-def _proposal(pipeline: Pipeline, name: str, setup: Setup, machine: Accelerator, nodes: int) -> list[Table | str]:
-    found = find_layouts(setup, machine, nodes, checkpoint_every=train_stage(pipeline, name).checkpoint.every)
-    on = f"{nodes} node{'s' if nodes > 1 else ''} of {machine.gpus} {machine.name}"
-    if not found.fastest:
-        raise MachineError(f"stages.{name}: {_why_none(setup, machine, nodes, found.too_large, on)}")
+def _proposal(
+    pipeline: Pipeline, name: str, setup: Setup, found: Layouts, node: Accelerator, nodes: int
+) -> list[Table | str]:
     alike = [other for other in train_stages(pipeline) if other != name and setup_of(pipeline, other) == setup]
     also = f", and {', '.join(alike)}" if alike else ""
     best = found.fastest[0]
-    gpus = nodes * machine.gpus
+    gpus = nodes * node.gpus
     columns: list[Column[Candidate]] = [
         word("layout", lambda one: one.setup.parallel.describe()),
         number("micro-batch", lambda one: str(one.setup.micro_batch_size)),
         number("GiB", lambda one: f"{one.memory / GIB:.1f}"),
         number("ms/step", lambda one: f"{one.time.total * 1e3:,.1f}"),
         number("slots/s", lambda one: f"{_slots(one.setup) / one.time.total:,.0f}"),
-        number("MFU", lambda one: _utilisation(one, machine, gpus)),
+        number("MFU", lambda one: _utilisation(one, node.name, gpus)),
         number("communication", lambda one: _share(one, COMMUNICATION)),
         number("bubble, launches", lambda one: _share(one, WAITS)),
     ]
@@ -66,27 +77,37 @@ def _proposal(pipeline: Pipeline, name: str, setup: Setup, machine: Accelerator,
     ]
     overrides = " ".join(f"stages.{name}.{key}={str(value).lower()}" for key, value in best.change.settings.items())
     return [
-        Table.of(shown, columns, title=f"{name}{also}: layouts of {on}, predicted", note=note),
+        Table.of(shown, columns, title=f"{name}{also}: layouts of {_nodes(nodes, node)}, predicted", note=note),
         Table.of(best.time.parts, parts, title=best.setup.parallel.describe()),
         f"{name}: {overrides or 'the config has the fastest layout'}",
     ]
 
 
-def _why_none(setup: Setup, machine: Accelerator, nodes: int, too_large: int, on: str) -> str:
-    if needed := nodes_needed(setup, machine, nodes):
+def _why_none(setup: Setup, node: Accelerator, nodes: int, found: Layouts) -> str:
+    on = _nodes(nodes, node)
+    if not found.too_large:
+        plain = {
+            "parallel.tensor_parallel": 1,
+            "parallel.sequence_parallel": False,
+            "parallel.data_parallel": nodes * node.gpus,
+        }
+        return f"no layout of {on} is allowed; of replicas alone, because {violation(setup.changed(plain))}"
+    if needed := nodes_needed(setup, node, nodes):
         least, change = needed
-        return f"no layout fits {on}: set --nodes {least}, where one does: {change.describe()}"
-    if too_large:
-        return f"no layout fits {on} or more: use a smaller model, or GPUs with more memory"
-    return f"no layout of {on} is allowed: choose nodes whose GPUs divide global_batch_size {setup.global_batch_size}"
+        return f"no layout fits {on}: set --nodes {least}, where this fits: {change.describe()}"
+    return f"no layout fits {on} or more: use a smaller model, or GPUs with more memory"
+
+
+def _nodes(nodes: int, node: Accelerator) -> str:
+    return f"{nodes} node{'s' if nodes > 1 else ''} of {node.gpus} {node.name}"
 
 
 def _slots(setup: Setup) -> int:
     return setup.global_batch_size * setup.context_length
 
 
-def _utilisation(one: Candidate, machine: Accelerator, gpus: int) -> str:
-    used = utilisation(flops=one.setup.step_flops, seconds=one.time.total, devices=gpus, device_name=machine.name)
+def _utilisation(one: Candidate, model: str, gpus: int) -> str:
+    used = utilisation(flops=one.setup.step_flops, seconds=one.time.total, devices=gpus, device_name=model)
     return f"{used:.1%}"
 
 
