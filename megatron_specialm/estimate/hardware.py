@@ -39,9 +39,13 @@ class Hardware:
     launch: float
     collective: float
 
-    def group_rate(self, members: int, apart: int) -> float:
-        """Bytes/s of each process in a collective of so many, whose ranks are so far apart. Across nodes, the members in a node
-        use its network cards together."""
+    def message_rate(self, ranks: int) -> float:
+        """Bytes/s of each process to others, of so many consecutive ranks."""
+        return self.link if ranks <= self.per_node else self.fabric
+
+    def ring_rate(self, members: int, apart: int) -> float:
+        """Bytes/s of each process in a sum or gathering over so many, whose ranks are so far apart. Across nodes, the members
+        in a node use its network cards together: what they have in common leaves the node once."""
         in_node = max(1, self.per_node // apart)
         return self.link if members <= in_node else min(self.link, in_node * self.fabric)
 

@@ -171,7 +171,8 @@ class _Stage:
         )
         count = (4 + again) * len(layers) + self._first + self._last
         count += further * 2 * sum(1 for layer in layers if self._model.experts_of(layer))
-        return self._moved("tensor parallel collectives", count * _all_reduced(size) * self._vector, size, 1, count)
+        sent = count * 2 * (size - 1) / size * self._vector
+        return self._moved("tensor parallel collectives", sent, self._hardware.ring_rate(size, 1), count)
 
     def _context(self) -> Part:
         """Keys and values of the other parts of a sequence; in the backward pass with their gradients. Transformer Engine
@@ -181,7 +182,8 @@ class _Stage:
         width = 2 * model.kv_heads * model.head_size / tensor
         sent = 3 * (size - 1) * layers * width * self._tokens * self._element
         attention = 6 * model.attention_size * self._setup.context_length * self._tokens * layers / tensor
-        part = self._moved("context parallel exchange", sent, size, tensor, 3 * (size - 1) * layers)
+        rate = self._hardware.message_rate(size * tensor)
+        part = self._moved("context parallel exchange", sent, rate, 3 * (size - 1) * layers)
         return part._replace(seconds=max(0.0, part.seconds - attention / self._hardware.products))
 
     def _experts(self) -> Part:
@@ -191,7 +193,8 @@ class _Stage:
             return Part("expert all-to-all", 0.0)
         count = 4 * sum(1 for layer in self._sizes.layers if self._model.experts_of(layer))
         sent = count * moe.top_k * self._vector / self._sequence_shards * (size - 1) / size
-        return self._moved("expert all-to-all", sent, size, self._setup.expert_tensor_parallel, count)
+        rate = self._hardware.message_rate(size * self._setup.expert_tensor_parallel)
+        return self._moved("expert all-to-all", sent, rate, count)
 
     def _pipeline(self, computed: float) -> Part:
         """Activations to the next stage and gradients to the one before, for each chunk. An interleaved schedule overlaps
@@ -199,9 +202,8 @@ class _Stage:
         parallel = self._parallel
         stages, chunks = parallel.pipeline_parallel, parallel.virtual_pipeline
         count = 2 * chunks if stages > 1 else 0
-        part = self._moved(
-            "pipeline messages", count * self._vector / self._sequence_shards, stages, self._stage_ranks, count
-        )
+        sent, rate = count * self._vector / self._sequence_shards, self._hardware.message_rate(parallel.world_size)
+        part = self._moved("pipeline messages", sent, rate, count)
         return part if chunks == 1 else part._replace(seconds=max(0.0, part.seconds - computed))
 
     def _replicas(self) -> Iterator[Part]:
@@ -217,25 +219,22 @@ class _Stage:
                 expert_tensor * parallel.expert_parallel,
             ),
         )
+        rates = [self._hardware.ring_rate(size, apart) for _, size, apart in groups]
         passes = 1 if parallel.zero_stage else 2  # a reduce-scatter; or an all-reduce
         backward = 2 / 3 * (self._products().seconds + self._memory().seconds)
         reduced = [
-            self._moved("gradient reduction", passes * FP32 * count * (size - 1) / size, size, apart, size > 1)
-            for count, size, apart in groups
+            self._moved("gradient reduction", passes * FP32 * count * (size - 1) / size, rate, size > 1)
+            for (count, size, _), rate in zip(groups, rates, strict=True)
         ]
         if (self._first or self._last) and parallel.pipeline_parallel > 1 and self._model.tie_embeddings:
-            table = (
-                padded_vocabulary(self._setup.vocabulary_size, tensor_parallel=tensor)
-                // tensor
-                * self._model.hidden_size
-            )
-            apart = self._stage_ranks * (parallel.pipeline_parallel - 1)
-            reduced.append(self._moved("gradient reduction", FP32 * table, 2, apart, 1))
+            vocabulary = padded_vocabulary(self._setup.vocabulary_size, tensor_parallel=tensor) // tensor
+            rate = self._hardware.message_rate(parallel.world_size)
+            reduced.append(self._moved("gradient reduction", FP32 * vocabulary * self._model.hidden_size, rate, 1))
         yield self._exposed(reduced, backward)
         if parallel.zero_stage:
             gathered = [
-                self._moved("parameter gathering", self._element * count * (size - 1) / size, size, apart, size > 1)
-                for count, size, apart in groups
+                self._moved("parameter gathering", self._element * count * (size - 1) / size, rate, size > 1)
+                for (count, size, _), rate in zip(groups, rates, strict=True)
             ]
             yield self._exposed(gathered, backward / 2)
 
@@ -268,23 +267,12 @@ class _Stage:
         return (self._sizes.trained - self._sizes.experts) / copies + self._sizes.experts / expert_copies
 
     @property
-    def _stage_ranks(self) -> int:
-        """Processes of a stage, whose ranks follow each other."""
-        return self._parallel.world_size // self._parallel.pipeline_parallel
-
-    @property
     def _sequence_shards(self) -> int:
         return self._parallel.tensor_parallel if self._parallel.sequence_parallel else 1
 
     def _computed(self, name: str, flops: float) -> Part:
         return Part(name, flops / self._hardware.products, flops, "FLOP")
 
-    def _moved(self, name: str, sent: float, members: int, apart: int, count: int) -> Part:
-        """Bytes that a process sends in a group of so many processes, by so many collectives."""
-        rate = self._hardware.group_rate(members, apart)
+    def _moved(self, name: str, sent: float, rate: float, count: int) -> Part:
+        """Bytes that a process sends by so many collectives or messages."""
         return Part(name, sent / rate + count * self._hardware.collective, sent, "B")
-
-
-def _all_reduced(size: int) -> float:
-    """How often a process sends the bytes of a tensor in a ring all-reduce."""
-    return 2 * (size - 1) / size
