@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_specialm.base.accelerator import Accelerator
-from megatron_specialm.estimate.capabilities import lacking, violation
+from megatron_specialm.estimate.capabilities import is_allowed, lacking
 from megatron_specialm.estimate.hardware import hardware_of
 from megatron_specialm.estimate.memory import Change, memory_of
 from megatron_specialm.estimate.setup import Setup
@@ -92,7 +92,7 @@ def _measured(setup: Setup, machine: Accelerator, nodes: int) -> Iterator[tuple[
     for settings in _settings(setup, machine.gpus, nodes):
         for policy in ("none", "selective", "full"):
             changed = setup.changed(settings | {"parallel.recompute": policy})
-            if violation(changed) or lacking(changed, machine):
+            if not is_allowed(changed) or lacking(changed, machine):
                 break
             memory = memory_of(changed, fused=machine.has_fused_layers).total
             if memory <= machine.usable_bytes or policy == "full":
