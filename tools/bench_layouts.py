@@ -5,6 +5,9 @@ them Megatron-Core's distributed optimizer and DeepSpeed's ZeRO-1.
 
 They alternate. Prints tokens per second (median over rounds) and the ratio to one process in the same round. Processes
 stay alive and sleep between their turns.
+
+In each round the parts that `specialm check --nodes` computes a step from are measured too: matrix products, operations on
+activations, and all-reduces. `estimate/step_time.py` predicts each layout's tokens per second from them.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,14 +28,19 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import DeepSpeedConfig, Layout, ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
+from megatron_specialm.estimate.hardware import Hardware
+from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.estimate.step_time import ACTIVATION_PASSES, step_time
 from megatron_specialm.run.processes import limit_threads
 
 THREADS = 2
+PARTS = -1  # sent in place of a number of steps: measure the parts
+ALONE, PAIR = "one process, 2 threads", "DP2, distributed optimizer"
 LAYOUTS = {
-    "one process, 2 threads": ParallelConfig(),
+    ALONE: ParallelConfig(),
     "TP2, 1 thread each": ParallelConfig(tensor_parallel=2),
     "PP2, 1 thread each": ParallelConfig(pipeline_parallel=2),
-    "DP2, distributed optimizer": ParallelConfig(data_parallel=2, distributed_optimizer=True),
+    PAIR: ParallelConfig(data_parallel=2, distributed_optimizer=True),
     "DP2, DeepSpeed ZeRO-1": DeepSpeedConfig(engine="deepspeed", data_parallel=2, zero_stage=1),
 }
 
@@ -48,17 +57,41 @@ def main() -> None:
         teams = {name: _start(context, layout, args, Path(folder, str(number)))
                  for number, (name, layout) in enumerate(LAYOUTS.items())}  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in teams}
+        predicted: dict[str, list[float]] = {
+            name: [] for name, layout in LAYOUTS.items() if layout.engine == "megatron"
+        }
         for turn in range(args.rounds + 1):  # the first is the warm-up
+            alone, pair = (_ask(teams[name], PARTS) for name in (ALONE, PAIR))
+            for name in predicted if turn else ():
+                seconds = _predict(LAYOUTS[name], alone if name == ALONE else pair, args)
+                predicted[name].append(args.batch * args.context / seconds)
             for name, lines in teams.items():
-                for line in lines:
-                    line.send(args.steps)
-                seconds = max(line.recv() for line in lines)
+                seconds = max(_ask(lines, args.steps))
                 if turn:
                     rates[name].append(args.steps * args.batch * args.context / seconds)
         for lines in teams.values():
             for line in lines:
                 line.send(0)
-    _print(rates)
+    _print(rates, predicted)
+
+
+def _ask(lines: list[Connection], request: int) -> list:
+    for line in lines:
+        line.send(request)
+    return [line.recv() for line in lines]
+
+
+def _predict(layout: Layout, parts: list[Hardware], args: argparse.Namespace) -> float:
+    """Seconds of a step on processes with these parts: the slowest counts."""
+    setup = _setup(layout, args)
+    return max(step_time(setup, hardware, fused=False, checkpoint_every=1).total for hardware in parts)
+
+
+def _setup(layout: Layout, args: argparse.Namespace) -> Setup:
+    shape = ModelConfig(
+        layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
+    )
+    return Setup(shape, layout, "fp32", args.vocabulary, args.context, args.batch, args.micro_batch)
 
 
 def _start(context, layout: Layout, args: argparse.Namespace, meeting: Path) -> list[Connection]:
@@ -74,16 +107,11 @@ def _start(context, layout: Layout, args: argparse.Namespace, meeting: Path) -> 
 
 def _work(world: World, layout: Layout, args: argparse.Namespace, line: Connection) -> None:
     from megatron_specialm.engine.open import open_engine
-    from megatron_specialm.estimate.setup import Setup
 
-    shape = ModelConfig(
-        layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
-    )
     windows = np.random.default_rng(0).integers(0, args.vocabulary, (args.batch, args.context + 1))
     batch = Batch(windows[:, :-1], windows[:, 1:], np.ones((args.batch, args.context), np.float32))
-    setup = Setup(shape, layout, "fp32", args.vocabulary, args.context, args.batch, args.micro_batch)
     with open_engine(
-        setup,
+        _setup(layout, args),
         world,
         optimizer=Adam(),
         initialize=lambda model: model.initialize(seed=0),
@@ -93,22 +121,82 @@ def _work(world: World, layout: Layout, args: argparse.Namespace, line: Connecti
         share = args.batch // engine.data_parallel
         own = batch.rows(slice(engine.data_rank * share, (engine.data_rank + 1) * share))
         while steps := line.recv():
+            if steps == PARTS:
+                line.send(_measure_parts(args, layout.world_size))
+                continue
             start = time.perf_counter()
             for _ in range(steps):
                 engine.train_step(own, learning_rate=1e-4)
             line.send(time.perf_counter() - start)
 
 
-def _print(rates: dict[str, list[float]]) -> None:
+def _measure_parts(args: argparse.Namespace, processes: int) -> Hardware:
+    """The rates of this process, beside the others of its layout, on tensors of a micro-batch's size."""
+    import torch
+    import torch.distributed as dist
+
+    tokens, hidden = args.micro_batch * args.context, args.hidden
+    narrow, wide = torch.randn(tokens, hidden), torch.randn(tokens, 4 * hidden)
+    weight = torch.randn(hidden, 4 * hidden)
+    gamma, beta = (torch.ones(hidden, requires_grad=True) for _ in range(2))
+
+    def products() -> None:  # a linear's output, and the gradients of its input and weight
+        torch.mm(narrow, weight)
+        torch.mm(wide, weight.t())
+        torch.mm(narrow.t(), wide)
+
+    def activations() -> None:
+        first, second = narrow.detach().requires_grad_(), wide.detach().requires_grad_()
+        torch.nn.functional.layer_norm(first, (hidden,), gamma, beta).backward(narrow)
+        torch.nn.functional.gelu(second).backward(wide)
+
+    def all_reduce(tensor: torch.Tensor) -> Callable[[], None]:
+        return lambda: dist.all_reduce(tensor)
+
+    kept = 2 * narrow.nbytes + 2 * wide.nbytes  # inputs and outputs, as estimate/memory.py counts them
+    collective, link = 0.0, float("inf")
+    if processes > 1:
+        collective = _seconds(all_reduce(torch.zeros(1)))
+        link = narrow.nbytes / (_seconds(all_reduce(torch.zeros_like(narrow))) - collective)
+    return Hardware(
+        products=3 * 2 * tokens * 4 * hidden * hidden / _seconds(products),
+        memory=ACTIVATION_PASSES * kept / _seconds(activations),
+        link=link,
+        fabric=link,
+        host=float("inf"),
+        per_node=processes,
+        launch=0.0,  # computed by the process itself
+        collective=collective,
+    )
+
+
+def _seconds(work: Callable[[], None], repeat: int = 20) -> float:
+    work()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    return (time.perf_counter() - start) / repeat
+
+
+def _print(rates: dict[str, list[float]], predicted: dict[str, list[float]]) -> None:
     one = next(iter(rates.values()))
-    table = Table("layout", "tokens/s, median", "of one process, median", "per round")
+    table = Table("layout", "tokens/s, median", "of one process, median", "per round", "predicted", "of measured")
     for name, measured in rates.items():
         ratios = [rate / base for rate, base in zip(measured, one, strict=True)]
         table.add_row(
             name, f"{statistics.median(measured):,.0f}", f"{statistics.median(ratios):.2f}",
-            " ".join(f"{ratio:.2f}" for ratio in ratios),
+            " ".join(f"{ratio:.2f}" for ratio in ratios), *_compare(measured, predicted.get(name)),
         )  # fmt: skip
     console().print(table)
+
+
+def _compare(measured: list[float], predicted: list[float] | None) -> list[str]:
+    """The median prediction, and its ratio to the measurement of the same round, by round."""
+    if predicted is None:
+        return ["", ""]
+    ratios = [guess / rate for guess, rate in zip(predicted, measured, strict=True)]
+    each = " ".join(f"{ratio:.2f}" for ratio in ratios)
+    return [f"{statistics.median(predicted):,.0f}", f"{statistics.median(ratios):.2f} ({each})"]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from megatron_specialm.base.packages import TRANSFORMER_ENGINE_LEAST, installed_
 
 SMI_SECONDS = 20.0  # a driver may have to initialize its GPUs
 MIB = 2**20
+USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Accelerator:
     def has_fused_layers(self) -> bool:
         """Whether layers come from Transformer Engine, except in fp32."""
         return self.gpus > 0 and self.transformer_engine is not None
+
+    @property
+    def usable_bytes(self) -> int:
+        """A GPU's memory for a training."""
+        return int(USABLE * self.memory_bytes)
 
     def describe(self) -> str:
         """Short: `2 x NVIDIA H200 (compute capability 9.0)`, or `no GPU`."""
@@ -61,7 +67,7 @@ def find_accelerator(environment: Mapping[str, str] = os.environ) -> Accelerator
 
 
 def planned_machine(name: str) -> Accelerator:
-    """A machine with GPUs of that model and Transformer Engine, to plan for from elsewhere.
+    """A node of GPUs of that model, with Transformer Engine, to plan for from elsewhere.
 
     Raises:
         ConfigError: the table has no such model.
@@ -70,8 +76,9 @@ def planned_machine(name: str) -> Accelerator:
     if name not in models:
         raise ConfigError(f"gpu {name}: not known; known are {', '.join(models)}")
     gpu = models[name]
-    assert gpu.memory_gib is not None
-    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=8, memory_bytes=gpu.memory_gib * GIB)
+    assert gpu.memory_gib is not None and gpu.node is not None
+    memory_bytes = gpu.memory_gib * GIB
+    return Accelerator(name, gpu.capability, TRANSFORMER_ENGINE_LEAST, gpus=gpu.node.gpus, memory_bytes=memory_bytes)
 
 
 def name_of_device() -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.printing import say
 from megatron_specialm.cli.app import Config, Keys, Only, Overrides, Until, Yes, agree, app, load, split_keys
 
@@ -41,18 +41,31 @@ def check(
     gpu: Annotated[
         str | None, typer.Option(help="Check for GPUs of this name, not for this machine.", show_default=False)
     ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="With --gpu: propose layouts of so many nodes.", min=1, show_default=False)
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="With --nodes: of this train stage only.", show_default=False)
+    ] = None,
 ) -> None:
     """Find the mistakes of a config before anything runs, and show what it would train."""
     from megatron_specialm.base.terminal import console
     from megatron_specialm.graph.redo import find_redo, redo_lines
     from megatron_specialm.report.coverage import coverage_warnings
     from megatron_specialm.report.estimates import memory_table, training_table
+    from megatron_specialm.report.layouts import layout_tables
     from megatron_specialm.run.preflight import check as check_config
 
+    if nodes and not gpu:
+        raise ConfigError("--nodes: layouts are proposed for GPUs of a known model: add --gpu, as --gpu H100")
+    if stage and not nodes:
+        raise ConfigError("--stage: chooses the train stage whose layouts are proposed: add --gpu and --nodes")
     pipeline = load(config, overrides)
     checked = check_config(pipeline, gpu=gpu)
     console().print(training_table(pipeline, checked.machine, checked.plan), memory_table(pipeline, checked.machine))
-    if gpu and checked.lacking:
+    if nodes:
+        console().print(*layout_tables(pipeline, checked.machine, nodes, stage), sep="\n")
+    elif gpu and checked.lacking:
         raise MachineError(checked.lacking[0])
     for reason in checked.lacking:  # a login node has no GPU: the jobs may well have one
         say(f"warning: `run` would refuse on this machine: {reason}")

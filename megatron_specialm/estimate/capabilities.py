@@ -288,6 +288,16 @@ def violation(setup: Setup) -> Refusal | None:
     return None
 
 
+def is_allowed(setup: Setup) -> bool:
+    """Whether there is no `violation`. It does not look for a value that would do."""
+    asked = (capability for capability in TABLE if capability.asked(setup))
+    return all(
+        setup.parallel.engine in capability.engines
+        and all(condition.holds(setup) for condition in capability.conditions)
+        for capability in asked
+    )
+
+
 def _not_offered(capability: Capability, setup: Setup) -> Refusal:
     why = f": {capability.why_not}" if capability.why_not else ""
     without = f"set {capability.without}, or " if capability.without else "set "

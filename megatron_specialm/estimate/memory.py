@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import padded_vocabulary, split_layers
@@ -63,20 +63,40 @@ def memory_of(setup: Setup, *, fused: bool) -> Memory:
     return max((_stage_memory(setup, stage, fused=fused) for stage in stages), key=lambda memory: memory.total)
 
 
+class StageSizes(NamedTuple):
+    """Numbers of weights of one process of a pipeline stage.
+
+    Attributes:
+        layers: those of the stage, counted from 0 over the whole model.
+        trained: weights that the optimizer changes.
+        experts: trained weights of experts, whose gradients are summed over fewer processes.
+    """
+
+    layers: list[int]
+    weights: int
+    trained: int
+    experts: int
+    derived: int
+
+
+def stage_sizes(setup: Setup, stage: int) -> StageSizes:
+    """The weights of a process of a stage, counted from 0."""
+    layers = [layer for chunk in _chunks(setup, stage) for layer in chunk]
+    weights = _stage_weights(setup, stage, last=stage == setup.parallel.pipeline_parallel - 1)
+    trained, experts = weights, sum(_expert_weights(setup, layer) for layer in layers)
+    if setup.model.lora is not None:
+        trained, experts = len(layers) * _adapter_weights(setup), 0
+    return StageSizes(layers, weights, trained, experts, len(layers) * _derived_weights(setup))
+
+
 def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     parallel, last = setup.parallel, stage == setup.parallel.pipeline_parallel - 1
-    numbers = [layer for chunk in _chunks(setup, stage) for layer in chunk]
-    layers = len(numbers)
-    weights = _stage_weights(setup, stage, last=last)
-    trained, experts = weights, sum(_expert_weights(setup, layer) for layer in numbers)
-    if setup.model.lora is not None:
-        trained, experts = layers * _adapter_weights(setup), 0
-    derived = layers * _derived_weights(setup)
+    numbers, weights, trained, experts, derived = stage_sizes(setup, stage)
     element = FP32 if setup.precision == "fp32" else 2
     frozen, kept_fp32 = _kept_in_fp32(setup, numbers)
     # The optimizer has an fp32 copy of half-precision weights.
     state = MOMENTS if element == FP32 else MOMENTS + FP32
-    copies, expert_copies = _optimizer_shards(setup)
+    copies, expert_copies = optimizer_shards(setup)
     optimizer = (
         (trained - experts) * state - kept_fp32 * (state - MOMENTS)
     ) // copies + experts * state // expert_copies
@@ -109,7 +129,7 @@ def _stage_memory(setup: Setup, stage: int, *, fused: bool) -> Memory:
     )
 
 
-def _optimizer_shards(setup: Setup) -> tuple[int, int]:
+def optimizer_shards(setup: Setup) -> tuple[int, int]:
     """The number of processes that the optimizer's state of a weight is split over, and that of an expert's."""
     parallel = setup.parallel
     if not parallel.zero_stage:
@@ -248,7 +268,7 @@ def _kept(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Bytes per token that a layer keeps for its backward pass."""
     if setup.parallel.recompute == "full":
         return element * setup.model.hidden_size / _sequence_shards(setup)
-    whole = _layer_activations(setup, layer, element, fused=fused)
+    whole = layer_activations(setup, layer, element, fused=fused)
     return whole - (_feed_forward(setup, layer, element, fused=fused) if setup.parallel.recompute == "selective" else 0)
 
 
@@ -257,11 +277,11 @@ def _layer_backward(setup: Setup, layer: int, element: int, *, fused: bool) -> f
     model, recompute = setup.model, setup.parallel.recompute
     wide, hidden = _active_size(setup, layer), model.hidden_size
     gradients = 2 * wide if model.family == "llama" else wide + 2 * hidden
-    again = {"none": lambda *_, **__: 0, "selective": _feed_forward, "full": _layer_activations}[recompute]
+    again = {"none": lambda *_, **__: 0, "selective": _feed_forward, "full": layer_activations}[recompute]
     return again(setup, layer, element, fused=fused) + element * gradients
 
 
-def _layer_activations(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
+def layer_activations(setup: Setup, layer: int, element: int, *, fused: bool) -> float:
     """Bytes per token: two norms; rotated queries and keys, and with `qk_norm` normalized ones; projected queries, keys and
     values; the attention's result with its log-sum; the feed-forward part."""
     model, tensor = setup.model, setup.parallel.tensor_parallel

@@ -29,8 +29,6 @@ from megatron_specialm.graph.validation import (
 )
 from megatron_specialm.run.reuse import refuse_other_folders
 
-USABLE = 0.92  # of a GPU's memory: the driver and NCCL take gigabytes, and what is freed leaves gaps
-
 
 def read_first_documents(pipeline: Pipeline) -> None:
     """Find text that cannot be read, or lacks the `text_field`, before hours of work: read the first document of each set's
@@ -127,7 +125,7 @@ def lacks(pipeline: Pipeline, machine: Accelerator, *, alone: bool = True) -> It
 
 def _too_large(setup: Setup, machine: Accelerator, *, alone: bool) -> Refusal | None:
     processes = setup.parallel.world_size if alone else 1  # on this machine, at least
-    limit = int(USABLE * machine.memory_bytes) if machine.gpus else host_memory_bytes() // processes
+    limit = machine.usable_bytes if machine.gpus else host_memory_bytes() // processes
     needed = memory_of(setup, fused=machine.has_fused_layers).total
     if needed <= limit:
         return None
