@@ -75,6 +75,7 @@ class Gpt:
         cpu.install()
         self.config = config
         self.vocabulary_size = vocabulary_size
+        self.context_length = context_length
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [

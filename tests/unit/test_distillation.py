@@ -293,7 +293,7 @@ def _with_teacher_logits(
     seed: int = 0,
 ) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
-    tokens, slots = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
+    tokens, slots, _ = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
     assert (tokens, slots) == (store.tokens, store.tokens if packing == "packed" else len(store) * CONTEXT)
     return TeacherCache.open(folder, teacher="t", store="s")
 
