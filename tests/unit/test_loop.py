@@ -358,7 +358,9 @@ def test_slots_and_fill_stand_beside_tokens_and_attention_costs_what_it_computes
     monkeypatch.setattr(attention, "_causal", counted)
     progress = run_training(tmp_path, ALONE, stage(packing=packing))
     passes = Work.read(tmp_path).passes
-    computed = SHAPE.layers * ((passes.trained + passes.evaluated) * CONTEXT - passes.trained_saved - passes.evaluated_saved)
+    computed = SHAPE.layers * (
+        (passes.trained + passes.evaluated) * CONTEXT - passes.trained_saved - passes.evaluated_saved
+    )
     assert sum(pairs) == computed and (passes.trained_saved > 0) == (packing != "none")
     setup = Setup(SHAPE, ParallelConfig(), "fp32", 128, CONTEXT, 8, 4)
     whole = passes._replace(trained_saved=0, evaluated_saved=0)
