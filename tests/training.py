@@ -154,7 +154,7 @@ def run_training(
                 batches=TrainingBatches(store, stream, rank=rank, processes=copies),
                 validation=lambda: all_windows(held_out).batches(batch_size=4, rank=rank, processes=copies),
                 description={},
-                step_flops=lambda slots: slots,
+                step_flops=lambda slots, _: slots,
                 processes=world.world_size,
                 control=ControlGroup.open(),
                 saver=Saver(folder, ControlGroup.open()),

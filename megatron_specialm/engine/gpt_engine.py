@@ -21,6 +21,7 @@ from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Obje
 from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats
 from megatron_specialm.engine.shards import ShardedOptimizer, data_parallel_group
 from megatron_specialm.engine.state import EngineState
+from megatron_specialm.estimate.flops import keys_saved
 from megatron_specialm.estimate.setup import FP8_MULTIPLE, Passes, Setup
 from megatron_specialm.model.gpt import Gpt, forward
 from megatron_specialm.model.kernels import live_kernels
@@ -51,6 +52,7 @@ class GptEngine:
         teacher: Gpt | None,
     ) -> None:
         self._micro_batch_size = micro_batch_size
+        self._context_parallel = parallel.context_parallel
         config = model.chunks[0].config
         self._cut = MicroBatches(
             packing,
@@ -194,21 +196,35 @@ class GptEngine:
             raise TrainingError("a window comes without its expert: an MoE that routes by cluster takes one for each")
         return torch.from_numpy(experts_BTE).to(self._model.device, non_blocking=True)
 
-    def _reduce(self, sums: list[torch.Tensor], *, tokens: int, slots: int) -> LossSum:
+    def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> None:
+        """Add these to `passes`."""
+        slots = saved = 0
+        for batch in micro_batches:
+            rows, positions = batch.tokens.shape
+            lengths = batch.lengths or [positions * self._context_parallel] * rows
+            slots += sum(lengths)
+            saved += keys_saved(lengths, self._model.context_length)
+        self.passes = self.passes.after(slots, self._mixture_count, saved=saved, forward_only=forward_only)
+
+    def _reduce(self, sums: list[torch.Tensor], *, tokens: int, before: Passes) -> LossSum:
         """Over the copies; then from the last stage, which alone has the loss, to the others.
 
         Args:
             sums: of this process's micro-batches.
-            tokens, slots: of this copy.
+            tokens: of this copy.
+            before: its `passes` before these.
         """
+        made = self.passes.plus(before, times=-1)
         total = torch.stack(sums).double().sum() if sums else torch.zeros((), dtype=torch.float64)
-        counts = torch.tensor([tokens, slots], dtype=torch.float64)
+        counts = torch.tensor(
+            [tokens, made.trained + made.evaluated, made.trained_saved + made.evaluated_saved], dtype=torch.float64
+        )
         both = torch.cat([total[None].to(self._model.device), counts.to(self._model.device)])
         dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
-        total_sum, all_tokens, all_slots = both.tolist()  # one transfer from the device
-        return LossSum(total_sum, int(all_tokens), int(all_slots))
+        total_sum, *all_counts = both.tolist()  # one transfer from the device
+        return LossSum(total_sum, *map(int, all_counts))
 
 
 def build_models(

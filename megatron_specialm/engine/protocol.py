@@ -14,11 +14,13 @@ class LossSum(NamedTuple):
     """A sum of negative log-likelihoods in nats and the number of tokens in it. Sums, never means: they add exactly.
 
     slots: the token positions that were computed for it, padding included.
+    saved: the keys that attention did not read for them, because windows are shorter than the context (`keys_saved`).
     """
 
     total: float
     tokens: int
     slots: int = 0
+    saved: int = 0
 
     @property
     def mean(self) -> float:

@@ -3,6 +3,8 @@
 Legend: L layers, A attention heads of size D, V vocabulary, T context length.
 """
 
+from collections.abc import Iterable
+
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.estimate.parameters import feed_forward_parameters
 
@@ -13,11 +15,28 @@ def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int)
     """FLOPs of one token's forward pass.
 
     Linears and the output layer 2 per weight, of an MoE those of the experts that a token is routed to; attention
-    2 * L * A * D * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average. Norms, activations,
-    softmax and recomputation are not counted. (So MFU is lower here than where the masked half of attention is counted too.)
+    2 * L * A * D * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average, in a window that is
+    padded to T. Norms, activations, softmax and recomputation are not counted. (So MFU is lower here than where the masked half
+    of attention is counted too.)
     """
     linears = 2 * (model.linear_parameters(active=True) + vocabulary_size * model.hidden_size)
     return linears + 2 * model.layers * model.attention_size * context_length
+
+
+def keys_saved(lengths: Iterable[int], context_length: int) -> int:
+    """The keys that attention does not read because windows, with their padding, have these lengths and not T: a token of a
+    window of length t reads t keys, or T - t less. (The causal half of each is taken off in `reading_flops`.)"""
+    return sum(length * (context_length - length) for length in lengths)
+
+
+def reading_flops(model: ModelConfig, vocabulary_size: int, context_length: int, *, slots: int, saved: int = 0) -> int:
+    """FLOPs of the forward passes of so many slots.
+
+    Args:
+        saved: their `keys_saved`; 0 if all windows are padded to T.
+    """
+    whole = slots * forward_flops(model, vocabulary_size, context_length)
+    return whole - 2 * model.layers * model.attention_size * saved
 
 
 def training_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:

@@ -9,24 +9,28 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout
 from megatron_specialm.config.precision import Fp8Config, Precision
-from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
+from megatron_specialm.estimate.flops import projection_flops, reading_flops
 
 FP8_MULTIPLE = 16  # bytes: cuBLAS needs every row of an FP8 matrix to be aligned to it
 
 
 class Passes(NamedTuple):
     """Passes through a model: slots (token positions, padding included) that went forward and backward, and those that
-    went forward only, as in validations; and how often weights were computed for them from other weights, for a mixture of
-    experts, or for a base and its adapters."""
+    went forward only, as in validations; how often weights were computed for them from other weights, for a mixture of
+    experts, or for a base and its adapters; and the keys that attention did not read (`keys_saved`), which records of earlier
+    versions lack: they count the whole context for each slot."""
 
     trained: Count = 0
     evaluated: Count = 0
     trained_variants: Count = 0
     evaluated_variants: Count = 0
+    trained_saved: Count = 0
+    evaluated_saved: Count = 0
 
-    def after(self, slots: int, variants: int, *, forward_only: bool) -> "Passes":
+    def after(self, slots: int, variants: int, *, saved: int, forward_only: bool) -> "Passes":
         """These and one more, over so many slots and with so many mixtures."""
-        return self.plus(Passes(0, slots, 0, variants) if forward_only else Passes(slots, 0, variants, 0))
+        one = Passes(evaluated=slots, evaluated_variants=variants, evaluated_saved=saved)
+        return self.plus(one if forward_only else Passes(slots, 0, variants, 0, saved))
 
     def plus(self, other: "Passes", *, times: int = 1) -> "Passes":
         """These, and `times` the others."""
@@ -111,17 +115,22 @@ class Setup:
         fewer are projected."""
         return self.step_flops_of(self.global_batch_size * self.context_length)
 
-    def step_flops_of(self, slots: int) -> int:
-        """The FLOPs of an optimizer step that computes so many slots."""
-        return self.flops(Passes(trained=slots, trained_variants=self.variants))
+    def step_flops_of(self, slots: int, saved: int = 0) -> int:
+        """The FLOPs of an optimizer step that computes so many slots.
+
+        Args:
+            saved: keys that attention does not read in it (`keys_saved`).
+        """
+        return self.flops(Passes(trained=slots, trained_variants=self.variants, trained_saved=saved))
 
     def flops(self, passes: Passes) -> int:
         """FLOPs of passes: of the model, of a teacher that runs beside it in training, and of projections."""
         sizes = self.vocabulary_size, self.context_length
-        flops = passes.trained * training_flops(self.model, *sizes)
-        flops += passes.evaluated * forward_flops(self.model, *sizes)
+        trained = {"slots": passes.trained, "saved": passes.trained_saved}
+        flops = 3 * reading_flops(self.model, *sizes, **trained)
+        flops += reading_flops(self.model, *sizes, slots=passes.evaluated, saved=passes.evaluated_saved)
         if self.teacher is not None:
-            flops += passes.trained * forward_flops(self.teacher, *sizes)
+            flops += reading_flops(self.teacher, *sizes, **trained)
         if self.model.projection is not None:
             flops += projection_flops(self.model, passes.trained_variants)
             flops += projection_flops(self.model, passes.evaluated_variants, forward_only=True)

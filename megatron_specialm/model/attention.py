@@ -1,4 +1,4 @@
-"""Core attention without Transformer Engine: PyTorch's fused kernel.
+"""Core attention where Transformer Engine's cannot be used: PyTorch's fused kernel.
 
 A packed sequence is computed window by window. On a CPU that took less time than attention over padded windows or, with a block
 mask, over the whole sequence (docs/benchmarks.md).
@@ -6,6 +6,8 @@ mask, over the whole sequence (docs/benchmarks.md).
 Legend: T positions, B sequences, A attention heads, G key/value heads, D head size.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
+
+
+@dataclass
+class PackedWindows(PackedSeqParams):
+    """Megatron-Core's parameters, whose bounds are on the device, and the windows' lengths on the host: attention window by
+    window then does not wait for a GPU in each layer."""
+
+    lengths: Sequence[int] = ()
 
 
 class FusedCoreAttention(torch.nn.Module):
@@ -37,13 +47,13 @@ class FusedCoreAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedWindows | None = None,
     ) -> torch.Tensor:
         """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D). A packed sequence has no dimension B."""
         assert attention_mask is None and attention_bias is None
         if packed_seq_params is None:
             return _causal(query_TBAD, key_TBGD, value_TBGD)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        lengths = packed_seq_params.lengths
         windows = zip(*(part[:, None].split(lengths) for part in (query_TBAD, key_TBGD, value_TBGD)), strict=True)
         return torch.cat([_causal(*window) for window in windows])
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
@@ -24,9 +23,10 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import Layout, ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
 from megatron_specialm.model import cpu
+from megatron_specialm.model.attention import PackedWindows
 from megatron_specialm.model.derived import derived_weights
 from megatron_specialm.model.initial import first_weight
-from megatron_specialm.model.layer_specs import layer_specs
+from megatron_specialm.model.layer_specs import layer_specs, use_transformer_engine
 from megatron_specialm.model.layers import keep_in_bf16
 from megatron_specialm.model.moe import MegatronExperts, MoeFeedForward, RoutedBuilder
 from megatron_specialm.model.weights import (
@@ -75,6 +75,7 @@ class Gpt:
         cpu.install()
         self.config = config
         self.vocabulary_size = vocabulary_size
+        self.context_length = context_length
         self.specs = weight_specs(config, vocabulary_size=vocabulary_size, tensor_parallel=parallel.tensor_parallel)
         settings = transformer_config(config, vocabulary_size, precision=precision, fp8=fp8, parallel=parallel)
         self.chunks = [
@@ -193,15 +194,15 @@ def forward(
     return chunk(tokens_BT, positions_BT, None, labels=tokens_BT, padding_mask=routing, packed_seq_params=windows)
 
 
-def packed_windows(lengths: Sequence[int], *, device: torch.device) -> PackedSeqParams:
+def packed_windows(lengths: Sequence[int], *, device: torch.device) -> PackedWindows:
     """The windows of a packed sequence for Megatron-Core.
 
     The longest length must be the true one: where it is the number of all tokens, Megatron-Core lets positions run on from
     window to window.
     """
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     longest = max(lengths)
-    return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedWindows("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths)
 
 
 class _Chunk(GPTModel):
@@ -324,6 +325,8 @@ def transformer_config(
         # Losses are summed over tokens; gradients are divided once by the global number of tokens. Exact in any layout.
         calculate_per_token_loss=True,
         bias_dropout_fusion=has_kernels(),
+        # Otherwise Megatron-Core asks the GPU for the bounds of packed windows four times in each layer, and waits.
+        apply_rope_fusion=use_transformer_engine(bf16=precision != "fp32"),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

@@ -1,5 +1,7 @@
 """Megatron-Core's layer specs of a model: which module stands where."""
 
+from importlib.util import find_spec
+
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -18,17 +20,23 @@ from megatron_specialm.model.layers import FeedForward, TorchNorm
 from megatron_specialm.model.moe import FeedForwardSpec, RoutedBuilder
 
 
-def use_transformer_engine(settings: TransformerConfig) -> bool:
+def use_transformer_engine(*, bf16: bool) -> bool:
     """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
     compute in TF32 (a 10-bit mantissa)."""
-    return HAVE_TE and torch.cuda.is_available() and settings.bf16
+    return HAVE_TE and torch.cuda.is_available() and bf16
+
+
+def attends_to_packed_windows() -> bool:
+    """Whether Transformer Engine's attention takes packed windows on this GPU: cuDNN's does from compute capability 9.0 on,
+    flash-attn's on any. Its attention without a fused kernel never does."""
+    return torch.cuda.get_device_capability() >= (9, 0) or find_spec("flash_attn") is not None
 
 
 def layer_specs(
     settings: TransformerConfig, vp_stage: int | None, config: ModelConfig, experts: RoutedBuilder
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layer specs of a chunk."""
-    fused = use_transformer_engine(settings)
+    fused = use_transformer_engine(bf16=settings.bf16)
     dense = _layer(settings)
     if fused and config.moe is None:
         return dense
@@ -48,10 +56,12 @@ def layer_specs(
 
 def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpec:
     """The spec of a layer. One with a number of experts has Megatron-Core's MoE layer."""
-    if use_transformer_engine(settings):
+    if use_transformer_engine(bf16=settings.bf16):
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=settings.qk_layernorm
         )
+        if settings.context_parallel_size == 1 and not attends_to_packed_windows():
+            layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     else:
         layer = get_gpt_layer_local_spec(
             num_experts=experts, normalization=settings.normalization, qk_layernorm=settings.qk_layernorm

@@ -16,7 +16,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.estimate import capabilities
 from megatron_specialm.estimate.capability import Capability
-from megatron_specialm.estimate.flops import TYPICAL_UTILISATION, device_hours
+from megatron_specialm.estimate.flops import TYPICAL_UTILISATION, device_hours, keys_saved
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.parameters import count_parameters, count_trained_parameters
 from megatron_specialm.estimate.setup import Passes, Setup
@@ -49,7 +49,8 @@ class TrainingEstimate:
         active_parameters: those of them that compute a token: fewer for a mixture of experts.
         slots: token positions of a run, padding included (`_step_slots`).
         fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
-        flops: of all runs, over slots; with validations if the held-out set has been tokenized.
+        flops: of all runs, over slots; with validations if the held-out set has been tokenized. Attention of packed windows is
+            taken over their mean length, or over the whole context if the set has not been tokenized.
         gpu_hours: of all runs at `TYPICAL_UTILISATION`; None if the machine's peak is not known.
     """
 
@@ -73,7 +74,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
     for name, stage in train_stages(pipeline).items():
         setup, keys = setup_of(pipeline, name), model_keys(pipeline, name)
         steps = max(_steps(pipeline, stage, key) for key in keys)
-        flops, step_slots = stage_flops(pipeline, name, plan), _step_slots(pipeline, name, keys, plan)
+        flops, (step_slots, saved) = stage_flops(pipeline, name, plan), _step_slots(pipeline, name, keys, plan)
         fill = _fill(pipeline, stage, keys, plan)
         estimates.append(
             TrainingEstimate(
@@ -85,7 +86,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
                 steps=steps,
                 slots=steps * step_slots,
                 fill=1.0 if setup.packing == "packed" and fill is not None else fill,
-                step_flops=setup.step_flops_of(step_slots),
+                step_flops=setup.step_flops_of(step_slots, saved),
                 flops=flops,
                 gpu_hours=device_hours(flops, peak) if peak else None,
             )
@@ -102,7 +103,7 @@ def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
     total = 0
     for key in model_keys(pipeline, name):
         steps = _steps(pipeline, stage, key)
-        step_flops = setup.step_flops_of(_step_slots(pipeline, name, [key], plan))
+        step_flops = setup.step_flops_of(*_step_slots(pipeline, name, [key], plan))
         # The training at the best rate continues its trial; the other trials end there.
         others = [min(steps, steps_to_compare(stage) or steps)] * (len(stage.optimizer.rates) - 1)
         held_out = _tokenized(pipeline, plan, TaskId(stage.tokens, stage.text_validated(key)))
@@ -130,12 +131,14 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
     return Passes(evaluated=slots, evaluated_variants=made)
 
 
-def _step_slots(pipeline: Pipeline, name: str, keys: Sequence[str], plan: Plan) -> int:
-    """Token positions of a step: of packed windows the tokens that a step has on average, if the text has been tokenized;
-    otherwise of padded ones, an upper bound."""
+def _step_slots(pipeline: Pipeline, name: str, keys: Sequence[str], plan: Plan) -> tuple[int, int]:
+    """Token positions of a step, and the keys that attention saves in it: of packed windows, if the text has been tokenized,
+    those of windows that all have the mean length; otherwise of padded windows, an upper bound."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
     fill = _fill(pipeline, stage, keys, plan) if setup.packing == "packed" else None
-    return round(setup.global_batch_size * setup.context_length * (1.0 if fill is None else fill))
+    windows, context = setup.global_batch_size, setup.context_length
+    slots = round(windows * context * (1.0 if fill is None else fill))
+    return slots, windows * keys_saved([slots // windows], context)
 
 
 def _tokenized(pipeline: Pipeline, plan: Plan, name: TaskId) -> Mapping[str, Any] | None:

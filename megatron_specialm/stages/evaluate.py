@@ -11,7 +11,7 @@ from megatron_specialm.data.batches import count_windows, evaluation_batches
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.engine.protocol import LossSum
-from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.flops import reading_flops
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.tasks import evaluated_set, model_task
@@ -38,7 +38,9 @@ def run(stage: EvaluateStage, context: Context) -> Report:
     return Report(
         tokens=loss.tokens,
         slots=loss.slots,
-        flops=loss.slots * forward_flops(merged.shape, merged.vocabulary_size, store.context_length),
+        flops=reading_flops(
+            merged.shape, merged.vocabulary_size, store.context_length, slots=loss.slots, saved=loss.saved
+        ),
         values={
             "sets": results,
             "parameters": count_parameters(merged.shape, merged.vocabulary_size),

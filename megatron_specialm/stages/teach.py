@@ -12,7 +12,7 @@ from megatron_specialm.data.batches import count_windows
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.data.training_data import open_store
 from megatron_specialm.engine.open import single_process
-from megatron_specialm.estimate.flops import forward_flops
+from megatron_specialm.estimate.flops import reading_flops
 from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import key_for
 from megatron_specialm.train.teaching import teach
@@ -37,14 +37,14 @@ def run(stage: TeachStage, context: Context) -> Report:
     }
     writer = CacheWriter(context.folder, cache_format, context_length=store.context_length, **made_of)
     with single_process(threads=context.threads):  # runs on rank 0 only
-        tokens, slots = teach(
+        tokens, slots, saved = teach(
             merged.build(), store, writer, batch_size=stage.batch_size, packing=stage.packing,
             seed=context.pipeline.seed_of_training,
             counted=lambda batches: context.counted(batches, unit="windows", of=len(store), size=count_windows),
         )  # fmt: skip
     sampled = cache_format.kind == "sampled"
     noise = {"gradient_noise": TeacherCache.open(context.folder, **made_of).noise()} if sampled else {}
-    flops = slots * forward_flops(merged.shape, store.vocabulary_size, store.context_length)
+    flops = reading_flops(merged.shape, store.vocabulary_size, store.context_length, slots=slots, saved=saved)
     size = sum(path.stat().st_size for path in context.folder.glob("*.bin"))
     values = {"windows": len(store), "bytes": size, **noise}
     return Report(tokens=tokens, slots=slots, flops=flops, values=values)

@@ -60,7 +60,7 @@ class Training:
     validation: returns a new iterator over this process's batches.
     description: is written into every checkpoint: the model's shape, tokenizer, seed, versions.
     account: computes the cost that a checkpoint records, from the progress and the work so far.
-    step_flops: the FLOPs of a step of so many slots.
+    step_flops: the FLOPs of a step of so many slots and keys saved (`LossSum`).
     watch: runs since this attempt at the task began.
     """
 
@@ -69,7 +69,7 @@ class Training:
     batches: TrainingBatches
     validation: Callable[[], Iterable[Batch]]
     description: dict[str, Any]
-    step_flops: Callable[[int], int]
+    step_flops: Callable[[int, int], int]
     processes: int
     control: ControlGroup
     saver: Saver
@@ -254,7 +254,7 @@ class _Loop:
             fill=progress.tokens / progress.slots if progress.slots else None,
             tokens_per_second=stats.loss.tokens / per_step,
             mfu=utilisation(
-                flops=training.step_flops(stats.loss.slots),
+                flops=training.step_flops(stats.loss.slots, stats.loss.saved),
                 seconds=per_step,
                 devices=training.processes,
                 device_name=self._engine.device_name,

@@ -13,6 +13,7 @@ from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.packing import packed
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheFormat, CacheWriter
+from megatron_specialm.estimate.flops import keys_saved
 from megatron_specialm.model.gpt import Gpt
 
 
@@ -26,7 +27,7 @@ def teach(
     packing: WholePacking = "none",
     seed: int = 0,
     counted: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Write the teacher's distributions for all windows in the order of window ids, and finish the cache.
 
     Args:
@@ -35,15 +36,15 @@ def teach(
         counted: wraps the batches to report progress.
 
     Returns:
-        The number of tokens in the cache, and of slots that were computed for it.
+        The number of tokens in the cache, of slots that were computed for it, and of keys saved (`keys_saved`).
     """
     assert writer.format.vocabulary_size == model.vocabulary_size
     model.train(False)
-    window = tokens = slots = 0
+    window = tokens = slots = saved = 0
     for batch in counted(evaluation_batches(store, batch_size=batch_size)):
         read = batch if packing == "none" else packed(batch)
         logits_BTV = model.logits(torch.from_numpy(read.tokens).to(model.device), lengths=read.lengths)
-        slots += read.tokens.size
+        slots, saved = slots + read.tokens.size, saved + keys_saved(read.lengths or (), batch.tokens.shape[1])
         windows = logits_BTV if read.lengths is None else logits_BTV[0].split(read.lengths)
         for logits_TV, mask_T in zip(windows, batch.mask, strict=True):
             scores_NV = logits_TV[: int(mask_T.sum())].float() / writer.format.temperature
@@ -52,7 +53,7 @@ def teach(
             writer.add({name: tensor.cpu().numpy() for name, tensor in found.items()})
             window, tokens = window + 1, tokens + len(scores_NV)
     writer.finish()
-    return tokens, slots
+    return tokens, slots, saved
 
 
 def compress(

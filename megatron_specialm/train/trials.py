@@ -23,7 +23,7 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import build_engine
-from megatron_specialm.estimate.flops import forward_flops, training_flops
+from megatron_specialm.estimate.flops import reading_flops
 from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
@@ -82,7 +82,7 @@ class Trials:
             batches=TrainingBatches(self._store, self._stream, rank=0, processes=1),
             validation=lambda: evaluation_batches(self._validation, batch_size=settings.micro_batch_size),
             description=start.state,
-            step_flops=lambda _: 0,  # a trial's utilisation is not reported
+            step_flops=lambda *_: 0,  # a trial's utilisation is not reported
             processes=1,
             control=ControlGroup(),
             saver=Saver(folder, ControlGroup()),
@@ -92,8 +92,9 @@ class Trials:
 
     def _work(self, key: str, model: MergedModel, progress: TrainingState) -> Spent:
         work, sizes = Work.read(self._folder / key), (model.vocabulary_size, model.context_length)
-        flops = work.passes.trained * training_flops(model.shape, *sizes)
-        flops += work.passes.evaluated * forward_flops(model.shape, *sizes)
+        passes = work.passes
+        flops = 3 * reading_flops(model.shape, *sizes, slots=passes.trained, saved=passes.trained_saved)
+        flops += reading_flops(model.shape, *sizes, slots=passes.evaluated, saved=passes.evaluated_saved)
         return Spent(progress.tokens, progress.slots, flops, work.seconds)
 
     def _settings(self, steps: int) -> TrainStage:

@@ -19,7 +19,7 @@ from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.estimate.setup import Passes
 
 FILE = "work.json"
-_WIDTH = 256  # bytes of a padded record: a shorter text must not leave the end of a longer one
+_WIDTH = 512  # bytes of a padded record: a shorter text must not leave the end of a longer one
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def _name(value: object) -> str:
         (PROJECTED, "packed", DP2, "fp32"),
         (PROJECTED, "packed", {**PP2, "recompute": "selective"}, "fp32"),
         (LORA, "packed", {**TP2, "recompute": "full"}, "fp32"),
+        (LLAMA, "packed", {**PP2, "data_parallel": 2}, "fp32"),
+        (PROJECTED, "packed", {**TP2, **DP2}, "fp32"),
         (BY_CLUSTER, "sorted", {}, "fp32"),
         (BY_CLUSTER, "packed", EP2, "fp32"),
         (ROUTED, "packed", EP2, "fp32"),

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
-PARTS = ["machine", "gemm", "logits", "tests", "mfu", "fp8", "projected", "moe", "memory", "text"]
+PARTS = ["machine", "gemm", "logits", "tests", "mfu", "fp8", "projected", "moe", "packed", "memory", "text"]
 FOR_FP8 = {"gemm", "fp8", "memory", "text"}
 
 
@@ -43,6 +43,11 @@ def test_every_part_runs_in_small(tmp_path: Path) -> None:
         assert all(figure["name"] in table for figure in record["figures"])
         if name in FOR_FP8:
             assert "fp8 with recipe" in record["reason"] and "use `precision: bf16`" in record["reason"]
+    packed = {figure["name"]: figure for figure in records["packed"]["figures"]}
+    assert packed["slm-126m fp32, packed: gap of losses to none"]["good"]
+    assert packed["slm-126m bf16, packed: gap of gradient norms"]["good"]
+    fills = [packed[f"slm-126m bf16, {packing}: fill"]["value"] for packing in ("none", "sorted", "packed")]
+    assert fills == sorted(fills) and fills[0] < 0.6 and fills[2] == 1
     losses = {figure["name"]: figure["value"] for figure in records["text"]["figures"]}
     assert losses["fp32: loss at step 0"] == pytest.approx(losses["bf16: loss at step 0"], rel=1e-2)
 

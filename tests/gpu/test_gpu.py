@@ -20,6 +20,7 @@ from megatron_specialm.engine.process_groups import process_group
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model import gpt
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import project
 from tests.adamw import Follower
@@ -93,26 +94,50 @@ def test_logits_are_those_of_a_cpu_and_of_the_export(shape: ModelConfig, precisi
     assert difference(ours, on_cpu, precision) < TOLERANCES[precision]  # type: ignore[arg-type, index]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("packing", ["sorted", "packed"])
-def test_packing_changes_nothing(precision: str, packing: str) -> None:
-    """In bf16 the attention is Transformer Engine's over windows of variable length."""
-    setup = replace(_setup(_shallow(_preset("slm-126m"), 4), precision), micro_batch_size=2)
-    generator = np.random.default_rng(0)
+def _packed_and_padded(setup: Setup) -> tuple[float, float]:
+    """How far loss and gradients of a packing are from those of padded windows, relative to these."""
+    generator, found = np.random.default_rng(0), []
     windows = generator.integers(0, VOCABULARY, (8, CONTEXT + 1))
     mask = (np.arange(CONTEXT) < generator.integers(1, CONTEXT + 1, 8)[:, None]).astype(np.float32)
-    batch = Batch(windows[:, :-1], windows[:, 1:], mask)
-    found = []
     with process_group(ALONE, parallel=setup.parallel):
-        for choice in ("none", packing):
-            engine = _engine(replace(setup, packing=choice))
-            loss = engine.accumulate_gradients(batch)
-            gradients = torch.cat([gradient.flatten() for gradient in engine.gradients().values()])
-            found.append((loss.mean, gradients))
+        for one in (replace(setup, packing="none"), setup):
+            engine = _engine(one)
+            loss = engine.accumulate_gradients(Batch(windows[:, :-1], windows[:, 1:], mask))
+            found.append((loss.mean, torch.cat([gradient.flatten() for gradient in engine.gradients().values()])))
     (padded, expected), (loss, gradients) = found
-    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
-    assert loss == pytest.approx(padded, rel=tolerance)
-    assert float((gradients - expected).norm() / expected.norm()) < tolerance
+    return abs(loss - padded) / padded, float((gradients - expected).norm() / expected.norm())
+
+
+def _packed(precision: str, packing: str = "packed", recompute: str = "none", model: str = "slm-126m") -> Setup:
+    setup = _setup(_shallow(_preset(model), 4), precision, recompute=recompute)
+    return replace(setup, micro_batch_size=2, packing=packing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setup", "tolerance"),
+    [
+        pytest.param(("fp32", "sorted"), 1e-5, id="fp32-sorted"),
+        pytest.param(("fp32",), 1e-5, id="fp32"),
+        pytest.param(("bf16", "sorted"), 2e-2, id="bf16-sorted"),
+        pytest.param(("bf16",), 2e-2, id="bf16"),
+        pytest.param(("bf16", "packed", "selective"), 2e-2, id="bf16-selective"),
+        pytest.param(("bf16", "packed", "full"), 2e-2, id="bf16-full"),
+        pytest.param(("bf16", "packed", "none", "llama-130m"), 2e-2, id="bf16-llama"),
+    ],
+)
+def test_packing_changes_nothing(setup: tuple[str, ...], tolerance: float) -> None:
+    """In bf16 the attention is Transformer Engine's over windows of variable length."""
+    loss, gradients = _packed_and_padded(_packed(*setup))
+    assert loss < tolerance and gradients < tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_windows_that_are_not_kept_apart_are_found(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above would see attention that leaks into the next window."""
+    healthy = gpt.packed_windows
+    monkeypatch.setattr(gpt, "packed_windows", lambda lengths, **device: healthy([sum(lengths)], **device))
+    _, gradients = _packed_and_padded(_packed(precision))
+    assert gradients > 5e-2
 
 
 def test_bf16_follows_fp32() -> None:

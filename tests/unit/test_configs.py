@@ -68,6 +68,11 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     evaluated = Passes(evaluated=4 * 2 * (4 + 6 + 2) * 2 * 64)
     assert stage_flops(spread, "slm-tuned", plan) == before + setup.flops(evaluated)
     assert stage_flops(pipeline, "slm", plan) == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
+    packed = load_pipeline(
+        configs_folder() / "pipelines" / "smoke.yaml", [f"root={tmp_path}", "stages.slm.packing=packed"]
+    )
+    # 16 windows of 32 tokens on average; each of them reads 32 keys less than where windows are padded to 64.
+    assert stage_flops(packed, "slm", plan) == 160 * setup_of(packed, "slm").step_flops_of(16 * 32, 16 * 32 * 32)
     longer = {
         **pipeline.stages,
         "slm-320": pipeline.stages["slm"].model_copy(update={"steps": 320, "continues": "slm"}),

@@ -26,6 +26,7 @@ from megatron_specialm.data.teacher import (
 )
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, cross_entropy
+from megatron_specialm.model import gpt
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.distillation import Distillation, Teacher
 from megatron_specialm.train.teaching import compress, teach
@@ -293,7 +294,7 @@ def _with_teacher_logits(
     seed: int = 0,
 ) -> TeacherCache:
     writer = CacheWriter(folder, kept, context_length=CONTEXT, teacher="t", store="s")
-    tokens, slots = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
+    tokens, slots, _ = teach(_model(TEACHER, seed=1), store, writer, batch_size=batch_size, packing=packing, seed=seed)
     assert (tokens, slots) == (store.tokens, store.tokens if packing == "packed" else len(store) * CONTEXT)
     return TeacherCache.open(folder, teacher="t", store="s")
 
@@ -351,6 +352,23 @@ def test_packing_changes_nothing(tmp_path: Path, store: TokenStore, kind: Teache
     _assert_same(
         padded, without_padding, tolerance=3e-5
     )  # of sharp distributions; of usual ones see test_packed_parity.py
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["online", "exact"])
+def test_windows_that_are_not_kept_apart_are_found(
+    tmp_path: Path, store: TokenStore, kind: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention that leaks into the next window, of the student or of both."""
+    ids = np.random.default_rng(1).permutation(len(store))[:16]
+    batch = store.batch(ids)
+    if kind == "exact":
+        cache = _with_teacher_logits(tmp_path / "cache", store, _some(kind), packing="packed")
+        batch = batch._replace(extra_inputs=cache.extra_inputs(ids))
+    padded, healthy = _gradients(batch, kind=kind), gpt.packed_windows
+    monkeypatch.setattr(gpt, "packed_windows", lambda lengths, **device: healthy([sum(lengths)], **device))
+    with pytest.raises(AssertionError):
+        _assert_same(padded, _gradients(batch, kind=kind, packing="packed"), tolerance=1e-2)
 
 
 @pytest.mark.usefixtures("alone")

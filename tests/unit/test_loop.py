@@ -26,6 +26,7 @@ from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
 from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.estimate.setup import Setup
+from megatron_specialm.model import attention
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.loop import is_capped
 from megatron_specialm.train.metrics import Metrics
@@ -345,12 +346,30 @@ def test_the_flops_of_passes_are_those_of_their_matrix_products(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("packing", ["none", "sorted", "packed"])
-def test_slots_and_fill_stand_beside_tokens(tmp_path: Path, packing: str) -> None:
+def test_slots_and_fill_stand_beside_tokens_and_attention_costs_what_it_computes(
+    tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, real = [], attention._causal
+
+    def counted(query_TBAD: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        pairs.append(query_TBAD.shape[1] * query_TBAD.shape[0] ** 2)
+        return real(query_TBAD, *others)
+
+    monkeypatch.setattr(attention, "_causal", counted)
     progress = run_training(tmp_path, ALONE, stage(packing=packing))
+    passes = Work.read(tmp_path).passes
+    computed = SHAPE.layers * (
+        (passes.trained + passes.evaluated) * CONTEXT - passes.trained_saved - passes.evaluated_saved
+    )
+    assert sum(pairs) == computed and (passes.trained_saved > 0) == (packing != "none")
+    setup = Setup(SHAPE, ParallelConfig(), "fp32", 128, CONTEXT, 8, 4)
+    whole = passes._replace(trained_saved=0, evaluated_saved=0)
+    read = 3 * passes.trained_saved + passes.evaluated_saved
+    assert setup.flops(whole) - setup.flops(passes) == 2 * SHAPE.layers * SHAPE.hidden_size * read
     last = [record for record in read_metrics(tmp_path) if "loss" in record][-1]
     padded = 12 * 8 * CONTEXT
     assert last["tokens"] == progress.tokens < padded and last["fill"] == progress.tokens / last["slots"]
-    assert last["slots"] == progress.slots == Work.read(tmp_path).passes.trained
+    assert last["slots"] == progress.slots == passes.trained
     assert {"none": last["slots"] == padded, "sorted": progress.tokens < last["slots"] < padded,
             "packed": last["slots"] == progress.tokens}[packing]  # fmt: skip
 

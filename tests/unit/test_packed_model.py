@@ -7,7 +7,13 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import LowRank, ModelConfig, Projection
+from megatron_specialm.config.moe import MixtureOfExperts
+from megatron_specialm.config.packing import Packing
+from megatron_specialm.config.parallel import ParallelConfig
+from megatron_specialm.config.training import Optimizer
+from megatron_specialm.data.store import MIXTURE
+from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.model import gpt
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.evaluation import score
@@ -81,3 +87,46 @@ def test_positions_start_at_0_in_each_window(
         rotations.clear()
         model.logits(tokens, lengths=lengths)
         assert not torch.equal(rotations[0], expected)
+
+
+EXPERTS = 4
+VARIANTS = {
+    "dense": {},
+    "projected": {"projection": Projection(experts=EXPERTS, capacity=2, code_size=3)},
+    "lora": {"lora": LowRank(rank=2)},
+    "by-cluster": {"moe": MixtureOfExperts(experts=EXPERTS, route="cluster")},
+    "routed": {"moe": MixtureOfExperts(experts=EXPERTS, bias_update_rate=0.01)},
+}
+FAULTS = {
+    "attention leaks into the next window": lambda lengths: [sum(lengths)],
+    "windows end a token late": lambda lengths: [lengths[0] + 1, *lengths[1:-1], lengths[-1] - 1],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packing_changes_no_gradient_and_what_would_is_found(
+    name: str, llama: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every kind of model. (Of distilled ones see test_distillation.py, in layouts test_packed_parity.py.)"""
+    shape = llama.model_copy(update=VARIANTS[name])
+    batch = MemoryStore(8).batch(np.arange(8))
+    if shape.window_experts is not None:
+        batch = batch._replace(extra_inputs={MIXTURE: np.eye(EXPERTS, dtype=np.float32)[np.arange(8) // 4]})
+
+    def gradients(packing: Packing) -> dict[str, torch.Tensor]:
+        engine = MegatronEngine(
+            _model(shape), parallel=ParallelConfig(), optimizer=Optimizer(), micro_batch_size=2, packing=packing
+        )
+        engine.accumulate_gradients(batch)
+        return engine.gradients()
+
+    def gap(found: dict[str, torch.Tensor]) -> float:
+        return max(float((found[name] - one).norm() / one.norm()) for name, one in expected.items() if one.any())
+
+    expected, healthy = gradients("none"), gpt.packed_windows
+    assert gap(gradients("packed")) < 1e-5
+    for fault in FAULTS.values():
+        monkeypatch.setattr(
+            gpt, "packed_windows", lambda lengths, fault=fault, **device: healthy(fault(lengths), **device)
+        )
+        assert gap(gradients("packed")) > 1e-2

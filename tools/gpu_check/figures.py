@@ -25,6 +25,11 @@ def at_most(name: str, value: float, bound: float, unit: str = "", *, judged: bo
     return Figure(name, value, unit, f"<= {bound:g}", value <= bound if judged else None)
 
 
+def at_least(name: str, value: float, bound: float, unit: str = "", *, judged: bool = True) -> Figure:
+    """A figure that should not be below a bound; NaN is."""
+    return Figure(name, value, unit, f">= {bound:g}", value >= bound if judged else None)
+
+
 def between(name: str, value: float, low: float, high: float, unit: str = "", *, judged: bool = True) -> Figure:
     """A figure that should be within bounds."""
     return Figure(name, value, unit, f"{low:g} to {high:g}", low <= value <= high if judged else None)

@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from bench_moe import dense_of, large, small
 
 from gpu_check.figures import Figure, attempt, between
-from gpu_check.training import drawn_on_device, engine_of, free, preset, random_batch
+from gpu_check.training import drawn_on_device, engine_of, free, preset, random_batch, uneven_batch
 from megatron_specialm.base.accelerator import find_accelerator
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.precision import Fp8Config
-from megatron_specialm.data.store import MIXTURE
+from megatron_specialm.data.packing import MicroBatches
+from megatron_specialm.data.store import MIXTURE, Batch
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.capabilities import lacking
 from megatron_specialm.estimate.memory import memory_of
@@ -23,7 +25,8 @@ MIB = 2**20
 
 
 def against_estimate(*, tiny: bool) -> Iterator[Figure]:
-    """The ratio of the peak to the estimate, over precisions, recomputation, families, projected networks and LoRA."""
+    """The ratio of the peak to the estimate, over precisions, recomputation, families, projected networks, LoRA, packed
+    windows, and a mixture of experts with its dense model."""
     machine, refused = find_accelerator(), ""
     with single_process():
         for name, setup in _setups(tiny=tiny):
@@ -39,17 +42,25 @@ def against_estimate(*, tiny: bool) -> Iterator[Figure]:
 def _ratio(name: str, setup: Setup, *, fused: bool) -> Generator[Figure, None, None]:
     free()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    engine, batch = engine_of(setup, first_weights=drawn_on_device), random_batch(setup)
+    batch = random_batch(setup) if setup.packing == "none" else uneven_batch(setup)
+    engine = engine_of(setup, first_weights=drawn_on_device)
     for _ in range(3):
         engine.train_step(batch, learning_rate=1e-4)
     if MIXTURE in batch.extra_inputs:  # drawn experts: several micro-batches may have the same one
         setup = replace(setup, variants=len(np.unique(batch.extra_inputs[MIXTURE], axis=0)))
-    estimate = memory_of(setup, fused=fused).total
+    estimate = estimate_of(setup, batch, fused=fused)
     yield Figure(f"{name}: estimate", estimate / MIB, "MiB")
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() - before
         yield Figure(f"{name}: peak", peak / MIB, "MiB")
         yield between(f"{name}: peak / estimate", peak / estimate, 0.9, 1.1)
+
+
+def estimate_of(setup: Setup, batch: Batch, *, fused: bool) -> int:
+    """The estimate in bytes for a step on a batch: for the largest of its micro-batches."""
+    parts = MicroBatches(setup.packing, setup.micro_batch_size).of([batch])
+    largest = max(part.tokens.size for part in parts)
+    return memory_of(replace(setup, context_length=largest // setup.micro_batch_size), fused=fused).total
 
 
 def _setups(*, tiny: bool) -> Iterator[tuple[str, Setup]]:
@@ -59,6 +70,11 @@ def _setups(*, tiny: bool) -> Iterator[tuple[str, Setup]]:
         yield f"neox bf16, recompute {recompute}", _setup(neox, "bf16", tiny=tiny, recompute=recompute)
     yield "llama bf16", _setup(llama, "bf16", tiny=tiny)
     projection = {"projection": Projection(experts=8, capacity=6, code_size=8)}
+    packed = _setup(neox, "bf16", tiny=tiny)
+    yield "neox bf16, packed", replace(packed, packing="packed", global_batch_size=4 * packed.micro_batch_size)
+    moe = small(2) if tiny else replace(large(), micro_batch_size=8, global_batch_size=8)
+    yield "MoE bf16", replace(moe, precision="bf16")
+    yield "dense beside the MoE, bf16", replace(dense_of(moe), precision="bf16")
     yield "neox bf16, projected", _setup(neox.model_copy(update=projection), "bf16", tiny=tiny)
     yield "neox bf16, LoRA", _setup(neox.model_copy(update={"lora": LowRank(rank=64)}), "bf16", tiny=tiny)
     yield "neox FP8 tensorwise", _setup(neox, "fp8", tiny=tiny)

@@ -37,7 +37,8 @@ PARTS = {
     "fp8": Part("FP8 beside bf16 on llm-771m", "speed.fp8_beside_bf16", 20, 75),
     "projected": Part("a projected network's step beside the SLM's", "projected.beside_slm", 20, 75),
     "moe": Part("a mixture of experts' step beside the dense model's", "moe.beside_dense", 20, 75),
-    "memory": Part("peak memory against the estimate", "memory.against_estimate", 15, 60),
+    "packed": Part("packed and sorted windows beside padded ones", "packed.beside_padded", 20, 75),
+    "memory": Part("peak memory against the estimate", "memory.against_estimate", 15, 75),
     "text": Part("300 steps on text: fp32, bf16, FP8", "text.loss_curves", 20, 75),
 }
 

@@ -60,6 +60,13 @@ def random_batch(setup: Setup) -> Batch:
     return Batch(windows[:, :-1], windows[:, 1:], np.ones((rows, setup.context_length), np.float32), extra_inputs)
 
 
+def uneven_batch(setup: Setup) -> Batch:
+    """The same with windows as short as those of real text: lengths are log-normal, about 40% of the context on average."""
+    batch, context = random_batch(setup), setup.context_length
+    lengths = np.random.default_rng(1).lognormal(np.log(0.3 * context), 0.9, setup.global_batch_size).clip(1, context)
+    return batch._replace(mask=(np.arange(context) < lengths.astype(int)[:, None]).astype(np.float32))
+
+
 def seconds_per_call(call: Callable[[], object], *, warmup: int, repeats: int, calls: int) -> float:
     """The median over repeats. The device is synchronized at the begin and end of a repeat."""
     for _ in range(warmup):

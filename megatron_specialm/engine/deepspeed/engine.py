@@ -20,7 +20,7 @@ from megatron_specialm.data.store import Batch
 from megatron_specialm.engine.deepspeed.package import deepspeed_module, initialize
 from megatron_specialm.engine.deepspeed.shards import shards_of
 from megatron_specialm.engine.gpt_engine import GptEngine
-from megatron_specialm.engine.objective import DeviceBatch, Objective, cross_entropy
+from megatron_specialm.engine.objective import Objective, cross_entropy
 from megatron_specialm.engine.protocol import LossSum, StepStats
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt, LocalParameter
@@ -86,6 +86,7 @@ class DeepSpeedEngine(GptEngine):
         """See `Engine.accumulate_gradients`."""
         self._shards.discard_gradients()
         self._zero.train()
+        before = self.passes
         tokens = self._sum_over_copies(float(batch.mask.sum()))
         scale = self.data_parallel / tokens
         micro_batches, sums = self._micro_batches([batch], jointly=self._backward_passes_are_joint), []
@@ -101,8 +102,8 @@ class DeepSpeedEngine(GptEngine):
         if derived is not None:
             self._zero.set_gradient_accumulation_boundary(True)
             derived.backward(self._backward)
-        slots = self._count(micro_batches, forward_only=False)
-        return self._reduce(sums, tokens=int(batch.mask.sum()), slots=slots)
+        self._count(micro_batches, forward_only=False)
+        return self._reduce(sums, tokens=int(batch.mask.sum()), before=before)
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
@@ -127,15 +128,15 @@ class DeepSpeedEngine(GptEngine):
     def evaluate(self, batches: Iterable[Batch]) -> LossSum:
         """See `Engine.evaluate`."""
         self._zero.eval()
-        sums, tokens, slots = [], 0, 0
+        sums, tokens, before = [], 0, self.passes
         for batch in self._in_step_with_copies(batches):
             tokens += int(batch.mask.sum(dtype=np.float64))  # weights are large: exactly
             micro_batches = self._micro_batches([batch], jointly=self._passes_are_joint)
             for micro_batch in micro_batches:
                 output, loss = self._forward(self._zero, 0, micro_batch)
                 sums.append(loss(output))
-            slots += self._count(micro_batches, forward_only=True)
-        return self._reduce(sums, tokens=tokens, slots=slots)
+            self._count(micro_batches, forward_only=True)
+        return self._reduce(sums, tokens=tokens, before=before)
 
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without ZeRO each copy takes a norm of its own; the first one's is reported."""
@@ -199,12 +200,6 @@ class DeepSpeedEngine(GptEngine):
         nothing = Batch(tokens, tokens, tokens.astype(np.float32))
         while self._sum_over_copies((batch := next(own, None)) is not None):
             yield nothing if batch is None else batch
-
-    def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> int:
-        """Add to `passes`; returns the slots."""
-        slots = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
-        self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
-        return slots
 
 
 def _with_experts_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

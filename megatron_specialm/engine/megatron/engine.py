@@ -65,8 +65,9 @@ class MegatronEngine(GptEngine):
             chunk.zero_grad_buffer()
         self._gates.begin_step()
         self._optimizer.zero_grad()
-        sums, slots = self._run([batch], forward_only=False)
-        return self._reduce(sums, tokens=int(batch.mask.sum()), slots=slots)
+        before = self.passes
+        sums = self._run([batch], forward_only=False)
+        return self._reduce(sums, tokens=int(batch.mask.sum()), before=before)
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
@@ -92,13 +93,12 @@ class MegatronEngine(GptEngine):
         for chunk in self._chunks:
             chunk.eval()
         sums: list[torch.Tensor] = []
-        tokens = slots = 0
+        tokens, before = 0, self.passes
         waiting, at_once = iter(batches), 4 * self._parallel.pipeline_parallel  # enough to keep all stages busy
         while group := self._filled_up(list(islice(waiting, at_once))):
             tokens += sum(int(batch.mask.sum(dtype=np.float64)) for batch in group)  # weights are large: exactly
-            found, computed = self._run(group, forward_only=True)
-            sums, slots = sums + found, slots + computed
-        return self._reduce(sums, tokens=tokens, slots=slots)
+            sums += self._run(group, forward_only=True)
+        return self._reduce(sums, tokens=tokens, before=before)
 
     def norm_squares(self) -> dict[str, float]:
         """See `Engine.norm_squares`. Without the distributed optimizer each copy takes a norm of its own; the first one's is
@@ -116,9 +116,8 @@ class MegatronEngine(GptEngine):
                 squares[weight.name] = squares.get(weight.name, 0.0) + float(gradient.double().square().sum())
         return squares
 
-    def _run(self, batches: list[Batch], *, forward_only: bool) -> tuple[list[torch.Tensor], int]:
-        """Megatron-Core's schedule over the micro-batches of some batches: the loss sums, on the last pipeline stage only; and
-        the slots."""
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> list[torch.Tensor]:
+        """Megatron-Core's schedule over the micro-batches of some batches: the loss sums, on the last pipeline stage only."""
         micro_batches = self._micro_batches(batches, jointly=self._parallel.expert_parallel > 1)
         sums = self._forward_backward(
             forward_step_func=self._forward_step,
@@ -129,9 +128,8 @@ class MegatronEngine(GptEngine):
             micro_batch_size=len(micro_batches[0].tokens),
             forward_only=forward_only,
         )
-        slots = sum(batch.tokens.numel() for batch in micro_batches) * self._parallel.context_parallel
-        self.passes = self.passes.after(slots, self._mixture_count, forward_only=forward_only)
-        return sums, slots
+        self._count(micro_batches, forward_only=forward_only)
+        return sums  # type: ignore[no-any-return]
 
     def _forward_step(self, micro_batches: Iterator[DeviceBatch], chunk: DistributedDataParallel) -> tuple:
         batch = next(micro_batches)
