@@ -32,4 +32,8 @@ python tools/results_tables.py write-csv $(run_folders evidence results.json) \
   --output docs/evidence/results.csv --concentration docs/evidence/concentration.csv
 # shellcheck disable=SC2046
 python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --output docs/evidence/sizes.csv
+python tools/results_tables.py draw docs/evidence/results.csv generic-cost-flops specialization-cost-flops total-cost-flops \
+  --domains legal,speeches,documentation,recipes --output docs/evidence/concentrated
+python tools/results_tables.py draw docs/evidence/results.csv domains --output docs/evidence
+python tools/results_tables.py draw docs/evidence/sizes.csv set-size domains-by-size --output docs/evidence
 python tools/results_tables.py fill docs/evidence.md

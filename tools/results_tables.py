@@ -2,6 +2,7 @@
 
     python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv [--concentration FILE]
     python tools/results_tables.py fill README.md docs/results.md [--check]
+    python tools/results_tables.py draw CSV NAME... --output FOLDER [--domains legal,speeches]
 
 `write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
 and set, with numbers of six digits. `--concentration` does so for how concentrated and how far the sets are. `fill` renders
@@ -11,7 +12,8 @@ tables from such a file between two comments of a Markdown file:
     <!-- end of table -->
 
 Behind a table's name may be domains, as in `orders legal,speeches`: then only these are in it, and averages are over them.
-Paths are relative to the current folder. With `--check` nothing is written, and a file whose tables differ from the CSV file is
+`draw` writes the figures of these names (`megatron_specialm/report/figures.py` has the names) as SVG. Paths are relative to the
+current folder. With `--check` nothing is written, and a file whose tables differ from the CSV file is
 an error. Tables, over all seeds of the file (mean ± sample standard deviation):
 
     perplexity     per method and state, for each set and on average
@@ -35,6 +37,7 @@ from megatron_specialm.base.errors import ArtifactError, ConfigError, SpecialmEr
 from megatron_specialm.base.files import write_text
 from megatron_specialm.base.printing import say
 from megatron_specialm.base.terminal import Table
+from megatron_specialm.report.figures import draw_figures
 from megatron_specialm.report.frontier import frontier_table
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows
@@ -80,8 +83,16 @@ def main() -> int:
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
     filling.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
+    drawing = commands.add_parser("draw", help="draw figures of such a CSV file")
+    drawing.add_argument("csv", type=Path, metavar="CSV")
+    drawing.add_argument("names", nargs="+", metavar="NAME")
+    drawing.add_argument("--output", required=True, type=Path)
+    drawing.add_argument("--domains")
     arguments = parser.parse_args()
     try:
+        if arguments.command == "draw":
+            draw(arguments.csv, arguments.names, arguments.output, arguments.domains)
+            return 0
         if arguments.command == "write-csv":
             write_csv(arguments.runs, arguments.output)
             if arguments.concentration is not None:
@@ -172,6 +183,16 @@ def table(page: Path, path: str, name: str, domains: str | None) -> Table:
         entries = _of_domains(page, path, read_csv(Path(path), Concentration), domains)
         return concentration_table(replace(results_from_rows([]), concentration=entries))
     return TABLES[name](results_from_rows(_of_domains(page, path, read_csv(Path(path), Row), domains)))
+
+
+def draw(source: Path, names: Sequence[str], output: Path, domains: str | None) -> None:
+    """Write figures of a CSV file, of some domains (separated by commas) or all."""
+    rows = _of_domains(source, str(source), read_csv(source, Row), domains)
+    written = draw_figures(merge_seeds(results_from_rows(rows)), output, names=names, formats=["svg"])
+    if missing := set(names) - {path.stem for path in written}:
+        raise ConfigError(f"{source}: its results have no figure {', '.join(sorted(missing))}")
+    for path in written:
+        print(f"{path}: written")
 
 
 def _of_domains(page: Path, path: str, entries: list[Placed], domains: str | None) -> list[Placed]:

@@ -125,13 +125,14 @@ def new_figure(
     return figure
 
 
-def save(figure: "Figure", path: Path) -> list[Path]:
-    """Write the figure as PNG and as SVG; `path` is without its suffix. Equal figures give equal files."""
+def save(figure: "Figure", path: Path, formats: Sequence[str]) -> list[Path]:
+    """Write the figure as "png", "svg" or both; `path` is without its suffix. Equal figures give equal files."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is done: not again for each format
     written = []
-    for form, metadata in (("png", None), ("svg", {"Date": None})):
+    for form in formats:
         target = path.with_name(f"{path.name}.{form}")
+        metadata = {"Date": None} if form == "svg" else None
         with atomic_path(target) as temporary:
             figure.savefig(temporary, format=form, dpi=DOTS_PER_INCH, metadata=metadata)
         written.append(target)

@@ -2,7 +2,7 @@
 
     generic-cost, specialization-cost, total-cost   macro perplexity against each, in FLOPs and in device-hours
     domains, domains-by-size                        a panel per domain
-    set-size                                        macro perplexity against the size of the specialization set
+    set-size                                        macro perplexity against the tokens of the domain, if sizes differ
 
 A curve connects the budgets of a method: its fine-tuned stages, cheapest first. A figure for a single budget shows the
 largest. Figures without data are left out. A ring marks a fine-tuning that the cap on steps ended.
@@ -41,10 +41,7 @@ Cost = Callable[[Entry], float]
 def draw(results: Results, root: Path) -> list[Path]:
     """Write all figures (PNG and SVG) and tables (Markdown and CSV) into `root/figures`; returns what was written."""
     folder = root / "figures"
-    written = []
-    with drawing.our_style():
-        for name, figure in _figures(results):
-            written += drawing.save(figure, folder / name)
+    written = draw_figures(results, folder)
     for part, table in (
         ("rows", results_table),
         ("concentration", concentration_table),
@@ -59,14 +56,30 @@ def draw(results: Results, root: Path) -> list[Path]:
     return written
 
 
+def draw_figures(
+    results: Results, folder: Path, *, names: Sequence[str] | None = None, formats: Sequence[str] = ("png", "svg")
+) -> list[Path]:
+    """Write the figures with these names, or all, into `folder`; returns what was written."""
+    with drawing.our_style():
+        return [
+            path
+            for name, figure in _figures(results)
+            if names is None or name in names
+            for path in drawing.save(figure, folder / name, formats)
+        ]
+
+
 def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
     rows = [row for row in results.rows if row.domain != GENERIC]
     looks = drawing.looks(dict.fromkeys(row.method for row in rows))
     tuned = [entry for entry in results.macro if is_tuned(entry)]
     if tuned:
         yield from _cost_figures(tuned, looks)
-    if unsized := [row for row in rows if row.size is None]:
+    has_sizes = len({row.size for row in rows if row.size is not None}) > 1
+    if unsized := [row for row in rows if row.size is None or not has_sizes]:
         yield "domains", _domains(unsized, looks)
+    if not has_sizes:
+        return
     if sized := [row for row in largest_budget(rows) if row.size is not None and is_tuned(row)]:
         yield "domains-by-size", _by_size(sized, looks, title=lambda row: row.base_domain, what="perplexity")
     if averages := [entry for entry in largest_budget(tuned) if entry.size is not None]:

@@ -135,6 +135,18 @@ def test_runs_become_one_file_in_the_order_of_their_seeds(tmp_path: Path) -> Non
     assert not (tmp_path / "rows.csv").exists()
 
 
+def test_figures_of_a_file(tmp_path: Path) -> None:
+    from results_tables import draw
+
+    (tmp_path / "rows.csv").write_text(
+        _csv(made_up({"slm": {"legal": 12.5, "law": 9}, "slm-tuned": {"legal": 10, "law": 8}}))
+    )
+    draw(tmp_path / "rows.csv", ["domains"], tmp_path / "new", "law")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["domains.svg"]
+    with pytest.raises(ConfigError, match=r"rows\.csv: its results have no figure set-size"):
+        draw(tmp_path / "rows.csv", ["set-size"], tmp_path, None)
+
+
 @pytest.mark.parametrize("key", ["seed", "training_seed"])
 def test_seeds_become_mean_and_deviation(key: str) -> None:
     """Of the whole, and of the trainings alone."""
