@@ -1,5 +1,9 @@
 """What the engines of a `Gpt` have in common: micro-batches, losses, a teacher beside the model, canonical state."""
 
+from megatron_specialm.engine import process_groups  # first: it imports Megatron-Core
+
+# isort: split
+
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -15,7 +19,6 @@ from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout
 from megatron_specialm.data.packing import MicroBatches
 from megatron_specialm.data.store import MIXTURE, Batch
-from megatron_specialm.engine import process_groups
 from megatron_specialm.engine.gates import Gates
 from megatron_specialm.engine.objective import TEACHER_LOGITS, DeviceBatch, Objective, VocabularyShard, cross_entropy
 from megatron_specialm.engine.protocol import GateStatistics, LossSum, StepStats

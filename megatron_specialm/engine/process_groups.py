@@ -1,5 +1,9 @@
 """The process group of a run, from its opening to its closing."""
 
+from megatron_specialm.model import cpu  # first: it imports Megatron-Core
+
+# isort: split
+
 import collections
 import contextlib
 import datetime
@@ -16,7 +20,6 @@ from megatron_specialm.base.environment import World, choose_gloo_interface
 from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.rendezvous import rendezvous, rendezvous_address
 from megatron_specialm.config.parallel import Layout, ParallelConfig
-from megatron_specialm.model import cpu
 
 # Of a world's groups: all its ranks open the same ones in the same order, and the first one others of its own between.
 _numbers: dict[World, Iterator[int]] = collections.defaultdict(itertools.count)

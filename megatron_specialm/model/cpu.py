@@ -2,6 +2,8 @@
 
 Some Megatron-Core modules allocate small tensors on a literal "cuda" or use CUDA streams. On a machine without a GPU, and in
 those modules only, the name `torch` is bound to the proxy below. torch itself is unchanged, so other code is not affected.
+
+Modules that may be the first to import Megatron-Core import this one before it: see `_import_megatron_core`.
 """
 
 import contextlib
@@ -30,6 +32,28 @@ _MODULES = (
     "megatron.core.tensor_parallel.utils",
     "megatron.core.utils",
 )
+
+
+def _import_megatron_core() -> None:
+    """Import Megatron-Core. Without a GPU its decorator `jit_fuser`, which is `torch.compile`, returns functions unchanged.
+
+    A model on a CPU calls none of the functions that it decorates (`gpt.transformer_config`), but the decorator imports
+    torch's compiler: a third of the CPU time of all imports.
+    """
+    original = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = _uncompiled  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = original
+
+
+def _uncompiled(function: Callable | None = None, **_: Any) -> Callable:
+    return function or (lambda decorated: decorated)
+
+
+_import_megatron_core()
 
 
 class _TorchOnCpu(ModuleType):

@@ -5,6 +5,10 @@ and in fp32, it uses Megatron-Core's layers with PyTorch's fused attention. The 
 weights (`model/weights.py`) a process holds.
 """
 
+from megatron_specialm.model import cpu  # first: it imports Megatron-Core
+
+# isort: split
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +26,6 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import Layout, ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
-from megatron_specialm.model import cpu
 from megatron_specialm.model.attention import PackedWindows
 from megatron_specialm.model.derived import derived_weights
 from megatron_specialm.model.initial import first_weight

@@ -56,7 +56,7 @@ def ignore_expected_warnings() -> None:
 def worker_context(modules: list[str], *, threads: int) -> BaseContext:
     """How workers are created: forked from a server that has imported `modules` once.
 
-    Importing torch and Megatron-Core takes five seconds of a core, longer than many a task. A process that forks after it
+    Importing torch and Megatron-Core takes three seconds of a core, longer than many a task. A process that forks after it
     has used a GPU breaks its children, so where there is one, each worker starts a new interpreter.
     """
     limit_threads(threads)
@@ -64,7 +64,8 @@ def worker_context(modules: list[str], *, threads: int) -> BaseContext:
         return multiprocessing.get_context("spawn")
     place_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_specialm.run.fork_server", *modules])
+    # torch's optimizers import `torch._dynamo` when they are made.
+    context.set_forkserver_preload(["megatron_specialm.run.fork_server", *modules, "torch._dynamo"])
     return context
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 PACKAGE = Path(__file__).parents[2] / "megatron_specialm"
 # From the bottom up. A package imports those above it in this list and none below.
@@ -67,3 +68,11 @@ def test_the_command_line_the_launcher_and_the_doctor_import_no_torch() -> None:
 def test_help_imports_no_schema() -> None:
     program = "import sys, megatron_specialm.cli; print(sorted({'pydantic', 'numpy', 'yaml'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Megatron-Core's kernels are compiled")
+def test_without_a_gpu_a_training_does_not_import_torchs_compiler() -> None:
+    program = "import sys, torch, megatron_specialm.stages.train; "
+    program += "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "torch"]
