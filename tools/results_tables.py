@@ -20,6 +20,7 @@ an error. Tables, over all seeds of the file (mean ± sample standard deviation)
     cost           for the same lines, of the generic and the specialization phase
     short          for fine-tuned models: perplexity, and the costs that matter for choosing a method
     orders         on how many seeds the methods are in the paper's order, and by how much
+    orders-macro   the same, without the columns of single domains
     frontier       the best small model at each total cost, for 1, 7 and 50 domains
     concentration  of each set in clusters; from a file of `--concentration`
 """
@@ -30,6 +31,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +68,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "cost": lambda results: results_in_two(merge_seeds(results))[1],
     "short": lambda results: short_table(merge_seeds(results)),
     "orders": orders_table,
+    "orders-macro": partial(orders_table, only_averages=True),
     "frontier": lambda results: frontier_table(merge_seeds(results)),
 }
 CONCENTRATION = "concentration"

@@ -18,6 +18,8 @@ ORDERS = (
     ("slm-pn-is", "slm-is"), ("slm-pn-is", "slm-cis"), ("slm-cis", "slm"),
 )  # fmt: skip
 
+MACRO = "macro"  # of all domains, with the size behind it
+
 Model = tuple[str, bool]  # a method, and whether it is fine-tuned
 Scores = Mapping[tuple[str, str, bool], Mapping[Seeds, float]]  # set, model -> perplexity of each seed
 
@@ -54,11 +56,11 @@ def find_orders(results: Results) -> list[Order]:
     return [order for order in orders if any(order.differences.values())]
 
 
-def orders_table(results: Results) -> Table:
+def orders_table(results: Results, *, only_averages: bool = False) -> Table:
     """A line per order. A cell has the number of seeds at which it holds, and the mean difference over seeds, with minimum and
     maximum; it is empty if no seed has both models."""
     orders = find_orders(results)
-    sets = dict.fromkeys(name for name, *_ in _scores(results))
+    sets = dict.fromkeys(name for name, *_ in _scores(results) if not only_averages or name.startswith(MACRO))
     columns: list[Column[Order]] = [word("order", lambda order: order.label), *map(_column, sets)]
     return Table.of(orders, columns, title="Orders: the first has the lower perplexity")
 
@@ -93,7 +95,7 @@ def _scores(results: Results) -> Scores:
     rows = largest_budget([row for row in results.rows if row.domain != GENERIC])
     named: list[tuple[str, Row | Average]] = [(row.domain, row) for row in rows]
     for average in largest_budget(results.macro):
-        named.append(("macro" if average.size is None else f"macro {size_name(average.size)}", average))
+        named.append((MACRO if average.size is None else f"{MACRO} {size_name(average.size)}", average))
     for name, entry in named:
         scores.setdefault((name, entry.method, is_tuned(entry)), {})[entry.seeds] = entry.perplexity
     return scores
