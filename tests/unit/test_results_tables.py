@@ -262,6 +262,7 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         ("cost", "| slm | yes | 0.00M | 4.0e+01 | 40 | 0.00M | 4.0e+01 | 40 | 100% |"),
         ("short", "| slm | 100.0 ± 0.0 | 100.0 ± 0.0 | 0.00M | 0.00M | 40 |"),
         ("orders", "| slm-pn < slm | 2 of 2, -20.0% (-20.0 to -20.0) | 2 of 2, -20.0% (-20.0 to -20.0) |"),
+        ("orders-macro", "| slm-pn < slm | 2 of 2, -20.0% (-20.0 to -20.0) |"),
         ("frontier", "| 7 |  | slm-pn | yes | slm-pn-tuned | 3.2e+02 | 80.0 ± 0.0 |"),
     ):
         page.write_text(PAGE.format(name=name, table=""))
@@ -273,7 +274,7 @@ def test_a_page_is_filled_once_and_a_changed_number_is_found(
         capsys.readouterr()
         assert fill([page], check=True) == 1 and f"+{line}" in capsys.readouterr().out
         assert fill([page], check=False) == 0 and page.read_text() == filled
-    assert set(TABLES) == {"perplexity", "cost", "short", "orders", "frontier"}
+    assert set(TABLES) == {"perplexity", "cost", "short", "orders", "orders-macro", "frontier"}
 
 
 def test_a_table_of_some_domains_averages_over_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
