@@ -11,6 +11,7 @@ activations, and all-reduces. `estimate/step_time.py` predicts each layout's tok
 """
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import tempfile
@@ -34,6 +35,7 @@ from megatron_specialm.estimate.step_time import ACTIVATION_PASSES, step_time
 from megatron_specialm.run.processes import limit_threads
 
 THREADS = 2
+LAYERS = 16  # of which parts are measured
 PARTS = -1  # sent in place of a number of steps: measure the parts
 ALONE, PAIR = "one process, 2 threads", "DP2, distributed optimizer"
 LAYOUTS = {
@@ -136,16 +138,22 @@ def _measure_parts(args: argparse.Namespace, processes: int) -> Hardware:
     import torch.distributed as dist
 
     tokens, hidden = args.micro_batch * args.context, args.hidden
-    narrow, wide = torch.randn(tokens, hidden), torch.randn(tokens, 4 * hidden)
-    weight = torch.randn(hidden, 4 * hidden)
+    # In turn, as the layers of a model: so they are not in the processor's cache when they are used again.
+    layers = itertools.cycle(
+        (torch.randn(tokens, hidden), torch.randn(tokens, 4 * hidden), torch.randn(hidden, 4 * hidden))
+        for _ in range(LAYERS)
+    )
+    narrow, wide, _ = next(layers)
     gamma, beta = (torch.ones(hidden, requires_grad=True) for _ in range(2))
 
     def products() -> None:  # a linear's output, and the gradients of its input and weight
+        narrow, wide, weight = next(layers)
         torch.mm(narrow, weight)
         torch.mm(wide, weight.t())
         torch.mm(narrow.t(), wide)
 
     def activations() -> None:
+        narrow, wide, _ = next(layers)
         first, second = narrow.detach().requires_grad_(), wide.detach().requires_grad_()
         torch.nn.functional.layer_norm(first, (hidden,), gamma, beta).backward(narrow)
         torch.nn.functional.gelu(second).backward(wide)
