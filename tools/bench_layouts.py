@@ -139,10 +139,10 @@ def _measure_parts(args: argparse.Namespace, processes: int) -> Hardware:
 
     tokens, hidden = args.micro_batch * args.context, args.hidden
     # In turn, as the layers of a model: so they are not in the processor's cache when they are used again.
-    layers = itertools.cycle(
+    layers = itertools.cycle([
         (torch.randn(tokens, hidden), torch.randn(tokens, 4 * hidden), torch.randn(hidden, 4 * hidden))
         for _ in range(LAYERS)
-    )
+    ])  # fmt: skip
     narrow, wide, _ = next(layers)
     gamma, beta = (torch.ones(hidden, requires_grad=True) for _ in range(2))
 
