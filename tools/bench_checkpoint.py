@@ -4,7 +4,8 @@
     python tools/bench_checkpoint.py --before ../before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
 
 Each turn starts the processes of a data-parallel layout on gloo, makes one step, so that Adam has moments, and saves. Training
-is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background.
+is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background. A plain
+write is that of the same tensors to one file per process, with fsync, and without names, hashes and publishing.
 Memory is the peak resident memory during the save minus that before it, of the process with the largest difference. Bytes sent
 are the kernel's counts for all TCP connections, and CPU time is the sum over all processes. So other load on the machine
 matters little. Prints medians over rounds and ratios. Needs Linux.
@@ -34,6 +35,8 @@ NUMBERS: dict[str, tuple[str, Callable[[Iterable[float]], float]]] = {
     "peak memory": ("MB", max),
     "bytes sent": ("MB", sum),
     "bytes written": ("MB", sum),
+    "seconds of a plain write": ("s", max),
+    "CPU time of a plain write": ("s", sum),
 }
 
 
@@ -141,8 +144,16 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         seconds, work = time.perf_counter() - began, time.process_time() - worked
         peak = _memory("VmHWM") - before
         dist.barrier()
+        began, worked = time.perf_counter(), time.process_time()
+        with (args.out / f"plain-{rank}").open("wb") as file:
+            for tensor in (*weights.values(), *state.values()):
+                file.write(tensor.contiguous().numpy().data)
+            os.fsync(file.fileno())
+        plain, plain_work = time.perf_counter() - began, time.process_time() - worked
+        dist.barrier()
     written = sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors"))
-    numbers = dict(zip(NUMBERS, (blocked, busy, seconds, work, peak / 1e6, sent / 1e6, written / 1e6), strict=True))
+    found = (blocked, busy, seconds, work, peak / 1e6, sent / 1e6, written / 1e6, plain, plain_work)
+    numbers = dict(zip(NUMBERS, found, strict=True))
     (args.out / f"rank-{rank}.json").write_text(json.dumps(numbers))
 
 

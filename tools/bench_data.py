@@ -3,7 +3,8 @@
     python tools/bench_data.py [--input TEXT.jsonl] [--characters 20000000] [--workers N] [--algorithm bpe] [--rounds 5]
 
 Bare means the library's batch call on texts in memory, with the same number of threads. The two alternate, so that other load
-on the machine affects both. Default text: the docstrings of the installed Python packages.
+on the machine affects both. `CPU` is the ratio by CPU time of all processes, which other load affects least. Default text: the
+docstrings of the installed Python packages.
 """
 
 import argparse
@@ -63,15 +64,14 @@ def _compare(args: argparse.Namespace, folder: Path) -> None:
 
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts)} documents, {megabytes:.1f} MB, {args.algorithm}, {args.workers} workers, MB/s:\n")
-    print(f"{'round':>8} {'bare':>8} {'ours':>8} {'ratio':>8}")
-    ratios, speeds = [], []
-    for number in range(args.rounds):
-        speed = [megabytes / _seconds(call) for call in (lambda: bare(texts), ours)]
-        speeds.append(speed)
-        ratios.append(speed[1] / speed[0])
-        print(f"{number + 1:>8} {speed[0]:>8.2f} {speed[1]:>8.2f} {ratios[-1]:>8.2f}")
-    medians = [statistics.median(column) for column in zip(*speeds, strict=True)]
-    print(f"{'median':>8} {medians[0]:>8.2f} {medians[1]:>8.2f} {statistics.median(ratios):>8.2f}")
+    print(f"{'round':>8} {'bare':>8} {'ours':>8} {'ratio':>8} {'CPU':>8}")
+    rows = []
+    for number in range(args.rounds + 1):
+        (bare_wall, bare_cpu), (wall, cpu) = _seconds(lambda: bare(texts)), _seconds(ours)
+        if number:  # the first round is a warm-up
+            rows.append((megabytes / bare_wall, megabytes / wall, bare_wall / wall, bare_cpu / cpu))
+            print(f"{number:>8} " + " ".join(f"{value:>8.2f}" for value in rows[-1]))
+    print(f"{'median':>8} " + " ".join(f"{statistics.median(column):>8.2f}" for column in zip(*rows, strict=True)))
 
 
 def _bare(folder: Path, args: argparse.Namespace) -> Callable[[list[str]], object]:
@@ -90,10 +90,11 @@ def _tokenize(corpus: Path, folder: Path, tokenizer: Tokenizer, args: argparse.N
     return writer.finish()["tokens"]
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Of the clock, and of CPU time of this process and of those that it has started and that have ended."""
+    start, before = time.perf_counter(), os.times()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[:4]) - sum(before[:4])
 
 
 def _limited(documents: Iterator[str], characters: int) -> list[str]:

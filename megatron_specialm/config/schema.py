@@ -85,7 +85,7 @@ class TokenizeStage(Settings):
     tokenizer: str = Field(description="a tokenizer stage, or an import stage for the tokenizer of its model")
     context_length: PositiveInt = 1024
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5, description="of the training documents is held out")
-    workers: PositiveInt | None = Field(default=None, description="processes; default: the cores of the task")
+    workers: PositiveInt | None = Field(default=None, description="threads; default: the cores of the task")
 
 
 class TfidfEncoder(Settings):

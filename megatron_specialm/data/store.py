@@ -266,15 +266,15 @@ class StoreWriter:
     def __init__(self, folder: Path, split: str, *, context_length: int, vocabulary_size: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # takes seconds; readers do without
 
-        self._folder, self._split = folder, split
+        self._tokens_path, self._index_path = (folder / f"{split}{suffix}" for suffix in (".bin", ".idx"))
         self._context_length = context_length
-        self._builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=token_type(vocabulary_size))
+        self._builder = IndexedDatasetBuilder(str(self._tokens_path), dtype=token_type(vocabulary_size))
         self._documents = self._windows = self._tokens = 0
 
     def add_document(self, ids: np.ndarray) -> None:
         """Add a document, or part of one, as windows of T tokens; the last one may be shorter."""
         starts = range(0, len(ids), self._context_length)
-        with named(self._folder / f"{self._split}.bin"):
+        with named(self._tokens_path):
             self._builder.add_document(ids, [min(self._context_length, len(ids) - start) for start in starts])
         self._documents += 1
         self._windows += len(starts)
@@ -282,9 +282,9 @@ class StoreWriter:
 
     def finish(self) -> dict[str, Any]:
         """Close the files; returns the split for `describe_store`."""
-        paths = [self._folder / f"{self._split}{suffix}" for suffix in (".bin", ".idx")]
-        with named(paths[1]):
-            self._builder.finalize(str(paths[1]))
+        paths = (self._tokens_path, self._index_path)
+        with named(self._index_path):
+            self._builder.finalize(str(self._index_path))
         for path in paths:
             fsync_path(path)
         return {

@@ -210,7 +210,7 @@ class CacheWriter:
         for name, (dtype, shape) in self.format.arrays().items():
             assert arrays[name].shape[1:] == shape, f"{name}: {arrays[name].shape}"
             with named(_path(self._folder, name)):
-                self._files[name].write(arrays[name].astype(dtype, order="C").data)
+                self._files[name].write(arrays[name].astype(dtype, order="C", copy=False).data)
         self._lengths.append(length)
 
     def finish(self) -> None:

