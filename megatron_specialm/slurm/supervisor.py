@@ -4,7 +4,7 @@ job again or record why not.
 Slurm's signals arrive here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed
 on to the ranks in the answers to their heartbeats, because launchers swallow signals or pass them to some ranks only. Ranks
 save at their next step and end. After SIGTERM, Slurm decides whether the job runs again. After a warning, a failure or a hang
-it is requeued from here, and when a partition's GraceTime begins: then the ranks alone get SIGTERM, maybe before they handle it.
+it is requeued from here, and when a partition's GraceTime begins: then the ranks alone get SIGTERM, maybe before they can act.
 
 A lost node shows in three ways. Where not all ranks have started, each node is tried alone, and those that do not answer are
 excluded. Where this process lives and Slurm has not ended the job, the node's ranks are silent: that is a
