@@ -4,11 +4,11 @@
     python tools/bench_checkpoint.py --before ../before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
 
 Each turn starts the processes of a data-parallel layout on gloo, makes one step, so that Adam has moments, and saves. Training
-is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background. A plain
-write is that of the same tensors to one file per process, with fsync, and without names, hashes and publishing.
-Memory is the peak resident memory during the save minus that before it, of the process with the largest difference. Bytes sent
-are the kernel's counts for all TCP connections, and CPU time is the sum over all processes. So other load on the machine
-matters little. Prints medians over rounds and ratios. Needs Linux.
+is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background. A
+plain write is that of the same tensors to one file per process, with fsync, and without names, hashes and publishing. Memory is
+the peak resident memory during the save minus that before it, of the process with the largest difference. Bytes sent are the
+kernel's counts for all TCP connections, and CPU time is the sum over all processes. So other load on the machine matters
+little. Prints medians over rounds and ratios. Needs Linux.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python tools/bench_reading.py runs/quickstart/tokens/legal [--split validation] [--layers 2 --hidden 64 ...] [--rounds 7]
 
-All read every window of the token store's split with one model, in turns, in one process. The forward pass is that of a training
-step on packed micro-batches, with what the backward pass needs: from the token store to the loss. Speed is real tokens per
-second of CPU time of one thread.
+All read every window of the token store's split with one model, in turns, in one process. The forward pass is that of a
+training step on packed micro-batches, with what the backward pass needs: from the token store to the loss. Speed is real tokens
+per second of CPU time of one thread.
 """
 
 import argparse
