@@ -1,6 +1,7 @@
 """Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, and scancel."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,6 +112,14 @@ def find_by_comment(comment: str) -> str | None:
         if found.strip() == comment:
             return job.strip()
     return None
+
+
+def is_preempted(job: str) -> bool:
+    """Whether a partition's GraceTime runs for this job: its ranks have got SIGTERM. False where Slurm does not answer."""
+    try:
+        return re.search(r"\bPreemptTime=\d", slurm("scontrol", "show", "job", job)) is not None
+    except MachineError:
+        return False
 
 
 def cancel_jobs(slurm_ids: Iterable[str]) -> None:

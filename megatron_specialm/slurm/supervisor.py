@@ -4,12 +4,12 @@ job again or record why not.
 Slurm's signals arrive here. The warning before the time limit (SIGUSR1) and SIGTERM (preemption, requeue, scancel) are passed
 on to the ranks in the answers to their heartbeats, because launchers swallow signals or pass them to some ranks only. Ranks
 save at their next step and end. After SIGTERM, Slurm decides whether the job runs again. After a warning, a failure or a hang
-it is requeued from here, as it is where the ranks alone got SIGTERM, which happens when a partition's GraceTime begins.
+it is requeued from here, and when a partition's GraceTime begins: then the ranks alone get SIGTERM, maybe before they can act.
 
 A lost node shows in three ways. Where not all ranks have started, each node is tried alone, and those that do not answer are
 excluded. Where this process lives and Slurm has not ended the job, the node's ranks are silent: that is a
 hang, and the job is requeued from here without that node. Where Slurm notices first, or this node is the lost one, Slurm ends
-the job and requeues it, because scripts have `--requeue`; an attempt that left no end counts as a failure (`reason_to_end`).
+the job and requeues it, because scripts have `--requeue`; an attempt that left no end counts as a failure (`why_not_requeued`).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINI
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
 from megatron_specialm.slurm.allocation import Allocation, node_command, probe_command, rank_command
-from megatron_specialm.slurm.commands import slurm
+from megatron_specialm.slurm.commands import is_preempted, slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
 from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes, unreachable_nodes
 from megatron_specialm.slurm.records import (
@@ -281,7 +281,8 @@ def _ending(attempt: JobAttempt, code: int | None, stopped_by: signal.Signals | 
     """How the ranks ended, by the files that they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (attempt.folder / FINISHED).exists():
         return Ending("finished", "all tasks are done", step)
-    if stopped_by is not None:
+    # A rank that SIGTERM ends before it handles signals leaves nothing, and its peers report an error.
+    if stopped_by is not None or is_preempted(attempt.allocation.job):
         return _stopped(attempt, stopped_by, step)
     errors = [read_json(path, Failure) for path in sorted(attempt.folder.glob(ERRORS))]
     if errors:

@@ -40,7 +40,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
     _program(folder / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
-    _program(folder / "scontrol", f'echo "$@" >> {tmp_path}/scontrol')
+    _program(folder / "scontrol", f'[ "$1" = show ] || echo "$@" >> {tmp_path}/scontrol')
     return folder
 
 
@@ -101,6 +101,22 @@ def test_ranks_that_got_sigterm_alone_are_queued_again_at_no_cost(programs: Path
     assert _scontrol(tmp_path) == ["requeue 7_0"] * 3
 
 
+def test_ranks_that_slurm_preempts_before_they_handle_signals_are_queued_again_at_no_cost(
+    programs: Path, tmp_path: Path
+) -> None:
+    """They leave no outcome, or the error of a peer that has lost them. Without preemption that is a failure."""
+    _program(
+        programs / "scontrol",
+        f'[ "$1" = show ] && echo PreemptTime=2026-11-27T04:06:27 || echo "$@" >> {tmp_path}/scontrol',
+    )
+    for number, program in enumerate(["import os; os.kill(os.getpid(), 15)"] * 2 + [FAIL]):
+        attempt = _attempt(tmp_path, program, attempt=number)
+        assert supervise(attempt) == 0
+        assert (_end(attempt).outcome, _end(attempt).requeued) == ("preempted", True)
+        assert _end(attempt).reason == "ended by Slurm: no checkpoint was saved, so it resumes from the previous one"
+    assert _scontrol(tmp_path) == ["requeue 7_0"] * 3
+
+
 def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Path) -> None:
     assert supervise(_attempt(tmp_path, FAIL)) == 0
     second = _attempt(tmp_path, FAIL, attempt=1)
@@ -133,7 +149,10 @@ def test_where_slurm_refuses_to_queue_again_the_record_says_so(programs: Path, t
 
 @pytest.mark.parametrize("updated", [True, False])
 def test_a_job_is_never_left_held(programs: Path, tmp_path: Path, updated: bool) -> None:
-    _program(programs / "scontrol", f'echo "$@" >> {tmp_path}/scontrol; [ "$1" != update ] || {str(updated).lower()}')
+    _program(
+        programs / "scontrol",
+        f'[ "$1" != show ] || exit; echo "$@" >> {tmp_path}/scontrol; [ "$1" != update ] || {str(updated).lower()}',
+    )
     exclude_node(tmp_path / "excluded", "node9", reason="slow")
     assert supervise(_attempt(tmp_path, FAIL)) == 0
     assert _scontrol(tmp_path) == ["requeuehold 7_0", "update JobId=7_0 ExcNodeList=node9", "release 7_0"]
