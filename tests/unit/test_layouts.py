@@ -179,6 +179,7 @@ def test_what_is_printed_can_be_pasted() -> None:
     layouts, parts, proposal, assumed = printed
     assert isinstance(layouts, Table) and isinstance(parts, Table) and isinstance(proposal, str)
     assert len(layouts.lines) == 10 and "more fit" in layouts.note
+    assert any("CP" in line[0] for line in layouts.lines) and "with CP they are padded" in layouts.note
     assert str(assumed).startswith("assumed, not measured: 70% of peak")
     best = find_layouts(setup_of(pipeline, "llm"), H100, 1, checkpoint_every=500).fastest[0].setup
     overrides = proposal.removeprefix("llm: ").split()
