@@ -6,8 +6,8 @@ them Megatron-Core's distributed optimizer and DeepSpeed's ZeRO-1.
 They alternate. Prints tokens per second (median over rounds) and the ratio to one process in the same round. Processes
 stay alive and sleep between their turns.
 
-In each round the parts that `specialm check --nodes` computes a step from are measured too: matrix products, operations on
-activations, and all-reduces. `estimate/step_time.py` predicts each layout's tokens per second from them.
+In each round the parts that `specialm check --nodes` computes a step from are measured too: matrix products, attention,
+operations on activations, and all-reduces. `estimate/step_time.py` predicts each layout's tokens per second from them.
 """
 
 import argparse
@@ -29,13 +29,16 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import DeepSpeedConfig, Layout, ParallelConfig
 from megatron_specialm.config.training import Adam
 from megatron_specialm.data.store import Batch
+from megatron_specialm.estimate.flops import attention_flops
 from megatron_specialm.estimate.hardware import Hardware
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.estimate.step_time import ACTIVATION_PASSES, step_time
 from megatron_specialm.run.processes import limit_threads
 
 THREADS = 2
-LAYERS = 16  # of which parts are measured
+COPIES = (
+    16  # of the tensors of small parts, used in turn: so they are not in the processor's cache when they are used again
+)
 PARTS = -1  # sent in place of a number of steps: measure the parts
 ALONE, PAIR = "one process, 2 threads", "DP2, distributed optimizer"
 LAYOUTS = {
@@ -137,37 +140,46 @@ def _measure_parts(args: argparse.Namespace, processes: int) -> Hardware:
     import torch
     import torch.distributed as dist
 
-    tokens, hidden = args.micro_batch * args.context, args.hidden
-    # In turn, as the layers of a model: so they are not in the processor's cache when they are used again.
-    layers = itertools.cycle([
-        (torch.randn(tokens, hidden), torch.randn(tokens, 4 * hidden), torch.randn(hidden, 4 * hidden))
-        for _ in range(LAYERS)
-    ])  # fmt: skip
-    narrow, wide, _ = next(layers)
-    gamma, beta = (torch.ones(hidden, requires_grad=True) for _ in range(2))
+    from megatron_specialm.model.attention import causal_attention
 
-    def products() -> None:  # a linear's output, and the gradients of its input and weight
-        narrow, wide, weight = next(layers)
-        torch.mm(narrow, weight)
-        torch.mm(wide, weight.t())
-        torch.mm(narrow.t(), wide)
+    shape, tokens = _setup(ParallelConfig(), args).model, args.micro_batch * args.context
+    sizes = [*shape.linear_sizes().values()] * shape.layers + [(args.vocabulary, args.hidden)]
+    linears = [(torch.randn(tokens, into), torch.randn(out, into), torch.randn(tokens, out)) for out, into in sizes]
+    heads = (args.context, args.micro_batch, args.heads, shape.head_size)
+    attended = itertools.cycle([[torch.randn(heads) for _ in range(4)] for _ in range(COPIES)])
+    normed = itertools.cycle([(torch.randn(tokens, args.hidden), torch.randn(tokens, 4 * args.hidden))
+                              for _ in range(COPIES)])  # fmt: skip
+    gamma, beta = (torch.ones(args.hidden, requires_grad=True) for _ in range(2))
+
+    def products() -> None:  # each linear's output, and the gradients of its input and weight
+        for given, weight, gradient in linears:
+            torch.mm(given, weight.t())
+            torch.mm(gradient, weight)
+            torch.mm(gradient.t(), given)
+
+    def attention() -> None:
+        *projected, gradient = next(attended)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in projected)
+        causal_attention(query, key, value).backward(gradient.flatten(2))
 
     def activations() -> None:
-        narrow, wide, _ = next(layers)
+        narrow, wide = next(normed)
         first, second = narrow.detach().requires_grad_(), wide.detach().requires_grad_()
-        torch.nn.functional.layer_norm(first, (hidden,), gamma, beta).backward(narrow)
+        torch.nn.functional.layer_norm(first, (args.hidden,), gamma, beta).backward(narrow)
         torch.nn.functional.gelu(second).backward(wide)
 
     def all_reduce(tensor: torch.Tensor) -> Callable[[], None]:
         return lambda: dist.all_reduce(tensor)
 
+    narrow, wide = next(normed)
     kept = 2 * narrow.nbytes + 2 * wide.nbytes  # inputs and outputs, as estimate/memory.py counts them
     collective, link = 0.0, float("inf")
     if processes > 1:
         collective = _seconds(all_reduce(torch.zeros(1)))
         link = narrow.nbytes / (_seconds(all_reduce(torch.zeros_like(narrow))) - collective)
     return Hardware(
-        products=3 * 2 * tokens * 4 * hidden * hidden / _seconds(products),
+        products=3 * 2 * tokens * sum(out * into for out, into in sizes) / _seconds(products, repeat=2),
+        attention=3 * tokens * attention_flops(shape, args.context) / shape.layers / _seconds(attention),
         memory=ACTIVATION_PASSES * kept / _seconds(activations),
         link=link,
         fabric=link,

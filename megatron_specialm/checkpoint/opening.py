@@ -2,12 +2,9 @@
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_specialm.base.errors import ArtifactError, CheckpointError
 from megatron_specialm.base.files import MANIFEST, listed_files, read_json, unlisted_files, verify_folder
@@ -61,11 +58,6 @@ def read_checkpoint(folder: Path, *, remedy: str = REMEDY) -> Checkpoint:
     for path in unlisted_files(folder):
         logger.warning("%s: is not read: %s does not list it", path, MANIFEST)
     return open_checkpoint(folder, remedy=remedy)
-
-
-def read_model(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The canonical weights of a step; see `read_checkpoint`."""
-    return read_checkpoint(folder).weights
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

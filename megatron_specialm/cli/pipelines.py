@@ -68,7 +68,7 @@ def check(
     elif gpu and checked.lacking:
         raise MachineError(checked.lacking[0])
     for reason in checked.lacking:  # a login node has no GPU: the jobs may well have one
-        say(f"warning: `run` would refuse on this machine: {reason}")
+        say(f"warning: `run` would refuse on {gpu or 'this machine'}: {reason}")
     for line in redo_lines(find_redo(pipeline, checked.plan, Path(pipeline.root))):
         say(line)
     for warning in coverage_warnings(pipeline, checked.plan, Path(pipeline.root)):

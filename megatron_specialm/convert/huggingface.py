@@ -1,4 +1,4 @@
-"""Canonical weights in memory to Hugging Face Transformers and back, by the tables of `families.py`, and the model's config.
+"""Canonical weights in memory to Hugging Face Transformers, by the tables of `families.py`, and the model's config.
 
 Legend: B windows, T positions, V vocabulary.
 """
@@ -25,8 +25,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.config.architectures import architecture_of, rotary_scaling
 from megatron_specialm.config.model import Activation, ModelConfig
-from megatron_specialm.convert.expert_names import table_names
-from megatron_specialm.convert.families import Row, fitting, nothing_left, rows, rows_in_files
+from megatron_specialm.convert.families import fitting, nothing_left, rows_in_files
 from megatron_specialm.convert.qwen2_moe import EMPTY_SHARED_EXPERT, zero_shapes
 
 Tensors = dict[str, torch.Tensor]
@@ -40,32 +39,13 @@ def to_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> 
     Raises:
         CheckpointError: naming a weight that is missing, has no place, or whose rows the heads do not divide.
     """
-    zeros = {name: torch.zeros(shape) for name, shape in zero_shapes(config).items()}
-    return {**_converted(tensors, config, rows_in_files(config), to_theirs=True), **zeros}
-
-
-def from_huggingface(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
-    """The inverse of `to_huggingface`; the same errors, and one that names a weight that is not zero and that ours has not."""
-    zeros = zero_shapes(config)
-    if used := [name for name in zeros if name in tensors and tensors[name].any()]:
-        raise CheckpointError(f"{used[0]} is not zero, and a model of ours has no such weight: it cannot be read")
-    own = table_names({name: tensors[name] for name in tensors if name not in zeros})
-    return _converted({name: tensor[()] for name, tensor in own.items()}, config, rows(config), to_theirs=False)
-
-
-def _converted(
-    tensors: Mapping[str, torch.Tensor], config: ModelConfig, table: list[Row], *, to_theirs: bool
-) -> Tensors:
-    rest: Tensors = dict(tensors)
-    result: Tensors = {}
-    for row in table:
-        names, others = ((row.ours,), row.names) if to_theirs else (row.names, (row.ours,))
-        if missing := [name for name in names if name not in rest]:
-            raise CheckpointError(f"{missing[0]} is missing: the checkpoint is of another model")
-        parts = [rest.pop(name) for name in names]
-        with fitting(names[0], config):
-            made = list(row.split(parts[0], config)) if to_theirs else [row.join(parts, config)]
-            result.update(zip(others, made, strict=True))
+    rest = dict(tensors)
+    result = {name: torch.zeros(shape) for name, shape in zero_shapes(config).items()}
+    for row in rows_in_files(config):
+        if row.ours not in rest:
+            raise CheckpointError(f"{row.ours} is missing: the checkpoint is of another model")
+        with fitting(row.ours, config):
+            result.update(zip(row.names, row.split(rest.pop(row.ours), config), strict=True))
     nothing_left(rest)
     return result
 

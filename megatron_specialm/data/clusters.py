@@ -76,16 +76,6 @@ class ClusterIndex:
         """All windows in one cluster: plain pretraining."""
         return cls(order=None, offsets=np.array([0, windows], dtype=np.int64))
 
-    @classmethod
-    def from_assignment(cls, clusters: np.ndarray, *, k: int) -> "ClusterIndex":
-        """Index cluster ids (N,) of the windows 0 ... N - 1.
-
-        Raises:
-            DataError: no ids, or an id outside [0, k).
-        """
-        order = np.empty(len(clusters), order_type(len(clusters)))
-        return cls(order, sort_by_cluster([clusters], order, k=k))
-
     def joined(self, other: "ClusterIndex") -> "ClusterIndex":
         """This index with the clusters of another set appended, whose windows are numbered on from this one's."""
         parts = (self, other)

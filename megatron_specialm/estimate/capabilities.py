@@ -238,7 +238,7 @@ TABLE = (
     Capability(
         "fp8", lambda s: s.precision == "fp8",
         f"every process's matrix sizes are multiples of {FP8_MULTIPLE}; recipe blockwise: Hopper or later",
-        without="precision: bf16", why_not="it has not been run so",
+        without="precision: bf16", why_not="it has not been tested with it",
         machine=Machine("GPU from Ada on, with Transformer Engine", lacks_fp8),
         conditions=(
             Condition(
@@ -338,7 +338,7 @@ def _nearest_value(condition: Condition, setup: Setup) -> str:
 def _nearest(present: int, *, below: int) -> Iterator[int]:
     """The numbers from 1, the nearest to the present one first."""
     for distance in range(below):
-        yield from (value for value in {present - distance: 0, present + distance: 0} if 0 < value < below)
+        yield from (value for value in dict.fromkeys((present - distance, present + distance)) if 0 < value < below)
 
 
 def _holds(condition: Condition, setup: Setup) -> bool:

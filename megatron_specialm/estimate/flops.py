@@ -15,12 +15,20 @@ def forward_flops(model: ModelConfig, vocabulary_size: int, context_length: int)
     """FLOPs of one token's forward pass.
 
     Linears and the output layer 2 per weight, of an MoE those of the experts that a token is routed to; attention
-    2 * L * A * D * T: scores and weighted sum over the T / 2 keys that a causal mask leaves on average, in a window that is
-    padded to T. Norms, activations, softmax and recomputation are not counted. (So MFU is lower here than where the masked half
-    of attention is counted too.)
+    2 * L * A * D * T, in a window that is padded to T. Norms, activations, softmax and recomputation are not counted. (So MFU
+    is lower here than where the masked half of attention is counted too.)
     """
     linears = 2 * (model.linear_parameters(active=True) + vocabulary_size * model.hidden_size)
-    return linears + 2 * model.layers * model.attention_size * context_length
+    return linears + attention_flops(model, context_length)
+
+
+def attention_flops(model: ModelConfig, keys: int) -> int:
+    """FLOPs of attention in all layers, forward: scores and weighted sum over half of the keys, as a causal mask leaves them.
+
+    Args:
+        keys: T for a token of a window of T; or the sum over tokens.
+    """
+    return 2 * model.layers * model.attention_size * keys
 
 
 def keys_saved(lengths: Iterable[int], context_length: int) -> int:
@@ -36,7 +44,7 @@ def reading_flops(model: ModelConfig, vocabulary_size: int, context_length: int,
         saved: their `keys_saved`; 0 if all windows are padded to T.
     """
     whole = slots * forward_flops(model, vocabulary_size, context_length)
-    return whole - 2 * model.layers * model.attention_size * saved
+    return whole - attention_flops(model, saved)
 
 
 def training_flops(model: ModelConfig, vocabulary_size: int, context_length: int) -> int:

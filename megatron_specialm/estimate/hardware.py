@@ -7,6 +7,7 @@ from megatron_specialm.config.precision import Precision
 
 # The fractions of a data sheet's figures that a training reaches, and the times that no data sheet has. Assumed, not measured.
 PRODUCTS = 0.7  # of the peak, in matrix products
+ATTENTION = 0.35  # of the peak, in attention: FlashAttention-2 on an H100 (arXiv 2407.08608)
 MEMORY = 0.8  # of the memory's bandwidth
 LINK = 0.8  # of NVLink: an H100 sends 376 of 450 GB/s to another (github.com/NVIDIA/nccl/issues/1264)
 FABRIC = 0.8
@@ -21,6 +22,7 @@ class Hardware:
 
     Attributes:
         products: matrix products, in FLOP/s.
+        attention: scores, softmax and weighted sum, in the FLOP/s of its products (`attention_flops`).
         memory: what other operations read and write, in bytes/s.
         link: to other processes of the same node.
         fabric: to processes of other nodes.
@@ -31,6 +33,7 @@ class Hardware:
     """
 
     products: float
+    attention: float
     memory: float
     link: float
     fabric: float
@@ -58,6 +61,7 @@ def hardware_of(model: str, precision: Precision) -> Hardware:
     peak = gpu.fp32_peak if precision == "fp32" else gpu.dense_peak
     return Hardware(
         products=PRODUCTS * peak,
+        attention=ATTENTION * peak,
         memory=MEMORY * gpu.bandwidth,
         link=LINK * gpu.node.link,
         fabric=FABRIC * gpu.node.fabric,
@@ -71,7 +75,7 @@ def hardware_of(model: str, precision: Precision) -> Hardware:
 def assumptions() -> str:
     """What is assumed, in words."""
     return (
-        f"assumed, not measured: {PRODUCTS:.0%} of peak FLOP/s in matrix products, {MEMORY:.0%} of memory bandwidth, "
-        f"{LINK:.0%} of NVLink, {FABRIC:.0%} of the fabric; {LAUNCH * 1e6:.0f} us per kernel launch and "
-        f"{COLLECTIVE * 1e6:.0f} us per collective"
+        f"assumed, not measured: {PRODUCTS:.0%} of peak FLOP/s in matrix products, {ATTENTION:.0%} in attention, "
+        f"{MEMORY:.0%} of memory bandwidth, {LINK:.0%} of NVLink, {FABRIC:.0%} of the fabric; {LAUNCH * 1e6:.0f} us per "
+        f"kernel launch and {COLLECTIVE * 1e6:.0f} us per collective"
     )

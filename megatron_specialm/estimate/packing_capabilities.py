@@ -14,7 +14,7 @@ _SAME_MICRO_BATCHES = Condition(
 )
 _WHOLE_SEQUENCES = Condition(
     lambda s: s.parallel.context_parallel == 1,
-    "packing {s.packing} with context_parallel {p.context_parallel}: no machine has tried it yet",
+    "packing {s.packing} with context_parallel {p.context_parallel}: it has not been tested",
     remedy="set packing: none",
 )
 PACKING = (

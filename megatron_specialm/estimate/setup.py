@@ -156,7 +156,7 @@ class Setup:
         layout = {key.removeprefix("parallel."): value for key, value in settings.items() if key not in own}
         return replace(self, parallel=self.parallel.model_copy(update=layout), **own)
 
-    def value(self, field: str) -> int:
+    def value(self, field: str) -> Any:
         """The value of such a setting."""
         place, _, name = field.rpartition(".")
         return getattr(getattr(self, place) if place else self, name)

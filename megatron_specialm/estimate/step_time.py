@@ -11,12 +11,13 @@ bytes of data parallelism; ring attention (arXiv 2310.01889) for context paralle
 from the engine's settings (`model/gpt.py`, `engine/megatron/engine.py`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_specialm.config.parallel import padded_vocabulary
-from megatron_specialm.estimate.flops import forward_flops, projection_flops
+from megatron_specialm.estimate.flops import attention_flops, forward_flops, projection_flops
 from megatron_specialm.estimate.hardware import Hardware
 from megatron_specialm.estimate.memory import FP32, LOSS, StageSizes, layer_activations, optimizer_shards, stage_sizes
 from megatron_specialm.estimate.setup import Setup
@@ -93,10 +94,11 @@ class _Stage:
 
     def parts(self) -> Iterator[Part]:
         """Of a forward and backward pass over a micro-batch."""
-        products, again, memory = self._products(), self._recomputation(), self._memory()
-        computed = products.seconds + again.seconds + memory.seconds
+        products, attention, again, memory = self._products(), self._attention(), self._recomputation(), self._memory()
+        computed = products.seconds + attention.seconds + again.seconds + memory.seconds
         launches = LAUNCHES * len(self._sizes.layers) * self._hardware.launch
         yield products
+        yield attention
         yield again
         yield memory
         yield Part("waiting for kernel launches", max(0.0, launches - computed))
@@ -117,28 +119,33 @@ class _Stage:
         copied = 3 * FP32 * own / checkpoint_every  # weight and moments
         yield Part("checkpoint", copied / self._hardware.host, copied, "B")
 
-    def _layer_flops(self) -> tuple[float, float]:
-        """FLOPs per token of an average layer's forward pass, and of its feed-forward part."""
-        model = self._model
-        head = 2 * self._setup.vocabulary_size * model.hidden_size
-        layer = forward_flops(model, self._setup.vocabulary_size, self._setup.context_length) - head
-        projections = 2 * model.hidden_size * model.head_size * (2 * model.attention_heads + 2 * model.kv_heads)
-        attention = projections + 2 * model.attention_size * self._setup.context_length
-        return layer / model.layers, layer / model.layers - attention
-
     def _products(self) -> Part:
-        setup, layer = self._setup, self._layer_flops()[0]
-        head = 2 * setup.vocabulary_size * self._model.hidden_size
-        flops = 3 * (len(self._sizes.layers) * layer + self._last * head)
+        """Linears and the output layer; of a teacher beside the student, which has one stage, the forward pass."""
+        setup, model = self._setup, self._model
+        flops = 3 * self._of_layers(2 * model.linear_parameters(active=True))
+        flops += 3 * self._last * self._shared(2 * setup.vocabulary_size * model.hidden_size)
         if setup.teacher is not None:
-            flops += forward_flops(setup.teacher, setup.vocabulary_size, setup.context_length)
-        return self._computed("matrix products", flops * self._tokens / self._parallel.tensor_parallel)
+            whole = forward_flops(setup.teacher, setup.vocabulary_size, setup.context_length)
+            flops += self._shared(whole - attention_flops(setup.teacher, setup.context_length))
+        return self._computed("matrix products", flops)
+
+    def _attention(self) -> Part:
+        setup = self._setup
+        flops = 3 * self._of_layers(attention_flops(self._model, setup.context_length))
+        if setup.teacher is not None:
+            flops += self._shared(attention_flops(setup.teacher, setup.context_length))
+        return self._computed("attention", attention=flops)
 
     def _recomputation(self) -> Part:
-        layer, feed_forward = self._layer_flops()
-        flops = {"none": 0.0, "selective": feed_forward, "full": layer}[self._parallel.recompute]
-        whole = flops * len(self._sizes.layers) * self._tokens / self._parallel.tensor_parallel
-        return self._computed("recomputation", whole)
+        model = self._model
+        linears, attention = (
+            2 * model.linear_parameters(active=True),
+            attention_flops(model, self._setup.context_length),
+        )
+        sizes = model.linear_sizes()
+        feed_forward = linears - 2 * model.layers * sum(math.prod(sizes[name]) for name in ("qkv", "proj"))
+        again = {"none": (0, 0), "selective": (feed_forward, 0), "full": (linears, attention)}
+        return self._computed("recomputation", *map(self._of_layers, again[self._parallel.recompute]))
 
     def _memory(self) -> Part:
         """What all operations but matrix products read and write: activations, the loss over the vocabulary; and weights, read
@@ -181,10 +188,9 @@ class _Stage:
         layers = len(self._sizes.layers)
         width = 2 * model.kv_heads * model.head_size / tensor
         sent = 3 * (size - 1) * layers * width * self._tokens * self._element
-        attention = 6 * model.attention_size * self._setup.context_length * self._tokens * layers / tensor
         rate = self._hardware.message_rate(size * tensor)
         part = self._moved("context parallel exchange", sent, rate, 3 * (size - 1) * layers)
-        return part._replace(seconds=max(0.0, part.seconds - attention / self._hardware.products))
+        return part._replace(seconds=max(0.0, part.seconds - self._attention().seconds))
 
     def _experts(self) -> Part:
         """All-to-alls: tokens go to their experts and back, in each direction."""
@@ -221,7 +227,7 @@ class _Stage:
         )
         rates = [self._hardware.ring_rate(size, apart) for _, size, apart in groups]
         passes = 1 if parallel.zero_stage else 2  # a reduce-scatter; or an all-reduce
-        backward = 2 / 3 * (self._products().seconds + self._memory().seconds)
+        backward = 2 / 3 * sum(part.seconds for part in (self._products(), self._attention(), self._memory()))
         reduced = [
             self._moved("gradient reduction", passes * FP32 * count * (size - 1) / size, rate, size > 1)
             for (count, size, _), rate in zip(groups, rates, strict=True)
@@ -270,8 +276,17 @@ class _Stage:
     def _sequence_shards(self) -> int:
         return self._parallel.tensor_parallel if self._parallel.sequence_parallel else 1
 
-    def _computed(self, name: str, flops: float) -> Part:
-        return Part(name, flops / self._hardware.products, flops, "FLOP")
+    def _of_layers(self, flops: float) -> float:
+        """This process's part of what a token takes in all layers, for a micro-batch."""
+        return self._shared(flops) * len(self._sizes.layers) / self._model.layers
+
+    def _shared(self, flops: float) -> float:
+        """This process's part of what a token takes, for a micro-batch."""
+        return flops * self._tokens / self._parallel.tensor_parallel
+
+    def _computed(self, name: str, products: float = 0.0, attention: float = 0.0) -> Part:
+        seconds = products / self._hardware.products + attention / self._hardware.attention
+        return Part(name, seconds, products + attention, "FLOP")
 
     def _moved(self, name: str, sent: float, rate: float, count: int) -> Part:
         """Bytes that a process sends by so many collectives or messages."""

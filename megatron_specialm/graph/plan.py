@@ -33,8 +33,8 @@ State = Literal["done", "done elsewhere", "stale", "damaged", "to do"]
 @dataclass(frozen=True)
 class PlannedTask:
     """A task with the digest of its artifact, the content of that digest, and its state. `stale`: finished from other settings,
-    text or inputs. `damaged`: finished, but a file is missing or has another size. `done elsewhere`: complete in `there`, a run
-    folder that the config names in `reuse`."""
+    text or inputs. `damaged`: finished, but a file is missing or has another size. `done elsewhere`: complete in `elsewhere`, a
+    run folder that the config names in `reuse`."""
 
     task: Task
     digest: str
@@ -46,6 +46,9 @@ class PlannedTask:
     def is_to_do(self) -> bool:
         """Whether the task must run: it is neither done here nor in a folder to reuse."""
         return self.state in ("stale", "damaged", "to do")
+
+
+Plan = Mapping[TaskId, PlannedTask]
 
 
 def make_plan(pipeline: Pipeline, root: Path, *, keep_hashes: bool = True) -> dict[TaskId, PlannedTask]:

@@ -52,13 +52,13 @@ class FusedCoreAttention(torch.nn.Module):
         """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D). A packed sequence has no dimension B."""
         assert attention_mask is None and attention_bias is None
         if packed_seq_params is None:
-            return _causal(query_TBAD, key_TBGD, value_TBGD)
+            return causal_attention(query_TBAD, key_TBGD, value_TBGD)
         lengths = packed_seq_params.lengths
         windows = zip(*(part[:, None].split(lengths) for part in (query_TBAD, key_TBGD, value_TBGD)), strict=True)
-        return torch.cat([_causal(*window) for window in windows])
+        return torch.cat([causal_attention(*window) for window in windows])
 
 
-def _causal(query_TBAD: torch.Tensor, key_TBGD: torch.Tensor, value_TBGD: torch.Tensor) -> torch.Tensor:
+def causal_attention(query_TBAD: torch.Tensor, key_TBGD: torch.Tensor, value_TBGD: torch.Tensor) -> torch.Tensor:
     """(T, B, A, D), (T, B, G, D), (T, B, G, D) -> (T, B, A * D)."""
     context_BATD = functional.scaled_dot_product_attention(
         query_TBAD.permute(1, 2, 0, 3),

@@ -6,7 +6,7 @@ generic windows in the same clusters. docs/methods.md has what it was on text th
 not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,11 @@ from megatron_specialm.config.schema import AssignStage, Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.clusters import read_centroids, read_index
 from megatron_specialm.graph.lineage import cluster_count
-from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.plan import Plan
 from megatron_specialm.graph.tasks import TaskId
 
 SAMPLE = 10_000  # windows of a set, evenly spaced in the order of clusters
 NOT_COVERED = 1.02  # a relative distance above this
-
-Plan = Mapping[TaskId, PlannedTask]
 
 
 def relative_distances(pipeline: Pipeline, plan: Plan, root: Path) -> dict[TaskId, float]:

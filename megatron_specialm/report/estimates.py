@@ -30,11 +30,10 @@ from megatron_specialm.graph.lineage import (
     train_stage,
     train_stages,
 )
-from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.plan import Plan
 from megatron_specialm.graph.rates import steps_to_compare
 from megatron_specialm.graph.tasks import TaskId
 
-Plan = Mapping[TaskId, PlannedTask]
 NO_PLAN: Plan = MappingProxyType({})
 
 

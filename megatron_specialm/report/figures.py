@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Entry = Row | Average
-Cost = Callable[[Entry], float]
+Point = Row | Average
+Cost = Callable[[Point], float]
 
 
 def draw(results: Results, root: Path) -> list[Path]:
@@ -89,7 +89,7 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
 # --- against cost -----------------------------------------------------------------------------------------------------
 
 
-def _cost_figures(entries: Sequence[Entry], looks: Mapping[str, Look]) -> Iterator[tuple[str, "Figure"]]:
+def _cost_figures(entries: Sequence[Point], looks: Mapping[str, Look]) -> Iterator[tuple[str, "Figure"]]:
     """Each kind of cost in each measure. Total cost has a panel per number of tasks."""
     devices = " and ".join(sorted({entry.devices for entry in entries if entry.devices}))
     for name, what, unit, scale in (
@@ -114,7 +114,7 @@ def _total_cost(tasks: int, what: str, scale: float) -> Cost:
 
 
 def _against_cost(
-    entries: Sequence[Entry], looks: Mapping[str, Look], costs: Mapping[str, Cost], unit: str
+    entries: Sequence[Point], looks: Mapping[str, Look], costs: Mapping[str, Cost], unit: str
 ) -> "Figure":
     """Macro perplexity against each of the costs, for each size."""
     panels = {}
@@ -168,15 +168,15 @@ def _rings(panels: Mapping[str, Sequence[Curve]]) -> str:
     return CAPPED_MEANS.replace(", ", ",\n") if has_rings else ""
 
 
-def _by_method(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+def _by_method(entries: Iterable[Point]) -> dict[str, list[Point]]:
     """The entries of each method, the cheapest first."""
-    methods: dict[str, list[Entry]] = {}
+    methods: dict[str, list[Point]] = {}
     for entry in sorted(entries, key=lambda entry: entry.total_flops_1):
         methods.setdefault(entry.method, []).append(entry)
     return methods
 
 
-def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) -> Curve:
+def _curve(method: str, points: Sequence[Point], x: Callable[[Point], float]) -> Curve:
     return Curve(
         method,
         [x(point) for point in points],
@@ -186,7 +186,7 @@ def _curve(method: str, points: Sequence[Entry], x: Callable[[Entry], float]) ->
     )
 
 
-def _deviation(entry: Entry) -> float | None:
+def _deviation(entry: Point) -> float | None:
     return entry.spread.deviation["perplexity"] if entry.spread else None
 
 
@@ -230,7 +230,7 @@ def _best_mean(rows: Sequence[Row]) -> float:
     return sum(last) / len(last)
 
 
-def _draw_states(axes: "Axes", place: int, states: Sequence[Entry], look: Look) -> None:
+def _draw_states(axes: "Axes", place: int, states: Sequence[Point], look: Look) -> None:
     xs = [state.perplexity for state in states]
     axes.plot(xs, [place] * len(xs), color=look.colour, linewidth=0.8)
     for state, x in zip(states, xs, strict=True):
@@ -271,7 +271,7 @@ def _by_size(
     return figure
 
 
-def _sizes(entries: Iterable[Entry]) -> list[Any]:
+def _sizes(entries: Iterable[Point]) -> list[Any]:
     """The sizes in order; None, of domains without sizes, is last."""
     return sorted({entry.size for entry in entries}, key=lambda size: (size is None, size))
 

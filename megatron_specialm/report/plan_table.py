@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_specialm.base.artifacts import artifact_folder, read_marker
 from megatron_specialm.base.terminal import Column, Table, number, word
-from megatron_specialm.graph.plan import PlannedTask
+from megatron_specialm.graph.plan import Plan, PlannedTask
 from megatron_specialm.graph.redo import Redo, device_time
 from megatron_specialm.graph.tasks import TaskId
 
@@ -28,7 +28,7 @@ class _TaskRow:
         return self.redo.seconds if self.redo else 0
 
 
-def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
+def stage_table(plan: Plan, redo: Mapping[TaskId, Redo], root: Path) -> Table:
     """The tasks of each stage by state, the cost of the finished ones, and why some are stale."""
     stages: dict[str, list[_TaskRow]] = {}
     for row in _rows(plan, redo, root):
@@ -43,7 +43,7 @@ def stage_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo],
     return Table.of(stages.values(), columns, note=NOTE, cut="because")
 
 
-def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Table:
+def task_table(plan: Plan, redo: Mapping[TaskId, Redo], root: Path) -> Table:
     """Each task: its state, the domain that pays for it, its inputs, and why it is stale."""
     columns: list[Column[_TaskRow]] = [
         word("task", lambda row: str(row.planned.task.id)),
@@ -57,7 +57,7 @@ def task_table(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], 
     return Table.of(_rows(plan, redo, root), columns, note=NOTE)
 
 
-def _rows(plan: Mapping[TaskId, PlannedTask], redo: Mapping[TaskId, Redo], root: Path) -> Iterator[_TaskRow]:
+def _rows(plan: Plan, redo: Mapping[TaskId, Redo], root: Path) -> Iterator[_TaskRow]:
     for name, planned in plan.items():
         if name in redo:
             spent = redo[name].spent

@@ -18,7 +18,7 @@ from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.graph.lineage import domain_text, imported_models, is_finetuned, method_of, sources, train_stages
-from megatron_specialm.graph.plan import RESOLVED, PlannedTask, make_plan
+from megatron_specialm.graph.plan import RESOLVED, Plan, make_plan
 from megatron_specialm.graph.rates import beyond
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import Task, TaskId, ancestors, model_task
@@ -40,9 +40,7 @@ from megatron_specialm.report.tables import results_table
 logger = logging.getLogger(__name__)
 
 
-def write_results(
-    pipeline: Pipeline, root: Path, *, plan: Mapping[TaskId, PlannedTask] | None = None, must_write: bool = True
-) -> Results:
+def write_results(pipeline: Pipeline, root: Path, *, plan: Plan | None = None, must_write: bool = True) -> Results:
     """Collect what has been evaluated so far, write these files, and return the results.
 
     Only current artifacts count: numbers of other settings or other text are never shown beside new ones.
@@ -96,7 +94,8 @@ def results_from_rows(rows: Sequence[Row]) -> Results:
 def _rows(
     pipeline: Pipeline, graph: Mapping[TaskId, Task], markers: Mapping[TaskId, Marker], name: TaskId
 ) -> Iterator[Row]:
-    """One row per set that an evaluate task has scored. None if an ancestor of the model is missing: its cost is unknown."""
+    """A row per set that an evaluate task has scored; no row if the marker of a task that the model depends on is missing,
+    because its cost is unknown then."""
     model = model_task(name.key) if kind_of(pipeline.stages[name.stage]).makes == "perplexity" else None
     if model is None or not markers.keys() >= set(ancestors(graph, model)):
         return
@@ -148,7 +147,7 @@ def _seeds(pipeline: Pipeline) -> dict[str, Any]:
 
 def _averages(rows: Iterable[Row], sizes: Mapping[str, int | None]) -> Iterator[Average]:
     """Per (method, fine-tuned, stage, size): exp of the mean over domains of the mean nll per token. It is neither a mean of
-    perplexities nor weighted by tokens. None if a domain of that size has not been scored.
+    perplexities nor weighted by tokens. There is none if a domain of that size has not been scored.
 
     Args:
         sizes: the training tokens of each domain of the config; None without `sizes` or `train_tokens`.
@@ -210,7 +209,7 @@ def _learning_rates(pipeline: Pipeline, markers: Mapping[TaskId, Marker]) -> Ite
             )
 
 
-def capped_warnings(pipeline: Pipeline, plan: Mapping[TaskId, PlannedTask], root: Path) -> list[str]:
+def capped_warnings(pipeline: Pipeline, plan: Plan, root: Path) -> list[str]:
     """A warning for each stage with finished models whose fine-tuning was ended by the cap on steps instead of early stopping.
     Trials at other learning rates are left out: their logs have the warning."""
     warnings = []

@@ -15,21 +15,13 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.report.rows import SEEDS, Average, E, Results, Row, Seeds, Spread, combine, rules, varying
 
 
-def merge_runs(paths: Sequence[Path]) -> Results:
-    """Merge the `results.json` of several run folders of one config.
-
-    Entries of the same stage and set become one: scores and costs are means over seeds, and `spread` has the sample standard
-    deviations of scores. An entry that is capped at any seed is `capped`; learning rates that differ are listed as text.
-    Selections and learning rates are concatenated: choices have no mean.
+def read_runs(paths: Sequence[Path]) -> Results:
+    """The entries of the `results.json` of several run folders of one config, concatenated. The seeds are columns of each
+    entry.
 
     Raises:
         ArtifactError: a file is missing, of an earlier version, of another config, or has the seeds of a file before it.
     """
-    return merge_seeds(read_runs(paths))
-
-
-def read_runs(paths: Sequence[Path]) -> Results:
-    """The entries of these files, concatenated; the same errors. The seeds are columns of each entry."""
     remedy = "damaged, or of an earlier version: write it again with `specialm results` of its config"
     runs = [read_json(path, Results, remedy=remedy) for path in paths]
     seeds: dict[Seeds, Path] = {}
@@ -50,7 +42,12 @@ def read_runs(paths: Sequence[Path]) -> Results:
 
 
 def merge_seeds(results: Results) -> Results:
-    """Merge what `read_runs` or `results_from_rows` returned, as `merge_runs` does."""
+    """Merge the entries of the same stage and set, as `read_runs` and `results_from_rows` return them.
+
+    Scores and costs become means over seeds, and `spread` has the sample standard deviations of scores. An entry that is
+    capped at any seed is `capped`; learning rates that differ are listed as text. Selections and learning rates stay as they
+    are: choices have no mean.
+    """
     return replace(
         results,
         rows=_merge(results.rows, lambda row: (row.stage, row.domain)),

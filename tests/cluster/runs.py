@@ -15,7 +15,7 @@ import psutil
 import torch
 import yaml
 
-from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.slurm.records import Attempt, read_attempts
 from tests.cluster.testbed import Cluster
@@ -146,7 +146,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The outcome of a training."""
-    return dict(read_model(find_final(folder)))
+    return dict(read_checkpoint(find_final(folder)).weights)
 
 
 def assert_same_bits(one: Path, other: Path) -> None:

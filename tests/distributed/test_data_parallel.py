@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.train.work import Work
@@ -26,6 +26,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert passes == [Passes(trained=12 * 8 * CONTEXT, evaluated=3 * 16 * CONTEXT)] * 2
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-5)
-    weights_one, weights_two = (read_model(find_final(tmp_path / size)) for size in "12")
+    weights_one, weights_two = (read_checkpoint(find_final(tmp_path / size)).weights for size in "12")
     for name, tensor in weights_one.items():
         torch.testing.assert_close(weights_two[name], tensor, rtol=1e-3, atol=1e-5)

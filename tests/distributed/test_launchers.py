@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from tests.conftest import ROOT
 from tests.texts import SMOKE_SETS, write_sets
@@ -33,7 +33,7 @@ def _start(folder: Path, command: list[str], **environment: str) -> None:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_model(find_final(folder / "runs/smoke/slm/generic"))
+    return read_checkpoint(find_final(folder / "runs/smoke/slm/generic")).weights
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_specialm.base.errors import Stopped
-from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from tests.training import Ranks, read_metrics, run_layout, start_ranks
 
@@ -51,7 +51,7 @@ def test_one_asked_all_stop_and_the_end_is_the_same(tmp_path: Path, layout: dict
     settings["steps"] = _stop(broken, ranks, rank=1) + 5
     run_layout(broken, **settings)
     run_layout(tmp_path / "straight", **settings)
-    straight, resumed = (read_model(find_final(folder)) for folder in (tmp_path / "straight", broken))
+    straight, resumed = (read_checkpoint(find_final(folder)).weights for folder in (tmp_path / "straight", broken))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert _losses(broken) == _losses(tmp_path / "straight")

@@ -14,7 +14,6 @@ from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.report.results import write_results
 from megatron_specialm.run.worker import execute
-from tests.texts import write_sets
 
 CONFIG = """
 name: budgets
@@ -60,10 +59,8 @@ def _marker(root: Path, stage: str, key: str) -> Marker:
 
 
 @pytest.mark.timeout(300)
-def test_budgets_that_continue_each_other_equal_trainings_of_their_own(tmp_path: Path) -> None:
-    write_sets(tmp_path, "generic", "law", words=100)
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    with contextlib.chdir(tmp_path):
+def test_budgets_that_continue_each_other_equal_trainings_of_their_own(workplace: Path) -> None:
+    with contextlib.chdir(workplace):
         chained, apart = _run(), _run(*APART)
         models = [*((f"slm-{steps}", "generic") for steps in (10, 20, 30)), ("slm-is-20", "law")]
         for stage, key in models:

@@ -17,7 +17,6 @@ from megatron_specialm.checkpoint.merged import read_merged, read_trained
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.model.merge import one_hot
 from tests.conftest import ROOT
-from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -63,13 +62,10 @@ def _specialm(folder: Path, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(workplace: Path) -> Path:
     """A working directory in which the config has run."""
-    folder = tmp_path_factory.mktemp("gated")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_sets(folder, "generic", "law", words=100)
-    _specialm(folder, "run", "config.yaml")
-    return folder
+    _specialm(workplace, "run", "config.yaml")
+    return workplace
 
 
 def test_a_selected_expert_is_an_ordinary_model(finished: Path) -> None:

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_specialm.base.files import read_json
 from megatron_specialm.data.store import TokenStore
 from tests.conftest import ROOT
-from tests.texts import WORDS, write_documents, write_sets
+from tests.texts import WORDS, write_documents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+DOCUMENT_WORDS = 120
 CONFIG = """
 name: exports
 root: run
@@ -50,14 +51,11 @@ SAID = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(workplace: Path) -> Path:
     """Where the pipeline has run."""
-    place = tmp_path_factory.mktemp("exports")
-    write_sets(place, "generic", "legal", words=120)
-    write_documents(place / "legal.test.jsonl", SAID)
-    (place / "config.yaml").write_text(CONFIG)
-    _run(sys.executable, "-m", "megatron_specialm", "run", "config.yaml", at=place, PYTHONPATH=str(ROOT))
-    return place
+    write_documents(workplace / "legal.test.jsonl", SAID)
+    _run(sys.executable, "-m", "megatron_specialm", "run", "config.yaml", at=workplace, PYTHONPATH=str(ROOT))
+    return workplace
 
 
 def _run(*command: object, at: Path, **environment: str) -> str:

@@ -16,7 +16,6 @@ import pytest
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.steps import find_final
 from tests.conftest import ROOT
-from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -63,16 +62,13 @@ def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(workplace: Path) -> Path:
     """A working directory in which the config has run; what it printed is in `stdout`."""
-    folder = tmp_path_factory.mktemp("rates")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_sets(folder, "generic", "law", words=100)
     for stage in ("export", "perplexity"):
-        done = _specialm(folder, "run", "--until", stage)
+        done = _specialm(workplace, "run", "--until", stage)
         assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
+    (workplace / "stdout").write_text(done.stdout)
+    return workplace
 
 
 def _marker(root: Path, task: str) -> dict:

@@ -18,7 +18,6 @@ from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.report.results import write_results
 from megatron_specialm.run.worker import execute
 from megatron_specialm.stages import continuing
-from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,16 +72,13 @@ def _steps(steps: int, *stages: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(workplace: Path) -> Path:
     """A working directory in which the config has run with 40 steps, and then with 60; `fresh` is of 60 at once."""
-    folder = tmp_path_factory.mktemp("longer")
-    (folder / "config.yaml").write_text(CONFIG)
-    write_sets(folder, "generic", "law", words=100)
-    _run(folder)
-    shutil.copytree(folder / "run", folder / "short", symlinks=True)
-    (folder / "said").write_text(_run(folder, *_steps(60)))
-    assert not _run(folder, *_steps(60), "root=fresh")
-    return folder
+    _run(workplace)
+    shutil.copytree(workplace / "run", workplace / "short", symlinks=True)
+    (workplace / "said").write_text(_run(workplace, *_steps(60)))
+    assert not _run(workplace, *_steps(60), "root=fresh")
+    return workplace
 
 
 def _marker(root: Path, stage: str, key: str) -> Marker:

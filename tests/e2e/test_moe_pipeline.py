@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from megatron_specialm.base.files import read_json, verify_folder
 from tests.conftest import ROOT
-from tests.texts import write_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+DOCUMENT_WORDS = 120
 CONFIG = f"""
 extends: {ROOT}/configs/pipelines/moe.yaml
 root: run
@@ -49,17 +49,14 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(workplace: Path) -> Path:
     """Where the pipeline has run."""
-    place = tmp_path_factory.mktemp("moe")
-    write_sets(place, "generic", "legal", words=120)
-    (place / "config.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "megatron_specialm", "run", "config.yaml"]
     done = subprocess.run(
-        command, cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        command, cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return place
+    return workplace
 
 
 def _loss(folder: Path, model: str, on: str) -> float:

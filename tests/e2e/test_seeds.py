@@ -14,13 +14,13 @@ from megatron_specialm.base import process_status as counting
 from megatron_specialm.base.artifacts import MARKER, artifact_link, read_marker
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
-from megatron_specialm.report.seeds import merge_runs
+from megatron_specialm.report.seeds import merge_seeds, read_runs
 from megatron_specialm.run.worker import execute
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def _content(root: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def _weights(root: Path) -> dict[str, torch.Tensor]:
-    return read_model(find_final(root / "slm-is" / "law"))
+    return read_checkpoint(find_final(root / "slm-is" / "law")).weights
 
 
 def test_a_seed_of_trainings_costs_trainings_only(first: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_seed_of_trainings_costs_trainings_only(first: Path) -> None:
     for stage in ("tokens", "vectors", "assignment"):
         markers = [read_marker(artifact_link(first / "runs" / run, stage, "law")) for run in ("first", "second")]
         assert markers[0] is not None and markers[0] == markers[1], "the digest and the cost of its making"
-    merged = merge_runs([first / "runs" / run / "results.json" for run in ("first", "second")])
+    merged = merge_seeds(read_runs([first / "runs" / run / "results.json" for run in ("first", "second")]))
     row = merged.rows[0].columns()
     assert (
         len(merged.rows) == 1

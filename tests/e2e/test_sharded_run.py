@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_specialm.base.files import read_json
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from tests.conftest import ROOT
 
@@ -57,7 +57,7 @@ def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def test_the_same_weights_in_shards_and_not(files: Path) -> None:
     for shards in (1, 3):
         _run(files, [sys.executable, *RUN, *_generic(shards), "--until", "slm-is"])
-    whole, sharded = (read_model(find_final(files / f"runs/{shards}/slm-is/torch")) for shards in (1, 3))
+    whole, sharded = (read_checkpoint(find_final(files / f"runs/{shards}/slm-is/torch")).weights for shards in (1, 3))
     assert whole.keys() == sharded.keys()
     for name in whole:
         assert torch.equal(whole[name], sharded[name]), name

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from tests.conftest import ROOT, copied
 
@@ -108,7 +108,7 @@ def test_an_expert_is_projected_without_the_generic_data(finished: Path, tmp_pat
     expert = json.loads((chosen / "selection.json").read_text())["choice"].removeprefix("c")
     done = _specialm(tmp_path, "project", str(network), "expert", "--expert", expert)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (dict(read_model(find_final(folder))) for folder in (tmp_path / "expert", chosen))
+    ours, theirs = (dict(read_checkpoint(find_final(folder)).weights) for folder in (tmp_path / "expert", chosen))
     assert ours.keys() == theirs.keys()
     # Close, not equal: a matrix product's last bits follow from the number of threads.
     for name, weight in theirs.items():
@@ -274,7 +274,7 @@ def test_the_final_weights_are_as_recorded(finished: Path) -> None:
     golden = GOLDEN / "smoke-weights.json"
     recorded = json.loads(golden.read_text()) if golden.exists() else {}
     weights = {
-        f"{result.parent.parent.name}/{result.parent.name}": _digest(read_model(find_final(result.parent)))
+        f"{result.parent.parent.name}/{result.parent.name}": _digest(read_checkpoint(find_final(result.parent)).weights)
         for result in sorted((finished / "runs/smoke").glob("*/*/result.json"))
     }
     assert len(weights) > 30

@@ -6,7 +6,7 @@ import torch
 from megatron_specialm.base.errors import ArtifactError
 from megatron_specialm.base.files import write_json
 from megatron_specialm.base.integrity import list_files
-from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final, find_final, prune_checkpoints, saved_steps, step_folder
 
@@ -75,7 +75,7 @@ def test_an_artifact_is_not_finished_with_a_file_that_its_manifest_lists_and_tha
 def test_the_outcome_is_named(tmp_path: Path) -> None:
     _save(tmp_path, 5)
     declare_final(tmp_path, step=5)
-    assert read_model(find_final(tmp_path))["w"].tolist() == [5.0] * 4
+    assert read_checkpoint(find_final(tmp_path)).weights["w"].tolist() == [5.0] * 4
 
 
 def test_no_outcome_before_the_end(tmp_path: Path) -> None:

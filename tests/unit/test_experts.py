@@ -14,10 +14,11 @@ from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream, check_enough, expert_steps, soups_before
 from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import MIXTURE, JoinedStore, StoreWriter, TokenStore, describe_store
+from tests.clusters import cluster_index
 
 SIZES = [40, 100, 12, 248]
 CLUSTERS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))
-INDEX = ClusterIndex.from_assignment(CLUSTERS, k=4)
+INDEX = cluster_index(CLUSTERS, k=4)
 
 
 def _stream(soup: Soup | None = None, *, seed: int = 0) -> ExpertStream:
@@ -116,7 +117,7 @@ def test_plain_groups_keep_the_bound_and_the_order_beside_soups(
     sizes, row, groups, fraction = case
     soup = Soup(fraction=fraction, clusters=2)
     clusters = np.repeat(np.arange(len(sizes)), sizes)
-    index = ClusterIndex.from_assignment(clusters, k=len(sizes))
+    index = cluster_index(clusters, k=len(sizes))
     stream, other = (
         ExpertStream(index, global_batch_size=row * groups, windows_per_expert=row, soup=soup, seed=seed)
         for _ in range(2)
@@ -143,7 +144,7 @@ def test_plain_groups_keep_the_bound_and_the_order_beside_soups(
 
 @pytest.mark.parametrize("k", [2, 4, 16])
 def test_with_half_soups_every_expert_has_its_plain_groups(k: int) -> None:
-    index = ClusterIndex.from_assignment(np.repeat(np.arange(k), 50), k=k)
+    index = cluster_index(np.repeat(np.arange(k), 50), k=k)
     soup = Soup(fraction=0.5, clusters=2)
     stream = ExpertStream(index, global_batch_size=16, windows_per_expert=2, soup=soup, seed=0)
     steps = 8 * k

@@ -27,7 +27,7 @@ from megatron_specialm.report.drawing import (
 )
 from megatron_specialm.report.figures import _figures, draw
 from megatron_specialm.report.rows import Entry, Results
-from megatron_specialm.report.seeds import merge_runs
+from megatron_specialm.report.seeds import merge_seeds, read_runs
 from megatron_specialm.report.tables import concentration_table, rates_table, results_table, selection_table
 
 SIZES = {None: 1.0, 50_000: 1.3, 200_000: 1.0, 1_000_000: 0.8}  # factors of perplexity
@@ -278,15 +278,19 @@ def test_figures_are_the_same_in_any_environment(tmp_path: Path) -> None:
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-def _runs(folder: Path, *results: Any) -> list[Path]:
+def _read(folder: Path, *results: Any) -> Results:
     paths = [folder / f"{number}.json" for number in range(len(results))]
     for path, content in zip(paths, results, strict=True):
         path.write_text(json.dumps(content))
-    return paths
+    return read_runs(paths)
+
+
+def _merged(folder: Path, *results: Any) -> Results:
+    return merge_seeds(_read(folder, *results))
 
 
 def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
-    merged = merge_runs(_runs(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2))))
+    merged = _merged(tmp_path, *(invented(seed=seed, methods=FEW) for seed in (0, 1, 2)))
     row = next(row for row in columns(merged.rows) if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
     # 91 at seed 0, and 3% more per seed: 91, 93.73, 96.46.
     assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
@@ -309,7 +313,7 @@ def test_seeds_give_mean_and_sample_deviation(tmp_path: Path) -> None:
 def test_what_is_capped_at_any_seed_is_marked(tmp_path: Path) -> None:
     capped: dict[int, tuple[str, ...]] = {0: (), 1: ("slm",), 2: ("slm",)}
     runs = [invented(seed=seed, methods=FEW, capped=methods) for seed, methods in capped.items()]
-    merged = merge_runs(_runs(tmp_path, *runs))
+    merged = _merged(tmp_path, *runs)
     for part in ("rows", "macro"):
         found = {entry["stage"]: (entry["capped"], entry["capped_seeds"]) for entry in columns(getattr(merged, part))}
         assert found["slm-1-tuned"] == (True, [1, 2]) and found["slm-is-1-tuned"] == (False, [])
@@ -329,7 +333,7 @@ def _training_seed(number: int) -> Any:
 
 
 def test_seeds_of_trainings_are_seeds_but_not_of_clusters(tmp_path: Path) -> None:
-    merged = merge_runs(_runs(tmp_path, *(_training_seed(number) for number in (2, 0, 1))))
+    merged = _merged(tmp_path, *(_training_seed(number) for number in (2, 0, 1)))
     row = next(row for row in columns(merged.rows) if (row["stage"], row["domain"]) == ("slm-1-tuned", "speeches"))
     assert row["perplexity"] == pytest.approx(93.73) and row["perplexity_sd"] == pytest.approx(2.73)
     assert (
@@ -348,13 +352,13 @@ def test_seeds_of_trainings_are_seeds_but_not_of_clusters(tmp_path: Path) -> Non
         "1",
         "1",
     ]
-    both = merge_runs(_runs(tmp_path, invented(methods=FEW), _training_seed(1), invented(seed=1, methods=FEW)))
+    both = _merged(tmp_path, invented(methods=FEW), _training_seed(1), invented(seed=1, methods=FEW))
     assert [entry["top_share_sd"] for entry in columns(both.concentration)] == pytest.approx([0.1 / math.sqrt(2)] * 3)
     assert {tuple(row["training_seeds"]) for row in columns(both.rows)} == {(0, 1, 1)}
 
 
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
-    merged = merge_runs(_runs(tmp_path, invented(seed=3, methods=("slm",))))
+    merged = _merged(tmp_path, invented(seed=3, methods=("slm",)))
     assert {row["perplexity_sd"] for row in columns(merged.rows)} == {None}
     assert "±" not in results_table(merged).markdown()
 
@@ -362,13 +366,13 @@ def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     one = invented(methods=("slm",))
     with pytest.raises(ArtifactError, match=r"1\.json: seed 0 and training_seed 0 are those of .*0\.json too"):
-        merge_runs(_runs(tmp_path, one, one))
+        _read(tmp_path, one, one)
     with pytest.raises(ArtifactError, match=r"of the config 'other', and .* of 'arena'"):
-        merge_runs(_runs(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"}))
+        _read(tmp_path, one, {**invented(seed=1, methods=("slm",)), "pipeline": "other"})
     with pytest.raises(ArtifactError, match="macro: Field required"):
-        merge_runs(_runs(tmp_path, {"pipeline": "arena", "rows": []}))
+        _read(tmp_path, {"pipeline": "arena", "rows": []})
     with pytest.raises(ArtifactError, match="no such file"):
-        merge_runs([tmp_path / "absent" / "results.json"])
+        read_runs([tmp_path / "absent" / "results.json"])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

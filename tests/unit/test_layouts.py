@@ -1,13 +1,17 @@
 """Predicted step times: parts by hand, which layouts there are, and their order in clear cases."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from megatron_specialm.base.accelerator import planned_machine
 from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.terminal import Table
+from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.moe import MixtureOfExperts
@@ -29,7 +33,7 @@ SETUP = Setup(
 )  # fmt: skip
 # A second for each byte or FLOP, and four processes in a node.
 UNIT = Hardware(
-    products=1, memory=1, link=1, fabric=0.25, host=1, per_node=4, launch=0, collective=0
+    products=1, attention=1, memory=1, link=1, fabric=0.25, host=1, per_node=4, launch=0, collective=0
 )  # fmt: skip
 VECTOR = 4 * 256 * 512 * 2  # bytes of a micro-batch's activations between layers
 H100 = planned_machine("H100")
@@ -43,8 +47,16 @@ def _time(hardware: Hardware = UNIT, setup: Setup = SETUP, **parallel) -> StepTi
 
 def test_one_process_computes_and_nothing_else() -> None:
     time = _time()
-    assert {part.name for part in time.parts} == {"matrix products", "memory traffic", "optimizer", "checkpoint"}
-    assert time.seconds("matrix products") == SETUP.step_flops
+    assert {part.name for part in time.parts} == {
+        "matrix products",
+        "attention",
+        "memory traffic",
+        "optimizer",
+        "checkpoint",
+    }
+    attention = 3 * 64 * 256 * 2 * 8 * 512 * 256
+    assert time.seconds("attention") == attention == _time(replace(UNIT, attention=0.5)).seconds("attention") / 2
+    assert time.seconds("matrix products") == SETUP.step_flops - attention
     assert time.total == sum(part.seconds for part in time.parts)
     weights = stage_sizes(SETUP, 0).trained
     assert time.seconds("checkpoint") == 12 * weights / 10, "weights and two moments in fp32, every ten steps"
@@ -55,7 +67,7 @@ def test_bytes_of_tensor_parallelism() -> None:
     time = _time(tensor_parallel=4)
     layers = 8 * (8 * 4 * 256 * 512 * 3 / 4) * 2
     assert time.seconds("tensor parallel collectives") == 16 * (layers + 2 * 2 * 3 / 4 * VECTOR)
-    assert time.seconds("matrix products") == SETUP.step_flops / 4
+    assert time.seconds("matrix products") + time.seconds("attention") == SETUP.step_flops / 4
     again = _time(tensor_parallel=4, recompute="full")
     assert again.seconds("tensor parallel collectives") == 16 * (1.5 * layers + 2 * 2 * 3 / 4 * VECTOR)
     late = _time(replace(UNIT, collective=1), tensor_parallel=4)
@@ -68,7 +80,7 @@ def test_share_of_the_pipeline_bubble() -> None:
     fast = replace(UNIT, memory=1e9, link=1e9, fabric=1e9)
     for chunks in (1, 2):
         time = _time(fast, equal, pipeline_parallel=4, virtual_pipeline=chunks)
-        passes = time.seconds("matrix products")
+        passes = time.seconds("matrix products") + time.seconds("attention")
         assert time.seconds("pipeline bubble") == pytest.approx(passes * 3 / 16 / chunks, rel=0.01)
     messages = _time(setup=equal, pipeline_parallel=4).seconds("pipeline messages")
     assert messages == 16 * 2 * VECTOR, "stages of one process each, in one node"
@@ -94,11 +106,11 @@ def test_bytes_of_data_parallelism() -> None:
 def test_overlapped_reduction_is_hidden_but_for_a_bucket() -> None:
     large = replace(SETUP, model=LARGE)
     weights = stage_sizes(large, 0).trained
-    slow = replace(UNIT, products=1e12, memory=1e12, link=1e9)
+    slow = replace(UNIT, products=1e12, attention=1e12, memory=1e12, link=1e9)
     layout = {"data_parallel": 4, "distributed_optimizer": True}
     exposed = _time(slow, large, **layout)
     hidden = _time(slow, large, overlap_communication=True, **layout)
-    backward = 2 / 3 * (exposed.seconds("matrix products") + exposed.seconds("memory traffic")) / 4
+    backward = 2 / 3 * sum(map(exposed.seconds, ("matrix products", "attention", "memory traffic"))) / 4
     for part, by in (("gradient reduction", backward), ("parameter gathering", backward / 2)):
         whole = exposed.seconds(part)
         assert hidden.seconds(part) == pytest.approx(max(whole - by, whole * 40e6 / weights))
@@ -107,7 +119,7 @@ def test_overlapped_reduction_is_hidden_but_for_a_bucket() -> None:
 
 
 def test_bytes_of_context_and_expert_parallelism() -> None:
-    slow = replace(UNIT, products=1e30)
+    slow = replace(UNIT, attention=1e30)
     exchanged = _time(slow, context_parallel=2).seconds("context parallel exchange")
     assert exchanged == 16 * 3 * 8 * 2 * VECTOR / 2, "keys and values, and again with their gradients"
     assert not _time(replace(UNIT, link=1e30), context_parallel=2).seconds("context parallel exchange"), "hidden"
@@ -167,6 +179,7 @@ def test_what_is_printed_can_be_pasted() -> None:
     layouts, parts, proposal, assumed = printed
     assert isinstance(layouts, Table) and isinstance(parts, Table) and isinstance(proposal, str)
     assert len(layouts.lines) == 10 and "more fit" in layouts.note
+    assert any("CP" in line[0] for line in layouts.lines) and "with CP they are padded" in layouts.note
     assert str(assumed).startswith("assumed, not measured: 70% of peak")
     best = find_layouts(setup_of(pipeline, "llm"), H100, 1, checkpoint_every=500).fastest[0].setup
     overrides = proposal.removeprefix("llm: ").split()
@@ -187,3 +200,27 @@ def test_refusals() -> None:
     engine = [f"stages.llm.parallel={json.dumps(layout)}"]
     with pytest.raises(MachineError, match="no layouts are predicted for engine deepspeed"):
         layout_tables(load_pipeline(config, engine), H100, 1, "llm")
+
+
+def _check(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["check", str(configs_folder() / "pipelines" / "smoke.yaml"), *arguments])
+
+
+def test_nodes_are_of_a_gpu_and_a_stage_is_of_nodes() -> None:
+    without_gpu, without_nodes = _check("--nodes", "1"), _check("--gpu", "H100", "--stage", "slm")
+    for refused, reason in ((without_gpu, "--nodes: .*add --gpu"), (without_nodes, "--stage: .*and --nodes")):
+        assert isinstance(refused.exception, ConfigError) and re.match(reason, str(refused.exception))
+
+
+def test_a_layout_that_does_not_fit_is_refused_and_beside_its_proposal_warned_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    shape = {"layers": 8, "hidden_size": 8192, "ffn_hidden_size": 32768, "attention_heads": 64}
+    large, reason = f"stages.slm.model={json.dumps(shape)}", "stages.slm: a process needs "
+    refused = _check(large, "--gpu", "H100")
+    assert isinstance(refused.exception, MachineError) and str(refused.exception).startswith(reason)
+    proposed = _check(large, "--gpu", "H100", "--nodes", "1", "--stage", "slm")
+    assert proposed.exit_code == 0, proposed.output
+    assert f"warning: `run` would refuse on H100: {reason}" in proposed.output
+    assert "slm: stages.slm." in proposed.output, "the overrides of a layout that fits"

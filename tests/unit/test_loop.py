@@ -17,7 +17,7 @@ from megatron_specialm.base.errors import Stopped, TrainingError
 from megatron_specialm.base.files import publish_folder, read_json, verify_folder, write_json
 from megatron_specialm.base.integrity import list_files
 from megatron_specialm.base.process_status import ProcessStatus
-from megatron_specialm.checkpoint.opening import newest_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final, saved_steps, step_folder
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import TrainStage
@@ -36,7 +36,7 @@ from tests.training import CONTEXT, SHAPE, read_metrics, run_training, stage
 
 
 def _final(folder: Path) -> dict[str, torch.Tensor]:
-    return read_model(find_final(folder))
+    return read_checkpoint(find_final(folder)).weights
 
 
 def test_training_learns_and_records(tmp_path: Path) -> None:
@@ -349,13 +349,13 @@ def test_the_flops_of_passes_are_those_of_their_matrix_products(tmp_path: Path) 
 def test_slots_and_fill_stand_beside_tokens_and_attention_costs_what_it_computes(
     tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, real = [], attention._causal
+    pairs, real = [], attention.causal_attention
 
     def counted(query_TBAD: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         pairs.append(query_TBAD.shape[1] * query_TBAD.shape[0] ** 2)
         return real(query_TBAD, *others)
 
-    monkeypatch.setattr(attention, "_causal", counted)
+    monkeypatch.setattr(attention, "causal_attention", counted)
     progress = run_training(tmp_path, ALONE, stage(packing=packing))
     passes = Work.read(tmp_path).passes
     computed = SHAPE.layers * (

@@ -18,7 +18,7 @@ from megatron_specialm.base.files import MANIFEST, publish_folder, read_json, sh
 from megatron_specialm.base.hash_cache import _read_cache
 from megatron_specialm.base.tensors import save_tensors
 from megatron_specialm.checkpoint.merged import read_merged
-from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_checkpoint, read_model
+from megatron_specialm.checkpoint.opening import newest_checkpoint, open_checkpoint, read_checkpoint
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import declare_final, find_final, step_folder
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
@@ -28,7 +28,6 @@ from megatron_specialm.config.load import configs_folder, dump_pipeline, load_pi
 from megatron_specialm.config.schema import TfidfEncoder
 from megatron_specialm.convert.fingerprint import FINGERPRINT
 from megatron_specialm.data import clusters
-from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.data.teacher import CacheFormat, CacheWriter, TeacherCache
 from megatron_specialm.data.tokenizer import Tokenizer
@@ -40,6 +39,7 @@ from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord, TaskRecord, read_job_file, read_registry, write_registry
 from megatron_specialm.stages.generation import open_model
 from megatron_specialm.train.work import Work
+from tests.clusters import cluster_index
 from tests.training import SHAPE
 
 WINDOWS, K, E, CONTEXT, VOCABULARY = 30, 3, 4, 8, 100
@@ -104,7 +104,7 @@ def _read_cache_of_teacher(folder: Path) -> None:
 
 def _make_clusters(folder: Path) -> None:
     clusters = (np.arange(WINDOWS) % K).astype(np.int32)
-    index = ClusterIndex.from_assignment(clusters, k=K)
+    index = cluster_index(clusters, k=K)
     assert index.order is not None
     write_array(folder / "clusters.npy", clusters)
     write_array(folder / "order.npy", index.order)
@@ -390,7 +390,7 @@ def test_an_unlisted_file_of_weights_changes_nothing_and_is_told_of(
 ) -> None:
     _make_training(tmp_path)
     save_tensors({"w": torch.zeros(4)}, step_folder(tmp_path, 2) / "model-00001.safetensors")
-    assert read_model(find_final(tmp_path))["w"].tolist() == [2.0] * 4
+    assert read_checkpoint(find_final(tmp_path)).weights["w"].tolist() == [2.0] * 4
     assert "model-00001.safetensors: is not read" in caplog.text
     newest, passed_over = newest_checkpoint(tmp_path)
     assert newest == step_folder(tmp_path, 2) and not passed_over

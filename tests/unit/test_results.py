@@ -18,7 +18,7 @@ from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.plan import make_plan, write_resolved
 from megatron_specialm.graph.tasks import evaluated_set, model_task
 from megatron_specialm.report.results import write_results
-from megatron_specialm.report.seeds import merge_runs
+from megatron_specialm.report.seeds import merge_seeds, read_runs
 from megatron_specialm.report.tables import results_table
 from tests.unit.test_figures import columns
 
@@ -234,7 +234,7 @@ def test_bits_per_byte_are_there_where_bytes_are_known(finished: tuple[Pipeline,
     (tmp_path / "second.json").write_text(json.dumps(other))
     merged = {
         entry["stage"]: entry
-        for entry in columns(merge_runs([tmp_path / "first.json", tmp_path / "second.json"]).macro)
+        for entry in columns(merge_seeds(read_runs([tmp_path / "first.json", tmp_path / "second.json"])).macro)
     }
     assert merged["slm-tuned"]["bits_per_byte_sd"] == 0 and merged["slm-tuned"]["bits_per_byte"] > 0
     assert merged["llm-tuned"]["bits_per_byte"] is merged["llm-tuned"]["bits_per_byte_sd"] is None

@@ -14,7 +14,7 @@ import torch
 from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.integrity import PROFILES, list_files
-from megatron_specialm.checkpoint.opening import read_model
+from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.engine.objective import DeviceBatch, cross_entropy
@@ -69,7 +69,7 @@ def test_chosen_steps_are_profiled_and_nothing_else_changes(tmp_path: Path) -> N
     assert [path.name for path in traces] == [f"step_000000{step}-rank_00000.json.gz" for step in (2, 3)]
     with gzip.open(traces[0]) as file:
         assert any("aten::mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
-    plain, profiled = (read_model(find_final(tmp_path / name)) for name in ("plain", "profiled"))
+    plain, profiled = (read_checkpoint(find_final(tmp_path / name)).weights for name in ("plain", "profiled"))
     assert all(torch.equal(plain[name], profiled[name]) for name in plain)
     assert list_files(tmp_path / "plain").keys() == list_files(tmp_path / "profiled").keys()
 

@@ -8,10 +8,11 @@ from megatron_specialm.data import clusters as data_clusters
 from megatron_specialm.data.clusters import ClusterIndex, importance_weights, order_type, sort_by_cluster
 from megatron_specialm.data.permutation import shuffled
 from megatron_specialm.data.sampling import ImportanceStream
+from tests.clusters import cluster_index
 
 
 def _index(sizes: list[int]) -> ClusterIndex:
-    return ClusterIndex.from_assignment(np.repeat(np.arange(len(sizes)), sizes), k=len(sizes))
+    return cluster_index(np.repeat(np.arange(len(sizes)), sizes), k=len(sizes))
 
 
 def _stream(sizes: list[int], weights: object, *, batch: int = 8, seed: int = 0) -> ImportanceStream:

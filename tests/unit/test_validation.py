@@ -16,7 +16,6 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import Optimizer, TrainStage
 from megatron_specialm.data import training_data
-from megatron_specialm.data.clusters import ClusterIndex
 from megatron_specialm.data.experts import ExpertStream
 from megatron_specialm.data.store import MIXTURE, TokenStore
 from megatron_specialm.data.training_data import TrainingData, open_training_data
@@ -32,11 +31,12 @@ from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.stages import assign, cluster, embed, select, tokenize, tokenizer, train
 from megatron_specialm.train.evaluation import score
 from megatron_specialm.train.work import WorkRecord
+from tests.clusters import cluster_index
 from tests.contexts import make_context
 from tests.training import SHAPE, VOCABULARY, MemoryStore, read_metrics
 
 CLUSTERS = np.array([0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 2])  # of eleven held-out windows; none is in cluster 3
-INDEX = ClusterIndex.from_assignment(CLUSTERS, k=4)
+INDEX = cluster_index(CLUSTERS, k=4)
 STORE = MemoryStore(len(CLUSTERS), seed=3)
 
 
@@ -340,7 +340,7 @@ def test_a_cluster_without_held_out_windows_is_refused_before_training(
     kept = np.repeat(np.where(np.arange(3) == law, (law + 1) % 3, np.arange(3)), np.diff(offsets))
     emptied = np.empty(len(order), np.int64)
     emptied[order] = kept
-    index = ClusterIndex.from_assignment(emptied, k=3)
+    index = cluster_index(emptied, k=3)
     real = training_data.read_index
     monkeypatch.setattr(training_data, "read_index", lambda path, **how: index if path == folder else real(path, **how))
     with pytest.raises(DataError, match=rf"cluster {law} has 0 of the \d+ held-out generic windows.*early_stopping"):
