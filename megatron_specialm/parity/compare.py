@@ -22,7 +22,7 @@ from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
 from megatron_specialm.parity.case import ParityCase
-from megatron_specialm.run.processes import Workers, end_workers, wait_for_an_end, worker_context
+from megatron_specialm.run.processes import Workers, end_workers, worker_context
 
 CERTIFICATE_FORMAT = 2
 WORST = 5  # steps or weights that a certificate names per quantity
@@ -205,8 +205,8 @@ def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> 
     )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
-        while not (ended := workers.have_ended()) and (left := deadline - time.monotonic()) > 0:
-            wait_for_an_end([workers], within=left)
+        while not (ended := workers.have_ended()) and time.monotonic() < deadline:
+            time.sleep(0.02)
     finally:
         end_workers([workers], within=0)
     if not ended:

@@ -7,6 +7,7 @@ together at the end. Workers end with the launcher, however it ends, and share i
 
 import signal
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +27,12 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.graph.plan import PlannedTask, link_artifacts
 from megatron_specialm.graph.stage_kind import kind_of
 from megatron_specialm.graph.tasks import TaskId
-from megatron_specialm.run.processes import Workers, end_workers, log_path, wait_for_an_end, worker_context
+from megatron_specialm.run.processes import Workers, end_workers, log_path, worker_context
 from megatron_specialm.run.progress import TaskProgress
 from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import work
 
-PROGRESS_SECONDS = 1.0  # between two looks at the progress of tasks
+POLL_SECONDS = 0.2
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -93,7 +94,7 @@ def run_local(
                     progress.started(name)
                 if not running:
                     break  # all that is left depends on a failed task
-                wait_for_an_end((task.workers for task in running.values()), within=PROGRESS_SECONDS)
+                time.sleep(POLL_SECONDS)
                 for name in [name for name, task in running.items() if task.workers.have_ended()]:
                     task = running.pop(name)
                     error = _error_of(root, task)

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -108,10 +108,6 @@ class Workers:
             end_workers([self], within=0)
         return self._failed is not None or None not in codes
 
-    def sentinels(self) -> list[int]:
-        """Of the processes that run: file descriptors that become readable when a process ends."""
-        return [process.sentinel for process in self._processes if process.exitcode is None]
-
     def failure(self) -> tuple[int, str] | None:
         """Once all have ended: the rank that failed first, and why; None where none has."""
         if self._failed is None:
@@ -133,11 +129,6 @@ class Workers:
             process.join(max(0.0, deadline - time.monotonic()))
             _signal(process, signal.SIGKILL)
             process.join()
-
-
-def wait_for_an_end(groups: Iterable[Workers], *, within: float) -> None:
-    """Wait until one of the processes that still run ends, at most so many seconds."""
-    wait([sentinel for workers in groups for sentinel in workers.sentinels()], within)
 
 
 def end_workers(groups: Iterable[Workers], *, within: float = TERMINATION_SECONDS) -> None:
