@@ -36,9 +36,7 @@ from megatron_specialm.estimate.step_time import ACTIVATION_PASSES, step_time
 from megatron_specialm.run.processes import limit_threads
 
 THREADS = 2
-COPIES = (
-    16  # of the tensors of small parts, used in turn: so they are not in the processor's cache when they are used again
-)
+COPIES = 16  # of the tensors of small parts, used in turn: each has left the processor's cache before it is used again
 PARTS = -1  # sent in place of a number of steps: measure the parts
 ALONE, PAIR = "one process, 2 threads", "DP2, distributed optimizer"
 LAYOUTS = {
