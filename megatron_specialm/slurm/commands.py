@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_specialm.base.errors import MachineError
 
@@ -14,6 +15,9 @@ ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
     "REVOKED",
 }  # fmt: skip
+REQUEUED = {"COMPLETING", "PENDING", "REQUEUED"}  # of a job whose batch script still runs: Slurm has ended it
+# "grace": a partition's GraceTime runs, and ranks have got SIGTERM. "ended": preempted, requeued, cancelled, or a node lost.
+JobEnd = Literal["grace", "ended"]
 COMMAND_SECONDS = 60
 RETRY_SECONDS = 30  # a controller that is being restarted is back by then
 # Messages of a controller that does not answer, as opposed to one that refuses.
@@ -114,12 +118,16 @@ def find_by_comment(comment: str) -> str | None:
     return None
 
 
-def is_preempted(job: str) -> bool:
-    """Whether a partition's GraceTime runs for this job: its ranks have got SIGTERM. False where Slurm does not answer."""
+def job_end(job: str) -> JobEnd | None:
+    """How far Slurm is in ending this job. None if it lets the job run, or does not answer."""
     try:
-        return re.search(r"\bPreemptTime=\d", slurm("scontrol", "show", "job", job)) is not None
+        shown = slurm("scontrol", "show", "job", job)
     except MachineError:
-        return False
+        return None
+    state = re.search(r"\bJobState=(\w+)", shown)
+    if state is not None and state[1] in ENDED | REQUEUED:
+        return "ended"
+    return "grace" if re.search(r"\bPreemptTime=\d", shown) else None
 
 
 def cancel_jobs(slurm_ids: Iterable[str]) -> None:

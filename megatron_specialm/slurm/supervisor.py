@@ -32,7 +32,7 @@ from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINI
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
 from megatron_specialm.slurm.allocation import Allocation, node_command, probe_command, rank_command
-from megatron_specialm.slurm.commands import is_preempted, slurm
+from megatron_specialm.slurm.commands import job_end, slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
 from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes, unreachable_nodes
 from megatron_specialm.slurm.records import (
@@ -80,13 +80,15 @@ class JobAttempt:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. `nodes` are excluded from the next one; `exit_code` is that of the ranks."""
+    """How an attempt ended. `nodes` are excluded from the next one; `exit_code` is that of the ranks. `by_slurm`: Slurm has
+    ended the job, and alone decides whether it is queued again."""
 
     outcome: Outcome
     reason: str
     step: int | None = None
     nodes: tuple[str, ...] = ()
     exit_code: int = 1
+    by_slurm: bool = False
 
 
 class _StopRequest:
@@ -114,7 +116,7 @@ def supervise(attempt: JobAttempt) -> int:
             ending = _attempt(attempt, stop)
         except SpecialmError as error:  # of the machine, or a damaged file of this attempt
             ending = Ending("failed", str(error), exit_code=error.exit_code)
-        final = ending.outcome == "finished" or stop.by is signal.SIGTERM
+        final = ending.outcome == "finished" or ending.by_slurm or stop.by is signal.SIGTERM
         end_reason = None if final else why_not_requeued(ending, before, attempt.site.limits)
         again = not final and end_reason is None
         reason = ending.reason if end_reason is None else f"{ending.reason}; not queued again: {end_reason}"
@@ -281,9 +283,11 @@ def _ending(attempt: JobAttempt, code: int | None, stopped_by: signal.Signals | 
     """How the ranks ended, by the files that they left. srun's own exit code may be 0 after a node was lost."""
     if code == 0 and (attempt.folder / FINISHED).exists():
         return Ending("finished", "all tasks are done", step)
-    # A rank that SIGTERM ends before it handles signals leaves nothing, and its peers report an error.
-    if stopped_by is not None or is_preempted(attempt.allocation.job):
+    if stopped_by is not None:
         return _stopped(attempt, stopped_by, step)
+    # A rank that SIGTERM ends before it handles signals, or SIGKILL after GraceTime, leaves nothing; its peers report an error.
+    if (end := job_end(attempt.allocation.job)) is not None:
+        return replace(_stopped(attempt, None, step), by_slurm=end == "ended")
     errors = [read_json(path, Failure) for path in sorted(attempt.folder.glob(ERRORS))]
     if errors:
         # A rank whose peer has died reports that; the peer's own error, if it left one, is the cause.

@@ -61,7 +61,7 @@ def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], 
     ]
     names = ",".join(nodes)
     lines += [
-        f"PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=10",
+        f"PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20",
         f"PartitionName=urgent Nodes={names} MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"

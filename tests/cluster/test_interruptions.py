@@ -63,7 +63,9 @@ def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") 
     """
     assert run.wait("slm", 120) == ["COMPLETED"], run.log("slm")
     outcomes = [outcome for outcome in run.outcomes("slm", submission=submission) if outcome != "preempted"]
-    assert outcomes == [*before, "finished"], [attempt.end for attempt in run.attempts("slm")]
+    assert outcomes == [*before, "finished"], "\n".join(str(attempt.end) for attempt in run.attempts("slm")) + run.log(
+        "slm"
+    )
     assert_same_bits(run.root / "slm/generic", straight)
 
 

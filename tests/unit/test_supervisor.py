@@ -107,7 +107,7 @@ def test_ranks_that_slurm_preempts_before_they_handle_signals_are_queued_again_a
     """They leave no outcome, or the error of a peer that has lost them. Without preemption that is a failure."""
     _program(
         programs / "scontrol",
-        f'[ "$1" = show ] && echo PreemptTime=2026-11-27T04:06:27 || echo "$@" >> {tmp_path}/scontrol',
+        f'[ "$1" = show ] && echo JobState=RUNNING PreemptTime=2026-11-27T04:06:27 || echo "$@" >> {tmp_path}/scontrol',
     )
     for number, program in enumerate(["import os; os.kill(os.getpid(), 15)"] * 2 + [FAIL]):
         attempt = _attempt(tmp_path, program, attempt=number)
@@ -115,6 +115,16 @@ def test_ranks_that_slurm_preempts_before_they_handle_signals_are_queued_again_a
         assert (_end(attempt).outcome, _end(attempt).requeued) == ("preempted", True)
         assert _end(attempt).reason == "ended by Slurm: no checkpoint was saved, so it resumes from the previous one"
     assert _scontrol(tmp_path) == ["requeue 7_0"] * 3
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])
+def test_a_job_that_slurm_has_ended_is_left_to_slurm(programs: Path, tmp_path: Path, state: str) -> None:
+    """After GraceTime Slurm kills ranks that have not ended and queues the job again, before this process gets SIGTERM."""
+    _program(programs / "scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo JobState={state} PreemptTime=None')
+    attempt = _attempt(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert supervise(attempt) != 0, "dependent jobs must not start"
+    assert (_end(attempt).outcome, _end(attempt).requeued) == ("preempted", False)
+    assert _scontrol(tmp_path) == ["show job 7_0"]
 
 
 def test_failures_end_when_their_budget_is_used_up(programs: Path, tmp_path: Path) -> None:
