@@ -46,7 +46,6 @@ def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], 
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
         "SlurmdTimeout=10",
-        "MessageTimeout=2",
         "KillWait=10",
         "MinJobAge=3600",  # `scontrol show job` is the only record of a job that has ended
         "JobRequeue=1",
