@@ -3,7 +3,7 @@
 #
 # usage: tools/evidence.sh SEED [OPTIONS OF specialm run ...]
 # Needs Python 3.11 or 3.12 and a package index. Begin with seed 0, whose tokens and clusters the other seeds take over. You may
-# stop it at any time; the same command goes on where it was.
+# stop it at any time; the same command goes on where it was. The CSV files keep the seeds that they have.
 set -euo pipefail
 if [ $# = 0 ] || [ "$1" = --help ]; then
   sed -n '2,6s/^# \{0,1\}//p' "$0"
@@ -28,10 +28,10 @@ for config in evidence evidence-sizes; do
   specialm run "configs/pipelines/$config.yaml" "root=runs/$config-$seed" "training_seed=$seed" "reuse=[${reuse//$'\n'/, }]" "$@"
 done
 # shellcheck disable=SC2046  # one word per folder
-python tools/results_tables.py write-csv $(run_folders evidence results.json) \
+python tools/results_tables.py write-csv $(run_folders evidence results.json) --keep \
   --output docs/evidence/results.csv --concentration docs/evidence/concentration.csv
 # shellcheck disable=SC2046
-python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --output docs/evidence/sizes.csv
+python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --keep --output docs/evidence/sizes.csv
 python tools/results_tables.py draw docs/evidence/results.csv generic-cost-flops specialization-cost-flops total-cost-flops \
   --domains legal,speeches,documentation,recipes --output docs/evidence/concentrated
 python tools/results_tables.py draw docs/evidence/results.csv domains --output docs/evidence

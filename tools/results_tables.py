@@ -1,12 +1,13 @@
 """Generate the documentation's tables of results from a CSV file that is committed beside them.
 
-    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv [--concentration FILE]
+    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv [--keep] [--concentration FILE]
     python tools/results_tables.py fill README.md docs/results.md [--check]
     python tools/results_tables.py draw CSV NAME... --output FOLDER [--domains legal,speeches]
 
 `write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
-and set, with numbers of six digits. `--concentration` does so for how concentrated and how far the sets are. `fill` renders
-tables from such a file between two comments of a Markdown file:
+and set, with numbers of six digits. With `--keep`, rows of other seeds that the file has already stay in it. `--concentration`
+collects how concentrated and how far the sets are. `fill` renders tables from such a file between two comments of a Markdown
+file:
 
     <!-- table: docs/results/quickstart.csv perplexity -->
     <!-- end of table -->
@@ -27,6 +28,7 @@ an error. Tables, over all seeds of the file (mean ± sample standard deviation)
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +84,7 @@ def main() -> int:
     writing = commands.add_parser("write-csv", help="collect the results of run folders")
     writing.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
     writing.add_argument("--output", required=True, type=Path)
+    writing.add_argument("--keep", action="store_true", help="keep the rows of other seeds in the output")
     writing.add_argument("--concentration", type=Path)
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
@@ -97,7 +100,7 @@ def main() -> int:
             draw(arguments.csv, arguments.names, arguments.output, arguments.domains)
             return 0
         if arguments.command == "write-csv":
-            write_csv(arguments.runs, arguments.output)
+            write_csv(arguments.runs, arguments.output, keep=arguments.keep)
             if arguments.concentration is not None:
                 write_concentration(arguments.runs, arguments.concentration)
             return 0
@@ -107,19 +110,26 @@ def main() -> int:
         return error.exit_code
 
 
-def write_csv(runs: Sequence[Path], output: Path) -> None:
-    """Write the rows of all runs, in the order of their seeds. Each run must have every model: a mean over fewer seeds would be
-    mistaken for one over all."""
-    rows = sorted(read_runs([folder / "results.json" for folder in runs]).rows, key=lambda row: row.seeds)
+def write_csv(runs: Sequence[Path], output: Path, *, keep: bool = False) -> None:
+    """Write the rows of all runs, in the order of their seeds; with `keep` also those of other seeds that `output` has. Each
+    seed must have every model: a mean over fewer seeds would be mistaken for one over all."""
+    where = {row.seeds: folder for folder in runs for row in read_runs([folder / "results.json"]).rows}
+    rows = read_runs([folder / "results.json" for folder in runs]).rows
+    if keep and output.exists():
+        rows += [row for row in read_csv(output, Row) if row.seeds not in where]
+    rows.sort(key=lambda row: row.seeds)
     models = dict.fromkeys((row.stage, row.domain) for row in rows)
-    for folder in runs:
-        own = {(row.stage, row.domain) for row in read_runs([folder / "results.json"]).rows}
-        if missing := [f"{stage} on {domain}" for stage, domain in models if (stage, domain) not in own]:
-            raise ArtifactError(f"{folder}: has no result of {', '.join(missing)}: `specialm run` its page to the end")
+    for seeds, own in itertools.groupby(rows, key=lambda row: row.seeds):
+        has = {(row.stage, row.domain) for row in own}
+        if missing := [f"{stage} on {domain}" for stage, domain in models if (stage, domain) not in has]:
+            source = where.get(seeds, output)
+            raise ArtifactError(
+                f"{source}: has no result of {', '.join(missing)}: `specialm run` its config to the end"
+            )
     if not rows:
-        raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the page")
+        raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the config")
     _write(output, rows)
-    print(f"{output}: {len(rows)} rows of {len(runs)} runs")
+    print(f"{output}: {len(rows)} rows of {len({row.seeds for row in rows})} runs")
 
 
 def write_concentration(runs: Sequence[Path], output: Path) -> None:

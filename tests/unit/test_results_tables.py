@@ -135,6 +135,31 @@ def test_runs_become_one_file_in_the_order_of_their_seeds(tmp_path: Path) -> Non
     assert not (tmp_path / "rows.csv").exists()
 
 
+def test_rows_of_other_seeds_are_kept_if_asked(tmp_path: Path) -> None:
+    """Run folders may be on another machine, or gone; the new folder's own seed is replaced."""
+    from results_tables import write_csv
+
+    def folder(seed: int, perplexity: float) -> Path:
+        levels = {"slm": {"legal": perplexity, "law": 20.0}}
+        return _run_folder(tmp_path / f"{seed}-{perplexity}", made_up(levels, seed=seed))
+
+    output = tmp_path / "rows.csv"
+    write_csv([folder(0, 10.0), folder(2, 12.0)], output, keep=True)
+    before = output.read_text().splitlines()
+    write_csv([folder(1, 11.0)], output, keep=True)
+    after = output.read_text().splitlines()
+    assert [line for line in after if line in before] == before and len(after) == len(before) + 2
+    write_csv([folder(2, 13.0)], output, keep=True)
+    assert [(row.seed, row.perplexity) for row in read_csv(output, Row) if row.domain == "legal"] == [
+        (0, 10.0), (1, 11.0), (2, 13.0),
+    ]  # fmt: skip
+    more = _run_folder(tmp_path / "more", made_up({"slm": {"legal": 1.0, "law": 1.0}, "llm": {"legal": 1.0}}, seed=3))
+    with pytest.raises(ArtifactError, match=r"rows\.csv: has no result of llm on legal"):
+        write_csv([more], output, keep=True)
+    write_csv([folder(4, 14.0)], output)
+    assert {row.seed for row in read_csv(output, Row)} == {4}
+
+
 def test_figures_of_a_file(tmp_path: Path) -> None:
     from results_tables import draw
 
