@@ -18,7 +18,7 @@ from megatron_specialm.base.files import write_text
 from megatron_specialm.config.text import GENERIC, size_name
 from megatron_specialm.report import drawing
 from megatron_specialm.report.drawing import Curve, Look
-from megatron_specialm.report.rows import SPECIALIZATION, TASKS, Average, Results, Row, to_csv
+from megatron_specialm.report.rows import DOMAIN_COUNTS, SPECIALIZATION, Average, Results, Row, to_csv
 from megatron_specialm.report.tables import (
     CAPPED_MEANS,
     Scored,
@@ -90,7 +90,7 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
 
 
 def _cost_figures(entries: Sequence[Point], looks: Mapping[str, Look]) -> Iterator[tuple[str, "Figure"]]:
-    """Each kind of cost in each measure. Total cost has a panel per number of tasks."""
+    """Each kind of cost in each measure. Total cost has a panel per number of domains."""
     devices = " and ".join(sorted({entry.devices for entry in entries if entry.devices}))
     for name, what, unit, scale in (
         ("flops", "flops", "FLOPs", 1),
@@ -98,7 +98,8 @@ def _cost_figures(entries: Sequence[Point], looks: Mapping[str, Look]) -> Iterat
     ):
         columns = {phase: {"": _phase_cost(phase, what, scale)} for phase in (GENERIC, SPECIALIZATION)}
         columns["total"] = {
-            f"{tasks} task{'s' if tasks > 1 else ''}": _total_cost(tasks, what, scale) for tasks in TASKS
+            f"{domains} domain{'s' if domains > 1 else ''}": _total_cost(domains, what, scale)
+            for domains in DOMAIN_COUNTS
         }
         for kind, costs in columns.items():
             if any(cost(entry) for cost in costs.values() for entry in entries):
@@ -109,8 +110,8 @@ def _phase_cost(phase: str, what: str, scale: float) -> Cost:
     return lambda entry: entry.cost(phase, what) / scale
 
 
-def _total_cost(tasks: int, what: str, scale: float) -> Cost:
-    return lambda entry: entry.total(what, tasks=tasks) / scale
+def _total_cost(domains: int, what: str, scale: float) -> Cost:
+    return lambda entry: entry.total(what, domains=domains) / scale
 
 
 def _against_cost(

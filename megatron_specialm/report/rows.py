@@ -32,7 +32,7 @@ from megatron_specialm.base.files import parse_json, write_json
 from megatron_specialm.config.text import GENERIC
 
 SPECIALIZATION = "specialization"
-TASKS = (1, 7, 50)  # the numbers of domains that share the generic cost in the paper's total costs
+DOMAIN_COUNTS = (1, 7, 50)  # the numbers of domains that share the generic cost in the paper's total costs
 SEEDS = ("seed", "training_seed")  # the columns that identify a run of a config
 Seeds = tuple[tuple[str, int], ...]
 Number = int | float
@@ -176,9 +176,9 @@ class Costs(Entry):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what, tasks in itertools.product(("flops", "device_seconds"), TASKS):
-            if getattr(self, name := f"total_{what}_{tasks}") is None:
-                object.__setattr__(self, name, self.total(what, tasks=tasks))
+        for what, domains in itertools.product(("flops", "device_seconds"), DOMAIN_COUNTS):
+            if getattr(self, name := f"total_{what}_{domains}") is None:
+                object.__setattr__(self, name, self.total(what, domains=domains))
         slots = self.generic_slots + self.specialization_slots
         tokens = self.generic_tokens + self.specialization_tokens
         object.__setattr__(self, "fill", tokens / slots if slots else None)
@@ -188,10 +188,10 @@ class Costs(Entry):
         value: Number = getattr(self, f"{phase}_{what}")
         return value
 
-    def total(self, what: str, *, tasks: int) -> Number:
+    def total(self, what: str, *, domains: int) -> Number:
         """C_total(N) = C_generic + N * C_specialization (Grangier et al., arXiv 2402.01093), N being the number of domains
         that are specialized to."""
-        return self.cost(GENERIC, what) + tasks * self.cost(SPECIALIZATION, what)
+        return self.cost(GENERIC, what) + domains * self.cost(SPECIALIZATION, what)
 
 
 @dataclass(frozen=True, kw_only=True)

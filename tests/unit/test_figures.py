@@ -149,7 +149,7 @@ def test_figures_name_methods_and_units(tmp_path: Path) -> None:
     for name, says in (
         ("generic-cost-flops", "generic training cost (FLOPs)"),
         ("specialization-cost-hours", "specialization training cost (device-hours on cpu)"),
-        ("total-cost-flops", "50 tasks"),
+        ("total-cost-flops", "50 domains"),
         ("domains", "encyclopedia"),
     ):
         svg = (tmp_path / "figures" / f"{name}.svg").read_text()
@@ -206,7 +206,7 @@ def test_sizes_have_figures_of_their_own(tmp_path: Path) -> None:
     svg = (tmp_path / "figures" / "set-size.svg").read_text()
     for word in ("50k", "1m", "slm-is", "training tokens of the domain", "macro perplexity"):
         assert word in svg
-    assert "7 tasks, 50k tokens" in (tmp_path / "figures" / "total-cost-flops.svg").read_text()
+    assert "7 domains, 50k tokens" in (tmp_path / "figures" / "total-cost-flops.svg").read_text()
 
 
 def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_total_costs(finished: tuple[Pipeline, Path]) -> None:
         for what in ("flops", "device_seconds"):
             for tasks in (1, 7, 50):
                 total = own[f"generic_{what}"] + tasks * own[f"specialization_{what}"]
-                assert own[f"total_{what}_{tasks}"] == row.total(what, tasks=tasks) == total
+                assert own[f"total_{what}_{tasks}"] == row.total(what, domains=tasks) == total
 
 
 def test_files_beside_the_results(finished: tuple[Pipeline, Path]) -> None:

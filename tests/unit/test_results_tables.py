@@ -350,7 +350,7 @@ def test_the_frontier_has_the_best_small_model_at_each_total_cost() -> None:
         for stage, (generic, own, level) in costs.items()
         for row in made_up({stage: {"legal": level}})
     ]  # fmt: skip
-    found = [(best.tasks, best.average.stage) for best in find_frontier(results_from_rows(rows))]
+    found = [(best.domains, best.average.stage) for best in find_frontier(results_from_rows(rows))]
     assert found == [(1, "slm-is"), (7, "slm-tuned"), (7, "slm-is"), (50, "slm-tuned"), (50, "slm-is")]
 
 
