@@ -200,34 +200,38 @@ class GptEngine:
         return torch.from_numpy(experts_BTE).to(self._model.device, non_blocking=True)
 
     def _count(self, micro_batches: list[DeviceBatch], *, forward_only: bool) -> None:
-        """Add these to `passes`."""
+        """Add these to `passes`, as if every copy had made them: `_reduce` corrects that."""
         slots = saved = 0
         for batch in micro_batches:
             rows, positions = batch.tokens.shape
             lengths = batch.lengths or [positions * self._context_parallel] * rows
             slots += sum(lengths)
             saved += keys_saved(lengths, self._model.context_length)
-        self.passes = self.passes.after(slots, self._mixture_count, saved=saved, forward_only=forward_only)
+        own = Passes().after(slots, self._mixture_count, saved=saved, forward_only=forward_only)
+        self.passes = self.passes.plus(own, times=self.data_parallel)
 
     def _reduce(self, sums: list[torch.Tensor], *, tokens: int, before: Passes) -> LossSum:
-        """Over the copies; then from the last stage, which alone has the loss, to the others.
+        """Over the copies; then from the last stage, which alone has the loss, to the others. `passes` become those that the
+        copies have made: packed windows may differ in number and length.
 
         Args:
             sums: of this process's micro-batches.
             tokens: of this copy.
-            before: its `passes` before these.
+            before: `passes` before these.
         """
-        made = self.passes.plus(before, times=-1)
+        own = self.passes.plus(before, times=-1)
         total = torch.stack(sums).double().sum() if sums else torch.zeros((), dtype=torch.float64)
-        counts = torch.tensor(
-            [tokens, made.trained + made.evaluated, made.trained_saved + made.evaluated_saved], dtype=torch.float64
-        )
+        counts = torch.tensor([tokens, *own], dtype=torch.float64)
         both = torch.cat([total[None].to(self._model.device), counts.to(self._model.device)])
         dist.all_reduce(both[:1], group=self._data_parallel_group)
         dist.all_reduce(both[:1], group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(both[1:], group=parallel_state.get_data_parallel_group())
-        total_sum, *all_counts = both.tolist()  # one transfer from the device
-        return LossSum(total_sum, *map(int, all_counts))
+        total_sum, all_tokens, *counted = both.tolist()  # one transfer from the device
+        made = Passes(*(int(count) // self.data_parallel for count in counted))
+        self.passes = before.plus(made)
+        return LossSum(
+            total_sum, int(all_tokens), made.trained + made.evaluated, made.trained_saved + made.evaluated_saved
+        )
 
 
 def build_models(

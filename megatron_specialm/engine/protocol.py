@@ -60,7 +60,7 @@ class Engine(Protocol):
     data_rank: the data-parallel copy of the model that this process belongs to, from 0.
     data_parallel: the number of such copies. Each trains on its own rows of a global batch.
     device_name: of this process's device, as its maker calls it; `cpu` where it is none.
-    passes: those that this process's copy of the model has made so far.
+    passes: those that all copies have made so far; within `evaluate`, as if all made as many as this one.
     """
 
     data_rank: int

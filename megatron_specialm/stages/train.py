@@ -140,7 +140,7 @@ def run(stage: TrainStage, context: Context) -> Report:
         ended = Capped(context.key, progress.step, progress.best_step)
         logger.warning("%s", capped_warning(context.task.id.stage, stage, [ended]))
     # Not from the record: a fenced attempt at this task, with an older fencing token, may still write there.
-    passes = lost.passes.plus(engine.passes, times=copies)
+    passes = lost.passes.plus(engine.passes)
     read = reading.stream.report(max(progress.step, 1))
     own = _own(progress, before)
     return Report(

@@ -27,7 +27,7 @@ from megatron_specialm.config.schedule import learning_rate, step_to_keep
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.data.batches import TrainingBatches
 from megatron_specialm.data.store import Batch
-from megatron_specialm.engine.protocol import Engine, StepStats
+from megatron_specialm.engine.protocol import Engine, LossSum, StepStats
 from megatron_specialm.graph.length import last_step, validates_after
 from megatron_specialm.train.gates import GateRecords
 from megatron_specialm.train.metrics import Metrics
@@ -115,7 +115,8 @@ class _Loop:
         self._metrics, self._record_work = metrics, record_work
         self._gates = GateRecords()
         self._saved = progress.step
-        self._watch, self._recorded = Stopwatch(), progress.step  # since the last record, and its step
+        # Since the last record: time, and losses of steps; and its step.
+        self._watch, self._losses, self._recorded = Stopwatch(), list[LossSum](), progress.step
         self._stop_group = ControlGroup.open()  # of its own: others wait for long work of rank 0
         self._stop_flag = StopFlag(self._stop_group)
 
@@ -233,15 +234,18 @@ class _Loop:
     def _record_step(self, stats: StepStats, rate: float, *, spike: bool) -> None:
         """Write a record every `log_every` steps, and whenever a step was skipped or spiked."""
         progress, training, last = self.progress, self._training, last_step(self._settings)
+        self._losses.append(stats.loss)
         if stats.skipped or spike:
             what = "skipped: loss or gradient not finite" if stats.skipped else "gradient norm spike"
             logger.warning("step %d: %s (loss %s, norm %s)", progress.step, what, stats.loss.mean, stats.gradient_norm)
         elif progress.step % self._settings.log_every and progress.step < last:
             return
         gates = self._engine.gate_statistics()  # of all processes
+        losses, self._losses = self._losses, []
         if self._metrics is None:
             return
-        per_step = max(self._watch.lap(), 1e-6) / (progress.step - self._recorded)  # a lap may be 0
+        seconds = max(self._watch.lap(), 1e-6)  # a lap may be 0
+        per_step = seconds / (progress.step - self._recorded)
         self._recorded = progress.step
         self._write(
             step=progress.step,
@@ -252,10 +256,10 @@ class _Loop:
             tokens=progress.tokens,
             slots=progress.slots,
             fill=progress.tokens / progress.slots if progress.slots else None,
-            tokens_per_second=stats.loss.tokens / per_step,
+            tokens_per_second=sum(loss.tokens for loss in losses) / seconds,
             mfu=utilisation(
-                flops=training.step_flops(stats.loss.slots, stats.loss.saved),
-                seconds=per_step,
+                flops=sum(training.step_flops(loss.slots, loss.saved) for loss in losses),
+                seconds=seconds,
                 devices=training.processes,
                 device_name=self._engine.device_name,
             )
@@ -282,7 +286,7 @@ def _work_record(engine: Engine, training: Training) -> Iterator[Callable[[], Wo
     if not training.control.is_first:
         yield Work
         return
-    with WorkRecord(training.folder, copies=training.batches.processes, watch=training.watch) as record:
+    with WorkRecord(training.folder, watch=training.watch) as record:
         yield lambda: record.write(engine.passes)
 
 

@@ -47,24 +47,22 @@ class Work:
 class WorkRecord:
     """Writes a training's `work.json`, on rank 0."""
 
-    def __init__(self, folder: Path, *, copies: int, watch: Stopwatch) -> None:
+    def __init__(self, folder: Path, *, watch: Stopwatch) -> None:
         """Add to the record of earlier attempts.
 
         Args:
-            copies: the number of data-parallel copies; each makes as many passes as rank 0.
             watch: runs since this attempt began.
         """
-        self._before, self._copies, self._watch = Work.read(folder), copies, watch
+        self._before, self._watch = Work.read(folder), watch
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def write(self, passes: Passes) -> Work:
         """Write and return the work so far, over all attempts.
 
         Args:
-            passes: of one copy since this attempt began.
+            passes: of all copies since this attempt began.
         """
-        all_passes = self._before.passes.plus(passes, times=self._copies)
-        work = Work(all_passes, self._before.seconds + self._watch.seconds)
+        work = Work(self._before.passes.plus(passes), self._before.seconds + self._watch.seconds)
         text = json.dumps({"passes": work.passes._asdict(), "seconds": work.seconds})
         os.pwrite(self._file, text.ljust(_WIDTH).encode(), 0)
         return work

@@ -29,3 +29,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     weights_one, weights_two = (read_checkpoint(find_final(tmp_path / size)).weights for size in "12")
     for name, tensor in weights_one.items():
         torch.testing.assert_close(weights_two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_passes_of_all_copies_are_counted(tmp_path: Path) -> None:
+    """Copies read windows of different lengths: none stands for the others."""
+    settings = {"early_stopping": {"evaluate_every": 6}, "packing": "packed"}
+    for size in (1, 2):
+        run_layout(tmp_path / str(size), parallel={"data_parallel": size}, **settings)
+    one, two = (Work.read(tmp_path / size).passes for size in "12")
+    last = [record for record in read_metrics(tmp_path / "2") if "loss" in record][-1]
+    assert two == one and two.trained == last["slots"] == last["tokens"] < 12 * 8 * CONTEXT

@@ -45,7 +45,7 @@ def test_the_seconds_of_attempts_only_grow(tmp_path: Path, clock: Clock) -> None
     """Two attempts; the clock jumps back in the first and between them."""
     found = []
     for _ in range(2):
-        with WorkRecord(tmp_path, copies=1, watch=Stopwatch()) as record:
+        with WorkRecord(tmp_path, watch=Stopwatch()) as record:
             for jump in (5, -7200, 5):
                 clock.now += jump
                 record.write(Passes(trained=1))

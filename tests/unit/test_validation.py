@@ -294,7 +294,7 @@ def test_another_incarnation_that_still_counts_changes_no_cost(prepared: tuple[P
     given_up = threading.Event()
 
     def count_on() -> None:
-        with WorkRecord(folder, copies=1, watch=Stopwatch()) as record:
+        with WorkRecord(folder, watch=Stopwatch()) as record:
             while not given_up.wait(0.001):
                 record.write(Passes(trained=1))
 
