@@ -8,11 +8,13 @@ from typing import Any, TypeVar, get_args
 from megatron_specialm.base.errors import ConfigError
 from megatron_specialm.config.base import Settings
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import (
     AssignStage,
     ClusterStage,
     ImportStage,
     Pipeline,
+    SelectStage,
     TokenizerStage,
     TokenizeStage,
 )
@@ -211,6 +213,21 @@ def setup_of(pipeline: Pipeline, name: str) -> Setup:
         model_of(pipeline, stage.distill.teacher).base_config if stage.distill and has_online_teacher(stage) else None,
     )
     return replace(setup, packing=stage.packing or best_packing(setup))
+
+
+def trial_setup_of(pipeline: Pipeline, stage: SelectStage) -> Setup:
+    """What the trials of a select stage require of their engine: an expert as an ordinary model, on one process."""
+    assert stage.trial is not None
+    setup = Setup(
+        model_of(pipeline, stage.experts).base_config,
+        ParallelConfig(),
+        stage.trial.precision,
+        vocabulary_size(pipeline, stage.tokens),
+        tokenize_stage(pipeline, stage.tokens).context_length,
+        stage.trial.global_batch_size,
+        stage.trial.micro_batch_size,
+    )
+    return replace(setup, packing=stage.trial.packing or best_packing(setup))
 
 
 def _variants(stage: TrainStage) -> int:

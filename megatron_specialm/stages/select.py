@@ -28,7 +28,14 @@ from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
 from megatron_specialm.estimate.parameters import count_parameters
 from megatron_specialm.graph.context import Context
-from megatron_specialm.graph.lineage import cluster_count, expert_key, model_of, train_stage, trained_clusters
+from megatron_specialm.graph.lineage import (
+    cluster_count,
+    expert_key,
+    model_of,
+    train_stage,
+    trained_clusters,
+    trial_setup_of,
+)
 from megatron_specialm.model.merge import one_hot
 from megatron_specialm.train.selection import (
     Order,
@@ -76,8 +83,9 @@ def run(stage: SelectStage, context: Context) -> Report:
         else:
             assert stage.trial is not None
             tried = Trials(
-                stage.trial, store, experts.load, folder=trials / name, seed=context.pipeline.seed_of_training
-            )
+                stage.trial, trial_setup_of(context.pipeline, stage), store, experts.load,
+                folder=trials / name, seed=context.pipeline.seed_of_training,
+            )  # fmt: skip
             with single_process(threads=context.threads):
                 orders[name] = _TRIED[name](keys, tried.tune, stage.trial.steps)
             passes = tried.spent

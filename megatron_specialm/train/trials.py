@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from megatron_specialm.data.sampling import ImportanceStream
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.engine.open import build_engine
 from megatron_specialm.estimate.flops import reading_flops
-from megatron_specialm.estimate.packing_capabilities import best_packing
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.train.loop import Training, train
 from megatron_specialm.train.progress import TrainingState
@@ -39,13 +37,14 @@ class Trials:
     def __init__(
         self,
         trial: Trial,
+        setup: Setup,
         store: TokenStore,
         load: Callable[[str], MergedModel],
         *,
         folder: Path,
         seed: int,
     ) -> None:
-        self._trial, self._store, self._load, self._folder = trial, store, load, folder
+        self._trial, self._setup, self._store, self._load, self._folder = trial, setup, store, load, folder
         self._stream = ImportanceStream(
             ClusterIndex.single(len(store)), np.ones(1), global_batch_size=trial.global_batch_size, seed=seed
         )
@@ -71,11 +70,6 @@ class Trials:
     def _train(self, key: str, start: MergedModel, steps: int) -> TrainingState:
         folder, settings = self._folder / key, self._settings(steps)
         folder.mkdir(parents=True, exist_ok=True)
-        setup = Setup(
-            start.shape, settings.parallel, settings.precision, start.vocabulary_size, start.context_length,
-            settings.global_batch_size, settings.micro_batch_size,
-        )  # fmt: skip
-        setup = replace(setup, packing=settings.packing or best_packing(setup))
         training = Training(
             folder=folder,
             settings=settings,
@@ -87,7 +81,9 @@ class Trials:
             control=ControlGroup(),
             saver=Saver(folder, ControlGroup()),
         )
-        engine = build_engine(setup, optimizer=settings.optimizer, initialize=lambda model: model.load(start.weights))
+        engine = build_engine(
+            self._setup, optimizer=settings.optimizer, initialize=lambda model: model.load(start.weights)
+        )
         return train(engine, training)
 
     def _work(self, key: str, model: MergedModel, progress: TrainingState) -> Spent:

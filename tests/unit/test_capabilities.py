@@ -272,3 +272,12 @@ def test_weights_of_another_tokenizer() -> None:
     pipeline = load_pipeline(config, [*other, "stages.other.context_length=64", "stages.slm-tuned.tokens=other"])
     with pytest.raises(ConfigError, match="they are of tokenizer `words`, and the weights of `slm` of tokenizer"):
         build_graph(pipeline)
+
+
+def test_the_trials_of_a_selection_are_checked() -> None:
+    quickstart = configs_folder() / "pipelines" / "quickstart.yaml"
+    trial = "stages.slm-mix-chosen.trial={steps: 20, global_batch_size: 8, packing: %s}"
+    overrides = ["stages.slm-mix.model=nano-moe", "stages.slm-mix-chosen.by=finetuned"]
+    build_graph(load_pipeline(quickstart, [*overrides, trial % "none"]))
+    with pytest.raises(ConfigError, match=r"stages\.slm-mix-chosen\.trial: packing packed .*; set packing: none"):
+        build_graph(load_pipeline(quickstart, [*overrides, trial % "packed"]))

@@ -12,10 +12,12 @@ from megatron_specialm.checkpoint.opening import open_checkpoint
 from megatron_specialm.checkpoint.saving import save_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig, Projection
+from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.schema import Trial
 from megatron_specialm.data.store import StoreWriter, TokenStore, describe_store
 from megatron_specialm.engine.open import single_process
 from megatron_specialm.estimate.flops import forward_flops, training_flops
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import one_hot
 from megatron_specialm.train.selection import by_halving, halving_plan, trial_validations
@@ -31,6 +33,7 @@ TRIAL = Trial.model_validate(
         "optimizer": {"learning_rate": 1e-2},
     }
 )
+SETUP = Setup(SHAPE, ParallelConfig(), "fp32", 40, 8, TRIAL.global_batch_size, TRIAL.micro_batch_size, packing="packed")
 # As a checkpoint of its pretraining says: far on, and with a validation loss of its own.
 PRETRAINED = {"progress": {"step": 500, "tokens": 1, "best_step": 400, "best_loss": 0.001}, "tokenizer": "t"}
 
@@ -73,7 +76,7 @@ def trials(tmp_path: Path) -> Iterator[dict[str, Trials]]:
     store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
     with single_process():
         yield {
-            name: Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / name, seed=0)
+            name: Trials(TRIAL, SETUP, store, experts.__getitem__, folder=tmp_path / name, seed=0)
             for name in ("at-once", "in-parts")
         }
 
@@ -123,7 +126,7 @@ def test_an_expert_that_comes_to_nothing_is_out_of_the_choice(tmp_path: Path) ->
     store, experts = _store(tmp_path / "tokens"), _experts(tmp_path)
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in experts["c0"].weights.items()}
     experts["c0"] = MergedModel(experts["c0"].shape, broken, experts["c0"].state)
-    tried = Trials(TRIAL, store, experts.__getitem__, folder=tmp_path / "t", seed=0)
+    tried = Trials(TRIAL, SETUP, store, experts.__getitem__, folder=tmp_path / "t", seed=0)
     with single_process():
         order = by_halving(["c0", "c1", "c2"], tried.tune, 6)
     assert order[-1] == "c0"

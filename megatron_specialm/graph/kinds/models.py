@@ -33,6 +33,7 @@ from megatron_specialm.graph.lineage import (
     tokenizer_task,
     train_stage,
     trained_clusters,
+    trial_setup_of,
     validates_by_cluster,
 )
 from megatron_specialm.graph.rates import trial_key, trial_of
@@ -294,6 +295,8 @@ class SelectKind(ModelKind[SelectStage]):
                 f"stages.{name}.by: histogram mixes the codes of a projected network, and {stage.experts!r} is {experts}: "
                 "choose another criterion"
             )
+        if stage.trial is not None:
+            refuse(f"{name}.trial", trial_setup_of(pipeline, stage))
 
     def validated_sets(self, pipeline: Pipeline, name: str, stage: SelectStage) -> set[str]:
         return set(pipeline.text.domains) if stage.tries_experts else set()
