@@ -94,8 +94,8 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
 
 
 def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
-    """An upper bound of the FLOPs of all runs of a train stage, without the steps of a training that it continues. Validations
-    are left out if the held-out text has not been tokenized yet."""
+    """The FLOPs of all steps of all runs of a train stage, without those of a training that it continues: an upper bound except
+    for packed windows (`_step_slots`). Validations are left out if the held-out text has not been tokenized yet."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
     continued = train_stage(pipeline, stage.continues) if stage.continues is not None else None
     taken_over = 0 if continued is None else shared_steps(stage, continued, ended=continued.steps)
@@ -132,7 +132,8 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
 
 def _step_slots(pipeline: Pipeline, name: str, keys: Sequence[str], plan: Plan) -> tuple[int, int]:
     """Token positions of a step, and the keys that attention saves in it: of packed windows, if the text has been tokenized,
-    those of windows that all have the mean length; otherwise of padded windows, an upper bound."""
+    those of windows that all have the mean length, without padding, which is too little for attention where lengths
+    differ; otherwise of padded windows, an upper bound."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
     fill = _fill(pipeline, stage, keys, plan) if setup.packing == "packed" else None
     windows, context = setup.global_batch_size, setup.context_length

@@ -146,7 +146,7 @@ def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times
 
 
 def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
-    """The cost of each criterion, without projections; of trials only if the config has `trial`."""
+    """The cost of each criterion with padded windows, without projections; of trials only if the config has `trial`."""
     sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
     slots = experts * min(stage.sample_windows, len(store)) * store.context_length
     costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * forward_flops(shape, *sizes))}
