@@ -28,10 +28,11 @@ for config in evidence evidence-sizes; do
   specialm run "configs/pipelines/$config.yaml" "root=runs/$config-$seed" "training_seed=$seed" "reuse=[${reuse//$'\n'/, }]" "$@"
 done
 # shellcheck disable=SC2046  # one word per folder
-python tools/results_tables.py write-csv $(run_folders evidence results.json) --keep \
+python tools/results_tables.py write-csv $(run_folders evidence results.json) --keep docs/evidence/results.csv \
   --output docs/evidence/results.csv --concentration docs/evidence/concentration.csv
 # shellcheck disable=SC2046
-python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --keep --output docs/evidence/sizes.csv
+python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --keep docs/evidence/sizes.csv \
+  --output docs/evidence/sizes.csv
 python tools/results_tables.py draw docs/evidence/results.csv generic-cost-flops specialization-cost-flops total-cost-flops \
   --domains legal,speeches,documentation,recipes --output docs/evidence/concentrated
 python tools/results_tables.py draw docs/evidence/results.csv domains --output docs/evidence

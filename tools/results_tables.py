@@ -1,13 +1,13 @@
 """Generate the documentation's tables of results from a CSV file that is committed beside them.
 
-    python tools/results_tables.py write-csv RUN_FOLDER... --output docs/results/quickstart.csv [--keep] [--concentration FILE]
+    python tools/results_tables.py write-csv RUN_FOLDER... --output CSV [--keep CSV] [--common] [--concentration FILE]
     python tools/results_tables.py fill README.md docs/results.md [--check]
     python tools/results_tables.py draw CSV NAME... --output FOLDER [--domains legal,speeches]
 
 `write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
-and set, with numbers of six digits. With `--keep`, rows of other seeds that the file has already stay in it. `--concentration`
-collects how concentrated and how far the sets are. `fill` renders tables from such a file between two comments of a Markdown
-file:
+and set, with numbers of six digits. `--keep` adds the rows of other seeds from such a file, which may be the output. Each seed
+must have every model; with `--common` models that a seed lacks are left out. `--concentration` collects how concentrated and
+how far the sets are. `fill` renders tables from such a file between two comments of a Markdown file:
 
     <!-- table: docs/results/quickstart.csv perplexity -->
     <!-- end of table -->
@@ -28,7 +28,6 @@ an error. Tables, over all seeds of the file (mean ± sample standard deviation)
 
 import argparse
 import difflib
-import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +44,7 @@ from megatron_specialm.report.figures import draw_figures
 from megatron_specialm.report.frontier import frontier_table
 from megatron_specialm.report.orders import orders_table
 from megatron_specialm.report.results import results_from_rows
-from megatron_specialm.report.rows import Concentration, Entry, Results, Row, read_csv, to_csv
+from megatron_specialm.report.rows import Concentration, Entry, Results, Row, Seeds, read_csv, to_csv
 from megatron_specialm.report.seeds import merge_seeds, read_runs
 from megatron_specialm.report.tables import concentration_table, is_tuned, results_in_two, results_table
 
@@ -84,7 +83,8 @@ def main() -> int:
     writing = commands.add_parser("write-csv", help="collect the results of run folders")
     writing.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
     writing.add_argument("--output", required=True, type=Path)
-    writing.add_argument("--keep", action="store_true", help="keep the rows of other seeds in the output")
+    writing.add_argument("--keep", type=Path, metavar="CSV", help="add its rows of other seeds, if it exists")
+    writing.add_argument("--common", action="store_true", help="only the models that every seed has")
     writing.add_argument("--concentration", type=Path)
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
@@ -100,7 +100,7 @@ def main() -> int:
             draw(arguments.csv, arguments.names, arguments.output, arguments.domains)
             return 0
         if arguments.command == "write-csv":
-            write_csv(arguments.runs, arguments.output, keep=arguments.keep)
+            write_csv(arguments.runs, arguments.output, keep=arguments.keep, common=arguments.common)
             if arguments.concentration is not None:
                 write_concentration(arguments.runs, arguments.concentration)
             return 0
@@ -110,21 +110,25 @@ def main() -> int:
         return error.exit_code
 
 
-def write_csv(runs: Sequence[Path], output: Path, *, keep: bool = False) -> None:
-    """Write the rows of all runs, in the order of their seeds; with `keep` also those of other seeds that `output` has. Each
-    seed must have every model: a mean over fewer seeds would be mistaken for one over all."""
+def write_csv(runs: Sequence[Path], output: Path, *, keep: Path | None = None, common: bool = False) -> None:
+    """Write the rows of all runs and those of other seeds in `keep`, in the order of seeds. A mean over fewer seeds would be
+    mistaken for one over all: so each seed must have every model, or with `common` only models that each has are written."""
     where = {row.seeds: folder for folder in runs for row in read_runs([folder / "results.json"]).rows}
     rows = read_runs([folder / "results.json" for folder in runs]).rows
-    if keep and output.exists():
-        rows += [row for row in read_csv(output, Row) if row.seeds not in where]
+    if keep is not None and keep.exists():
+        rows += [row for row in read_csv(keep, Row) if row.seeds not in where]
     rows.sort(key=lambda row: row.seeds)
-    models = dict.fromkeys((row.stage, row.domain) for row in rows)
-    for seeds, own in itertools.groupby(rows, key=lambda row: row.seeds):
-        has = {(row.stage, row.domain) for row in own}
-        if missing := [f"{stage} on {domain}" for stage, domain in models if (stage, domain) not in has]:
-            source = where.get(seeds, output)
+    models: dict[Seeds, dict[tuple[str, str], None]] = {row.seeds: {} for row in rows}
+    for row in rows:
+        models[row.seeds][row.stage, row.domain] = None
+    for seeds, own in models.items():
+        lacking = [model for other in models.values() for model in other if model not in own]
+        if common:
+            rows = [row for row in rows if (row.stage, row.domain) not in lacking]
+        elif lacking:
+            missing = ", ".join(f"{stage} on {domain}" for stage, domain in dict.fromkeys(lacking))
             raise ArtifactError(
-                f"{source}: has no result of {', '.join(missing)}: `specialm run` its config to the end"
+                f"{where.get(seeds, keep)}: has no result of {missing}: `specialm run` its config to the end, or --common"
             )
     if not rows:
         raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the config")

@@ -144,18 +144,21 @@ def test_rows_of_other_seeds_are_kept_if_asked(tmp_path: Path) -> None:
         return _run_folder(tmp_path / f"{seed}-{perplexity}", made_up(levels, seed=seed))
 
     output = tmp_path / "rows.csv"
-    write_csv([folder(0, 10.0), folder(2, 12.0)], output, keep=True)
+    write_csv([folder(0, 10.0), folder(2, 12.0)], output, keep=output)
     before = output.read_text().splitlines()
-    write_csv([folder(1, 11.0)], output, keep=True)
+    write_csv([folder(1, 11.0)], output, keep=output)
     after = output.read_text().splitlines()
     assert [line for line in after if line in before] == before and len(after) == len(before) + 2
-    write_csv([folder(2, 13.0)], output, keep=True)
+    write_csv([folder(2, 13.0)], output, keep=output)
     assert [(row.seed, row.perplexity) for row in read_csv(output, Row) if row.domain == "legal"] == [
         (0, 10.0), (1, 11.0), (2, 13.0),
     ]  # fmt: skip
     more = _run_folder(tmp_path / "more", made_up({"slm": {"legal": 1.0, "law": 1.0}, "llm": {"legal": 1.0}}, seed=3))
     with pytest.raises(ArtifactError, match=r"rows\.csv: has no result of llm on legal"):
-        write_csv([more], output, keep=True)
+        write_csv([more], output, keep=output)
+    write_csv([more], tmp_path / "common.csv", keep=output, common=True)
+    found = read_csv(tmp_path / "common.csv", Row)
+    assert {(row.seed, row.stage) for row in found} == {(seed, "slm") for seed in range(4)}
     write_csv([folder(4, 14.0)], output)
     assert {row.seed for row in read_csv(output, Row)} == {4}
 
