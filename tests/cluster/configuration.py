@@ -46,7 +46,7 @@ def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], 
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
         "SlurmdTimeout=10",
-        "KillWait=10",
+        "KillWait=30",
         "MinJobAge=3600",  # `scontrol show job` is the only record of a job that has ended
         "JobRequeue=1",
         "PropagateResourceLimits=NONE",

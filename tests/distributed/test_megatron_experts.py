@@ -14,7 +14,7 @@ from megatron_specialm.config.architectures import read_config
 from megatron_specialm.convert.megatron_names import settings_of
 from megatron_specialm.convert.run import convert
 from megatron_specialm.convert.source import Layout
-from tests.checkpoints import random_model, save_random_model
+from tests.checkpoints import assert_same_logits, random_model, save_random_model
 from tests.conftest import run_peer
 from tests.peers.megatron_families import tokens
 
@@ -58,7 +58,7 @@ def test_mixtures_of_megatron_core_are_transformers_models(sources: dict[str, Pa
             model = AutoModelForCausalLM.from_pretrained(target).eval()
             assert type(model).__name__ == f"{architecture}ForCausalLM"
             logits = model(tokens(model.config.vocab_size)).logits
-            assert (logits - expected).abs().max() < 1e-5 < expected.std(), (name, form)
+            assert_same_logits(logits, expected, (name, form))
         assert fingerprints[0] == fingerprints[1]
 
 
@@ -74,4 +74,4 @@ def test_mixtures_of_transformers_are_megatron_cores(sources: dict[str, Path], t
         expected = model(tokens(model.config.vocab_size)).logits
         found = load_file(tmp_path / name / "logits.safetensors")
         for form in ("logits", "legacy"):
-            assert (found[form] - expected).abs().max() < 1e-5 < expected.std(), (name, form)
+            assert_same_logits(found[form], expected, (name, form))

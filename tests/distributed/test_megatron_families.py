@@ -12,7 +12,7 @@ from megatron_specialm.config.architectures import read_config
 from megatron_specialm.convert.megatron_names import settings_of
 from megatron_specialm.convert.run import convert
 from megatron_specialm.convert.source import Layout
-from tests.checkpoints import CONFIGS, MIXTURES, random_model, save_random_model
+from tests.checkpoints import CONFIGS, MIXTURES, assert_same_logits, random_model, save_random_model
 from tests.conftest import run_peer
 from tests.peers.megatron_families import TENSOR, tokens
 
@@ -49,7 +49,7 @@ def test_models_of_megatron_core_are_transformers_models(settings: Path, tmp_pat
             fingerprints.append(convert(tmp_path / name / form, target, to="huggingface").fingerprint)
             model = AutoModelForCausalLM.from_pretrained(target).eval()
             logits = model(tokens(model.config.vocab_size)).logits
-            assert (logits - expected).abs().max() < 1e-5 < expected.std(), (name, form)
+            assert_same_logits(logits, expected, (name, form))
         assert fingerprints[0] == fingerprints[1]
 
 
@@ -65,4 +65,4 @@ def test_models_of_transformers_are_megatron_cores(settings: Path, tmp_path: Pat
         model = random_model("llama 3" if name == "llama3" else name)
         expected = model(tokens(model.config.vocab_size)).logits
         logits = load_file(tmp_path / name / "logits.safetensors")["logits"]
-        assert (logits - expected).abs().max() < 1e-5 < expected.std(), name
+        assert_same_logits(logits, expected, name)

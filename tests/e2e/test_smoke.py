@@ -297,5 +297,10 @@ def _machine(folder: Path) -> str:
 
 
 def _processor() -> str:
-    said = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
-    return next(line.split(":")[1].strip() for line in said.splitlines() if line.startswith("Model name"))
+    """Its name, which a virtual machine may shorten, and a digest of all that kernels are chosen by."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    said = subprocess.run(["lscpu", "--json"], capture_output=True, text=True, check=True, env=environment).stdout
+    fields = {entry["field"].rstrip(":"): entry["data"] for entry in json.loads(said)["lscpu"]}
+    names = "CPU(s)", "CPU family", "Model", "Stepping", "Flags", "L1d cache", "L2 cache", "L3 cache"
+    chosen_by = json.dumps([fields.get(name) for name in names])
+    return f"{fields['Model name']} {hashlib.sha256(chosen_by.encode()).hexdigest()[:8]}"

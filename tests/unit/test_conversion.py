@@ -37,7 +37,7 @@ from megatron_specialm.data.tokenizer_making import train_sentencepiece
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.merge import merge_lora
 from megatron_specialm.model.weights import weight_specs
-from tests.checkpoints import CONFIGS, VOCABULARY, random_model, save_random_model
+from tests.checkpoints import CONFIGS, VOCABULARY, assert_same_logits, random_model, save_random_model
 
 Damage = Callable[[Path], None]
 
@@ -75,12 +75,12 @@ def test_a_family_there_and_back(family: str, sources: dict[str, Path], tmp_path
     model.load(opened.weights)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     expected = random_model(family)(tokens).logits
-    assert (theirs(tokens).logits - expected).abs().max() < 1e-5
-    assert (model.logits(tokens) - expected).abs().max() < 1e-5 < expected.std()
+    assert_same_logits(theirs(tokens).logits, expected)
+    assert_same_logits(model.logits(tokens), expected)
 
     probe = done.fingerprint
     logits = theirs(torch.tensor([probe.tokens])).logits[0][:, probe.places]
-    assert (logits - torch.tensor(probe.logits)).abs().max() < 1e-5 < logits.std()
+    assert_same_logits(logits, torch.tensor(probe.logits))
 
 
 def test_what_is_rounded_has_a_fingerprint_of_its_own(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_specialm.convert.run import convert, hash_moments, stream
 from megatron_specialm.convert.source import Layout
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.model.weights import weight_specs
-from tests.checkpoints import MIXTURES, VOCABULARY, random_model, save_random_model
+from tests.checkpoints import MIXTURES, VOCABULARY, assert_same_logits, random_model, save_random_model
 from tests.unit.test_conversion_moments import save_training
 
 Tensors = dict[str, torch.Tensor]
@@ -74,7 +74,7 @@ def test_the_probe_computes_what_our_models_compute(name: str, family: str, tmp_
     model.load(opened.weights)
     found = stream(opened)
     expected = model.logits(torch.tensor([found.tokens]))[0][:, found.places]
-    assert (torch.tensor(found.logits) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert_same_logits(torch.tensor(found.logits), expected)
     assert expected.std() > 0.1
 
 

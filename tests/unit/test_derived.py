@@ -18,6 +18,7 @@ from megatron_specialm.model.merge import merge_lora, project
 from megatron_specialm.model.weights import EXPERT_CODES, LINEAR_PLACES
 from megatron_specialm.train.evaluation import score
 from tests.adamw import Follower
+from tests.checkpoints import assert_same_logits
 
 VOCABULARY, CONTEXT, EXPERTS = 100, 16, 3
 PROJECTION = Projection(experts=EXPERTS, capacity=4, code_size=5)
@@ -172,7 +173,7 @@ def test_a_projected_expert_is_a_plain_model(shape: ModelConfig, mixture: torch.
     model.derived.bind(0, 1)
     tokens = torch.from_numpy(_batch(0).tokens)
     plain = _plain(config, project(weights, config, mixture))
-    torch.testing.assert_close(model.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)
+    assert_same_logits(model.logits(tokens), plain.logits(tokens))
 
 
 @FAMILIES
@@ -251,7 +252,7 @@ def test_lora_trains_adapters_alone_and_merges(shape: ModelConfig, recompute: st
     model.derived.materialize(torch.zeros(1, 1))
     model.derived.bind(0, 0)
     tokens = torch.from_numpy(_batch(1).tokens)
-    torch.testing.assert_close(model.logits(tokens), merged.logits(tokens), rtol=0, atol=1e-5)
+    assert_same_logits(model.logits(tokens), merged.logits(tokens))
 
 
 # --- in bf16 ----------------------------------------------------------------------------------------------------------
