@@ -32,7 +32,8 @@ class MicroBatches:
     Attributes:
         size: windows of a micro-batch; of a packed one it sets the largest number of tokens, size * T.
         multiple: of the positions of a micro-batch, as sequence parallelism and FP8 need.
-        stages: pipeline stages: packed micro-batches are a multiple of them, of one length.
+        stages: pipeline stages: there is a packed micro-batch for each at least, and all are of one length.
+        interleaved: whether the number of packed micro-batches must be a multiple of the stages.
         by_expert: whether all windows of a micro-batch must have one mixture of experts.
     """
 
@@ -40,6 +41,7 @@ class MicroBatches:
     size: int
     multiple: int = 1
     stages: int = 1
+    interleaved: bool = False
     by_expert: bool = False
 
     def of(self, batches: Sequence[Batch], largest: Largest | None = None) -> list[Batch]:
@@ -63,10 +65,12 @@ class MicroBatches:
             yield part.positions(self._up(int(window_lengths(part).max())))
 
     def _packed(self, whole: Batch, groups: Sequence[Batch], largest: Largest | None) -> list[Batch]:
-        capacity, stages = self.size * whole.tokens.shape[1], self.stages if len(groups) == 1 else 1
-        plan = [(group, rows) for group in groups for rows in plan_sequences(window_lengths(group), capacity, stages)]
+        capacity, multiple = self.size * whole.tokens.shape[1], self.stages if self.interleaved else 1
+        counts = (self.stages, multiple) if len(groups) == 1 else (1, 1)
+        plan = [(group, rows) for group in groups for rows in plan_sequences(window_lengths(group), capacity, *counts)]
         positions = [self._up(int(window_lengths(group)[rows].sum())) for group, rows in plan]
-        count = len(plan) + -len(plan) % self.stages
+        count = max(len(plan), self.stages)
+        count += -count % multiple
         if self.stages > 1 or largest is not None:
             count, longest = (largest or (lambda *own: own))(count, max(positions))
             positions = [longest] * count
@@ -83,15 +87,17 @@ def window_lengths(batch: Batch) -> np.ndarray:
     return np.where(counts.any(1), counts.shape[1] - counts[:, ::-1].argmax(1), 0)
 
 
-def plan_sequences(lengths: np.ndarray, capacity: int, multiple: int = 1) -> list[np.ndarray]:
-    """Which windows, by their places in `lengths`, share a sequence. There are as few sequences as fit, of like size, and their
-    number is a multiple of `multiple`. Windows are placed longest first, each into the sequence with fewest tokens. O(B log B).
+def plan_sequences(lengths: np.ndarray, capacity: int, at_least: int = 1, multiple: int = 1) -> list[np.ndarray]:
+    """Which windows, by their places in `lengths`, share a sequence. There are as few sequences as fit, of like size. Windows
+    are placed longest first, each into the sequence with fewest tokens. O(B log B).
 
     Args:
         capacity: the most tokens of a sequence; no window has more.
+        at_least: of sequences; some are empty where there are fewer windows.
+        multiple: of the number of sequences.
     """
     assert lengths.max(initial=0) <= capacity
-    count = -(-max(1, int(lengths.sum())) // capacity)
+    count = max(at_least, -(-int(lengths.sum()) // capacity))
     while True:
         count += -count % multiple
         sequences: list[list[int]] = [[] for _ in range(count)]

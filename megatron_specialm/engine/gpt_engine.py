@@ -63,6 +63,7 @@ class GptEngine:
             multiple=(parallel.tensor_parallel if parallel.sequence_parallel else 1)
             * (FP8_MULTIPLE if config.fp8 else 1),
             stages=parallel.pipeline_parallel,
+            interleaved=parallel.virtual_pipeline > 1,
             by_expert=model.config.projection is not None,
         )
         self._model = model

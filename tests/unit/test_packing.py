@@ -41,11 +41,20 @@ def _windows(batch: Batch) -> list[tuple]:
 
 @pytest.mark.parametrize("packing", ["none", "sorted", "packed"])
 @pytest.mark.parametrize("experts", [None, 3])
-@pytest.mark.parametrize(("multiple", "stages"), [(1, 1), (4, 1), (1, 2), (4, 4)])
-def test_every_window_is_there_once_as_it_was(packing: str, experts: int | None, multiple: int, stages: int) -> None:
+@pytest.mark.parametrize(
+    ("multiple", "stages", "interleaved"), [(1, 1, False), (4, 1, False), (1, 2, True), (4, 4, False)]
+)
+def test_every_window_is_there_once_as_it_was(
+    packing: str, experts: int | None, multiple: int, stages: int, interleaved: bool
+) -> None:
     batches = [_batch(experts=experts), _batch(5, seed=1, experts=experts)]
     cut = MicroBatches(
-        packing, 4, multiple=multiple, stages=stages, by_expert=experts is not None and packing != "none"
+        packing,
+        4,
+        multiple=multiple,
+        stages=stages,
+        interleaved=interleaved,
+        by_expert=experts is not None and packing != "none",
     )
     found = cut.of(batches)
     assert sorted(chain(*map(_windows, found))) == sorted(chain(*map(_windows, batches)))
@@ -54,7 +63,7 @@ def test_every_window_is_there_once_as_it_was(packing: str, experts: int | None,
         assert part.lengths is None or (sum(part.lengths) == part.tokens.shape[1] and max(part.lengths) <= CONTEXT)
         assert not cut.by_expert or len({window[-1] for window in _windows(part)}) <= 1
     if packing == "packed":
-        assert len(found) % stages == 0
+        assert len(found) % (stages if interleaved else 1) == 0 and len(found) >= stages
         assert stages == 1 or len({part.tokens.shape for part in found}) == 1
 
 
@@ -81,6 +90,13 @@ def test_a_sequence_holds_at_most_its_capacity(lengths: list[int], count: int) -
     assert len(plan) == count
     assert sorted(chain(*plan)) == list(range(len(lengths)))
     assert len(plan_sequences(np.array(lengths, np.int64), 48, 4)) == 4
+    assert len(plan_sequences(np.array(lengths, np.int64), 48, 4, 3)) == 6
+
+
+@pytest.mark.parametrize(("interleaved", "count"), [(False, 5), (True, 8)])
+def test_only_interleaved_pipelines_round_the_number_of_micro_batches_up(interleaved: bool, count: int) -> None:
+    batch = _batch(20)._replace(mask=np.ones((20, CONTEXT), np.float32))
+    assert len(MicroBatches("packed", 4, stages=4, interleaved=interleaved).of([batch])) == count
 
 
 def test_windows_that_do_not_fit_evenly_take_one_more_sequence() -> None:
