@@ -75,8 +75,8 @@ class GenericTraining(_WithDomainText):
     projection: Projection | None = Field(default=None, description="SLM-pn: one large model of many experts")
     windows_per_expert: PositiveInt | None = Field(
         default=None,
-        description="SLM-pn: consecutive windows of a batch that one expert computes, a multiple of micro_batch_size; few, "
-        "so that a batch trains many experts",
+        description="SLM-pn: consecutive windows of a batch that one expert computes; few, so that a batch trains many "
+        "experts; with `packing: none` a multiple of micro_batch_size",
     )
     soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
 

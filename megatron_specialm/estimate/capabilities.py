@@ -165,13 +165,13 @@ TABLE = (
     Capability("recomputation", lambda s: s.parallel.recompute != "none", "none", engines=BOTH),
     Capability(
         "projected network", lambda s: s.model.projection is not None,
-        "windows_per_expert is a multiple of micro_batch_size, global_batch_size of windows_per_expert",
+        "global_batch_size is a multiple of windows_per_expert, with packing none windows_per_expert of micro_batch_size",
         engines=BOTH,
         conditions=(
             Condition(
-                lambda s: s.windows_per_expert % s.micro_batch_size == 0,
-                "windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size {s.micro_batch_size}: a "
-                "forward pass is of one expert",
+                lambda s: s.packing != "none" or s.windows_per_expert % s.micro_batch_size == 0,
+                "with packing none windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size "
+                "{s.micro_batch_size}: a forward pass is of one expert",
                 "micro_batch_size",
             ),
             Condition(

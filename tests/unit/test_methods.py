@@ -185,7 +185,7 @@ def test_a_resolved_config_says_the_same(tmp_path: Path) -> None:
         ("tuned", {"init": "gated"}, "'gated' is an MoE that routes by cluster, not one model"),
         ("gated-chosen", {"by": "histogram"}, "histogram mixes the codes of a projected network"),
         ("pn", {"data": "importance"}, "`projection` goes with `data: generic`"),
-        ("pn", {"windows_per_expert": 6}, "windows_per_expert 6 must be a multiple of micro_batch_size 8"),
+        ("pn", {"windows_per_expert": 4, "packing": "none"}, "windows_per_expert 4 must be a multiple of micro_batch_size 8"),
         ("pn", {"windows_per_expert": 32}, "global_batch_size 16 must be a multiple of windows_per_expert 32"),
         ("slm", {"windows_per_expert": 4}, "`windows_per_expert` goes with `projection`"),
         ("pn", {"windows_per_expert": None}, "`windows_per_expert` goes with `projection`, which needs it"),
