@@ -19,6 +19,8 @@ from megatron_specialm.model.attention import FusedCoreAttention
 from megatron_specialm.model.layers import FeedForward, TorchNorm
 from megatron_specialm.model.moe import FeedForwardSpec, RoutedBuilder
 
+CUDNN_WITHOUT_PACKED = (91000, 91001)  # versions that lack the kernel for packed windows
+
 
 def use_transformer_engine(*, bf16: bool) -> bool:
     """Whether layers are Transformer Engine's: it is installed, there is a GPU, and the precision is not fp32, which it would
@@ -26,10 +28,14 @@ def use_transformer_engine(*, bf16: bool) -> bool:
     return HAVE_TE and torch.cuda.is_available() and bf16
 
 
-def attends_to_packed_windows() -> bool:
-    """Whether Transformer Engine's attention takes packed windows on this GPU: cuDNN's does from compute capability 9.0 on,
-    flash-attn's on any. Its attention without a fused kernel never does."""
-    return torch.cuda.get_device_capability() >= (9, 0) or find_spec("flash_attn") is not None
+def attends_to_packed_windows(*, grouped_queries: bool) -> bool:
+    """Whether Transformer Engine's attention takes packed windows on this GPU: flash-attn's does on any, cuDNN's from compute
+    capability 9.0 and cuDNN 9.1 on, with grouped queries from 9.6 on. Its attention without a fused kernel never does."""
+    if find_spec("flash_attn") is not None:
+        return True
+    cudnn = torch.backends.cudnn.version() or 0
+    least = 90600 if grouped_queries else 90100
+    return torch.cuda.get_device_capability() >= (9, 0) and cudnn >= least and cudnn not in CUDNN_WITHOUT_PACKED
 
 
 def layer_specs(
@@ -60,7 +66,8 @@ def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpe
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=settings.qk_layernorm
         )
-        if settings.context_parallel_size == 1 and not attends_to_packed_windows():
+        grouped = settings.num_query_groups != settings.num_attention_heads
+        if settings.context_parallel_size == 1 and not attends_to_packed_windows(grouped_queries=grouped):
             layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     else:
         layer = get_gpt_layer_local_spec(
