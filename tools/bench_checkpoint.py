@@ -3,12 +3,14 @@
     git worktree add ../before COMMIT
     python tools/bench_checkpoint.py --before ../before [--layers 12 --hidden 768 --vocabulary 50304 ...] [--rounds 5]
 
-Each turn starts the processes of a data-parallel layout on gloo, makes one step, so that Adam has moments, and saves. Training
-is blocked while tensors are copied to the CPU ("blocked"); writing, fsync, hashing and publishing run in the background. A
-plain write is that of the same tensors to one file per process, with fsync, and without names, hashes and publishing. Memory is
-the peak resident memory during the save minus that before it, of the process with the largest difference. Bytes sent are the
-kernel's counts for all TCP connections, and CPU time is the sum over all processes. So other load on the machine matters
-little. Prints medians over rounds and ratios. Needs Linux.
+Each turn starts the processes of a data-parallel layout on gloo, makes one step, so that Adam has moments, and saves. Tensors
+are copied on the CPU while the passes of the next step run; before its update training waits for the rest of the copy
+("blocked"). The passes may be slower beside it ("passes beside the copy", and "passes alone"). In trees whose engines have no
+`begin_copy` training waits for all of the copy. Writing, fsync, hashing and publishing run in the background. A plain write is
+that of the same tensors to one file per process, with fsync, and without names, hashes and publishing. Memory is the peak
+resident memory during the save minus that before it, of the process with the largest difference. Bytes sent are the kernel's
+counts for all TCP connections while files are written. CPU time is the sum over all processes, so other load on the machine
+matters little. Prints medians over rounds and ratios. Needs Linux.
 """
 
 import argparse
@@ -29,7 +31,8 @@ TCP_BYTES_SENT = slice(200, 208)  # of `struct tcp_info` of Linux
 # Per turn: the unit, and the function that combines the processes' numbers.
 NUMBERS: dict[str, tuple[str, Callable[[Iterable[float]], float]]] = {
     "seconds blocked": ("s", max),
-    "CPU time blocked": ("s", sum),
+    "seconds of passes beside the copy": ("s", max),
+    "seconds of passes alone": ("s", max),
     "seconds in all": ("s", max),
     "CPU time in all": ("s", sum),
     "peak memory": ("MB", max),
@@ -51,6 +54,8 @@ def main() -> None:
         "hidden": 768,
         "heads": 12,
         "vocabulary": 50304,
+        "windows": 4,
+        "context": 64,
         "processes": 4,
         "rounds": 5,
     }.items():
@@ -104,6 +109,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
 
     from megatron_specialm.base.control_group import ControlGroup
     from megatron_specialm.base.environment import World
+    from megatron_specialm.checkpoint.saving import save_checkpoint
     from megatron_specialm.config.model import ModelConfig
     from megatron_specialm.config.parallel import ParallelConfig
     from megatron_specialm.config.training import Optimizer
@@ -112,37 +118,46 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
     from megatron_specialm.engine.process_groups import process_group
     from megatron_specialm.model.gpt import Gpt
 
-    try:
-        from megatron_specialm.checkpoint.saving import save_checkpoint
-    except ImportError:  # in trees before sharded saving
-        from megatron_specialm.checkpoint.saving import save_checkpoint
-
     shape = ModelConfig(
         layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=4 * args.hidden, attention_heads=args.heads
     )
     parallel = ParallelConfig(data_parallel=args.processes, distributed_optimizer=args.distributed_optimizer)
-    tokens = np.random.default_rng(rank).integers(0, args.vocabulary, (1, 16))
+    tokens = np.random.default_rng(rank).integers(0, args.vocabulary, (args.windows, args.context))
     world = World(rank, args.processes, rank, f"file://{args.out}/meeting", "benchmark")
     with process_group(world, parallel=parallel):
-        model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=16, parallel=parallel)
+        model = Gpt(shape, vocabulary_size=args.vocabulary, context_length=args.context, parallel=parallel)
         for weight in model.weights():  # drawing first values takes long, and they do not matter
             weight.parameter.data.fill_(0.01)
-        engine = MegatronEngine(model, parallel=parallel, optimizer=Optimizer(learning_rate=1e-4), micro_batch_size=1)
-        engine.train_step(Batch(tokens, tokens, np.ones(tokens.shape, np.float32)), learning_rate=1e-4)
+        engine = MegatronEngine(
+            model, parallel=parallel, optimizer=Optimizer(learning_rate=1e-4), micro_batch_size=args.windows
+        )
+        batch = Batch(tokens, tokens, np.ones(tokens.shape, np.float32))
+        engine.train_step(batch, learning_rate=1e-4)
         control = ControlGroup.open()
         dist.barrier()
         ctypes.CDLL(None).malloc_trim(0)  # the allocator keeps freed blocks, which would hide the save's memory
-        before, sent = _memory("VmRSS"), _bytes_sent()
+        before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         began, worked = time.perf_counter(), time.process_time()
-        weights, state = engine.weights(), engine.optimizer_state()
-        blocked, busy = time.perf_counter() - began, time.process_time() - worked
-        sent = _bytes_sent() - sent
+        engine.accumulate_gradients(batch)
+        passes, of_passes = time.perf_counter() - began, time.process_time() - worked
+        began, worked = time.perf_counter(), time.process_time()
+        if hasattr(engine, "begin_copy"):
+            copying = engine.begin_copy()
+            blocked = time.perf_counter() - began
+            engine.accumulate_gradients(batch)
+            accumulated = time.perf_counter()
+            weights, state = copying.result()
+            beside, blocked = accumulated - began - blocked, blocked + time.perf_counter() - accumulated
+        else:
+            weights, state = engine.weights(), engine.optimizer_state()
+            blocked, beside, of_passes = time.perf_counter() - began, 0.0, 0.0
+        sent = _bytes_sent()
         folder = save_checkpoint(
             args.out / "saved", step=1, weights=weights, optimizer_state=state, state={}, control=control
         )
-        seconds, work = time.perf_counter() - began, time.process_time() - worked
-        peak = _memory("VmHWM") - before
+        seconds, work = time.perf_counter() - began - beside, time.process_time() - worked - of_passes
+        peak, sent = _memory("VmHWM") - before, _bytes_sent() - sent
         dist.barrier()
         began, worked = time.perf_counter(), time.process_time()
         with (args.out / f"plain-{rank}").open("wb") as file:
@@ -152,7 +167,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         plain, plain_work = time.perf_counter() - began, time.process_time() - worked
         dist.barrier()
     written = sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors"))
-    found = (blocked, busy, seconds, work, peak / 1e6, sent / 1e6, written / 1e6, plain, plain_work)
+    found = (blocked, beside or passes, passes, seconds, work, peak / 1e6, sent / 1e6, written / 1e6, plain, plain_work)
     numbers = dict(zip(NUMBERS, found, strict=True))
     (args.out / f"rank-{rank}.json").write_text(json.dumps(numbers))
 

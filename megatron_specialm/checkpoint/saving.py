@@ -7,7 +7,6 @@ adds the state and a manifest with the size and SHA-256 of every file, and renam
 
 import secrets
 import shutil
-import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 
 from megatron_specialm.base.artifacts import check_fence
+from megatron_specialm.base.background import in_background
 from megatron_specialm.base.control_group import ControlGroup
 from megatron_specialm.base.files import ManifestEntry, publish_folder, seal_file, write_json
 from megatron_specialm.base.tensors import save_tensors
+from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.checkpoint.steps import STATE, prune_checkpoints, step_folder
 
 
@@ -76,38 +77,45 @@ def make_temporary(final: Path) -> Path:
 
 
 class Saver:
-    """Saves steps in a thread while training goes on. The tensors it is given must not change any more.
-
-    The threads are daemons: a process that fails must end at once, so that the others notice, and not wait for a save that the
-    others may never join.
-    """
+    """Saves steps in a thread while training goes on."""
 
     def __init__(self, folder: Path, control: ControlGroup) -> None:
         self._folder, self._control = folder, control
         self._pending: Future[None] | None = None
 
-    def save(self, *, keep: int, beside: Collection[int | None], **step: Any) -> None:
-        """Wait for the save before, then begin `save_checkpoint(**step)` and `prune_checkpoints`.
+    def save(
+        self,
+        tensors: Future[SavedTensors],
+        *,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        beside: Collection[int | None],
+    ) -> None:
+        """Wait for the save before, then begin `save_checkpoint` and `prune_checkpoints`.
+
+        Args:
+            tensors: those that this process writes; they may still be copied.
 
         Raises:
             OSError: the step before could not be written.
         """
         self.wait()
-        outcome: Future[None] = Future()
 
         def work() -> None:
-            try:
-                save_checkpoint(self._folder, control=self._control, **step)
-                # All wait for it: else rank 0 alone comes late to the next step, where the others' collectives time out.
-                self._control.broadcast(
-                    lambda: prune_checkpoints(self._folder, step=step["step"], keep=keep, beside=beside)
-                )
-                outcome.set_result(None)
-            except BaseException as error:  # `wait` raises it
-                outcome.set_exception(error)
+            weights, optimizer_state = tensors.result()
+            save_checkpoint(
+                self._folder,
+                step=step,
+                weights=weights,
+                optimizer_state=optimizer_state,
+                state=state,
+                control=self._control,
+            )
+            # All wait for it: else rank 0 alone comes late to the next step, where the others' collectives time out.
+            self._control.broadcast(lambda: prune_checkpoints(self._folder, step=step, keep=keep, beside=beside))
 
-        self._pending = outcome
-        threading.Thread(target=work, name="save", daemon=True).start()
+        self._pending = in_background(work, name="save")
 
     def wait(self) -> None:
         """Return when the last step is durable.

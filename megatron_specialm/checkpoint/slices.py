@@ -9,14 +9,23 @@ import bisect
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.base.files import REMAKE
 
 _KEY = re.compile(r"(?P<name>.+)\[(?P<box>\d+:\d+/\d+(?:,\d+:\d+/\d+)*)\]")
+
+
+class SavedTensors(NamedTuple):
+    """What a process writes of a step: weights and the optimizer's state, by the keys of their slices."""
+
+    weights: Mapping[str, torch.Tensor]
+    optimizer_state: Mapping[str, torch.Tensor]
 
 
 class StoredSlice(NamedTuple):

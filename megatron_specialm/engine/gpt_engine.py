@@ -1,10 +1,12 @@
 """What the engines of a `Gpt` have in common: micro-batches, losses, a teacher beside the model, canonical state."""
 
+from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.engine import process_groups  # first: it imports Megatron-Core
 
 # isort: split
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
@@ -102,6 +104,10 @@ class GptEngine:
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`."""
         return self._state.optimizer_state()
+
+    def begin_copy(self) -> Future[SavedTensors]:
+        """See `Engine.begin_copy`."""
+        return self._state.begin_copy()
 
     def gate_statistics(self) -> list[GateStatistics]:
         """See `Engine.gate_statistics`."""

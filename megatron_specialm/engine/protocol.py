@@ -1,10 +1,12 @@
 """What the training loop and parity ask of an engine. They know engines by this protocol only."""
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.data.store import Batch
 from megatron_specialm.estimate.setup import Passes
 from megatron_specialm.model.weights import Sliceable
@@ -100,6 +102,10 @@ class Engine(Protocol):
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """The optimizer's tensors under canonical names, on the CPU, in slices as the weights."""
+
+    def begin_copy(self) -> Future[SavedTensors]:
+        """Begin to copy what `weights` and `optimizer_state` return, while the next forward and backward passes run:
+        `apply_gradients` waits for it before anything changes."""
 
     def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
         """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process reads the

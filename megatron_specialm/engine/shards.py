@@ -63,9 +63,9 @@ def keep_original(weight: LocalParameter, whole: Sliceable) -> None:
 def owned_slices(
     weight: LocalParameter, shard: OptimizerShard, values: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The slices of a canonical tensor that this process writes, in fp32 on the CPU, by their keys (`checkpoint/slices.py`).
-    Where several processes hold the same elements, each writes an equal part of them; over all processes, every element is
-    written once, and nothing is sent.
+    """The slices of a canonical tensor that this process writes, by their keys (`checkpoint/slices.py`), as views if they
+    can be. Where several processes hold the same elements, each writes an equal part of them; over all processes, every
+    element is written once, and nothing is sent.
 
     Args:
         values: this process's shard of anything of the parameter's shape: its main weight, a moment, a gradient.
@@ -75,8 +75,7 @@ def owned_slices(
     flat, (number, copies) = values.detach().reshape(-1), _copy_number(weight, shard)
     start, stop = (flat.numel() * part // copies for part in (number, number + 1))
     for index, piece in local_pieces(flat[start:stop], weight.spec, first=shard.elements.start + start):
-        value = piece.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
-        yield slice_key(weight.name, index, weight.spec.shape), value
+        yield slice_key(weight.name, index, weight.spec.shape), piece
 
 
 def _copy_number(weight: LocalParameter, shard: OptimizerShard) -> tuple[int, int]:

@@ -1,11 +1,14 @@
 """What a checkpoint keeps of an engine: fp32 main weights and Adam's moments, as slices of canonical tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 
 import torch
 import torch.distributed as dist
 
+from megatron_specialm.base.background import in_background
 from megatron_specialm.base.errors import CheckpointError
+from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.engine.shards import OptimizerShard, ShardedOptimizer, keep_original, owned_slices
 from megatron_specialm.model.gpt import Gpt, LocalParameter, fill
 from megatron_specialm.model.weights import Sliceable
@@ -19,6 +22,7 @@ class EngineState:
     def __init__(self, model: Gpt, optimizer: ShardedOptimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self.has_moments = False
+        self._copy: Future[SavedTensors] | None = None
 
     def shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
         """This process's parameters, each with what its optimizer holds of it."""
@@ -27,14 +31,41 @@ class EngineState:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Engine.weights`: under bf16 the optimizer's fp32 main weights, from which the bf16 ones are rounded."""
-        return self._owned(lambda _, shard: shard.main, trained_only=False)
+        return _copied(self._weights())
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients of the last step, in slices as the weights. Clipping may have scaled them."""
-        return self._owned(lambda weight, _: self._optimizer.gradient(weight))
+        return _copied(self._owned(lambda weight, _: self._optimizer.gradient(weight)))
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.optimizer_state`. Names are `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, and `step` once for all."""
+        return _copied(self._optimizer_state())
+
+    def begin_copy(self) -> Future[SavedTensors]:
+        """See `Engine.begin_copy`."""
+        tensors = SavedTensors(self._weights(), self._optimizer_state())
+        # On a GPU beside the passes, too: behind what has been launched, and on a stream of its own.
+        stream = torch.cuda.Stream(self._model.device) if self._model.device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self._model.device))
+
+        def copy() -> SavedTensors:
+            with torch.cuda.stream(stream):
+                return SavedTensors(*map(_copied, tensors))
+
+        self._copy = in_background(copy, name="copy")
+        return self._copy
+
+    def finish_copy(self) -> None:
+        """Wait until what `begin_copy` copies may change. Whoever has its outcome gets the error, if any."""
+        if self._copy is not None:
+            wait([self._copy])
+            self._copy = None
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return self._owned(lambda _, shard: shard.main, trained_only=False)
+
+    def _optimizer_state(self) -> dict[str, torch.Tensor]:
         if not self.has_moments:
             return {}
         state: dict[str, torch.Tensor] = {}
@@ -84,3 +115,11 @@ class EngineState:
                 if values is not None:
                     found.update(owned_slices(weight, shard, values))
         return found
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In fp32 on the CPU."""
+    return {
+        key: tensor.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }

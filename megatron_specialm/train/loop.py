@@ -192,16 +192,15 @@ class _Loop:
     def _save(self) -> None:
         training, progress = self._training, self.progress
         training.saver.save(
-            keep=self._settings.checkpoint.keep,
-            beside=(progress.best_step, step_to_keep(self._settings)),
+            self._engine.begin_copy(),
             step=progress.step,
-            weights=self._engine.weights(),
-            optimizer_state=self._engine.optimizer_state(),
             state={
                 **training.description,
                 **training.account(progress, self._record_work()),
                 "progress": asdict(progress),
             },
+            keep=self._settings.checkpoint.keep,
+            beside=(progress.best_step, step_to_keep(self._settings)),
         )
         self._saved = progress.step
 

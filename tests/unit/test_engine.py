@@ -1,3 +1,7 @@
+import threading
+import time
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import Batch
+from megatron_specialm.engine import state
 from megatron_specialm.engine.megatron.engine import MegatronEngine
 from megatron_specialm.model.gpt import Gpt
 from tests.adamw import Follower
@@ -97,6 +102,34 @@ def test_going_on_from_saved_state_is_exact(neox: ModelConfig, precision: str) -
     restored.load(weights, state)
     straight, resumed = _train(engine, 2, start=2), _train(restored, 2, start=2)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_until_what_is_being_copied_may_change(
+    neox: ModelConfig, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = _engine(neox, precision=precision)
+    _train(engine, 2)
+    expected = engine.weights(), engine.optimizer_state()
+    passes_are_done, copied = threading.Event(), state._copied
+
+    def slowly(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert passes_are_done.wait(60), "the passes waited for the copy, too"
+        time.sleep(0.2)
+        return copied(tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_copied", slowly)
+        found = engine.begin_copy()
+        loss = engine.accumulate_gradients(_batch(2))
+        passes_are_done.set()
+        engine.apply_gradients(loss, learning_rate=1e-2)
+        assert found.done()
+    for before, copy in zip(expected, found.result(), strict=True):
+        assert before.keys() == copy.keys() and all(torch.equal(before[name], copy[name]) for name in before)
+    assert not torch.equal(
+        engine.weights()["decoder.final_layernorm.weight"], expected[0]["decoder.final_layernorm.weight"]
+    )
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights(neox: ModelConfig) -> None:

@@ -107,6 +107,7 @@ class DeepSpeedEngine(GptEngine):
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
+        self._state.finish_copy()
         gradients = list(self._own_gradients())
         self._squares = self._counted_squares(gradients)
         norm = math.sqrt(self._sum_for_norm(sum(self._squares.values())))

@@ -71,6 +71,7 @@ class MegatronEngine(GptEngine):
 
     def apply_gradients(self, loss: LossSum, *, learning_rate: float) -> StepStats:
         """See `Engine.apply_gradients`."""
+        self._state.finish_copy()
         found_inf = self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if found_inf or not np.isfinite(norm) or not np.isfinite(loss.total):
