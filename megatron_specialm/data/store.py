@@ -129,6 +129,11 @@ class _Part:
     def tokens(self) -> int:
         return len(self._tokens)
 
+    @property
+    def keys_saved(self) -> int:
+        lengths = self._lengths.astype(np.int64)
+        return int((lengths * (self._longest - lengths)).sum())
+
     def window(self, index: int) -> np.ndarray:
         start, rest = divmod(int(self._starts[index]), self._tokens.itemsize)
         length = int(self._lengths[index])
@@ -187,6 +192,11 @@ class TokenStore:
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
+
+    @property
+    def keys_saved(self) -> int:
+        """`estimate.flops.keys_saved` of all windows without padding. It reads the index."""
+        return sum(part.keys_saved for part in self._parts)
 
     def window(self, index: int) -> np.ndarray:
         """The token ids of a window (at most T). The last window of a document ends with the end-of-document token.

@@ -6,7 +6,6 @@ trials/          while fine-tuning trials run: a folder per criterion and expert
 """
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from typing import Any
@@ -18,15 +17,18 @@ from megatron_specialm.base.files import write_json
 from megatron_specialm.checkpoint.merged import MergedModel, read_merged, read_trained, write_merged
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.schema import SelectStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.data.batches import evaluation_batches
 from megatron_specialm.data.clusters import read_histogram
-from megatron_specialm.data.store import Batch, TokenStore
+from megatron_specialm.data.store import TokenStore
 from megatron_specialm.data.training_data import open_held_out, open_store
 from megatron_specialm.engine.open import single_process
-from megatron_specialm.estimate.flops import forward_flops, projection_flops, training_flops
+from megatron_specialm.engine.protocol import LossSum
+from megatron_specialm.estimate.flops import projection_flops, reading_flops
 from megatron_specialm.estimate.parameters import count_parameters
+from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.graph.context import Context
 from megatron_specialm.graph.lineage import (
     cluster_count,
@@ -67,6 +69,7 @@ def run(stage: SelectStage, context: Context) -> Report:
     if stage.tries_experts:
         open_held_out(stage.tokens, context, context.key)
     experts = _Experts(stage, context, torch.from_numpy(histogram_K).float())
+    trial_setup = None if stage.trial is None else trial_setup_of(context.pipeline, stage)
     orders: dict[str, Order] = {"frequency": by_frequency(keys, histogram_K, domain=context.key)}
     spent: dict[str, Spent] = {"frequency": Spent()}
     trials = context.folder / "trials"
@@ -78,12 +81,12 @@ def run(stage: SelectStage, context: Context) -> Report:
         if name == "loss":
             sample = list(evaluation_batches(store, batch_size=stage.batch_size, max_windows=stage.sample_windows))
             with single_process(threads=context.threads):  # runs on rank 0 only
-                orders[name] = by_loss(keys, experts.load, sample)
-            passes = _passes(sample, experts.shape, store, times=len(keys))
+                orders[name], losses = by_loss(keys, experts.load, sample)
+            passes = reduce(Spent.plus, (_reading(loss, experts.shape, store) for loss in losses), Spent())
         else:
-            assert stage.trial is not None
+            assert stage.trial is not None and trial_setup is not None
             tried = Trials(
-                stage.trial, trial_setup_of(context.pipeline, stage), store, experts.load,
+                stage.trial, trial_setup, store, experts.load,
                 folder=trials / name, seed=context.pipeline.seed_of_training,
             )  # fmt: skip
             with single_process(threads=context.threads):
@@ -95,7 +98,7 @@ def run(stage: SelectStage, context: Context) -> Report:
     projected = experts.flops
     model = experts.load(choice)
     write_merged(model, context.folder)
-    planned = _planned(stage, experts.shape, store, experts=len(keys))
+    planned = _planned(stage, trial_setup, experts.shape, store, len(keys))
     summaries = {name: _summary(orders.get(name), choice, spent.get(name, planned[name])) for name in planned}
     values: dict[str, Any] = {"choice": choice, "by": stage.by, "experts": len(keys), "criteria": summaries}
     write_json(context.folder / "selection.json", values)
@@ -138,29 +141,40 @@ class _Experts:
         return self._network.merged(self._mixtures[key])
 
 
-def _passes(sample: list[Batch], shape: ModelConfig, store: TokenStore, *, times: int) -> Spent:
-    """The cost of `times` forward passes over a sample."""
-    tokens = times * sum(int(batch.mask.sum()) for batch in sample)
-    slots = times * sum(batch.mask.size for batch in sample)
-    return Spent(tokens, slots, slots * forward_flops(shape, store.vocabulary_size, store.context_length))
+def _reading(loss: LossSum, shape: ModelConfig, store: TokenStore) -> Spent:
+    """The cost of the passes that made a loss."""
+    sizes = store.vocabulary_size, store.context_length
+    return Spent(loss.tokens, loss.slots, reading_flops(shape, *sizes, slots=loss.slots, saved=loss.saved))
 
 
-def _planned(stage: SelectStage, shape: ModelConfig, store: TokenStore, *, experts: int) -> Mapping[str, Spent]:
-    """The cost of each criterion with padded windows, without projections; of trials only if the config has `trial`."""
-    sizes, fill = (store.vocabulary_size, store.context_length), store.tokens / (len(store) * store.context_length)
-    slots = experts * min(stage.sample_windows, len(store)) * store.context_length
-    costs = {"frequency": Spent(), "loss": Spent(round(slots * fill), slots, slots * forward_flops(shape, *sizes))}
-    if (trial := stage.trial) is not None:
-        held_out, size = len(TokenStore.open(store.folder, "validation")), trial.micro_batch_size
-        validation = -(-held_out // size) * size * store.context_length  # the last batch is filled up
+def _planned(
+    stage: SelectStage, trials: Setup | None, shape: ModelConfig, store: TokenStore, experts: int
+) -> dict[str, Spent]:
+    """The cost of each criterion, without projections; of trials only if the config has `trial`."""
+    sizes = store.vocabulary_size, store.context_length
+    windows = experts * min(stage.sample_windows, len(store))
+    slots, saved = _mean_slots(store, windows, "packed")
+    costs = {"frequency": Spent(), "loss": Spent(slots, slots, reading_flops(shape, *sizes, slots=slots, saved=saved))}
+    if trials is not None and (trial := stage.trial) is not None:
+        held_out, size = TokenStore.open(store.folder, "validation"), trial.micro_batch_size
+        filled_up = len(held_out) if trials.packing == "packed" else -(-len(held_out) // size) * size
         plans = {"finetuned": [(experts, 0, trial.steps)], "halving": halving_plan(experts, trial.steps)}
         for name, plan in plans.items():
-            steps = sum(left * (until - before) for left, before, until in plan)
-            slots = steps * trial.global_batch_size * store.context_length
-            evaluated = trial_validations(plan, every=trial.evaluate_every) * validation
-            flops = slots * training_flops(shape, *sizes) + evaluated * forward_flops(shape, *sizes)
-            costs[name] = Spent(round(slots * fill), slots, flops)
+            windows = trial.global_batch_size * sum(left * (until - before) for left, before, until in plan)
+            slots, saved = _mean_slots(store, windows, trials.packing)
+            times = trial_validations(plan, every=trial.evaluate_every)
+            read, unread = _mean_slots(held_out, times * filled_up, trials.packing)
+            flops = 3 * reading_flops(shape, *sizes, slots=slots, saved=saved)
+            flops += reading_flops(shape, *sizes, slots=read, saved=unread)
+            costs[name] = Spent(round(windows * store.tokens / len(store)), slots, flops)
     return costs
+
+
+def _mean_slots(store: TokenStore, windows: int, packing: Packing) -> tuple[int, int]:
+    """Slots of so many windows, and the keys saved: of packed ones by the set's means, otherwise of padded ones."""
+    if packing != "packed":
+        return windows * store.context_length, 0
+    return round(windows * store.tokens / len(store)), round(windows * store.keys_saved / len(store))
 
 
 def _summary(order: Order | None, choice: str, cost: Spent) -> dict[str, Any]:

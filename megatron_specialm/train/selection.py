@@ -12,6 +12,7 @@ import numpy as np
 from megatron_specialm.base.errors import DataError, TrainingError
 from megatron_specialm.checkpoint.merged import MergedModel
 from megatron_specialm.data.store import Batch
+from megatron_specialm.engine.protocol import LossSum
 from megatron_specialm.graph.lineage import cluster_of
 from megatron_specialm.train.evaluation import score
 
@@ -37,9 +38,10 @@ def by_frequency(keys: Sequence[str], histogram_K: np.ndarray, *, domain: str) -
     return tuple(sorted(keys, key=lambda key: -shares[key]))
 
 
-def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch]) -> Order:
-    """By the loss on a sample of the domain before fine-tuning: one forward pass per expert."""
-    return best_first({key: score(load(key).build(), sample).mean for key in keys})
+def by_loss(keys: Sequence[str], load: Load, sample: Sequence[Batch]) -> tuple[Order, list[LossSum]]:
+    """By the loss on a sample of the domain before fine-tuning; the order, and what each expert has read, packed."""
+    losses = {key: score(load(key).build(), sample, packing="packed") for key in keys}
+    return best_first({key: loss.mean for key, loss in losses.items()}), list(losses.values())
 
 
 def by_finetuning(keys: Sequence[str], tune: Tune, steps: int) -> Order:

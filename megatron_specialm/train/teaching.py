@@ -10,11 +10,10 @@ import torch
 
 from megatron_specialm.config.packing import WholePacking
 from megatron_specialm.data.batches import evaluation_batches
-from megatron_specialm.data.packing import packed
 from megatron_specialm.data.store import Batch, TokenStore
 from megatron_specialm.data.teacher import ENTROPY, IDS, LOG_PROBABILITIES, TAIL, CacheFormat, CacheWriter
-from megatron_specialm.estimate.flops import keys_saved
 from megatron_specialm.model.gpt import Gpt
+from megatron_specialm.train.reading import read
 
 
 @torch.no_grad()
@@ -42,10 +41,9 @@ def teach(
     model.train(False)
     window = tokens = slots = saved = 0
     for batch in counted(evaluation_batches(store, batch_size=batch_size)):
-        read = batch if packing == "none" else packed(batch)
-        logits_BTV = model.logits(torch.from_numpy(read.tokens).to(model.device), lengths=read.lengths)
-        slots, saved = slots + read.tokens.size, saved + keys_saved(read.lengths or (), batch.tokens.shape[1])
-        windows = logits_BTV if read.lengths is None else logits_BTV[0].split(read.lengths)
+        reading = read(model, batch, packing=packing)
+        slots, saved, lengths = slots + reading.slots, saved + reading.saved, reading.batch.lengths
+        windows = reading.logits_BTV if lengths is None else reading.logits_BTV[0].split(lengths)
         for logits_TV, mask_T in zip(windows, batch.mask, strict=True):
             scores_NV = logits_TV[: int(mask_T.sum())].float() / writer.format.temperature
             generator = np.random.default_rng((seed, window))

@@ -319,15 +319,16 @@ def test_a_selection_is_charged_the_criterion_that_decides_and_no_other(prepared
     context = make_context(config, graph[TaskId("chosen", "law")], root, folder)
     report = select.run(config.stages["chosen"], context)
     criteria = report.values["criteria"]
-    per_token = forward_flops(ModelConfig.model_validate(MODEL), 280, 32)
-    forward = 3 * 8 * 32 * per_token  # three experts, eight windows each
-    assert report.flops == criteria["loss"]["flops"] == forward and report.slots == 3 * 8 * 32
-    assert report.apart.flops == criteria["finetuned"]["flops"] > forward
+    # Three experts read eight windows each, without padding.
+    padded = 3 * 8 * 32 * forward_flops(ModelConfig.model_validate(MODEL), 280, 32)
+    assert report.slots == report.tokens <= 3 * 8 * 32
+    assert report.flops == criteria["loss"]["flops"] <= padded * report.tokens / (3 * 8 * 32)
+    assert report.apart.flops == criteria["finetuned"]["flops"] > report.flops
     assert 0 < report.apart.seconds < context.watch.seconds
     alone = select.run(config.stages["chosen"].model_copy(update={"compare": []}), context).values["criteria"]
-    assert alone["finetuned"]["choice"] is None and report.apart.flops == alone["finetuned"]["flops"], (
-        "as it was planned"
-    )
+    # As it was planned, but for which windows a trial draws.
+    assert alone["finetuned"]["choice"] is None
+    assert report.apart.flops == pytest.approx(alone["finetuned"]["flops"], rel=0.1)
 
 
 def test_a_cluster_without_held_out_windows_is_refused_before_training(
