@@ -31,9 +31,6 @@ done
 python tools/results_tables.py write-csv $(run_folders evidence results.json) --keep docs/evidence/results.csv \
   --output docs/evidence/results.csv --concentration docs/evidence/concentration.csv
 # shellcheck disable=SC2046
-python tools/results_tables.py write-csv $(run_folders evidence results.json) --keep docs/evidence/main.csv --common \
-  --output docs/evidence/main.csv
-# shellcheck disable=SC2046
 python tools/results_tables.py write-csv $(run_folders evidence-sizes results.json) --keep docs/evidence/sizes.csv \
   --output docs/evidence/sizes.csv
 python tools/results_tables.py draw docs/evidence/results.csv generic-cost-flops specialization-cost-flops total-cost-flops \

@@ -1,13 +1,13 @@
 """Generate the documentation's tables of results from a CSV file that is committed beside them.
 
-    python tools/results_tables.py write-csv RUN_FOLDER... --output CSV [--keep CSV] [--common] [--concentration FILE]
+    python tools/results_tables.py write-csv RUN_FOLDER... --output CSV [--keep CSV] [--concentration FILE]
     python tools/results_tables.py fill README.md docs/results.md [--check]
     python tools/results_tables.py draw CSV NAME... --output FOLDER [--domains legal,speeches]
 
 `write-csv` collects the `results.json` of one config's run folders, one per seed: an unmodified line per seed, method, stage
 and set, with numbers of six digits. `--keep` adds the rows of other seeds from such a file, which may be the output. Each seed
-must have every model; with `--common` models that a seed lacks are left out. `--concentration` collects how concentrated and
-how far the sets are. `fill` renders tables from such a file between two comments of a Markdown file:
+must have every model. `--concentration` collects how concentrated and how far the sets are. `fill` renders tables from such a
+file between two comments of a Markdown file:
 
     <!-- table: docs/results/quickstart.csv perplexity -->
     <!-- end of table -->
@@ -84,7 +84,6 @@ def main() -> int:
     writing.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
     writing.add_argument("--output", required=True, type=Path)
     writing.add_argument("--keep", type=Path, metavar="CSV", help="add its rows of other seeds, if it exists")
-    writing.add_argument("--common", action="store_true", help="only the models that every seed has")
     writing.add_argument("--concentration", type=Path)
     filling = commands.add_parser("fill", help="render tables into Markdown files")
     filling.add_argument("pages", nargs="+", type=Path, metavar="PAGE")
@@ -100,7 +99,7 @@ def main() -> int:
             draw(arguments.csv, arguments.names, arguments.output, arguments.domains)
             return 0
         if arguments.command == "write-csv":
-            write_csv(arguments.runs, arguments.output, keep=arguments.keep, common=arguments.common)
+            write_csv(arguments.runs, arguments.output, keep=arguments.keep)
             if arguments.concentration is not None:
                 write_concentration(arguments.runs, arguments.concentration)
             return 0
@@ -110,9 +109,9 @@ def main() -> int:
         return error.exit_code
 
 
-def write_csv(runs: Sequence[Path], output: Path, *, keep: Path | None = None, common: bool = False) -> None:
+def write_csv(runs: Sequence[Path], output: Path, *, keep: Path | None = None) -> None:
     """Write the rows of all runs and those of other seeds in `keep`, in the order of seeds. A mean over fewer seeds would be
-    mistaken for one over all: so each seed must have every model, or with `common` only models that each has are written."""
+    mistaken for one over all: so each seed must have every model."""
     where = {row.seeds: folder for folder in runs for row in read_runs([folder / "results.json"]).rows}
     rows = read_runs([folder / "results.json" for folder in runs]).rows
     if keep is not None and keep.exists():
@@ -123,12 +122,10 @@ def write_csv(runs: Sequence[Path], output: Path, *, keep: Path | None = None, c
         models[row.seeds][row.stage, row.domain] = None
     for seeds, own in models.items():
         lacking = [model for other in models.values() for model in other if model not in own]
-        if common:
-            rows = [row for row in rows if (row.stage, row.domain) not in lacking]
-        elif lacking:
+        if lacking:
             missing = ", ".join(f"{stage} on {domain}" for stage, domain in dict.fromkeys(lacking))
             raise ArtifactError(
-                f"{where.get(seeds, keep)}: has no result of {missing}: `specialm run` its config to the end, or --common"
+                f"{where.get(seeds, keep)}: has no result of {missing}: `specialm run` its config to the end"
             )
     if not rows:
         raise ArtifactError(f"{', '.join(map(str, runs))}: nothing has been evaluated yet: `specialm run` the config")

@@ -156,9 +156,6 @@ def test_rows_of_other_seeds_are_kept_if_asked(tmp_path: Path) -> None:
     more = _run_folder(tmp_path / "more", made_up({"slm": {"legal": 1.0, "law": 1.0}, "llm": {"legal": 1.0}}, seed=3))
     with pytest.raises(ArtifactError, match=r"rows\.csv: has no result of llm on legal"):
         write_csv([more], output, keep=output)
-    write_csv([more], tmp_path / "common.csv", keep=output, common=True)
-    found = read_csv(tmp_path / "common.csv", Row)
-    assert {(row.seed, row.stage) for row in found} == {(seed, "slm") for seed in range(4)}
     write_csv([folder(4, 14.0)], output)
     assert {row.seed for row in read_csv(output, Row)} == {4}
 
