@@ -20,5 +20,6 @@ ruff check .
 ruff format --check .
 echo "== mypy"
 mypy megatron_specialm
+unset PYTHONDONTWRITEBYTECODE # tests start hundreds of processes: each would compile the package
 echo "== pytest"
 exec python -m pytest -n "$(($(nproc) + 1))" "$@" # one more than cores: tests wait for Slurm, and for processes to meet
