@@ -7,10 +7,11 @@ Each turn starts the processes of a data-parallel layout on gloo, makes one step
 are copied on the CPU while the passes of the next step run; before its update training waits for the rest of the copy
 ("blocked"). The passes may be slower beside it ("passes beside the copy", and "passes alone"). In trees whose engines have no
 `begin_copy` training waits for all of the copy. Writing, fsync, hashing and publishing run in the background. A plain write is
-that of the same tensors to one file per process, with fsync, and without names, hashes and publishing. Memory is the peak
-resident memory during the save minus that before it, of the process with the largest difference. Bytes sent are the kernel's
-counts for all TCP connections while files are written. CPU time is the sum over all processes, so other load on the machine
-matters little. Prints medians over rounds and ratios. Needs Linux.
+that of the same tensors to one file per process, with fsync, and without names, hashes and publishing. What the passes take
+alone is subtracted from seconds, CPU time and bytes of the whole. Memory is the peak resident memory during the passes and the
+save, minus that before, of the process with the largest difference. Bytes sent are the kernel's counts for all TCP
+connections. CPU time is the sum over all processes, so other load on the machine matters little. Prints medians over rounds
+and ratios. Needs Linux.
 """
 
 import argparse
@@ -136,28 +137,28 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         control = ControlGroup.open()
         dist.barrier()
         ctypes.CDLL(None).malloc_trim(0)  # the allocator keeps freed blocks, which would hide the save's memory
+        engine.accumulate_gradients(batch)  # it gets back what passes need
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        began, worked = time.perf_counter(), time.process_time()
+        began, worked, sent = time.perf_counter(), time.process_time(), _bytes_sent()
         engine.accumulate_gradients(batch)
-        passes, of_passes = time.perf_counter() - began, time.process_time() - worked
-        began, worked = time.perf_counter(), time.process_time()
+        passes, of_passes, in_passes = time.perf_counter() - began, time.process_time() - worked, _bytes_sent() - sent
+        began, worked, sent = time.perf_counter(), time.process_time(), _bytes_sent()
         if hasattr(engine, "begin_copy"):
             copying = engine.begin_copy()
-            blocked = time.perf_counter() - began
-            engine.accumulate_gradients(batch)
-            accumulated = time.perf_counter()
-            weights, state = copying.result()
-            beside, blocked = accumulated - began - blocked, blocked + time.perf_counter() - accumulated
         else:
             weights, state = engine.weights(), engine.optimizer_state()
-            blocked, beside, of_passes = time.perf_counter() - began, 0.0, 0.0
-        sent = _bytes_sent()
+        begun = time.perf_counter()
+        engine.accumulate_gradients(batch)
+        accumulated = time.perf_counter()
+        if hasattr(engine, "begin_copy"):
+            weights, state = copying.result()
+        beside, blocked = accumulated - begun, begun - began + time.perf_counter() - accumulated
         folder = save_checkpoint(
             args.out / "saved", step=1, weights=weights, optimizer_state=state, state={}, control=control
         )
-        seconds, work = time.perf_counter() - began - beside, time.process_time() - worked - of_passes
-        peak, sent = _memory("VmHWM") - before, _bytes_sent() - sent
+        seconds, work = time.perf_counter() - began - passes, time.process_time() - worked - of_passes
+        peak, sent = _memory("VmHWM") - before, _bytes_sent() - sent - in_passes
         dist.barrier()
         began, worked = time.perf_counter(), time.process_time()
         with (args.out / f"plain-{rank}").open("wb") as file:
@@ -167,7 +168,7 @@ def _rank(rank: int, args: argparse.Namespace) -> None:
         plain, plain_work = time.perf_counter() - began, time.process_time() - worked
         dist.barrier()
     written = sum(path.stat().st_size for path in folder.glob(f"*-{rank:05d}.safetensors"))
-    found = (blocked, beside or passes, passes, seconds, work, peak / 1e6, sent / 1e6, written / 1e6, plain, plain_work)
+    found = (blocked, beside, passes, seconds, work, peak / 1e6, sent / 1e6, written / 1e6, plain, plain_work)
     numbers = dict(zip(NUMBERS, found, strict=True))
     (args.out / f"rank-{rank}.json").write_text(json.dumps(numbers))
 

@@ -98,7 +98,7 @@ class Saver:
             tensors: those that this process writes; they may still be copied.
 
         Raises:
-            OSError: the step before could not be written.
+            OSError: the step before could not be written. Its copy's error, too, is raised here or by `wait`.
         """
         self.wait()
 

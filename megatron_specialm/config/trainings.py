@@ -76,7 +76,7 @@ class GenericTraining(_WithDomainText):
     windows_per_expert: PositiveInt | None = Field(
         default=None,
         description="SLM-pn: consecutive windows of a batch that one expert computes; few, so that a batch trains many "
-        "experts; with `packing: none` a multiple of micro_batch_size",
+        "experts; unless windows are packed a multiple of micro_batch_size",
     )
     soup: Soup | None = Field(default=None, description="SLM-pn: train mixtures of experts too")
 

@@ -32,7 +32,7 @@ class MicroBatches:
     Attributes:
         size: windows of a micro-batch; of a packed one it sets the largest number of tokens, size * T.
         multiple: of the positions of a micro-batch, as sequence parallelism and FP8 need.
-        stages: pipeline stages: there is a packed micro-batch for each at least, and all are of one length.
+        stages: pipeline stages: with more than one, there is a packed micro-batch for each at least, and all have one length.
         interleaved: whether the number of packed micro-batches must be a multiple of the stages.
         by_expert: whether all windows of a micro-batch must have one mixture of experts.
     """

@@ -1,6 +1,5 @@
 """What the engines of a `Gpt` have in common: micro-batches, losses, a teacher beside the model, canonical state."""
 
-from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.engine import process_groups  # first: it imports Megatron-Core
 
 # isort: split
@@ -16,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_specialm.base.errors import ConfigError, TrainingError
+from megatron_specialm.checkpoint.slices import SavedTensors
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import Layout

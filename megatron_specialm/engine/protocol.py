@@ -105,7 +105,7 @@ class Engine(Protocol):
 
     def begin_copy(self) -> Future[SavedTensors]:
         """Begin to copy what `weights` and `optimizer_state` return, while the next forward and backward passes run:
-        `apply_gradients` waits for it before anything changes."""
+        `apply_gradients` waits for it before anything changes, and raises its error. At most one copy is under way."""
 
     def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
         """Take weights, and the optimizer's state where training goes on from it. Both are complete: each process reads the

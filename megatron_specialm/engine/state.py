@@ -1,7 +1,7 @@
 """What a checkpoint keeps of an engine: fp32 main weights and Adam's moments, as slices of canonical tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class EngineState:
     def __init__(self, model: Gpt, optimizer: ShardedOptimizer) -> None:
         self._model, self._optimizer = model, optimizer
         self.has_moments = False
-        self._copy: Future[SavedTensors] | None = None
+        self._copy_is_done: Future[None] | None = None
 
     def shards(self) -> Iterator[tuple[LocalParameter, OptimizerShard]]:
         """This process's parameters, each with what its optimizer holds of it."""
@@ -43,24 +43,32 @@ class EngineState:
 
     def begin_copy(self) -> Future[SavedTensors]:
         """See `Engine.begin_copy`."""
+        self.finish_copy()
         tensors = SavedTensors(self._weights(), self._optimizer_state())
         # On a GPU beside the passes, too: behind what has been launched, and on a stream of its own.
         stream = torch.cuda.Stream(self._model.device) if self._model.device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self._model.device))
 
-        def copy() -> SavedTensors:
-            with torch.cuda.stream(stream):
-                return SavedTensors(*map(_copied, tensors))
+        done = self._copy_is_done = Future[None]()  # without the copy itself, which is as large as weights and moments
 
-        self._copy = in_background(copy, name="copy")
-        return self._copy
+        def copy() -> SavedTensors:
+            try:
+                with torch.cuda.stream(stream):
+                    found = SavedTensors(*map(_copied, tensors))
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+            return found
+
+        return in_background(copy, name="copy")
 
     def finish_copy(self) -> None:
-        """Wait until what `begin_copy` copies may change. Whoever has its outcome gets the error, if any."""
-        if self._copy is not None:
-            wait([self._copy])
-            self._copy = None
+        """Wait until what `begin_copy` copies may change. Raises the copy's error, as `MemoryError`."""
+        done, self._copy_is_done = self._copy_is_done, None
+        if done is not None:
+            done.result()
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return self._owned(lambda _, shard: shard.main, trained_only=False)
@@ -81,6 +89,7 @@ class EngineState:
     @torch.no_grad()
     def load(self, weights: Mapping[str, Sliceable], optimizer_state: Mapping[str, Sliceable] | None) -> None:
         """See `Engine.load`."""
+        self.finish_copy()
         self._model.load(weights)
         for weight, shard in self.shards():
             if not weight.parameter.requires_grad:

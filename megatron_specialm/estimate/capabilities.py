@@ -165,12 +165,12 @@ TABLE = (
     Capability("recomputation", lambda s: s.parallel.recompute != "none", "none", engines=BOTH),
     Capability(
         "projected network", lambda s: s.model.projection is not None,
-        "global_batch_size is a multiple of windows_per_expert, with packing none windows_per_expert of micro_batch_size",
+        "global_batch_size is a multiple of windows_per_expert, and unless packed windows_per_expert of micro_batch_size",
         engines=BOTH,
         conditions=(
             Condition(
-                lambda s: s.packing != "none" or s.windows_per_expert % s.micro_batch_size == 0,
-                "with packing none windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size "
+                lambda s: s.packing == "packed" or s.windows_per_expert % s.micro_batch_size == 0,
+                "with packing {s.packing} windows_per_expert {s.windows_per_expert} must be a multiple of micro_batch_size "
                 "{s.micro_batch_size}: a forward pass is of one expert",
                 "micro_batch_size",
             ),

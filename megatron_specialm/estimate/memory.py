@@ -230,11 +230,11 @@ def _adapter_weights(setup: Setup) -> int:
 
 
 def _derived_weights(setup: Setup) -> int:
-    """Weights that a step computes in a layer: for as many mixtures of experts as its micro-batches can have, or from base and
+    """Weights that a step computes in a layer: for as many mixtures of experts as a process can have, or from base and
     adapters."""
     model = setup.model
     if model.projection is not None:
-        return min(setup.variants, setup.micro_batches) * _projected_weights(setup)
+        return setup.local_variants * _projected_weights(setup)
     if model.lora is not None:
         return (
             sum(math.prod(model.linear_sizes()[name]) for name in model.lora.linears) // setup.parallel.tensor_parallel

@@ -74,6 +74,14 @@ class Setup:
         return self.global_batch_size // self.shard
 
     @property
+    def local_variants(self) -> int:
+        """At most so many mixtures of experts does a data-parallel rank compute in a step: those of its groups of windows, of
+        which the first and the last may be cut."""
+        windows = self.global_batch_size // self.parallel.data_parallel
+        groups = -(-windows // self.windows_per_expert) + (windows % self.windows_per_expert > 0)
+        return min(self.variants, groups)
+
+    @property
     def expert_tensor_parallel(self) -> int:
         """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
         return 1 if any(model.family == "neox" for model in self.moe_models) else self.parallel.tensor_parallel

@@ -62,7 +62,8 @@ def step_time(setup: Setup, hardware: Hardware, *, fused: bool, checkpoint_every
 
     Args:
         fused: as of `memory_of`.
-        checkpoint_every: steps. Only the copy to the host is counted: files are written during the next steps.
+        checkpoint_every: steps. Only the copy to the host is counted, as if the next passes did not hide it: an upper
+            bound. Files are written during the next steps.
     """
     fused = fused and setup.precision != "fp32"
     parallel = setup.parallel
@@ -162,7 +163,7 @@ class _Stage:
         """Weights that a micro-batch is computed with: of a projected network those of one expert."""
         if self._model.projection is None:
             return self._sizes.weights
-        one = self._sizes.derived / min(self._setup.variants, self._setup.micro_batches)
+        one = self._sizes.derived / self._setup.local_variants
         return self._sizes.weights - (self._model.projection.capacity - 1) * one
 
     def _tensor(self) -> Part:
@@ -263,7 +264,7 @@ class _Stage:
         traffic = bases + sizes.derived * (3 * self._element + 2 * FP32)
         yield Part("derived weights, memory traffic", traffic / self._hardware.memory, traffic, "B")
         if model.projection is not None:
-            flops = projection_flops(model, min(setup.variants, setup.micro_batches))
+            flops = projection_flops(model, setup.local_variants)
             shards = self._parallel.tensor_parallel * model.layers / len(sizes.layers)
             yield self._computed("derived weights, matrix products", flops / shards)
 

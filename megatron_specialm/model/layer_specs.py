@@ -19,7 +19,7 @@ from megatron_specialm.model.attention import FusedCoreAttention
 from megatron_specialm.model.layers import FeedForward, TorchNorm
 from megatron_specialm.model.moe import FeedForwardSpec, RoutedBuilder
 
-CUDNN_WITHOUT_PACKED = (91000, 91001)  # versions that lack the kernel for packed windows
+CUDNN_DISABLED = (91000, 91001)  # versions whose fused attention Transformer Engine does not use, for their bugs
 
 
 def use_transformer_engine(*, bf16: bool) -> bool:
@@ -28,14 +28,20 @@ def use_transformer_engine(*, bf16: bool) -> bool:
     return HAVE_TE and torch.cuda.is_available() and bf16
 
 
-def attends_to_packed_windows(*, grouped_queries: bool) -> bool:
-    """Whether Transformer Engine's attention takes packed windows on this GPU: flash-attn's does on any, cuDNN's from compute
-    capability 9.0 and cuDNN 9.1 on, with grouped queries from 9.6 on. Its attention without a fused kernel never does."""
+def attends_to_packed_windows(*, grouped_queries: bool, head_size: int) -> bool:
+    """Whether Transformer Engine's attention takes packed windows on this GPU: flash-attn's does on any. Its attention without
+    a fused kernel never does.
+
+    cuDNN's does from compute capability 9.0 on, from a version on that depends on the GPU, for head sizes that are a multiple
+    of 8 and at most 128 (Transformer Engine, `nvte_get_fused_attn_backend`; larger sizes, which some GPUs allow, are left out).
+    """
     if find_spec("flash_attn") is not None:
         return True
-    cudnn = torch.backends.cudnn.version() or 0
-    least = 90600 if grouped_queries else 90100
-    return torch.cuda.get_device_capability() >= (9, 0) and cudnn >= least and cudnn not in CUDNN_WITHOUT_PACKED
+    capability, cudnn = torch.cuda.get_device_capability(), torch.backends.cudnn.version() or 0
+    if capability < (9, 0) or head_size % 8 or head_size > 128 or cudnn in CUDNN_DISABLED:
+        return False
+    hopper = 90600 if grouped_queries else 90100
+    return cudnn >= (91801 if capability >= (12, 0) else 90700 if capability >= (10, 0) else hopper)
 
 
 def layer_specs(
@@ -66,8 +72,10 @@ def _layer(settings: TransformerConfig, experts: int | None = None) -> ModuleSpe
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=settings.qk_layernorm
         )
-        grouped = settings.num_query_groups != settings.num_attention_heads
-        if settings.context_parallel_size == 1 and not attends_to_packed_windows(grouped_queries=grouped):
+        grouped, head_size = settings.num_query_groups != settings.num_attention_heads, settings.kv_channels
+        if settings.context_parallel_size == 1 and not attends_to_packed_windows(
+            grouped_queries=grouped, head_size=head_size
+        ):
             layer.submodules.self_attention.submodules.core_attention = FusedCoreAttention
     else:
         layer = get_gpt_layer_local_spec(

@@ -171,8 +171,9 @@ def _planned(
 
 
 def _mean_slots(store: TokenStore, windows: int, packing: Packing) -> tuple[int, int]:
-    """Slots of so many windows, and the keys saved: of packed ones by the set's means, otherwise of padded ones."""
-    if packing != "packed":
+    """Slots of so many windows, and the keys saved: of packed ones by the set's means, otherwise of padded ones, which is an
+    upper bound for sorted ones."""
+    if packing != "packed" or not windows:
         return windows * store.context_length, 0
     return round(windows * store.tokens / len(store)), round(windows * store.keys_saved / len(store))
 

@@ -191,6 +191,7 @@ class _Loop:
 
     def _save(self) -> None:
         training, progress = self._training, self.progress
+        training.saver.wait()  # there is one copy in memory at a time
         training.saver.save(
             self._engine.begin_copy(),
             step=progress.step,

@@ -58,7 +58,7 @@ def _next(run: Run, number: int, timeout: float) -> tuple[Attempt, Attempt]:
 
 def _preempted(end: AttemptEnd | None) -> None:
     """On a busy machine KillWait or GraceTime may pass before the ranks have saved: then the record says only who ended the
-    attempt, and the next one resumes from the checkpoint before. `test_the_time_limit` asserts that a step is saved."""
+    attempt, and the next one resumes from the checkpoint before. `tests/distributed/test_stopping.py` asserts the saving."""
     assert end is not None and end.outcome == "preempted" and end.reason.startswith("ended by Slurm"), end
 
 
@@ -102,7 +102,7 @@ def test_a_preemption(run: Run, straight: Path) -> None:
     run.submit("--only", "slm")
     number = _begun(run)
     run.cluster.run("scontrol", "requeue", f"{run.job('slm')}_0")
-    end = _next(run, number, 60)[0].end
+    end = _next(run, number, 90)[0].end
     _preempted(end)
     _finished(run, straight)
 

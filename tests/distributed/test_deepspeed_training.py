@@ -5,8 +5,10 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +19,11 @@ from megatron_specialm.checkpoint.opening import open_checkpoint
 from megatron_specialm.checkpoint.steps import step_folder
 from megatron_specialm.config.parallel import LAYOUTS
 from megatron_specialm.config.training import Optimizer
+from megatron_specialm.data.store import Batch
+from megatron_specialm.engine import state as engine_state
 from megatron_specialm.engine.objective import DeviceBatch, VocabularyShard, cross_entropy
 from megatron_specialm.engine.open import open_engine
+from megatron_specialm.engine.protocol import Engine
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.model.initial import first_value
 from megatron_specialm.model.weights import weight_specs
@@ -177,7 +182,24 @@ def _evaluate_and_skip(world: World, folder: Path, layout: dict[str, Any], preci
             assert all(torch.equal(one[name], other[name]) for name in one)
         losses.append(engine.train_step(batch, learning_rate=1e-2).loss[:2])
         trained = engine.passes.trained
+        _copy_late(engine, batch)
     (folder / f"{world.rank}.json").write_text(json.dumps({"losses": losses, "trained": trained}))
+
+
+def _copy_late(engine: Engine, batch: Batch) -> None:
+    """A step does not change what is still to be copied."""
+    expected = engine.weights(), engine.optimizer_state()
+    copied = engine_state._copied
+
+    def late(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        time.sleep(0.5)
+        return copied(tensors)
+
+    with mock.patch.object(engine_state, "_copied", late):
+        copying = engine.begin_copy()
+        engine.train_step(batch, learning_rate=1e-2)
+    for before, copy in zip(expected, copying.result(), strict=True):
+        assert before.keys() == copy.keys() and all(torch.equal(before[name], copy[name]) for name in before)
 
 
 TEACHER = SHAPE.model_copy(update={"family": "llama", "layers": 3})
@@ -198,7 +220,9 @@ def _distill(world: World, folder: Path, layout: dict[str, Any]) -> None:
 
 
 TAUGHT = [_deepspeed(1, **DP2), _deepspeed(3, **DP2), _deepspeed(2, **TP2)]
+OVERLAPPED = {"engine": "megatron", **DP2, "distributed_optimizer": True, "overlap_communication": True}
 ENGINES = [
+    (OVERLAPPED, "fp32"),
     *((_deepspeed(number, **DP2), "fp32") for number in (0, 1, 2, 3)),
     *((_deepspeed(number, **DP2), "bf16") for number in (1, 3)),
 ]

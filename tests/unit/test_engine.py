@@ -124,7 +124,6 @@ def test_a_step_waits_until_what_is_being_copied_may_change(
         loss = engine.accumulate_gradients(_batch(2))
         passes_are_done.set()
         engine.apply_gradients(loss, learning_rate=1e-2)
-        assert found.done()
     for before, copy in zip(expected, found.result(), strict=True):
         assert before.keys() == copy.keys() and all(torch.equal(before[name], copy[name]) for name in before)
     assert not torch.equal(
