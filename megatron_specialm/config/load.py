@@ -151,7 +151,12 @@ def _apply_override(config: dict[str, Any], override: str) -> None:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             raise ConfigError(f"{where}: {'.'.join(parents[: depth + 1])} is a value, not a mapping")
-    place[last] = value
+    if value is not None or parents not in (["stages"], ["text", "domains"]):
+        place[last] = value
+        return
+    if last not in place:
+        raise ConfigError(f"{where}: the config has no {key}{did_you_mean(last, list(place))}")
+    del place[last]  # as null does in a config that extends another
 
 
 def _resolve_stage(path: Path, name: str, stage: Any, defaults: Mapping[str, Any], *, others: Collection[str]) -> Any:

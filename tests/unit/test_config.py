@@ -95,6 +95,15 @@ def test_mistakes_name_the_key_the_value_and_the_fix(override: str, says: str) -
         build_graph(load_pipeline(SMOKE, [override]))
 
 
+def test_an_override_removes_a_stage_or_a_domain() -> None:
+    last = ["stages.export=null", "stages.perplexity=null", "stages.slm-soup-tuned=null", "text.domains.torch=null"]
+    pipeline = load_pipeline(SMOKE, last)
+    assert not {"export", "perplexity", "slm-soup-tuned"} & pipeline.stages.keys()
+    assert list(pipeline.text.domains) == ["scipy", "sklearn"]
+    with pytest.raises(ConfigError, match=r"the config has no stages\.slm-soup-tund.*slm-soup-tuned"):
+        load_pipeline(SMOKE, ["stages.slm-soup-tund=null"])
+
+
 def test_a_cycle_is_shown() -> None:
     pipeline = load_pipeline(SMOKE, ["stages.slm.init=slm-tuned", "stages.slm.model=null"])
     with pytest.raises(ConfigError, match="slm -> slm-tuned -> slm is a cycle"):
