@@ -14,7 +14,7 @@ from tests.cluster.testbed import Cluster
 TEXT = ("tokenizer", "tokens")
 # What is left has every kind of stage and of training, in fewer jobs, each of which imports torch and Megatron-Core.
 LEFT_OUT = ("llm-lora", "slm-mix-tuned", "slm-pn-tuned", "slm-is-tuned", "slm-nopt", "slm-pn-soup", "slm-soup-tuned")
-MODELS = "slm, slm-tuned, slm-mix-chosen, slm-pn-chosen, slm-is, llm-tuned, slm-d"
+MODELS = "slm, slm-tuned, slm-mix-chosen, slm-pn-chosen, slm-is, slm-d, llm-tuned"  # in the order of the config
 EVERY_KIND = [
     *(f"stages.{stage}=null" for stage in LEFT_OUT),
     f"stages.perplexity.models=[{MODELS}]",
