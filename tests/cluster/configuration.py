@@ -13,6 +13,9 @@ class Address:
     port: int
 
 
+KILL_WAIT_SECONDS = 30  # from SIGTERM to SIGKILL; Slurm's default
+
+
 def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], cpus: int) -> str:
     """The text of slurm.conf.
 
@@ -46,7 +49,7 @@ def slurm_conf(folder: Path, *, controller: Address, nodes: dict[str, Address], 
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
         "SlurmdTimeout=10",
-        "KillWait=30",
+        f"KillWait={KILL_WAIT_SECONDS}",
         "MinJobAge=3600",  # `scontrol show job` is the only record of a job that has ended
         "JobRequeue=1",
         "PropagateResourceLimits=NONE",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_specialm.slurm.records import Attempt, AttemptEnd
+from megatron_specialm.slurm.records import Attempt
+from tests.cluster.configuration import KILL_WAIT_SECONDS
 from tests.cluster.machine import NamespacedNode
 from tests.cluster.runs import Run, assert_same_bits, local_environment, prepared
 from tests.cluster.testbed import Cluster
@@ -56,12 +57,6 @@ def _next(run: Run, number: int, timeout: float) -> tuple[Attempt, Attempt]:
     return run.attempts("slm")[number], run.attempts("slm")[number + 1]
 
 
-def _preempted(end: AttemptEnd | None) -> None:
-    """On a busy machine KillWait or GraceTime may pass before the ranks have saved: then the record says only who ended the
-    attempt, and the next one resumes from the checkpoint before. `tests/distributed/test_stopping.py` asserts the saving."""
-    assert end is not None and end.outcome == "preempted" and end.reason.startswith("ended by Slurm"), end
-
-
 def _finished(run: Run, straight: Path, *before: str, submission: str = "0001") -> None:
     """Wait for the end, after attempts that ended so; it is that of the training without interruption.
 
@@ -102,8 +97,13 @@ def test_a_preemption(run: Run, straight: Path) -> None:
     run.submit("--only", "slm")
     number = _begun(run)
     run.cluster.run("scontrol", "requeue", f"{run.job('slm')}_0")
-    end = _next(run, number, 90)[0].end
-    _preempted(end)
+    ended, following = _next(run, number, 90)
+    end = ended.end
+    assert end is not None and end.outcome == "preempted"
+    if end.reason == "ended by Slurm":  # the first record stands, of SIGTERM, only if KillWait passed on a busy machine
+        assert following.begin.time - end.time >= KILL_WAIT_SECONDS
+    else:
+        assert end.reason == f"ended by Slurm: saved at step {end.step}"
     _finished(run, straight)
 
 
@@ -114,7 +114,8 @@ def test_a_preemption_by_an_urgent_job(run: Run, straight: Path, tmp_path: Path)
     urgent = run.cluster.submit("sleep 1", "--partition=urgent", "--nodes=4", "--exclusive", cwd=tmp_path)
     end = _next(run, number, 90)[0].end
     assert run.cluster.job(urgent)["JobState"] in ("COMPLETED", "COMPLETING")
-    _preempted(end)
+    assert end is not None and end.outcome == "preempted" and end.requeued
+    assert end.reason == f"ended by Slurm: saved at step {end.step}"
     _finished(run, straight)
 
 
