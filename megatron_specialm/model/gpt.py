@@ -26,6 +26,7 @@ from megatron_specialm.base.errors import CheckpointError
 from megatron_specialm.config.model import ModelConfig
 from megatron_specialm.config.parallel import Layout, ParallelConfig, padded_vocabulary, split_layers
 from megatron_specialm.config.precision import LINEARS, Fp8Config, Precision, megatron_settings
+from megatron_specialm.model import rotary
 from megatron_specialm.model.attention import PackedWindows
 from megatron_specialm.model.derived import derived_weights
 from megatron_specialm.model.initial import first_weight
@@ -76,6 +77,7 @@ class Gpt:
         experts: RoutedBuilder = MegatronExperts,
     ) -> None:
         cpu.install()
+        rotary.install()
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.context_length = context_length
@@ -328,7 +330,6 @@ def transformer_config(
         # Losses are summed over tokens; gradients are divided once by the global number of tokens. Exact in any layout.
         calculate_per_token_loss=True,
         bias_dropout_fusion=has_kernels(),
-        # Otherwise Megatron-Core asks the GPU for the bounds of packed windows four times in each layer, and waits.
         apply_rope_fusion=use_transformer_engine(bf16=precision != "fp32"),
         masked_softmax_fusion=False,
         persist_layer_norm=False,

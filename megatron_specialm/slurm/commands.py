@@ -1,4 +1,4 @@
-"""Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, and scancel."""
+"""Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, scancel, and sinfo about nodes."""
 
 import os
 import re
@@ -28,7 +28,7 @@ NO_ANSWER = (
     "Connection refused",
     "Unexpected missing socket error",
 )
-OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_")
+OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 # The reason is the last field: only it may contain any character.
 FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")
 
@@ -128,6 +128,15 @@ def job_end(job: str) -> JobEnd | None:
     if state is not None and state[1] in ENDED | REQUEUED:
         return "ended"
     return "grace" if re.search(r"\bPreemptTime=\d", shown) else None
+
+
+def partition_nodes(partition: str) -> set[str]:
+    """The names of a partition's nodes, in whatever state.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
+    return set(slurm("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}").split())
 
 
 def cancel_jobs(slurm_ids: Iterable[str]) -> None:

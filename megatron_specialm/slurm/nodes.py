@@ -7,7 +7,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +36,23 @@ class _Excluded:
 
 def excluded_nodes(folder: Path, *, now: float | None = None) -> list[str]:
     """The nodes that were excluded within the last day, sorted. A clock that was wrong excludes for a day at most, too."""
-    now = time.time() if now is None else now
-    return sorted(node for node, entry in _read_excluded(folder).items() if abs(now - entry.time) < EXCLUDED_SECONDS)
+    return sorted(_newest_first(folder, time.time() if now is None else now))
+
+
+def excluded_leaving(folder: Path, usable: Collection[str], needed: int) -> list[str]:
+    """The excluded nodes, sorted, without those excluded longest ago where a job would wait for ever without them: where fewer
+    than `needed` of the `usable` nodes would be left."""
+    left, out = set(usable), []
+    for node in _newest_first(folder, time.time()):
+        if node not in left or len(left) > needed:
+            left.discard(node)
+            out.append(node)
+    return sorted(out)
+
+
+def _newest_first(folder: Path, now: float) -> list[str]:
+    nodes = {node: entry for node, entry in _read_excluded(folder).items() if abs(now - entry.time) < EXCLUDED_SECONDS}
+    return sorted(nodes, key=lambda node: nodes[node].time, reverse=True)
 
 
 def exclude_node(folder: Path, node: str, *, reason: str) -> None:

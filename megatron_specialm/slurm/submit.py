@@ -21,6 +21,7 @@ from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
 from megatron_specialm.slurm.commands import find_by_comment, slurm
 from megatron_specialm.slurm.jobs import Job
+from megatron_specialm.slurm.nodes import EXCLUDED, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord
 from megatron_specialm.slurm.state import Live, submitted_jobs
 from megatron_specialm.slurm.submission import Submission
@@ -85,8 +86,12 @@ def submit(
             records.write_registry(submission.root, [*known, *queued, record])
             try:
                 queued.append(replace(record, slurm_id=_sbatch(script, record.comment)))
-            except NotQueued:
+            except NotQueued as error:
                 records.write_registry(submission.root, [*known, *queued])
+                folder = records.excluded_folder(submission.root)
+                if nodes := excluded_nodes(folder):  # maybe too few others are left
+                    listed = f"{folder / EXCLUDED} excludes {', '.join(nodes)}: remove those that are repaired"
+                    raise NotQueued(f"{error}; {listed}") from None
                 raise
             records.write_registry(submission.root, [*known, *queued])
     return queued

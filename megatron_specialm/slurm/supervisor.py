@@ -32,9 +32,9 @@ from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINI
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
 from megatron_specialm.slurm.allocation import Allocation, node_command, probe_command, rank_command
-from megatron_specialm.slurm.commands import job_end, slurm
+from megatron_specialm.slurm.commands import job_end, partition_nodes, slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
-from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes, unreachable_nodes
+from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_leaving, excluded_nodes, unreachable_nodes
 from megatron_specialm.slurm.records import (
     Attempt,
     AttemptBegin,
@@ -316,20 +316,31 @@ def _end(attempt: JobAttempt, outcome: Outcome, step: int | None, reason: str, *
 
 
 def _queue_again(attempt: JobAttempt) -> None:
-    """Have Slurm run the job again, without the excluded nodes. That ends this attempt: SIGTERM comes at once, to this process
-    and to the commands that it runs, which inherit that it is ignored."""
+    """Have Slurm run the job again, without the excluded nodes where enough others are left. That ends this attempt: SIGTERM
+    comes at once, to this process and to the commands that it runs, which inherit that it is ignored."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = attempt.allocation.job
-    out = sorted({*attempt.site.exclude, *excluded_nodes(attempt.excluded)})
-    if not out:
+    if not (attempt.site.exclude or excluded_nodes(attempt.excluded)):
         slurm("scontrol", "requeue", job)
         return
     slurm("scontrol", "requeuehold", job)
     try:
-        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(_nodes_to_exclude(attempt))}")
     except MachineError as error:  # better with a bad node than held for ever
         logger.warning("%s", error)
     slurm("scontrol", "release", job)
+
+
+def _nodes_to_exclude(attempt: JobAttempt) -> list[str]:
+    partition, always = attempt.allocation.partition, attempt.site.exclude
+    usable = partition_nodes(partition) - {*always}
+    out = excluded_leaving(attempt.excluded, usable, attempt.size.nodes)
+    if again := sorted({*excluded_nodes(attempt.excluded)} - {*out}):
+        logger.warning(
+            "%s: excluded before, and tried again: without them partition %s would have fewer than the %d nodes of this job",
+            ", ".join(again), partition, attempt.size.nodes,
+        )  # fmt: skip
+    return sorted({*always, *out})
 
 
 def _free_port() -> int:

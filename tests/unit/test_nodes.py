@@ -13,7 +13,14 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.base.files import read_json, write_json
 from megatron_specialm.base.lock import hold_folder
 from megatron_specialm.config.site import Preflight
-from megatron_specialm.slurm.nodes import EXCLUDED_SECONDS, check_nodes, exclude_node, excluded_nodes, judge
+from megatron_specialm.slurm.nodes import (
+    EXCLUDED_SECONDS,
+    check_nodes,
+    exclude_node,
+    excluded_leaving,
+    excluded_nodes,
+    judge,
+)
 from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +158,24 @@ def test_bad_nodes_are_left_out_for_a_day(tmp_path: Path) -> None:
     assert excluded_nodes(tmp_path, now=entry["time"] + EXCLUDED_SECONDS + 60) == []
     assert excluded_nodes(tmp_path, now=entry["time"] - 7200) == ["node1", "node9"], "the clock was set back"
     assert excluded_nodes(tmp_path, now=entry["time"] - EXCLUDED_SECONDS - 60) == [], "it was a day ahead, or a year"
+
+
+@pytest.mark.parametrize(
+    ("usable", "needed", "expected"),
+    [
+        ("abcd", 1, "abc"),
+        ("abcd", 2, "bc"),  # a is the oldest
+        ("abcd", 3, "c"),
+        ("abcd", 4, ""),
+        ("abcd", 5, ""),  # Slurm has no such number of nodes anyway
+        ("cdef", 3, "abc"),  # a and b are of another partition
+        ("", 2, "abc"),
+    ],
+)
+def test_enough_nodes_are_left(tmp_path: Path, usable: str, needed: int, expected: str) -> None:
+    for node in "abc":
+        exclude_node(tmp_path, node, reason="slow")
+    assert excluded_leaving(tmp_path, usable, needed) == list(expected)
 
 
 def _find(folder: Path, ready: "multiprocessing.synchronize.Event") -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
@@ -14,7 +13,7 @@ from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.config.training import Optimizer
 from megatron_specialm.data.store import MIXTURE
 from megatron_specialm.engine.megatron.engine import MegatronEngine
-from megatron_specialm.model import gpt
+from megatron_specialm.model import gpt, rotary
 from megatron_specialm.model.gpt import Gpt
 from megatron_specialm.train.evaluation import score
 from tests.training import CONTEXT, VOCABULARY, MemoryStore
@@ -51,15 +50,15 @@ def test_a_score_is_that_of_padded_windows(neox: ModelConfig) -> None:
 
 @pytest.fixture
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The angles by which Megatron-Core rotates queries and keys, as they are used."""
+    """The cosines by which queries and keys are rotated, as they are used."""
     found: list[torch.Tensor] = []
-    real = rope_utils._apply_rotary_pos_emb_bshd
+    real = rotary._Rotation.apply
 
-    def noted(values: torch.Tensor, angles: torch.Tensor, **settings: Any) -> torch.Tensor:
-        found.append(angles[:, 0, 0])
-        return real(values, angles, **settings)
+    def noted(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        found.append(cosines.squeeze())
+        return real(states, cosines, sines)
 
-    monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", noted)
+    monkeypatch.setattr(rotary._Rotation, "apply", noted)
     return found
 
 
@@ -74,9 +73,9 @@ def test_positions_start_at_0_in_each_window(
         expected = torch.cat([rotations[0][:length] for length in lengths])
         rotations.clear()
         model.logits(tokens, lengths=lengths)
-        assert rotations and all(torch.equal(found, expected) for found in rotations)
+        assert len(rotations) == 2 * neox.layers and all(torch.equal(found, expected) for found in rotations)
 
-        healthy = gpt.packed_windows
+        healthy, tables = gpt.packed_windows, rotary._cosines_and_sines
 
         def running_on(lengths: tuple[int, ...], **settings: Any) -> Any:
             windows = healthy(lengths, **settings)
@@ -84,6 +83,7 @@ def test_positions_start_at_0_in_each_window(
             return windows
 
         monkeypatch.setattr(gpt, "packed_windows", running_on)
+        monkeypatch.setattr(rotary, "_cosines_and_sines", lambda angles, bounds: tables(angles, None))
         rotations.clear()
         model.logits(tokens, lengths=lengths)
         assert not torch.equal(rotations[0], expected)

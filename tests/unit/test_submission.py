@@ -307,6 +307,18 @@ def test_a_submit_that_queues_nothing_leaves_nothing(
     assert not (Path(pipeline.root) / "jobs").exists()
 
 
+def test_a_job_that_slurm_refuses_for_lack_of_nodes_names_those_that_are_excluded(
+    pipeline: Pipeline, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", monkeypatch)
+    _squeue(tmp_path, "true")
+    exclude_node(excluded_folder(Path(pipeline.root)), "node7", reason="slow")
+    with pytest.raises(
+        MachineError, match=r"is not available: .*excluded/nodes\.json excludes node7: remove those that"
+    ):
+        submit(_submission(pipeline), jobs_of(pipeline, Site(), plan), known=[], live={})
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -1,4 +1,5 @@
-"""The supervisor with real ranks, started by an srun that runs its command here, and an scontrol that records its arguments.
+"""The supervisor with real ranks, started by an srun that runs its command here, an scontrol that records its arguments, and an
+sinfo that knows two nodes.
 (The real ones are in tests/cluster.)"""
 
 import os
@@ -33,7 +34,7 @@ FAIL = RANK.format(work='raise TrainingError("no luck")')
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of srun and scontrol."""
+    """The folder of srun, scontrol and sinfo."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -41,6 +42,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
     _program(folder / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     _program(folder / "scontrol", f'[ "$1" = show ] || echo "$@" >> {tmp_path}/scontrol')
+    _program(folder / "sinfo", '[[ "$*" == *--partition=debug* ]] && echo node1 && echo node2')
     return folder
 
 
@@ -50,7 +52,8 @@ def _program(path: Path, body: str) -> None:
 
 
 def _attempt(tmp_path: Path, program: str, *, preflight: bool = False, attempt: int = 0) -> JobAttempt:
-    allocation = Allocation("7_0", 0, attempt, ("node1", "node2"), "127.0.0.1", cpus_per_task=1, gpus_per_node=0)
+    nodes = ("node1", "node2")
+    allocation = Allocation("7_0", 0, attempt, "debug", nodes, "127.0.0.1", cpus_per_task=1, gpus_per_node=0)
     limits = {"failures": 1, "heartbeat_seconds": 1}
     site = Site.model_validate({"preflight": {"enabled": preflight, "free_disk": 1}, "limits": limits})
     command = [sys.executable, "-c", program]
@@ -166,6 +169,17 @@ def test_a_job_is_never_left_held(programs: Path, tmp_path: Path, updated: bool)
     exclude_node(tmp_path / "excluded", "node9", reason="slow")
     assert supervise(_attempt(tmp_path, FAIL)) == 0
     assert _scontrol(tmp_path) == ["requeuehold 7_0", "update JobId=7_0 ExcNodeList=node9", "release 7_0"]
+
+
+def test_no_more_nodes_are_excluded_than_the_job_can_do_without(
+    programs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With fewer nodes than it needs, Slurm would let it wait for ever."""
+    for node in ("node2", "node9", "node1"):
+        exclude_node(tmp_path / "excluded", node, reason="slow")
+    assert supervise(_attempt(tmp_path, FAIL)) == 0
+    assert _scontrol(tmp_path)[1] == "update JobId=7_0 ExcNodeList=node1,node9", "node2 was excluded longest ago"
+    assert "node2: excluded before, and tried again: without them partition debug would have fewer than" in caplog.text
 
 
 def test_a_job_that_slurm_ends_during_the_preflight_is_not_queued_again_and_excludes_no_node(
