@@ -1,8 +1,7 @@
 """Rotary positions where Transformer Engine's kernel does not compute them.
 
 Megatron-Core computes cosines and sines anew for the queries and the keys of each layer, and joins the result with an empty
-tensor. Here they are computed once per micro-batch. The results have the same bits in less than half of the time
-(docs/benchmarks.md).
+tensor. Here all layers of a chunk share them. The values are equal, and take about half of the time (docs/benchmarks.md).
 
 Legend: T positions, B sequences, A attention heads, D head size.
 """
@@ -16,7 +15,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_tables: Any = WeakTensorKeyDictionary()  # cosines and sines by angles or, for packed windows, by the windows' bounds
+_tables: Any = WeakTensorKeyDictionary()  # cosines and sines by angles, and by the bounds of packed windows
 
 
 @functools.cache
@@ -43,19 +42,21 @@ def rotate(
     assert angles_T11D.shape[-1] == states_TBAD.shape[-1], "all of a head is rotated"
     cosines, sines = _cosines_and_sines(angles_T11D, cu_seqlens)
     if cu_seqlens is not None:
+        assert cp_group is None or cp_group.size() == 1, "each process has whole windows"
         cosines, sines = cosines[:, 0], sines[:, 0]
     return _Rotation.apply(states_TBAD, cosines.to(states_TBAD.dtype), sines.to(states_TBAD.dtype))
 
 
 def _cosines_and_sines(angles_T11D: torch.Tensor, bounds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Both (T, 1, 1, D); the sines of a head's first half are negative (`_Rotation`)."""
+    tables = _tables.setdefault(angles_T11D, WeakTensorKeyDictionary())
     key = angles_T11D if bounds is None else bounds
-    if key not in _tables:
+    if key not in tables:
         if bounds is not None:
             angles_T11D = torch.cat([angles_T11D[:length] for length in bounds.diff().tolist()])
         first, second = torch.sin(angles_T11D).chunk(2, dim=-1)
-        _tables[key] = torch.cos(angles_T11D), torch.cat((-first, second), dim=-1)
-    return _tables[key]
+        tables[key] = torch.cos(angles_T11D), torch.cat((-first, second), dim=-1)
+    return tables[key]
 
 
 class _Rotation(torch.autograd.Function):

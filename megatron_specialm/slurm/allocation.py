@@ -25,7 +25,6 @@ class Allocation:
     job: str
     element: int | None
     attempt: int
-    partition: str
     nodes: tuple[str, ...]
     address: str
     cpus_per_task: int
@@ -48,7 +47,6 @@ def read_allocation(environ: Mapping[str, str] = os.environ) -> Allocation:
         job=f"{array}_{element}" if array else environ["SLURM_JOB_ID"],
         element=int(element) if array and element else None,
         attempt=int(environ.get("SLURM_RESTART_COUNT", "0")),
-        partition=environ["SLURM_JOB_PARTITION"],
         nodes=nodes,
         address=_address(nodes[0]),
         cpus_per_task=int(environ.get("SLURM_CPUS_PER_TASK", "1")),

@@ -1,4 +1,5 @@
-"""Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, scancel, and sinfo about nodes."""
+"""Slurm's commands about our jobs: squeue, sacct for jobs that squeue has forgotten, scancel, and sbatch's judgement of a job
+that is in Slurm already."""
 
 import os
 import re
@@ -28,7 +29,23 @@ NO_ANSWER = (
     "Connection refused",
     "Unexpected missing socket error",
 )
-OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+OPTIONS = ("SQUEUE_", "SACCT_", "SCANCEL_")
+# Variables of a launcher or job around this process would mislead a new job's ranks; SBATCH_* overrule its script.
+NOT_INHERITED = (
+    "SBATCH_",
+    "SLURM_",
+    "OMPI_",
+    "PMIX_",
+    "PMI_",
+    "TORCHELASTIC_",
+    "SPECIALM_",
+    "MASTER_",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+)
+NO_NODES = "Requested node configuration is not available"
+WAITING = ("#SBATCH --dependency=", "#SBATCH --kill-on-invalid-dep=")  # for jobs that Slurm may have forgotten
 # The reason is the last field: only it may contain any character.
 FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "RestartCnt", "TimeLeft", "NodeList", "Reason")
 
@@ -50,7 +67,13 @@ class Element:
         return self.state not in ENDED
 
 
-def slurm(*command: str) -> str:
+def sbatch_environment() -> dict[str, str]:
+    """The environment for sbatch."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+    return environment | {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+
+
+def slurm(*command: str, stdin: str = "") -> str:
     """The output of a Slurm command. It is tried again while the controller does not answer, as during a restart.
 
     Raises:
@@ -58,13 +81,14 @@ def slurm(*command: str) -> str:
     """
     deadline = time.monotonic() + RETRY_SECONDS
     # The user's own filters and formats would hide jobs of ours; long lists of elements must not be cut.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OPTIONS)}
-    environment["SLURM_BITSTR_LEN"] = "0"
+    own = {name: value for name, value in os.environ.items() if not name.startswith(OPTIONS)}
+    environment = sbatch_environment() if command[0] == "sbatch" else {**own, "SLURM_BITSTR_LEN": "0"}
     while True:
         try:
             outcome = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=COMMAND_SECONDS, env=environment
-            )
+                command, input=stdin, capture_output=True, text=True, errors="replace", timeout=COMMAND_SECONDS,
+                env=environment,
+            )  # fmt: skip
         except FileNotFoundError:
             raise MachineError(
                 f"{command[0]}: not found: use a login node of the Slurm cluster, or put it on PATH"
@@ -130,13 +154,16 @@ def job_end(job: str) -> JobEnd | None:
     return "grace" if re.search(r"\bPreemptTime=\d", shown) else None
 
 
-def partition_nodes(partition: str) -> set[str]:
-    """The names of a partition's nodes, in whatever state.
-
-    Raises:
-        MachineError: Slurm does not answer.
-    """
-    return set(slurm("sinfo", "--noheader", "--Node", "--format=%N", f"--partition={partition}").split())
+def could_start(job: str, exclude: Sequence[str]) -> bool:
+    """Whether Slurm would find nodes for this job, now or later, without those of a list. True where it does not say: not every
+    cluster has sbatch on its nodes."""
+    try:
+        lines = slurm("scontrol", "write", "batch_script", job, "-").splitlines()
+        script = "\n".join(line for line in lines if not line.startswith(WAITING))
+        slurm("sbatch", "--test-only", f"--exclude={','.join(exclude)}", stdin=script)
+    except MachineError as error:
+        return NO_NODES not in str(error)
+    return True
 
 
 def cancel_jobs(slurm_ids: Iterable[str]) -> None:

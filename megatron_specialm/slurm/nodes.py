@@ -7,7 +7,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,15 +39,16 @@ def excluded_nodes(folder: Path, *, now: float | None = None) -> list[str]:
     return sorted(_newest_first(folder, time.time() if now is None else now))
 
 
-def excluded_leaving(folder: Path, usable: Collection[str], needed: int) -> list[str]:
-    """The excluded nodes, sorted, without those excluded longest ago where a job would wait for ever without them: where fewer
-    than `needed` of the `usable` nodes would be left."""
-    left, out = set(usable), []
-    for node in _newest_first(folder, time.time()):
-        if node not in left or len(left) > needed:
-            left.discard(node)
-            out.append(node)
-    return sorted(out)
+def nodes_to_exclude(folder: Path, could_start: Callable[[Sequence[str]], bool]) -> list[str]:
+    """The excluded nodes, newest first, without those excluded longest ago where a job could never start otherwise.
+
+    Args:
+        could_start: whether the job could without such nodes.
+    """
+    nodes = _newest_first(folder, time.time())
+    while nodes and not could_start(nodes):
+        nodes.pop()
+    return nodes
 
 
 def _newest_first(folder: Path, now: float) -> list[str]:

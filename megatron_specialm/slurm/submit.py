@@ -5,7 +5,6 @@ as sbatch has answered. When a submit dies between the two, the next one finds t
 """
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.files import write_json, write_text
 from megatron_specialm.graph.tasks import TaskId
 from megatron_specialm.slurm import records
-from megatron_specialm.slurm.commands import find_by_comment, slurm
+from megatron_specialm.slurm.commands import NO_NODES, find_by_comment, sbatch_environment, slurm
 from megatron_specialm.slurm.jobs import Job
 from megatron_specialm.slurm.nodes import EXCLUDED, excluded_nodes
 from megatron_specialm.slurm.records import JobRecord
@@ -29,20 +28,6 @@ from megatron_specialm.slurm.submission import Submission
 SBATCH_SECONDS = 60
 SAFE_ARRAY = 1000  # elements that Slurm accepts by default
 LOCK_SECONDS = 120  # for another submit of the same run folder to end
-# Variables of a launcher or job around this process would mislead the job's own ranks; SBATCH_* overrule the script.
-NOT_INHERITED = (
-    "SBATCH_",
-    "SLURM_",
-    "OMPI_",
-    "PMIX_",
-    "PMI_",
-    "TORCHELASTIC_",
-    "SPECIALM_",
-    "MASTER_",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-)
 
 
 class NotQueued(MachineError):
@@ -89,7 +74,7 @@ def submit(
             except NotQueued as error:
                 records.write_registry(submission.root, [*known, *queued])
                 folder = records.excluded_folder(submission.root)
-                if nodes := excluded_nodes(folder):  # maybe too few others are left
+                if NO_NODES in str(error) and (nodes := excluded_nodes(folder)):
                     listed = f"{folder / EXCLUDED} excludes {', '.join(nodes)}: remove those that are repaired"
                     raise NotQueued(f"{error}; {listed}") from None
                 raise
@@ -167,12 +152,9 @@ def _sbatch(script: Path, comment: str) -> str:
         NotQueued: sbatch refuses, and Slurm knows no such job.
         MachineError: whether the job is queued cannot be told.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    if "SLURM_CONF" in os.environ:
-        environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
     try:
         outcome = subprocess.run(
-            ["sbatch", "--parsable", script.name], cwd=script.parent, env=environment, capture_output=True, text=True,
+            ["sbatch", "--parsable", script.name], cwd=script.parent, env=sbatch_environment(), capture_output=True, text=True,
             errors="replace", stdin=subprocess.DEVNULL, timeout=SBATCH_SECONDS,
         )  # fmt: skip
     except FileNotFoundError:

@@ -32,9 +32,9 @@ from megatron_specialm.base.protocol import ATTEMPT, ERRORS, FENCING_TOKEN, FINI
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.config.site import Launcher, Limits, Site
 from megatron_specialm.slurm.allocation import Allocation, node_command, probe_command, rank_command
-from megatron_specialm.slurm.commands import job_end, partition_nodes, slurm
+from megatron_specialm.slurm.commands import could_start, job_end, slurm
 from megatron_specialm.slurm.heartbeats import Listener, find_stall, format_ranks, format_states, silent_ranks
-from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_leaving, excluded_nodes, unreachable_nodes
+from megatron_specialm.slurm.nodes import check_nodes, exclude_node, excluded_nodes, nodes_to_exclude, unreachable_nodes
 from megatron_specialm.slurm.records import (
     Attempt,
     AttemptBegin,
@@ -126,7 +126,7 @@ def supervise(attempt: JobAttempt) -> int:
         if again:
             try:
                 _queue_again(attempt)
-            except MachineError as error:  # a cluster may forbid it: JobRequeue=0, or a job without --requeue
+            except SpecialmError as error:  # a cluster may forbid it: JobRequeue=0, or a job without --requeue
                 record_end(
                     attempt.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
                 )
@@ -318,28 +318,27 @@ def _end(attempt: JobAttempt, outcome: Outcome, step: int | None, reason: str, *
 def _queue_again(attempt: JobAttempt) -> None:
     """Have Slurm run the job again, without the excluded nodes where enough others are left. That ends this attempt: SIGTERM
     comes at once, to this process and to the commands that it runs, which inherit that it is ignored."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = attempt.allocation.job
-    if not (attempt.site.exclude or excluded_nodes(attempt.excluded)):
+    listed = bool(attempt.site.exclude or excluded_nodes(attempt.excluded))
+    out = _nodes_to_exclude(attempt) if listed else []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not listed:
         slurm("scontrol", "requeue", job)
         return
     slurm("scontrol", "requeuehold", job)
     try:
-        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(_nodes_to_exclude(attempt))}")
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(out)}")
     except MachineError as error:  # better with a bad node than held for ever
         logger.warning("%s", error)
-    slurm("scontrol", "release", job)
+    finally:
+        slurm("scontrol", "release", job)
 
 
 def _nodes_to_exclude(attempt: JobAttempt) -> list[str]:
-    partition, always = attempt.allocation.partition, attempt.site.exclude
-    usable = partition_nodes(partition) - {*always}
-    out = excluded_leaving(attempt.excluded, usable, attempt.size.nodes)
+    always, job = attempt.site.exclude, attempt.allocation.job
+    out = nodes_to_exclude(attempt.excluded, lambda nodes: could_start(job, [*always, *nodes]))
     if again := sorted({*excluded_nodes(attempt.excluded)} - {*out}):
-        logger.warning(
-            "%s: excluded before, and tried again: without them partition %s would have fewer than the %d nodes of this job",
-            ", ".join(again), partition, attempt.size.nodes,
-        )  # fmt: skip
+        logger.warning("%s: excluded, and tried again: Slurm cannot start the job without them", ", ".join(again))
     return sorted({*always, *out})
 
 

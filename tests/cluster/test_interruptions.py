@@ -187,10 +187,11 @@ def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     first, second = _next(run, 0, 90)
     assert first.end is not None and first.end.outcome == "bad-node" and node in first.end.reason
     assert node not in second.begin.nodes and before[1] not in second.begin.nodes
-    assert f"{before[0]}: excluded before, and tried again" in run.log("slm")
+    assert f"{before[0]}: excluded, and tried again" in run.log("slm")
     assert f"#SBATCH --exclude={','.join(sorted([node, *before]))}" in run.submit("--dry-run", "--only", "slm-nopt")
     run.wait("slm", 240)
-    failed = run.outcomes("slm").count("bad-node")  # a busy machine may fail others, too
+    failed = run.outcomes("slm").count("bad-node")
+    assert failed <= 3, "a busy machine may fail some others, too"
     _finished(run, straight, *["bad-node"] * failed)
 
 

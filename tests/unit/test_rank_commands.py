@@ -11,7 +11,7 @@ from megatron_specialm.config.site import Container, Launcher
 from megatron_specialm.slurm.allocation import Allocation, node_command, rank_command
 from megatron_specialm.slurm.sbatch import JobSize
 
-ALLOCATION = Allocation("7_0", 0, 0, "debug", ("node1", "node2"), "10.0.0.1", cpus_per_task=4, gpus_per_node=8)
+ALLOCATION = Allocation("7_0", 0, 0, ("node1", "node2"), "10.0.0.1", cpus_per_task=4, gpus_per_node=8)
 COMMAND = ["/my env/python", "-m", "megatron_specialm", "work", '/my run/it\'s "$HOME";.json']
 SHAPE = JobSize(16, 8)
 FOLDER = Path("/my project")

@@ -1,4 +1,4 @@
-"""Rotary positions: the bits of Megatron-Core's function, and tables that are computed once."""
+"""Rotary positions: the values of Megatron-Core's function, and tables that are computed once."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ ANGLES = torch.outer(torch.arange(POSITIONS), 100.0 ** -torch.arange(0, 1, 2 / H
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [None, (5, 1, POSITIONS, 3)])
-def test_values_and_gradients_have_megatrons_bits(dtype: torch.dtype, lengths: tuple[int, ...] | None) -> None:
+def test_values_and_gradients_are_megatrons(dtype: torch.dtype, lengths: tuple[int, ...] | None) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (POSITIONS, 2) if lengths is None else (sum(lengths),)
     mixed = torch.randn(*shape, HEADS, 3 * HEAD_SIZE, generator=generator).to(dtype).requires_grad_()
@@ -34,8 +34,12 @@ def test_values_and_gradients_have_megatrons_bits(dtype: torch.dtype, lengths: t
 
 def test_tables_are_computed_once_and_live_as_long_as_their_key() -> None:
     angles = ANGLES.clone()
-    first = rotary._cosines_and_sines(angles, None)
-    assert all(a is b for a, b in zip(first, rotary._cosines_and_sines(angles, None), strict=True))
+    bounds = torch.tensor([0, 3, 8])
+    for key in (None, bounds):
+        first = rotary._cosines_and_sines(angles, key)
+        assert all(a is b for a, b in zip(first, rotary._cosines_and_sines(angles, key), strict=True))
+        others = rotary._cosines_and_sines(2 * ANGLES, key)
+        assert not torch.equal(first[1], others[1]), "other angles of the same windows"
     known = len(rotary._tables)
     del angles
     assert len(rotary._tables) == known - 1

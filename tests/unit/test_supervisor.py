@@ -1,5 +1,5 @@
 """The supervisor with real ranks, started by an srun that runs its command here, an scontrol that records its arguments, and an
-sinfo that knows two nodes.
+sbatch for which a job could always start.
 (The real ones are in tests/cluster.)"""
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_specialm.base.errors import MachineError
+from megatron_specialm.base.errors import ArtifactError, MachineError
 from megatron_specialm.config.site import Site
 from megatron_specialm.slurm.allocation import Allocation
 from megatron_specialm.slurm.nodes import exclude_node, excluded_nodes
@@ -34,15 +34,15 @@ FAIL = RANK.format(work='raise TrainingError("no luck")')
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of srun, scontrol and sinfo."""
+    """The folder of srun, scontrol and sbatch."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
     _program(folder / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
-    _program(folder / "scontrol", f'[ "$1" = show ] || echo "$@" >> {tmp_path}/scontrol')
-    _program(folder / "sinfo", '[[ "$*" == *--partition=debug* ]] && echo node1 && echo node2')
+    _program(folder / "scontrol", f'case "$1" in show|write) ;; *) echo "$@" >> {tmp_path}/scontrol;; esac')
+    _program(folder / "sbatch", "true")
     return folder
 
 
@@ -52,8 +52,7 @@ def _program(path: Path, body: str) -> None:
 
 
 def _attempt(tmp_path: Path, program: str, *, preflight: bool = False, attempt: int = 0) -> JobAttempt:
-    nodes = ("node1", "node2")
-    allocation = Allocation("7_0", 0, attempt, "debug", nodes, "127.0.0.1", cpus_per_task=1, gpus_per_node=0)
+    allocation = Allocation("7_0", 0, attempt, ("node1", "node2"), "127.0.0.1", cpus_per_task=1, gpus_per_node=0)
     limits = {"failures": 1, "heartbeat_seconds": 1}
     site = Site.model_validate({"preflight": {"enabled": preflight, "free_disk": 1}, "limits": limits})
     command = [sys.executable, "-c", program]
@@ -162,24 +161,55 @@ def test_where_slurm_refuses_to_queue_again_the_record_says_so(programs: Path, t
 
 @pytest.mark.parametrize("updated", [True, False])
 def test_a_job_is_never_left_held(programs: Path, tmp_path: Path, updated: bool) -> None:
+    record = f'echo "$@" >> {tmp_path}/scontrol'
     _program(
         programs / "scontrol",
-        f'[ "$1" != show ] || exit; echo "$@" >> {tmp_path}/scontrol; [ "$1" != update ] || {str(updated).lower()}',
+        f'case "$1" in show|write) ;; update) {record}; {str(updated).lower()};; *) {record};; esac',
     )
     exclude_node(tmp_path / "excluded", "node9", reason="slow")
     assert supervise(_attempt(tmp_path, FAIL)) == 0
     assert _scontrol(tmp_path) == ["requeuehold 7_0", "update JobId=7_0 ExcNodeList=node9", "release 7_0"]
 
 
+NO_NODES = "allocation failure: Requested node configuration is not available"
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "excluded", "tried_again"),
+    [
+        ("true", "node1,node2,node9", None),
+        (f'[[ $2 != *node2* ]] || {{ echo "{NO_NODES}" >&2; exit 1; }}', "node1,node9", "node2"),
+        (f'[ $2 = --exclude= ] || {{ echo "{NO_NODES}" >&2; exit 1; }}', "", "node1, node2, node9"),
+        (f'echo "{NO_NODES}" >&2; exit 1', "", "node1, node2, node9"),  # it could not start without them either
+        ("echo 'sbatch: error: not on this node' >&2; exit 1", "node1,node2,node9", None),
+    ],
+)
 def test_no_more_nodes_are_excluded_than_the_job_can_do_without(
-    programs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    programs: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    sbatch: str,
+    excluded: str,
+    tried_again: str | None,
 ) -> None:
     """With fewer nodes than it needs, Slurm would let it wait for ever."""
-    for node in ("node2", "node9", "node1"):
+    _program(programs / "sbatch", f'[ "$1" = --test-only ] || exit 9; [ -z "$SLURM_JOB_ID" ] || exit 9; {sbatch}')
+    for node in ("node2", "node9", "node1"):  # the first was excluded longest ago
         exclude_node(tmp_path / "excluded", node, reason="slow")
     assert supervise(_attempt(tmp_path, FAIL)) == 0
-    assert _scontrol(tmp_path)[1] == "update JobId=7_0 ExcNodeList=node1,node9", "node2 was excluded longest ago"
-    assert "node2: excluded before, and tried again: without them partition debug would have fewer than" in caplog.text
+    assert _scontrol(tmp_path) == ["requeuehold 7_0", f"update JobId=7_0 ExcNodeList={excluded}", "release 7_0"]
+    warnings = [line for line in caplog.messages if "tried again" in line]
+    assert [line.partition(": ")[0] for line in warnings] == ([tried_again] if tried_again else [])
+
+
+def test_a_damaged_list_of_excluded_nodes_is_on_record(programs: Path, tmp_path: Path) -> None:
+    attempt = _attempt(tmp_path, FAIL)
+    attempt.excluded.mkdir()
+    (attempt.excluded / "nodes.json").write_text("{")
+    with pytest.raises(ArtifactError):
+        supervise(attempt)
+    assert not _end(attempt).requeued and "repair or remove it" in _end(attempt).reason
+    assert _scontrol(tmp_path) == []
 
 
 def test_a_job_that_slurm_ends_during_the_preflight_is_not_queued_again_and_excludes_no_node(
