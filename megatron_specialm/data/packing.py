@@ -32,7 +32,8 @@ class MicroBatches:
     Attributes:
         size: windows of a micro-batch; of a packed one it sets the largest number of tokens, size * T.
         multiple: of the positions of a micro-batch, as sequence parallelism and FP8 need.
-        stages: pipeline stages: with more than one, there is a packed micro-batch for each at least, and all have one length.
+        stages: pipeline stages: with more than one, there is a packed micro-batch for each at least, and all have one length,
+            which may be that of fewer windows than `size` where mixtures have unequal numbers of tokens.
         interleaved: whether the number of packed micro-batches must be a multiple of the stages.
         by_expert: whether all windows of a micro-batch must have one mixture of experts.
     """
@@ -48,8 +49,7 @@ class MicroBatches:
         """The micro-batches of some batches, one or more.
 
         Args:
-            largest: of the copies' numbers of packed micro-batches and of their positions the largest ones, where all copies
-                make equally many passes of equal size.
+            largest: of each value the largest that a copy has, where all copies make equally many passes of equal size.
         """
         if self.packing == "none":
             return [part for batch in batches for part in _in_order(batch, self.size)]
@@ -65,20 +65,38 @@ class MicroBatches:
             yield part.positions(self._up(int(window_lengths(part).max())))
 
     def _packed(self, whole: Batch, groups: Sequence[Batch], largest: Largest | None) -> list[Batch]:
-        capacity, multiple = self.size * whole.tokens.shape[1], self.stages if self.interleaved else 1
-        counts = (self.stages, multiple) if len(groups) == 1 else (1, 1)
-        plan = [(group, rows) for group in groups for rows in plan_sequences(window_lengths(group), capacity, *counts)]
-        positions = [self._up(int(window_lengths(group)[rows].sum())) for group, rows in plan]
-        count = max(len(plan), self.stages)
-        count += -count % multiple
-        if self.stages > 1 or largest is not None:
-            count, longest = (largest or (lambda *own: own))(count, max(positions))
-            positions = [longest] * count
-        plan += [(whole.rows(slice(0, 1)), np.empty(0, np.int64))] * (count - len(plan))
+        context, one_shape = whole.tokens.shape[1], self.stages > 1 or largest is not None
+        # The mixture with most tokens pads all others' micro-batches: with smaller ones there may be less padding.
+        sizes = halved(self.size) if one_shape and self.by_expert else [self.size]
+        plans = [self._plan(groups, size * context) for size in sizes]
+        plan, positions = plans[0]
+        if one_shape:
+            own = [value for plan, positions in plans for value in (self._count(plan), max(positions))]
+            shapes = np.array(own if largest is None else largest(*own), np.int64).reshape(-1, 2)
+            best = int(shapes.prod(axis=1).argmin())
+            count, longest = shapes[best].tolist()
+            plan, positions = plans[best][0], [longest] * count
+            plan = plan + [(whole.rows(slice(0, 1)), np.empty(0, np.int64))] * (count - len(plan))
         return [packed(group, rows, to) for (group, rows), to in zip(plan, positions, strict=True)]
+
+    def _plan(self, groups: Sequence[Batch], capacity: int) -> tuple[list[tuple[Batch, np.ndarray]], list[int]]:
+        """The windows of each micro-batch, and how many positions they take."""
+        counts = (self.stages, self.stages if self.interleaved else 1) if len(groups) == 1 else (1, 1)
+        plan = [(group, rows) for group in groups for rows in plan_sequences(window_lengths(group), capacity, *counts)]
+        return plan, [self._up(int(window_lengths(group)[rows].sum())) for group, rows in plan]
+
+    def _count(self, plan: Sequence[object]) -> int:
+        """How many micro-batches a pipeline needs for a plan."""
+        count = max(len(plan), self.stages)
+        return count + -count % (self.stages if self.interleaved else 1)
 
     def _up(self, positions: int) -> int:
         return max(1, -(-positions // self.multiple)) * self.multiple
+
+
+def halved(size: int) -> list[int]:
+    """A number of windows, half of it, and so on down to 1."""
+    return [size] if size == 1 else [size, *halved(size // 2)]
 
 
 def window_lengths(batch: Batch) -> np.ndarray:

@@ -15,7 +15,7 @@ _SAME_MICRO_BATCHES = Condition(
 _WHOLE_SEQUENCES = Condition(
     lambda s: s.parallel.context_parallel == 1,
     "packing {s.packing} with context_parallel {p.context_parallel}: it has not been tested",
-    remedy="set packing: none",
+    remedy="set packing: none (and of a projected network windows_per_expert to a multiple of micro_batch_size)",
 )
 PACKING = (
     Capability(

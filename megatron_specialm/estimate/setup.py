@@ -82,6 +82,13 @@ class Setup:
         return min(self.variants, groups)
 
     @property
+    def pads_packed_windows(self) -> bool:
+        """Whether packed micro-batches have padding, because those of different mixtures of experts must have one length:
+        pipeline stages exchange tensors of one size, and replicas of ZeRO-2 and 3 make their passes together."""
+        one_length = self.parallel.pipeline_parallel > 1 or self.parallel.zero_stage >= 2
+        return self.packing == "packed" and self.model.projection is not None and one_length
+
+    @property
     def expert_tensor_parallel(self) -> int:
         """Processes over which an expert's matrices are split: Megatron-Core does not split experts that have biases."""
         return 1 if any(model.family == "neox" for model in self.moe_models) else self.parallel.tensor_parallel

@@ -1,7 +1,8 @@
 """The time of a training step in a layout of the Megatron engine, by arithmetic.
 
 A step is a sum of named parts. Each is a number of FLOPs or bytes of one process of the slowest pipeline stage, over a rate of
-the hardware. Windows are counted as full.
+the hardware. Windows are counted as full. Shorter ones, packed, make fewer micro-batches, of which a pipeline's bubble is a
+larger share.
 
 Legend: N tokens of a micro-batch on one process, H hidden size, G * D width of keys, V vocabulary, t, c, e, d tensor, context,
 expert and data parallel size, p pipeline stages, v chunks per stage, m micro-batches, n layers of a stage.
@@ -13,7 +14,7 @@ from the engine's settings (`model/gpt.py`, `engine/megatron/engine.py`).
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_specialm.config.parallel import padded_vocabulary
@@ -66,7 +67,7 @@ def step_time(setup: Setup, hardware: Hardware, *, fused: bool, checkpoint_every
             bound. Files are written during the next steps.
     """
     fused = fused and setup.precision != "fp32"
-    parallel = setup.parallel
+    setup, parallel = _in_passes(setup), setup.parallel
     sizes = [stage_sizes(setup, stage) for stage in range(parallel.pipeline_parallel)]
     stages = [_Stage(setup, hardware, stage, size, fused=fused) for stage, size in enumerate(sizes)]
     passes = [tuple(stage.parts()) for stage in stages]
@@ -80,6 +81,12 @@ def step_time(setup: Setup, hardware: Hardware, *, fused: bool, checkpoint_every
         *stages[slowest].step_parts(checkpoint_every),
     )
     return StepTime(tuple(part for part in parts if part.seconds > 0))
+
+
+def _in_passes(setup: Setup) -> Setup:
+    """With micro-batches as they are computed: a packed one of a projected network has windows of one mixture of experts."""
+    apart = setup.packing == "packed" and setup.model.projection is not None
+    return replace(setup, micro_batch_size=min(setup.micro_batch_size, setup.windows_per_expert)) if apart else setup
 
 
 class _Stage:

@@ -26,6 +26,7 @@ class ParityCase(Settings):
     vocabulary_size: PositiveInt = 131  # prime: no number of processes divides it, and its padding is more than one row
     context_length: PositiveInt
     micro_batch_size: PositiveInt = 2
+    windows_per_expert: PositiveInt = 2  # of a projected network; packed, a micro-batch may be larger
     micro_batches: PositiveInt  # per copy in the layout
     steps: PositiveInt = 4
     learning_rate: PositiveFloat = 1e-2
@@ -44,7 +45,7 @@ class ParityCase(Settings):
         """What the case asks of an engine."""
         return Setup(
             self.model, self.parallel, self.precision, self.vocabulary_size, self.context_length, self.global_batch_size,
-            self.micro_batch_size, self.fp8, packing=self.packing,
+            self.micro_batch_size, self.fp8, self.windows_per_expert, packing=self.packing,
         )  # fmt: skip
 
     def by_engine(self, engine: str) -> "ParityCase":
@@ -64,11 +65,13 @@ class ParityCase(Settings):
 
     def on_one_process(self) -> "ParityCase":
         """The same training without a layout, by the Megatron engine, with padded windows."""
+        size = min(self.micro_batch_size, self.windows_per_expert)
         return self.model_copy(
             update={
                 "parallel": ParallelConfig(),
                 "packing": "none",
-                "micro_batches": self.micro_batches * self.parallel.data_parallel,
+                "micro_batch_size": size,
+                "micro_batches": self.global_batch_size // size,
             }
         )
 
@@ -113,6 +116,7 @@ def parity_case(setup: Setup) -> ParityCase:
         precision=setup.precision,
         fp8=setup.fp8,
         packing=setup.packing,
+        windows_per_expert=1 if projection is not None and setup.windows_per_expert < setup.micro_batch_size else 2,
         context_length=math.lcm(16, parallel.tensor_parallel, 2 * parallel.context_parallel),
         micro_batches=2 * parallel.pipeline_parallel,
     )

@@ -143,6 +143,7 @@ def certificate(
         "layout": case.parallel.model_dump(mode="json"),
         "reference": (reference or case.on_one_process()).parallel.model_dump(mode="json"),
         "precision": case.precision,
+        "packing": case.packing,
         "model": case.model.model_dump(mode="json"),
         "vocabulary_size": case.vocabulary_size,
         "steps": case.steps,

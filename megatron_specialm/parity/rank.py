@@ -68,17 +68,17 @@ def _batch(case: ParityCase, step: int) -> Batch:
 
 
 def _mixtures(case: ParityCase, generator: np.random.Generator) -> np.ndarray:
-    """Micro-batches of single experts and of mixtures in turns, some of them used twice. For an MoE that routes by cluster,
+    """Groups of windows of single experts and of mixtures in turns, some of them used twice. For an MoE that routes by cluster,
     windows of single experts."""
     experts = case.model.window_experts
     assert experts is not None
     if case.model.projection is None:
         return np.eye(experts, dtype=np.float32)[generator.integers(0, experts, case.global_batch_size)]
-    micro_batches = case.global_batch_size // case.micro_batch_size
-    one_hot = np.eye(experts)[generator.integers(0, experts, micro_batches)]
-    mixed = generator.dirichlet(np.ones(experts), micro_batches)
-    chosen = np.where(np.arange(micro_batches)[:, None] % 2, mixed, one_hot)
-    return np.repeat(chosen, case.micro_batch_size, axis=0).astype(np.float32)
+    groups = case.global_batch_size // case.windows_per_expert
+    one_hot = np.eye(experts)[generator.integers(0, experts, groups)]
+    mixed = generator.dirichlet(np.ones(experts), groups)
+    chosen = np.where(np.arange(groups)[:, None] % 2, mixed, one_hot)
+    return np.repeat(chosen, case.windows_per_expert, axis=0).astype(np.float32)
 
 
 def _own_rows(engine: Engine, batch: Batch) -> Batch:

@@ -47,7 +47,7 @@ class TrainingEstimate:
         parameters: of the exported model, for the vocabulary size in the config; an existing tokenizer has its own.
         active_parameters: those of them that compute a token: fewer for a mixture of experts.
         slots: token positions of a run, padding included (`_step_slots`).
-        fill: the fraction of real tokens in the slots; None if the set that is read most has not been tokenized.
+        fill: the fraction of real tokens in the slots, at least; None if the set that is read most has not been tokenized.
         flops: of all runs, over slots; with validations if the held-out set has been tokenized. Attention of packed windows is
             taken over their mean length, or over the whole context if the set has not been tokenized.
         gpu_hours: of all runs at `TYPICAL_UTILISATION`; None if the machine's peak is not known.
@@ -84,7 +84,7 @@ def training_estimates(pipeline: Pipeline, machine: Accelerator, plan: Plan = NO
                 trained_parameters=count_trained_parameters(setup.model, setup.vocabulary_size),
                 steps=steps,
                 slots=steps * step_slots,
-                fill=1.0 if setup.packing == "packed" and fill is not None else fill,
+                fill=1.0 if setup.packing == "packed" and not setup.pads_packed_windows and fill is not None else fill,
                 step_flops=setup.step_flops_of(step_slots, saved),
                 flops=flops,
                 gpu_hours=device_hours(flops, peak) if peak else None,
@@ -112,7 +112,8 @@ def stage_flops(pipeline: Pipeline, name: str, plan: Plan = NO_PLAN) -> int:
 
 
 def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | None, *, steps: int) -> Passes:
-    """An upper bound of the passes of a run's validations: before the first step, every so many steps, and at the last.
+    """The passes of a run's validations: before the first step, every so many steps, and at the last. Packed windows are
+    planned as in `_step_slots`; otherwise it is an upper bound.
 
     Args:
         counts: of the held-out set.
@@ -126,6 +127,10 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
     # All data-parallel ranks make the same number of passes, a multiple of the pipeline stages: empty batches fill them up.
     together = stage.parallel.data_parallel * stage.parallel.pipeline_parallel
     made = times * together * -(-batches // together)
+    if setup.packing == "packed" and not setup.pads_packed_windows:
+        tokens, windows = counts["tokens"]["validation"], counts["windows"]["validation"]
+        saved = windows * keys_saved([tokens // max(1, windows)], setup.context_length)
+        return Passes(evaluated=times * tokens, evaluated_variants=made, evaluated_saved=times * saved)
     slots = made * stage.micro_batch_size * setup.context_length
     return Passes(evaluated=slots, evaluated_variants=made)
 
@@ -133,9 +138,10 @@ def _validations(stage: TrainStage, setup: Setup, counts: Mapping[str, Any] | No
 def _step_slots(pipeline: Pipeline, name: str, keys: Sequence[str], plan: Plan) -> tuple[int, int]:
     """Token positions of a step, and the keys that attention saves in it: of packed windows, if the text has been tokenized,
     those of windows that all have the mean length, without padding, which is too little for attention where lengths
-    differ; otherwise of padded windows, an upper bound."""
+    differ; otherwise, and where packed windows have padding, of padded windows, an upper bound."""
     stage, setup = train_stage(pipeline, name), setup_of(pipeline, name)
-    fill = _fill(pipeline, stage, keys, plan) if setup.packing == "packed" else None
+    exact = setup.packing == "packed" and not setup.pads_packed_windows
+    fill = _fill(pipeline, stage, keys, plan) if exact else None
     windows, context = setup.global_batch_size, setup.context_length
     slots = round(windows * context * (1.0 if fill is None else fill))
     return slots, windows * keys_saved([slots // windows], context)

@@ -69,8 +69,11 @@ def _proposal(
     shown = found.fastest[:SHOWN]
     left_out = found.fitting - len(shown)
     note = f"{left_out:,} more fit, or differ in micro-batch, chunks or recomputation; {found.too_large:,} need more memory"
+    note += "; windows are counted as full"
     if len({one.setup.packing for one in shown}) > 1:
-        note += "; windows are counted as full, and with CP they are padded, which the others avoid by packing"
+        note += ", and with CP they are padded, which the others avoid by packing"
+    if setup.packing == "sorted":
+        note += "; packing: packed allows pipeline parallelism, too"
     parts: list[Column[Part]] = [
         word("part of the step", lambda part: part.name),
         number("ms", lambda part: f"{part.seconds * 1e3:,.2f}"),

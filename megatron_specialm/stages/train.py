@@ -22,6 +22,7 @@ from megatron_specialm.checkpoint.saving import Saver
 from megatron_specialm.checkpoint.steps import find_final, remove_unusable, saved_steps
 from megatron_specialm.config.finetuning import Capped, capped_warning
 from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.schema import TeachStage
 from megatron_specialm.config.text import GENERIC
 from megatron_specialm.config.training import TrainStage
@@ -197,6 +198,7 @@ class _Certificate:
     layout: dict[str, Any]
     precision: str
     versions: dict[str, str | None]
+    packing: Packing = "none"  # of certificates of earlier versions
 
 
 def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
@@ -207,10 +209,12 @@ def _certificate(stage: TrainStage, context: Context) -> dict[str, Any] | None:
     remedy = "remove it, or run `specialm parity` again"
     found, certificate = read_json(path, dict[str, Any], remedy=remedy), read_json(path, _Certificate, remedy=remedy)
     layout = {"engine": "megatron", **certificate.layout}  # certificates of earlier versions have no engine
+    packing = setup_of(context.pipeline, context.task.id.stage).packing
     same = layout == stage.parallel.model_dump(mode="json") and certificate.precision == stage.precision
+    same &= certificate.packing == packing
     current = certificate.versions.get("torch") == importlib.metadata.version("torch")
     if not (same and current):
-        logger.warning("%s is of another layout or version: run `specialm parity` again", path)
+        logger.warning("%s is of another layout, precision, packing or version: run `specialm parity` again", path)
         return None
     return found
 

@@ -36,7 +36,7 @@ def test_a_certificate_goes_into_checkpoints_that_another_layout_takes_up(folder
     proof = _specialm(folder, "parity", str(CONFIG), *TENSOR, "--stage", "slm", "--pipeline-parallel", "1")
     assert proof.returncode == 0 and "equals one process" in proof.stdout, proof.stdout + proof.stderr
     certificate = json.loads((folder / "runs/smoke/parity/slm.json").read_text())
-    assert certificate["passed"] and certificate["layout"]["tensor_parallel"] == 2
+    assert certificate["passed"] and certificate["layout"]["tensor_parallel"] == 2 and certificate["packing"] == "none"
 
     first = _specialm(folder, "run", str(CONFIG), *TENSOR, "--until", "slm")
     assert first.returncode == 0, first.stdout + first.stderr

@@ -122,7 +122,7 @@ def _moe(**moe) -> ModelConfig:
         (replace(PLAIN, packing="sorted", model=_moe(aux_loss=0.0, capacity_factor=1.5)), "moe.capacity_factor 1.5",
          "set packing: none"),
         (replace(_layout(context_parallel=2), packing="packed"), "packing packed with context_parallel 2",
-         "set packing: none"),
+         "set packing: none (and of a projected network windows_per_expert to a multiple of micro_batch_size)"),
         (replace(_layout(pipeline_parallel=2), packing="sorted"),
          "packing sorted makes micro-batches of different lengths, and with pipeline_parallel 2", "set packing: packed"),
     ],

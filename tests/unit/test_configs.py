@@ -49,7 +49,7 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     assert before == 3 * 30 * setup.step_flops
     for source, windows in {"generic": 100, "scipy": 9, "sklearn": 17, "torch": 8}.items():
         values = {
-            "tokens": {"train": 1600 if source == "generic" else 640},
+            "tokens": {"train": 1600 if source == "generic" else 640, "validation": 20 * windows},
             "windows": {"train": 50, "validation": windows},
         }
         marker = Marker("d", Cost(0, 0, 0.0, 0.0, "cpu", 1), values, {})
@@ -69,10 +69,26 @@ def test_fill_and_validations_are_told_where_the_text_is_tokenized(tmp_path: Pat
     assert stage_flops(spread, "slm-tuned", plan) == before + setup.flops(evaluated)
     assert stage_flops(pipeline, "slm", plan) == 160 * setup_of(pipeline, "slm").step_flops, "it is not validated"
     packed = load_pipeline(
-        configs_folder() / "pipelines" / "smoke.yaml", [f"root={tmp_path}", "stages.slm.packing=packed"]
+        configs_folder() / "pipelines" / "smoke.yaml",
+        [
+            f"root={tmp_path}",
+            "stages.slm.packing=packed",
+            "stages.slm-tuned.packing=packed",
+            "stages.slm-pn.packing=packed",
+        ],
     )
     # 16 windows of 32 tokens on average; each of them reads 32 keys less than where windows are padded to 64.
     assert stage_flops(packed, "slm", plan) == 160 * setup_of(packed, "slm").step_flops_of(16 * 32, 16 * 32 * 32)
+    # 34 windows of 20 tokens are validated four times; of 50 windows a domain, 640 tokens are read in 8 windows a step.
+    evaluated = Passes(evaluated=4 * 34 * 20, evaluated_saved=4 * 34 * 20 * 44)
+    steps = 3 * 30 * setup_of(packed, "slm-tuned").step_flops_of(8 * 64 // 5, 8 * 12 * 52)
+    assert stage_flops(packed, "slm-tuned", plan) == steps + setup.flops(evaluated)
+    # In a pipeline the packed micro-batches of different experts have one length, so padding.
+    staged = [f"root={tmp_path}", "stages.slm-pn.packing=packed", "stages.slm-pn.parallel.pipeline_parallel=2"]
+    in_stages = load_pipeline(configs_folder() / "pipelines" / "smoke.yaml", staged)
+    padded = setup_of(in_stages, "slm-pn").step_flops
+    steps = train_stage(pipeline, "slm-pn").steps
+    assert stage_flops(in_stages, "slm-pn", plan) == steps * padded > stage_flops(packed, "slm-pn", plan)
     longer = {
         **pipeline.stages,
         "slm-320": pipeline.stages["slm"].model_copy(update={"steps": 320, "continues": "slm"}),

@@ -13,7 +13,7 @@ from megatron_specialm.base.errors import ConfigError, MachineError
 from megatron_specialm.base.terminal import Table
 from megatron_specialm.cli import app
 from megatron_specialm.config.load import configs_folder, load_pipeline
-from megatron_specialm.config.model import ModelConfig
+from megatron_specialm.config.model import ModelConfig, Projection
 from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.estimate.capabilities import violation
@@ -158,6 +158,14 @@ def test_the_micro_batch_of_a_balanced_mixture_of_experts_stays() -> None:
     found = _found(moe, 1, packing="none", micro_batch_size=2)
     assert {one.setup.micro_batch_size for one in found.fastest} == {2}
     assert {one.setup.parallel.expert_parallel for one in found.fastest} == {1, 2, 4, 8}
+
+
+def test_a_packed_micro_batch_of_a_projected_network_has_one_mixture() -> None:
+    projected = MODEL.model_copy(update={"projection": Projection(experts=32, capacity=4, code_size=8)})
+    setup = replace(SETUP, model=projected, windows_per_expert=2, variants=32)
+    times = {size: _time(setup=replace(setup, micro_batch_size=size, packing="packed")).total for size in (2, 8)}
+    assert times[2] == times[8] == _time(setup=replace(setup, micro_batch_size=2)).total
+    assert times[8] > _time(setup=replace(setup, micro_batch_size=8, windows_per_expert=8)).total
 
 
 def test_fp32_has_no_tensor_cores() -> None:

@@ -158,6 +158,35 @@ def test_copies_make_equally_many_passes_of_one_size() -> None:
     assert shapes[0] == shapes[1] == [(1, most[1])] * most[0]
 
 
+@pytest.mark.parametrize("windows_per_expert", [1, 4])
+@pytest.mark.parametrize(("stages", "interleaved", "jointly"), [(2, False, False), (4, True, False), (1, False, True)])
+def test_in_one_shape_a_mixture_of_many_tokens_pads_the_others_little(
+    windows_per_expert: int, stages: int, interleaved: bool, jointly: bool
+) -> None:
+    """32 mixtures, the first of which has a fourth of the windows: micro-batches of 8 windows would be padded to 85%."""
+    batch, generator = _batch(128), np.random.default_rng(0)
+    frequencies = 1 / np.arange(1, 33)
+    drawn = generator.choice(32, 128 // windows_per_expert, p=frequencies / frequencies.sum())
+    mixtures = np.eye(32, dtype=np.float32)[np.repeat(drawn, windows_per_expert)]
+    batch = batch._replace(extra_inputs=batch.extra_inputs | {MIXTURE: mixtures})
+    cut = MicroBatches("packed", 8, stages=stages, interleaved=interleaved, by_expert=True)
+    found = cut.of([batch], (lambda *own: own) if jointly else None)
+    assert len({part.tokens.shape for part in found}) == 1 and len(found) % (stages if interleaved else 1) == 0
+    assert sorted(chain(*map(_windows, found))) == sorted(_windows(batch))
+    assert batch.mask.sum() / sum(part.tokens.size for part in found) > max(0.6, batch.mask.mean())
+
+
+def test_copies_choose_one_size_of_micro_batches() -> None:
+    """Whichever has the less padding for all: by the largest numbers and lengths, not by their own."""
+    batches = [_batch(24, seed=seed, experts=4) for seed in (0, 1)]
+    cut, asked = MicroBatches("packed", 8, by_expert=True), []
+    for batch in batches:
+        cut.of([batch], lambda *own: asked.append(own) or own)
+    most = tuple(map(max, *asked))
+    shapes = [[part.tokens.shape for part in cut.of([batch], lambda *_: most)] for batch in batches]
+    assert shapes[0] == shapes[1]
+
+
 def test_the_length_of_a_window_ends_with_the_last_token_that_counts() -> None:
     mask = np.array([[1, 0, 2, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32)
     tokens = np.zeros((3, 4), np.int64)
