@@ -110,13 +110,14 @@ def parity_case(setup: Setup) -> ParityCase:
             "moe": moe,
         }
     )
+    mixed = setup.packing == "packed" and projection is not None and setup.windows_per_expert < setup.micro_batch_size
     return ParityCase(
         model=shrunk,
         parallel=parallel,
         precision=setup.precision,
         fp8=setup.fp8,
         packing=setup.packing,
-        windows_per_expert=1 if projection is not None and setup.windows_per_expert < setup.micro_batch_size else 2,
+        windows_per_expert=1 if mixed else 2,
         context_length=math.lcm(16, parallel.tensor_parallel, 2 * parallel.context_parallel),
         micro_batches=2 * parallel.pipeline_parallel,
     )

@@ -35,9 +35,7 @@ ZERO = {"engine": "deepspeed", "data_parallel": 2}
 
 def _case(model: ModelConfig, packing: Packing, layout: dict[str, Any], precision: str = "fp32") -> ParityCase:
     parallel = LAYOUTS[layout.get("engine", "megatron")].model_validate({"engine": "megatron", **layout})
-    windows_per_expert = 1 if packing == "packed" else 8
-    setup = Setup(model, parallel, precision, 1000, 1024, 64, 8, windows_per_expert=windows_per_expert, packing=packing)
-    return parity_case(setup)
+    return parity_case(Setup(model, parallel, precision, 1000, 1024, 64, 8, packing=packing))
 
 
 def _name(value: object) -> str:
