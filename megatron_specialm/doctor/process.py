@@ -16,7 +16,7 @@ from megatron_specialm.base.errors import MachineError
 from megatron_specialm.doctor.finding import one_line
 
 COMMAND_SECONDS = 5.0
-MODULE_SECONDS = 60.0  # importing torch from a network filesystem may take tens of seconds
+MODULE_SECONDS = 180.0  # importing torch from a network filesystem, or on a busy node, may take a minute
 
 
 @dataclass(frozen=True)
