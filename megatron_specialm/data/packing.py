@@ -67,7 +67,7 @@ class MicroBatches:
     def _packed(self, whole: Batch, groups: Sequence[Batch], largest: Largest | None) -> list[Batch]:
         context, one_shape = whole.tokens.shape[1], self.stages > 1 or largest is not None
         # The mixture with most tokens pads all others' micro-batches: with smaller ones there may be less padding.
-        sizes = halved(self.size) if one_shape and self.by_expert else [self.size]
+        sizes = _halved(self.size) if one_shape and self.by_expert else [self.size]
         plans = [self._plan(groups, size * context) for size in sizes]
         plan, positions = plans[0]
         if one_shape:
@@ -94,9 +94,9 @@ class MicroBatches:
         return max(1, -(-positions // self.multiple)) * self.multiple
 
 
-def halved(size: int) -> list[int]:
+def _halved(size: int) -> list[int]:
     """A number of windows, half of it, and so on down to 1."""
-    return [size] if size == 1 else [size, *halved(size // 2)]
+    return [size] if size == 1 else [size, *_halved(size // 2)]
 
 
 def window_lengths(batch: Batch) -> np.ndarray:

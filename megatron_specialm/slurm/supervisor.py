@@ -126,7 +126,7 @@ def supervise(attempt: JobAttempt) -> int:
         if again:
             try:
                 _queue_again(attempt)
-            except SpecialmError as error:  # a cluster may forbid it: JobRequeue=0, or a job without --requeue
+            except SpecialmError as error:  # a cluster may forbid it (JobRequeue=0), or nodes.json is damaged
                 record_end(
                     attempt.state, replace(end, reason=f"{reason}; cannot be queued again: {error}", requeued=False)
                 )

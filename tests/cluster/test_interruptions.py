@@ -177,7 +177,7 @@ def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     """The look at one node does not come to its end: the job starts on others, and so do those that come after it. Where too
     few are left, because others were excluded before, those are tried again."""
     busy = {"slower_than": 1000, "clock_seconds": 300}  # on a busy machine neither is a node's fault
-    run.site["preflight"] = {"enabled": True, "seconds": 120, "free_disk": 1, **busy}
+    run.site["preflight"] = {"enabled": True, "seconds": 180, "free_disk": 1, **busy}
     run.submit("--only", "slm")
     node = run.until(lambda: run.attempts("slm") and run.attempts("slm")[0].begin.nodes[1], "the job has started", 60)
     os.kill(run.process("node_check", SLURM_PROCID="1").pid, signal.SIGSTOP)
@@ -189,10 +189,7 @@ def test_a_bad_node_is_left_out(run: Run, straight: Path) -> None:
     assert node not in second.begin.nodes and before[1] not in second.begin.nodes
     assert f"{before[0]}: excluded, and tried again" in run.log("slm")
     assert f"#SBATCH --exclude={','.join(sorted([node, *before]))}" in run.submit("--dry-run", "--only", "slm-nopt")
-    run.wait("slm", 240)
-    failed = run.outcomes("slm").count("bad-node")
-    assert failed <= 3, "a busy machine may fail some others, too"
-    _finished(run, straight, *["bad-node"] * failed)
+    _finished(run, straight, "bad-node")
 
 
 def test_a_node_that_only_slurm_reaches_is_left_out(run: Run) -> None:
