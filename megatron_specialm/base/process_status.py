@@ -43,6 +43,18 @@ def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.
             signal.signal(number, handler_before)
 
 
+@contextlib.contextmanager
+def deferring(*numbers: signal.Signals) -> Iterator[None]:
+    """Within, these signals wait: each that has come is raised again at the end. Main thread only."""
+    received: list[int] = []
+    try:
+        with handling(lambda number, _: received.append(number), *numbers):
+            yield
+    finally:
+        for number in dict.fromkeys(received):
+            signal.raise_signal(number)
+
+
 class ProcessStatus:
     """What heartbeats report of this process, and what a request to stop does: it raises `Stopped` at once, or inside
     `at_step_boundaries` is only noted, so that the step is finished first.

@@ -25,10 +25,12 @@ from typing import Any
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import say
+from megatron_specialm.base.process_status import deferring
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.graph.tasks import TaskId
 
 TERMINATION_SECONDS = 20.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of a launcher
 BYTES_PER_LINE = 400  # of a log: longer ones may cost a tail some of its lines, never the last
 # Warnings of Megatron-Core at import on every machine without a GPU's libraries, by their first words.
 EXPECTED_WARNINGS = (
@@ -91,7 +93,8 @@ class Workers:
             process = context.Process(  # type: ignore[attr-defined]
                 target=_main, args=(rank, work, own, logs[rank], theirs, errors), name=name
             )
-            process.start()
+            with deferring(*STOPPING):  # half a request to fork would end the fork server, with a traceback
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._alive.append(ours)

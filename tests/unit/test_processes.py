@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from megatron_specialm.base.errors import DataError, MachineError
 from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.base.process_status import handling
 from megatron_specialm.run.processes import Workers, end_workers, worker_context
 from tests.conftest import ROOT
 
@@ -20,6 +22,7 @@ PROGRAM = """
 import multiprocessing, os, sys, time
 from pathlib import Path
 from megatron_specialm.base.lock import hold_folder
+from megatron_specialm.base.process_status import handling
 from megatron_specialm.run.processes import Workers
 
 FOLDER = Path(sys.argv[-1])
@@ -149,6 +152,32 @@ def test_workers_that_end_well_have_no_failure(tmp_path: Path) -> None:
     _wait(workers)
     assert workers.failure() is None
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["from rank 1", "from rank 2"]
+
+
+def test_a_launcher_that_is_interrupted_while_it_asks_for_a_worker_asks_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half a request would end the fork server, with a traceback."""
+
+    def interrupted(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        send(*arguments)
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    send = reduction.sendfds
+    context = worker_context([], threads=1)
+    with handling(end, signal.SIGTERM), monkeypatch.context() as patch:
+        patch.setattr(reduction, "sendfds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Workers(context, _work, [(1, "no")], logs=[tmp_path / "log"], name="worker")
+    server = forkserver._forkserver._forkserver_pid
+    workers = Workers(context, _work, [(1, "no")], logs=[tmp_path / "log"], name="worker")
+    _wait(workers)
+    assert workers.failure() is None
+    assert server == forkserver._forkserver._forkserver_pid  # another would have been started
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def _count_exempted() -> None:
