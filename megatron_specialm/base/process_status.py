@@ -24,6 +24,8 @@ from megatron_specialm.base.stopwatch import Stopwatch
 
 PROGRESS = "progress.json"
 COUNT_SECONDS = 10.0  # between two counts
+IGNORABLE = (signal.SIGHUP, signal.SIGINT)
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
@@ -31,10 +33,9 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Within, a handler gets these signals. SIGHUP stays ignored where nohup has started this process. Main thread only."""
-    handled = [
-        number for number in numbers if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    ]
+    """Within, a handler gets these signals. SIGHUP and SIGINT stay ignored where nohup, or a script's `&`, has this process
+    ignore them. Main thread only."""
+    handled = [number for number in numbers if number not in IGNORABLE or signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
@@ -44,11 +45,32 @@ def handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.
 
 
 @contextlib.contextmanager
-def deferring(*numbers: signal.Signals) -> Iterator[None]:
-    """Within, these signals wait: each that has come is raised again at the end. Main thread only."""
+def ending_as_by_ctrl_c() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise KeyboardInterrupt, once: a closed terminal may send SIGHUP twice, and the second must
+    not interrupt what the first has begun. Main thread only."""
+
+    def end(*_: object) -> None:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with handling(end, *ENDING):
+        yield
+
+
+@contextlib.contextmanager
+def deferring_ends() -> Iterator[None]:
+    """Within, Ctrl-C, SIGTERM and SIGHUP wait for the end, where they are raised again. A second Ctrl-C or SIGTERM does not
+    wait. Main thread only."""
     received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number in received and number != signal.SIGHUP:
+            raise KeyboardInterrupt
+        received.append(number)
+
     try:
-        with handling(lambda number, _: received.append(number), *numbers):
+        with handling(note, signal.SIGINT, *ENDING):
             yield
     finally:
         for number in dict.fromkeys(received):

@@ -18,6 +18,7 @@ from megatron_specialm.base.environment import World
 from megatron_specialm.base.errors import TrainingError
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.packages import installed_version
+from megatron_specialm.base.process_status import ending_as_by_ctrl_c
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.base.terminal import plain
 from megatron_specialm.checkpoint.tensor_files import TensorFiles
@@ -119,7 +120,7 @@ def compare(
         TrainingError: a process failed, with the last line it said.
     """
     context = worker_context(MODULES, threads=1)
-    with tempfile.TemporaryDirectory(dir=short_place()) as folder:
+    with ending_as_by_ctrl_c(), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         one, many = Path(folder, "one"), Path(folder, "many")
         _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
         _run(context, case, many, measure)

@@ -1,5 +1,7 @@
 """Imported first by the server from which workers are forked: the server ends with its launcher, also during its other imports,
-which take seconds. Workers do not inherit this setting; `processes.py` has theirs.
+which take seconds, and by nothing else: without it workers are taken for ended, and killed before they have saved. Ctrl-C, a
+closed terminal and `timeout` signal all processes of the launcher's group, so it leads a session of its own; systemd sends
+SIGTERM to all processes of a service, so it blocks that. Workers have settings of their own (`processes.py`).
 
 What it has imported is exempt from garbage collection in the workers: a collection would copy the pages that they share, and
 take longer than many a task."""
@@ -12,6 +14,8 @@ import signal
 
 PR_SET_PDEATHSIG = 1  # Linux
 
+os.setsid()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

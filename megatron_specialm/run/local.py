@@ -5,7 +5,6 @@ A task starts when its inputs are done. When one fails, tasks that do not depend
 together at the end. Workers end with the launcher, however it ends, and share its lock of the run folder until then.
 """
 
-import signal
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +18,8 @@ from megatron_specialm.base.artifacts import artifact_folder, is_complete
 from megatron_specialm.base.environment import World, usable_cores
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.lock import HeldFolder
-from megatron_specialm.base.process_status import handling
+from megatron_specialm.base.printing import say
+from megatron_specialm.base.process_status import ending_as_by_ctrl_c
 from megatron_specialm.base.stopwatch import Stopwatch
 from megatron_specialm.base.temporary import short_place
 from megatron_specialm.config.load import KINDS
@@ -33,7 +33,6 @@ from megatron_specialm.run.reuse import take_over
 from megatron_specialm.run.worker import work
 
 POLL_SECONDS = 0.2
-ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TaskFailure(SpecialmError):
@@ -83,7 +82,7 @@ def run_local(
     running: dict[TaskId, _Running] = {}
     failures: dict[TaskId, str] = {}
     context = worker_context([f"megatron_specialm.stages.{kind}" for kind in KINDS], threads=pipeline.local.threads)
-    with handling(_interrupt, *ENDING), tempfile.TemporaryDirectory(dir=short_place()) as folder:
+    with ending_as_by_ctrl_c(), tempfile.TemporaryDirectory(dir=short_place()) as folder:
         try:
             take_over(plan, root)
             link_artifacts(plan, root)
@@ -105,6 +104,8 @@ def run_local(
                     {name: artifact_folder(root, *name, task.planned.digest) for name, task in running.items()}
                 )
         except KeyboardInterrupt:
+            if running:
+                say("interrupted: waiting until trainings have saved; Ctrl-C ends them without", error=True)
             raise Interrupted("interrupted: nothing is lost; run the same command again to go on") from None
         finally:
             end_workers(task.workers for task in running.values())
@@ -171,11 +172,3 @@ def _error_of(root: Path, task: _Running) -> str | None:
         return f"{failure[1]}\n  log: {log}"
     done = is_complete(root, *name, digest=task.planned.digest)
     return None if done else f"exited without completing the task; see {log}"
-
-
-def _interrupt(*_: object) -> None:
-    """The handler of ENDING: the launcher ends as by Ctrl-C, workers first. A closed terminal may send SIGHUP twice, and the
-    second must not interrupt that."""
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt

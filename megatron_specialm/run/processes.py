@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -25,12 +26,11 @@ from typing import Any
 from megatron_specialm.base.errors import SpecialmError
 from megatron_specialm.base.output import lasting_output
 from megatron_specialm.base.printing import say
-from megatron_specialm.base.process_status import deferring
+from megatron_specialm.base.process_status import deferring_ends
 from megatron_specialm.base.temporary import place_sockets
 from megatron_specialm.graph.tasks import TaskId
 
 TERMINATION_SECONDS = 20.0
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of a launcher
 BYTES_PER_LINE = 400  # of a log: longer ones may cost a tail some of its lines, never the last
 # Warnings of Megatron-Core at import on every machine without a GPU's libraries, by their first words.
 EXPECTED_WARNINGS = (
@@ -93,8 +93,7 @@ class Workers:
             process = context.Process(  # type: ignore[attr-defined]
                 target=_main, args=(rank, work, own, logs[rank], theirs, errors), name=name
             )
-            with deferring(*STOPPING):  # half a request to fork would end the fork server, with a traceback
-                process.start()
+            _start(context, process)
             theirs.close()
             self._processes.append(process)
             self._alive.append(ours)
@@ -144,6 +143,21 @@ def end_workers(groups: Iterable[Workers], *, within: float = TERMINATION_SECOND
         workers.end(deadline)
 
 
+def _start(context: BaseContext, process: BaseProcess) -> None:
+    """Start a worker. Half a request to fork would end the fork server, so a signal to end waits. Interpreters start with
+    Ctrl-C blocked, which reaches them until they lead a session of their own (`_end_with`, `fork_server.py`)."""
+    forked = context.get_start_method() == "forkserver"
+    with deferring_ends():
+        resource_tracker.ensure_running()  # to start it later would unblock Ctrl-C
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            (forkserver.ensure_running if forked else process.start)()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if forked:  # Ctrl-C twice ends the wait for a server whose imports hang
+            process.start()
+
+
 def _signal(process: BaseProcess, number: signal.Signals) -> None:
     """Signal a worker's process group, or the worker alone where it has only begun and leads no group yet."""
     assert process.pid is not None
@@ -177,6 +191,9 @@ def _end_with(launcher: Connection) -> None:
     written to the pipe, and no other process may hold this end, because it stores whom to kill. The process leads a session of
     its own: Ctrl-C reaches the launcher alone, which then ends its workers in order."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards one that has come before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = launcher.fileno()
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)

@@ -126,22 +126,40 @@ def test_one_run_at_a_time(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_it_ends_its_workers_and_says_how_to_go_on(folder: Path, number: signal.Signals) -> None:
+def test_interrupted_it_saves_ends_its_workers_and_says_how_to_go_on(folder: Path, number: signal.Signals) -> None:
+    """The signal goes to all processes of its group, as from a terminal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         _command("run", "--until", "slm", "stages.slm.steps=100000"),
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # What a shell starts in the background ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
     )  # fmt: skip
     metrics = folder / "runs/smoke/slm/generic/metrics.jsonl"
     deadline = time.monotonic() + 100
-    while not metrics.exists():
+    while not metrics.exists() or '"loss"' not in metrics.read_text():  # of a step
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command again" in errors
+    assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+    assert list(folder.glob("runs/smoke/slm/generic/**/step_*")), "what was trained is lost"
     size = metrics.stat().st_size
     time.sleep(1)
     assert metrics.stat().st_size == size, "a worker is still at work"
+
+
+def test_ctrl_c_during_the_imports_prints_nothing() -> None:
+    program = (
+        "import os, signal, sys; from megatron_specialm.__main__ import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, "--version"], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

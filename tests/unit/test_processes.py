@@ -19,10 +19,9 @@ from megatron_specialm.run.processes import Workers, end_workers, worker_context
 from tests.conftest import ROOT
 
 PROGRAM = """
-import multiprocessing, os, sys, time
+import contextlib, multiprocessing, os, sys, time
 from pathlib import Path
 from megatron_specialm.base.lock import hold_folder
-from megatron_specialm.base.process_status import handling
 from megatron_specialm.run.processes import Workers
 
 FOLDER = Path(sys.argv[-1])
@@ -43,20 +42,33 @@ def work(held, *_):
 if __name__ == "__main__":
     method, slow = sys.argv[1:3]
     context = multiprocessing.get_context(method)
-    with hold_folder(FOLDER / "run") as held:
-        arguments = (held, Slow()) if slow == "slow" else (held,)
+    if method == "forkserver":
+        context.set_forkserver_preload(["megatron_specialm.run.fork_server", *["slow_module"] * (slow == "server")])
+    with hold_folder(FOLDER / "run") as held, contextlib.suppress(KeyboardInterrupt):
+        arguments = (held, Slow()) if slow == "worker" else (held,)
         workers = Workers(context, work, [arguments], logs=[FOLDER / "log"], name="worker")
         time.sleep(600)
+    os._exit(0)  # without waiting for the worker
 """
 
 
-def _launch(folder: Path, method: str, *, slow: bool = False) -> tuple[subprocess.Popen, int]:
-    """A launcher, and the id of its worker."""
+SLOW_MODULE = """
+import os, time
+from pathlib import Path
+Path(__file__).with_name("pid").write_text(str(os.getpid()))
+time.sleep(2)
+"""
+
+
+def _launch(folder: Path, method: str, *, slow: str = "none") -> tuple[subprocess.Popen, int]:
+    """A launcher, which leads a session, and the id of its worker; or where the fork server is slow, of that."""
     (folder / "launcher.py").write_text(PROGRAM)
+    (folder / "slow_module.py").write_text(SLOW_MODULE)
     launcher = subprocess.Popen(
-        [sys.executable, str(folder / "launcher.py"), method, "slow" if slow else "fast", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+        [sys.executable, str(folder / "launcher.py"), method, slow, str(folder)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not ((folder / "pid").exists() and (folder / "pid").read_text()):
         assert launcher.poll() is None and time.monotonic() < deadline
@@ -100,7 +112,7 @@ def test_no_worker_outlives_its_launcher(tmp_path: Path, method: str, stopped: b
 
 def test_a_worker_that_is_slow_to_start_ends_as_well(tmp_path: Path) -> None:
     """Its launcher has ended before it watches the pipe."""
-    launcher, pid = _launch(tmp_path, "forkserver", slow=True)
+    launcher, pid = _launch(tmp_path, "forkserver", slow="worker")
     worker = psutil.Process(pid)
     launcher.kill()
     launcher.wait()
@@ -108,6 +120,30 @@ def test_a_worker_that_is_slow_to_start_ends_as_well(tmp_path: Path) -> None:
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("method", "slow"), [("forkserver", "server"), ("forkserver", "worker"), ("spawn", "worker")])
+def test_ctrl_c_during_the_start_prints_nothing(tmp_path: Path, method: str, slow: str) -> None:
+    """A terminal sends it to all processes of the launcher's group."""
+    launcher, starting = _launch(tmp_path, method, slow=slow)
+    os.killpg(launcher.pid, signal.SIGINT)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0 and not errors
+    _wait_until_gone(starting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_to_all_leave_the_fork_server(tmp_path: Path, number: signal.Signals) -> None:
+    """A launcher that hears of a stop waits for its workers, which a server tells of their ends."""
+    launcher, worker = _launch(tmp_path, "forkserver")
+    server = psutil.Process(worker).parent()
+    assert server is not None and os.getpgid(server.pid) == server.pid != launcher.pid
+    if number is not signal.SIGHUP:  # which a terminal sends to its session only
+        server.send_signal(number)
+    time.sleep(0.5)
+    assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    launcher.kill()
+    launcher.communicate()
 
 
 def _work(rank: int, failing: str) -> None:

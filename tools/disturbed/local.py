@@ -109,6 +109,19 @@ def _signal_launcher(number: signal.Signals) -> Callable[[Disturbed, Launch], La
     return disturb
 
 
+def _signal_group(number: signal.Signals) -> Callable[[Disturbed, Launch], Launch]:
+    """Once there is a fork server: Python itself prints a traceback of Ctrl-C while it starts."""
+
+    def disturb(run: Disturbed, launch: Launch) -> Launch:
+        run.wait(launch, LONGEST_SECONDS, launch.fork_server)
+        run.wait(launch, run.random.uniform(0, 4))
+        launch.signal_all(number)
+        run.wait(launch, PATIENCE_SECONDS)
+        return launch
+
+    return disturb
+
+
 def _kill_all(_: Disturbed, launch: Launch) -> Launch:
     """Kill all processes, as a power loss does."""
     launch.end()
@@ -190,6 +203,9 @@ DISTURBANCES = {
     # A signal before the run begins ends the process with the signal's default action.
     "SIGHUP to the launcher": Disturbance(_signal_launcher(signal.SIGHUP), (INTERRUPTED, -signal.SIGHUP)),
     "SIGTERM to the launcher": Disturbance(_signal_launcher(signal.SIGTERM), (INTERRUPTED, -signal.SIGTERM)),
+    "Ctrl-C": Disturbance(_signal_group(signal.SIGINT), (INTERRUPTED, -signal.SIGINT)),
+    "a closed terminal": Disturbance(_signal_group(signal.SIGHUP), (INTERRUPTED, -signal.SIGHUP)),
+    "SIGTERM to the group": Disturbance(_signal_group(signal.SIGTERM), (INTERRUPTED, -signal.SIGTERM)),
     "a stopped worker": Disturbance(_stop_worker),
     "a stopped launcher": Disturbance(_stop_launcher),
     "a second launcher": Disturbance(_second),

@@ -26,7 +26,7 @@ class Launch:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_specialm", *arguments],
                 cwd=folder, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-                preexec_fn=_usual_signals,
+                preexec_fn=_usual_signals, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -58,6 +58,11 @@ class Launch:
             return server.children() if server else []
         return []
 
+    def signal_all(self, number: signal.Signals) -> None:
+        """Signal the processes of its group, as a terminal does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
     def end(self) -> None:
         """Kill all remaining processes."""
         kill(self.alive())
@@ -80,5 +85,5 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
 
 def _usual_signals() -> None:
     """Restore default signal handlers: a shell or pytest may start processes that ignore signals, as would their children."""
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
