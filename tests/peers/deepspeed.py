@@ -17,8 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import nn
+
+from tests.peers import DEEPSPEED, run_ranks
 
 WORLD, STEPS, TAG = 2, 3, "global_step3"
 WIDTH, EXPERTS = 15, 4  # odd sizes: partitions cut through parameters, with padding at the end
@@ -165,6 +166,6 @@ def _rank(rank: int, action: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     action, folder = sys.argv[1], Path(sys.argv[2]).resolve()
-    mp.spawn(_rank, args=(action, folder), nprocs=WORLD)
+    run_ranks(_rank, action, folder, processes=WORLD, imports=DEEPSPEED)
     if action == "save":
         _consolidate(folder)

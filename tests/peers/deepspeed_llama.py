@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from tests.checkpoints import random_model
+from tests.peers import DEEPSPEED, run_ranks
 
 WORLD, STEPS, TOKENS = 2, 2, 90
 # The model, the ZeRO stage that saves it, and whether it is trained in bf16.
@@ -117,7 +117,7 @@ def _load(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).resolve()
-    mp.spawn(_rank, args=(sys.argv[1], folder), nprocs=WORLD)
+    run_ranks(_rank, sys.argv[1], folder, processes=WORLD, imports=DEEPSPEED)
     if sys.argv[1] != "save":
         sys.exit()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.checkpoints import VOCABULARY, random_model
+from tests.peers import DEEPSPEED, run_ranks
 from tests.peers.megatron_families import tokens
 
 WORLD = EXPERT_PARALLEL = 2
@@ -96,4 +96,4 @@ def _engine(deepspeed: Any, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 if __name__ == "__main__":
-    mp.spawn(_rank, args=(Path(sys.argv[2]).resolve(),), nprocs=WORLD)
+    run_ranks(_rank, Path(sys.argv[2]).resolve(), processes=WORLD, imports=DEEPSPEED)

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
+
+from tests.peers import MEGATRON, run_ranks
 
 TENSOR, PIPELINE = 2, 2
 STEP = 3
@@ -204,4 +205,4 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    mp.spawn(_rank, args=(sys.argv[1], Path(sys.argv[2]).resolve()), nprocs=4)
+    run_ranks(_rank, sys.argv[1], Path(sys.argv[2]).resolve(), processes=4, imports=MEGATRON)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.peers import MEGATRON, run_ranks
 from tests.peers.megatron import STEP, _save_distributed, build_model
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -142,4 +142,4 @@ def _load(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(_rank, args=(sys.argv[1], Path(sys.argv[2]).resolve()), nprocs=4)
+    run_ranks(_rank, sys.argv[1], Path(sys.argv[2]).resolve(), processes=4, imports=MEGATRON)

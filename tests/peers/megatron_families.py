@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from megatron_specialm.model.weights import FUSED_NORMS
+from tests.peers import MEGATRON, run_ranks
 
 TENSOR = 2  # of dense models
 LENGTH = 24
@@ -224,4 +224,4 @@ def _take(model: torch.nn.Module, weights: dict[str, Any]) -> None:
 if __name__ == "__main__":
     everything = json.loads(Path(sys.argv[3]).read_text())
     world = max(math.prod(sizes(values)) for values in everything.values())
-    mp.spawn(_rank, args=(sys.argv[1], Path(sys.argv[2]).resolve(), everything, world), nprocs=world)
+    run_ranks(_rank, sys.argv[1], Path(sys.argv[2]).resolve(), everything, world, processes=world, imports=MEGATRON)
