@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 
+from megatron_specialm.config.load import KINDS
 from megatron_specialm.parity.compare import MODULES
 from megatron_specialm.run.processes import worker_context
 
@@ -29,8 +30,9 @@ def together(act: Callable[[], None], *, processes: int = 4) -> None:
 
 
 def rank_context() -> BaseContext:
-    """How tests start ranks: forked from one server per test process, which has imported what any of them needs."""
-    return worker_context([*MODULES, "megatron_specialm.stages.train", "tests.training"], threads=1)
+    """How tests start ranks and tasks: forked from one server per test process, which has imported what any of them needs."""
+    stages = [f"megatron_specialm.stages.{kind}" for kind in KINDS]
+    return worker_context([*MODULES, *stages, "tests.training"], threads=1)
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 Some Megatron-Core modules allocate small tensors on a literal "cuda" or use CUDA streams. On a machine without a GPU, and in
 those modules only, the name `torch` is bound to the proxy below. torch itself is unchanged, so other code is not affected.
 
-Modules that may be the first to import Megatron-Core import this one before it: see `_import_megatron_core`.
+Modules that may be the first to import Megatron-Core import this one before it: see `import_uncompiled`.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ _MODULES = (
 )
 
 
-def _import_megatron_core() -> None:
-    """Import Megatron-Core. Without a GPU its decorator `jit_fuser`, which is `torch.compile`, returns functions unchanged.
+def import_uncompiled(name: str) -> None:
+    """Import a module. Without a GPU, torch.compile returns the functions that it decorates unchanged.
 
-    A model on a CPU calls none of the functions that it decorates (`gpt.transformer_config`), but the decorator imports
-    torch's compiler: a third of the CPU time of all imports.
+    A model on a CPU calls none of them (`gpt.transformer_config`), but the decorator imports torch's compiler, which takes
+    seconds of CPU time.
     """
     original = torch.compile
     if not torch.cuda.is_available():
         torch.compile = _uncompiled  # type: ignore[assignment]
     try:
-        importlib.import_module("megatron.core.jit")
+        importlib.import_module(name)
     finally:
         torch.compile = original
 
@@ -53,7 +53,7 @@ def _uncompiled(function: Callable | None = None, **_: Any) -> Callable:
     return function or (lambda decorated: decorated)
 
 
-_import_megatron_core()
+import_uncompiled("megatron.core.jit")
 
 
 class _TorchOnCpu(ModuleType):

@@ -104,27 +104,31 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def compare(
-    case: ParityCase,
-    *,
-    reference: ParityCase | None = None,
-    measure: str = "megatron_specialm.parity.rank:measure",
-) -> list[Difference]:
+def compare(case: ParityCase, *, reference: ParityCase | None = None) -> list[Difference]:
     """Run a case in its layout and in another, and compare all quantities.
 
     Args:
         reference: the case in the other layout; None for one process.
-        measure: what each process of the layout runs, as `MODULE:FUNCTION`.
 
     Raises:
         TrainingError: a process failed, with the last line it said.
     """
+    return differences_of(case, outcome_of(reference or case.on_one_process()), outcome_of(case))
+
+
+def outcome_of(case: ParityCase, measure: str = "megatron_specialm.parity.rank:measure") -> Outcome:
+    """Run a case in its layout.
+
+    Args:
+        measure: what each process of the layout runs, as `MODULE:FUNCTION`.
+
+    Raises:
+        TrainingError: as of `compare`.
+    """
     context = worker_context(MODULES, threads=1)
     with ending_as_by_ctrl_c(), tempfile.TemporaryDirectory(dir=short_place()) as folder:
-        one, many = Path(folder, "one"), Path(folder, "many")
-        _run(context, reference or case.on_one_process(), one, "megatron_specialm.parity.rank:measure")
-        _run(context, case, many, measure)
-        return differences_of(case, read_outcome(one), read_outcome(many))
+        _run(context, case, Path(folder), measure)
+        return read_outcome(Path(folder))
 
 
 def certificate_path(root: Path, stage: str) -> Path:
@@ -198,7 +202,6 @@ def _json(value: float) -> float | None:
 
 
 def _run(context: BaseContext, case: ParityCase, folder: Path, measure: str) -> None:
-    folder.mkdir()
     ranks = range(case.parallel.world_size)
     worlds = [World(rank, len(ranks), rank, f"file://{folder}/meeting", "parity") for rank in ranks]
     workers = Workers(

@@ -9,7 +9,7 @@ from megatron_specialm.config.moe import MixtureOfExperts
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.parity.compare import compare
+from tests.parity import compare
 
 LLAMA = ModelConfig(family="llama", layers=4, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 NEOX = LLAMA.model_copy(update={"family": "neox"})

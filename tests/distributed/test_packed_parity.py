@@ -10,7 +10,7 @@ from megatron_specialm.config.packing import Packing
 from megatron_specialm.config.parallel import LAYOUTS
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity.case import ParityCase, parity_case
-from megatron_specialm.parity.compare import compare
+from tests.parity import compare
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})

@@ -10,7 +10,8 @@ from megatron_specialm.config.model import LowRank, ModelConfig, Projection
 from megatron_specialm.config.parallel import ParallelConfig
 from megatron_specialm.estimate.setup import Setup
 from megatron_specialm.parity.case import parity_case
-from megatron_specialm.parity.compare import WORST, Difference, certificate, compare, table
+from megatron_specialm.parity.compare import WORST, Difference, certificate, table
+from tests.parity import compare
 
 NEOX = ModelConfig(layers=5, hidden_size=64, ffn_hidden_size=256, attention_heads=8)
 LLAMA = NEOX.model_copy(update={"family": "llama", "query_groups": 4, "tie_embeddings": False})
@@ -65,10 +66,8 @@ DERIVED = [
 ]
 
 
-def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", measure: str | None = None) -> list[Difference]:
-    parallel = ParallelConfig(**layout)
-    case = parity_case(Setup(model, parallel, precision, 1000, 1024, 64, 8))
-    return compare(case, measure=measure) if measure else compare(case)
+def _compare(layout: dict, model: ModelConfig, precision: str = "fp32", **measure: str) -> list[Difference]:
+    return compare(parity_case(Setup(model, ParallelConfig(**layout), precision, 1000, 1024, 64, 8)), **measure)
 
 
 def _name(layout: dict) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-DEEPSPEED = ("deepspeed", "torch._dynamo")
+DEEPSPEED = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo")
 MEGATRON = (
     "megatron.core.dist_checkpointing",
     "megatron.core.models.gpt.gpt_layer_specs",

@@ -12,6 +12,7 @@ import torch
 
 from megatron_specialm.base.packages import import_package
 from megatron_specialm.engine.deepspeed.mpu import ModelParallelUnit
+from megatron_specialm.model.cpu import import_uncompiled
 
 
 def deepspeed_module(name: str) -> ModuleType:
@@ -34,6 +35,8 @@ def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: t
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed"
     )  # it calls functions renamed in 2.13
+    with contextlib.suppress(ImportError):  # of versions without Muon; DeepSpeed asks whether the optimizer is one
+        import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
     engine, *_ = deepspeed_module("deepspeed").initialize(
         SimpleNamespace(device_rank=device.index or 0),
         model=model,
