@@ -2,46 +2,68 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megatron_specialm.base.artifacts import MARKER, artifact_link, is_complete
+from megatron_specialm.base.artifacts import (
+    MARKER,
+    Cost,
+    Marker,
+    artifact_link,
+    begin_artifact,
+    finish_artifact,
+    is_complete,
+)
+from megatron_specialm.base.environment import ALONE
 from megatron_specialm.base.files import read_json
 from megatron_specialm.base.protocol import FENCING_TOKEN
 from megatron_specialm.checkpoint.opening import newest_checkpoint
-from tests.conftest import ROOT
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from megatron_specialm.base.artifacts import Cost, MARKER, Marker, begin_artifact, finish_artifact, artifact_link
-from megatron_specialm.base.environment import ALONE
+from tests.processes import rank_context
 from tests.training import run_training, stage
-root, steps = Path(sys.argv[1]), int(sys.argv[2])
-folder = begin_artifact(root, "slm", "generic", digest="d")
-run_training(folder, ALONE, stage(steps=steps, checkpoint={"every": 20}))
-finish_artifact(root, "slm", "generic", Marker("d", Cost(0, 0, 1.0, 1.0, "cpu", 1), {}, {}))
-"""
 
 
-def _attempt(root: Path, number: int, *, steps: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root), str(steps)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), FENCING_TOKEN: f"123_0/{number}"},
-    )  # fmt: skip
+def _train(root: Path, token: str | None, steps: int, before_the_marker: Connection | None = None) -> None:
+    """An attempt at a training, with its errors in a file. It may wait for a word before it writes the marker."""
+    with (root / f"log-{os.getpid()}").open("wb") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    if token is not None:
+        os.environ[FENCING_TOKEN] = token
+    folder = begin_artifact(root, "slm", "generic", digest="d")
+    run_training(folder, ALONE, stage(steps=steps, checkpoint={"every": 20}))
+    if before_the_marker is not None:
+        before_the_marker.recv()
+    finish_artifact(root, "slm", "generic", Marker("d", Cost(0, 0, 1.0, 1.0, "cpu", 1), {}, {}))
 
 
-def _freeze_outside_of_a_save(process: subprocess.Popen, folder: Path) -> None:
+def _take_over(root: Path) -> None:
+    begin_artifact(root, "slm", "generic", digest="d")
+
+
+def _attempt(root: Path, number: int, *, steps: int) -> BaseProcess:
+    process = rank_context().Process(target=_train, args=(root, f"123_0/{number}", steps), daemon=True)
+    process.start()
+    return process
+
+
+def _errors(root: Path, process: BaseProcess) -> str:
+    """What it has written by its end, within the time limit."""
+    process.join(100)
+    assert process.exitcode is not None
+    return (root / f"log-{process.pid}").read_text()
+
+
+def _freeze_outside_of_a_save(process: BaseProcess, folder: Path) -> None:
     deadline = time.monotonic() + 60
     while True:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.is_alive()
         time.sleep(0.01)
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
         if any(folder.glob("step_*")) and not any(folder.glob(".step_*.tmp")):
             return
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path: Path) -> None:
@@ -52,14 +74,15 @@ def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path: Path) -> Non
         newest, _ = newest_checkpoint(folder)
         assert newest is not None
         end = int(newest.name.removeprefix("step_")) + 10
-        _, errors = (second := _attempt(tmp_path, 1, steps=end)).communicate(timeout=100)
-        assert second.returncode == 0, errors
-        cut_off.send_signal(signal.SIGCONT)
-        _, errors = cut_off.communicate(timeout=100)
+        second = _attempt(tmp_path, 1, steps=end)
+        errors = _errors(tmp_path, second)
+        assert second.exitcode == 0, errors
+        os.kill(cut_off.pid, signal.SIGCONT)
+        errors = _errors(tmp_path, cut_off)
     finally:
         cut_off.kill()
-        cut_off.wait()
-    assert cut_off.returncode == 1
+        cut_off.join()
+    assert cut_off.exitcode == 1
     assert "ArtifactError" in errors and "another attempt at this task, 123_0/1, has taken over from 123_0/0" in errors
     assert is_complete(tmp_path, "slm", "generic", digest="d") and read_json(folder / "result.json")["step"] == end
     newest, passed_over = newest_checkpoint(folder)
@@ -68,23 +91,23 @@ def test_an_attempt_that_was_taken_over_publishes_nothing(tmp_path: Path) -> Non
 
 
 def test_an_attempt_that_has_trained_to_its_end_cannot_write_the_marker(tmp_path: Path) -> None:
-    program = PROGRAM.replace("finish_artifact(root", "input()\nfinish_artifact(root")
-    first = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path), "2"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    context = rank_context()
+    pipe, theirs = context.Pipe()
+    first = context.Process(target=_train, args=(tmp_path, None, 2, theirs), daemon=True)
+    first.start()
     try:
         deadline = time.monotonic() + 100
         while not (artifact_link(tmp_path, "slm", "generic") / "result.json").exists():
-            assert time.monotonic() < deadline and first.poll() is None
+            assert time.monotonic() < deadline and first.is_alive()
             time.sleep(0.01)
-        taking_over = [sys.executable, "-c", PROGRAM.replace("run_training(folder", "sys.exit(0); (folder")]
-        subprocess.run(
-            [*taking_over, str(tmp_path), "2"], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100, check=False
-        )
-        _, errors = first.communicate("\n", timeout=100)
+        second = context.Process(target=_take_over, args=(tmp_path,), daemon=True)
+        second.start()
+        second.join(100)
+        assert second.exitcode == 0
+        pipe.send("go on")
+        errors = _errors(tmp_path, first)
     finally:
         first.kill()
-        first.wait()
-    assert first.returncode == 1 and f"has taken over from {first.pid}@" in errors
+        first.join()
+    assert first.exitcode == 1 and f"has taken over from {first.pid}@" in errors
     assert not (artifact_link(tmp_path, "slm", "generic") / MARKER).exists()

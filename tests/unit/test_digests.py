@@ -18,7 +18,7 @@ from megatron_specialm.config.schema import Pipeline
 from megatron_specialm.config.training import TrainStage
 from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.digests import Introduced, content_of, digest, introduced_default
-from megatron_specialm.graph.tasks import TaskId
+from megatron_specialm.graph.tasks import Task, TaskId
 from tests.settings import settings_in
 
 CONFIGS = configs_folder() / "pipelines"
@@ -83,6 +83,7 @@ NOT_ALONE = {
 }
 EVERY_KIND = GOLDEN.parent / "all-kinds.yaml"
 ALL_KINDS = EVERY_KIND.read_text()
+Graph = dict[TaskId, Task]
 
 
 class Leaf(NamedTuple):
@@ -123,7 +124,7 @@ def _others(leaf: Leaf, stages: list[str]) -> Iterator[Any]:
         yield from (value / 2 + 0.01, value / 2, value + 1)
     elif isinstance(value, list | tuple):
         yield from ([*value, "more.jsonl"], list(value)[:-1])
-    elif isinstance(value, str):
+    elif isinstance(value, str) and _takes_any_text(leaf.annotation):
         yield f"{value}x"
         yield from stages
     elif isinstance(value, BaseModel):
@@ -141,26 +142,35 @@ def _choices(annotation: Any) -> Iterator[Any]:
             yield from _choices(part)
 
 
-def _valid(config: dict[str, Any]) -> Pipeline | None:
+def _takes_any_text(annotation: Any) -> bool:
+    """Whether a value may be another text than one of a choice."""
+    return annotation is str or any(_takes_any_text(part) for part in get_args(annotation))
+
+
+def _valid(config: dict[str, Any], *, other_than: Pipeline) -> tuple[Pipeline, Graph] | None:
     try:
         pipeline = Pipeline.model_validate(config)
-        build_graph(pipeline)
+        return None if pipeline == other_than else (pipeline, build_graph(pipeline))
     except (ValidationError, ConfigError):
         return None
-    return pipeline
 
 
-def _digests(pipeline: Pipeline) -> dict[TaskId, str]:
+def _digests(pipeline: Pipeline, graph: Graph) -> Iterator[tuple[TaskId, str]]:
     """Digests where each entry is a file of its own content."""
     found: dict[TaskId, str] = {}
-    for task in build_graph(pipeline).values():
+    for task in graph.values():
         contents = {
             role: sha256_json([*entries, task.shard and task.shard.number]) for role, entries in task.files.items()
         }
         found[task.id] = digest(
             pipeline, task, inputs={name: found[name] for name in task.inputs}, file_hashes=contents
         )
-    return found
+        yield task.id, found[task.id]
+
+
+def _differs(before: dict[TaskId, str], pipeline: Pipeline, graph: Graph) -> bool:
+    """Whether the tasks or their digests are others; the first one that is ends the search."""
+    return len(graph) != len(before) or any(before.get(task) != value for task, value in _digests(pipeline, graph))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +187,7 @@ def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
     shipped = [load_pipeline(CONFIGS / f"{name}.yaml") for name in ("smoke", "your-domain")]
     for number, pipeline in enumerate([all_kinds, *shipped]):
         config, stages = pipeline.model_dump(mode="json"), list(pipeline.stages)
-        before = _digests(pipeline)
+        before = dict(_digests(pipeline, build_graph(pipeline)))
         for leaf in _leaves(pipeline):
             if number and leaf.field in outcome and len(leaf.path) > 3 and len(outcome[leaf.field]) > 12:
                 continue  # one of very many of its kind
@@ -190,11 +200,11 @@ def flips(all_kinds: Pipeline) -> dict[str, list[tuple[str, bool]]]:
                     place = place[part]
                 as_it_was = dict(place)
                 place[leaf.path[-1]] = other
-                changed = _valid(config)
+                changed = _valid(config, other_than=pipeline)
                 place.clear()
                 place.update(as_it_was)
-                if changed is not None and changed != pipeline:
-                    outcome[leaf.field].append((f"{'.'.join(leaf.path)}={other}", before != _digests(changed)))
+                if changed is not None:
+                    outcome[leaf.field].append((f"{'.'.join(leaf.path)}={other}", _differs(before, *changed)))
                     break
     return outcome
 

@@ -136,32 +136,39 @@ def _written(paths: list[Path]) -> set[str]:
     return {path.name for path in paths}
 
 
-def test_figures_name_methods_and_units(tmp_path: Path) -> None:
-    paths = draw(typed(invented(methods=FEW)), tmp_path)
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What is drawn of a few methods. Tests only read it."""
+    folder = tmp_path_factory.mktemp("few")
+    paths = draw(typed(invented(methods=FEW)), folder)
+    assert all(path.parent == folder / "figures" for path in paths)
+    return paths
+
+
+def test_figures_name_methods_and_units(few: list[Path]) -> None:
+    folder = few[0].parent
     names = {*COST_FIGURES, "domains"}
     tables = {
         f"{name}.{form}"
         for name in ("results", "concentration", "selection", "learning_rates")
         for form in ("md", "csv")
     }
-    assert _written(paths) == {f"{name}.{form}" for name in names for form in ("png", "svg")} | tables
-    assert all(path.parent == tmp_path / "figures" for path in paths)
+    assert _written(few) == {f"{name}.{form}" for name in names for form in ("png", "svg")} | tables
     for name, says in (
         ("generic-cost-flops", "generic training cost (FLOPs)"),
         ("specialization-cost-hours", "specialization training cost (device-hours on cpu)"),
         ("total-cost-flops", "50 domains"),
         ("domains", "encyclopedia"),
     ):
-        svg = (tmp_path / "figures" / f"{name}.svg").read_text()
+        svg = (folder / f"{name}.svg").read_text()
         for word in (*FEW, says, "perplexity"):
             assert word in svg, f"{name} lacks {word}"
         assert CAPPED not in svg
-    assert (tmp_path / "figures" / "domains.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "domains.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cost_nothing_is_said_to(tmp_path: Path) -> None:
-    draw(typed(invented(methods=FEW)), tmp_path)
-    assert "slm-nopt (at no cost)" in (tmp_path / "figures" / "generic-cost-flops.svg").read_text()
+def test_what_cost_nothing_is_said_to(few: list[Path]) -> None:
+    assert "slm-nopt (at no cost)" in few[0].with_name("generic-cost-flops.svg").read_text()
 
 
 CAPPED = "ended by the cap on steps,"
