@@ -1,7 +1,7 @@
 """Imported first by the server from which workers are forked: the server ends with its launcher, also during its other imports,
 which take seconds, and by nothing else: without it workers are taken for ended, and killed before they have saved. Ctrl-C, a
 closed terminal and `timeout` signal all processes of the launcher's group, so it leads a session of its own; systemd sends
-SIGTERM to all processes of a service, so it blocks that. Workers have settings of their own (`processes.py`).
+SIGTERM to all processes of a service, so it blocks that. None of this holds for workers; `processes.py` has what does.
 
 What it has imported is exempt from garbage collection in the workers: a collection would copy the pages that they share, and
 take longer than many a task."""
@@ -13,10 +13,11 @@ import os
 import signal
 
 PR_SET_PDEATHSIG = 1  # Linux
+ENDING = {signal.SIGTERM, signal.SIGINT}
 
 os.setsid()
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-os.register_at_fork(before=gc.freeze)
+os.register_at_fork(before=gc.freeze, after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING))

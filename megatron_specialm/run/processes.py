@@ -192,7 +192,7 @@ def _end_with(launcher: Connection) -> None:
     its own: Ctrl-C reaches the launcher alone, which then ends its workers in order."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards one that has come before
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = launcher.fileno()
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())

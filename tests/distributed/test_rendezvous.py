@@ -50,7 +50,6 @@ def _act(log: Path, act: Callable[..., None], pipe: Connection, *arguments: Any)
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # which the fork server may block
     act(pipe, *arguments)
 
 
