@@ -136,6 +136,21 @@ class Finished:
                 return ("noticed" if _names(changed, str(outcome)) else "other"), str(outcome)
             return ("silent" if were_opened() else "harmless"), "as if nothing were"
 
+    def judge_each(self, paths: list[Path], damage: Damage, reader: str) -> tuple[dict[Path, Verdict], str]:
+        """What a reader that names all that it finds makes of each of several files damaged at once, and what it said."""
+        with contextlib.ExitStack() as stack:
+            changed = stack.enter_context(damaged(paths, damage))
+            were_opened = [stack.enter_context(opened([path])) for path in changed]
+            try:
+                said = str(self.read(reader))
+            except SpecialmError as error:
+                said = str(error)
+            verdicts: dict[Path, Verdict] = {}
+            for path, place, was_opened in zip(paths, changed, were_opened, strict=True):
+                named = re.search(rf"{re.escape(str(place))}(?![\w.-])", said)
+                verdicts[path] = "noticed" if named else "silent" if was_opened() else "harmless"
+            return verdicts, said
+
 
 def _names(paths: list[Path], text: str) -> bool:
     return any(path.name in text for path in paths)

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from megatron_specialm.cli.app import app
 from megatron_specialm.config.load import load_pipeline
 from megatron_specialm.data.store import TokenStore
 from megatron_specialm.graph.plan import make_plan
+from tests.commands import succeed
 from tests.conftest import ROOT
 from tests.existing_models import ROWS, save_existing_model
 from tests.texts import write_sets
@@ -53,14 +51,6 @@ stages:
 """
 
 
-def _specialm(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "megatron_specialm", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which it has run to its end."""
@@ -69,7 +59,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_existing_model(folder / "model", "qwen2")
     shipped = ROOT / "configs" / "pipelines" / "adapt.yaml"
     (folder / "config.yaml").write_text(CONFIG.replace("CONFIG", str(shipped)))
-    _specialm(folder, "run", "config.yaml")
+    succeed(folder, "run", "config.yaml")
     return folder
 
 
@@ -129,7 +119,7 @@ def test_its_export_is_a_model_of_transformers_with_its_tokenizer(adapted: Path)
 
 
 def test_it_is_generated_from_inspected_and_found_done(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _specialm(adapted, "generate", "runs/adapt/base/generic", "drin", "--tokens", "4")
+    assert succeed(adapted, "generate", "runs/adapt/base/generic", "drin", "--tokens", "4")
     monkeypatch.chdir(adapted)
     inspected = CliRunner().invoke(app, ["inspect", "runs/adapt/base/generic", "--verify"]).output
     assert "canonical, family llama" in inspected and "every weight and the logits are as recorded" in inspected

@@ -11,27 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import Done, cli
 from tests.conftest import ROOT
 
 
-def _command(*arguments: str) -> list[str]:
+def _arguments(command: str, *arguments: str) -> list[str]:
     config = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
-    return [
-        sys.executable,
-        "-m",
-        "megatron_specialm",
-        arguments[0],
-        config,
-        "stages.tokenizer.vocabulary_size=300",
-        *arguments[1:],
-    ]
+    return [command, config, "stages.tokenizer.vocabulary_size=300", *arguments]
 
 
-def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        _command(*arguments), cwd=folder, capture_output=True, text=True, env=environment, timeout=200
-    )
+def _specialm(folder: Path, *arguments: str) -> Done:
+    return cli(folder, *_arguments(*arguments))
 
 
 def _fails(folder: Path, code: int, *words: str, until: str = "tokens", overrides: tuple[str, ...] = ()) -> str:
@@ -130,7 +120,7 @@ def test_interrupted_it_saves_ends_its_workers_and_says_how_to_go_on(folder: Pat
     """The signal goes to all processes of its group, as from a terminal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        _command("run", "--until", "slm", "stages.slm.steps=100000"),
+        [sys.executable, "-m", "megatron_specialm", *_arguments("run", "--until", "slm", "stages.slm.steps=100000")],
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # What a shell starts in the background ignores Ctrl-C, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,

@@ -16,6 +16,7 @@ from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.merged import read_merged, read_trained
 from megatron_specialm.checkpoint.steps import find_final
 from megatron_specialm.model.merge import one_hot
+from tests.commands import succeed
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -48,23 +49,10 @@ stages:
 """
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_specialm", *arguments]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-
-
-def _specialm(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(_command(*arguments), cwd=folder, capture_output=True, text=True, env=_environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def finished(workplace: Path) -> Path:
     """A working directory in which the config has run."""
-    _specialm(workplace, "run", "config.yaml")
+    succeed(workplace, "run", "config.yaml")
     return workplace
 
 
@@ -86,7 +74,7 @@ def test_a_selected_expert_is_an_ordinary_model(finished: Path) -> None:
     rows = read_json(run / "results.json")["rows"]
     assert {row["method"] for row in rows} == {"gated"}
     assert (run / "export/tuned.law/model/model.safetensors").is_file()
-    _specialm(finished, "project", "run/gated/generic", "own", "--expert", str(expert))
+    succeed(finished, "project", "run/gated/generic", "own", "--expert", str(expert))
     assert all(
         torch.equal(tensor, expected.weights[name])
         for name, tensor in read_merged(find_final(finished / "own")).weights.items()
@@ -97,8 +85,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(finished: Path) -> None:
     killed, own = finished / "killed", ("run", "config.yaml", "root=killed", "--only", "gated")
     shutil.copytree(finished / "run", killed, symlinks=True, ignore=shutil.ignore_patterns("gated", ".lock*"))
     process = subprocess.Popen(
-        _command(*own), cwd=finished, env=_environment(), start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "megatron_specialm", *own], cwd=finished, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 300
     while not any((killed / "artifacts/gated").glob("*/*/step_*")):
@@ -108,6 +96,6 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(finished: Path) -> None:
     process.wait()
     time.sleep(1)  # workers end with their launcher
     assert not (killed / "gated/generic/done.json").exists()
-    _specialm(finished, *own)
+    succeed(finished, *own)
     files = [find_final(root / "gated/generic") / "model-00000.safetensors" for root in (finished / "run", killed)]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -4,9 +4,8 @@ One flipped bit, half of the file, none of it, no file, and one more file beside
 nevertheless must not have opened the file: an extra one that nobody asked for, or what a command does without.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from megatron_specialm.base.artifacts import LABEL, MARKER
 from megatron_specialm.base.integrity import RECORDS
 from megatron_specialm.run.processes import limit_threads
+from tests.commands import succeed
 from tests.damage import Damage, Finished, Verdict
 from tools.disturbed.config import write_config
 
@@ -51,9 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         limit_threads(1)
-        command = [sys.executable, "-m", "megatron_specialm", "run", "config.yaml"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+        succeed(folder, "run", "config.yaml")
         yield Finished(folder, scratch=folder / "scratch")
 
 
@@ -61,7 +59,7 @@ def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damag
     """All damages of all files of an artifact, before each of its readers. Extra files are put beside all at once: a reader is
     to open none of them."""
     files = finished.files(artifact)
-    for reader in (*READERS[artifact], PLAN, VERIFY):
+    for reader in (*READERS[artifact], PLAN):
         yield files, "extra", reader
         for path in files:
             for damage in _damages(path, reader, is_first=reader == READERS[artifact][0]):
@@ -69,13 +67,21 @@ def cells(finished: Finished, artifact: str) -> Iterator[tuple[list[Path], Damag
 
 
 def _damages(path: Path, reader: str, *, is_first: bool) -> tuple[Damage, ...]:
-    """The plan reads markers, and of other files the size. `verify` reads all there is, which takes time. All tasks check what
-    they read in one place: the first one is tried with every damage, the others with one that no size tells."""
-    if not is_first and reader not in (PLAN, VERIFY):
+    """The plan reads markers, and of other files the size. All tasks check what they read in one place: the first one is tried
+    with every damage, the others with one that no size tells."""
+    if not is_first and reader != PLAN:
         return ("flip",)
-    if reader == PLAN and path.name != MARKER:
-        return "cut", "empty", "delete"
-    return ("flip", "delete") if reader == VERIFY else ("flip", "cut", "empty", "delete")
+    return ("cut", "empty", "delete") if reader == PLAN and path.name != MARKER else ("flip", "cut", "empty", "delete")
+
+
+def verified(finished: Finished) -> Iterator[tuple[list[Path], Damage]]:
+    """All damages of all files before `verify`, which reads all there is and names a damaged file of each artifact: at once the
+    first files of all artifacts, then the second ones, and so on."""
+    files = [finished.files(artifact) for artifact in READERS]
+    yield [path for own in files for path in own], "extra"
+    for row in zip_longest(*files):
+        for damage in ("flip", "delete"):
+            yield [path for path in row if path], damage
 
 
 @pytest.mark.parametrize("artifact", READERS)
@@ -85,6 +91,22 @@ def test_damage_is_noticed_by_name(finished: Finished, artifact: str) -> None:
         verdict, said = finished.judge(paths, damage, reader)
         if not is_right(verdict, said, paths, damage, reader):
             wrong.append(f"{damage} of {', '.join(map(str, paths))} before {reader}: {verdict}: {said[:300]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_verify_names_all_that_is_damaged(finished: Finished) -> None:
+    assert "0 damaged" in str(finished.read(VERIFY))
+    wrong = []
+    for paths, damage in verified(finished):
+        verdicts, said = finished.judge_each(paths, damage, VERIFY)
+        wrong += [
+            f"{damage} of {path}: {verdict}: {said}"
+            for path, verdict in verdicts.items()
+            if not is_right(verdict, said, [path], damage, VERIFY)
+        ]
+        findings = [line for line in said.splitlines() if line.startswith(("damaged:", "unfinished:", "unlisted:"))]
+        if len(findings) != list(verdicts.values()).count("noticed"):
+            wrong.append(f"{damage} of {', '.join(map(str, paths))}: something else is named: {said}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -104,4 +126,5 @@ def test_all_kinds_are_tried(finished: Finished) -> None:
     """Each kind of stage is damaged, and at least 250 cells are looked at."""
     kinds = {finished.pipeline.stages[artifact.partition("/")[0]].kind for artifact in READERS}
     assert kinds == {stage.kind for stage in finished.pipeline.stages.values()}
-    assert sum(len(paths) for artifact in READERS for paths, _, _ in cells(finished, artifact)) >= 250
+    tried = sum(len(paths) for artifact in READERS for paths, _, _ in cells(finished, artifact))
+    assert tried + sum(len(paths) for paths, _ in verified(finished)) >= 250

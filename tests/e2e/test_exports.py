@@ -9,7 +9,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_specialm.base.files import read_json
 from megatron_specialm.data.store import TokenStore
-from tests.conftest import ROOT
+from tests.commands import succeed
 from tests.texts import WORDS, write_documents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,7 +53,7 @@ SAID = (
 def folder(workplace: Path) -> Path:
     """Where the pipeline has run."""
     write_documents(workplace / "legal.test.jsonl", SAID)
-    _run(sys.executable, "-m", "megatron_specialm", "run", "config.yaml", at=workplace, PYTHONPATH=str(ROOT))
+    succeed(workplace, "run", "config.yaml")
     return workplace
 
 

@@ -13,10 +13,11 @@ import torch
 
 from megatron_specialm.checkpoint.opening import open_checkpoint
 from megatron_specialm.checkpoint.steps import find_final, saved_steps
+from tests.commands import succeed
+from tests.conftest import ROOT
 from tests.texts import write_sets
 from tests.training import read_metrics
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 name: moe
 root: run
@@ -47,25 +48,6 @@ stages:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(CONFIG)
-    if not (folder / "law.test.jsonl").exists():
-        write_sets(folder, "generic", "law", words=100)
-    command = [sys.executable, "-m", "megatron_specialm", "run", "config.yaml", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def _finish(folder: Path, *arguments: str) -> str:
-    process = _start(folder, *arguments)
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said
-    return said
-
-
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(find_final(folder / "run" / "moe" / "generic"))
     return {**checkpoint.weights, **checkpoint.optimizer_state}
@@ -73,8 +55,16 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_killed_training_resumes_to_the_same_bits_and_serves_the_pipeline(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    _finish(straight, "--until", "moe")
-    process = _start(killed, "--until", "moe")
+    for folder in (straight, killed):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(CONFIG)
+        write_sets(folder, "generic", "law", words=100)
+    own = ("run", "config.yaml", "--until", "moe")
+    succeed(straight, *own)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_specialm", *own], cwd=killed, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     artifacts = killed / "run" / "artifacts" / "moe" / "generic"
     while not any(saved_steps(folder) for folder in artifacts.glob("*")):
@@ -83,7 +73,7 @@ def test_a_killed_training_resumes_to_the_same_bits_and_serves_the_pipeline(tmp_
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (folder,) = artifacts.iterdir()
-    _finish(killed)
+    succeed(killed, "run", "config.yaml")
     starts = [record["step"] for record in read_metrics(folder) if record.get("event") == "start"]
     assert starts[0] == 0 and 0 < starts[1] < 60, starts
     expected, found = _tensors(straight), _tensors(killed)

@@ -6,7 +6,6 @@ With SPECIALM_TEST_VLLM, an interpreter that has vLLM, the export is also genera
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from megatron_specialm.base.files import read_json, verify_folder
+from tests.commands import succeed
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,11 +51,7 @@ stages:
 @pytest.fixture(scope="module")
 def folder(workplace: Path) -> Path:
     """Where the pipeline has run."""
-    command = [sys.executable, "-m", "megatron_specialm", "run", "config.yaml"]
-    done = subprocess.run(
-        command, cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeed(workplace, "run", "config.yaml")
     return workplace
 
 

@@ -18,6 +18,7 @@ import pytest
 import typer.main
 
 from megatron_specialm.cli import app
+from tests.commands import succeed
 from tests.conftest import ROOT
 from tests.texts import WORDS, write_documents
 
@@ -82,14 +83,6 @@ def make_own_text(folder: Path) -> Path:
     return folder
 
 
-def _specialm(folder: Path, words: list[str]) -> str:
-    command = [sys.executable, "-m", "megatron_specialm", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    outcome = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, env=environment)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return outcome.stdout
-
-
 @pytest.mark.parametrize("command", [command for command in RUN if not re.search("smoke|quickstart", command)])
 def test_a_command_on_own_text(command: str, own_text: Path) -> None:
     program, *arguments = shlex.split(command)
@@ -98,9 +91,9 @@ def test_a_command_on_own_text(command: str, own_text: Path) -> None:
     if any(word.startswith("configs/") for word in arguments):
         words.append("text.generic.train=my-text/generic/*.jsonl")  # the page says .zst
     if other := [word for word in words if word.startswith("reuse=")]:  # the run before, from which it takes over
-        _specialm(own_text, [*(word for word in words if not re.match("(root|reuse)=", word)), *SHORT])
+        succeed(own_text, *(word for word in words if not re.match("(root|reuse)=", word)), *SHORT)
         assert (own_text / other[0].removeprefix("reuse=") / "pipeline.yaml").exists()
-    _specialm(own_text, [*words, *(SHORT if arguments[0] == "run" else [])])
+    succeed(own_text, *words, *(SHORT if arguments[0] == "run" else []))
 
 
 @pytest.mark.slow
@@ -114,7 +107,7 @@ def test_a_command_on_a_finished_run(command: str, smoke_copy: Path, tmp_path: P
         (tmp_path / name).symlink_to(smoke_copy / name)
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments]
     words = [word.replace("runs/quickstart", "runs/smoke").replace("/legal", "/scipy") for word in words]
-    said = _specialm(tmp_path, words)
+    said = succeed(tmp_path, *words)
     if arguments[0] == "parity":  # the fine-tunings have one micro-batch for two stages or copies
         reference = r"DP2 \(engine megatron\)" if "--against" in arguments else "one process"
         assert len(re.findall(f"equals {reference}", said)) == 3 and said.count("not run: stages.") == 4

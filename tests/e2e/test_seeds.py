@@ -22,8 +22,9 @@ from megatron_specialm.graph.build import build_graph
 from megatron_specialm.graph.plan import make_plan
 from megatron_specialm.report.seeds import merge_seeds, read_runs
 from megatron_specialm.run.worker import execute
+from tests.commands import cli, succeed
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 TEXT = "the court held that a tenant may keep what was planted before notice of leave had been given by its owner"
 WORDS = TEXT.split()
 CONFIG = """
@@ -48,12 +49,8 @@ stages:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def _run(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *launcher, "-m", "megatron_specialm", "run", "config.yaml", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    outcome = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return outcome.stdout
+def _run(folder: Path, *arguments: str) -> str:
+    return succeed(folder, "run", "config.yaml", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +104,13 @@ def test_equal_seeds_are_the_same_run_by_whatever_name(first: Path) -> None:
 
 def test_ranks_of_a_launcher_take_over_too(first: Path) -> None:
     before = _content(first / "runs/first")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _run(first, "root=runs/third", "reuse=runs/first", "--only", "slm-is", launcher=launcher)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_specialm",
+        "run", "config.yaml", "root=runs/third", "reuse=runs/first", "--only", "slm-is",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    outcome = subprocess.run(command, cwd=first, env=environment, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert _content(first / "runs/first") == before
     third = first / "runs/third"
     assert read_marker(artifact_link(third, "slm-is", "law")) == read_marker(
@@ -138,10 +140,7 @@ def test_long_stages_say_how_far_they_are(
 
 
 def test_what_is_no_run_folder_is_refused(first: Path) -> None:
-    for command in (["run"], ["plan"], ["check"], ["submit"]):
-        outcome = subprocess.run(
-            [sys.executable, "-m", "megatron_specialm", *command, "config.yaml", "root=runs/fourth", "reuse=data"],
-            cwd=first, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        )  # fmt: skip
+    for command in ("run", "plan", "check", "submit"):
+        outcome = cli(first, command, "config.yaml", "root=runs/fourth", "reuse=data")
         assert outcome.returncode == 2 and "reuse: data: is not a run folder" in outcome.stderr, outcome.stderr
     assert not (first / "runs/fourth").exists()

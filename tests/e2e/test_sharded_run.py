@@ -15,6 +15,7 @@ import torch
 from megatron_specialm.base.files import read_json
 from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
+from tests.commands import succeed
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs" / "pipelines" / "smoke.yaml")
@@ -22,9 +23,10 @@ OVERRIDES = [
     "stages.tokenizer.vocabulary_size=300", "stages.slm-is.steps=10", "stages.slm-is.schedule.warmup_steps=2",
     "stages.vectors.encoder.dimensions=64", "stages.slm-is.global_batch_size=16", "defaults.train.micro_batch_size=4",
 ]  # fmt: skip
-RUN = ["-m", "megatron_specialm", "run", CONFIG, *OVERRIDES]
-
-MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+RUN = ["run", CONFIG, *OVERRIDES]
+MPIRUN = [
+    "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "megatron_specialm",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -45,24 +47,22 @@ def _generic(shards: int) -> list[str]:
     ]
 
 
-def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    outcome = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=250,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+def _mpirun(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MPIRUN, *arguments], cwd=folder, capture_output=True, text=True, timeout=250,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    return outcome
 
 
 def test_the_same_weights_in_shards_and_not(files: Path) -> None:
     for shards in (1, 3):
-        _run(files, [sys.executable, *RUN, *_generic(shards), "--until", "slm-is"])
+        succeed(files, *RUN, *_generic(shards), "--until", "slm-is")
     whole, sharded = (read_checkpoint(find_final(files / f"runs/{shards}/slm-is/torch")).weights for shards in (1, 3))
     assert whole.keys() == sharded.keys()
     for name in whole:
         assert torch.equal(whole[name], sharded[name]), name
-    again = _run(files, [sys.executable, *RUN, *_generic(3), "--until", "slm-is"])
-    assert "0 of" in again.stdout, again.stdout
+    again = succeed(files, *RUN, *_generic(3), "--until", "slm-is")
+    assert "0 of" in again, again
 
 
 needs_mpi = pytest.mark.skipif(
@@ -72,24 +72,22 @@ needs_mpi = pytest.mark.skipif(
 
 @needs_mpi
 def test_clusters_under_mpi_are_those_of_one_process(files: Path) -> None:
-    run = [sys.executable, *RUN, *_generic(3), "stages.slm.micro_batch_size=1", "--until", "assignment"]
-    _run(files, [*MPIRUN, *run])
+    run = [*RUN, *_generic(3), "stages.slm.micro_batch_size=1", "--until", "assignment"]
+    outcome = _mpirun(files, run)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     cost = read_json(files / "runs/3/clusters/generic/done.json")["cost"]
     assert cost["processes"] == 2 and cost["device_seconds"] == pytest.approx(2 * cost["wall_seconds"])
     assert read_json(files / "runs/3/assignment/generic/done.json")["cost"]["processes"] == 1
     together = np.load(files / "runs/3/clusters/generic/centroids.npy")
     shutil.rmtree(files / "runs/3")
-    _run(files, run)
+    succeed(files, *run)
     np.testing.assert_array_equal(together, np.load(files / "runs/3/clusters/generic/centroids.npy"))
 
 
 @needs_mpi
 def test_an_error_on_one_mpi_rank_ends_all(files: Path) -> None:
     """The others wait for what the first one was to make."""
-    run = [sys.executable, *RUN, *_generic(3), "stages.vectors.encoder.dimensions=16", "--until", "vectors"]
-    outcome = subprocess.run(
-        [*MPIRUN, *run], cwd=files, capture_output=True, text=True, timeout=100,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    run = [*RUN, *_generic(3), "stages.vectors.encoder.dimensions=16", "--until", "vectors"]
+    outcome = _mpirun(files, run)
     assert outcome.returncode == 2, outcome.stderr
     assert "error: encoder.dimensions 16: static vectors have 64, 128 or 256" in outcome.stderr

@@ -17,21 +17,13 @@ import torch
 
 from megatron_specialm.checkpoint.opening import read_checkpoint
 from megatron_specialm.checkpoint.steps import find_final
+from tests.commands import cli
 from tests.conftest import ROOT, copied
 
 CONFIG = ROOT / "configs" / "pipelines" / "smoke.yaml"
 GOLDEN = Path(__file__).parent / "golden"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def _specialm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_specialm", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment(), timeout=500)
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +98,14 @@ def test_an_expert_is_projected_without_the_generic_data(finished: Path, tmp_pat
     shutil.copytree(finished / "runs/smoke/slm-pn/generic", network)
     chosen = finished / "runs/smoke/slm-pn-chosen/torch"
     expert = json.loads((chosen / "selection.json").read_text())["choice"].removeprefix("c")
-    done = _specialm(tmp_path, "project", str(network), "expert", "--expert", expert)
+    done = cli(tmp_path, "project", str(network), "expert", "--expert", expert)
     assert done.returncode == 0, done.stderr
     ours, theirs = (dict(read_checkpoint(find_final(folder)).weights) for folder in (tmp_path / "expert", chosen))
     assert ours.keys() == theirs.keys()
     # Close, not equal: a matrix product's last bits follow from the number of threads.
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight)
-    missing = _specialm(tmp_path, "project", str(network), "other", "--expert", "4")
+    missing = cli(tmp_path, "project", str(network), "other", "--expert", "4")
     assert missing.returncode != 0 and "expert 4 does not exist: there are experts 0 to 3" in missing.stderr
     assert not (tmp_path / "other").exists()
 
@@ -147,18 +139,18 @@ def test_all_files_may_be_read_by_whom_the_umask_lets(finished: Path) -> None:
 def test_models_go_on_with_a_text(finished: Path) -> None:
     """A checkpoint says what its export says; equal seeds say the same, and each method's fine-tuned model is heard."""
     models = ("runs/smoke/slm-tuned/scipy", "runs/smoke/export/slm-tuned.scipy", "runs/smoke/slm-tuned/scipy")
-    said = _specialm(finished, "generate", *models, "Compute the", "--tokens", "20")
+    said = cli(finished, "generate", *models, "Compute the", "--tokens", "20")
     assert said.returncode == 0, said.stderr
     parts = re.split(r"==> (.*) <==\n", said.stdout)[1:]
     assert tuple(parts[::2]) == models and len(set(parts[1::2])) == 1
     assert parts[1].startswith("Compute the") and len(parts[1].strip()) > len("Compute the")
 
-    sampled = _specialm(finished, "samples", str(CONFIG))
+    sampled = cli(finished, "samples", str(CONFIG))
     first, *others = sampled.stdout.splitlines()
     assert first.startswith("scipy: how each method goes on from ")
     methods = ["llm", "llm-lora", "slm", "slm-d", "slm-is", "slm-mix", "slm-nopt", "slm-pn", "slm-pn-soup"]
     assert sorted(line.partition(":")[0] for line in others) == methods, sampled.stdout + sampled.stderr
-    network = _specialm(finished, "generate", "runs/smoke/slm-pn/generic", "Compute the")
+    network = cli(finished, "generate", "runs/smoke/slm-pn/generic", "Compute the")
     assert network.returncode == 2 and "say which expert" in network.stderr
 
 
@@ -195,7 +187,7 @@ def test_transformers_gives_our_perplexity(finished: Path) -> None:
 def test_a_second_run_does_nothing_again(finished: Path) -> None:
     marker = finished / "runs/smoke/slm/generic/done.json"
     before = marker.stat().st_mtime_ns
-    again = _specialm(finished, "run", str(CONFIG))
+    again = cli(finished, "run", str(CONFIG))
     assert again.returncode == 0 and "0 of 132 tasks to do" in again.stdout, again.stdout + again.stderr
     assert marker.stat().st_mtime_ns == before
 
@@ -228,7 +220,7 @@ def test_what_else_a_config_can_say(smoke_run: Path, tmp_path: Path) -> None:
     folder = copied(smoke_run, tmp_path)
     config = folder / "more.yaml"
     config.write_text(MORE.format(config=CONFIG))
-    done = _specialm(folder, "run", str(config), "--until", "more")
+    done = cli(folder, "run", str(config), "--until", "more")
     assert done.returncode == 0, done.stdout + done.stderr
     root = folder / "runs/smoke"
     for domain in ("sklearn", "torch"):
@@ -254,7 +246,7 @@ def test_the_jobs_of_every_stage_are_as_recorded(finished: Path) -> None:
     """Directives and command of each job that `submit` would queue: `golden/smoke-jobs.txt`, with the names of folders and of
     this submission taken out. A change that is meant is recorded by deleting the file and running this test."""
     options = ("root=elsewhere", "--site", str(ROOT / "slurm" / "site.yaml"), "--dry-run")
-    printed = _specialm(finished, "submit", str(CONFIG), *options)
+    printed = cli(finished, "submit", str(CONFIG), *options)
     assert printed.returncode == 0, printed.stderr
     names = {str(finished.resolve()): "FOLDER", str(finished): "FOLDER", sys.executable: "PYTHON"}
     lines = [line for line in printed.stdout.splitlines() if line.startswith(("==>", "#SBATCH", "exec "))]
