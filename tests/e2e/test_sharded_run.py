@@ -47,9 +47,9 @@ def _generic(shards: int) -> list[str]:
     ]
 
 
-def _mpirun(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def _mpirun(folder: Path, arguments: list[str], *, timeout: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*MPIRUN, *arguments], cwd=folder, capture_output=True, text=True, timeout=250,
+        [*MPIRUN, *arguments], cwd=folder, capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ needs_mpi = pytest.mark.skipif(
 @needs_mpi
 def test_clusters_under_mpi_are_those_of_one_process(files: Path) -> None:
     run = [*RUN, *_generic(3), "stages.slm.micro_batch_size=1", "--until", "assignment"]
-    outcome = _mpirun(files, run)
+    outcome = _mpirun(files, run, timeout=250)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     cost = read_json(files / "runs/3/clusters/generic/done.json")["cost"]
     assert cost["processes"] == 2 and cost["device_seconds"] == pytest.approx(2 * cost["wall_seconds"])
@@ -88,6 +88,6 @@ def test_clusters_under_mpi_are_those_of_one_process(files: Path) -> None:
 def test_an_error_on_one_mpi_rank_ends_all(files: Path) -> None:
     """The others wait for what the first one was to make."""
     run = [*RUN, *_generic(3), "stages.vectors.encoder.dimensions=16", "--until", "vectors"]
-    outcome = _mpirun(files, run)
+    outcome = _mpirun(files, run, timeout=100)
     assert outcome.returncode == 2, outcome.stderr
     assert "error: encoder.dimensions 16: static vectors have 64, 128 or 256" in outcome.stderr
