@@ -52,6 +52,7 @@ class Runs:
         name = f"{kind}-{layout}-{precision}-{packing}"
         if name not in self._found:
             case, folder = _case(layout, precision, packing), self._folder / str(len(self._found))
+            folder.mkdir()
             parity._run(self._context, case, folder, f"tests.distillation:{kind}")
             self._found[name] = parity.read_outcome(folder)
         return self._found[name]

@@ -20,6 +20,11 @@ def _arguments(command: str, *arguments: str) -> list[str]:
     return [command, config, "stages.tokenizer.vocabulary_size=300", *arguments]
 
 
+def _command(*arguments: str) -> list[str]:
+    """For a process of its own."""
+    return [sys.executable, "-m", "megatron_specialm", *_arguments(*arguments)]
+
+
 def _specialm(folder: Path, *arguments: str) -> Done:
     return cli(folder, *_arguments(*arguments))
 
@@ -120,7 +125,7 @@ def test_interrupted_it_saves_ends_its_workers_and_says_how_to_go_on(folder: Pat
     """The signal goes to all processes of its group, as from a terminal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_specialm", *_arguments("run", "--until", "slm", "stages.slm.steps=100000")],
+        _command("run", "--until", "slm", "stages.slm.steps=100000"),
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # What a shell starts in the background ignores Ctrl-C, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
