@@ -1,11 +1,13 @@
 """The command line in this process. Workers of `run` and `parity` are forked from this process's server, which has imported
 what they need: a process of its own would import for eight seconds."""
 
+import _thread
 import contextlib
 import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -15,6 +17,8 @@ from unittest import mock
 from megatron_specialm.cli import main
 from tests.conftest import ROOT
 from tests.processes import rank_context
+
+LIMIT_SECONDS = 500.0  # also within a fixture, which pytest-timeout does not watch
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Done:
 
 
 def cli(folder: Path, *arguments: str, **environment: str) -> Done:
-    """What `specialm ARGUMENTS` does in a folder. Errors that would print a traceback are raised."""
+    """What `specialm ARGUMENTS` does in a folder. Errors that would print a traceback are raised. At the time limit it gets
+    Ctrl-C, and fails."""
     if arguments[0] in ("run", "parity"):
         _start_server()
     output, errors = io.StringIO(), io.StringIO()
@@ -36,6 +41,7 @@ def cli(folder: Path, *arguments: str, **environment: str) -> Done:
         mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), **environment}),
         mock.patch.object(sys, "argv", ["specialm", *arguments]),
         _without_log(),
+        _limited(),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
@@ -74,3 +80,13 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         root.handlers[:], root.level, last.formatter = before
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    timer = threading.Timer(LIMIT_SECONDS, _thread.interrupt_main)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

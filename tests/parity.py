@@ -6,14 +6,10 @@ from megatron_specialm.parity.case import ParityCase
 from megatron_specialm.parity.compare import Difference, Outcome, differences_of, outcome_of
 
 
-def compare(case: ParityCase, measure: str = "megatron_specialm.parity.rank:measure") -> list[Difference]:
-    """As `megatron_specialm.parity.compare.compare`, beside one process.
-
-    Args:
-        measure: what each process of the layout runs, as `MODULE:FUNCTION`.
-    """
+def compare(case: ParityCase, **measure: str) -> list[Difference]:
+    """As `megatron_specialm.parity.compare.compare`, beside one process; `measure` as of its `outcome_of`."""
     one = _outcome(case.on_one_process().model_dump_json())
-    return differences_of(case, one, outcome_of(case, measure))
+    return differences_of(case, one, outcome_of(case, **measure))
 
 
 @lru_cache(maxsize=64)

@@ -13,11 +13,11 @@ import os
 import signal
 
 PR_SET_PDEATHSIG = 1  # Linux
-ENDING = {signal.SIGTERM, signal.SIGINT}
+BLOCKED = {signal.SIGTERM, signal.SIGINT}
 
 os.setsid()
-signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
 with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-os.register_at_fork(before=gc.freeze, after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING))
+os.register_at_fork(before=gc.freeze, after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED))

@@ -35,8 +35,9 @@ def initialize(model: torch.nn.Module, adam: torch.optim.Optimizer, *, device: t
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed"
     )  # it calls functions renamed in 2.13
-    with contextlib.suppress(ImportError):  # of versions without Muon; DeepSpeed asks whether the optimizer is one
-        import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
+    if not torch.cuda.is_available():
+        with contextlib.suppress(ImportError):  # of versions without Muon; ZeRO asks whether the optimizer is one
+            import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
     engine, *_ = deepspeed_module("deepspeed").initialize(
         SimpleNamespace(device_rank=device.index or 0),
         model=model,
